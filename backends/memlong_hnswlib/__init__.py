@@ -1,0 +1,1 @@
+"""memlong_hnswlib."""

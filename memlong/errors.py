@@ -1,0 +1,35 @@
+"""The errors that memlong raises; every message says what is wrong, why it matters and how to mend it."""
+
+from __future__ import annotations
+
+
+class MemlongError(Exception):
+    """Base of every error that memlong raises on purpose."""
+
+
+class InvalidArgumentError(MemlongError, ValueError):
+    """An argument has a value that cannot be used; nothing was changed."""
+
+
+class UnknownNameError(InvalidArgumentError):
+    """No backend, retriever or eviction policy has the name that was asked for."""
+
+
+class MissingDependencyError(MemlongError, ImportError):
+    """A library that was asked for is not installed or does not load here."""
+
+
+class PluginError(MemlongError):
+    """A plugin did not load, or two plugins claim one name."""
+
+
+class UnsupportedModelError(MemlongError):
+    """The model is not one that memory can be attached to."""
+
+
+class InvalidTextError(InvalidArgumentError):
+    """A text is missing, empty, binary or too short for what was asked."""
+
+
+class DeviceUnavailableError(MemlongError, RuntimeError):
+    """A device that was asked for is not there."""
