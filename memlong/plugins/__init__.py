@@ -1,0 +1,9 @@
+"""How backends and retrievers get in: the hooks, the plugins that implement them and the registry."""
+
+from memlong.plugins.hookspecs import hookimpl
+from memlong.plugins.manager import PluginManager
+from memlong.plugins.registry import Registry, create_bank, list_backends
+from memlong.plugins.report import PluginReport
+from memlong.plugins.spec import Spec
+
+__all__ = ["PluginManager", "PluginReport", "Registry", "Spec", "create_bank", "hookimpl", "list_backends"]

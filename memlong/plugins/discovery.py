@@ -1,0 +1,113 @@
+"""Finding plugins: the built-in ones and the entry points of installed distributions."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from memlong.plugins.names import normalise
+
+ENTRY_POINT_GROUP = "memlong"
+BUILT_IN = "built-in"
+IN_CODE = "registered in code"
+
+# Named as text: importing any of them here would turn the import rules upside down.
+_BUILT_IN_MODULES = {
+    "memlong_torch": "memlong_torch",
+    "memlong_faiss": "memlong_faiss",
+    "memlong_hnswlib": "memlong_hnswlib",
+    "memlong_retrievers": "memlong.decoder.retrievers",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plugin that was found and is not yet imported.
+
+    Parameters
+    ----------
+    name
+        The name it goes by.
+    origin
+        Where it comes from, in words.
+    module
+        The module, or ``module:attribute``, that holds its hooks.
+    load
+        Imports it and returns the object with the hooks; raises whatever the plugin raises.
+    distribution
+        The name of the distribution that brought it; empty for a built-in.
+    """
+
+    name: str
+    origin: str
+    module: str
+    load: Callable[[], object]
+    distribution: str = ""
+
+    @property
+    def is_third_party(self) -> bool:
+        """Whether an installed distribution brings it."""
+        return self.origin not in (BUILT_IN, IN_CODE)
+
+    def answers_to(self, name: str) -> bool:
+        """Whether ``name`` means this plugin: its own name or its distribution's."""
+        return normalise(name) in {normalise(self.name), normalise(self.distribution)} - {""}
+
+
+def built_ins() -> Iterator[Candidate]:
+    """Yield memlong's own plugins."""
+    for name, module in _BUILT_IN_MODULES.items():
+        yield Candidate(name, BUILT_IN, module, _importer(module))
+
+
+def _importer(module: str) -> Callable[[], object]:
+    return lambda: importlib.import_module(module)
+
+
+def third_parties() -> Iterator[Candidate]:
+    """Yield the plugins of installed distributions, in order of name.
+
+    A distribution whose ``entry_points.txt`` cannot be read is yielded as a candidate that raises the
+    reason when it is loaded, so that one broken installation hides no other plugin.
+    """
+    found: list[Candidate] = []
+    seen: set[str] = set()
+    for distribution in importlib.metadata.distributions():
+        label, version = _name_and_version(distribution)
+        # The first on the path is the one whose modules are imported; the rest are shadowed.
+        if label and normalise(label) in seen:
+            continue
+        seen.add(normalise(label))
+        found.extend(
+            _candidates(distribution, label, f"{label or 'an unnamed distribution'} {version}".strip())
+        )
+    yield from sorted(found, key=lambda candidate: (candidate.name, candidate.distribution))
+
+
+def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
+    try:
+        metadata = distribution.metadata
+        return metadata["Name"] or "", metadata["Version"] or ""
+    except (FileNotFoundError, KeyError):  # half removed: no METADATA is left
+        return "", ""
+
+
+def _candidates(
+    distribution: importlib.metadata.Distribution, label: str, origin: str
+) -> Iterator[Candidate]:
+    try:
+        entry_points = [point for point in distribution.entry_points if point.group == ENTRY_POINT_GROUP]
+    except Exception as error:  # noqa: BLE001 - whatever a broken file raises is that plugin's report
+        yield Candidate(label, origin, "entry_points.txt", _raiser(error), label)
+        return
+    for point in entry_points:
+        yield Candidate(point.name, origin, point.value, point.load, label)
+
+
+def _raiser(error: Exception) -> Callable[[], object]:
+    def raise_it() -> object:
+        raise error
+
+    return raise_it

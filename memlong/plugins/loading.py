@@ -1,0 +1,71 @@
+"""Loading: from a spec to the class behind it, with an error that says whose fault it is."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from memlong.errors import MissingDependencyError, PluginError
+from memlong.plugins.spec import Spec
+
+
+def load_class(spec: Spec, base: type | None = None) -> type:
+    """Import and return the class behind ``spec``.
+
+    Parameters
+    ----------
+    spec
+        What a plugin registered.
+    base
+        What the class must derive from; any class will do if left out.
+
+    Raises
+    ------
+    MissingDependencyError
+        If a module the spec requires is not installed, or is and raises when imported.
+    PluginError
+        If the target is not there, does not import or is not a concrete class derived from ``base``.
+    """
+    for module in spec.requires:
+        _import_requirement(spec, module)
+    found = getattr(_import_target(spec), spec.target.partition(":")[2], None)
+    if found is None:
+        raise _fault(spec, f"its target {spec.target!r} does not exist")
+    if not isinstance(found, type):
+        raise _fault(spec, f"its target {spec.target!r} is not a class but {type(found).__name__}")
+    if base is not None and not issubclass(found, base):
+        raise _fault(spec, f"its target {spec.target!r} is not a subclass of {base.__name__}")
+    if inspect.isabstract(found):
+        unmet = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise _fault(spec, f"its target {spec.target!r} leaves abstract: {unmet}")
+    return found
+
+
+def _import_requirement(spec: Spec, module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        remedy = f"\nInstall it with: {spec.install}" if spec.install else ""
+        what = f"{spec.kind} {spec.name!r} (plugin {spec.plugin!r}) needs {module!r}, which"
+        if spec.missing():
+            raise MissingDependencyError(f"{what} is not installed.{remedy}") from error
+        raise MissingDependencyError(
+            f"{what} is installed but does not import: {type(error).__name__}: {error}{remedy}"
+        ) from error
+
+
+def _import_target(spec: Spec) -> object:
+    module = spec.target.partition(":")[0]
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise _fault(
+            spec, f"its module {module!r} does not import: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _fault(spec: Spec, what: str) -> PluginError:
+    return PluginError(
+        f"{spec.kind} {spec.name!r} cannot be loaded: {what}. This is for the authors of plugin "
+        f"{spec.plugin!r} to mend; MEMLONG_DISABLE_PLUGINS={spec.plugin} turns the plugin off"
+    )

@@ -1,0 +1,171 @@
+"""PluginManager: finds, loads, blocks and reports plugins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pluggy
+
+from memlong.errors import PluginError
+from memlong.plugins import hookspecs
+from memlong.plugins.discovery import IN_CODE, Candidate, built_ins, third_parties
+from memlong.plugins.names import did_you_mean, normalise
+from memlong.plugins.report import PluginReport, Status
+from memlong.plugins.selection import Selection
+from memlong.plugins.spec import Kind, Spec
+from memlong.plugins.staging import Staging
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What came of one candidate."""
+
+    candidate: Candidate
+    status: Status
+    reason: str = ""
+    specs: tuple[Spec, ...] = ()
+    error: BaseException | None = None
+
+
+class PluginManager:
+    """The plugins of this process, as they were when the manager was made.
+
+    memlong's own plugins and those of installed distributions (entry-point group ``memlong``) are loaded
+    one by one. One that fails, at import or in a hook, is left out as a whole and reported with its
+    reason; the others do not notice. ``SystemExit`` counts as a failure: no plugin may end its host.
+
+    Parameters
+    ----------
+    environ
+        Where ``MEMLONG_PLUGINS`` (the third-party plugins to load; unset means all, empty means none)
+        and ``MEMLONG_DISABLE_PLUGINS`` (the plugins not to load, built-in ones included) are read, both
+        lists with commas between the names; ``os.environ`` if left out.
+    """
+
+    def __init__(self, *, environ: Mapping[str, str] | None = None) -> None:
+        self._selection = Selection.from_environment(os.environ if environ is None else environ)
+        self._staging = Staging()
+        self._records: list[_Record] = []
+        self._pluggy = pluggy.PluginManager("memlong")
+        self._pluggy.add_hookspecs(hookspecs)
+        # Historic calls reach each plugin as it is registered, so each runs inside a try of its own.
+        hooks = self._pluggy.hook
+        hooks.memlong_register_backends.call_historic(kwargs={"register": self._staging.register_backend})
+        hooks.memlong_register_retrievers.call_historic(kwargs={"register": self._staging.register_retriever})
+        for candidate in (*built_ins(), *third_parties()):
+            self._records.append(self._take(candidate))
+
+    def register(self, plugin: object, *, name: str) -> PluginReport:
+        """Add a plugin that is at hand as an object: for tests, notebooks and examples.
+
+        Parameters
+        ----------
+        plugin
+            A module or an object with hook implementations.
+        name
+            The name it goes by in reports and messages.
+
+        Returns
+        -------
+        PluginReport
+            Its status is ``"loaded"``, or ``"disabled"`` if ``MEMLONG_DISABLE_PLUGINS`` names it.
+
+        Raises
+        ------
+        PluginError
+            If a plugin of this name is there already or this one fails; nothing of it is kept.
+        """
+        if any(normalise(record.candidate.name) == normalise(name) for record in self._records):
+            raise PluginError(f"cannot register plugin {name!r}: a plugin of this name is there already")
+        module = plugin.__name__ if isinstance(plugin, type) else type(plugin).__module__
+        record = self._take(Candidate(name, IN_CODE, getattr(plugin, "__name__", module), lambda: plugin))
+        if record.status == "failed":
+            raise PluginError(f"plugin {name!r} failed: {record.reason}") from record.error
+        self._records.append(record)
+        return self._report(record)
+
+    def specs(self, kind: Kind) -> tuple[Spec, ...]:
+        """Return what the loaded plugins registered, built-ins first; a name may occur more than once."""
+        return tuple(spec for record in self._records for spec in record.specs if spec.kind == kind)
+
+    @property
+    def reports(self) -> tuple[PluginReport, ...]:
+        """What became of each plugin, and of each name in the environment that matches none."""
+        return (*(self._report(record) for record in self._records), *self._unmatched())
+
+    def _take(self, candidate: Candidate) -> _Record:
+        if reason := self._selection.reason_against(candidate):
+            return _Record(candidate, "disabled", reason)
+        # Distributions may give their plugins the same name; pluggy must still tell them apart.
+        key = f"{candidate.origin}: {candidate.name}"
+        self._staging.open(candidate.name)
+        try:
+            self._pluggy.register(candidate.load(), name=key)
+            self._check_hooks(key)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
+            self._pluggy.unregister(name=key)
+            self._staging.close()
+            return _Record(candidate, "failed", _reason(error), error=error)
+        return _Record(candidate, "loaded", specs=self._staging.close())
+
+    def _check_hooks(self, key: str) -> None:
+        """Raise if the plugin implements no hook, or one there is no specification for."""
+        plugin = self._pluggy.get_plugin(key)
+        callers = self._pluggy.get_hookcallers(plugin) or []
+        known = [name for name in dir(hookspecs) if name.startswith("memlong_")]
+        for caller in callers:
+            optional = all(impl.optionalhook for impl in caller.get_hookimpls() if impl.plugin is plugin)
+            if not caller.has_spec() and not optional:
+                raise PluginError(
+                    f"it implements an unknown hook, {caller.name!r}.{did_you_mean(caller.name, known)}"
+                )
+        if not callers:
+            raise PluginError(
+                f"it implements none of memlong's hooks ({', '.join(known)}): "
+                "mark them with @memlong.plugins.hookspecs.hookimpl"
+            )
+
+    def _report(self, record: _Record) -> PluginReport:
+        return PluginReport(
+            name=record.candidate.name,
+            origin=record.candidate.origin,
+            module=record.candidate.module,
+            status=record.status,
+            reason=record.reason,
+            backends=tuple(spec.name for spec in record.specs if spec.kind == "backend"),
+            retrievers=tuple(spec.name for spec in record.specs if spec.kind == "retriever"),
+            conflicts=tuple(self._conflicts(record)),
+            error=record.error,
+        )
+
+    def _conflicts(self, record: _Record) -> list[str]:
+        return [
+            f"{spec.kind} {spec.name!r} is also registered by plugin {other.plugin!r}"
+            for spec in record.specs
+            for other in self.specs(spec.kind)
+            if other.name == spec.name and other is not spec
+        ]
+
+    def _unmatched(self) -> list[PluginReport]:
+        candidates = [record.candidate for record in self._records]
+        names = [candidate.name for candidate in candidates]
+        return [
+            PluginReport(
+                name=name,
+                origin=variable,
+                module="",
+                status="missing",
+                reason=f"{variable} names it, and no installed plugin has this name."
+                + did_you_mean(name, names),
+            )
+            for variable, name in self._selection.named()
+            if not any(candidate.answers_to(name) for candidate in candidates)
+        ]
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, PluginError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,63 @@
+"""Staging: what one plugin registers, kept apart until all of its hooks have succeeded."""
+
+from __future__ import annotations
+
+from memlong.errors import PluginError
+from memlong.plugins.spec import Kind, Spec
+
+
+class Staging:
+    """Collects the specs of the plugin whose hooks are running, and of no other."""
+
+    def __init__(self) -> None:
+        self._plugin: str | None = None
+        self._specs: dict[tuple[Kind, str], Spec] = {}
+
+    def open(self, plugin: str) -> None:
+        """Start collecting for ``plugin``."""
+        self._plugin = plugin
+        self._specs = {}
+
+    def close(self) -> tuple[Spec, ...]:
+        """Stop collecting and return what came in."""
+        specs = tuple(self._specs.values())
+        self._plugin = None
+        self._specs = {}
+        return specs
+
+    def register_backend(
+        self,
+        name: str,
+        target: str,
+        *,
+        requires: tuple[str, ...] = (),
+        install: str = "",
+        description: str = "",
+    ) -> None:
+        """Stage a memory bank; see `Spec` for the arguments."""
+        self._stage(Spec("backend", name, target, self._owner(name), requires, install, description))
+
+    def register_retriever(
+        self,
+        name: str,
+        target: str,
+        *,
+        requires: tuple[str, ...] = (),
+        install: str = "",
+        description: str = "",
+    ) -> None:
+        """Stage a retriever; see `Spec` for the arguments."""
+        self._stage(Spec("retriever", name, target, self._owner(name), requires, install, description))
+
+    def _owner(self, name: str) -> str:
+        if self._plugin is None:
+            raise PluginError(
+                f"register({name!r}, ...) was called after its hook had returned, so nobody can tell whose "
+                "it is: call it inside memlong_register_backends or memlong_register_retrievers"
+            )
+        return self._plugin
+
+    def _stage(self, spec: Spec) -> None:
+        if (spec.kind, spec.name) in self._specs:
+            raise PluginError(f"it registers the {spec.kind} {spec.name!r} twice")
+        self._specs[spec.kind, spec.name] = spec
