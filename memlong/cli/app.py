@@ -1,0 +1,58 @@
+"""The command ``memlong``: its commands, its options and how it ends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from typing import Annotated
+
+import typer
+
+from memlong.cli.backends import backends
+from memlong.cli.plugins import plugins
+from memlong.errors import MemlongError
+
+_COMMANDS = (backends, plugins)
+
+
+def make_app() -> typer.Typer:
+    """Return the command-line application with every command."""
+    app = typer.Typer(
+        name="memlong",
+        help="Long-term memory for Hugging Face decoder-only models.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for command in _COMMANDS:
+        app.command()(command)
+    return app
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 an error that is explained, 2 usage, 130 interrupted."""
+    try:
+        make_app()(prog_name="memlong")
+    except MemlongError as error:
+        sys.stderr.write(f"memlong: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memlong {importlib.metadata.version('memlong')}")
+        raise typer.Exit

@@ -1,0 +1,72 @@
+"""``memlong backends``: which memory banks there are, and how to get those that are not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from memlong.cli.output import print_json, print_section, print_table
+from memlong.plugins.registry import Registry
+from memlong.plugins.report import PluginReport
+from memlong.plugins.spec import Spec
+
+
+def backends(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the memory banks and how to get them.
+
+    No index library is imported, so one that is there and broken shows as available.
+
+    \b
+    Examples:
+      memlong backends
+      memlong backends --json
+      MEMLONG_PLUGINS= memlong backends    # those of memlong itself
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    registry = Registry()
+    specs = registry.list_backends()
+    unavailable = [report for report in registry.manager.reports if report.status != "loaded"]
+    contested = {spec.name for spec in specs if sum(other.name == spec.name for other in specs) > 1}
+    status = {spec: _status(spec, contested) for spec in specs}
+    if as_json:
+        print_json(
+            {
+                "backends": [
+                    asdict(spec) | {"status": status[spec], "missing": spec.missing()} for spec in specs
+                ],
+                "unavailable_plugins": [_as_json(report) for report in unavailable],
+            }
+        )
+        return
+    print_table(
+        ("backend", "status", "plugin", "what it is"),
+        [(spec.name, status[spec], spec.plugin, spec.description) for spec in specs],
+    )
+    print_section("To install", [_how_to_get(spec) for spec in specs if status[spec] == "not installed"])
+    print_section("Claimed by more than one plugin; turn all but one off", _contests(specs, contested))
+    print_section(
+        "Plugins that are not loaded",
+        [f"{report.name} ({report.origin}): {report.reason}" for report in unavailable],
+    )
+
+
+def _status(spec: Spec, contested: set[str]) -> str:
+    if spec.name in contested:
+        return "conflict"
+    return "not installed" if spec.missing() else "available"
+
+
+def _how_to_get(spec: Spec) -> str:
+    needs = f"{spec.name} needs {', '.join(spec.missing())}"
+    return f"{needs}: {spec.install}" if spec.install else needs
+
+
+def _contests(specs: tuple[Spec, ...], contested: set[str]) -> list[str]:
+    return [f"{spec.name}: MEMLONG_DISABLE_PLUGINS={spec.plugin}" for spec in specs if spec.name in contested]
+
+
+def _as_json(report: PluginReport) -> dict[str, str]:
+    return {"name": report.name, "origin": report.origin, "status": report.status, "reason": report.reason}

@@ -1,0 +1,52 @@
+"""``memlong plugins``: which plugins were found, what they brought and what went wrong."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated
+
+import typer
+
+from memlong.cli.output import print_json, print_section, print_table
+from memlong.plugins.manager import PluginManager
+from memlong.plugins.report import PluginReport
+
+
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the plugins and what became of them.
+
+    MEMLONG_PLUGINS holds the third-party plugins to load (unset: all; empty: none),
+    MEMLONG_DISABLE_PLUGINS those not to load, memlong's own included.
+
+    \b
+    Examples:
+      memlong plugins
+      memlong plugins --json
+      MEMLONG_DISABLE_PLUGINS=memlong_faiss memlong plugins
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    reports = PluginManager().reports
+    if as_json:
+        print_json({"plugins": [_as_json(report) for report in reports]})
+        return
+    print_table(
+        ("plugin", "status", "origin", "backends", "retrievers"),
+        [
+            (
+                report.name,
+                report.status,
+                report.origin,
+                ", ".join(report.backends),
+                ", ".join(report.retrievers),
+            )
+            for report in reports
+        ],
+    )
+    print_section("Why not", [f"{report.name}: {report.reason}" for report in reports if report.reason])
+    print_section("Conflicts", [f"{report.name}: {line}" for report in reports for line in report.conflicts])
+
+
+def _as_json(report: PluginReport) -> dict[str, object]:
+    # The exception itself has no JSON; its text is the reason.
+    return {field.name: getattr(report, field.name) for field in fields(report) if field.name != "error"}
