@@ -1,0 +1,209 @@
+"""Retrieval attention: one softmax over sink tokens, retrieved chunks and the local window.
+
+transformers calls an attention function by name. ``memlong_sdpa`` and ``memlong_eager`` wrap the functions of the
+same name: without memory at hand they call them as they are; during a forward pass of a
+:class:`~memlong.decoder.MemoryDecoder` they put the retrieved K-V to the left of the local K-V, make the mask from
+positions, and leave grouped-query attention, scaling, soft caps and learned sinks to the wrapped function.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from memlong.errors import UnsupportedModelError
+
+BASES = ("sdpa", "eager")
+"""Attention implementations of transformers that memory can be attached to."""
+
+_SLOT = "_memlong_slot"
+
+Output = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the rows of a batch have retrieved, rotated and ready to be attended to.
+
+    Attributes
+    ----------
+    keys, values
+        By retrieval layer: [rows, kv_heads, tokens, head_dim].
+    positions
+        [rows, tokens], int64.
+    valid
+        [rows, tokens], bool; False where a row has retrieved fewer tokens than another.
+    """
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    positions: Tensor
+    valid: Tensor
+
+
+@dataclass
+class AttentionPass:
+    """What one forward call may see: positions and validity of every key, and the memory.
+
+    One rule covers sinks, memory and window alike: a token sees a key that is valid, not ahead of it and, in a
+    sliding-window layer, nearer than that layer's window. A token always sees itself, so that padding yields no NaN.
+    """
+
+    query_positions: Tensor
+    key_positions: Tensor
+    key_valid: Tensor
+    memory: Memory | None
+    _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    def mask(self, sliding_window: int | None, *, with_memory: bool, dtype: torch.dtype) -> Tensor:
+        """Additive mask [rows, 1, queries, (memory +) keys], the same object for all layers that need the same."""
+        kind = (sliding_window, with_memory, dtype)
+        if kind not in self._masks:
+            self._masks[kind] = self._build(sliding_window, with_memory, dtype)
+        return self._masks[kind]
+
+    def _build(self, sliding_window: int | None, with_memory: bool, dtype: torch.dtype) -> Tensor:
+        queries = self.query_positions[:, :, None]
+        visible = self._visible(queries, self.key_positions, self.key_valid, sliding_window)
+        count = queries.shape[1]
+        itself = torch.eye(count, dtype=torch.bool, device=visible.device)
+        visible[:, :, -count:] |= itself
+        if with_memory and self.memory is not None:
+            seen = self._visible(queries, self.memory.positions, self.memory.valid, sliding_window)
+            visible = torch.cat([seen, visible], dim=-1)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+    @staticmethod
+    def _visible(queries: Tensor, positions: Tensor, valid: Tensor, sliding_window: int | None) -> Tensor:
+        distance = queries - positions[:, None, :]
+        visible = valid[:, None, :] & (distance >= 0)
+        return visible if sliding_window is None else visible & (distance < sliding_window)
+
+
+Attend = Callable[..., Output]
+"""An attention function of transformers: (module, query, key, value, attention_mask, **options)."""
+
+
+class AttentionSlot:
+    """Stands on the attention modules of one model and decides what they attend to.
+
+    Without a ``current`` pass, attention is the model's own.
+    """
+
+    def __init__(self) -> None:
+        self.current: AttentionPass | None = None
+
+    def attend(
+        self,
+        base: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> Output:
+        """Attend to the local K-V [rows, kv_heads, keys, head_dim] and to the memory of this layer, if there is one."""
+        now = self.current
+        if now is None:
+            return base(module, query, key, value, attention_mask, **options)
+        memory = now.memory if now.memory is not None and module.layer_idx in now.memory.keys else None
+        if memory is not None:
+            layer = cast("int", module.layer_idx)
+            key = torch.cat([memory.keys[layer], key], dim=2)
+            value = torch.cat([memory.values[layer], value], dim=2)
+        mask = now.mask(options.get("sliding_window"), with_memory=memory is not None, dtype=query.dtype)
+        return base(module, query, key, value, mask, **{**options, "is_causal": False})
+
+
+@contextmanager
+def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the slot on the modules, and leave them as they were.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If another decoder is attached to one of them.
+    """
+    modules = tuple(modules)
+    for module in modules:
+        if hasattr(module, _SLOT):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} of layer {module.layer_idx} already has a memory attached: leave the other "
+                "decoder's `with` block first, or use another copy of the model."
+            )
+    for module in modules:
+        setattr(module, _SLOT, slot)
+    try:
+        yield
+    finally:
+        for module in modules:
+            delattr(module, _SLOT)
+
+
+@contextmanager
+def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's attention go through memlong, and give it back as it was.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's attention cannot be replaced, or is not one of ``BASES``.
+    """
+    before = model.config._attn_implementation  # noqa: SLF001 - transformers has no public getter
+    if before not in BASES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} runs the attention implementation {before!r}; memory attaches to "
+            f"{' and '.join(map(repr, BASES))}. Load it with attn_implementation='sdpa', or call "
+            "model.set_attn_implementation('sdpa')."
+        )
+    name = f"memlong_{before}"
+    AttentionInterface.register(name, partial(_attention, before))
+    # Without a mask function of its own, an implementation silently gets no mask at all.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    try:
+        with _quiet():
+            model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:  # noqa: SLF001 - where it cannot, transformers only warns
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not let its attention be replaced: it is not built on transformers' "
+                "AttentionInterface. Use a model that is (Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX and most others)."
+            )
+        yield
+    finally:
+        if model.config._attn_implementation != before:  # noqa: SLF001
+            model.set_attn_implementation(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Our error replaces transformers' warning about the same thing."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _attention(base: str, module: nn.Module, *tensors: Tensor | None, **options: Any) -> Output:
+    if base == "eager":  # not in the mapping: each model file has its own
+        function: Attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[base]
+    slot: AttentionSlot | None = getattr(module, _SLOT, None)
+    if slot is None:
+        return function(module, *tensors, **options)
+    return slot.attend(function, module, *tensors, **options)  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""What a user chooses about a memory: sizes, layers, positions, backend and retriever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from memlong.errors import InvalidArgumentError
+
+KvSource = Literal["layer"]
+PositionMode = Literal["zero", "before-window", "original"]
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The settings of a :class:`~memlong.decoder.MemoryDecoder`. All sizes are in tokens unless said otherwise.
+
+    Parameters
+    ----------
+    backend
+        Name of the memory backend, as ``memlong backends`` lists them; ``None`` streams over the plain local
+        window and remembers nothing (the baseline).
+    backend_options
+        Options of that backend, e.g. ``{"index": "HNSW32"}`` for ``faiss``.
+    retriever
+        Name of a retriever, or a sentence-transformers hub id or folder.
+    retriever_options
+        Options of that retriever.
+    kv_source
+        ``"layer"``: each retrieval layer stores and reads its own K-V (training-free).
+    retrieval_layers
+        ``"all"`` (every full-attention layer), or layers and ranges such as ``"15-29"`` or ``"3,7,11-13"``.
+    chunk_size
+        Tokens of a chunk, the unit of memory.
+    top_k
+        Chunks that are retrieved for a segment.
+    local_window
+        Tokens attended to locally at most, the segment itself included, sink tokens apart.
+    sink_tokens
+        First tokens of the stream that every layer keeps for good (attention sinks, arXiv 2309.17453).
+    segment_size
+        Tokens of one forward call, and so the interval of retrieval.
+    query_tokens
+        Tokens before a segment that make its query; ``None`` means ``segment_size``.
+    position_mode
+        Where retrieved keys stand. ``"zero"``: all at the one position between sinks and window (the MemLong
+        paper's position 0, arXiv 2408.16967). ``"before-window"``: in order, running up to the window.
+        ``"original"``: where they stood in the text, the window too, so that memory of everything equals full
+        attention; only for texts within the model's trained positions.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a value cannot work, naming the field, the value and what was expected.
+    """
+
+    backend: str | None = "torch"
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    retriever: str = "sentence-transformers"
+    retriever_options: Mapping[str, Any] = field(default_factory=dict)
+    kv_source: KvSource = "layer"
+    retrieval_layers: str = "all"
+    chunk_size: int = 128
+    top_k: int = 8
+    local_window: int = 1024
+    sink_tokens: int = 4
+    segment_size: int = 256
+    query_tokens: int | None = None
+    position_mode: PositionMode = "zero"
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("chunk_size", 1),
+            ("top_k", 1),
+            ("local_window", 1),
+            ("sink_tokens", 0),
+            ("segment_size", 1),
+        ):
+            _check_integer(name, getattr(self, name), least)
+        if self.query_tokens is not None:
+            _check_integer("query_tokens", self.query_tokens, 1)
+        _check_choice("position_mode", self.position_mode, get_args(PositionMode))
+        _check_choice("kv_source", self.kv_source, get_args(KvSource))
+        if self.local_window < self.segment_size + self.chunk_size:
+            raise InvalidArgumentError(
+                f"local_window is {self.local_window}, but it must hold a segment ({self.segment_size} tokens) and a "
+                f"chunk that is still filling ({self.chunk_size}): use local_window >= "
+                f"{self.segment_size + self.chunk_size}, or a smaller segment_size or chunk_size."
+            )
+
+    @property
+    def query_length(self) -> int:
+        """Tokens before a segment that make its query."""
+        return self.segment_size if self.query_tokens is None else self.query_tokens
+
+    @property
+    def window_past(self) -> int:
+        """Tokens before a segment, sinks apart, that the local window can keep."""
+        return self.local_window - self.segment_size
+
+    @property
+    def position_span(self) -> int:
+        """Positions that a stream of any length needs, for the modes that re-base the window."""
+        if self.backend is None:
+            gap = 0
+        else:
+            gap = 1 if self.position_mode == "zero" else self.top_k * self.chunk_size
+        return self.sink_tokens + gap + self.local_window
+
+
+def parse_layers(text: str, eligible: tuple[int, ...], layer_count: int) -> tuple[int, ...]:
+    """Turn ``"all"``, ``"15-29"`` or ``"3,7,11-13"`` into ascending layer numbers.
+
+    Parameters
+    ----------
+    text
+        What the user wrote.
+    eligible
+        What ``"all"`` means: the layers that can use a memory best.
+    layer_count
+        How many layers the model has.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the text is malformed or names a layer that the model does not have.
+    """
+    if text.strip() == "all":
+        return eligible
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InvalidArgumentError(
+                f"retrieval_layers is {text!r}: {part.strip()!r} is neither a layer nor a range. Write 'all', or layers and "
+                "ranges such as '15-29' or '3,7,11-13'."
+            )
+        layers.update(range(int(first), int(last or first) + 1))
+    if not layers or max(layers) >= layer_count:
+        raise InvalidArgumentError(
+            f"retrieval_layers is {text!r}, but the model has the layers 0 to {layer_count - 1}; name at least one of those, "
+            "first before last."
+        )
+    return tuple(sorted(layers))
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least {least}.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")

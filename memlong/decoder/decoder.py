@@ -1,0 +1,243 @@
+"""MemoryDecoder: gives a transformers model a memory, and streams text of any length through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlong.bank import MemoryBank
+from memlong.decoder.attention import AttentionSlot, installed, replaced_attention
+from memlong.decoder.config import MemoryConfig, parse_layers
+from memlong.decoder.layout import check_positions
+from memlong.decoder.probe import probe
+from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.retrievers.create import create_retriever
+from memlong.decoder.streams import Segment, Streams
+from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.plugins import Registry
+
+
+class MemoryDecoder:
+    """A transformers model with a long-term memory.
+
+    Use it as a context manager: inside, the model's attention goes through memlong; afterwards the model is what it
+    was. Each row of a batch is a stream of its own with a bank of its own.
+
+    Parameters
+    ----------
+    model
+        A RoPE decoder-only model of transformers, its attention implementation ``"sdpa"`` or ``"eager"``.
+    tokenizer
+        Its tokenizer; retrievers that read text need it.
+    config
+        What to remember and how; see :class:`MemoryConfig`.
+    retriever
+        A retriever at hand, instead of the one that ``config`` names.
+    registry
+        Where names of backends and retrievers are looked up; by default all installed plugins.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If memory cannot be attached to the model.
+    InvalidArgumentError
+        If a setting does not fit the model.
+    UnknownNameError, MissingDependencyError, PluginError
+        If the backend or the retriever cannot be had.
+
+    Examples
+    --------
+    >>> with MemoryDecoder(model, tokenizer, MemoryConfig(backend="faiss")) as decoder:  # doctest: +SKIP
+    ...     for segment in decoder.stream(tokenizer(text, return_tensors="pt").input_ids):
+    ...         segment.logits
+
+    Notes
+    -----
+    The method is MemLong's (arXiv 2408.16967), with K-V of each layer's own (training-free) and attention sinks
+    (arXiv 2309.17453).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: MemoryConfig | None = None,
+        *,
+        retriever: Retriever | None = None,
+        registry: Registry | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config or MemoryConfig()
+        self._layout = probe(model)
+        check_positions(self.config, self._layout)
+        self.retrieval_layers = parse_layers(
+            self.config.retrieval_layers, self._layout.full_attention_layers, len(self._layout.layers)
+        )
+        self._registry = registry or Registry()
+        self.retriever = retriever
+        if self.config.backend is not None:
+            self._registry.load_backend_class(self.config.backend)  # say now what cannot be had
+            if retriever is None:
+                self.retriever = create_retriever(
+                    self.config.retriever, model, tokenizer, self.config.retriever_options, self._registry
+                )
+        self._slot = AttentionSlot()
+        self._attached = ExitStack()
+        self._is_attached = False
+        self.reset()
+
+    def __enter__(self) -> MemoryDecoder:
+        with ExitStack() as stack:
+            stack.enter_context(installed(self._slot, self._layout.modules))
+            stack.enter_context(replaced_attention(self.model))
+            self._attached = stack.pop_all()
+        self._is_attached = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_attached = False
+        self._attached.close()
+
+    @property
+    def banks(self) -> tuple[MemoryBank, ...]:
+        """The bank of each row; none before the first token, or without a backend."""
+        rows = self._streams.rows if self._streams else ()
+        return tuple(row.bank for row in rows if row.bank is not None)
+
+    def reset(self, banks: Sequence[MemoryBank] | None = None) -> None:
+        """Begin new streams, with empty windows.
+
+        Parameters
+        ----------
+        banks
+            A bank for each row, for instance one that already holds another text; new ones by default.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a bank does not fit the retriever, or two rows would share one.
+        """
+        self._given_banks = None if banks is None else self._checked(banks)
+        self._streams: Streams | None = None
+        if self.retriever is not None:
+            self.retriever.reset()
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        logits: Literal["all", "last"] = "all",
+    ) -> Iterator[Segment]:
+        """Send text through the model, segment by segment; a later call goes on where this one ended.
+
+        Segments begin at multiples of ``segment_size`` in the stream, however the text is cut into calls, so that the
+        same text always meets the same memory.
+
+        Parameters
+        ----------
+        input_ids
+            [rows, tokens], int64.
+        attention_mask
+            [rows, tokens]; 0 where padded, which may be anywhere.
+        logits
+            ``"all"``, or only the ``"last"`` token's of each forward call, which saves time when reading in.
+
+        Yields
+        ------
+        Segment
+            One for each forward call.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If shapes or the number of rows are wrong.
+        MemlongError
+            If the decoder is not attached.
+        """
+        pending = _token_lists(input_ids, attention_mask)
+        if self._streams is None:
+            self._streams = self._begin(len(pending))
+        if len(pending) != len(self._streams.rows):
+            raise InvalidArgumentError(
+                f"input_ids has {len(pending)} rows, but the streams so far have {len(self._streams.rows)}; call reset() "
+                "to begin new ones."
+            )
+        return self._segments(self._streams, pending, 0 if logits == "all" else 1)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Read text in, and return the logits [rows, vocabulary] that follow each row's last token.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a row holds no token, or as :meth:`stream` does.
+        """
+        last: Tensor | None = None
+        for segment in self.stream(input_ids, attention_mask, logits="last"):
+            fresh = segment.logits[:, -1]
+            spoke = segment.tokens[:, -1:].to(fresh.device) >= 0
+            last = fresh if last is None else torch.where(spoke, fresh, last)
+        if last is None:
+            raise InvalidArgumentError("input_ids holds no token; expected at least one in every row.")
+        return last
+
+    def _segments(self, streams: Streams, pending: list[list[int]], logits_to_keep: int) -> Iterator[Segment]:
+        while any(pending):
+            if not self._is_attached:
+                raise MemlongError("The decoder is not attached to its model: stream inside `with decoder:`.")
+            segment = streams.advance(pending, self._slot, logits_to_keep)
+            counts = (segment.tokens >= 0).sum(dim=1).tolist()
+            pending = [tokens[count:] for tokens, count in zip(pending, counts, strict=True)]
+            yield segment
+
+    def _begin(self, rows: int) -> Streams:
+        given = self._given_banks
+        if given is not None and len(given) != rows:
+            raise InvalidArgumentError(f"banks holds {len(given)} banks for {rows} rows; expected one for each row.")
+        banks = given or [self._new_bank() for _ in range(rows)]
+        return Streams(self.model, self._layout, self.config, self.retriever, self.retrieval_layers, banks)
+
+    def _new_bank(self) -> MemoryBank | None:
+        if self.config.backend is None or self.retriever is None:
+            return None
+        options = {"metric": self.retriever.metric, **self.config.backend_options}
+        return self._registry.create_bank(self.config.backend, self.retriever.dim, **options)
+
+    def _checked(self, banks: Sequence[MemoryBank]) -> tuple[MemoryBank, ...]:
+        if self.retriever is None:
+            raise InvalidArgumentError("banks were given, but the configuration has backend=None: name a backend.")
+        if len({id(bank) for bank in banks}) < len(banks):
+            raise InvalidArgumentError("banks holds one bank twice; rows never share a bank: give each its own.")
+        for bank in banks:
+            if (bank.dim, bank.metric) != (self.retriever.dim, self.retriever.metric):
+                raise InvalidArgumentError(
+                    f"banks holds a bank of dim {bank.dim} and metric {bank.metric!r}, but the retriever "
+                    f"{type(self.retriever).__name__} embeds in dim {self.retriever.dim} for metric "
+                    f"{self.retriever.metric!r}: make the bank with those, or use the retriever it was made for."
+                )
+        return tuple(banks)
+
+
+def _token_lists(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """Check the shapes and take the padding out: one list of token ids for each row."""
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InvalidArgumentError(f"input_ids is {shape}; expected an integer tensor [rows, tokens].")
+    if attention_mask is None:
+        rows: list[list[int]] = input_ids.tolist()
+        return rows
+    if attention_mask.shape != input_ids.shape:
+        raise InvalidArgumentError(
+            f"attention_mask is {tuple(attention_mask.shape)}; expected the shape of input_ids, {tuple(input_ids.shape)}."
+        )
+    return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]

@@ -1,0 +1,79 @@
+"""Where tokens stand: the positions of sinks, memory and window, by position mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.probe import ModelLayout
+from memlong.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Positions of one row: sink tokens as they are, all later tokens moved by ``offset``.
+
+    Attributes
+    ----------
+    sinks
+        Number of sink tokens.
+    offset
+        Position minus index in the stream, for the tokens of the window.
+    window_start
+        Position of the window's first token.
+    """
+
+    sinks: int
+    offset: int
+    window_start: int
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        """Positions of tokens, given by their index in the stream; padding (−1) stands at 0."""
+        return torch.where(tokens < self.sinks, tokens, tokens + self.offset).clamp_(min=0)
+
+
+def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Placement:
+    """Place the window of a row, whose first token after the sinks is ``first_token``, behind its memory.
+
+    Without memory the window follows the sinks, as in a text that starts there.
+    """
+    if config.position_mode == "original":
+        return Placement(config.sink_tokens, 0, first_token)
+    if retrieved_tokens == 0:
+        gap = 0
+    else:
+        gap = 1 if config.position_mode == "zero" else retrieved_tokens
+    start = config.sink_tokens + gap
+    return Placement(config.sink_tokens, start - first_token, start)
+
+
+def memory_positions(config: MemoryConfig, placement: Placement, spans: Tensor) -> Tensor:
+    """Positions [chunks * chunk_size] of a row's retrieved chunks, whose ``spans`` [chunks, 2] are in order."""
+    steps = torch.arange(config.chunk_size)
+    if config.position_mode == "original":
+        return (spans[:, :1] + steps).flatten()
+    count = spans.shape[0] * config.chunk_size
+    if config.position_mode == "zero":
+        return torch.full((count,), placement.window_start - 1)
+    return torch.arange(placement.window_start - count, placement.window_start)
+
+
+def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
+    """Refuse settings that would take a stream beyond the positions that the model was trained on.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming the sizes and the limit.
+    """
+    limit = model.max_positions
+    if config.position_mode == "original" or limit is None or config.position_span <= limit:
+        return
+    raise InvalidArgumentError(
+        f"These settings need {config.position_span} positions (sink tokens, room for memory, local_window "
+        f"{config.local_window}), but the model was trained on {limit}. Lower local_window, or top_k and chunk_size, or "
+        "use position_mode='zero'."
+    )

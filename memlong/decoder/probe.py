@@ -1,0 +1,207 @@
+"""What a model is made of, found by running it: attention layers, shapes and rotary positions.
+
+There is no list of architectures; a forward pass of a single token tells. With one token, attention returns that
+token's value whatever its position, so the hidden states of every layer are the same at any position, and the keys
+of two such passes differ by the rotation alone. That finds the rotation, and proves it, layer by layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from memlong.decoder import attention
+from memlong.decoder.rope import LayerRope, RotaryCall
+from memlong.errors import UnsupportedModelError
+
+_POSITIONS = (3, 11)
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One attention layer; ``sliding_window`` is None for full attention."""
+
+    module: nn.Module
+    rope: LayerRope
+    kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """The attention layers of a model, in order, and the number of positions that it was trained on."""
+
+    layers: tuple[LayerLayout, ...]
+    max_positions: int | None
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The attention modules."""
+        return tuple(layer.module for layer in self.layers)
+
+    @property
+    def full_attention_layers(self) -> tuple[int, ...]:
+        """Layers without a sliding window; all layers, where every one has such a window."""
+        full = tuple(index for index, layer in enumerate(self.layers) if layer.sliding_window is None)
+        return full or tuple(range(len(self.layers)))
+
+
+def probe(model: PreTrainedModel) -> ModelLayout:
+    """Find the attention layers of a RoPE decoder-only model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is no such model, saying what is missing.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no transformers model. Load one with AutoModelForCausalLM.from_pretrained(...)."
+        )
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
+        raise _unsupported(model, "it is not a decoder-only language model; load it with AutoModelForCausalLM")
+    odd = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if odd:
+        raise _unsupported(model, f"it has layers of type {', '.join(sorted(odd))}")
+    training = model.training
+    model.eval()
+    try:
+        with attention.replaced_attention(model):
+            first, second = (_SingleTokenPass.run(model, position) for position in _POSITIONS)
+    finally:
+        model.train(training)
+    count = len(first.layers)
+    if not count or sorted(first.layers) != list(range(count)):
+        raise _unsupported(model, "not all of its attention goes through transformers' AttentionInterface")
+    if not first.embeddings:
+        raise _unsupported(model, "it has no rotary positions (RoPE), without which keys cannot be moved")
+    layers = tuple(_layer(model, first, second, index) for index in range(count))
+    if len({(layer.kv_heads, layer.head_dim) for layer in layers}) > 1:
+        raise _unsupported(model, "its layers differ in the number or the size of their K-V heads")
+    return ModelLayout(layers, getattr(config, "max_position_embeddings", None))
+
+
+@dataclass
+class _SingleTokenPass(attention.AttentionSlot):
+    """What a pass of one token at one position showed, by layer."""
+
+    layers: dict[int, tuple[nn.Module, int | None]] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    calls: list[tuple[RotaryCall, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def run(cls, model: PreTrainedModel, position: int) -> _SingleTokenPass:
+        seen = cls()
+        layered = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+        embeddings = model.get_input_embeddings()
+        token = 0 if embeddings.padding_idx != 0 else 1  # a padding token embeds as zero, which shows nothing
+        with ExitStack() as stack:
+            for module in layered:
+                hook = module.register_forward_pre_hook(seen._note_embeddings, with_kwargs=True)
+                stack.callback(hook.remove)
+            for module in model.modules():
+                if type(module).__name__.endswith("RotaryEmbedding"):
+                    stack.callback(module.register_forward_hook(seen._note_rotation, with_kwargs=True).remove)
+            stack.enter_context(attention.installed(seen, layered))
+            stack.enter_context(torch.no_grad())
+            try:
+                model(
+                    input_ids=torch.full((1, 1), token, device=embeddings.weight.device),
+                    position_ids=torch.full((1, 1), position, device=embeddings.weight.device),
+                    past_key_values=DynamicCache(),
+                    use_cache=True,
+                )
+            except (TypeError, AttributeError, KeyError, IndexError) as error:
+                raise _unsupported(model, f"it does not run a single token at a given position: {error}") from error
+        return seen
+
+    def attend(
+        self,
+        base: attention.Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> attention.Output:
+        self.layers[module.layer_idx] = (module, options.get("sliding_window"))  # type: ignore[index]
+        self.keys[module.layer_idx] = key  # type: ignore[index]
+        return base(module, query, key, value, attention_mask, **options)
+
+    def _note_embeddings(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("position_embeddings")
+        if given is not None:
+            self.embeddings[module.layer_idx] = given  # type: ignore[index]
+
+    def _note_rotation(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor]
+    ) -> None:
+        call = RotaryCall.record(module, args, kwargs)
+        if call.replayable:
+            self.calls.append((call, output[0]))
+
+    def call_of(self, index: int) -> RotaryCall | None:
+        """The rotary call whose angles this layer was given."""
+        cos = self.embeddings[index][0] if index in self.embeddings else None
+        return next((call for call, output in self.calls if output is cos), None)
+
+
+def _layer(
+    model: PreTrainedModel, first: _SingleTokenPass, second: _SingleTokenPass, index: int
+) -> LayerLayout:
+    module, sliding_window = first.layers[index]
+    _, kv_heads, _, head_dim = first.keys[index].shape
+    for rope in _candidates(module, first.call_of(index), head_dim):
+        raw = []
+        for seen, position in zip((first, second), _POSITIONS, strict=True):
+            angles = rope.call.angles(torch.tensor([[position]], device=seen.keys[index].device)) if rope.call else None
+            try:
+                raw.append(rope.unrotate(seen.keys[index].float(), angles))
+            except RuntimeError:  # this width does not fit the angles: not how this model rotates
+                break
+        if len(raw) == len(_POSITIONS) and _alike(raw[0], raw[1], first.keys[index].dtype):
+            return LayerLayout(module, rope, kv_heads, head_dim, sliding_window)
+    raise _unsupported(
+        model, f"the rotation of the keys of layer {index} ({type(module).__name__}) could not be undone"
+    )
+
+
+def _candidates(module: nn.Module, call: RotaryCall | None, head_dim: int) -> list[LayerRope]:
+    """Ways in which this layer may rotate: not at all, or over the angles' width, or twice that (half angles)."""
+    ropes = [LayerRope(None)]
+    apply: Callable[..., tuple[Tensor, Tensor]] | None
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if call is not None and apply is not None:
+        width = call.angles(torch.zeros(1, 1, dtype=torch.long, device=_device(call)))[0].shape[-1]
+        ropes += [LayerRope(call, apply, size) for size in (width, 2 * width) if size <= head_dim]
+    return ropes
+
+
+def _device(call: RotaryCall) -> torch.device:
+    given: Tensor = call.arguments["position_ids"]
+    return given.device
+
+
+def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = max(1e-4, 8 * torch.finfo(dtype).eps)
+    return bool((one - other).norm() <= tolerance * one.norm())
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Memory cannot be attached to {type(model).__name__}: {reason}. Supported are RoPE decoder-only models with "
+        "full or sliding-window attention on transformers' AttentionInterface (Llama, Qwen, Mistral, Gemma, Phi, "
+        "GPT-NeoX and most others)."
+    )

@@ -1,0 +1,66 @@
+"""The interface of a retriever: what turns chunks and queries into embeddings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+Metric = Literal["cosine", "inner_product", "l2"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Consecutive tokens of a stream.
+
+    Attributes
+    ----------
+    token_ids
+        The tokens, as the language model knows them.
+    start
+        Index in the stream of the first of them.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+
+    @property
+    def end(self) -> int:
+        """Index in the stream of the token after the last."""
+        return self.start + len(self.token_ids)
+
+
+class Retriever(ABC):
+    """Embeds chunks, when they leave the window, and queries, the text just before a segment.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The language model that has the memory, and its tokenizer. Options of a retriever's own follow as keywords.
+    """
+
+    metric: ClassVar[Metric] = "cosine"
+    """How the bank is to compare the embeddings."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Width of the embeddings."""
+
+    @abstractmethod
+    def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
+        """Embeddings [chunks, dim], float32."""
+
+    @abstractmethod
+    def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
+        """Embeddings [queries, dim], float32."""
+
+    def reset(self) -> None:
+        """Forget what was learnt from earlier streams; called when new streams begin."""

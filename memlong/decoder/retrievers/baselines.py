@@ -1,0 +1,64 @@
+"""Baselines that every retriever must beat: random chunks, and the most recent ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from memlong.decoder.retrievers.base import Metric, Passage, Retriever
+
+
+class RandomRetriever(Retriever):
+    """Random directions, so that every chunk is as likely to be retrieved as any other.
+
+    Parameters
+    ----------
+    seed
+        Seed of the directions; the same seed gives the same chunks.
+    dim
+        Width of the embeddings.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, seed: int = 0, dim: int = 64) -> None:
+        super().__init__(model, tokenizer)
+        self._seed, self._dim = seed, dim
+        self.reset()
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return self._dim
+
+    def reset(self) -> None:
+        """Start the sequence of directions again."""
+        self._generator = torch.Generator().manual_seed(self._seed)
+
+    def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
+        """Random embeddings [chunks, dim]."""
+        return torch.randn(len(chunks), self._dim, generator=self._generator)
+
+    def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
+        """Random embeddings [queries, dim]."""
+        return self.embed_chunks(queries)
+
+
+class RecentRetriever(Retriever):
+    """Scores a chunk by its place in the stream, so that the latest chunks outside the window win."""
+
+    metric: ClassVar[Metric] = "inner_product"
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return 1
+
+    def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
+        """The position of each chunk [chunks, 1]; exact in float32 for the first 16 million tokens."""
+        return torch.tensor([[float(chunk.start)] for chunk in chunks])
+
+    def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
+        """One [queries, 1], so that the score is the position."""
+        return torch.ones(len(queries), 1)

@@ -1,0 +1,103 @@
+"""Rotary positions of any transformers model: rotate keys to positions, and undo it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine [rows, tokens, rotary_dim], float32, as the model's own rotary module gives them."""
+
+
+@dataclass(frozen=True)
+class RotaryCall:
+    """One call of a model's rotary module, replayed for other positions.
+
+    Models differ in how they scale positions (linear, dynamic, YaRN, Llama 3 …) and in whether layer types have
+    rotations of their own; replaying the very call that the model made keeps all of that the model's business.
+    """
+
+    module: nn.Module
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def record(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotaryCall:
+        """Note down a call as a forward hook sees it."""
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        return cls(module, dict(bound.arguments))
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the call takes positions under the name that transformers uses."""
+        return "position_ids" in self.arguments and "x" in self.arguments
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for calls that give equal angles at equal positions."""
+        others = sorted(
+            (name, value) for name, value in self.arguments.items() if isinstance(value, str | int | float)
+        )
+        return (id(self.module), *others)
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Angles at the positions [rows, tokens]."""
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        with torch.no_grad():
+            cos, sin = self.module(**{**self.arguments, "x": like, "position_ids": positions})
+        return cos, sin
+
+
+@dataclass(frozen=True)
+class LayerRope:
+    """How one layer rotates its keys; ``call`` is None for a layer without positions.
+
+    ``apply`` is the ``apply_rotary_pos_emb`` of the model's own module, so half-split and interleaved rotations come
+    out as the model means them; it turns the first ``width`` dimensions of a head.
+    """
+
+    call: RotaryCall | None
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    width: int = 0
+
+    def rotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
+        """Put un-rotated keys [rows, kv_heads, tokens, head_dim] at the positions of ``angles``."""
+        if angles is None:
+            return keys
+        return self._turn(keys, *angles)
+
+    def unrotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
+        """Undo :meth:`rotate`. Angles may be scaled by s (YaRN), so the inverse is R(-a) / s²."""
+        if angles is None:
+            return keys
+        cos, sin = angles
+        square = cos.square() + sin.square()
+        return self._turn(keys, cos / square, -sin / square)
+
+    def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        assert self.apply is not None  # noqa: S101 - a layer with angles has a rotation
+        # The first argument of the model's function is a query; one head of the keys stands in for it.
+        _, turned = self.apply(keys[:, :1, :, : self.width].float(), keys[..., : self.width].float(), cos, sin)
+        turned = turned.to(keys.dtype)
+        return turned if self.width == keys.shape[-1] else torch.cat([turned, keys[..., self.width :]], dim=-1)
+
+
+class AngleCache:
+    """Angles of one set of positions, computed once for all layers that rotate alike."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self._positions = positions
+        self._angles: dict[tuple[object, ...], Angles] = {}
+
+    def of(self, rope: LayerRope) -> Angles | None:
+        """Angles for this layer, or None if it has no positions."""
+        if rope.call is None:
+            return None
+        key = rope.call.key
+        if key not in self._angles:
+            self._angles[key] = rope.call.angles(self._positions)
+        return self._angles[key]

@@ -1,0 +1,138 @@
+"""One token stream: how far it is, which chunks have left its window, and what it has retrieved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memlong.bank import MemoryBank
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.layout import Placement, memory_positions, place
+from memlong.decoder.retrievers.base import Passage
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What one row retrieved for one segment.
+
+    Attributes
+    ----------
+    query
+        Its embedding [dim].
+    ids, scores
+        Of the chunks found [found], best first.
+    """
+
+    query: Tensor
+    ids: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class RowMemory:
+    """Retrieved K-V of one row, un-rotated, chunks in the order of the text.
+
+    ``keys`` and ``values`` are [layers, kv_heads, tokens, head_dim]; ``spans`` is [chunks, 2].
+    """
+
+    keys: Tensor
+    values: Tensor
+    spans: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Number of retrieved tokens."""
+        return int(self.keys.shape[2])
+
+
+class Row:
+    """Bookkeeping of one stream. Tokens are counted from its start.
+
+    Attributes
+    ----------
+    bank
+        The row's memory, or None for the plain window.
+    seen
+        Tokens taken in so far.
+    """
+
+    def __init__(self, config: MemoryConfig, bank: MemoryBank | None) -> None:
+        self.config = config
+        self.bank = bank
+        self.seen = 0
+        self.memory: RowMemory | None = None
+        self.retrieval: Retrieval | None = None
+        self._departed = 0  # chunks that have left the window
+        self._recent: list[int] = []  # the latest tokens, as far back as a chunk or a query may reach
+
+    @property
+    def first_token(self) -> int:
+        """The first token of the window after the sinks."""
+        return self.config.sink_tokens + self._departed * self.config.chunk_size
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the next token begins a segment."""
+        return self.seen % self.config.segment_size == 0
+
+    @property
+    def segment_rest(self) -> int:
+        """Tokens that the present segment still takes."""
+        return self.config.segment_size - self.seen % self.config.segment_size
+
+    @property
+    def placement(self) -> Placement:
+        """Where the window stands now."""
+        return place(self.config, self.first_token, self.memory.tokens if self.memory else 0)
+
+    def take(self, token_ids: list[int]) -> None:
+        """Note the tokens of a forward call."""
+        self.seen += len(token_ids)
+        self._recent += token_ids
+
+    def query(self) -> Passage:
+        """The text just before the coming segment."""
+        return self._passage(max(0, self.seen - self.config.query_length), self.seen)
+
+    def departing(self) -> list[Passage]:
+        """The chunks that must leave so that the coming segment fits into the window, oldest first."""
+        size = self.config.chunk_size
+        excess = self.seen - self.first_token - self.config.window_past
+        count = max(0, -(-excess // size))
+        starts = range(self.first_token, self.first_token + count * size, size)
+        return [self._passage(start, start + size) for start in starts]
+
+    def depart(self, count: int) -> None:
+        """Note that ``count`` chunks have left, and forget text that is needed no more."""
+        self._departed += count
+        needed = min(self.first_token, self.seen - self.config.query_length)
+        self._recent = self._recent[max(0, needed - (self.seen - len(self._recent))) :]
+
+    def recall(self, query: Tensor, top_k: int) -> None:
+        """Retrieve chunks for a query's embedding [dim]."""
+        assert self.bank is not None  # noqa: S101 - the plain window has nothing to recall
+        found = self.bank.retrieve(query[None], top_k)
+        count = int((found.ids[0] >= 0).sum())
+        self.retrieval = Retrieval(query, found.ids[0, :count], found.scores[0, :count])
+        order = found.spans[0, :count, 0].argsort()
+        self.memory = RowMemory(
+            _in_line(found.keys[0], order), _in_line(found.values[0], order), found.spans[0].index_select(0, order)
+        )
+
+    def memory_positions(self) -> Tensor:
+        """Positions [tokens] of the retrieved chunks."""
+        if self.memory is None:
+            return torch.empty(0, dtype=torch.long)
+        return memory_positions(self.config, self.placement, self.memory.spans)
+
+    def _passage(self, start: int, end: int) -> Passage:
+        first = self.seen - len(self._recent)
+        return Passage(tuple(self._recent[start - first : end - first]), start)
+
+
+def _in_line(blocks: Tensor, order: Tensor) -> Tensor:
+    """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim], chunks in this order."""
+    chosen = blocks.index_select(0, order.to(blocks.device))
+    return chosen.permute(1, 2, 0, 3, 4).flatten(2, 3)

@@ -1,0 +1,190 @@
+"""The state of a batch of streams: rows, their common window and what they have retrieved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from memlong.bank import MemoryBank
+from memlong.decoder.attention import AttentionPass, AttentionSlot, Memory
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.probe import ModelLayout
+from memlong.decoder.retrievers.base import Passage, Retriever
+from memlong.decoder.rope import AngleCache
+from memlong.decoder.row import Retrieval, Row
+from memlong.decoder.window import LocalWindow
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one forward call gave. Rows that have fewer tokens are padded on the left.
+
+    Attributes
+    ----------
+    input_ids
+        [rows, tokens], int64; 0 where padded.
+    tokens
+        [rows, tokens], int64: each token's index in its stream, −1 where padded.
+    logits
+        [rows, tokens, vocabulary], or [rows, 1, vocabulary] if only the last were asked for.
+    retrievals
+        What each row retrieved just before this call, or None.
+    """
+
+    input_ids: Tensor
+    tokens: Tensor
+    logits: Tensor
+    retrievals: tuple[Retrieval | None, ...]
+
+
+class Streams:
+    """Streams that go through a model side by side; a row of the batch is a stream of its own.
+
+    Parameters
+    ----------
+    model, layout
+        The model, and what it is made of.
+    config
+        Sizes and modes.
+    retriever
+        Makes embeddings; None for the plain window.
+    retrieval_layers
+        Layers whose K-V is stored and that attend to what is retrieved.
+    banks
+        The bank of each row; None for the plain window.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: ModelLayout,
+        config: MemoryConfig,
+        retriever: Retriever | None,
+        retrieval_layers: tuple[int, ...],
+        banks: Sequence[MemoryBank | None],
+    ) -> None:
+        self.rows = tuple(Row(config, bank) for bank in banks)
+        self._model = model
+        self._layout = layout
+        self._config = config
+        self._retriever = retriever
+        self._retrieval_layers = retrieval_layers
+        self._device: torch.device = model.get_input_embeddings().weight.device
+        self._window = LocalWindow(layout, len(self.rows), self._device)
+        self._memory: Memory | None = None
+
+    @torch.no_grad()
+    def advance(self, pending: Sequence[Sequence[int]], slot: AttentionSlot, logits_to_keep: int) -> Segment:
+        """Take the next tokens of ``pending``, at most to the end of each row's segment, through the model."""
+        starting = [row for row, tokens in zip(self.rows, pending, strict=True) if tokens and row.at_boundary]
+        self._turn_over(starting)
+        taken = [list(tokens[: row.segment_rest]) for tokens, row in zip(pending, self.rows, strict=True)]
+        indices = [range(row.seen, row.seen + len(new)) for row, new in zip(self.rows, taken, strict=True)]
+        input_ids, tokens = self._left_padded(taken, 0), self._left_padded(indices, -1)
+        logits = self._forward(input_ids, tokens, slot, logits_to_keep)
+        for row, new in zip(self.rows, taken, strict=True):
+            row.take(new)
+        retrievals = tuple(row.retrieval if row in starting else None for row in self.rows)
+        return Segment(input_ids, tokens, logits, retrievals)
+
+    def _forward(self, input_ids: Tensor, tokens: Tensor, slot: AttentionSlot, logits_to_keep: int) -> Tensor:
+        width = tokens.shape[1]
+        self._window.expect(tokens, self._positions(tokens))
+        positions = self._positions(self._window.tokens)
+        slot.current = AttentionPass(positions[:, -width:], positions, self._window.valid, self._memory)
+        logits: Tensor | None = None
+        try:
+            logits = self._model(
+                input_ids=input_ids,
+                position_ids=positions[:, -width:],
+                past_key_values=self._window,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            ).logits
+        finally:
+            slot.current = None
+            if logits is None:  # failed or interrupted half-way: the window is as it was before
+                self._window.forget_last(width)
+        return logits
+
+    def _turn_over(self, starting: Sequence[Row]) -> None:
+        """Between segments: old chunks leave into the banks, the text at hand retrieves, the window moves."""
+        offsets = [row.placement.offset for row in self.rows]
+        wanted = self._window.valid
+        kept = wanted.sum()
+        for index, row in enumerate(self.rows):
+            leaving = row.departing() if row in starting else []
+            if leaving:
+                columns = self._window.columns_of(index, leaving[0].start, leaving[-1].end)
+                self._store(index, leaving, columns)
+                row.depart(len(leaving))
+                wanted[index, columns] = False
+        self._retrieve(starting)
+        if wanted.sum() < kept or offsets != [row.placement.offset for row in self.rows]:
+            self._window.keep(wanted)
+            self._window.place(self._positions(self._window.tokens))
+
+    def _store(self, index: int, leaving: Sequence[Passage], columns: Tensor) -> None:
+        bank = self.rows[index].bank
+        if bank is None or self._retriever is None:
+            return
+        keys, values = self._window.keys_and_values(index, columns, self._retrieval_layers)
+        size = self._config.chunk_size
+        spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
+        bank.add(self._retriever.embed_chunks(leaving), _in_chunks(keys, size), _in_chunks(values, size), spans)
+
+    def _retrieve(self, starting: Sequence[Row]) -> None:
+        asking = [row for row in starting if row.bank is not None and len(row.bank)]
+        if not asking or self._retriever is None:
+            return
+        queries = self._retriever.embed_queries([row.query() for row in asking])
+        for row, query in zip(asking, queries, strict=True):
+            row.recall(query, self._config.top_k)
+        self._memory = self._assemble()
+
+    def _assemble(self) -> Memory:
+        """Bring the rows' retrieved K-V into one batch, shorter ones padded, keys rotated to where they stand."""
+        memories = [row.memory for row in self.rows]
+        positions = [row.memory_positions() for row in self.rows]
+        valid = [torch.ones_like(p, dtype=torch.bool) for p in positions]
+        placed = pad_sequence(positions, batch_first=True).to(self._device)
+        angles = AngleCache(placed)
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        for number, layer in enumerate(self._retrieval_layers):
+            rope = self._layout.layers[layer].rope
+            raw = _batch([memory and memory.keys[number] for memory in memories]).to(self._device)
+            keys[layer] = rope.rotate(raw, angles.of(rope))
+            values[layer] = _batch([memory and memory.values[number] for memory in memories]).to(self._device)
+        return Memory(keys, values, placed, pad_sequence(valid, batch_first=True).to(self._device))
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        """Where the tokens [rows, columns], given by index in their stream, stand now."""
+        return torch.stack([row.placement.positions(mine) for row, mine in zip(self.rows, tokens, strict=True)])
+
+    def _left_padded(self, rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+        tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side="left").to(self._device)
+
+
+def _in_chunks(states: Tensor, size: int) -> Tensor:
+    """[layers, kv_heads, tokens, head_dim] -> [chunks, layers, kv_heads, size, head_dim]."""
+    return states.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4)
+
+
+def _batch(states: Sequence[Tensor | None]) -> Tensor:
+    """Stack [kv_heads, tokens, head_dim] of the rows, those with fewer tokens (or None) padded with zeros."""
+    given = [state for state in states if state is not None]
+    if len(states) == 1:
+        return given[0][None]
+    width = max(state.shape[1] for state in given)
+    batch = given[0].new_zeros(len(states), given[0].shape[0], width, given[0].shape[2])
+    for row, state in enumerate(states):
+        if state is not None:
+            batch[row, :, : state.shape[1]] = state
+    return batch
