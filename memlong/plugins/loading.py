@@ -45,12 +45,10 @@ def _import_requirement(spec: Spec, module: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:
-        remedy = f"\nInstall it with: {spec.install}" if spec.install else ""
-        what = f"{spec.kind} {spec.name!r} (plugin {spec.plugin!r}) needs {module!r}, which"
-        if spec.missing():
-            raise MissingDependencyError(f"{what} is not installed.{remedy}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name and _is_same_or_inside(module, error.name):
+            raise _lacks(spec, module) from error
         raise MissingDependencyError(
-            f"{what} is installed but does not import: {type(error).__name__}: {error}{remedy}"
+            f"{_needs(spec, module)} is installed but does not import: {_say(error)}{_remedy(spec)}"
         ) from error
 
 
@@ -58,10 +56,35 @@ def _import_target(spec: Spec) -> object:
     module = spec.target.partition(":")[0]
     try:
         return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        absent = error.name or ""
+        if _is_same_or_inside(module, absent):
+            raise _fault(spec, f"its module {module!r} does not exist") from error
+        if absent.partition(".")[0] != module.partition(".")[0]:
+            raise _lacks(spec, absent) from error
+        raise _fault(spec, f"its module {module!r} does not import: {_say(error)}") from error
     except Exception as error:
-        raise _fault(
-            spec, f"its module {module!r} does not import: {type(error).__name__}: {error}"
-        ) from error
+        raise _fault(spec, f"its module {module!r} does not import: {_say(error)}") from error
+
+
+def _is_same_or_inside(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+def _lacks(spec: Spec, module: str) -> MissingDependencyError:
+    return MissingDependencyError(f"{_needs(spec, module)} is not installed.{_remedy(spec)}")
+
+
+def _needs(spec: Spec, module: str) -> str:
+    return f"{spec.kind} {spec.name!r} (plugin {spec.plugin!r}) needs {module!r}, which"
+
+
+def _remedy(spec: Spec) -> str:
+    return f"\nInstall it with: {spec.install}" if spec.install else ""
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _fault(spec: Spec, what: str) -> PluginError:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pluggy
 
-from memlong.errors import PluginError
+from memlong.errors import InvalidArgumentError, PluginError
 from memlong.plugins import hookspecs
 from memlong.plugins.discovery import IN_CODE, Candidate, built_ins, third_parties
 from memlong.plugins.names import did_you_mean, normalise
 from memlong.plugins.report import PluginReport, Status
-from memlong.plugins.selection import Selection
+from memlong.plugins.selection import DISABLE_VARIABLE, Selection
 from memlong.plugins.spec import Kind, Spec
 from memlong.plugins.staging import Staging
 
@@ -90,6 +90,25 @@ class PluginManager:
         """Return what the loaded plugins registered, built-ins first; a name may occur more than once."""
         return tuple(spec for record in self._records for spec in record.specs if spec.kind == kind)
 
+    def owner(self, spec: Spec) -> PluginReport:
+        """Return the report of the plugin that registered ``spec``, one of `specs`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If no plugin of this manager did.
+        """
+        for record in self._records:
+            if any(own is spec for own in record.specs):
+                return self._report(record)
+        raise InvalidArgumentError(f"spec={spec!r} was not registered with this manager")
+
+    def switch_off(self, report: PluginReport) -> str:
+        """Return the setting that turns off the plugin of ``report``, and no namesake of it."""
+        namesakes = [record for record in self._records if record.candidate.answers_to(report.name)]
+        name = report.name if len(namesakes) == 1 else report.distribution or report.name
+        return f"{DISABLE_VARIABLE}={name}"
+
     @property
     def reports(self) -> tuple[PluginReport, ...]:
         """What became of each plugin, and of each name in the environment that matches none."""
@@ -133,6 +152,7 @@ class PluginManager:
             origin=record.candidate.origin,
             module=record.candidate.module,
             status=record.status,
+            distribution=record.candidate.distribution,
             reason=record.reason,
             backends=tuple(spec.name for spec in record.specs if spec.kind == "backend"),
             retrievers=tuple(spec.name for spec in record.specs if spec.kind == "retriever"),
@@ -142,10 +162,11 @@ class PluginManager:
 
     def _conflicts(self, record: _Record) -> list[str]:
         return [
-            f"{spec.kind} {spec.name!r} is also registered by plugin {other.plugin!r}"
+            f"{spec.kind} {spec.name!r} is also registered by plugin "
+            f"{other.candidate.name!r} ({other.candidate.origin})"
             for spec in record.specs
-            for other in self.specs(spec.kind)
-            if other.name == spec.name and other is not spec
+            for other in self._records
+            if other is not record and any(theirs.claims_same(spec) for theirs in other.specs)
         ]
 
     def _unmatched(self) -> list[PluginReport]:

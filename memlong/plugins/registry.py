@@ -8,7 +8,7 @@ from memlong.errors import PluginError, UnknownNameError
 from memlong.plugins.loading import load_class
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.names import did_you_mean, normalise, quoted
-from memlong.plugins.options import accepted_options, check_options
+from memlong.plugins.options import check_options
 from memlong.plugins.report import PluginReport
 from memlong.plugins.spec import Kind, Spec
 
@@ -98,14 +98,14 @@ class Registry:
             If the backend has no such option, or not with such a value.
         """
         bank_class = self.load_backend_class(name)
-        check_options(f"backend {name!r}", options, accepted_options(bank_class, besides=("dim",)))
+        check_options(f"backend {name!r}", bank_class, options.keys(), besides=("dim",))
         return bank_class(dim, **options)  # type: ignore[arg-type]
 
     def _one(self, kind: Kind, name: str) -> Spec:
         specs = self.manager.specs(kind)
         found = [spec for spec in specs if spec.name == name]
         if len(found) > 1:
-            raise _contested(found)
+            raise self._contested(found)
         if not found:
             raise self._unknown(kind, name, [spec.name for spec in specs])
         return found[0]
@@ -123,6 +123,14 @@ class Registry:
             + "".join(f"\nIt may belong to this: {failure}" for failure in failures)
         )
 
+    def _contested(self, specs: list[Spec]) -> PluginError:
+        owners = [self.manager.owner(spec) for spec in specs]
+        return PluginError(
+            f"{specs[0].kind} {specs[0].name!r} is registered by more than one plugin: "
+            f"{', '.join(owner.label for owner in owners)}. "
+            f"Turn all but one off, for example with {self.manager.switch_off(owners[-1])}"
+        )
+
 
 def _namesake(report: PluginReport, name: str) -> bool:
     return normalise(name) in (normalise(report.name), normalise(report.name).removeprefix("memlong_"))
@@ -130,15 +138,7 @@ def _namesake(report: PluginReport, name: str) -> bool:
 
 def _why(report: PluginReport) -> str:
     verb = "failed" if report.status == "failed" else f"is {report.status}"
-    return f"plugin {report.name!r} ({report.origin}) {verb}: {report.reason}"
-
-
-def _contested(specs: list[Spec]) -> PluginError:
-    owners = [spec.plugin for spec in specs]
-    return PluginError(
-        f"{specs[0].kind} {specs[0].name!r} is registered by more than one plugin: {quoted(owners)}. "
-        f"Turn all but one off, for example with MEMLONG_DISABLE_PLUGINS={owners[-1]}"
-    )
+    return f"plugin {report.label} {verb}: {report.reason}"
 
 
 def create_bank(name: str, dim: int, *, registry: Registry | None = None, **options: object) -> MemoryBank:

@@ -21,6 +21,8 @@ class PluginReport:
         that matches no plugin, the environment variable that holds it.
     module
         Where it lives.
+    distribution
+        The name of the distribution that brought it; empty for one that is built in or registered in code.
     status
         ``"loaded"``; ``"failed"``, and ``reason`` says why; ``"disabled"`` by an environment variable;
         ``"missing"``: an environment variable names it and nothing installed has that name.
@@ -38,8 +40,14 @@ class PluginReport:
     origin: str
     module: str
     status: Status
+    distribution: str = ""
     reason: str = ""
     backends: tuple[str, ...] = ()
     retrievers: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
     error: BaseException | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """The plugin as messages call it: its name and where it comes from."""
+        return f"{self.name!r} ({self.origin})"

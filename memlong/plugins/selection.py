@@ -38,12 +38,12 @@ class Selection:
     def reason_against(self, candidate: Candidate) -> str:
         """Return why ``candidate`` is not to be loaded, or nothing if it is."""
         if any(candidate.answers_to(name) for name in self.disabled):
-            return f"turned off by {DISABLE_VARIABLE}={','.join(self.disabled)}"
+            return f"turned off by {DISABLE_VARIABLE}={','.join(self.disabled)!r}"
         if self.selected is None or not candidate.is_third_party:
             return ""
         if any(candidate.answers_to(name) for name in self.selected):
             return ""
-        return f"not among {SELECT_VARIABLE}={','.join(self.selected)}"
+        return f"not among {SELECT_VARIABLE}={','.join(self.selected)!r}"
 
     def named(self) -> tuple[tuple[str, str], ...]:
         """Return each ``(variable, name)`` the environment holds."""

@@ -77,6 +77,10 @@ class Spec:
         """Return those of ``requires`` that are not installed; imports none of them."""
         return tuple(module for module in self.requires if not _is_installed(module))
 
+    def claims_same(self, other: Spec) -> bool:
+        """Whether both stand for the same name of the same kind, so that only one of them can be meant."""
+        return (self.kind, self.name) == (other.kind, other.name)
+
 
 def _is_module(name: object) -> bool:
     return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))

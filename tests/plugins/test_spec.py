@@ -1,0 +1,69 @@
+"""What a plugin registers is checked at once, and whether it is installed without importing it."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from memlong.errors import InvalidArgumentError
+from memlong.plugins import Spec
+
+
+def spec(name="acme", target="acme.bank:Bank", **more) -> Spec:
+    return Spec("backend", name, target, "plugin", **more)
+
+
+@pytest.mark.parametrize("name", ["", "Acme", "a b", "-a", "a-", "a/b", "a\n", None, 3])
+def test_a_bad_name_is_refused(name):
+    with pytest.raises(InvalidArgumentError, match=r"name=.* cannot name a backend"):
+        spec(name=name)
+
+
+@pytest.mark.parametrize("name", ["torch", "faiss-hnsw", "my_index.v2", "3d"])
+def test_a_good_name_is_taken(name):
+    assert spec(name=name).name == name
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["", "acme", "acme:", ":Bank", "acme bank:Bank", "acme:Bank:x", "a..b:Bank", "acme:Bank()", None, str],
+)
+def test_a_bad_target_is_refused(target):
+    with pytest.raises(InvalidArgumentError, match=r"target=.* of backend 'acme' .*expected 'module:Class'"):
+        spec(target=target)
+
+
+@pytest.mark.parametrize("requires", ["faiss", (3,), ("faiss-cpu",), ("",)])
+def test_requirements_are_import_names(requires):
+    with pytest.raises(InvalidArgumentError, match=r"requires=.* of backend 'acme' does not name modules"):
+        spec(requires=requires)
+
+
+@pytest.mark.parametrize("field", ["install", "description"])
+def test_text_is_text(field):
+    with pytest.raises(InvalidArgumentError, match=f"{field}=None of backend 'acme'"):
+        spec(**{field: None})
+
+
+def test_a_list_of_requirements_becomes_a_tuple():
+    assert spec(requires=["faiss"]).requires == ("faiss",)
+
+
+def test_missing_names_what_is_not_installed_and_imports_nothing(tmp_path, monkeypatch):
+    (tmp_path / "fake_bomb_library.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    needs = spec(requires=("fake_bomb_library", "no_such_library", "no_such_parent.child"))
+    assert needs.missing() == ("no_such_library", "no_such_parent.child")
+    assert "fake_bomb_library" not in sys.modules
+
+
+def test_a_module_that_was_put_in_place_by_hand_is_not_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "made_by_hand", types.ModuleType("made_by_hand"))
+    assert spec(requires=("made_by_hand",)).missing() == ()
+
+
+def test_a_module_whose_import_is_blocked_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "json", None)
+    assert spec(requires=("json",)).missing() == ("json",)
