@@ -1,0 +1,44 @@
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# There is one of these at a time: a finished installation, or one that was cut off.
+INSTALLED := $(VENV)/.installed
+INSTALLING := $(VENV)/.installing
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help install demo test lint bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv with memlong, every backend, the tools and the demo's models
+
+$(INSTALLED): pyproject.toml constraints.txt demo-requirements.txt
+	@echo "Installing into $(VENV): some minutes the first time"
+	@if [ -e $(INSTALLING) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@rm -f $(INSTALLED) && touch $(INSTALLING)
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --requirement demo-requirements.txt
+	@mv $(INSTALLING) $(INSTALLED)
+
+demo: $(INSTALLED) ## Compare recall and perplexity of the backends on a small model
+	$(BIN)/python examples/recall_vs_perplexity.py $(ARGS)
+
+test: $(INSTALLED) ## Run the tests; ARGS="-k name" picks some
+	$(BIN)/pytest -q $(ARGS)
+
+lint: $(INSTALLED) ## Check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## Measure streaming speed against a plain window
+	$(BIN)/python bench/streaming.py $(ARGS)
+
+clean: ## Remove caches and build outputs; .venv stays
+	rm -rf build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find memlong backends plugins tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
