@@ -1,1 +1,54 @@
 """memlong: long-term memory for Hugging Face decoder-only models, on the vector index of your choice."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memlong.bank import EvictionPolicy, KeyValueStore, MemoryBank, Retrieved, SearchResult
+    from memlong.decoder import MemoryConfig, MemoryDecoder, Passage, Retriever, Segment, load_model
+    from memlong.errors import MemlongError
+    from memlong.plugins import PluginManager, Registry, create_bank, hookimpl, list_backends
+
+__version__ = "0.1.0"
+
+# Loaded when first asked for, so that `import memlong` brings neither torch nor transformers nor any backend.
+_HOMES = {
+    "memlong.bank": ("EvictionPolicy", "KeyValueStore", "MemoryBank", "Retrieved", "SearchResult"),
+    "memlong.decoder": ("MemoryConfig", "MemoryDecoder", "Passage", "Retriever", "Segment", "load_model"),
+    "memlong.errors": ("MemlongError",),
+    "memlong.plugins": ("PluginManager", "Registry", "create_bank", "hookimpl", "list_backends"),
+}
+
+__all__ = [
+    "EvictionPolicy",
+    "KeyValueStore",
+    "MemlongError",
+    "MemoryBank",
+    "MemoryConfig",
+    "MemoryDecoder",
+    "Passage",
+    "PluginManager",
+    "Registry",
+    "Retrieved",
+    "Retriever",
+    "SearchResult",
+    "Segment",
+    "__version__",
+    "create_bank",
+    "hookimpl",
+    "list_backends",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

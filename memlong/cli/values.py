@@ -1,0 +1,47 @@
+"""Read what users type: ``K=V`` options and paths to write to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from memlong.errors import InvalidArgumentError
+
+
+def key_values(option: str, given: Iterable[str]) -> dict[str, object]:
+    """Turn ``K=V`` texts into a dictionary; numbers, true, false and null become such, all else stays text.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a text has no ``=``, or a key comes twice.
+    """
+    found: dict[str, object] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise InvalidArgumentError(f"{option} {text!r} is not of the form K=V, such as {option} index=HNSW32")
+        if key in found:
+            raise InvalidArgumentError(f"{option} gives {key!r} twice; give it once")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def writable(path: Path) -> Path:
+    """Check, before the long work begins, that a file can be written.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If its folder does not exist, or it is a folder.
+    """
+    if path.is_dir():
+        raise InvalidArgumentError(f"{str(path)!r} is a folder; name a file to write to")
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(f"the folder {str(path.parent)!r} of {path.name!r} does not exist: mkdir -p {path.parent}")
+    return path

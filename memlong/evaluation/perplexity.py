@@ -1,0 +1,158 @@
+"""Perplexity of a text streamed through a decoder, counted honestly.
+
+Token-weighted; banks are new for each document; the same tokens are scored whatever the system; the query of a segment
+is made of tokens before it (the decoder sees to that).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memlong.decoder import MemoryDecoder, Segment
+from memlong.errors import InvalidArgumentError, InvalidTextError
+from memlong.evaluation.long_range import long_range_tokens
+from memlong.evaluation.recall import recall_at_k
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a text cost a system.
+
+    Attributes
+    ----------
+    token_nll
+        [scored], float64: negative log-likelihood of each scored token, in nats, in order.
+    long_range
+        [scored], bool: tokens last met beyond the long-range distance.
+    tokens
+        Tokens that went through the model.
+    chunks_stored
+        Chunks that the bank held at the end.
+    recall_at_k
+        Mean over all searches, against exact search; None without memory.
+    seconds
+        Wall time of the stream.
+    """
+
+    token_nll: NDArray[np.float64]
+    long_range: NDArray[np.bool_]
+    tokens: int
+    chunks_stored: int
+    recall_at_k: float | None
+    seconds: float
+
+    @property
+    def nll(self) -> float:
+        """Sum over the scored tokens, in nats."""
+        return float(self.token_nll.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood."""
+        return float(np.exp(self.token_nll.mean()))
+
+    @property
+    def long_range_perplexity(self) -> float | None:
+        """The same over the long-range tokens; None if there are none."""
+        return float(np.exp(self.token_nll[self.long_range].mean())) if self.long_range.any() else None
+
+
+def evaluate_perplexity(
+    decoder: MemoryDecoder,
+    input_ids: Tensor,
+    *,
+    score_from: int = 1,
+    long_range_distance: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Stream one document and score it.
+
+    Parameters
+    ----------
+    decoder
+        An attached decoder; its streams are reset first.
+    input_ids
+        [1, tokens], int64.
+    score_from
+        Index of the first token to score; token 0 cannot be predicted.
+    long_range_distance
+        In tokens; the local window by default.
+    progress
+        Called with the number of tokens of each forward call.
+
+    Raises
+    ------
+    InvalidTextError
+        If the text is shorter than one segment, or than ``score_from``.
+    InvalidArgumentError
+        If there is more than one row or ``score_from`` is below 1.
+    """
+    config = decoder.config
+    _check(input_ids, score_from, config.segment_size)
+    distance = config.local_window if long_range_distance is None else long_range_distance
+    decoder.reset()
+    losses: list[NDArray[np.float64]] = []
+    recalls: list[float] = []
+    started = time.perf_counter()
+    aside = 0.0
+    previous: Tensor | None = None  # the logits that predict the next segment's first token
+    for segment in decoder.stream(input_ids):
+        first = int(segment.tokens[0, 0])
+        if first + segment.tokens.shape[1] > score_from:
+            losses.append(_losses(segment, previous, max(0, score_from - first)))
+        previous = segment.logits[:, -1:].clone()
+        pause = time.perf_counter()
+        recalls += _recalls(decoder, segment)
+        aside += time.perf_counter() - pause  # checking against exact search is no part of the stream
+        if progress is not None:
+            progress(segment.tokens.shape[1])
+    seconds = time.perf_counter() - started - aside
+    marked = long_range_tokens(input_ids[0].tolist(), distance)[score_from:]
+    stored = sum(len(bank) for bank in decoder.banks)
+    recall = None if config.backend is None else float(np.mean(recalls)) if recalls else 1.0
+    return Perplexity(np.concatenate(losses), marked, input_ids.shape[1], stored, recall, seconds)
+
+
+def _check(input_ids: Tensor, score_from: int, segment_size: int) -> None:
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise InvalidArgumentError(f"input_ids is {tuple(input_ids.shape)}; expected one document, [1, tokens].")
+    if score_from < 1:
+        raise InvalidArgumentError(f"score_from is {score_from}; expected at least 1: token 0 cannot be predicted.")
+    count = input_ids.shape[1]
+    if count < segment_size:
+        raise InvalidTextError(
+            f"The text has {count} tokens, fewer than one segment ({segment_size}): nothing to stream. Give a longer text or a "
+            "smaller segment_size."
+        )
+    if count <= score_from:
+        raise InvalidTextError(
+            f"The text has {count} tokens, and scoring starts at token {score_from}: nothing to score. Give a longer text or a "
+            "smaller score_from."
+        )
+
+
+def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.float64]:
+    """Losses [tokens] of a segment's tokens from number ``skip`` on; a stream's very first token has none."""
+    logits, targets = segment.logits[0], segment.input_ids[0]
+    if previous is None:
+        skip = max(skip, 1)
+        predicting = logits[:-1][skip - 1 :]
+    else:
+        predicting = torch.cat([previous[0], logits[:-1]])[skip:]
+    losses = torch.nn.functional.cross_entropy(predicting.float(), targets[skip:], reduction="none")
+    return losses.double().cpu().numpy()
+
+
+def _recalls(decoder: MemoryDecoder, segment: Segment) -> list[float]:
+    return [
+        recall_at_k(bank, retrieval.query, retrieval.ids, decoder.config.top_k)
+        for bank, retrieval in zip(decoder.banks, segment.retrievals, strict=False)
+        if retrieval is not None
+    ]
