@@ -1,0 +1,107 @@
+"""``memlong plugins`` says what was found, what it brought and what went wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from memlong.cli.app import make_app
+
+GOOD = """
+from memlong.plugins.hookspecs import hookimpl
+
+@hookimpl
+def memlong_register_backends(register):
+    register("acme", "acme_bank:Bank", requires=("no_such_library",), install="pip install 'acme[memory]'")
+"""
+
+
+def put(site: Path, name: str, source: str) -> None:
+    info = site / f"{name}_memory-2.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-memory\nVersion: 2.1\n")
+    (info / "entry_points.txt").write_text(f"[memlong]\n{name} = {name}_memory\n")
+    (site / f"{name}_memory.py").write_text(source)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with one plugin that works and one that does not."""
+    put(tmp_path / "site", "acme", GOOD)
+    put(tmp_path / "site", "broken", "raise RuntimeError('no key')")
+    return tmp_path / "site"
+
+
+def memlong(*arguments: str, site: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MEMLONG_")}
+    return subprocess.run(
+        [sys.executable, "-c", "from memlong.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=kept | {"PYTHONPATH": str(site), "COLUMNS": "200"} | environ,
+    )
+
+
+def test_json_holds_every_plugin_and_nothing_else(site):
+    result = memlong("plugins", "--json", site=site)
+    assert (result.returncode, result.stderr) == (0, "")
+    plugins = {plugin["name"]: plugin for plugin in json.loads(result.stdout)["plugins"]}
+    assert plugins["acme"] == {
+        "name": "acme",
+        "origin": "acme-memory 2.1",
+        "module": "acme_memory",
+        "status": "loaded",
+        "distribution": "acme-memory",
+        "reason": "",
+        "backends": ["acme"],
+        "retrievers": [],
+        "conflicts": [],
+    }
+    assert (plugins["broken"]["status"], plugins["broken"]["reason"]) == ("failed", "RuntimeError: no key")
+    assert {plugins[name]["origin"] for name in ("memlong_torch", "memlong_faiss")} == {"built-in"}
+
+
+def test_the_table_says_why_a_plugin_is_not_loaded(site):
+    result = memlong("plugins", site=site, MEMLONG_DISABLE_PLUGINS="memlong_faiss,typo")
+    assert result.returncode == 0
+    assert "acme-memory 2.1" in result.stdout
+    assert "broken: RuntimeError: no key" in result.stdout
+    assert "memlong_faiss: turned off by MEMLONG_DISABLE_PLUGINS='memlong_faiss,typo'" in result.stdout
+    assert "typo: MEMLONG_DISABLE_PLUGINS names it, and no installed plugin has this name" in result.stdout
+
+
+def test_the_table_shows_conflicts(site):
+    put(site, "zeta", GOOD)
+    result = memlong("plugins", site=site)
+    assert "acme: backend 'acme' is also registered by plugin 'zeta' (zeta-memory 2.1)" in result.stdout
+
+
+def test_backends_show_how_to_get_one_and_what_is_not_loaded(site):
+    result = memlong("backends", site=site)
+    assert result.returncode == 0
+    assert "acme needs no_such_library: pip install 'acme[memory]'" in result.stdout
+    assert "broken (broken-memory 2.1): RuntimeError: no key" in result.stdout
+
+
+def test_backends_show_who_claims_a_name(site):
+    put(site, "zeta", GOOD)
+    result = memlong("backends", "--json", site=site)
+    contested = [spec for spec in json.loads(result.stdout)["backends"] if spec["name"] == "acme"]
+    assert [(spec["plugin"], spec["status"]) for spec in contested] == [
+        ("acme", "conflict"),
+        ("zeta", "conflict"),
+    ]
+    assert "acme: MEMLONG_DISABLE_PLUGINS=zeta" in memlong("backends", site=site).stdout
+
+
+def test_the_help_holds_examples():
+    result = CliRunner().invoke(make_app(), ["plugins", "--help"])
+    assert result.exit_code == 0
+    assert "\n    memlong plugins --json\n" in result.stdout
