@@ -1,0 +1,117 @@
+"""TorchBank: exact search by brute force in torch."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import numpy as np
+import torch
+
+from memlong.bank import BankOptions, MemoryBank
+from memlong.bank.arrays import Floats, Ids
+from memlong.bank.exact import nearest_rows
+from memlong.errors import DeviceUnavailableError
+
+
+class TorchBank(MemoryBank):
+    """A bank that always finds the true k best chunks, on the CPU or on a CUDA device.
+
+    On the CPU it searches the base's own table and keeps no second copy. On a CUDA device it keeps one
+    float32 matrix there, beside the table.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the embeddings.
+    **bank_options
+        The options of `MemoryBank`.
+    """
+
+    devices = ("cpu", "cuda")
+
+    def __init__(self, dim: int, **bank_options: Unpack[BankOptions]) -> None:
+        super().__init__(dim, **bank_options)
+        self._mirror = None if self.device.type == "cpu" else DeviceMatrix(dim, self.device)
+
+    def _usable_device(self, device: str | torch.device | None) -> torch.device:
+        chosen = super()._usable_device(device)
+        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+            raise DeviceUnavailableError(
+                f"device {str(chosen)!r} was asked for, but torch {torch.__version__} sees "
+                f"{torch.cuda.device_count()} CUDA devices; use device='cpu', or install a CUDA build of "
+                "torch and check the driver with nvidia-smi"
+            )
+        return chosen
+
+    def _index_add(self, ids: Ids, embeddings: Floats) -> None:  # noqa: ARG002 -- rows follow the table's
+        if self._mirror is not None:
+            self._mirror.append(embeddings)
+
+    def _index_search(self, queries: Floats, k: int) -> Ids:
+        mirror = self._mirror
+        vectors = torch.from_numpy(self._table.embeddings) if mirror is None else mirror.rows
+        rows = nearest_rows(
+            torch.from_numpy(queries).to(vectors.device),
+            vectors,
+            torch.from_numpy(self._table.squared_norms).to(vectors.device),
+            k,
+            self._similarity,
+        )
+        numbers = rows.cpu().numpy()
+        return np.where(numbers < 0, -1, self._table.ids[numbers])
+
+    def _index_remove(self, ids: Ids) -> None:
+        if self._mirror is not None:
+            self._mirror.remove(self._table.rows_of(ids))
+
+    def _index_reset(self) -> None:
+        if self._mirror is not None:
+            self._mirror.clear()
+
+
+class DeviceMatrix:
+    """A float32 [n, dim] matrix on a device that grows by doubling and closes up over removed rows.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the rows.
+    device : torch.device
+        Where it lies.
+    """
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self._dim = dim
+        self._device = device
+        self._count = 0
+        self._data = torch.empty(0, dim, device=device)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The matrix, [n, dim]; a view that is valid until the next change."""
+        return self._data[: self._count]
+
+    def append(self, embeddings: Floats) -> None:
+        """Add rows at the end."""
+        count = self._count + len(embeddings)
+        with torch.inference_mode(False), torch.no_grad():
+            if count > len(self._data):
+                grown = torch.empty(max(2 * count, 64), self._dim, device=self._device)
+                grown[: self._count] = self.rows
+                self._data = grown
+            self._data[self._count : count] = torch.from_numpy(embeddings).to(self._device)
+        self._count = count
+
+    def remove(self, rows: Ids) -> None:
+        """Drop the rows with these numbers; later rows move up."""
+        keep = np.ones(self._count, dtype=bool)
+        keep[rows] = False
+        with torch.inference_mode(False), torch.no_grad():
+            kept = self.rows[torch.from_numpy(np.flatnonzero(keep)).to(self._device)]
+            self._data[: len(kept)] = kept
+        self._count = len(kept)
+
+    def clear(self) -> None:
+        """Drop every row and give the memory back."""
+        self._count = 0
+        self._data = torch.empty(0, self._dim, device=self._device)

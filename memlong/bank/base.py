@@ -1,0 +1,300 @@
+"""MemoryBank: what a memory of chunks is, whichever index searches it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal, TypedDict, get_args
+
+import numpy as np
+import torch
+
+from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
+from memlong.bank.capacity import Capacity
+from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
+from memlong.bank.gather import gather
+from memlong.bank.index import IndexHost
+from memlong.bank.layout import ChunkLayout
+from memlong.bank.results import Retrieved, SearchResult, StoredEmbeddings
+from memlong.bank.store import InMemoryStore, KeyValueStore
+from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
+from memlong.errors import InvalidArgumentError
+
+Metric = Literal["cosine", "inner_product", "l2"]
+
+
+class BankOptions(TypedDict, total=False):
+    """The options every bank takes, for subclasses to pass through; see `MemoryBank`."""
+
+    metric: Metric
+    max_chunks: int | None
+    max_bytes: int | None
+    eviction: str | EvictionPolicy
+    store: KeyValueStore | None
+    device: str | torch.device | None
+
+
+class MemoryBank(IndexHost):
+    """The memory of one token stream: chunks found by embedding, each with its keys, values and span.
+
+    The base owns ids, embeddings, spans, usage counts and (through its store) keys and values; it validates,
+    locks, scores and evicts. A backend adds an index, which only has to name likely candidates, and can be
+    rebuilt from the base at any time: the four methods of `IndexHost`. Many threads may search while one
+    writes.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the embeddings.
+    metric : {"cosine", "inner_product", "l2"}, default "cosine"
+        What is near. Higher scores are better for each of them; "l2" is the negative squared distance.
+    max_chunks, max_bytes : int, optional
+        Capacity in chunks, and in bytes of embeddings and K-V. Whichever is reached first counts.
+    eviction : str or EvictionPolicy, default "fifo"
+        Which chunks leave a bank that is over its capacity: "fifo", "lru", "retrieval_frequency".
+    store : KeyValueStore, optional
+        Where keys and values live: an empty store, this bank's alone; by default in memory, on their device.
+    device : str or torch.device, optional
+        Where the index computes, by default the CPU. Keys and values stay where they come in.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option has a value that cannot be used.
+    DeviceUnavailableError
+        If the backend cannot use the device.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        metric: Metric = "cosine",
+        max_chunks: int | None = None,
+        max_bytes: int | None = None,
+        eviction: str | EvictionPolicy = "fifo",
+        store: KeyValueStore | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        dim = whole_number("dim", dim, at_least=1)
+        if metric not in get_args(Metric):
+            raise InvalidArgumentError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
+        super().__init__(dim, "l2" if metric == "l2" else "inner_product", device)
+        self._dim = dim
+        self._metric: Metric = metric
+        self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
+        self._store = InMemoryStore() if store is None else store
+        if len(self._store):
+            raise InvalidArgumentError(f"store must be empty, got one of {len(self._store)} blocks")
+        self._layout: ChunkLayout | None = None
+        self._next_id = 0
+        self._counting = threading.Lock()
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return self._dim
+
+    @property
+    def metric(self) -> Metric:
+        """What is near."""
+        return self._metric
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index computes."""
+        return self._device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the embeddings, keys and values held."""
+        with self._lock.read():
+            return self._table.nbytes + self._store.nbytes
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The ids held, int64 [n], ascending; a copy."""
+        with self._lock.read():
+            return torch.from_numpy(self._table.ids.copy())
+
+    @property
+    def embeddings(self) -> StoredEmbeddings:
+        """Ids and embeddings as they are searched; a copy."""
+        with self._lock.read():
+            table = self._table
+            return StoredEmbeddings(
+                torch.from_numpy(table.ids.copy()), torch.from_numpy(table.embeddings.copy())
+            )
+
+    @property
+    def usage(self) -> Usage:
+        """Ids, retrieval counts and last uses, as an eviction policy sees them; a copy."""
+        with self._lock.read(), self._counting:
+            usage = self._table.usage
+            return Usage(usage.ids.copy(), usage.retrievals.copy(), usage.last_used.copy())
+
+    def __len__(self) -> int:
+        with self._lock.read():
+            return len(self._table)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(dim={self._dim}, metric={self._metric!r}, chunks={len(self)})"
+
+    def add(
+        self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput
+    ) -> torch.Tensor:
+        """Store chunks, and evict what is then over capacity; if this raises, the bank is as before.
+
+        Parameters
+        ----------
+        embeddings : torch.Tensor or numpy.ndarray
+            [n, dim], any float dtype, device and strides; copied, never changed. n may be 0.
+        keys, values : torch.Tensor or numpy.ndarray
+            [n, layers, kv_heads, chunk, head_dim]; copied, never changed. They stay in the dtype and on the
+            device they come in, which all chunks of a bank share.
+        spans : torch.Tensor, numpy.ndarray or sequence of pairs
+            Integers [n, 2], the token positions [start, end) of each chunk.
+
+        Returns
+        -------
+        torch.Tensor
+            int64 [n], ascending from 0 over the bank's life and never reused. Where more chunks come than the
+            capacity allows, some of these may be evicted again at once.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If an argument has a wrong type, shape or value, chunks differ in kind from earlier ones, or
+            `max_bytes` is too small for one chunk.
+        """
+        vectors = embeddings_of("embeddings", embeddings, self._dim, unit=self._metric == "cosine")
+        count = len(vectors)
+        key_blocks, value_blocks = blocks_of(keys, values, count)
+        positions = spans_of(spans, count)
+        if not count:
+            return torch.empty(0, dtype=torch.int64)
+        layout = ChunkLayout.of(key_blocks)
+        with self._lock.write():
+            if self._layout is not None:
+                self._layout.require_same(layout)
+            ids = np.arange(self._next_id, self._next_id + count, dtype=np.int64)
+            capacity = self._capacity.in_chunks(vectors[0].nbytes + layout.nbytes)
+            victims = self._capacity.victims(self._table.usage_with(ids), capacity)
+            before = len(self._table)
+            self._store.put(ids.tolist(), key_blocks, value_blocks)
+            try:
+                self._table.append(ids, vectors, positions)
+                self._change_index(self._index_add, ids, self._table.embeddings[before:])
+                self._discard(victims)
+            except BaseException:
+                self._drop_index()
+                self._table.truncate(before)
+                self._store.remove(ids.tolist())
+                raise
+            self._layout = layout
+            self._next_id += count
+        return torch.from_numpy(ids)
+
+    def search(self, queries: FloatInput, k: int) -> SearchResult:
+        """Find the k best chunks of each query; does not count as a use.
+
+        Parameters
+        ----------
+        queries : torch.Tensor or numpy.ndarray
+            [q, dim], any float dtype, device and strides.
+        k : int
+            How many, >= 1.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If an argument has a wrong type, shape or value.
+        """
+        prepared, k = self._prepare(queries, k)
+        with self._reading():
+            found = self._rank(prepared, k)
+        return SearchResult(torch.from_numpy(found.scores), torch.from_numpy(found.ids))
+
+    def exact_search(self, queries: FloatInput, k: int) -> SearchResult:
+        """Do what `search` does by brute force over the stored embeddings: the measure of recall."""
+        prepared, k = self._prepare(queries, k)
+        with self._lock.read():
+            found = self._rank_exactly(prepared, k)
+        return SearchResult(torch.from_numpy(found.scores), torch.from_numpy(found.ids))
+
+    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
+        """Find the k best chunks of each query with their K-V, and count that for the eviction policy.
+
+        Same arguments and errors as `search`. An id counts once for every query that it is returned for.
+        """
+        prepared, k = self._prepare(queries, k)
+        with self._reading():
+            found = self._rank(prepared, k)
+            keys, values = gather(self._store, self._layout, found.ids)
+            present = found.rows >= 0
+            spans = np.full((*found.ids.shape, 2), -1, dtype=np.int64)
+            spans[present] = self._table.spans[found.rows[present]]
+            with self._counting:
+                self._table.mark_retrieved(found.rows[present])
+        ids, scores = torch.from_numpy(found.ids), torch.from_numpy(found.scores)
+        return Retrieved(ids, scores, keys, values, torch.from_numpy(spans))
+
+    def evict(self, n: int) -> torch.Tensor:
+        """Let the eviction policy remove at least n chunks (all, if there are no more), as on overflow.
+
+        Parameters
+        ----------
+        n : int
+            How many, >= 0.
+
+        Returns
+        -------
+        torch.Tensor
+            int64, the evicted ids, ascending; more than n if the policy goes further, as
+            "retrieval_frequency" does.
+        """
+        n = whole_number("n", n, at_least=0)
+        with self._lock.write():
+            victims = self._capacity.victims(self._table.usage, max(len(self._table) - n, 0))
+            self._discard(victims)
+        return torch.from_numpy(victims)
+
+    def remove(self, ids: IntInput) -> None:
+        """Remove the chunks with these ids.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the bank does not hold one of them; nothing is removed then.
+        """
+        leaving = np.unique(ids_of(ids))
+        with self._lock.write():
+            unknown = leaving[self._table.rows_of(leaving) < 0]
+            if len(unknown):
+                raise InvalidArgumentError(
+                    f"ids {unknown.tolist()} are not in the bank (never added, or gone); nothing was removed"
+                )
+            self._discard(leaving)
+
+    def reset(self) -> None:
+        """Remove every chunk and forget the chunk shape; ids go on from where they were."""
+        with self._lock.write():
+            self._drop_index()
+            self._store.clear()
+            self._table.clear()
+            self._layout = None
+            self._rebuild_index()
+
+    def _prepare(self, queries: FloatInput, k: int) -> tuple[Floats, int]:
+        k = whole_number("k", k, at_least=1)
+        return embeddings_of("queries", queries, self._dim, unit=self._metric == "cosine"), k
+
+    def _discard(self, ids: Ids) -> None:
+        if not len(ids):
+            return
+        self._change_index(self._index_remove, ids)
+        try:
+            self._store.remove(ids.tolist())
+        except BaseException:
+            self._drop_index()
+            raise
+        self._table.remove(self._table.rows_of(ids))

@@ -1,0 +1,135 @@
+"""What a backend implements: an index that names candidates, kept in step with the bank's table."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+
+from memlong.bank.arrays import Floats, Ids
+from memlong.bank.exact import Similarity
+from memlong.bank.lock import ReadWriteLock
+from memlong.bank.ranking import Ranking, missing, rank, rank_exactly
+from memlong.bank.table import ChunkTable
+from memlong.errors import DeviceUnavailableError, InvalidArgumentError
+
+
+class IndexHost(ABC):
+    """A table of embeddings and the backend's index over it.
+
+    Backends implement `_index_add`, `_index_search`, `_index_remove` and `_index_reset`. These may read
+    `self._similarity` ("inner_product" or "l2"; under the cosine metric all vectors come in unit length or
+    zero) and `self._table`, which holds the ids they are given: new ones already, leaving ones still. The
+    arrays they get are only valid during the call. Add, remove and reset run alone, searches together.
+
+    If one of them raises, or calls `_drop_index`, the index is rebuilt (reset, then one add of all chunks)
+    before its next use. So an index may refuse what it cannot do well, and need never repair itself.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the embeddings.
+    similarity : "inner_product" or "l2"
+        What to rank by.
+    device : str or torch.device, optional
+        Where the index computes, by default the CPU.
+    """
+
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    """The device types that the backend's index can compute on."""
+
+    def __init__(self, dim: int, similarity: Similarity, device: str | torch.device | None) -> None:
+        self._similarity: Similarity = similarity
+        self._device = self._usable_device(device)
+        self._table = ChunkTable(dim)
+        self._lock = ReadWriteLock()
+        self._index_is_current = True
+
+    @abstractmethod
+    def _index_add(self, ids: Ids, embeddings: Floats) -> None:
+        """Take up n >= 1 new chunks: ids int64 [n], ascending, above all others; float32 [n, dim]."""
+
+    @abstractmethod
+    def _index_search(self, queries: Floats, k: int) -> Ids:
+        """Name candidates for the k best chunks of each of q >= 1 queries, float32 [q, dim].
+
+        Returns int64 ids [q, c] in any order; more than k improve the recall, -1 and ids that have left count
+        for nothing. 1 <= k <= the number of chunks. The base scores them; a query with fewer than k is
+        searched again by brute force.
+        """
+
+    @abstractmethod
+    def _index_remove(self, ids: Ids) -> None:
+        """Forget n >= 1 chunks: ids int64 [n], ascending."""
+
+    @abstractmethod
+    def _index_reset(self) -> None:
+        """Go back to the empty index."""
+
+    def _drop_index(self) -> None:
+        """Have the index rebuilt before its next use."""
+        self._index_is_current = False
+
+    def _usable_device(self, device: str | torch.device | None) -> torch.device:
+        """Return the device asked for, or raise; a backend extends this with what it needs."""
+        try:
+            chosen = torch.device("cpu" if device is None else device)
+        except (RuntimeError, TypeError) as error:
+            raise InvalidArgumentError(f"device {device!r} is not the name of a torch device") from error
+        if chosen.type not in self.devices:
+            raise DeviceUnavailableError(
+                f"{type(self).__name__} cannot compute on {chosen}; it can on: {', '.join(self.devices)}"
+            )
+        return chosen
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        while True:
+            with self._lock.read():
+                if self._index_is_current:
+                    yield
+                    return
+            with self._lock.write():
+                self._rebuild_index()
+
+    def _rebuild_index(self) -> None:
+        if self._index_is_current:
+            return
+        self._index_reset()
+        if len(self._table):
+            self._index_add(self._table.ids, self._table.embeddings)
+        self._index_is_current = True
+
+    def _change_index(self, change: Callable[..., None], *arguments: Ids | Floats) -> None:
+        if not self._index_is_current:
+            return
+        try:
+            change(*arguments)
+        except BaseException:
+            self._drop_index()
+            raise
+
+    def _rank(self, queries: Floats, k: int) -> Ranking:
+        have = min(k, len(self._table))
+        if not have or not len(queries):
+            return missing(len(queries), k)
+        candidates = self._index_search(queries, have)
+        found = rank(self._table, self._similarity, queries, candidates, k)
+        short = found.rows[:, have - 1] < 0
+        if short.any():
+            rest = self._rank_exactly(queries[short], k)
+            for ours, theirs in (
+                (found.scores, rest.scores),
+                (found.ids, rest.ids),
+                (found.rows, rest.rows),
+            ):
+                ours[short] = theirs
+        return found
+
+    def _rank_exactly(self, queries: Floats, k: int) -> Ranking:
+        if not len(self._table) or not len(queries):
+            return missing(len(queries), k)
+        return rank_exactly(self._table, self._similarity, queries, k)

@@ -1,0 +1,127 @@
+"""Where keys and values live: the KeyValueStore interface, and the store that keeps them as they come."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from memlong.errors import InvalidArgumentError
+
+
+class KeyValueStore(ABC):
+    """A map from chunk id to the chunk's keys and values.
+
+    The bank calls `put`, `remove` and `clear` alone, and `get`, `in`, `len` and `nbytes` from many threads at
+    once but never during the former. Where a block lies between `put` and `get` is the store's own affair:
+    callers only rely on getting back the same bits, in the dtype and on the device they were put in from.
+    """
+
+    @abstractmethod
+    def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store a copy of one block per id; if this raises, nothing has been stored.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            n ids that the store does not hold.
+        keys, values : torch.Tensor
+            [n, layers, kv_heads, chunk, head_dim], any strides; they belong to the caller.
+        """
+
+    @abstractmethod
+    def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return fresh stacked copies of the keys and of the values of at least one id.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            n >= 1 ids that the store holds; an id may come more than once.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Keys and values, each [n, layers, kv_heads, chunk, head_dim].
+        """
+
+    @abstractmethod
+    def remove(self, ids: Sequence[int]) -> None:
+        """Forget the blocks of ids that the store holds; if this raises, all of them are still there."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget every block."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __contains__(self, chunk_id: object) -> bool: ...
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+
+
+class InMemoryStore(KeyValueStore):
+    """Keep every block where it came from: on the CPU or on its device.
+
+    Each block is a tensor of its own, so `put` copies once, `get` is one stacking copy, and a removed block
+    gives its memory back at once; one large slab would have to be copied to grow and compacted to shrink.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._nbytes = 0
+
+    def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store a contiguous copy of each block."""
+        held = [chunk_id for chunk_id in ids if chunk_id in self._blocks]
+        if held:
+            raise InvalidArgumentError(f"the store already holds ids {held}; ids are never reused")
+        blocks = {
+            chunk_id: (_own(key), _own(value))
+            for chunk_id, key, value in zip(ids, keys.unbind(0), values.unbind(0), strict=True)
+        }
+        self._blocks.update(blocks)
+        self._nbytes += sum(key.nbytes + value.nbytes for key, value in blocks.values())
+
+    def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stack the blocks."""
+        self._check_held(ids)
+        blocks = [self._blocks[chunk_id] for chunk_id in ids]
+        return torch.stack([key for key, _ in blocks]), torch.stack([value for _, value in blocks])
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Drop the blocks."""
+        self._check_held(ids)
+        for chunk_id in ids:
+            key, value = self._blocks.pop(chunk_id)
+            self._nbytes -= key.nbytes + value.nbytes
+
+    def clear(self) -> None:
+        """Drop every block."""
+        self._blocks.clear()
+        self._nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, chunk_id: object) -> bool:
+        return chunk_id in self._blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self._nbytes
+
+    def _check_held(self, ids: Sequence[int]) -> None:
+        unknown = [chunk_id for chunk_id in ids if chunk_id not in self._blocks]
+        if unknown:
+            raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
+
+
+def _own(block: torch.Tensor) -> torch.Tensor:
+    return block.detach().clone(memory_format=torch.contiguous_format)

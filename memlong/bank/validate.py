@@ -1,0 +1,152 @@
+"""Checks of what callers pass to a bank; each error names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
+from memlong.errors import InvalidArgumentError
+
+_LARGEST_NORM = 1e18
+
+
+def whole_number(name: str, value: Any, *, at_least: int) -> int:
+    """Return `value` as an int; floats, bools and text are not whole numbers."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, (bool, np.bool_)) or number < at_least:
+        raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {value!r}")
+    return number
+
+
+def embeddings_of(name: str, value: FloatInput, dim: int, *, unit: bool) -> Floats:
+    """Return a float32 [n, dim] copy of `value`, each row scaled to unit length if `unit`.
+
+    Parameters
+    ----------
+    name : str
+        What the caller calls it.
+    value : torch.Tensor or numpy.ndarray
+        [n, dim], any float dtype, device and strides.
+    dim : int
+        The width it must have.
+    unit : bool
+        Scale each row to length 1; a row of zeros stays as it is.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is no float matrix of that width, or holds a value that is not finite or too large to square.
+    """
+    wide = _float64(name, value)
+    if wide.ndim != 2 or wide.shape[1] != dim:
+        raise InvalidArgumentError(f"{name} must have shape [n, {dim}], got {list(wide.shape)}")
+    finite = np.isfinite(wide)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        raise InvalidArgumentError(f"{name}[{row}, {column}] is {wide[row, column]}, expected finite values")
+    if unit:
+        largest = np.abs(wide).max(axis=1, keepdims=True, initial=0.0)
+        np.divide(wide, largest, out=wide, where=largest > 0)
+        lengths = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
+        np.divide(wide, lengths, out=wide, where=lengths > 0)
+    elif wide.size and (largest := np.abs(wide).max()) * dim**0.5 > _LARGEST_NORM:
+        raise InvalidArgumentError(
+            f"{name} holds a value of size {largest:g}, expected vectors no longer than {_LARGEST_NORM:g}: "
+            "their products would overflow float32"
+        )
+    return wide.astype(np.float32)
+
+
+def spans_of(value: IntInput, count: int) -> Ids:
+    """Return an int64 [count, 2] copy of token spans, each start below its end."""
+    spans = _int64("spans", value)
+    if not count and not spans.size:
+        return np.empty((0, 2), dtype=np.int64)
+    if spans.shape != (count, 2):
+        raise InvalidArgumentError(
+            f"spans must have shape [{count}, 2], one [start, end) per embedding, got {list(spans.shape)}"
+        )
+    for row in np.flatnonzero((spans[:, 0] >= spans[:, 1]) | (spans[:, 0] < 0))[:1]:
+        raise InvalidArgumentError(
+            f"spans[{row}] is [{spans[row, 0]}, {spans[row, 1]}], expected 0 <= start < end"
+        )
+    return spans
+
+
+def ids_of(value: IntInput) -> Ids:
+    """Return an int64 [n] copy of chunk ids."""
+    ids = _int64("ids", value)
+    if ids.ndim != 1:
+        raise InvalidArgumentError(f"ids must have shape [n], got {list(ids.shape)}")
+    return ids
+
+
+def blocks_of(keys: FloatInput, values: FloatInput, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values as tensors of one shape, dtype and device, detached but not copied.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If one is no float array [count, layers, kv_heads, chunk, head_dim], holds a value that is not finite,
+        or differs from the other in shape, dtype or device.
+    """
+    key, value = _blocks("keys", keys, count), _blocks("values", values, count)
+    for what in ("shape", "dtype", "device"):
+        ours, theirs = getattr(key, what), getattr(value, what)
+        if ours != theirs:
+            raise InvalidArgumentError(f"values has {what} {theirs}, expected that of keys, {ours}")
+    return key, value
+
+
+def _blocks(name: str, value: FloatInput, count: int) -> torch.Tensor:
+    block = _float_tensor(name, value)
+    if block.ndim != 5 or block.shape[0] != count:
+        raise InvalidArgumentError(
+            f"{name} must have shape [{count}, layers, kv_heads, chunk, head_dim], one block per embedding, "
+            f"got {list(block.shape)}"
+        )
+    if block.numel():
+        low, high = torch.aminmax(block if block.element_size() > 1 else block.float())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise InvalidArgumentError(
+                f"{name} runs from {low.item()} to {high.item()}, expected finite values: one that is not "
+                "would spoil every attention that reads it"
+            )
+    return block
+
+
+def _float_tensor(name: str, value: FloatInput) -> torch.Tensor:
+    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        raise InvalidArgumentError(
+            f"{name} must be a torch tensor or NumPy array of a float dtype, got {_describe(value)}"
+        )
+    return value.detach()
+
+
+def _float64(name: str, value: FloatInput) -> npt.NDArray[np.float64]:
+    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+        return np.array(value, dtype=np.float64, order="C")
+    return np.array(_float_tensor(name, value).to("cpu", torch.float64).numpy(), order="C")
+
+
+def _int64(name: str, value: IntInput) -> Ids:
+    array = np.asarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise InvalidArgumentError(f"{name} must hold integers, got {_describe(value)}")
+    return np.array(array, dtype=np.int64)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{type(value).__name__} of {value.dtype}"
+    return f"{value!r} of type {type(value).__name__}"
