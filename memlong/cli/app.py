@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from memlong.cli.backends import backends
+from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import plugins
 from memlong.errors import MemlongError
 
-_COMMANDS = (backends, plugins)
+_COMMANDS = (perplexity, backends, plugins)
 
 
 def make_app() -> typer.Typer:

@@ -79,8 +79,9 @@ class PluginManager:
         """
         if any(normalise(record.candidate.name) == normalise(name) for record in self._records):
             raise PluginError(f"cannot register plugin {name!r}: a plugin of this name is there already")
-        module = plugin.__name__ if isinstance(plugin, type) else type(plugin).__module__
-        record = self._take(Candidate(name, IN_CODE, getattr(plugin, "__name__", module), lambda: plugin))
+        # A module has a name; an object or a class has the module it comes from.
+        module = getattr(plugin, "__module__", None) or getattr(plugin, "__name__", "")
+        record = self._take(Candidate(name, IN_CODE, module, lambda: plugin))
         if record.status == "failed":
             raise PluginError(f"plugin {name!r} failed: {record.reason}") from record.error
         self._records.append(record)
@@ -118,20 +119,19 @@ class PluginManager:
         if reason := self._selection.reason_against(candidate):
             return _Record(candidate, "disabled", reason)
         # Distributions may give their plugins the same name; pluggy must still tell them apart.
-        key = f"{candidate.origin}: {candidate.name}"
-        self._staging.open(candidate.name)
-        try:
-            self._pluggy.register(candidate.load(), name=key)
-            self._check_hooks(key)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
-            self._pluggy.unregister(name=key)
-            self._staging.close()
-            return _Record(candidate, "failed", _reason(error), error=error)
-        return _Record(candidate, "loaded", specs=self._staging.close())
+        key = f"{len(self._records)}: {candidate.name}"
+        with self._staging.collecting(candidate.name) as specs:
+            try:
+                self._register(candidate.load(), key)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
+                self._pluggy.unregister(name=key)
+                return _Record(candidate, "failed", _reason(error), error=error)
+            return _Record(candidate, "loaded", specs=tuple(specs))
 
-    def _check_hooks(self, key: str) -> None:
-        """Raise if the plugin implements no hook, or one there is no specification for."""
-        plugin = self._pluggy.get_plugin(key)
+    def _register(self, plugin: object, key: str) -> None:
+        if self._pluggy.is_registered(plugin):
+            raise PluginError("its hooks are those of a plugin that is loaded under another name")
+        self._pluggy.register(plugin, name=key)
         callers = self._pluggy.get_hookcallers(plugin) or []
         known = [name for name in dir(hookspecs) if name.startswith("memlong_")]
         for caller in callers:

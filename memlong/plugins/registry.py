@@ -144,8 +144,8 @@ def _why(report: PluginReport) -> str:
 def create_bank(name: str, dim: int, *, registry: Registry | None = None, **options: object) -> MemoryBank:
     """Construct an empty bank of the backend ``name``; see `Registry.create_bank`.
 
-    Without a ``registry`` the installed plugins are looked up afresh, which takes some milliseconds: make
-    a `Registry` once where many banks are made.
+    Without a ``registry`` the installed plugins are looked up afresh, which takes tens of milliseconds:
+    make a `Registry` once where many banks are made.
 
     Raises
     ------

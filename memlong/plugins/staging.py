@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from memlong.errors import PluginError
-from memlong.plugins.spec import Kind, Spec
+from memlong.plugins.spec import Spec
 
 
 class Staging:
@@ -11,19 +14,16 @@ class Staging:
 
     def __init__(self) -> None:
         self._plugin: str | None = None
-        self._specs: dict[tuple[Kind, str], Spec] = {}
+        self._specs: list[Spec] = []
 
-    def open(self, plugin: str) -> None:
-        """Start collecting for ``plugin``."""
-        self._plugin = plugin
-        self._specs = {}
-
-    def close(self) -> tuple[Spec, ...]:
-        """Stop collecting and return what came in."""
-        specs = tuple(self._specs.values())
-        self._plugin = None
-        self._specs = {}
-        return specs
+    @contextmanager
+    def collecting(self, plugin: str) -> Iterator[list[Spec]]:
+        """Collect what ``plugin`` registers inside the ``with`` statement."""
+        self._plugin, self._specs = plugin, []
+        try:
+            yield self._specs
+        finally:
+            self._plugin, self._specs = None, []
 
     def register_backend(
         self,
@@ -58,6 +58,6 @@ class Staging:
         return self._plugin
 
     def _stage(self, spec: Spec) -> None:
-        if (spec.kind, spec.name) in self._specs:
+        if any(earlier.claims_same(spec) for earlier in self._specs):
             raise PluginError(f"it registers the {spec.kind} {spec.name!r} twice")
-        self._specs[spec.kind, spec.name] = spec
+        self._specs.append(spec)

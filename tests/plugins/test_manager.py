@@ -28,6 +28,7 @@ def manager(site) -> PluginManager:
 def test_an_object_can_be_registered(manager):
     report = manager.register(plugin("a", "b"), name="mine")
     assert (report.status, report.origin, report.backends) == ("loaded", "registered in code", ("a", "b"))
+    assert report.module == __name__
     assert report in manager.reports
     assert Registry(manager).backend("b").plugin == "mine"
 
@@ -63,6 +64,14 @@ def test_a_name_is_taken_once(manager):
     manager.register(plugin("a"), name="mine")
     with pytest.raises(PluginError, match="a plugin of this name is there already"):
         manager.register(plugin("b"), name="Mine")
+
+
+def test_the_same_object_is_taken_once(manager):
+    same = plugin("a")
+    manager.register(same, name="mine")
+    with pytest.raises(PluginError, match="those of a plugin that is loaded under another name"):
+        manager.register(same, name="other")
+    assert Registry(manager).backend("a").plugin == "mine"
 
 
 def test_an_object_without_hooks_is_refused(manager):
