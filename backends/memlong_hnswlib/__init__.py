@@ -1,1 +1,17 @@
-"""memlong_hnswlib."""
+"""Search by hnswlib, offered to memlong as a plugin."""
+
+from __future__ import annotations
+
+from memlong.plugins.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def memlong_register_backends(register: Register) -> None:
+    """Offer the backend "hnswlib"."""
+    register(
+        "hnswlib",
+        "memlong_hnswlib.bank:HnswlibBank",
+        requires=("hnswlib",),
+        install="pip install 'memlong[hnswlib]'",
+        description="approximate search, graphs on the CPU",
+    )
