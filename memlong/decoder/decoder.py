@@ -128,8 +128,6 @@ class MemoryDecoder:
         """
         self._given_banks = None if banks is None else self._checked(banks)
         self._streams: Streams | None = None
-        if self.retriever is not None:
-            self.retriever.reset()
 
     def stream(
         self,

@@ -36,6 +36,8 @@ class Passage:
 class Retriever(ABC):
     """Embeds chunks, when they leave the window, and queries, the text just before a segment.
 
+    An embedding depends on its passage alone: rows of a batch and users share a retriever and must not notice.
+
     Parameters
     ----------
     model, tokenizer
@@ -61,6 +63,3 @@ class Retriever(ABC):
     @abstractmethod
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings [queries, dim], float32."""
-
-    def reset(self) -> None:
-        """Forget what was learnt from earlier streams; called when new streams begin."""

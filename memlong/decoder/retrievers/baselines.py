@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ class RandomRetriever(Retriever):
     Parameters
     ----------
     seed
-        Seed of the directions; the same seed gives the same chunks.
+        Seed of the directions; the same seed and place in the stream give the same direction.
     dim
         Width of the embeddings.
     """
@@ -25,24 +26,24 @@ class RandomRetriever(Retriever):
     def __init__(self, model: Any, tokenizer: Any, *, seed: int = 0, dim: int = 64) -> None:
         super().__init__(model, tokenizer)
         self._seed, self._dim = seed, dim
-        self.reset()
 
     @property
     def dim(self) -> int:
         """Width of the embeddings."""
         return self._dim
 
-    def reset(self) -> None:
-        """Start the sequence of directions again."""
-        self._generator = torch.Generator().manual_seed(self._seed)
-
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
         """Random embeddings [chunks, dim]."""
-        return torch.randn(len(chunks), self._dim, generator=self._generator)
+        return torch.stack([self._direction(2 * chunk.start) for chunk in chunks])
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
-        """Random embeddings [queries, dim]."""
-        return self.embed_chunks(queries)
+        """Random embeddings [queries, dim], unlike those of any chunk."""
+        return torch.stack([self._direction(2 * query.end + 1) for query in queries])
+
+    def _direction(self, place: int) -> Tensor:
+        seed = np.random.SeedSequence((self._seed, place)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
+        return torch.randn(self._dim, generator=generator)
 
 
 class RecentRetriever(Retriever):

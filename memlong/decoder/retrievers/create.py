@@ -8,7 +8,7 @@ from typing import Any
 
 from memlong.decoder.retrievers.base import Retriever
 from memlong.plugins import Registry
-from memlong.plugins.options import accepted_options, check_options
+from memlong.plugins.options import check_options
 
 
 def create_retriever(
@@ -44,5 +44,5 @@ def create_retriever(
     if name not in known and ("/" in name or Path(name).is_dir()):
         name, given = "sentence-transformers", {"name": name, **given}
     retriever: type[Retriever] = registry.load_retriever_class(name, Retriever)
-    check_options(f"retriever {name!r}", given, accepted_options(retriever, besides=("model", "tokenizer")))
+    check_options(f"retriever {name!r}", retriever, given, besides=("model", "tokenizer"))
     return retriever(model, tokenizer, **given)

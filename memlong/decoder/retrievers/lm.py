@@ -12,48 +12,42 @@ from memlong.decoder.retrievers.base import Passage, Retriever
 
 
 class LanguageModelRetriever(Retriever):
-    """Sums a passage's token embeddings, rare tokens weighing most.
+    """Sums a passage's token embeddings, surprising tokens weighing most.
 
-    A token weighs ``1 / (smoothing + n)``, n being how often the stream has used it so far (in passages that this
-    retriever has seen as chunks); a passage counts each distinct token once. Embeddings are centred on the mean of the
-    vocabulary first, which otherwise dominates every sum.
+    A token weighs what the model thinks it tells on its own, its surprisal ``-log p`` where a text begins, to the power
+    of ``sharpness``; each distinct token of a passage counts once. Embeddings are centred on the mean of the vocabulary,
+    which otherwise dominates every sum.
 
     Parameters
     ----------
-    smoothing
-        How often a token must have occurred before its weight starts to fall off.
+    sharpness
+        Exponent of the surprisal; 0 weighs all tokens alike.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, smoothing: float = 2.0) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, sharpness: float = 2.0) -> None:
         super().__init__(model, tokenizer)
-        table = model.get_input_embeddings().weight.detach().to("cpu", torch.float32)
+        embeddings = model.get_input_embeddings().weight.detach()
+        table = embeddings.to("cpu", torch.float32)
         self._table = torch.nn.functional.normalize(table - table.mean(dim=0), dim=1)
-        self._smoothing = smoothing
-        self.reset()
+        start = getattr(model.config, "bos_token_id", None) or 0
+        with torch.no_grad():
+            logits = model(torch.tensor([[start]], device=embeddings.device)).logits[0, -1]
+        surprisal = -logits.float().log_softmax(dim=0).to("cpu")[: len(table)]
+        self._weights = surprisal**sharpness
 
     @property
     def dim(self) -> int:
         """Width of the model's token embeddings."""
         return int(self._table.shape[1])
 
-    def reset(self) -> None:
-        """Forget how often tokens occurred."""
-        self._counts = torch.zeros(self._table.shape[0])
-
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
         """Embeddings of the chunks [chunks, dim]."""
-        for chunk in chunks:
-            self._counts[torch.tensor(chunk.token_ids).unique()] += 1
-        return self._embed(chunks)
+        return torch.stack([self._pool(chunk) for chunk in chunks])
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings of the queries [queries, dim]."""
-        return self._embed(queries)
-
-    def _embed(self, passages: Sequence[Passage]) -> Tensor:
-        return torch.stack([self._pool(passage) for passage in passages])
+        return self.embed_chunks(queries)
 
     def _pool(self, passage: Passage) -> Tensor:
         tokens = torch.tensor(passage.token_ids).unique()
-        weights = 1.0 / (self._smoothing + self._counts[tokens])
-        return weights @ self._table[tokens]
+        return self._weights[tokens] @ self._table[tokens]
