@@ -1,4 +1,4 @@
-"""Search by FAISS, offered to memlong as a plugin."""
+"""FAISS, offered to memlong as a plugin."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def memlong_register_backends(register: Register) -> None:
         "memlong_faiss.bank:FaissBank",
         requires=("faiss",),
         install="pip install 'memlong[faiss]'",
-        description="exact and approximate search, CPU and CUDA",
+        description="FAISS: Flat, HNSW, IVF and quantised indexes on the CPU; Flat and IVF on a GPU",
     )

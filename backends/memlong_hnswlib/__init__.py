@@ -1,4 +1,4 @@
-"""Search by hnswlib, offered to memlong as a plugin."""
+"""The hnswlib library, offered to memlong as a plugin."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def memlong_register_backends(register: Register) -> None:
         "memlong_hnswlib.bank:HnswlibBank",
         requires=("hnswlib",),
         install="pip install 'memlong[hnswlib]'",
-        description="approximate search, graphs on the CPU",
+        description="hnswlib: a fast HNSW graph on the CPU",
     )

@@ -1,0 +1,149 @@
+"""FaissBank: a bank searched by FAISS."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from memlong.bank import BankOptions, MemoryBank
+from memlong.bank.arrays import Floats, Ids
+from memlong.bank.validate import whole_number
+from memlong.errors import DeviceUnavailableError
+from memlong_faiss.gpu import require_gpu, warn_if_two_owners
+from memlong_faiss.recipe import Recipe, core_of, is_lossy, training_points
+from memlong_faiss.rows import CpuRows, GpuRows, RowIndex
+
+_TIE_MARGIN = 16
+
+
+class FaissBank(MemoryBank):
+    """A bank with a FAISS index of any kind that an index-factory string describes.
+
+    "Flat" searches the bank's own embeddings in place. Other kinds keep a native index beside them, which is
+    rebuilt from them once a fifth of its rows is dead, as FAISS's graphs cannot delete. Building is seeded
+    and, with one thread, reproducible.
+
+    An index that has to be trained (IVF, PQ, SQ) is trained on the bank's own embeddings as soon as there are
+    `train_size` of them, and anew whenever it is rebuilt. **Until then searches are exact**, by brute force
+    over the embeddings; `is_trained` tells which it is.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the embeddings.
+    index : str, default "Flat"
+        FAISS's index-factory string: "Flat", "HNSW32", "IVF256,Flat", "IVF256,PQ48", "SQ8".
+    ef_construction, ef_search : int, default 200 and 64
+        Effort of building and of searching an HNSW graph; a search never uses less than k.
+    nprobe : int, default 16
+        How many lists a search of an IVF index visits.
+    train_size : int, optional
+        How many embeddings to wait for before training, by default 39 for each centroid to learn (FAISS's
+        own advice): 9,984 for "IVF256,Flat" and for any 8-bit PQ, and no fewer than `dim`.
+    refine : int, default 4
+        How many candidates a compressed index (PQ, SQ, PCA) names for each chunk wanted, to be scored exactly.
+    build_threads : int, default 1
+        Threads that build an HNSW graph; with more, graphs differ from run to run.
+    **bank_options
+        The options of `MemoryBank`. ``device="cuda"`` takes FAISS-GPU and a Flat or IVF index; k is then at
+        most 2,048.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option has a value that cannot be used; for a bad `index`, with FAISS's reason.
+    DeviceUnavailableError
+        If FAISS cannot use the device, or the index cannot.
+    """
+
+    devices = ("cpu", "cuda")
+
+    _rows: RowIndex | None
+    _row_ids: Ids
+    _alive: npt.NDArray[np.bool_]
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        index: str = "Flat",
+        ef_construction: int = 200,
+        ef_search: int = 64,
+        nprobe: int = 16,
+        train_size: int | None = None,
+        refine: int = 4,
+        build_threads: int = 1,
+        **bank_options: Unpack[BankOptions],
+    ) -> None:
+        super().__init__(dim, **bank_options)
+        warn_if_two_owners()
+        self._recipe = Recipe(dim, index, self._similarity, ef_construction, ef_search, nprobe)
+        self._refine = whole_number("refine", refine, at_least=1)
+        self._build_threads = whole_number("build_threads", build_threads, at_least=1)
+        sample = self._recipe.build()
+        self._train_size = training_points(sample, train_size)
+        self._is_lossy = is_lossy(sample)
+        on_cpu = self.device.type == "cpu"
+        self._in_place = on_cpu and isinstance(sample, faiss.IndexFlat)
+        if not on_cpu and not isinstance(core_of(sample), (faiss.IndexFlat, faiss.IndexIVF)):
+            raise DeviceUnavailableError(
+                f"index {index!r} cannot compute on {self.device}: FAISS has Flat and IVF indexes for GPUs; "
+                "use one of these, or device='cpu'"
+            )
+        self._index_reset()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the native index searches; until it does, searches are exact."""
+        return self._in_place or self._rows is not None
+
+    def _usable_device(self, device: str | torch.device | None) -> torch.device:
+        chosen = super()._usable_device(device)
+        if chosen.type == "cuda":
+            require_gpu(chosen)
+        return chosen
+
+    def _index_add(self, ids: Ids, embeddings: Floats) -> None:
+        if self._in_place or (self._rows is None and len(self._table) < self._train_size):
+            return
+        if self._rows is None:
+            self._rows = self._trained_rows(self._table.embeddings)
+            ids, embeddings = self._table.ids, self._table.embeddings
+        self._rows.add(embeddings)
+        self._row_ids = np.concatenate([self._row_ids, ids])
+        self._alive = np.concatenate([self._alive, np.ones(len(ids), dtype=bool)])
+
+    def _index_search(self, queries: Floats, k: int) -> Ids:
+        if self._rows is None:
+            table = self._table
+            fetch = min(k + _TIE_MARGIN, len(table))
+            rows = faiss.knn(queries, table.embeddings, fetch, metric=self._recipe.metric)[1]
+            return np.where(rows < 0, -1, table.ids[rows])
+        fetch = min(k * self._refine, len(self._alive)) if self._is_lossy else k
+        rows = self._rows.search(queries, fetch, self._alive)
+        return np.where(rows < 0, -1, self._row_ids[rows])
+
+    def _index_remove(self, ids: Ids) -> None:
+        if self._rows is None:
+            return
+        self._alive[np.searchsorted(self._row_ids, ids)] = False
+        dead = len(self._alive) - int(self._alive.sum())
+        if 5 * dead > len(self._alive) or dead > self._rows.most_dead:
+            self._drop_index()
+
+    def _index_reset(self) -> None:
+        self._rows = None
+        self._row_ids = np.empty(0, dtype=np.int64)
+        self._alive = np.empty(0, dtype=bool)
+
+    def _trained_rows(self, embeddings: Floats) -> RowIndex:
+        index = self._recipe.build()
+        if not index.is_trained:
+            index.train(embeddings)
+        if self.device.type == "cuda":
+            return GpuRows(index, self._recipe, self.device.index or 0)
+        return CpuRows(index, self._recipe, self._build_threads)

@@ -1,0 +1,143 @@
+"""A native FAISS index of numbered rows, on the CPU or on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from memlong.bank.arrays import Floats, Ids
+from memlong.errors import InvalidArgumentError
+from memlong_faiss.recipe import Recipe, core_of
+
+
+class RowIndex(ABC):
+    """Rows are numbered from 0 in the order they are added and never taken out; dead ones are passed over."""
+
+    most_dead: int
+    """The most dead rows that searches can pass over well."""
+
+    @abstractmethod
+    def add(self, embeddings: Floats) -> None:
+        """Append rows."""
+
+    @abstractmethod
+    def search(self, queries: Floats, k: int, alive: npt.NDArray[np.bool_]) -> Ids:
+        """Return int64 [q, c] row numbers, c >= k where there are so many rows; -1 is no row."""
+
+
+class CpuRows(RowIndex):
+    """On the CPU, FAISS itself passes over dead rows.
+
+    Parameters
+    ----------
+    index : faiss.Index
+        Trained and empty.
+    recipe : Recipe
+        Its settings.
+    build_threads : int
+        Threads that build an HNSW graph.
+    """
+
+    def __init__(self, index: Any, recipe: Recipe, build_threads: int) -> None:
+        self._index = index
+        self._recipe = recipe
+        self._build_threads = build_threads
+        self.most_dead = int(np.iinfo(np.int64).max)
+
+    def add(self, embeddings: Floats) -> None:
+        """Append rows."""
+        if isinstance(core_of(self._index), faiss.IndexHNSW):
+            with openmp_threads(self._build_threads):
+                self._index.add(embeddings)
+        else:
+            self._index.add(embeddings)
+
+    def search(self, queries: Floats, k: int, alive: npt.NDArray[np.bool_]) -> Ids:
+        """Search the living rows."""
+        rows: Ids = self._index.search(queries, k, params=self._parameters(k, alive))[1]
+        return rows
+
+    def _parameters(self, k: int, alive: npt.NDArray[np.bool_]) -> Any:
+        library: Any = faiss  # its type stubs lack what its Python layer adds
+        chosen: dict[str, Any] = {}
+        if not alive.all():
+            chosen["sel"] = library.IDSelectorBitmap(np.packbits(alive, bitorder="little"))
+        core = core_of(self._index)
+        if isinstance(core, faiss.IndexHNSW):
+            parameters = library.SearchParametersHNSW(efSearch=max(self._recipe.ef_search, k), **chosen)
+        elif isinstance(core, faiss.IndexIVF):
+            parameters = library.SearchParametersIVF(nprobe=core.nprobe, **chosen)
+        else:
+            parameters = library.SearchParameters(**chosen)
+        if core is not self._index:
+            parameters = library.SearchParametersPreTransform(index_params=parameters)
+        return parameters
+
+
+class GpuRows(RowIndex):
+    """On a GPU, FAISS can pass over nothing: more rows are fetched, and the bank drops the dead ones.
+
+    FAISS-GPU is not safe for threads even when reading, so one lock holds every use.
+
+    Parameters
+    ----------
+    index : faiss.Index
+        Trained and empty, on the CPU; a copy of it goes to the GPU.
+    recipe : Recipe
+        Its settings.
+    device : int
+        Number of the GPU.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If FAISS has no such index for GPUs.
+    """
+
+    k_limit = 2048
+
+    def __init__(self, index: Any, recipe: Recipe, device: int) -> None:
+        self._using = threading.Lock()
+        self._resources = faiss.StandardGpuResources()
+        self.most_dead = self.k_limit // 4
+        try:
+            self._index = faiss.index_cpu_to_gpu(self._resources, device, index)
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"index {recipe.factory!r} cannot go to a GPU: {error}. Use 'Flat' or 'IVF256,Flat'"
+            ) from error
+
+    def add(self, embeddings: Floats) -> None:
+        """Append rows."""
+        with self._using:
+            self._index.add(embeddings)
+
+    def search(self, queries: Floats, k: int, alive: npt.NDArray[np.bool_]) -> Ids:
+        """Search all rows, for so many more that k living ones are among them where the limit allows it."""
+        if k > self.k_limit:
+            raise InvalidArgumentError(
+                f"k is {k}, but FAISS returns at most {self.k_limit} results on a GPU; ask for fewer, "
+                "or use device='cpu'"
+            )
+        dead = len(alive) - int(alive.sum())
+        with self._using:
+            rows: Ids = self._index.search(queries, min(k + dead, len(alive), self.k_limit))[1]
+        return rows
+
+
+@contextmanager
+def openmp_threads(count: int) -> Iterator[None]:
+    """Set OpenMP's number of threads, which every calling thread has its own of, for a while."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -1,0 +1,108 @@
+"""HnswlibBank: a bank searched by hnswlib."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import hnswlib
+import numpy as np
+
+from memlong.bank import BankOptions, MemoryBank
+from memlong.bank.arrays import Floats, Ids
+from memlong.bank.validate import whole_number
+
+_SEED = 100
+
+
+class HnswlibBank(MemoryBank):
+    """A bank with an HNSW graph (Malkov and Yashunin, arXiv 1603.09320) in hnswlib, on the CPU.
+
+    The graph doubles its capacity when it is full. Removed chunks are only marked in it, and still cost time
+    when a search passes through; once a third of the graph is dead it is rebuilt. (hnswlib could put new
+    chunks in dead ones' places, but repairing the graph around them took five times as long as rebuilding.)
+    Building is seeded and, with one thread, reproducible.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the embeddings.
+    M : int, default 16
+        Links of each chunk; more raise recall, memory and building time. At least 2.
+    ef_construction : int, default 200
+        Effort of building.
+    ef : int, default 64
+        Effort of searching; a search never uses less than k.
+    initial_capacity : int, default 1024
+        How many chunks the graph has room for at first.
+    build_threads : int, default 1
+        Threads that add chunks; with more, graphs differ from run to run.
+    **bank_options
+        The options of `MemoryBank`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option has a value that cannot be used.
+    DeviceUnavailableError
+        If the device is not the CPU.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        M: int = 16,  # noqa: N803 -- the paper's and the library's name
+        ef_construction: int = 200,
+        ef: int = 64,
+        initial_capacity: int = 1024,
+        build_threads: int = 1,
+        **bank_options: Unpack[BankOptions],
+    ) -> None:
+        super().__init__(dim, **bank_options)
+        self._links = whole_number("M", M, at_least=2)
+        self._ef_construction = whole_number("ef_construction", ef_construction, at_least=1)
+        self._ef = whole_number("ef", ef, at_least=1)
+        self._initial_capacity = whole_number("initial_capacity", initial_capacity, at_least=1)
+        self._build_threads = whole_number("build_threads", build_threads, at_least=1)
+        self._index_reset()
+
+    def _index_add(self, ids: Ids, embeddings: Floats) -> None:
+        wanted = self._graph.element_count + len(ids)
+        if wanted > self._graph.max_elements:
+            self._graph.resize_index(max(wanted, 2 * self._graph.max_elements))
+        self._graph.add_items(embeddings, ids, num_threads=self._build_threads)
+
+    def _index_search(self, queries: Floats, k: int) -> Ids:
+        found = self._nearest(queries, k)
+        if found is not None:
+            return found
+        one_by_one = (self._nearest(query[None], k) for query in queries)
+        nothing = np.full((1, k), -1, dtype=np.int64)
+        return np.concatenate([nothing if each is None else each for each in one_by_one])
+
+    def _index_remove(self, ids: Ids) -> None:
+        for chunk_id in ids.tolist():
+            self._graph.mark_deleted(chunk_id)
+        self._dead += len(ids)
+        if 3 * self._dead > self._graph.element_count:
+            self._drop_index()
+
+    def _index_reset(self) -> None:
+        space = "l2" if self._similarity == "l2" else "ip"
+        self._graph: Any = hnswlib.Index(space, self.dim)
+        self._graph.init_index(
+            self._initial_capacity, M=self._links, ef_construction=self._ef_construction, random_seed=_SEED
+        )
+        self._graph.set_ef(self._ef)
+        self._dead = 0
+
+    def _nearest(self, queries: Floats, k: int) -> Ids | None:
+        """Return ids [q, k], or None where hnswlib came by fewer than k for one of the queries."""
+        try:
+            labels, _ = self._graph.knn_query(queries, k)
+        except RuntimeError as error:
+            if "contiguous 2D array" not in str(error):
+                raise
+            return None
+        ids: Ids = labels.astype(np.int64)
+        return ids
