@@ -45,7 +45,7 @@ class FaissBank(MemoryBank):
         How many embeddings to wait for before training, by default 39 for each centroid to learn (FAISS's
         own advice): 9,984 for "IVF256,Flat" and for any 8-bit PQ, and no fewer than `dim`.
     refine : int, default 4
-        How many candidates a compressed index (PQ, SQ, PCA) names for each chunk wanted, to be scored exactly.
+        How many candidates a compressed index (PQ, SQ, PCA) names for each chunk wanted, for exact scoring.
     build_threads : int, default 1
         Threads that build an HNSW graph; with more, graphs differ from run to run.
     **bank_options

@@ -1,0 +1,84 @@
+"""What the suite's tests share: making banks and chunks, and taking a bank's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from memlong.bank import MemoryBank
+
+DIM = 32
+BLOCK = (2, 2, 3, 4)
+METRICS = ("cosine", "inner_product", "l2")
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Arguments of one add: n random embeddings, distinct K-V blocks and consecutive spans."""
+
+    embeddings: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    spans: torch.Tensor
+
+    def into(self, bank: MemoryBank) -> torch.Tensor:
+        """Add them and return their ids."""
+        return bank.add(self.embeddings, self.keys, self.values, self.spans)
+
+
+class BankSuite:
+    """The settings of a suite; see `MemoryBankTests`."""
+
+    bank_class: type[MemoryBank]
+    options: ClassVar[Mapping[str, Any]] = {}
+    recall_floor: float = 0.95
+    exact: bool = False
+
+    def make(self, **options: Any) -> MemoryBank:
+        """Return a new, empty bank of width `DIM`."""
+        return self.bank_class(DIM, **{**self.options, **options})
+
+    def filled(self, count: int, **options: Any) -> tuple[MemoryBank, Chunks]:
+        """Return a bank of `count` chunks, and these."""
+        bank, chunks = self.make(**options), random_chunks(count)
+        chunks.into(bank)
+        return bank, chunks
+
+
+def random_vectors(count: int, seed: int = 0) -> torch.Tensor:
+    """Return float32 [count, DIM] vectors from a normal distribution."""
+    return torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def random_chunks(count: int, seed: int = 0, dtype: torch.dtype = torch.float32, first: int = 0) -> Chunks:
+    """Return `count` chunks; all numbers in the i-th K-V block equal first + i, the values' negated."""
+    numbers = torch.arange(first, first + count).to(dtype)
+    keys = numbers.view(-1, 1, 1, 1, 1).repeat(1, *BLOCK)
+    starts = torch.arange(first, first + count) * 3
+    return Chunks(random_vectors(count, seed), keys, -keys, torch.stack([starts, starts + 3], dim=1))
+
+
+def state_of(bank: MemoryBank) -> list[np.ndarray[Any, Any]]:
+    """Return all that a bank lets one see, short of the blocks themselves."""
+    held, usage = bank.embeddings, bank.usage
+    found = bank.search(random_vectors(3, seed=99), 5)
+    return [
+        np.array([len(bank), bank.nbytes]),
+        bank.ids.numpy(),
+        held.ids.numpy(),
+        held.embeddings.numpy(),
+        usage.ids,
+        usage.retrievals,
+        found.ids.numpy(),
+        found.scores.numpy(),
+    ]
+
+
+def assert_same_state(before: list[np.ndarray[Any, Any]], bank: MemoryBank) -> None:
+    """Fail unless the bank looks as it did when `before` was taken."""
+    for one, other in zip(before, state_of(bank), strict=True):
+        np.testing.assert_array_equal(one, other)

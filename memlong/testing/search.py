@@ -1,0 +1,130 @@
+"""The contract of searching."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memlong.testing.harness import DIM, METRICS, BankSuite, random_chunks, random_vectors
+
+
+def similarity(metric: str, queries: torch.Tensor, vectors: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return float64 [q, n] similarities by the textbook's definition."""
+    wide, others = queries.double(), vectors.double()
+    if metric == "l2":
+        return -(wide[:, None] - others[None]).square().sum(-1).numpy()
+    if metric == "cosine":
+        wide, others = torch.nn.functional.normalize(wide), torch.nn.functional.normalize(others)
+    return (wide @ others.T).numpy()
+
+
+class SearchTests(BankSuite):
+    """What `search` returns."""
+
+    @pytest.mark.parametrize("k", [1, 7, 20])
+    def test_result_has_k_columns_of_fixed_types(self, k: int) -> None:
+        """Scores are float32 and ids int64, on the CPU, with one row a query and k columns."""
+        bank, _ = self.filled(20)
+        found = bank.search(random_vectors(4, seed=1), k)
+        assert found.scores.shape == found.ids.shape == (4, k)
+        assert (found.scores.dtype, found.ids.dtype) == (torch.float32, torch.int64)
+        assert found.scores.device.type == found.ids.device.type == "cpu"
+
+    def test_more_columns_than_chunks_are_padded(self) -> None:
+        """Every chunk comes back, and what is missing has id -1 and score -inf, at the end."""
+        bank, _ = self.filled(5)
+        found = bank.search(random_vectors(3, seed=1), 9)
+        assert (found.ids[:, :5].sort(dim=1).values == torch.arange(5)).all()
+        assert (found.ids[:, 5:] == -1).all()
+        assert (found.scores[:, 5:] == -torch.inf).all()
+        assert found.scores[:, :5].isfinite().all()
+
+    def test_empty_bank_finds_nothing(self) -> None:
+        """An empty bank is searched without complaint."""
+        found = self.make().search(random_vectors(2), 3)
+        assert found.ids.tolist() == [[-1] * 3] * 2
+        assert (found.scores == -torch.inf).all()
+
+    def test_no_queries_give_no_rows(self) -> None:
+        """Zero queries give [0, k]."""
+        bank, _ = self.filled(5)
+        assert bank.search(torch.empty(0, DIM), 3).ids.shape == (0, 3)
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_scores_are_true_similarities_in_descending_order(self, metric: str) -> None:
+        """Scores are the metric's own, higher is better, best first; L2 is the negative squared distance."""
+        bank, chunks = self.filled(200, metric=metric)
+        queries = random_vectors(6, seed=1)
+        found = bank.search(queries, 10)
+        true = similarity(metric, queries, chunks.embeddings)
+        expected = np.take_along_axis(true, found.ids.numpy(), axis=1)
+        np.testing.assert_allclose(found.scores.numpy(), expected, rtol=1e-5, atol=1e-5)
+        assert (found.scores[:, 1:] <= found.scores[:, :-1]).all()
+        assert all(len(set(row)) == 10 for row in found.ids.tolist())
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_a_stored_vector_finds_itself(self, metric: str) -> None:
+        """Among vectors at right angles each finds itself first."""
+        bank = self.make(metric=metric)
+        chunks = random_chunks(DIM)
+        bank.add(torch.eye(DIM), chunks.keys, chunks.values, chunks.spans)
+        assert bank.search(torch.eye(DIM), 1).ids[:, 0].tolist() == list(range(DIM))
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_recall_reaches_the_floor(self, metric: str) -> None:
+        """Searches find at least `recall_floor` of the true best ten, counted by score."""
+        bank, _ = self.filled(600, metric=metric)
+        queries = random_vectors(50, seed=1)
+        true = bank.exact_search(queries, 10)
+        found = bank.search(queries, 10)
+        recall = (found.scores >= true.scores[:, -1:]).float().mean().item()
+        assert recall >= self.recall_floor
+        if self.exact:
+            assert torch.equal(found.ids, true.ids)
+            assert torch.equal(found.scores, true.scores)
+
+    def test_equal_scores_come_in_ascending_id_order(self) -> None:
+        """Chunks with one and the same embedding come lowest id first."""
+        bank, chunks = self.filled(6)
+        for first in (6, 12):
+            again = random_chunks(6, first=first)
+            again.into(bank)
+        found = bank.search(chunks.embeddings, 3)
+        assert found.ids.tolist() == [[i, i + 6, i + 12] for i in range(6)]
+        assert (found.scores == found.scores[:, :1]).all()
+
+    def test_ties_at_the_cut_keep_the_lowest_ids(self) -> None:
+        """If more chunks tie for the last place than fit, an exact bank keeps the lowest ids."""
+        if not self.exact:
+            pytest.skip("an approximate bank settles the order of what it returns only")
+        bank, chunks = self.make(), random_chunks(300)
+        bank.add(random_vectors(1).repeat(300, 1), chunks.keys, chunks.values, chunks.spans)
+        assert bank.search(random_vectors(2), 7).ids.tolist() == [list(range(7))] * 2
+
+    def test_results_do_not_depend_on_the_batch(self) -> None:
+        """A query gets what it gets alone, up to the last bits of a score."""
+        bank, _ = self.filled(300)
+        queries = random_vectors(33, seed=1)
+        together = bank.search(queries, 8)
+        alone = torch.cat([bank.search(query[None], 8).scores for query in queries])
+        agreeing = torch.isclose(together.scores, alone, rtol=1e-5, atol=1e-6).float().mean().item()
+        assert agreeing == 1.0 if self.exact else agreeing >= self.recall_floor
+
+    def test_zero_vectors_score_zero_under_cosine(self) -> None:
+        """A vector without a direction is as near to everything as one at a right angle."""
+        bank, chunks = self.make(metric="cosine"), random_chunks(2)
+        bank.add(torch.stack([torch.zeros(DIM), torch.ones(DIM)]), chunks.keys, chunks.values, chunks.spans)
+        assert bank.search(torch.zeros(1, DIM), 2).scores.tolist() == [[0.0, 0.0]]
+        ones = bank.search(torch.ones(1, DIM), 2)
+        assert ones.ids.tolist() == [[1, 0]]
+        assert ones.scores[0].tolist() == pytest.approx([1.0, 0.0])
+
+    def test_exact_search_is_brute_force(self) -> None:
+        """`exact_search` returns the true best whatever the index does."""
+        bank, chunks = self.filled(200)
+        queries = random_vectors(5, seed=1)
+        true = similarity("cosine", queries, chunks.embeddings)
+        assert bank.exact_search(queries, 6).ids.tolist() == np.argsort(-true, axis=1)[:, :6].tolist()

@@ -1,0 +1,33 @@
+"""The whole contract of a memory bank as one test class."""
+
+from __future__ import annotations
+
+from memlong.testing.capacity import CapacityTests
+from memlong.testing.faults import FaultTests
+from memlong.testing.inputs import InputTests
+from memlong.testing.lifecycle import LifecycleTests
+from memlong.testing.retrieval import RetrievalTests
+from memlong.testing.search import SearchTests
+from memlong.testing.threads import ThreadTests
+
+
+class MemoryBankTests(
+    SearchTests, RetrievalTests, LifecycleTests, CapacityTests, InputTests, FaultTests, ThreadTests
+):
+    """Every clause of the contract; each test's docstring states one.
+
+    Attributes
+    ----------
+    bank_class : type of MemoryBank
+        The class under test; it must be given.
+    options : dict
+        Keyword options for every bank made, such as an index's settings.
+    recall_floor : float, default 0.95
+        The least share of the true best ten that searches must find among 600 random vectors of 32 numbers.
+    exact : bool, default False
+        The bank always finds the true best, and keeps the lowest ids among equal scores.
+
+    Notes
+    -----
+    Override `make` if a bank takes more to set up; use a fixture with `autouse` if it takes tearing down.
+    """
