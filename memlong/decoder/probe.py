@@ -8,9 +8,9 @@ of two such passes differ by the rotation alone. That finds the rotation, and pr
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from memlong.decoder import attention
-from memlong.decoder.rope import LayerRope, RotaryCall
+from memlong.decoder.rope import AngleCache, Angles, LayerRope, RotaryCall
 from memlong.errors import UnsupportedModelError
 
-_POSITIONS = (3, 11)
+_POSITIONS = (3, 101)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -162,40 +162,40 @@ def _layer(
     model: PreTrainedModel, first: _SingleTokenPass, second: _SingleTokenPass, index: int
 ) -> LayerLayout:
     module, sliding_window = first.layers[index]
-    _, kv_heads, _, head_dim = first.keys[index].shape
-    for rope in _candidates(module, first.call_of(index), head_dim):
-        raw = []
-        for seen, position in zip((first, second), _POSITIONS, strict=True):
-            angles = rope.call.angles(torch.tensor([[position]], device=seen.keys[index].device)) if rope.call else None
-            try:
-                raw.append(rope.unrotate(seen.keys[index].float(), angles))
-            except RuntimeError:  # this width does not fit the angles: not how this model rotates
-                break
-        if len(raw) == len(_POSITIONS) and _alike(raw[0], raw[1], first.keys[index].dtype):
-            return LayerLayout(module, rope, kv_heads, head_dim, sliding_window)
+    one, other = first.keys[index], second.keys[index]
+    layer = partial(LayerLayout, module, kv_heads=one.shape[1], head_dim=one.shape[3], sliding_window=sliding_window)
+    if torch.equal(one, other):  # not rotated: the very same computation
+        return layer(LayerRope(None))
+    for rope in _rotations(module, first.call_of(index), one.shape[3]):
+        try:
+            raw = [rope.unrotate(keys.float(), _angles(rope, keys, position)) for keys, position in zip(
+                (one, other), _POSITIONS, strict=True
+            )]
+        except RuntimeError:  # this width does not fit the angles: not how this model rotates
+            continue
+        if _alike(*raw, one.dtype):
+            return layer(rope)
     raise _unsupported(
         model, f"the rotation of the keys of layer {index} ({type(module).__name__}) could not be undone"
     )
 
 
-def _candidates(module: nn.Module, call: RotaryCall | None, head_dim: int) -> list[LayerRope]:
-    """Ways in which this layer may rotate: not at all, or over the angles' width, or twice that (half angles)."""
-    ropes = [LayerRope(None)]
-    apply: Callable[..., tuple[Tensor, Tensor]] | None
+def _rotations(module: nn.Module, call: RotaryCall | None, head_dim: int) -> list[LayerRope]:
+    """Ways in which this layer may rotate: over the width of the angles, or over twice that (half angles)."""
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if call is not None and apply is not None:
-        width = call.angles(torch.zeros(1, 1, dtype=torch.long, device=_device(call)))[0].shape[-1]
-        ropes += [LayerRope(call, apply, size) for size in (width, 2 * width) if size <= head_dim]
-    return ropes
-
-
-def _device(call: RotaryCall) -> torch.device:
+    if call is None or apply is None:
+        return []
     given: Tensor = call.arguments["position_ids"]
-    return given.device
+    width = call.angles(given)[0].shape[-1]
+    return [LayerRope(call, apply, size) for size in (width, 2 * width) if size <= head_dim]
+
+
+def _angles(rope: LayerRope, keys: Tensor, position: int) -> Angles | None:
+    return AngleCache(torch.tensor([[position]], device=keys.device)).of(rope)
 
 
 def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    tolerance = max(1e-4, 8 * torch.finfo(dtype).eps)
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
     return bool((one - other).norm() <= tolerance * one.norm())
 
 

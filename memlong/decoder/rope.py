@@ -46,10 +46,10 @@ class RotaryCall:
 
     def angles(self, positions: Tensor) -> Angles:
         """Angles at the positions [rows, tokens]."""
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        like = self.arguments["x"].new_empty(0)
         with torch.no_grad():
             cos, sin = self.module(**{**self.arguments, "x": like, "position_ids": positions})
-        return cos, sin
+        return cos.float(), sin.float()
 
 
 @dataclass(frozen=True)
