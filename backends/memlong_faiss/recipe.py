@@ -81,14 +81,22 @@ class Recipe:
         if isinstance(core, faiss.IndexIVF):
             core.nprobe = min(self.nprobe, core.nlist)
             _settle(core.cp)
-        if (quantizer := getattr(core, "pq", None)) is not None:
-            _settle(quantizer.cp)
+        coder = coder_of(core)
+        if hasattr(coder, "pq"):
+            _settle(coder.pq.cp)
+        if hasattr(coder, "do_polysemous_training"):
+            coder.do_polysemous_training = False  # takes most of the training, for a filter that is not used
         return index
 
 
 def core_of(index: Any) -> Any:
     """Return the index behind pre-transforms such as PCA and OPQ."""
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def coder_of(core: Any) -> Any:
+    """Return the index that encodes the vectors: a graph has another do it."""
+    return faiss.downcast_index(core.storage) if isinstance(core, faiss.IndexHNSW) else core
 
 
 def is_lossy(index: Any) -> bool:
@@ -108,8 +116,8 @@ def training_points(index: Any, train_size: int | None) -> int:
     if index.is_trained:
         return 0
     core = core_of(index)
-    quantizer = getattr(core, "pq", None)
-    centroids = max(getattr(core, "nlist", 1), 1 if quantizer is None else quantizer.ksub)
+    coder = coder_of(core)
+    centroids = max(getattr(core, "nlist", 1), coder.pq.ksub if hasattr(coder, "pq") else 1)
     if train_size is None:
         return max(_POINTS_PER_CENTROID * int(centroids), int(index.d))
     if whole_number("train_size", train_size, at_least=1) < centroids:

@@ -1,11 +1,13 @@
 """Every backend that comes with memlong meets the whole contract."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import pytest
 
 from memlong.testing import MemoryBankTests
 from memlong_faiss.bank import FaissBank
 from memlong_hnswlib.bank import HnswlibBank
-from memlong_torch.bank import TorchBank
+from memlong_torch.bank import DeviceMatrix, TorchBank
 
 
 class TestTorch(MemoryBankTests):
@@ -37,3 +39,31 @@ class TestFaissIvfPq(MemoryBankTests):
 class TestHnswlib(MemoryBankTests):
     bank_class = HnswlibBank
     options: ClassVar = {"initial_capacity": 8}
+
+
+class MirroredTorchBank(TorchBank):
+    """Searches a matrix of its own, as on a CUDA device, but on the CPU."""
+
+    def __init__(self, dim: int, **bank_options: Any) -> None:
+        super().__init__(dim, **bank_options)
+        self._mirror = DeviceMatrix(dim, self.device)
+
+
+class TestTorchMirror(MemoryBankTests):
+    bank_class = MirroredTorchBank
+    exact = True
+
+
+@pytest.mark.usefixtures("fake_gpu")
+class TestFaissGpuLogicFlat(MemoryBankTests):
+    """The code around FAISS-GPU, on an index of the CPU that can pass over nothing."""
+
+    bank_class = FaissBank
+    options: ClassVar = {"device": "cuda"}
+    recall_floor = 1.0
+
+
+@pytest.mark.usefixtures("fake_gpu")
+class TestFaissGpuLogicIvf(MemoryBankTests):
+    bank_class = FaissBank
+    options: ClassVar = {"device": "cuda", "index": "IVF16,Flat", "train_size": 64, "nprobe": 12}

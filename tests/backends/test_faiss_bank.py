@@ -1,0 +1,174 @@
+"""What is particular to FaissBank."""
+
+from __future__ import annotations
+
+import faiss
+import pytest
+import torch
+
+from memlong.errors import DeviceUnavailableError, InvalidArgumentError
+from memlong_faiss import gpu
+from memlong_faiss.bank import FaissBank
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ("Bogus", "could not parse index string Bogus"),
+        ("", "could not parse"),
+        ("IVF16", "could not parse"),
+        ("IVF16,PQ7", "should be a multiple of the number of subquantizers"),
+        ("IVF0,Flat", "cannot serve as a memory bank"),
+        ("IDMap,Flat", "IndexIDMap, which cannot serve as a memory bank"),
+        ("IVF16,Flat,RFlat", "IndexRefineFlat"),
+        ("PQ8", "IndexPQ"),
+        ("NSG32,Flat", "IndexNSGFlat"),
+        (None, "index must be an index-factory string"),
+    ],
+)
+def test_an_index_that_cannot_be_used_is_an_error_with_examples(index, reason):
+    with pytest.raises(InvalidArgumentError, match=reason) as caught:
+        FaissBank(32, index=index)
+    assert "IVF256,Flat" in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["ef_search", "ef_construction", "nprobe", "refine", "build_threads"])
+@pytest.mark.parametrize("value", [0, 1.5, "many"])
+def test_options_are_checked(option, value):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int >= 1"):
+        FaissBank(32, **{option: value})
+
+
+@pytest.mark.parametrize("index", ["IVF16,SQ8", "SQ8", "HNSW16_SQ8", "HNSW16_PQ8", "PCA16,IVF16,Flat"])
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_other_factories_work(index, metric, fill):
+    bank = FaissBank(32, index=index, metric=metric, train_size=256, refine=8)
+    vectors = torch.randn(600, 32)
+    fill(bank, vectors)
+    assert bank.is_trained
+    bank.remove(range(0, 100, 2))
+    queries = torch.randn(20, 32)
+    found, true = bank.search(queries, 10), bank.exact_search(queries, 10)
+    assert not set(range(0, 100, 2)) & set(found.ids.ravel().tolist())
+    assert (found.scores >= true.scores[:, -1:]).float().mean() > 0.6
+
+
+def test_searches_are_exact_until_there_is_enough_to_train_on(fill):
+    bank = FaissBank(32, index="IVF16,PQ8", train_size=300, nprobe=1)
+    queries = torch.randn(20, 32)
+    fill(bank, torch.randn(299, 32))
+    assert not bank.is_trained
+    assert torch.equal(bank.search(queries, 10).ids, bank.exact_search(queries, 10).ids)
+    fill(bank, torch.randn(1, 32))
+    assert bank.is_trained
+    assert not torch.equal(bank.search(queries, 10).ids, bank.exact_search(queries, 10).ids)
+
+
+def test_a_bank_that_shrinks_below_the_training_size_is_exact_again(fill):
+    bank = FaissBank(32, index="IVF16,PQ8", train_size=300, nprobe=1)
+    fill(bank, torch.randn(310, 32))
+    bank.remove(range(100))
+    queries = torch.randn(20, 32)
+    assert torch.equal(bank.search(queries, 10).ids, bank.exact_search(queries, 10).ids)
+    assert not bank.is_trained
+
+
+def test_the_default_training_size_is_what_faiss_advises(fill):
+    bank = FaissBank(8, index="IVF4,Flat")
+    fill(bank, torch.randn(39 * 4 - 1, 8))
+    assert not bank.is_trained
+    fill(bank, torch.randn(1, 8))
+    assert bank.is_trained
+    assert FaissBank(8).is_trained
+    assert not FaissBank(8, index="HNSW8").is_trained
+
+
+def test_too_small_a_training_size_is_an_error():
+    with pytest.raises(InvalidArgumentError, match="train_size is 100, but the index learns 256 centroids"):
+        FaissBank(32, index="IVF16,PQ8", train_size=100)
+
+
+@pytest.mark.parametrize(("index", "train_size"), [("HNSW16", None), ("IVF4,Flat", 4)])
+def test_the_index_is_rebuilt_once_a_fifth_is_dead(index, train_size, fill):
+    bank = FaissBank(16, index=index, train_size=train_size)
+    fill(bank, torch.randn(100, 16))
+    bank.remove(range(20))
+    bank.search(torch.randn(1, 16), 1)
+    assert len(bank._alive) == 100
+    bank.remove([20])
+    bank.search(torch.randn(1, 16), 1)
+    assert len(bank._alive) == len(bank) == 79
+
+
+@pytest.mark.parametrize("index", ["HNSW16", "IVF16,Flat", "IVF16,PQ8"])
+def test_building_is_reproducible(index, fill):
+    vectors, queries = torch.randn(600, 32), torch.randn(30, 32)
+    banks = [FaissBank(32, index=index, train_size=256, nprobe=2, ef_search=10) for _ in range(2)]
+    for bank in banks:
+        fill(bank, vectors)
+    first, second = (bank.search(queries, 10) for bank in banks)
+    assert torch.equal(first.ids, second.ids)
+    assert torch.equal(first.scores, second.scores)
+
+
+def test_settings_of_faiss_are_left_as_they_were(fill):
+    before = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
+    bank = FaissBank(16, index="HNSW16")
+    fill(bank, torch.randn(50, 16))
+    bank.search(torch.randn(40, 16), 3)
+    assert (faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold) == before
+
+
+def test_a_wider_search_finds_more(fill):
+    vectors, queries = torch.randn(600, 32), torch.randn(50, 32)
+
+    def recall(**options):
+        bank = FaissBank(32, **options)
+        fill(bank, vectors)
+        return (
+            (bank.search(queries, 10).scores >= bank.exact_search(queries, 10).scores[:, -1:]).float().mean()
+        )
+
+    ivf = {"index": "IVF16,Flat", "train_size": 64}
+    assert recall(**ivf, nprobe=16) == 1.0
+    assert recall(**ivf, nprobe=1) < recall(**ivf, nprobe=8)
+    assert recall(index="HNSW4", ef_search=1) < recall(index="HNSW4", ef_search=200)
+
+
+@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this FAISS has GPU code")
+def test_a_faiss_without_gpu_code_says_what_to_install():
+    with pytest.raises(DeviceUnavailableError, match=r"faiss-cpu .* has no GPU code.*memlong\[faiss-gpu\]"):
+        FaissBank(8, device="cuda")
+
+
+def test_a_faiss_that_sees_no_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    with pytest.raises(DeviceUnavailableError, match="sees 0 GPUs; check the driver"):
+        FaissBank(8, device="cuda")
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_graphs_cannot_go_to_a_gpu():
+    with pytest.raises(DeviceUnavailableError, match=r"HNSW8.*Flat and IVF indexes for GPUs"):
+        FaissBank(8, index="HNSW8", device="cuda")
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_the_limit_of_k_on_a_gpu_is_an_error_and_dead_rows_stay_within_it(fill):
+    bank = FaissBank(8, device="cuda")
+    fill(bank, torch.randn(3000, 8))
+    with pytest.raises(InvalidArgumentError, match="k is 2049, but FAISS returns at most 2048"):
+        bank.search(torch.randn(1, 8), 2049)
+    bank.remove(range(500))
+    assert (bank.search(torch.randn(2, 8), 2048).ids >= 500).all()
+
+
+def test_two_owners_of_the_module_are_warned_of(monkeypatch):
+    monkeypatch.setattr(gpu, "packages_distributions", lambda: {"faiss": ["faiss-gpu", "faiss-cpu"]})
+    gpu.owners.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="brought by faiss-cpu and faiss-gpu"):
+            FaissBank(8)
+    finally:
+        gpu.owners.cache_clear()

@@ -1,0 +1,27 @@
+"""FaissBank on a GPU meets the whole contract."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import faiss
+import pytest
+
+from memlong.testing import MemoryBankTests
+from memlong_faiss.bank import FaissBank
+
+pytestmark = pytest.mark.gpu
+
+if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+    pytest.skip("FAISS has no GPU code or sees no GPU", allow_module_level=True)
+
+
+class TestFaissGpuFlat(MemoryBankTests):
+    bank_class = FaissBank
+    options: ClassVar = {"device": "cuda"}
+    recall_floor = 1.0
+
+
+class TestFaissGpuIvf(MemoryBankTests):
+    bank_class = FaissBank
+    options: ClassVar = {"device": "cuda", "index": "IVF16,Flat", "train_size": 64, "nprobe": 12}
