@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from memlong.bank.copying import stack
 from memlong.errors import InvalidArgumentError
 
 
@@ -82,7 +83,7 @@ class InMemoryStore(KeyValueStore):
         if held:
             raise InvalidArgumentError(f"the store already holds ids {held}; ids are never reused")
         blocks = {
-            chunk_id: (_own(key), _own(value))
+            chunk_id: (stack([key])[0], stack([value])[0])
             for chunk_id, key, value in zip(ids, keys.unbind(0), values.unbind(0), strict=True)
         }
         self._blocks.update(blocks)
@@ -92,7 +93,7 @@ class InMemoryStore(KeyValueStore):
         """Stack the blocks."""
         self._check_held(ids)
         blocks = [self._blocks[chunk_id] for chunk_id in ids]
-        return torch.stack([key for key, _ in blocks]), torch.stack([value for _, value in blocks])
+        return stack([key for key, _ in blocks]), stack([value for _, value in blocks])
 
     def remove(self, ids: Sequence[int]) -> None:
         """Drop the blocks."""
@@ -121,7 +122,3 @@ class InMemoryStore(KeyValueStore):
         unknown = [chunk_id for chunk_id in ids if chunk_id not in self._blocks]
         if unknown:
             raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
-
-
-def _own(block: torch.Tensor) -> torch.Tensor:
-    return block.detach().clone(memory_format=torch.contiguous_format)
