@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def perplexity(
-    model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip).")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip).")
+    ],
     text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
     backend: Annotated[str, typer.Option(help="Memory backend, or 'none' for the plain window.")] = "torch",
     backend_option: Annotated[
@@ -30,7 +32,9 @@ def perplexity(
     retriever_option: Annotated[
         list[str] | None, typer.Option(metavar="K=V", help="Option of the retriever; may be repeated.")
     ] = None,
-    kv_source: Annotated[str, typer.Option(help="'layer': each layer stores and reads its own K-V.")] = "layer",
+    kv_source: Annotated[
+        str, typer.Option(help="'layer': each layer stores and reads its own K-V.")
+    ] = "layer",
     retrieval_layers: Annotated[str, typer.Option(help="'all', or such as '15-29' or '3,7,11'.")] = "all",
     chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 128,
     top_k: Annotated[int, typer.Option(help="Chunks retrieved for a segment.")] = 8,
@@ -154,7 +158,9 @@ def _print(summary: dict[str, Any]) -> None:
         ("perplexity", f"{summary['perplexity']:.3f} over {summary['scored_tokens']:,} tokens"),
         (
             "long-range",
-            f"{distant['perplexity']:.3f} over {distant['tokens']:,} tokens" if distant["tokens"] else "no such token",
+            f"{distant['perplexity']:.3f} over {distant['tokens']:,} tokens"
+            if distant["tokens"]
+            else "no such token",
         ),
         ("backend", f"{summary['backend']}, {summary['chunks_stored']:,} chunks stored"),
     ]

@@ -22,7 +22,9 @@ def key_values(option: str, given: Iterable[str]) -> dict[str, object]:
         key, equals, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
-            raise InvalidArgumentError(f"{option} {text!r} is not of the form K=V, such as {option} index=HNSW32")
+            raise InvalidArgumentError(
+                f"{option} {text!r} is not of the form K=V, such as {option} index=HNSW32"
+            )
         if key in found:
             raise InvalidArgumentError(f"{option} gives {key!r} twice; give it once")
         try:
@@ -43,5 +45,7 @@ def writable(path: Path) -> Path:
     if path.is_dir():
         raise InvalidArgumentError(f"{str(path)!r} is a folder; name a file to write to")
     if not path.parent.is_dir():
-        raise InvalidArgumentError(f"the folder {str(path.parent)!r} of {path.name!r} does not exist: mkdir -p {path.parent}")
+        raise InvalidArgumentError(
+            f"the folder {str(path.parent)!r} of {path.name!r} does not exist: mkdir -p {path.parent}"
+        )
     return path

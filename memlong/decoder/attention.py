@@ -128,22 +128,25 @@ class AttentionSlot:
         return base(module, query, key, value, mask, **{**options, "is_causal": False})
 
 
-@contextmanager
-def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put the slot on the modules, and leave them as they were.
+def check_free(model: PreTrainedModel) -> None:
+    """Refuse a model that has a memory already.
 
     Raises
     ------
     UnsupportedModelError
-        If another decoder is attached to one of them.
+        If another decoder is attached to it.
     """
+    if any(hasattr(module, _SLOT) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} already has a memory attached: leave the other decoder's `with` block first, "
+            "or use another copy of the model."
+        )
+
+
+@contextmanager
+def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the slot on the modules, and leave them as they were."""
     modules = tuple(modules)
-    for module in modules:
-        if hasattr(module, _SLOT):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} of layer {module.layer_idx} already has a memory attached: leave the other "
-                "decoder's `with` block first, or use another copy of the model."
-            )
     for module in modules:
         setattr(module, _SLOT, slot)
     try:

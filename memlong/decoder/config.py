@@ -102,11 +102,8 @@ class MemoryConfig:
     @property
     def position_span(self) -> int:
         """Positions that a stream of any length needs, for the modes that re-base the window."""
-        if self.backend is None:
-            gap = 0
-        else:
-            gap = 1 if self.position_mode == "zero" else self.top_k * self.chunk_size
-        return self.sink_tokens + gap + self.local_window
+        room = 1 if self.position_mode == "zero" else self.top_k * self.chunk_size
+        return self.sink_tokens + (room if self.backend else 0) + self.local_window
 
 
 def parse_layers(text: str, eligible: tuple[int, ...], layer_count: int) -> tuple[int, ...]:
@@ -133,14 +130,14 @@ def parse_layers(text: str, eligible: tuple[int, ...], layer_count: int) -> tupl
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise InvalidArgumentError(
-                f"retrieval_layers is {text!r}: {part.strip()!r} is neither a layer nor a range. Write 'all', or layers and "
-                "ranges such as '15-29' or '3,7,11-13'."
+                f"retrieval_layers is {text!r}: {part.strip()!r} is neither a layer nor a range. Write 'all', "
+                "or layers and ranges such as '15-29' or '3,7,11-13'."
             )
         layers.update(range(int(first), int(last or first) + 1))
     if not layers or max(layers) >= layer_count:
         raise InvalidArgumentError(
-            f"retrieval_layers is {text!r}, but the model has the layers 0 to {layer_count - 1}; name at least one of those, "
-            "first before last."
+            f"retrieval_layers is {text!r}, but the model has the layers 0 to {layer_count - 1}; name at least "
+            "one of those, first before last."
         )
     return tuple(sorted(layers))
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
-from memlong.decoder.attention import AttentionSlot, installed, replaced_attention
+from memlong.decoder.attention import AttentionSlot, check_free, installed, replaced_attention
 from memlong.decoder.config import MemoryConfig, parse_layers
 from memlong.decoder.layout import check_positions
 from memlong.decoder.probe import probe
@@ -93,7 +93,8 @@ class MemoryDecoder:
         self._is_attached = False
         self.reset()
 
-    def __enter__(self) -> MemoryDecoder:
+    def __enter__(self) -> Self:
+        check_free(self.model)
         with ExitStack() as stack:
             stack.enter_context(installed(self._slot, self._layout.modules))
             stack.enter_context(replaced_attention(self.model))
@@ -167,8 +168,8 @@ class MemoryDecoder:
             self._streams = self._begin(len(pending))
         if len(pending) != len(self._streams.rows):
             raise InvalidArgumentError(
-                f"input_ids has {len(pending)} rows, but the streams so far have {len(self._streams.rows)}; call reset() "
-                "to begin new ones."
+                f"input_ids has {len(pending)} rows, but the streams so far have {len(self._streams.rows)}; "
+                "call reset() to begin new ones."
             )
         return self._segments(self._streams, pending, 0 if logits == "all" else 1)
 
@@ -201,7 +202,9 @@ class MemoryDecoder:
     def _begin(self, rows: int) -> Streams:
         given = self._given_banks
         if given is not None and len(given) != rows:
-            raise InvalidArgumentError(f"banks holds {len(given)} banks for {rows} rows; expected one for each row.")
+            raise InvalidArgumentError(
+                f"banks holds {len(given)} banks for {rows} rows; expected one for each row."
+            )
         banks = given or [self._new_bank() for _ in range(rows)]
         return Streams(self.model, self._layout, self.config, self.retriever, self.retrieval_layers, banks)
 
@@ -213,9 +216,13 @@ class MemoryDecoder:
 
     def _checked(self, banks: Sequence[MemoryBank]) -> tuple[MemoryBank, ...]:
         if self.retriever is None:
-            raise InvalidArgumentError("banks were given, but the configuration has backend=None: name a backend.")
+            raise InvalidArgumentError(
+                "banks were given, but the configuration has backend=None: name a backend."
+            )
         if len({id(bank) for bank in banks}) < len(banks):
-            raise InvalidArgumentError("banks holds one bank twice; rows never share a bank: give each its own.")
+            raise InvalidArgumentError(
+                "banks holds one bank twice; rows never share a bank: give each its own."
+            )
         for bank in banks:
             if (bank.dim, bank.metric) != (self.retriever.dim, self.retriever.metric):
                 raise InvalidArgumentError(
@@ -236,6 +243,6 @@ def _token_lists(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[
         return rows
     if attention_mask.shape != input_ids.shape:
         raise InvalidArgumentError(
-            f"attention_mask is {tuple(attention_mask.shape)}; expected the shape of input_ids, {tuple(input_ids.shape)}."
+            f"attention_mask is {tuple(attention_mask.shape)}; expected that of input_ids, {tuple(input_ids.shape)}."
         )
     return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]

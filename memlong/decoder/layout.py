@@ -42,10 +42,8 @@ def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Plac
     """
     if config.position_mode == "original":
         return Placement(config.sink_tokens, 0, first_token)
-    if retrieved_tokens == 0:
-        gap = 0
-    else:
-        gap = 1 if config.position_mode == "zero" else retrieved_tokens
+    room = 1 if config.position_mode == "zero" else retrieved_tokens
+    gap = room if retrieved_tokens else 0
     start = config.sink_tokens + gap
     return Placement(config.sink_tokens, start - first_token, start)
 
@@ -74,6 +72,6 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
         return
     raise InvalidArgumentError(
         f"These settings need {config.position_span} positions (sink tokens, room for memory, local_window "
-        f"{config.local_window}), but the model was trained on {limit}. Lower local_window, or top_k and chunk_size, or "
-        "use position_mode='zero'."
+        f"{config.local_window}), but the model was trained on {limit}. Lower local_window, or top_k and "
+        "chunk_size, or use position_mode='zero'."
     )

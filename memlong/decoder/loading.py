@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -50,15 +51,17 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
     with _without_progress():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES[dtype], **options
+            )
         except (OSError, ValueError) as error:
             raise InvalidArgumentError(
-                f"The model {name!r} could not be loaded: {error}\nName a hub id, a folder that transformers saved, a GGUF "
-                "file, or 'demo'."
+                f"The model {name!r} could not be loaded: {error}\nName a hub id, a folder that transformers "
+                "saved, a GGUF file, or 'demo'."
             ) from error
     if options:  # from GGUF: it still calls itself quantized, and refuses to be saved
         model = _plain(model)
-    return model.to(target).eval(), tokenizer
+    return cast("PreTrainedModel", nn.Module.to(model, target).eval()), tokenizer
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
@@ -68,7 +71,9 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     if not path.is_file():
         raise InvalidArgumentError(f"The model file {str(path)!r} does not exist. Check the path.")
     if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError(f"Reading {path.name} needs the package gguf: pip install 'memlong[gguf]'")
+        raise MissingDependencyError(
+            f"Reading {path.name} needs the package gguf: pip install 'memlong[gguf]'"
+        )
     return str(path.parent), {"gguf_file": path.name}
 
 
@@ -86,7 +91,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InvalidArgumentError(f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:<number>'.") from error
+        raise InvalidArgumentError(
+            f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:<number>'."
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailableError(
             f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu, or "
@@ -100,7 +107,8 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     implementation = config._attn_implementation  # noqa: SLF001 - transformers has no public getter
-    plain = type(model)._from_config(config, dtype=model.dtype, attn_implementation=implementation)  # noqa: SLF001
+    make: Any = type(model)._from_config  # noqa: SLF001 - what AutoModelForCausalLM.from_config calls
+    plain: PreTrainedModel = make(config, dtype=model.dtype, attn_implementation=implementation)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain

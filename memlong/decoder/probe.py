@@ -11,7 +11,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from memlong.decoder import attention
 from memlong.decoder.rope import AngleCache, Angles, LayerRope, RotaryCall
 from memlong.errors import UnsupportedModelError
 
-_POSITIONS = (3, 101)
+_FAR = 101  # far enough to turn even slow dimensions by more than bfloat16's rounding
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -69,15 +69,20 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         )
     config = model.config
     if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
-        raise _unsupported(model, "it is not a decoder-only language model; load it with AutoModelForCausalLM")
+        raise _unsupported(
+            model, "it is not a decoder-only language model; load it with AutoModelForCausalLM"
+        )
     odd = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if odd:
         raise _unsupported(model, f"it has layers of type {', '.join(sorted(odd))}")
+    attention.check_free(model)
+    max_positions = getattr(config, "max_position_embeddings", None)
     training = model.training
     model.eval()
     try:
         with attention.replaced_attention(model):
-            first, second = (_SingleTokenPass.run(model, position) for position in _POSITIONS)
+            first = _SingleTokenPass.run(model, 1)
+            second = _SingleTokenPass.run(model, min(_FAR, (max_positions or _FAR + 1) - 1))
     finally:
         model.train(training)
     count = len(first.layers)
@@ -88,13 +93,14 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     layers = tuple(_layer(model, first, second, index) for index in range(count))
     if len({(layer.kv_heads, layer.head_dim) for layer in layers}) > 1:
         raise _unsupported(model, "its layers differ in the number or the size of their K-V heads")
-    return ModelLayout(layers, getattr(config, "max_position_embeddings", None))
+    return ModelLayout(layers, max_positions)
 
 
 @dataclass
 class _SingleTokenPass(attention.AttentionSlot):
     """What a pass of one token at one position showed, by layer."""
 
+    position: int
     layers: dict[int, tuple[nn.Module, int | None]] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -102,10 +108,14 @@ class _SingleTokenPass(attention.AttentionSlot):
 
     @classmethod
     def run(cls, model: PreTrainedModel, position: int) -> _SingleTokenPass:
-        seen = cls()
-        layered = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-        embeddings = model.get_input_embeddings()
-        token = 0 if embeddings.padding_idx != 0 else 1  # a padding token embeds as zero, which shows nothing
+        seen = cls(position)
+        layered = [
+            module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)
+        ]
+        token = (
+            0 if model.config.pad_token_id != 0 else 1
+        )  # a padding token embeds as zero, which shows nothing
+        device = model.get_input_embeddings().weight.device
         with ExitStack() as stack:
             for module in layered:
                 hook = module.register_forward_pre_hook(seen._note_embeddings, with_kwargs=True)
@@ -117,13 +127,15 @@ class _SingleTokenPass(attention.AttentionSlot):
             stack.enter_context(torch.no_grad())
             try:
                 model(
-                    input_ids=torch.full((1, 1), token, device=embeddings.weight.device),
-                    position_ids=torch.full((1, 1), position, device=embeddings.weight.device),
+                    input_ids=torch.full((1, 1), token, device=cast("torch.device", device)),
+                    position_ids=torch.full((1, 1), position, device=cast("torch.device", device)),
                     past_key_values=DynamicCache(),
                     use_cache=True,
                 )
             except (TypeError, AttributeError, KeyError, IndexError) as error:
-                raise _unsupported(model, f"it does not run a single token at a given position: {error}") from error
+                raise _unsupported(
+                    model, f"it does not run a single token at a given position: {error}"
+                ) from error
         return seen
 
     def attend(
@@ -140,7 +152,7 @@ class _SingleTokenPass(attention.AttentionSlot):
         self.keys[module.layer_idx] = key  # type: ignore[index]
         return base(module, query, key, value, attention_mask, **options)
 
-    def _note_embeddings(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_embeddings(self, module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("position_embeddings")
         if given is not None:
             self.embeddings[module.layer_idx] = given  # type: ignore[index]
@@ -151,6 +163,10 @@ class _SingleTokenPass(attention.AttentionSlot):
         call = RotaryCall.record(module, args, kwargs)
         if call.replayable:
             self.calls.append((call, output[0]))
+
+    def angles(self, rope: LayerRope) -> Angles | None:
+        """Angles at this pass's position."""
+        return AngleCache(torch.tensor([[self.position]], device=self.keys[0].device)).of(rope)
 
     def call_of(self, index: int) -> RotaryCall | None:
         """The rotary call whose angles this layer was given."""
@@ -163,17 +179,17 @@ def _layer(
 ) -> LayerLayout:
     module, sliding_window = first.layers[index]
     one, other = first.keys[index], second.keys[index]
-    layer = partial(LayerLayout, module, kv_heads=one.shape[1], head_dim=one.shape[3], sliding_window=sliding_window)
+    layer = partial(
+        LayerLayout, module, kv_heads=one.shape[1], head_dim=one.shape[3], sliding_window=sliding_window
+    )
     if torch.equal(one, other):  # not rotated: the very same computation
         return layer(LayerRope(None))
     for rope in _rotations(module, first.call_of(index), one.shape[3]):
         try:
-            raw = [rope.unrotate(keys.float(), _angles(rope, keys, position)) for keys, position in zip(
-                (one, other), _POSITIONS, strict=True
-            )]
+            raw = [rope.unrotate(seen.keys[index].float(), seen.angles(rope)) for seen in (first, second)]
         except RuntimeError:  # this width does not fit the angles: not how this model rotates
             continue
-        if _alike(*raw, one.dtype):
+        if _alike(raw[0], raw[1], one.dtype):
             return layer(rope)
     raise _unsupported(
         model, f"the rotation of the keys of layer {index} ({type(module).__name__}) could not be undone"
@@ -188,10 +204,6 @@ def _rotations(module: nn.Module, call: RotaryCall | None, head_dim: int) -> lis
     given: Tensor = call.arguments["position_ids"]
     width = call.angles(given)[0].shape[-1]
     return [LayerRope(call, apply, size) for size in (width, 2 * width) if size <= head_dim]
-
-
-def _angles(rope: LayerRope, keys: Tensor, position: int) -> Angles | None:
-    return AngleCache(torch.tensor([[position]], device=keys.device)).of(rope)
 
 
 def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -81,9 +81,13 @@ class LayerRope:
     def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         assert self.apply is not None  # noqa: S101 - a layer with angles has a rotation
         # The first argument of the model's function is a query; one head of the keys stands in for it.
-        _, turned = self.apply(keys[:, :1, :, : self.width].float(), keys[..., : self.width].float(), cos, sin)
+        _, turned = self.apply(
+            keys[:, :1, :, : self.width].float(), keys[..., : self.width].float(), cos, sin
+        )
         turned = turned.to(keys.dtype)
-        return turned if self.width == keys.shape[-1] else torch.cat([turned, keys[..., self.width :]], dim=-1)
+        return (
+            turned if self.width == keys.shape[-1] else torch.cat([turned, keys[..., self.width :]], dim=-1)
+        )
 
 
 class AngleCache:

@@ -118,7 +118,9 @@ class Row:
         self.retrieval = Retrieval(query, found.ids[0, :count], found.scores[0, :count])
         order = found.spans[0, :count, 0].argsort()
         self.memory = RowMemory(
-            _in_line(found.keys[0], order), _in_line(found.values[0], order), found.spans[0].index_select(0, order)
+            _in_line(found.keys[0], order),
+            _in_line(found.values[0], order),
+            found.spans[0].index_select(0, order),
         )
 
     def memory_positions(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Streams:
         self._config = config
         self._retriever = retriever
         self._retrieval_layers = retrieval_layers
-        self._device: torch.device = model.get_input_embeddings().weight.device
+        self._device = cast("torch.device", model.get_input_embeddings().weight.device)
         self._window = LocalWindow(layout, len(self.rows), self._device)
         self._memory: Memory | None = None
 
@@ -136,10 +137,13 @@ class Streams:
         keys, values = self._window.keys_and_values(index, columns, self._retrieval_layers)
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
-        bank.add(self._retriever.embed_chunks(leaving), _in_chunks(keys, size), _in_chunks(values, size), spans)
+        bank.add(
+            self._retriever.embed_chunks(leaving), _in_chunks(keys, size), _in_chunks(values, size), spans
+        )
 
     def _retrieve(self, starting: Sequence[Row]) -> None:
-        asking = [row for row in starting if row.bank is not None and len(row.bank)]
+        # A bank that was given may hold something before the stream has any text to ask with.
+        asking = [row for row in starting if row.seen and row.bank is not None and len(row.bank)]
         if not asking or self._retriever is None:
             return
         queries = self._retriever.embed_queries([row.query() for row in asking])
@@ -158,23 +162,29 @@ class Streams:
         values: dict[int, Tensor] = {}
         for number, layer in enumerate(self._retrieval_layers):
             rope = self._layout.layers[layer].rope
-            raw = _batch([memory and memory.keys[number] for memory in memories]).to(self._device)
+            raw = _batch([memory.keys[number] if memory else None for memory in memories]).to(self._device)
             keys[layer] = rope.rotate(raw, angles.of(rope))
-            values[layer] = _batch([memory and memory.values[number] for memory in memories]).to(self._device)
+            mine = _batch([memory.values[number] if memory else None for memory in memories])
+            values[layer] = mine.to(self._device)
         return Memory(keys, values, placed, pad_sequence(valid, batch_first=True).to(self._device))
 
     def _positions(self, tokens: Tensor) -> Tensor:
         """Where the tokens [rows, columns], given by index in their stream, stand now."""
-        return torch.stack([row.placement.positions(mine) for row, mine in zip(self.rows, tokens, strict=True)])
+        return torch.stack(
+            [row.placement.positions(mine) for row, mine in zip(self.rows, tokens, strict=True)]
+        )
 
     def _left_padded(self, rows: Sequence[Sequence[int]], padding: int) -> Tensor:
         tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side="left").to(self._device)
+        return pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side="left").to(
+            self._device
+        )
 
 
 def _in_chunks(states: Tensor, size: int) -> Tensor:
     """[layers, kv_heads, tokens, head_dim] -> [chunks, layers, kv_heads, size, head_dim]."""
-    return states.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4)
+    layers, heads, tokens, width = states.shape
+    return states.reshape(layers, heads, tokens // size, size, width).permute(2, 0, 1, 3, 4)
 
 
 def _batch(states: Sequence[Tensor | None]) -> Tensor:

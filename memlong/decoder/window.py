@@ -22,14 +22,16 @@ _PADDING = -1
 class WindowLayer(DynamicLayer):
     """K-V of one layer: rotated ``keys``, ``raw_keys`` and ``values``, each [rows, kv_heads, columns, head_dim]."""
 
+    keys: Tensor
+    values: Tensor
     raw_keys: Tensor
 
     def __init__(self, rope: LayerRope) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rope = rope
         self.incoming: AngleCache | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take in the K-V of a segment, as transformers calls it, and give that of the whole window."""
         assert self.incoming is not None  # noqa: S101 - LocalWindow.expect comes first
         raw = self.rope.unrotate(key_states, self.incoming.of(self.rope))

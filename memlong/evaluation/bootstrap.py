@@ -23,6 +23,7 @@ def perplexity_ratio(
     nll: NDArray[np.float64],
     baseline_nll: NDArray[np.float64],
     *,
+    where: NDArray[np.bool_] | None = None,
     block: int = 256,
     samples: int = 1000,
     confidence: float = 0.95,
@@ -36,6 +37,8 @@ def perplexity_ratio(
     ----------
     nll, baseline_nll
         [tokens]: negative log-likelihood of the same tokens, in order, in nats.
+    where
+        [tokens], bool: count only these, for instance the long-range ones; blocks are of the text all the same.
     block
         Tokens in a block.
     samples
@@ -48,19 +51,22 @@ def perplexity_ratio(
     Raises
     ------
     InvalidArgumentError
-        If the two do not score the same number of tokens, or none.
+        If the two do not score the same number of tokens, or ``where`` leaves none.
     """
     if nll.shape != baseline_nll.shape or nll.ndim != 1 or not nll.size:
         raise InvalidArgumentError(
-            f"nll is {nll.shape} and baseline_nll is {baseline_nll.shape}; expected two equal lengths, since only systems that "
-            "score the same tokens can be compared."
+            f"nll is {nll.shape} and baseline_nll is {baseline_nll.shape}; expected two equal lengths, since "
+            "only systems that score the same tokens can be compared."
         )
-    difference = nll - baseline_nll
-    starts = np.arange(0, difference.size, block)
-    sums = np.add.reduceat(difference, starts)
-    sizes = np.diff(np.append(starts, difference.size))
+    counted = np.ones(nll.shape, dtype=np.bool_) if where is None else where
+    if not counted.any():
+        raise InvalidArgumentError("where marks no token; expected at least one to compare.")
+    starts = np.arange(0, nll.size, block)
+    sums = np.add.reduceat(np.where(counted, nll - baseline_nll, 0.0), starts)
+    sizes = np.add.reduceat(counted.astype(np.int64), starts)
     drawn = np.random.default_rng(seed).integers(0, starts.size, (samples, starts.size))
-    ratios = np.exp(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    drawn_sizes = sizes[drawn].sum(axis=1)
+    ratios = np.exp(sums[drawn].sum(axis=1)[drawn_sizes > 0] / drawn_sizes[drawn_sizes > 0])
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
-    return Ratio(float(np.exp(difference.mean())), float(low), float(high))
+    return Ratio(float(np.exp(sums.sum() / sizes.sum())), float(low), float(high))

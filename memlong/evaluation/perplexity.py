@@ -55,7 +55,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood."""
+        """The exponential of the mean negative log-likelihood."""
         return float(np.exp(self.token_nll.mean()))
 
     @property
@@ -122,19 +122,23 @@ def evaluate_perplexity(
 
 def _check(input_ids: Tensor, score_from: int, segment_size: int) -> None:
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
-        raise InvalidArgumentError(f"input_ids is {tuple(input_ids.shape)}; expected one document, [1, tokens].")
+        raise InvalidArgumentError(
+            f"input_ids is {tuple(input_ids.shape)}; expected one document, [1, tokens]."
+        )
     if score_from < 1:
-        raise InvalidArgumentError(f"score_from is {score_from}; expected at least 1: token 0 cannot be predicted.")
+        raise InvalidArgumentError(
+            f"score_from is {score_from}; expected at least 1: token 0 cannot be predicted."
+        )
     count = input_ids.shape[1]
     if count < segment_size:
         raise InvalidTextError(
-            f"The text has {count} tokens, fewer than one segment ({segment_size}): nothing to stream. Give a longer text or a "
-            "smaller segment_size."
+            f"The text has {count} tokens, fewer than one segment ({segment_size}): nothing to stream. Give a "
+            "longer text or a smaller segment_size."
         )
     if count <= score_from:
         raise InvalidTextError(
-            f"The text has {count} tokens, and scoring starts at token {score_from}: nothing to score. Give a longer text or a "
-            "smaller score_from."
+            f"The text has {count} tokens, and scoring starts at token {score_from}: nothing to score. Give a "
+            "longer text or a smaller score_from."
         )
 
 

@@ -32,8 +32,8 @@ def read_text(path: str | Path) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidTextError(
-            f"The text file {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}. Convert it, for instance with "
-            "iconv -t UTF-8."
+            f"The text file {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}. Convert it, for "
+            "instance with iconv -t UTF-8."
         ) from error
     if not text.strip():
         raise InvalidTextError(f"The text file {str(path)!r} is empty. Give a file with text in it.")

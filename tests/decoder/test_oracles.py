@@ -9,6 +9,7 @@ import torch
 
 from memlong import MemoryDecoder
 
+VOCABULARY = 97
 TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
 
 
@@ -82,9 +83,11 @@ def test_detached_the_model_is_the_object_it_was(tiny_model, architecture, small
         return hooks, copy.deepcopy(model.config.to_dict()), model.config._attn_implementation, model.training
 
     before = trace()
-    with pytest.raises(KeyError), MemoryDecoder(model, None, small()) as decoder:
+    with MemoryDecoder(model, None, small()) as decoder:
         stream(decoder, text(60))
-        raise KeyError("leaving by an error must clean up too")
+    assert trace() == before
+    with pytest.raises(IndexError), MemoryDecoder(model, None, small()) as decoder:
+        stream(decoder, torch.full((1, 9), VOCABULARY + 1))  # leaving by an error cleans up too
     assert trace() == before
 
 

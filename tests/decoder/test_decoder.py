@@ -1,0 +1,195 @@
+"""MemoryDecoder: what is stored, and what bad input is answered with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memlong import MemoryConfig, MemoryDecoder, Retriever, create_bank
+from memlong.errors import InvalidArgumentError, MemlongError, UnknownNameError
+
+
+class Constant(Retriever):
+    """Embeds everything as the same vector, of any width and value."""
+
+    def __init__(self, width=8, value=1.0, made=None):
+        super().__init__(None, None)
+        self.width, self.value, self.made = width, value, made or width
+
+    @property
+    def dim(self):
+        return self.width
+
+    def embed_chunks(self, chunks):
+        return torch.full((len(chunks), self.made), self.value)
+
+    def embed_queries(self, queries):
+        return self.embed_chunks(queries)
+
+
+def test_every_token_is_a_sink_or_in_the_window_or_in_the_bank(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(150))
+        (bank,) = decoder.banks
+        found = bank.retrieve(torch.ones(1, bank.dim), len(bank))
+        held = decoder._streams._window.tokens[0].tolist()
+    stored = [token for start, end in found.spans[0].tolist() for token in range(start, end)]
+    assert sorted(held + stored) == list(range(150))
+    assert held[:2] == [0, 1]
+    assert len(held) - 2 <= 24
+
+
+def test_chunks_hold_the_models_own_keys_unrotated(llama, small, text):
+    ids = text(60)
+    with MemoryDecoder(
+        llama, None, small(position_mode="original", top_k=99, retrieval_layers="0")
+    ) as decoder:
+        decoder.read(ids)
+        found = decoder.banks[0].retrieve(torch.ones(1, decoder.banks[0].dim), 1)
+    start, end = found.spans[0, 0].tolist()
+    layer = llama.model.layers[0]
+    with torch.no_grad():
+        hidden = layer.input_layernorm(llama.model.embed_tokens(ids[:, start:end]))
+        keys = layer.self_attn.k_proj(hidden).view(4, 2, 12).transpose(0, 1)
+        values = layer.self_attn.v_proj(hidden).view(4, 2, 12).transpose(0, 1)
+    torch.testing.assert_close(found.keys[0, 0, 0], keys, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(found.values[0, 0, 0], values, rtol=0.0, atol=1e-5)
+
+
+def test_a_capacity_holds_and_streaming_goes_on(llama, small, text):
+    options = {"max_chunks": 5, "eviction": "retrieval_frequency"}
+    with MemoryDecoder(llama, None, small(backend_options=options)) as decoder:
+        for _ in decoder.stream(text(300)):
+            assert all(len(bank) <= 5 for bank in decoder.banks)
+
+
+def test_reset_begins_with_empty_banks(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        first = decoder.read(text(100))
+        decoder.reset()
+        assert decoder.banks == ()
+        assert torch.equal(decoder.read(text(100)), first)
+
+
+def test_a_bank_that_already_remembers_can_be_given(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(100))
+        banks = decoder.banks
+        stored = len(banks[0])
+        decoder.reset(banks)
+        first, second, _ = decoder.stream(text(20, seed=1))
+        assert first.retrievals[0] is None, "there is no text yet to make a query of"
+        assert second.retrievals[0] is not None
+        assert len(banks[0]) == stored
+
+
+def test_an_interrupted_forward_leaves_the_stream_as_it_was(llama, small, text):
+    ids = text(120)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        expected = decoder.read(ids)
+        decoder.reset()
+        decoder.read(ids[:, :80])
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = llama.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.read(ids[:, 80:])
+        handle.remove()
+        torch.testing.assert_close(decoder.read(ids[:, 80:]), expected, rtol=0.0, atol=2e-5)
+
+
+def test_streaming_detached_says_how_to_attach(llama, small, text):
+    decoder = MemoryDecoder(llama, None, small())
+    with pytest.raises(MemlongError, match="stream inside `with decoder:`"):
+        decoder.read(text(20))
+
+
+def test_wrong_tensors_are_named(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        with pytest.raises(InvalidArgumentError, match=r"input_ids is \(5,\); expected an integer tensor"):
+            decoder.stream(torch.arange(5))
+        with pytest.raises(InvalidArgumentError, match="input_ids is list"):
+            decoder.stream([[1, 2]])
+        with pytest.raises(InvalidArgumentError, match=r"attention_mask is \(1, 4\)"):
+            decoder.stream(text(5), torch.ones(1, 4))
+        with pytest.raises(InvalidArgumentError, match="holds no token"):
+            decoder.read(torch.ones(1, 0, dtype=torch.long))
+        decoder.reset()
+        decoder.read(text(20, rows=2))
+        with pytest.raises(InvalidArgumentError, match="has 3 rows, but the streams so far have 2"):
+            decoder.read(text(20, rows=3))
+
+
+def test_an_unknown_backend_is_answered_with_what_was_meant(llama, small):
+    with pytest.raises(UnknownNameError, match=r"no backend 'fais'.*[Dd]id you mean 'faiss'"):
+        MemoryDecoder(llama, None, small(backend="fais"))
+
+
+def test_an_unknown_retriever_is_answered_with_what_was_meant(llama, small):
+    with pytest.raises(UnknownNameError, match=r"no retriever 'randon'.*[Dd]id you mean 'random'"):
+        MemoryDecoder(llama, None, small(retriever="randon"))
+
+
+def test_a_retriever_whose_width_differs_from_the_banks_is_refused(llama, small):
+    bank = create_bank("torch", 7)
+    decoder = MemoryDecoder(llama, None, small(), retriever=Constant(8))
+    with pytest.raises(InvalidArgumentError, match=r"bank of dim 7 .* Constant embeds in dim 8"):
+        decoder.reset([bank])
+
+
+def test_rows_cannot_share_a_bank(llama, small):
+    bank = create_bank("torch", 8)
+    decoder = MemoryDecoder(llama, None, small(), retriever=Constant(8))
+    with pytest.raises(InvalidArgumentError, match="one bank twice"):
+        decoder.reset([bank, bank])
+
+
+@pytest.mark.parametrize(
+    ("retriever", "message"),
+    [
+        (Constant(8, float("nan")), r"embeddings\[0, 0\] is nan"),
+        (Constant(8, made=5), r"embeddings.*(\[n, 8\]|8)"),
+    ],
+)
+def test_what_a_broken_retriever_makes_is_refused_and_nothing_is_stored(
+    llama, small, text, retriever, message
+):
+    with MemoryDecoder(llama, None, small(), retriever=retriever) as decoder:
+        with pytest.raises(InvalidArgumentError, match=message):
+            decoder.read(text(100))
+        assert len(decoder.banks[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0; expected an integer of at least 1"),
+        ({"chunk_size": True}, "chunk_size is True"),
+        ({"segment_size": 2.5}, "segment_size is 2.5"),
+        ({"local_window": 300}, "local_window is 300, but it must hold a segment"),
+        ({"position_mode": "nowhere"}, "position_mode is 'nowhere'; expected one of 'zero'"),
+        ({"kv_source": "shared"}, "kv_source is 'shared'; expected one of 'layer'"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(settings, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        MemoryConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("4", "the model has the layers 0 to 3"),
+        ("a-b", "neither a layer nor a range"),
+        ("3-1", "first before last"),
+    ],
+)
+def test_layers_that_do_not_exist_are_named(llama, small, layers, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        MemoryDecoder(llama, None, small(retrieval_layers=layers))
+
+
+def test_layers_and_ranges_are_understood(llama, small):
+    assert MemoryDecoder(llama, None, small(retrieval_layers="3, 0-1")).retrieval_layers == (0, 1, 3)

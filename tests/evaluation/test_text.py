@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from memlong.errors import InvalidTextError
+from memlong.evaluation import long_range_tokens, read_text, tokenize
+
+
+def test_a_text_is_read_as_utf8(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Nennt mich Ismaël.", encoding="utf-8")
+    assert read_text(path) == "Nennt mich Ismaël."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"\x7fELF\0\0", "is binary"),
+        ("Ismaël".encode("latin-1"), "is not UTF-8: .* at byte 4"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_with_the_reason(tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidTextError, match=message) as raised:
+        read_text(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(InvalidTextError, match="cannot be read"):
+        read_text(tmp_path)
+
+
+def test_tokens_are_cut_to_the_first_ones():
+    class Words:
+        def __call__(self, text, verbose):
+            return type("Encoding", (), {"input_ids": [len(word) for word in text.split()]})
+
+    assert tokenize(Words(), "a bb ccc dddd", 3).tolist() == [[1, 2, 3]]
+    assert tokenize(Words(), "a bb ccc dddd").tolist() == [[1, 2, 3, 4]]
+
+
+def test_long_range_tokens_were_last_met_beyond_the_distance():
+    text = [7, 8, 7, 9, 9, 8, 7, 5]
+    assert long_range_tokens(text, 2).tolist() == [False] * 5 + [True, True, False]
+    assert long_range_tokens(text, 3).tolist() == [False] * 5 + [True, True, False]
+    assert long_range_tokens(text, 4).tolist() == [False] * 8
+    assert np.count_nonzero(long_range_tokens(range(100), 1)) == 0
