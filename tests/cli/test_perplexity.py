@@ -1,0 +1,138 @@
+"""``memlong perplexity`` on a tiny random model that was saved to a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from memlong.cli.app import main, make_app
+from memlong.errors import (
+    DeviceUnavailableError,
+    InvalidArgumentError,
+    InvalidTextError,
+    MemlongError,
+    UnknownNameError,
+)
+
+WORDS = [f"word{number}" for number in range(90)]
+SIZES = {
+    "--chunk-size": 4,
+    "--top-k": 3,
+    "--local-window": 24,
+    "--sink-tokens": 2,
+    "--segment-size": 8,
+    "--dtype": "float32",
+    "--retriever": "lm",
+}
+
+
+@pytest.fixture
+def model_folder(tmp_path, llama):
+    folder = tmp_path / "model"
+    llama.save_pretrained(folder)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: 3 + number for number, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text(" ".join(WORDS[number * number % 89] for number in range(120)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(model_folder, story):
+    def invoke(**changes):
+        options = {"--model": model_folder, "--text": story, **SIZES}
+        options.update({"--" + name.replace("_", "-"): value for name, value in changes.items()})
+        arguments = [str(part) for option in options.items() for part in option]
+        return CliRunner().invoke(make_app(), ["perplexity", *arguments])
+
+    return invoke
+
+
+def test_the_json_holds_what_was_asked_and_what_was_measured(run, tmp_path):
+    file = tmp_path / "result.json"
+    result = run(backend="faiss", backend_option="index=HNSW8", score_from=30, json=file)
+    assert result.exit_code == 0, result.output
+    assert "recall@3" in result.stdout
+    found = json.loads(file.read_text(encoding="utf-8"))
+    expected = {
+        "backend": "faiss",
+        "backend_options": {"index": "HNSW8"},
+        "retriever": "lm",
+        "kv_source": "layer",
+        "retrieval_layers": [0, 1, 2, 3],
+        "chunk_size": 4,
+        "top_k": 3,
+        "local_window": 24,
+        "sink_tokens": 2,
+        "segment_size": 8,
+        "tokens": 120,
+        "scored_tokens": 90,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert found["chunks_stored"] > 20
+    assert 0 < found["recall_at_k"] <= 1
+    assert set(found["long_range"]) == {"tokens", "perplexity"}
+    for name in ("nll", "perplexity", "tokens_per_second", "seconds", "peak_rss_bytes"):
+        assert found[name] > 0
+    assert {"python", "torch", "transformers", "memlong"} <= set(found["versions"])
+    assert {"model", "text"} <= set(found)
+
+
+def test_without_memory_the_fields_about_it_are_null(run):
+    result = run(backend="none", json="-")
+    found = json.loads(result.stdout)
+    assert found["backend"] == "none"
+    assert found["retriever"] is None
+    assert found["recall_at_k"] is None
+    assert found["chunks_stored"] == 0
+
+
+def test_the_seed_chooses_the_random_chunks(run):
+    results = [json.loads(run(retriever="random", seed=seed, json="-").stdout)["nll"] for seed in (1, 1, 2)]
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"text": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
+        ({"backend": "fais"}, UnknownNameError, "[Dd]id you mean 'faiss'"),
+        ({"backend_option": "index"}, InvalidArgumentError, "--backend-option 'index' is not of the form K=V"),
+        ({"backend": "hnswlib", "backend_option": "m=4"}, InvalidArgumentError, "no option 'm'"),
+        ({"model": "no/such/folder"}, InvalidArgumentError, "'no/such/folder' could not be loaded"),
+        ({"model": "no.gguf"}, InvalidArgumentError, "'no.gguf' does not exist"),
+        ({"dtype": "int8"}, InvalidArgumentError, "dtype is 'int8'; expected one of float32"),
+        ({"device": "gpu"}, InvalidArgumentError, "device is 'gpu'; expected 'cpu'"),
+        ({"device": "cuda:99"}, DeviceUnavailableError, "torch sees . CUDA devices"),
+        ({"max_tokens": 5}, InvalidTextError, r"5 tokens, fewer than one segment \(8\)"),
+        ({"top_k": 0}, InvalidArgumentError, "top_k is 0"),
+        ({"json": "/no/such/folder/out.json"}, InvalidArgumentError, "mkdir -p /no/such/folder"),
+    ],
+)
+def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
+    result = run(**changes)
+    assert isinstance(result.exception, error), result.output
+    with pytest.raises(MemlongError, match=message):
+        raise result.exception
+
+
+def test_an_error_ends_the_program_with_one_line_and_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memlong", "perplexity", "--model", "demo", "--text", "no-such.txt"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "memlong: The text file 'no-such.txt' does not exist. Check the path."
+    ]
