@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from memlong.bank import BankOptions, MemoryBank
-from memlong.bank.arrays import Floats, Ids
+from memlong.bank import BankOptions, Floats, Ids, MemoryBank
 from memlong.bank.validate import whole_number
 from memlong.errors import DeviceUnavailableError
 from memlong_faiss.gpu import require_gpu, warn_if_two_owners

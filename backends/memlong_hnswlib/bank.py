@@ -7,8 +7,7 @@ from typing import Any, Unpack
 import hnswlib
 import numpy as np
 
-from memlong.bank import BankOptions, MemoryBank
-from memlong.bank.arrays import Floats, Ids
+from memlong.bank import BankOptions, Floats, Ids, MemoryBank
 from memlong.bank.validate import whole_number
 
 _SEED = 100

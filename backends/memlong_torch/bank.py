@@ -7,8 +7,7 @@ from typing import Unpack
 import numpy as np
 import torch
 
-from memlong.bank import BankOptions, MemoryBank
-from memlong.bank.arrays import Floats, Ids
+from memlong.bank import BankOptions, Floats, Ids, MemoryBank
 from memlong.bank.exact import nearest_rows
 from memlong.errors import DeviceUnavailableError
 

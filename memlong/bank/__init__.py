@@ -1,5 +1,6 @@
 """What a memory is: chunks found by embedding, each with its keys, values and token span. Knows no model."""
 
+from memlong.bank.arrays import Floats, Ids
 from memlong.bank.base import BankOptions, MemoryBank, Metric
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.results import Retrieved, SearchResult, StoredEmbeddings
@@ -8,6 +9,8 @@ from memlong.bank.store import InMemoryStore, KeyValueStore
 __all__ = [
     "BankOptions",
     "EvictionPolicy",
+    "Floats",
+    "Ids",
     "InMemoryStore",
     "KeyValueStore",
     "MemoryBank",

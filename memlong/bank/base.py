@@ -120,10 +120,8 @@ class MemoryBank(IndexHost):
     def embeddings(self) -> StoredEmbeddings:
         """Ids and embeddings as they are searched; a copy."""
         with self._lock.read():
-            table = self._table
-            return StoredEmbeddings(
-                torch.from_numpy(table.ids.copy()), torch.from_numpy(table.embeddings.copy())
-            )
+            ids, embeddings = self._table.ids.copy(), self._table.embeddings.copy()
+        return StoredEmbeddings(torch.from_numpy(ids), torch.from_numpy(embeddings))
 
     @property
     def usage(self) -> Usage:
@@ -235,8 +233,8 @@ class MemoryBank(IndexHost):
             spans[present] = self._table.spans[found.rows[present]]
             with self._counting:
                 self._table.mark_retrieved(found.rows[present])
-        ids, scores = torch.from_numpy(found.ids), torch.from_numpy(found.scores)
-        return Retrieved(ids, scores, keys, values, torch.from_numpy(spans))
+        ids, scores, where = (torch.from_numpy(each) for each in (found.ids, found.scores, spans))
+        return Retrieved(ids, scores, keys, values, where)
 
     def evict(self, n: int) -> torch.Tensor:
         """Let the eviction policy remove at least n chunks (all, if there are no more), as on overflow.

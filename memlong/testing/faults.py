@@ -84,14 +84,18 @@ class FaultTests(BankSuite):
         got = bank.retrieve(chunks.embeddings[:5], 302)
         assert (got.ids.sort(dim=1).values == torch.arange(302)).all()
 
+    @pytest.mark.parametrize("when", ["before", "after"])
     def test_an_index_that_fails_to_remove_leaves_the_bank_as_it_was(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, when: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nothing has been removed; an add that would have evicted has not added either."""
         bank, _ = self.filled(10, max_chunks=10)
         before = state_of(bank)
+        remove = bank._index_remove  # noqa: SLF001 -- the seam under test
 
-        def failing(*_: object) -> None:
+        def failing(*arguments: object) -> None:
+            if when == "after":
+                remove(*arguments)  # type: ignore[arg-type]
             raise MemoryError("no room")
 
         with monkeypatch.context() as patch:

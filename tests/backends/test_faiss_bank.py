@@ -100,6 +100,15 @@ def test_the_index_is_rebuilt_once_a_fifth_is_dead(index, train_size, fill):
     assert len(bank._alive) == len(bank) == 79
 
 
+@pytest.mark.parametrize("index", ["HNSW16", "IVF16,Flat", "IVF16,SQ8", "SQ8", "PCA16,IVF16,Flat"])
+def test_dead_rows_are_passed_over_by_the_index_itself(index, fill):
+    bank = FaissBank(32, index=index, train_size=64, nprobe=16)
+    fill(bank, torch.randn(300, 32))
+    bank.remove(range(50))
+    named = bank._index_search(torch.randn(20, 32).numpy(), 10)
+    assert (named >= 50).all()
+
+
 @pytest.mark.parametrize("index", ["HNSW16", "IVF16,Flat", "IVF16,PQ8"])
 def test_building_is_reproducible(index, fill):
     vectors, queries = torch.randn(600, 32), torch.randn(30, 32)
