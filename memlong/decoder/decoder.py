@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from memlong.bank import MemoryBank
 from memlong.decoder.attention import AttentionSlot, check_free, installed, replaced_attention
 from memlong.decoder.config import MemoryConfig, parse_layers
-from memlong.decoder.layout import check_positions
+from memlong.decoder.placement import check_positions
 from memlong.decoder.probe import probe
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import create_retriever
@@ -191,12 +191,16 @@ class MemoryDecoder:
         return last
 
     def _segments(self, streams: Streams, pending: list[list[int]], logits_to_keep: int) -> Iterator[Segment]:
-        while any(pending):
+        done = [0] * len(pending)
+        while any(start < len(tokens) for start, tokens in zip(done, pending, strict=True)):
             if not self._is_attached:
                 raise MemlongError("The decoder is not attached to its model: stream inside `with decoder:`.")
-            segment = streams.advance(pending, self._slot, logits_to_keep)
-            counts = (segment.tokens >= 0).sum(dim=1).tolist()
-            pending = [tokens[count:] for tokens, count in zip(pending, counts, strict=True)]
+            upcoming = [
+                tokens[start : start + row.segment_rest]
+                for start, tokens, row in zip(done, pending, streams.rows, strict=True)
+            ]
+            segment = streams.advance(upcoming, self._slot, logits_to_keep)
+            done = [start + len(new) for start, new in zip(done, upcoming, strict=True)]
             yield segment
 
     def _begin(self, rows: int) -> Streams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from memlong.bank import MemoryBank
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.layout import Placement, memory_positions, place
+from memlong.decoder.placement import Placement, memory_positions, place
 from memlong.decoder.retrievers.base import Passage
 
 
@@ -87,7 +88,11 @@ class Row:
         """Where the window stands now."""
         return place(self.config, self.first_token, self.memory.tokens if self.memory else 0)
 
-    def take(self, token_ids: list[int]) -> None:
+    def keeps(self, tokens: Tensor) -> Tensor:
+        """Which tokens [columns], by index and −1 for padding, belong in the window; bool."""
+        return ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
+
+    def take(self, token_ids: Sequence[int]) -> None:
         """Note the tokens of a forward call."""
         self.seen += len(token_ids)
         self._recent += token_ids
@@ -109,6 +114,10 @@ class Row:
         self._departed += count
         needed = min(self.first_token, self.seen - self.config.query_length)
         self._recent = self._recent[max(0, needed - (self.seen - len(self._recent))) :]
+
+    def forget(self) -> None:
+        """Let go of what was retrieved for the last segment."""
+        self.memory = self.retrieval = None
 
     def recall(self, query: Tensor, top_k: int) -> None:
         """Retrieve chunks for a query's embedding [dim]."""

@@ -77,18 +77,18 @@ class Streams:
         self._retrieval_layers = retrieval_layers
         self._device = cast("torch.device", model.get_input_embeddings().weight.device)
         self._window = LocalWindow(layout, len(self.rows), self._device)
+        self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
 
     @torch.no_grad()
-    def advance(self, pending: Sequence[Sequence[int]], slot: AttentionSlot, logits_to_keep: int) -> Segment:
-        """Take the next tokens of ``pending``, at most to the end of each row's segment, through the model."""
-        starting = [row for row, tokens in zip(self.rows, pending, strict=True) if tokens and row.at_boundary]
+    def advance(self, upcoming: Sequence[Sequence[int]], slot: AttentionSlot, logits_to_keep: int) -> Segment:
+        """Take each row's next tokens, none of them beyond its present segment, through the model."""
+        starting = [row for row, new in zip(self.rows, upcoming, strict=True) if new and row.at_boundary]
         self._turn_over(starting)
-        taken = [list(tokens[: row.segment_rest]) for tokens, row in zip(pending, self.rows, strict=True)]
-        indices = [range(row.seen, row.seen + len(new)) for row, new in zip(self.rows, taken, strict=True)]
-        input_ids, tokens = self._left_padded(taken, 0), self._left_padded(indices, -1)
+        indices = [range(row.seen, row.seen + len(new)) for row, new in zip(self.rows, upcoming, strict=True)]
+        input_ids, tokens = self._left_padded(upcoming, 0), self._left_padded(indices, -1)
         logits = self._forward(input_ids, tokens, slot, logits_to_keep)
-        for row, new in zip(self.rows, taken, strict=True):
+        for row, new in zip(self.rows, upcoming, strict=True):
             row.take(new)
         retrievals = tuple(row.retrieval if row in starting else None for row in self.rows)
         return Segment(input_ids, tokens, logits, retrievals)
@@ -115,25 +115,26 @@ class Streams:
 
     def _turn_over(self, starting: Sequence[Row]) -> None:
         """Between segments: old chunks leave into the banks, the text at hand retrieves, the window moves."""
-        offsets = [row.placement.offset for row in self.rows]
-        wanted = self._window.valid
-        kept = wanted.sum()
         for index, row in enumerate(self.rows):
             leaving = row.departing() if row in starting else []
             if leaving:
-                columns = self._window.columns_of(index, leaving[0].start, leaving[-1].end)
-                self._store(index, leaving, columns)
+                self._store(index, leaving)
                 row.depart(len(leaving))
-                wanted[index, columns] = False
         self._retrieve(starting)
-        if wanted.sum() < kept or offsets != [row.placement.offset for row in self.rows]:
+        # What the window must be follows from the rows alone, so that a failure above is made good the next time.
+        tokens = self._window.tokens
+        wanted = torch.stack([row.keeps(mine) for row, mine in zip(self.rows, tokens, strict=True)])
+        placements = tuple(row.placement for row in self.rows)
+        if placements != self._placements or not torch.equal(wanted, self._window.valid):
             self._window.keep(wanted)
             self._window.place(self._positions(self._window.tokens))
+            self._placements = placements
 
-    def _store(self, index: int, leaving: Sequence[Passage], columns: Tensor) -> None:
+    def _store(self, index: int, leaving: Sequence[Passage]) -> None:
         bank = self.rows[index].bank
         if bank is None or self._retriever is None:
             return
+        columns = self._window.columns_of(index, leaving[0].start, leaving[-1].end)
         keys, values = self._window.keys_and_values(index, columns, self._retrieval_layers)
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
@@ -144,16 +145,20 @@ class Streams:
     def _retrieve(self, starting: Sequence[Row]) -> None:
         # A bank that was given may hold something before the stream has any text to ask with.
         asking = [row for row in starting if row.seen and row.bank is not None and len(row.bank)]
-        if not asking or self._retriever is None:
-            return
-        queries = self._retriever.embed_queries([row.query() for row in asking])
-        for row, query in zip(asking, queries, strict=True):
-            row.recall(query, self._config.top_k)
-        self._memory = self._assemble()
+        for row in starting:
+            row.forget()
+        if asking and self._retriever is not None:
+            queries = self._retriever.embed_queries([row.query() for row in asking])
+            for row, query in zip(asking, queries, strict=True):
+                row.recall(query, self._config.top_k)
+        if starting:
+            self._memory = self._assemble()
 
-    def _assemble(self) -> Memory:
+    def _assemble(self) -> Memory | None:
         """Bring the rows' retrieved K-V into one batch, shorter ones padded, keys rotated to where they stand."""
         memories = [row.memory for row in self.rows]
+        if not any(memories):
+            return None
         positions = [row.memory_positions() for row in self.rows]
         valid = [torch.ones_like(p, dtype=torch.bool) for p in positions]
         placed = pad_sequence(positions, batch_first=True).to(self._device)

@@ -80,7 +80,7 @@ class PluginManager:
         if any(normalise(record.candidate.name) == normalise(name) for record in self._records):
             raise PluginError(f"cannot register plugin {name!r}: a plugin of this name is there already")
         # A module has a name; an object or a class has the module it comes from.
-        module = getattr(plugin, "__module__", None) or getattr(plugin, "__name__", "")
+        module = str(getattr(plugin, "__module__", None) or getattr(plugin, "__name__", ""))
         record = self._take(Candidate(name, IN_CODE, module, lambda: plugin))
         if record.status == "failed":
             raise PluginError(f"plugin {name!r} failed: {record.reason}") from record.error

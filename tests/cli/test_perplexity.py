@@ -109,7 +109,11 @@ def test_the_seed_chooses_the_random_chunks(run):
     [
         ({"text": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
         ({"backend": "fais"}, UnknownNameError, "[Dd]id you mean 'faiss'"),
-        ({"backend_option": "index"}, InvalidArgumentError, "--backend-option 'index' is not of the form K=V"),
+        (
+            {"backend_option": "index"},
+            InvalidArgumentError,
+            "--backend-option 'index' is not of the form K=V",
+        ),
         ({"backend": "hnswlib", "backend_option": "m=4"}, InvalidArgumentError, "no option 'm'"),
         ({"model": "no/such/folder"}, InvalidArgumentError, "'no/such/folder' could not be loaded"),
         ({"model": "no.gguf"}, InvalidArgumentError, "'no.gguf' does not exist"),

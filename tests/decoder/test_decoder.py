@@ -100,6 +100,38 @@ def test_an_interrupted_forward_leaves_the_stream_as_it_was(llama, small, text):
         torch.testing.assert_close(decoder.read(ids[:, 80:]), expected, rtol=0.0, atol=2e-5)
 
 
+def test_a_failure_between_segments_is_made_good_by_going_on(llama, small, text, monkeypatch):
+    ids = text(120, rows=2)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        expected = decoder.read(ids)
+        decoder.reset()
+        decoder.read(ids[:, :80])
+        embed, calls = decoder.retriever.embed_chunks, []
+
+        def fail_for_the_second_row(chunks):
+            calls.append(len(chunks))
+            if len(calls) == 2:
+                raise OSError("the retriever's server is gone")
+            return embed(chunks)
+
+        monkeypatch.setattr(decoder.retriever, "embed_chunks", fail_for_the_second_row)
+        with pytest.raises(OSError, match="server is gone"):
+            decoder.read(ids[:, 80:])
+        torch.testing.assert_close(decoder.read(ids[:, 80:]), expected, rtol=0.0, atol=2e-5)
+
+
+def test_what_the_bank_forgets_is_attended_to_no_more(llama, small, text):
+    ids = text(120)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        *_, last = decoder.stream(ids[:, :96])
+        assert last.retrievals[0] is not None
+        decoder.banks[0].reset()
+        (segment,) = decoder.stream(ids[:, 96:104])
+        kept = set(decoder.banks[0].ids.tolist())
+    assert kept, "two chunks have left the window since"
+    assert set(segment.retrievals[0].ids.tolist()) == kept
+
+
 def test_streaming_detached_says_how_to_attach(llama, small, text):
     decoder = MemoryDecoder(llama, None, small())
     with pytest.raises(MemlongError, match="stream inside `with decoder:`"):

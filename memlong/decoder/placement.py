@@ -23,7 +23,7 @@ class Placement:
     offset
         Position minus index in the stream, for the tokens of the window.
     window_start
-        Position of the window's first token.
+        Position of the window's first token after the sinks.
     """
 
     sinks: int

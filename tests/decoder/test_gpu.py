@@ -1,0 +1,33 @@
+"""Streaming on a CUDA device, against the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memlong import MemoryDecoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["bank on cpu", "bank on cuda"])
+def test_streaming_on_cuda_gives_what_the_cpu_gives(tiny_model, architecture, attention, small, text, device):
+    ids = text(150, rows=2)
+    with MemoryDecoder(tiny_model(architecture, attention), None, small()) as decoder:
+        expected = decoder.read(ids)
+    model = tiny_model(architecture, attention).to("cuda")
+    with MemoryDecoder(model, None, small(backend_options={"device": device})) as decoder:
+        found = decoder.read(ids.to("cuda"))
+    torch.testing.assert_close(found.cpu(), expected, rtol=0.0, atol=1e-3)
+
+
+def test_the_prefix_oracle_holds_on_cuda(tiny_model, small, text):
+    model = tiny_model("Llama").to("cuda")
+    ids = text(150).to("cuda")
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1]
+    with MemoryDecoder(model, None, small(position_mode="original", top_k=64)) as decoder:
+        torch.testing.assert_close(decoder.read(ids), expected, rtol=0.0, atol=1e-3)
