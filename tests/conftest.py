@@ -45,6 +45,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral": ("MistralConfig", {**_GROUPED, "sliding_window": None}),
     "Mistral-sliding": ("MistralConfig", {**_GROUPED, "sliding_window": 40}),
     "Gemma3": ("Gemma3TextConfig", {**_GROUPED, "head_dim": 16, **_ALTERNATING}),
+    "SmolLM3": ("SmolLM3Config", {**_GROUPED, "no_rope_layers": [1, 1, 0, 1]}),
     "GPT-NeoX": ("GPTNeoXConfig", _SIZES),
     "Phi": ("PhiConfig", _SIZES),
 }

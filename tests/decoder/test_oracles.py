@@ -10,7 +10,7 @@ import torch
 from memlong import MemoryDecoder
 
 VOCABULARY = 97
-TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 
 
 def stream(decoder, input_ids, attention_mask=None):
@@ -94,34 +94,30 @@ def test_detached_the_model_is_the_object_it_was(tiny_model, architecture, small
 # 2. Prefix oracle: with every chunk retrieved, at its true position, streaming is full attention.
 
 
-def test_memory_of_the_whole_prefix_equals_full_attention(tiny_model, architecture, attention, small, text):
+def test_memory_of_the_whole_prefix_equals_full_attention(
+    tiny_model, architecture, attention, backend, small, text
+):
     model = tiny_model(architecture, attention)
     ids = text(150)
-    layers = "0-3"
-    config = small(position_mode="original", top_k=64, retrieval_layers=layers)
+    config = small(backend=backend, position_mode="original", top_k=64, retrieval_layers="0-3")
     with MemoryDecoder(model, None, config) as decoder:
         (logits,), retrieved = stream(decoder, ids)
     assert len(retrieved[0][144]) > 25
-    torch.testing.assert_close(logits, plain_logits(model, ids), rtol=0.0, atol=1e-4)
-
-
-def test_every_backend_meets_the_prefix_oracle(llama, backend, small, text):
-    ids = text(150)
-    config = small(backend=backend, position_mode="original", top_k=64)
-    with MemoryDecoder(llama, None, config) as decoder:
-        (logits,), _ = stream(decoder, ids)
-    torch.testing.assert_close(logits, plain_logits(llama, ids), **TOLERANCE)
+    torch.testing.assert_close(logits, plain_logits(model, ids), **TOLERANCE)
 
 
 # 3. Causality.
 
 
 @pytest.mark.parametrize("changed", [9, 50, 71])
-def test_a_token_changes_nothing_before_it(llama, backend, small, text, changed):
-    ids = text(100)
+def test_a_token_changes_nothing_before_it(
+    tiny_model, architecture, attention, backend, small, text, changed
+):
+    model = tiny_model(architecture, attention)
+    ids = text(90)
     other = ids.clone()
     other[0, changed] = (other[0, changed] + 5) % 90 + 3
-    with MemoryDecoder(llama, None, small(backend=backend)) as decoder:
+    with MemoryDecoder(model, None, small(backend=backend)) as decoder:
         (logits,), retrieved = stream(decoder, ids)
         decoder.reset()
         (other_logits,), other_retrieved = stream(decoder, other)
@@ -136,15 +132,16 @@ def test_a_token_changes_nothing_before_it(llama, backend, small, text, changed)
 
 @pytest.mark.parametrize("position_mode", ["zero", "before-window"])
 def test_a_ragged_batch_gives_each_row_what_it_gets_alone(
-    tiny_model, architecture, attention, small, text, position_mode
+    tiny_model, architecture, attention, backend, small, text, position_mode
 ):
     model = tiny_model(architecture, attention)
     lengths = [100, 61, 13]
     ids = text(100, rows=3)
     mask = torch.stack([(torch.arange(100) >= 100 - length).long() for length in lengths])
-    config = small(position_mode=position_mode, retrieval_layers="1-3")
+    config = small(backend=backend, position_mode=position_mode, retrieval_layers="1-3")
     with MemoryDecoder(model, None, config) as decoder:
         together, retrieved = stream(decoder, ids, mask)
+        assert len({id(bank) for bank in decoder.banks}) == 3
         together_again, retrieved_again = stream(decoder, text(30, rows=3, seed=1))
         for row, length in enumerate(lengths):
             decoder.reset()
@@ -154,14 +151,3 @@ def test_a_ragged_batch_gives_each_row_what_it_gets_alone(
             (alone,), (found,) = stream(decoder, text(30, rows=3, seed=1)[row : row + 1])
             torch.testing.assert_close(together_again[row], alone, **TOLERANCE)
             assert retrieved_again[row] == found
-
-
-def test_rows_have_banks_of_their_own_on_every_backend(llama, backend, small, text):
-    ids = text(80, rows=2)
-    with MemoryDecoder(llama, None, small(backend=backend)) as decoder:
-        together, _ = stream(decoder, ids)
-        assert len({id(bank) for bank in decoder.banks}) == 2
-        for row in range(2):
-            decoder.reset()
-            (alone,), _ = stream(decoder, ids[row : row + 1])
-            torch.testing.assert_close(together[row], alone, **TOLERANCE)
