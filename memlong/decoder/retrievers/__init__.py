@@ -18,7 +18,7 @@ def memlong_register_retrievers(register: Register) -> None:
     register(
         "lm",
         "memlong.decoder.retrievers.lm:LanguageModelRetriever",
-        description="the language model's own token embeddings: no further model",
+        description="shared tokens, weighed by the language model: no second model",
     )
     register(
         "random",
