@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -181,14 +181,16 @@ class MemoryDecoder:
         InvalidArgumentError
             If a row holds no token, or as :meth:`stream` does.
         """
+        if not all(_token_lists(input_ids, attention_mask)):
+            raise InvalidArgumentError(
+                "A row of input_ids holds no token; expected at least one in every row."
+            )
         last: Tensor | None = None
         for segment in self.stream(input_ids, attention_mask, logits="last"):
             fresh = segment.logits[:, -1]
             spoke = segment.tokens[:, -1:].to(fresh.device) >= 0
             last = fresh if last is None else torch.where(spoke, fresh, last)
-        if last is None:
-            raise InvalidArgumentError("input_ids holds no token; expected at least one in every row.")
-        return last
+        return cast("Tensor", last)
 
     def _segments(self, streams: Streams, pending: list[list[int]], logits_to_keep: int) -> Iterator[Segment]:
         done = [0] * len(pending)

@@ -36,7 +36,7 @@ class Perplexity:
     chunks_stored
         Chunks that the bank held at the end.
     recall_at_k
-        Mean over all searches, against exact search; None without memory.
+        Mean over all searches, against exact search; None where nothing was searched.
     seconds
         Wall time of the stream.
     """
@@ -116,7 +116,7 @@ def evaluate_perplexity(
     seconds = time.perf_counter() - started - aside
     marked = long_range_tokens(input_ids[0].tolist(), distance)[score_from:]
     stored = sum(len(bank) for bank in decoder.banks)
-    recall = None if config.backend is None else float(np.mean(recalls)) if recalls else 1.0
+    recall = float(np.mean(recalls)) if recalls else None
     return Perplexity(np.concatenate(losses), marked, input_ids.shape[1], stored, recall, seconds)
 
 
