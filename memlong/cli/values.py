@@ -40,7 +40,7 @@ def writable(path: Path) -> Path:
     Raises
     ------
     InvalidArgumentError
-        If its folder does not exist, or it is a folder.
+        If its folder does not exist, it is a folder, or it may not be written.
     """
     if path.is_dir():
         raise InvalidArgumentError(f"{str(path)!r} is a folder; name a file to write to")
@@ -48,4 +48,10 @@ def writable(path: Path) -> Path:
         raise InvalidArgumentError(
             f"the folder {str(path.parent)!r} of {path.name!r} does not exist: mkdir -p {path.parent}"
         )
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{str(path)!r} cannot be written: {error.strerror}; name another file"
+        ) from error
     return path

@@ -94,6 +94,8 @@ def _device(name: str) -> torch.device:
         raise InvalidArgumentError(
             f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:<number>'."
         ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:<number>'.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailableError(
             f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu, or "

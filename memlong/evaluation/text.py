@@ -41,6 +41,14 @@ def read_text(path: str | Path) -> str:
 
 
 def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tensor:
-    """Tokens of a text [1, tokens], int64, at most ``max_tokens`` of them."""
+    """Tokens of a text [1, tokens], int64, at most ``max_tokens`` of them.
+
+    Raises
+    ------
+    InvalidTextError
+        If ``max_tokens`` is below 1.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidTextError(f"max_tokens is {max_tokens}; expected at least 1.")
     ids = tokenizer(text, verbose=False).input_ids
     return torch.tensor([ids[:max_tokens]], dtype=torch.long)
