@@ -75,3 +75,18 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
         f"{config.local_window}), but the model was trained on {limit}. Lower local_window, or top_k and "
         "chunk_size, or use position_mode='zero'."
     )
+
+
+def check_reach(position: int, model: ModelLayout) -> None:
+    """Refuse a position that the model was not trained on, which only ``"original"`` can come to.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming the position and the limit.
+    """
+    if model.max_positions is not None and position >= model.max_positions:
+        raise InvalidArgumentError(
+            f"The text reaches position {position}, but the model was trained on {model.max_positions}. Use "
+            "position_mode='zero' or 'before-window', which re-base the window, or a shorter text."
+        )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from memlong.bank import MemoryBank
 from memlong.decoder.attention import AttentionPass, AttentionSlot, Memory
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.placement import check_reach
 from memlong.decoder.probe import ModelLayout
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.rope import AngleCache
@@ -95,7 +96,9 @@ class Streams:
 
     def _forward(self, input_ids: Tensor, tokens: Tensor, slot: AttentionSlot, logits_to_keep: int) -> Tensor:
         width = tokens.shape[1]
-        self._window.expect(tokens, self._positions(tokens))
+        incoming = self._positions(tokens)
+        check_reach(int(incoming.max()), self._layout)
+        self._window.expect(tokens, incoming)
         positions = self._positions(self._window.tokens)
         slot.current = AttentionPass(positions[:, -width:], positions, self._window.valid, self._memory)
         logits: Tensor | None = None

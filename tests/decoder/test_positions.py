@@ -66,6 +66,15 @@ def test_a_window_beyond_the_trained_positions_is_refused(one_layer, small):
         MemoryDecoder(one_layer, None, small(local_window=300))
 
 
+def test_original_positions_end_where_the_models_do(one_layer, small, text):
+    with MemoryDecoder(one_layer, None, small(position_mode="original")) as decoder:
+        decoder.read(text(256))
+        with pytest.raises(
+            InvalidArgumentError, match=r"reaches position 263, but the model was trained on 256"
+        ):
+            decoder.read(text(20))
+
+
 def test_the_same_text_costs_the_same_wherever_it_is_cut_into_calls(llama, small, text):
     ids = text(130)
     with MemoryDecoder(llama, None, small()) as decoder:
