@@ -2,7 +2,8 @@
 
 Streams one text through a model with memories from random to exact, over the same tokens, and sets perplexity against
 recall@k. Two plain windows stand beside them: the same local window without memory, and a window as long as local and
-retrieved tokens together (the baseline to beat).
+retrieved tokens together (the baseline to beat). Random chunks are the control: what is gained over them is what
+retrieving the right ones earns.
 
     python examples/recall_vs_perplexity.py
     python examples/recall_vs_perplexity.py --text book.txt --max-tokens 32768 --score-from 8192 --out out
@@ -33,6 +34,8 @@ from memlong.evaluation import Perplexity, Ratio, evaluate_perplexity, perplexit
 from memlong.evaluation.environment import versions
 
 TEXT = Path(inspect.getfile(typing))
+WINDOW = "plain window"
+EQUAL = "plain window, equal budget"
 
 
 class NoisyBank(MemoryBank):
@@ -44,12 +47,14 @@ class NoisyBank(MemoryBank):
         Width of the embeddings.
     noise
         Probability of a swap; 1 is random retrieval.
+    seed
+        Seed of the swaps.
     """
 
-    def __init__(self, dim: int, *, noise: float = 1.0, **bank_options: Any) -> None:
+    def __init__(self, dim: int, *, noise: float = 1.0, seed: int = 0, **bank_options: Any) -> None:
         super().__init__(dim, **bank_options)
         self._noise = noise
-        self._random = np.random.default_rng(0)
+        self._random = np.random.default_rng(seed)
 
     def _index_search(self, queries: Any, k: int) -> Any:
         exact = self._rank_exactly(queries, k).ids
@@ -79,34 +84,54 @@ class NoisyPlugin:
         register("noisy", f"{__name__}:NoisyBank", description="exact search with random mistakes")
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A memory of the sweep; where it has several ``options``, each runs and the mean over their losses counts."""
+
+    name: str
+    backend: str
+    options: tuple[dict[str, Any], ...] = ({},)
+
+
 # From poor to exact. The poor ones are crippled on purpose: at their usual settings indexes hardly miss on one text.
-SWEEP: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("random", "noisy", {"noise": 1.0}),
-    ("half random", "noisy", {"noise": 0.5}),
-    ("faiss IVF2,PQ4x4", "faiss", {"index": "IVF2,PQ4x4", "nprobe": 2, "refine": 1, "train_size": 16}),
-    ("faiss IVF4, nprobe 1", "faiss", {"index": "IVF4,Flat", "nprobe": 1, "train_size": 16}),
-    ("faiss IVF4, nprobe 2", "faiss", {"index": "IVF4,Flat", "nprobe": 2, "train_size": 16}),
-    ("hnswlib, M 2, ef 1", "hnswlib", {"M": 2, "ef_construction": 4, "ef": 1}),
-    ("hnswlib", "hnswlib", {}),
-    ("faiss HNSW32", "faiss", {"index": "HNSW32"}),
-    ("torch (exact)", "torch", {}),
+RANDOM = Variant("random, 3 seeds", "noisy", tuple({"noise": 1.0, "seed": seed} for seed in range(3)))
+SWEEP = (
+    RANDOM,
+    Variant("half random", "noisy", ({"noise": 0.5},)),
+    Variant(
+        "faiss IVF2,PQ4x4", "faiss", ({"index": "IVF2,PQ4x4", "nprobe": 2, "refine": 1, "train_size": 16},)
+    ),
+    Variant("faiss IVF4, nprobe 1", "faiss", ({"index": "IVF4,Flat", "nprobe": 1, "train_size": 16},)),
+    Variant("faiss IVF4, nprobe 2", "faiss", ({"index": "IVF4,Flat", "nprobe": 2, "train_size": 16},)),
+    Variant("hnswlib, M 2, ef 1", "hnswlib", ({"M": 2, "ef_construction": 4, "ef": 1},)),
+    Variant("hnswlib", "hnswlib"),
+    Variant("faiss HNSW32", "faiss", ({"index": "HNSW32"},)),
+    Variant("torch (exact)", "torch"),
 )
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Perplexity over some of the tokens, and its ratios to the three baselines."""
+
+    perplexity: float
+    to_window: Ratio
+    to_equal_budget: Ratio
+    to_random: Ratio
+
+
+@dataclass(frozen=True)
 class System:
-    """One row of the table: what it is and what it measured; ratios are to the plain window."""
+    """What was run and what it measured, over all scored tokens and over the long-range ones."""
 
     name: str
     backend: str
-    options: dict[str, Any]
+    options: tuple[dict[str, Any], ...]
     attention_budget: int
     recall_at_k: float | None
-    perplexity: float
-    ratio: Ratio
-    long_range_perplexity: float | None
-    long_range_ratio: Ratio | None
-    tokens_per_second: float
+    perplexity_of_each: tuple[float, ...]
+    overall: Measure
+    long_range: Measure | None
 
 
 def main(
@@ -132,33 +157,43 @@ def main(
     retrieved = chunk_size * top_k
     window = replace(memory, backend=None)
     configs = {
-        "plain window": window,
-        "plain window, equal budget": replace(window, local_window=local_window + retrieved),
-        **{name: replace(memory, backend=b, backend_options=options) for name, b, options in SWEEP},
+        WINDOW: (window,),
+        EQUAL: (replace(window, local_window=local_window + retrieved),),
+        **{
+            variant.name: tuple(
+                replace(memory, backend=variant.backend, backend_options=options)
+                for options in variant.options
+            )
+            for variant in SWEEP
+        },
     }
     registry = Registry(_plugins())
     encoder = create_retriever(retriever, language_model, tokenizer, registry=registry)
-    measured: dict[str, Perplexity] = {}
-    with tqdm(total=len(configs) * input_ids.shape[1], unit="tok") as bar:
-        for name, config in configs.items():
+    runs: dict[str, list[Perplexity]] = {name: [] for name in configs}
+    turns = [(name, config) for name, group in configs.items() for config in group]
+    with tqdm(total=len(turns) * input_ids.shape[1], unit="tok") as bar:
+        for name, config in turns:
             bar.set_description(name)
             with MemoryDecoder(
                 language_model, tokenizer, config, retriever=encoder, registry=registry
             ) as decoder:
-                measured[name] = evaluate_perplexity(
-                    decoder,
-                    input_ids,
-                    score_from=score_from,
-                    long_range_distance=local_window,
-                    progress=bar.update,
+                runs[name].append(
+                    evaluate_perplexity(
+                        decoder,
+                        input_ids,
+                        score_from=score_from,
+                        long_range_distance=local_window,
+                        progress=bar.update,
+                    )
                 )
-    systems = [_system(name, configs[name], measured) for name in configs]
+    systems = [_system(name, group, runs) for name, group in configs.items()]
+    marked = runs[WINDOW][0].long_range
     about = {
         "model": model,
         "text": text.name,
         "tokens": input_ids.shape[1],
-        "scored_tokens": int(measured["plain window"].token_nll.size),
-        "long_range_tokens": int(measured["plain window"].long_range.sum()),
+        "scored_tokens": int(marked.size),
+        "long_range_tokens": int(marked.sum()),
         "retriever": retriever,
         "chunk_size": chunk_size,
         "top_k": top_k,
@@ -179,69 +214,70 @@ def _plugins() -> PluginManager:
     return manager
 
 
-def _system(name: str, config: MemoryConfig, measured: dict[str, Perplexity]) -> System:
-    found, base = measured[name], measured["plain window"]
+def _system(name: str, configs: tuple[MemoryConfig, ...], runs: dict[str, list[Perplexity]]) -> System:
+    config, found = configs[0], runs[name]
     retrieved = config.chunk_size * config.top_k if config.backend else 0
+    recalls = [run.recall_at_k for run in found if run.recall_at_k is not None]
+    marked = found[0].long_range
     return System(
         name=name,
         backend=config.backend or "none",
-        options=dict(config.backend_options),
+        options=tuple(dict(each.backend_options) for each in configs),
         attention_budget=config.local_window + retrieved,
-        recall_at_k=found.recall_at_k,
-        perplexity=found.perplexity,
-        ratio=perplexity_ratio(found.token_nll, base.token_nll),
-        long_range_perplexity=found.long_range_perplexity,
-        long_range_ratio=perplexity_ratio(found.token_nll, base.token_nll, where=base.long_range)
-        if base.long_range.any()
-        else None,
-        tokens_per_second=found.tokens / found.seconds,
+        recall_at_k=float(np.mean(recalls)) if recalls else None,
+        perplexity_of_each=tuple(run.perplexity for run in found),
+        overall=_measure(name, runs, np.ones_like(marked)),
+        long_range=_measure(name, runs, marked) if marked.any() else None,
     )
 
 
+def _measure(name: str, runs: dict[str, list[Perplexity]], where: Any) -> Measure:
+    losses = {each: np.mean([run.token_nll for run in found], axis=0) for each, found in runs.items()}
+    window, equal, random = (
+        perplexity_ratio(losses[name], losses[baseline], where=where)
+        for baseline in (WINDOW, EQUAL, RANDOM.name)
+    )
+    return Measure(float(np.exp(losses[name][where].mean())), window, equal, random)
+
+
 def _print(systems: list[System], about: dict[str, Any]) -> None:
+    typer.echo(f"\n{about['model']} on {about['text']}: all {about['scored_tokens']:,} scored tokens\n")
+    _print_table(systems, [system.overall for system in systems], about)
+    typer.echo(f"\nThe {about['long_range_tokens']:,} long-range tokens among them\n")
+    _print_table(systems, [system.long_range for system in systems], about)
+    typer.echo("\nRatios with 95 % intervals (paired block bootstrap).")
+
+
+def _print_table(systems: list[System], measures: list[Measure | None], about: dict[str, Any]) -> None:
     table = Table(box=box.MARKDOWN)
     table.add_column("system", no_wrap=True)
     recall = f"recall@{about['top_k']}"
-    for column in (
-        "budget",
-        recall,
-        "perplexity",
-        "to plain window",
-        "long-range",
-        "to plain window",
-        "tokens/s",
-    ):
+    for column in ("budget", recall, "perplexity", "to window", "to equal budget", "to random"):
         table.add_column(column, justify="right", no_wrap=True)
-    for system in systems:
-        distant = system.long_range_perplexity
+    for system, measure in zip(systems, measures, strict=True):
+        if measure is None:  # the text has no such token
+            continue
         table.add_row(
             system.name,
             f"{system.attention_budget:,}",
             "" if system.recall_at_k is None else f"{system.recall_at_k:.3f}",
-            f"{system.perplexity:.3f}",
-            _interval(system.ratio),
-            "" if distant is None else f"{distant:.2f}",
-            _interval(system.long_range_ratio),
-            f"{system.tokens_per_second:.0f}",
+            f"{measure.perplexity:.4g}",
+            *(_interval(ratio) for ratio in (measure.to_window, measure.to_equal_budget, measure.to_random)),
         )
-    Console(width=140).print(table)
-    typer.echo(
-        f"{about['model']} on {about['text']}: {about['scored_tokens']:,} scored tokens, "
-        f"{about['long_range_tokens']:,} of them long-range. Ratios with 95 % intervals (paired block bootstrap)."
-    )
+    Console(width=150).print(table)
 
 
-def _interval(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return ""
+def _interval(ratio: Ratio) -> str:
+    if ratio.low == ratio.high == 1.0:  # itself
+        return "1"
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def _draw(systems: list[System], about: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharex=True)
-    _draw_panel(axes[0], systems, [system.ratio for system in systems])
-    _draw_panel(axes[1], systems, [system.long_range_ratio for system in systems])
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharex=True)
+    _draw_panel(axes[0], systems, [system.overall for system in systems])
+    _draw_panel(axes[1], systems, [system.long_range for system in systems])
     axes[0].set(title="all scored tokens", ylabel="perplexity / perplexity of the plain window")
     axes[1].set(title="long-range tokens")
     axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -252,20 +288,19 @@ def _draw(systems: list[System], about: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_panel(axis: Any, systems: list[System], ratios: list[Ratio | None]) -> None:
-    taken: dict[float, int] = {}
+def _draw_panel(axis: Any, systems: list[System], measures: list[Measure | None]) -> None:
+    points: dict[tuple[float, Ratio], list[str]] = {}  # systems that found the same chunks are one point
     baselines = iter(("-", "--"))
-    for system, ratio in zip(systems, ratios, strict=True):
-        if ratio is None:  # the text has no such token
+    for system, measure in zip(systems, measures, strict=True):
+        if measure is None:
             continue
         if system.recall_at_k is None:
-            axis.axhline(ratio.value, linestyle=next(baselines), color="grey", label=system.name)
-            continue
-        place = round(system.recall_at_k, 2)
-        taken[place] = taken.get(place, 0) + 1
-        bars = [[max(0.0, ratio.value - ratio.low)], [max(0.0, ratio.high - ratio.value)]]
-        x = system.recall_at_k + 0.015 * (taken[place] - 1)  # side by side where they coincide
-        axis.errorbar(x, ratio.value, bars, fmt="o", capsize=3, label=system.name)
+            axis.axhline(measure.to_window.value, linestyle=next(baselines), color="grey", label=system.name)
+        else:
+            points.setdefault((system.recall_at_k, measure.to_window), []).append(system.name)
+    for (recall, ratio), names in points.items():
+        bars = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+        axis.errorbar(recall, ratio.value, bars, fmt="o", capsize=3, label="\n".join(names))
 
 
 if __name__ == "__main__":

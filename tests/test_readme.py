@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from memlong.cli.app import make_app
 
@@ -32,6 +34,22 @@ def test_python_imports_public_names(code):
             module = importlib.import_module(node.module)
             for name in node.names:
                 assert name.name in module.__all__
+
+
+def test_the_python_under_use_it_runs(tmp_path, monkeypatch, capsys):
+    code = next(block for kind, block in BLOCKS if kind == "python" and "load_model" in block)
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("call me a whale and " * 600, encoding="utf-8")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, max_position_embeddings=4096, **sizes))
+    words = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["?", "call", "me", "a", "whale", "and"])}, "?")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    monkeypatch.setattr("memlong.load_model", lambda name: (model.eval(), tokenizer), raising=False)
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+    assert "chunks remembered" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", COMMANDS)

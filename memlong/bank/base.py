@@ -105,6 +105,12 @@ class MemoryBank(IndexHost):
         return self._device
 
     @property
+    def block_shape(self) -> tuple[int, ...] | None:
+        """Shape of a chunk's keys, (layers, kv_heads, chunk, head_dim); None before the first add."""
+        layout = self._layout
+        return None if layout is None else layout.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the embeddings, keys and values held."""
         with self._lock.read():

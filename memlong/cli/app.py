@@ -41,6 +41,7 @@ def main() -> None:
         sys.stderr.write(f"memlong: {error}\n")
         sys.exit(1)
     except KeyboardInterrupt:
+        sys.stderr.write("memlong: interrupted\n")
         sys.exit(130)
 
 

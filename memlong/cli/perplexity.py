@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from memlong.cli.output import print_table
 from memlong.cli.values import key_values, writable
+from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryDecoder
@@ -76,6 +77,8 @@ def perplexity(
     from memlong.decoder import MemoryConfig, MemoryDecoder, load_model
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 
+    if backend == "none" and backend_option:
+        raise InvalidArgumentError("--backend-option goes with a backend, and --backend is 'none'")
     words = read_text(text)
     retriever_options = key_values("--retriever-option", retriever_option or [])
     if retriever == "random":
@@ -109,7 +112,8 @@ def perplexity(
             progress=bar.update,
         )
     summary = _summary(decoder, result, model=model, text=str(text), dtype=dtype, device=device, seed=seed)
-    summary |= {"score_from": score_from}
+    distance = local_window if long_range_distance is None else long_range_distance
+    summary |= {"score_from": score_from, "long_range_distance": distance}
     if to_stdout:
         typer.echo(json.dumps(summary, indent=2))
         return
@@ -167,5 +171,6 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["recall_at_k"] is not None:
         rows.append((f"recall@{summary['top_k']}", f"{summary['recall_at_k']:.4f}"))
     rows.append(("speed", f"{summary['tokens_per_second']:.0f} tokens/s, {summary['seconds']:.1f} s"))
-    rows.append(("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB"))
+    if summary["peak_rss_bytes"] is not None:
+        rows.append(("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB"))
     print_table(("", ""), rows)

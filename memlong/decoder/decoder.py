@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from memlong.bank import MemoryBank
 from memlong.decoder.attention import AttentionSlot, check_free, installed, replaced_attention
 from memlong.decoder.config import MemoryConfig, parse_layers
-from memlong.decoder.placement import check_positions
+from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import create_retriever
@@ -80,6 +80,7 @@ class MemoryDecoder:
         self.retrieval_layers = parse_layers(
             self.config.retrieval_layers, self._layout.full_attention_layers, len(self._layout.layers)
         )
+        check_sight(self.config, self._layout, self.retrieval_layers)
         self._registry = registry or Registry()
         self.retriever = retriever
         if self.config.backend is not None:
@@ -114,18 +115,25 @@ class MemoryDecoder:
         rows = self._streams.rows if self._streams else ()
         return tuple(row.bank for row in rows if row.bank is not None)
 
+    @property
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a chunk's keys: (layers, kv_heads, chunk_size, head_dim)."""
+        layer = self._layout.layers[0]
+        return (len(self.retrieval_layers), layer.kv_heads, self.config.chunk_size, layer.head_dim)
+
     def reset(self, banks: Sequence[MemoryBank] | None = None) -> None:
         """Begin new streams, with empty windows.
 
         Parameters
         ----------
         banks
-            A bank for each row, for instance one that already holds another text; new ones by default.
+            A bank for each row, for instance one that already holds another text, which the same model read with the
+            same ``retrieval_layers``; new ones by default.
 
         Raises
         ------
         InvalidArgumentError
-            If a bank does not fit the retriever, or two rows would share one.
+            If a bank does not fit the retriever, the model or the settings, or two rows would share one.
         """
         self._given_banks = None if banks is None else self._checked(banks)
         self._streams: Streams | None = None
@@ -159,11 +167,11 @@ class MemoryDecoder:
         Raises
         ------
         InvalidArgumentError
-            If shapes or the number of rows are wrong.
+            If shapes, token ids or the number of rows are wrong.
         MemlongError
-            If the decoder is not attached.
+            If the decoder is not attached, or was reset while this call was under way.
         """
-        pending = _token_lists(input_ids, attention_mask)
+        pending = _token_lists(input_ids, attention_mask, self._layout.vocabulary)
         if self._streams is None:
             self._streams = self._begin(len(pending))
         if len(pending) != len(self._streams.rows):
@@ -181,7 +189,7 @@ class MemoryDecoder:
         InvalidArgumentError
             If a row holds no token, or as :meth:`stream` does.
         """
-        if not all(_token_lists(input_ids, attention_mask)):
+        if not all(_token_lists(input_ids, attention_mask, self._layout.vocabulary)):
             raise InvalidArgumentError(
                 "A row of input_ids holds no token; expected at least one in every row."
             )
@@ -197,6 +205,8 @@ class MemoryDecoder:
         while any(start < len(tokens) for start, tokens in zip(done, pending, strict=True)):
             if not self._is_attached:
                 raise MemlongError("The decoder is not attached to its model: stream inside `with decoder:`.")
+            if streams is not self._streams:
+                raise MemlongError("reset() has ended the streams of this call: call stream() again.")
             upcoming = [
                 tokens[start : start + row.segment_rest]
                 for start, tokens, row in zip(done, pending, streams.rows, strict=True)
@@ -221,7 +231,7 @@ class MemoryDecoder:
         return self._registry.create_bank(self.config.backend, self.retriever.dim, **options)
 
     def _checked(self, banks: Sequence[MemoryBank]) -> tuple[MemoryBank, ...]:
-        if self.retriever is None:
+        if self.retriever is None or self.config.backend is None:
             raise InvalidArgumentError(
                 "banks were given, but the configuration has backend=None: name a backend."
             )
@@ -236,19 +246,37 @@ class MemoryDecoder:
                     f"{type(self.retriever).__name__} embeds in dim {self.retriever.dim} for metric "
                     f"{self.retriever.metric!r}: make the bank with those, or use the retriever it was made for."
                 )
+            if bank.block_shape not in (None, self.block_shape):
+                raise InvalidArgumentError(
+                    f"banks holds a bank of blocks {bank.block_shape}, but this decoder's (layers, K-V heads, "
+                    f"chunk_size, head width) are {self.block_shape}: use the model and settings it was filled with."
+                )
         return tuple(banks)
 
 
-def _token_lists(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    """Check the shapes and take the padding out: one list of token ids for each row."""
+def _token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[list[int]]:
+    """Check shapes and ids, and take the padding out: one list of token ids for each row."""
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise InvalidArgumentError(f"input_ids is {shape}; expected an integer tensor [rows, tokens].")
+        raise InvalidArgumentError(
+            f"input_ids is {_kind(input_ids)}; expected an integer tensor [rows, tokens]."
+        )
     if attention_mask is None:
         rows: list[list[int]] = input_ids.tolist()
-        return rows
-    if attention_mask.shape != input_ids.shape:
+    elif not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         raise InvalidArgumentError(
-            f"attention_mask is {tuple(attention_mask.shape)}; expected that of input_ids, {tuple(input_ids.shape)}."
+            f"attention_mask is {_kind(attention_mask)}; expected a tensor like input_ids, {tuple(input_ids.shape)}."
         )
-    return [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    else:
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    for row in rows:
+        if row and not 0 <= min(row) <= max(row) < vocabulary:
+            odd = next(token for token in row if not 0 <= token < vocabulary)
+            raise InvalidArgumentError(
+                f"input_ids holds {odd}; the model's tokens go from 0 to {vocabulary - 1}. Use its own tokenizer, and "
+                "an attention_mask that is 0 where input_ids is padded."
+            )
+    return rows
+
+
+def _kind(given: object) -> str:
+    return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -54,7 +55,7 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source, dtype=DTYPES[dtype], **options
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise InvalidArgumentError(
                 f"The model {name!r} could not be loaded: {error}\nName a hub id, a folder that transformers "
                 "saved, a GGUF file, or 'demo'."
@@ -66,6 +67,11 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
     path = _demo_file() if name == "demo" else Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InvalidArgumentError(
+            f"The folder {name!r} holds no config.json, so no model that transformers saved. Name one that does, or a "
+            "GGUF file itself."
+        )
     if path.suffix != ".gguf":
         return name, {}
     if not path.is_file():

@@ -77,6 +77,28 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
     )
 
 
+def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
+    """Refuse retrieval layers whose sliding window ends before the memory begins.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming the layers and both windows.
+    """
+    if config.backend is None or config.position_mode == "original":
+        return
+    windows = {layer: model.layers[layer].sliding_window for layer in retrieval_layers}
+    blind = {
+        layer: size for layer, size in windows.items() if size is not None and size <= config.local_window
+    }
+    if blind:
+        raise InvalidArgumentError(
+            f"local_window is {config.local_window}, but retrieval layers {', '.join(map(str, blind))} have a sliding "
+            f"window of {min(blind.values())}, which would hide the memory behind the local window from them. Use a "
+            f"local_window below {min(blind.values())}, or leave these layers out of retrieval_layers."
+        )
+
+
 def check_reach(position: int, model: ModelLayout) -> None:
     """Refuse a position that the model was not trained on, which only ``"original"`` can come to.
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from memlong.decoder import attention
 from memlong.decoder.rope import AngleCache, Angles, LayerRope, RotaryCall
@@ -38,10 +38,14 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """The attention layers of a model, in order, and the number of positions that it was trained on."""
+    """The attention layers of a model, in order, its number of positions, and that of its tokens.
+
+    ``max_positions`` are those that it was trained on, under one and the same rotation.
+    """
 
     layers: tuple[LayerLayout, ...]
     max_positions: int | None
+    vocabulary: int
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -76,7 +80,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     if odd:
         raise _unsupported(model, f"it has layers of type {', '.join(sorted(odd))}")
     attention.check_free(model)
-    max_positions = getattr(config, "max_position_embeddings", None)
+    max_positions = _trained_positions(config)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -94,7 +98,15 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     layers = tuple(_layer(model, first, second, index) for index in range(count))
     if len({(layer.kv_heads, layer.head_dim) for layer in layers}) > 1:
         raise _unsupported(model, "its layers differ in the number or the size of their K-V heads")
-    return ModelLayout(layers, max_positions)
+    vocabulary = cast("Tensor", model.get_input_embeddings().weight).shape[0]
+    return ModelLayout(layers, max_positions, vocabulary)
+
+
+def _trained_positions(config: PreTrainedConfig) -> int | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this it rotates every position in another way
+        return cast("int", rope["original_max_position_embeddings"])
+    return cast("int | None", getattr(config, "max_position_embeddings", None))
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import resource
 import sys
 
 _PACKAGES = (
@@ -19,8 +18,12 @@ _PACKAGES = (
 )
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+def peak_rss_bytes() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None on Windows, where Python cannot tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 

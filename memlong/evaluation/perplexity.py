@@ -92,11 +92,11 @@ def evaluate_perplexity(
     InvalidTextError
         If the text is shorter than one segment, or than ``score_from``.
     InvalidArgumentError
-        If there is more than one row or ``score_from`` is below 1.
+        If there is more than one row, or ``score_from`` or ``long_range_distance`` is below 1.
     """
     config = decoder.config
-    _check(input_ids, score_from, config.segment_size)
     distance = config.local_window if long_range_distance is None else long_range_distance
+    _check(input_ids, score_from, distance, config.segment_size)
     decoder.reset()
     losses: list[NDArray[np.float64]] = []
     recalls: list[float] = []
@@ -120,7 +120,7 @@ def evaluate_perplexity(
     return Perplexity(np.concatenate(losses), marked, input_ids.shape[1], stored, recall, seconds)
 
 
-def _check(input_ids: Tensor, score_from: int, segment_size: int) -> None:
+def _check(input_ids: Tensor, score_from: int, distance: int, segment_size: int) -> None:
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise InvalidArgumentError(
             f"input_ids is {tuple(input_ids.shape)}; expected one document, [1, tokens]."
@@ -129,6 +129,8 @@ def _check(input_ids: Tensor, score_from: int, segment_size: int) -> None:
         raise InvalidArgumentError(
             f"score_from is {score_from}; expected at least 1: token 0 cannot be predicted."
         )
+    if distance < 1:
+        raise InvalidArgumentError(f"long_range_distance is {distance}; expected at least 1 token.")
     count = input_ids.shape[1]
     if count < segment_size:
         raise InvalidTextError(

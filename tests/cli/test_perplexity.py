@@ -79,6 +79,7 @@ def test_the_json_holds_what_was_asked_and_what_was_measured(run, tmp_path):
         "segment_size": 8,
         "tokens": 120,
         "scored_tokens": 90,
+        "long_range_distance": 24,
     }
     assert {name: found[name] for name in expected} == expected
     assert found["chunks_stored"] > 20
@@ -122,6 +123,13 @@ def test_the_seed_chooses_the_random_chunks(run):
         ({"device": "cuda:99"}, DeviceUnavailableError, "torch sees . CUDA devices"),
         ({"max_tokens": 5}, InvalidTextError, r"5 tokens, fewer than one segment \(8\)"),
         ({"top_k": 0}, InvalidArgumentError, "top_k is 0"),
+        ({"long_range_distance": -3}, InvalidArgumentError, "long_range_distance is -3"),
+        ({"retriever": "random", "seed": -1}, InvalidArgumentError, "seed must be an int >= 0"),
+        (
+            {"backend": "none", "backend_option": "index=Flat"},
+            InvalidArgumentError,
+            "--backend-option goes with a backend",
+        ),
         ({"json": "/no/such/folder/out.json"}, InvalidArgumentError, "mkdir -p /no/such/folder"),
     ],
 )
@@ -130,6 +138,28 @@ def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
     assert isinstance(result.exception, error), result.output
     with pytest.raises(MemlongError, match=message):
         raise result.exception
+
+
+def test_a_folder_without_a_model_and_a_cut_off_file_are_named(run, model_folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no config.json" in str(run(model=empty).exception)
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = run()
+    assert isinstance(result.exception, InvalidArgumentError), result.output
+    assert "could not be loaded" in str(result.exception)
+
+
+def test_an_interrupt_is_told(monkeypatch, capsys):
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memlong.cli.app.make_app", lambda: interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "memlong: interrupted\n"
 
 
 def test_an_error_ends_the_program_with_one_line_and_no_traceback(monkeypatch, capsys):

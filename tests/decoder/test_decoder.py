@@ -146,8 +146,16 @@ def test_wrong_tensors_are_named(llama, small, text):
             decoder.stream([[1, 2]])
         with pytest.raises(InvalidArgumentError, match=r"attention_mask is \(1, 4\)"):
             decoder.stream(text(5), torch.ones(1, 4))
+        with pytest.raises(InvalidArgumentError, match="attention_mask is ndarray"):
+            decoder.stream(text(5), torch.ones(1, 5).numpy())
         with pytest.raises(InvalidArgumentError, match="holds no token"):
             decoder.read(torch.ones(1, 0, dtype=torch.long))
+        with pytest.raises(InvalidArgumentError, match="holds no token"):
+            decoder.read(text(5, rows=2), torch.tensor([[1] * 5, [0] * 5]))
+        with pytest.raises(InvalidArgumentError, match=r"input_ids holds -100; .* from 0 to 96"):
+            decoder.read(torch.tensor([[5, -100]]))
+        with pytest.raises(InvalidArgumentError, match="input_ids holds 97"):
+            decoder.read(torch.tensor([[5, 97]]))
         decoder.reset()
         decoder.read(text(20, rows=2))
         with pytest.raises(InvalidArgumentError, match="has 3 rows, but the streams so far have 2"):
@@ -169,6 +177,40 @@ def test_a_retriever_whose_width_differs_from_the_banks_is_refused(llama, small)
     decoder = MemoryDecoder(llama, None, small(), retriever=Constant(8))
     with pytest.raises(InvalidArgumentError, match=r"bank of dim 7 .* Constant embeds in dim 8"):
         decoder.reset([bank])
+
+
+@pytest.mark.parametrize("change", [{"chunk_size": 8}, {"retrieval_layers": "0-1"}])
+def test_a_bank_of_other_blocks_is_refused(llama, small, text, change):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(100))
+        banks = decoder.banks
+    other = MemoryDecoder(llama, None, small(**change))
+    with pytest.raises(InvalidArgumentError, match=r"bank of blocks \(4, 2, 4, 12\), but this decoder's"):
+        other.reset(banks)
+
+
+def test_a_bank_without_a_backend_is_refused(llama, small):
+    decoder = MemoryDecoder(llama, None, small(backend=None), retriever=Constant(8))
+    with pytest.raises(InvalidArgumentError, match="backend=None: name a backend"):
+        decoder.reset([create_bank("torch", 8)])
+
+
+def test_a_reset_ends_the_calls_that_are_under_way(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        segments = decoder.stream(text(60))
+        next(segments)
+        decoder.reset()
+        with pytest.raises(MemlongError, match="reset\\(\\) has ended the streams"):
+            next(segments)
+
+
+@pytest.mark.parametrize(("layers", "local_window"), [("all", 40), ("1-3", 60)])
+def test_a_sliding_window_that_would_hide_the_memory_is_refused(tiny_model, small, layers, local_window):
+    settings = small(retrieval_layers=layers, local_window=local_window)
+    with pytest.raises(
+        InvalidArgumentError, match=rf"local_window is {local_window}, .* sliding window of 40"
+    ):
+        MemoryDecoder(tiny_model("Mistral-sliding"), None, settings)
 
 
 def test_rows_cannot_share_a_bank(llama, small):

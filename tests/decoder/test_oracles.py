@@ -80,13 +80,16 @@ def test_detached_the_model_is_the_object_it_was(tiny_model, architecture, small
             name: (len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
             for name, m in model.named_modules()
         }
-        return hooks, copy.deepcopy(model.config.to_dict()), model.config._attn_implementation, model.training
+        modes = [module.training for module in model.modules()]
+        return hooks, copy.deepcopy(model.config.to_dict()), model.config._attn_implementation, modes
 
+    model.train()
+    model.get_input_embeddings().eval()  # as one who froze a part of it
     before = trace()
     with MemoryDecoder(model, None, small()) as decoder:
         stream(decoder, text(60))
     assert trace() == before
-    with pytest.raises(IndexError), MemoryDecoder(model, None, small()) as decoder:
+    with pytest.raises(ValueError, match="input_ids holds"), MemoryDecoder(model, None, small()) as decoder:
         stream(decoder, torch.full((1, 9), VOCABULARY + 1))  # leaving by an error cleans up too
     assert trace() == before
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from memlong.decoder import Passage, create_retriever
 from memlong.errors import InvalidArgumentError
@@ -58,6 +60,53 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
         create_retriever("random", llama, Words(), {"sed": 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("random", {"seed": -1}, "seed must be an int >= 0, got -1"),
+        ("random", {"dim": 0}, "dim must be an int >= 1"),
+        ("lm", {"sharpness": "high"}, "sharpness is 'high'; expected a number"),
+        ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an int >= 1"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(llama, name, options, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        create_retriever(name, llama, Words(), options)
+
+
 def test_a_folder_that_holds_no_model_is_refused(llama, tmp_path):
     with pytest.raises(InvalidArgumentError, match="could not be loaded"):
         create_retriever(str(tmp_path), llama, Words())
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A tiny random encoder that reads at most 14 words."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=200, max_position_embeddings=16, **sizes)).save_pretrained(folder)
+    vocabulary = {"[PAD]": 0, "[UNK]": 1} | {f"word{number}": 2 + number for number in range(150)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_sentence_encoder_reads_the_whole_of_a_long_passage(llama, encoder_folder):
+    retriever = create_retriever(encoder_folder, llama, Words(), {"piece_tokens": 10})
+    words = tuple(range(30))
+    whole, start, middle, end, changed = retriever.embed_queries(
+        [
+            Passage(words, 0),
+            *(Passage(words[i : i + 10], i) for i in (0, 10, 20)),
+            Passage((*words[:-1], 99), 0),
+        ]
+    )
+    torch.testing.assert_close(whole, (start + middle + end) / 3)
+    torch.testing.assert_close(start.norm(), torch.tensor(1.0))
+    assert not torch.allclose(whole, changed)
+    assert torch.equal(retriever.embed_chunks([Passage(words, 0)])[0], whole)

