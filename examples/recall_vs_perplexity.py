@@ -261,10 +261,14 @@ def _print_table(systems: list[System], measures: list[Measure | None], about: d
             system.name,
             f"{system.attention_budget:,}",
             "" if system.recall_at_k is None else f"{system.recall_at_k:.3f}",
-            f"{measure.perplexity:.4g}",
+            _digits(measure.perplexity),
             *(_interval(ratio) for ratio in (measure.to_window, measure.to_equal_budget, measure.to_random)),
         )
     Console(width=150).print(table)
+
+
+def _digits(perplexity: float) -> str:
+    return f"{perplexity:.{3 if perplexity < 10 else 2 if perplexity < 100 else 1}f}"
 
 
 def _interval(ratio: Ratio) -> str:

@@ -2,12 +2,14 @@
 
 from memlong.bank.arrays import Floats, Ids
 from memlong.bank.base import BankOptions, MemoryBank, Metric
+from memlong.bank.draft import Draft
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.results import Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.store import InMemoryStore, KeyValueStore
 
 __all__ = [
     "BankOptions",
+    "Draft",
     "EvictionPolicy",
     "Floats",
     "Ids",

@@ -105,6 +105,11 @@ class MemoryBank(IndexHost):
         return self._device
 
     @property
+    def next_id(self) -> int:
+        """The id that the next chunk will get."""
+        return self._next_id
+
+    @property
     def block_shape(self) -> tuple[int, ...] | None:
         """Shape of a chunk's keys, (layers, kv_heads, chunk, head_dim); None before the first add."""
         layout = self._layout

@@ -51,6 +51,15 @@ class Memory:
     positions: Tensor
     valid: Tensor
 
+    def of_rows(self, rows: Tensor) -> Memory:
+        """Return the memory of these rows [n], which may come more than once."""
+        return Memory(
+            {layer: states.index_select(0, rows) for layer, states in self.keys.items()},
+            {layer: states.index_select(0, rows) for layer, states in self.values.items()},
+            self.positions.index_select(0, rows),
+            self.valid.index_select(0, rows),
+        )
+
 
 @dataclass
 class AttentionPass:

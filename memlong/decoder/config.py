@@ -48,6 +48,9 @@ class MemoryConfig:
         paper's position 0, arXiv 2408.16967). ``"before-window"``: in order, running up to the window.
         ``"original"``: where they stood in the text, the window too, so that memory of everything equals full
         attention; only for texts within the model's trained positions.
+    retrieve_every
+        Tokens after which memory is retrieved anew while text is generated; ``None`` means half a chunk. At most
+        ``segment_size``.
 
     Raises
     ------
@@ -68,6 +71,7 @@ class MemoryConfig:
     segment_size: int = 256
     query_tokens: int | None = None
     position_mode: PositionMode = "zero"
+    retrieve_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -78,8 +82,14 @@ class MemoryConfig:
             ("segment_size", 1),
         ):
             _check_integer(name, getattr(self, name), least)
-        if self.query_tokens is not None:
-            _check_integer("query_tokens", self.query_tokens, 1)
+        for name in ("query_tokens", "retrieve_every"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        if self.retrieval_interval > self.segment_size:
+            raise InvalidArgumentError(
+                f"retrieve_every is {self.retrieve_every}; expected at most segment_size, {self.segment_size}, for "
+                "which the window keeps room."
+            )
         _check_choice("position_mode", self.position_mode, get_args(PositionMode))
         _check_choice("kv_source", self.kv_source, get_args(KvSource))
         if self.local_window < self.segment_size + self.chunk_size:
@@ -93,6 +103,13 @@ class MemoryConfig:
     def query_length(self) -> int:
         """Tokens before a segment that make its query."""
         return self.segment_size if self.query_tokens is None else self.query_tokens
+
+    @property
+    def retrieval_interval(self) -> int:
+        """Tokens after which memory is retrieved anew while text is generated."""
+        if self.retrieve_every is not None:
+            return self.retrieve_every
+        return min(max(1, self.chunk_size // 2), self.segment_size)
 
     @property
     def window_past(self) -> int:

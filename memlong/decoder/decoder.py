@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from memlong.bank import MemoryBank
 from memlong.decoder.attention import AttentionSlot, check_free, installed, replaced_attention
 from memlong.decoder.config import MemoryConfig, parse_layers
+from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options
 from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import create_retriever
 from memlong.decoder.streams import Segment, Streams
+from memlong.decoder.tokens import token_lists
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
 
@@ -113,7 +115,7 @@ class MemoryDecoder:
     def banks(self) -> tuple[MemoryBank, ...]:
         """The bank of each row; none before the first token, or without a backend."""
         rows = self._streams.rows if self._streams else ()
-        return tuple(row.bank for row in rows if row.bank is not None)
+        return tuple(row.bank for row in rows if isinstance(row.bank, MemoryBank))
 
     @property
     def block_shape(self) -> tuple[int, int, int, int]:
@@ -137,6 +139,7 @@ class MemoryDecoder:
         """
         self._given_banks = None if banks is None else self._checked(banks)
         self._streams: Streams | None = None
+        self._turn: tuple[StreamCache, list[int]] | None = None
 
     def stream(
         self,
@@ -171,14 +174,8 @@ class MemoryDecoder:
         MemlongError
             If the decoder is not attached, or was reset while this call was under way.
         """
-        pending = _token_lists(input_ids, attention_mask, self._layout.vocabulary)
-        if self._streams is None:
-            self._streams = self._begin(len(pending))
-        if len(pending) != len(self._streams.rows):
-            raise InvalidArgumentError(
-                f"input_ids has {len(pending)} rows, but the streams so far have {len(self._streams.rows)}; "
-                "call reset() to begin new ones."
-            )
+        pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
+        self._streams = self._streams_for(len(pending))
         return self._segments(self._streams, pending, 0 if logits == "all" else 1)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -189,7 +186,7 @@ class MemoryDecoder:
         InvalidArgumentError
             If a row holds no token, or as :meth:`stream` does.
         """
-        if not all(_token_lists(input_ids, attention_mask, self._layout.vocabulary)):
+        if not all(token_lists(input_ids, attention_mask, self._layout.vocabulary)):
             raise InvalidArgumentError(
                 "A row of input_ids holds no token; expected at least one in every row."
             )
@@ -200,20 +197,140 @@ class MemoryDecoder:
             last = fresh if last is None else torch.where(spoke, fresh, last)
         return cast("Tensor", last)
 
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        remember: bool = True,
+        past_key_values: StreamCache | None = None,
+        **options: Any,
+    ) -> Any:
+        """Read a prompt and continue it, as the model's ``generate()`` does, with all that was read before in memory.
+
+        While text is generated, chunks that leave the window enter the memory, and every ``retrieve_every`` tokens, the
+        first time just before the prompt's last token, what the text at hand calls for is retrieved.
+
+        Parameters
+        ----------
+        input_ids
+            [rows, tokens], int64: the prompt of each stream, of any length. It follows what was read before.
+        attention_mask
+            [rows, tokens]; 0 where padded, on the left.
+        remember
+            Whether the streams go on from the prompt and its answer (of several, the first returned), or from
+            where they are now, so that the next prompt does not know of this one.
+        past_key_values
+            What an earlier call returned in its dict: then ``input_ids`` is the whole conversation, as transformers has
+            it, and only what is new is read.
+        options
+            Of the model's ``generate()``: greedy, sampling and beam search, streamers, logits processors and stopping
+            criteria.
+
+        Returns
+        -------
+        Tensor or ModelOutput
+            What the model's ``generate()`` returns: prompt and answer.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If shapes, token ids or the number of rows are wrong, or an option does not go with a memory.
+        MemlongError
+            If the decoder is not attached.
+        """
+        self._check_attached()
+        check_options(options)
+        known = 0 if past_key_values is None else self._columns_of(past_key_values)
+        new_mask = None if attention_mask is None else attention_mask[:, known:]
+        prompt = token_lists(input_ids[:, known:], new_mask, self._layout.vocabulary)
+        if not all(prompt) or (new_mask is not None and not bool(new_mask[:, -1].all())):
+            raise InvalidArgumentError(
+                "A row of the prompt is empty, or padded on the right; expected at least one token in every row, and "
+                "padding on the left: tokenizer.padding_side = 'left'."
+            )
+        streams = self._streams_for(len(prompt))
+        if remember:
+            self._streams = streams
+        else:
+            streams = streams.fork(range(len(prompt)))
+        for _ in streams.read([row[:-1] for row in prompt], self._slot, 1):
+            pass
+        speaker = Speaker(streams, self._slot, input_ids.shape[1], self.config.retrieval_interval)
+        with speaker.attached(self.model):
+            plain: Any = type(self.model)
+            output = plain.generate(
+                self.model,
+                input_ids,
+                attention_mask=attention_mask,
+                past_key_values=speaker.cache,
+                **options,
+            )
+        if remember:
+            # Read as any text is: what the streams hold must not depend on beams, or on the rows beside them.
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            answers = answers_of(self.model, sequences, input_ids.shape[1], len(prompt), options)
+            said = [[row[-1], *answer] for row, answer in zip(prompt, answers, strict=True)]
+            for _ in streams.read(said, self._slot, 1):
+                pass
+            speaker.cache.columns = sequences.shape[1]
+            self._turn = (speaker.cache, [row.seen for row in streams.rows])
+        return output
+
+    @contextmanager
+    def replacing_generate(self) -> Iterator[None]:
+        """Let the model's ``generate()`` be this decoder's, for callers such as ``transformers.pipeline``.
+
+        Every call knows what was read in before, and nothing of another call (``remember=False``).
+        """
+
+        def generate(inputs: Tensor | None = None, **options: Any) -> Any:
+            input_ids = options.pop("input_ids", inputs)
+            return self.generate(input_ids, remember=False, **options)
+
+        setattr(self.model, "generate", generate)  # noqa: B010 - seen by mypy as a submodule
+        try:
+            yield
+        finally:
+            del self.model.generate
+
     def _segments(self, streams: Streams, pending: list[list[int]], logits_to_keep: int) -> Iterator[Segment]:
-        done = [0] * len(pending)
-        while any(start < len(tokens) for start, tokens in zip(done, pending, strict=True)):
-            if not self._is_attached:
-                raise MemlongError("The decoder is not attached to its model: stream inside `with decoder:`.")
+        segments = streams.read(pending, self._slot, logits_to_keep)
+        while True:
+            self._check_attached()
             if streams is not self._streams:
-                raise MemlongError("reset() has ended the streams of this call: call stream() again.")
-            upcoming = [
-                tokens[start : start + row.segment_rest]
-                for start, tokens, row in zip(done, pending, streams.rows, strict=True)
-            ]
-            segment = streams.advance(upcoming, self._slot, logits_to_keep)
-            done = [start + len(new) for start, new in zip(done, upcoming, strict=True)]
+                raise MemlongError(
+                    "The streams of this call have ended, by reset() or generate(): call stream() again."
+                )
+            segment = next(segments, None)
+            if segment is None:
+                return
             yield segment
+
+    def _check_attached(self) -> None:
+        if not self._is_attached:
+            raise MemlongError(
+                "The decoder is not attached to its model: stream and generate inside `with decoder:`."
+            )
+
+    def _columns_of(self, cache: StreamCache) -> int:
+        seen = [row.seen for row in self._streams.rows] if self._streams else []
+        if self._turn is None or self._turn[0] is not cache or self._turn[1] != seen:
+            raise InvalidArgumentError(
+                "past_key_values is not what this decoder's latest generate() returned, or the streams have read on "
+                "since: pass only the new text, which the streams continue with, and leave past_key_values out."
+            )
+        return cache.columns
+
+    def _streams_for(self, rows: int) -> Streams:
+        if self._streams is None:
+            return self._begin(rows)
+        if rows != len(self._streams.rows):
+            raise InvalidArgumentError(
+                f"input_ids has {rows} rows, but the streams so far have {len(self._streams.rows)}; "
+                "call reset() to begin new ones."
+            )
+        return self._streams
 
     def _begin(self, rows: int) -> Streams:
         given = self._given_banks
@@ -252,31 +369,3 @@ class MemoryDecoder:
                     f"chunk_size, head width) are {self.block_shape}: use the model and settings it was filled with."
                 )
         return tuple(banks)
-
-
-def _token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[list[int]]:
-    """Check shapes and ids, and take the padding out: one list of token ids for each row."""
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise InvalidArgumentError(
-            f"input_ids is {_kind(input_ids)}; expected an integer tensor [rows, tokens]."
-        )
-    if attention_mask is None:
-        rows: list[list[int]] = input_ids.tolist()
-    elif not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        raise InvalidArgumentError(
-            f"attention_mask is {_kind(attention_mask)}; expected a tensor like input_ids, {tuple(input_ids.shape)}."
-        )
-    else:
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    for row in rows:
-        if row and not 0 <= min(row) <= max(row) < vocabulary:
-            odd = next(token for token in row if not 0 <= token < vocabulary)
-            raise InvalidArgumentError(
-                f"input_ids holds {odd}; the model's tokens go from 0 to {vocabulary - 1}. Use its own tokenizer, and "
-                "an attention_mask that is 0 where input_ids is padded."
-            )
-    return rows
-
-
-def _kind(given: object) -> str:
-    return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__

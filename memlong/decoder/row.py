@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memlong.bank import MemoryBank
+from memlong.bank import Draft, MemoryBank
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.placement import Placement, memory_positions, place
 from memlong.decoder.retrievers.base import Passage
@@ -59,7 +60,7 @@ class Row:
         Tokens taken in so far.
     """
 
-    def __init__(self, config: MemoryConfig, bank: MemoryBank | None) -> None:
+    def __init__(self, config: MemoryConfig, bank: MemoryBank | Draft | None) -> None:
         self.config = config
         self.bank = bank
         self.seen = 0
@@ -73,8 +74,7 @@ class Row:
         """The first token of the window after the sinks."""
         return self.config.sink_tokens + self._departed * self.config.chunk_size
 
-    @property
-    def at_boundary(self) -> bool:
+    def begins_segment(self) -> bool:
         """Whether the next token begins a segment."""
         return self.seen % self.config.segment_size == 0
 
@@ -92,10 +92,17 @@ class Row:
         """Which tokens [columns], by index and −1 for padding, belong in the window; bool."""
         return ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
 
+    def fork(self) -> Row:
+        """Return a row that goes its own way from here; what it stores stays in a draft of the bank."""
+        other = copy(self)
+        if self.bank is not None:
+            other.bank = self.bank.fork() if isinstance(self.bank, Draft) else Draft(self.bank)
+        return other
+
     def take(self, token_ids: Sequence[int]) -> None:
         """Note the tokens of a forward call."""
         self.seen += len(token_ids)
-        self._recent += token_ids
+        self._recent = [*self._recent, *token_ids]  # a new list: a fork has the old one
 
     def query(self) -> Passage:
         """The text just before the coming segment."""

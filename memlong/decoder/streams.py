@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -81,10 +82,50 @@ class Streams:
         self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
 
+    def fork(self, rows: Sequence[int]) -> Streams:
+        """Return streams that go on from these rows, which may come more than once; these stay as they are.
+
+        What the new rows store stays in drafts of the banks.
+        """
+        other = copy(self)
+        other._go_on_from(rows)  # noqa: SLF001 - its own
+        return other
+
+    def _go_on_from(self, rows: Sequence[int]) -> None:
+        chosen = torch.tensor(list(rows), device=self._device)
+        self.rows = tuple(self.rows[row].fork() for row in rows)
+        self._window = self._window.of_rows(chosen)
+        self._placements = tuple(self._placements[row] for row in rows)
+        self._memory = None if self._memory is None else self._memory.of_rows(chosen)
+
+    def read(
+        self, pending: Sequence[Sequence[int]], slot: AttentionSlot, logits_to_keep: int
+    ) -> Iterator[Segment]:
+        """Take each row's tokens through the model, segment by segment."""
+        done = [0] * len(pending)
+        while any(start < len(tokens) for start, tokens in zip(done, pending, strict=True)):
+            upcoming = [
+                tokens[start : start + row.segment_rest]
+                for start, tokens, row in zip(done, pending, self.rows, strict=True)
+            ]
+            segment = self.advance(upcoming, slot, logits_to_keep)
+            done = [start + len(new) for start, new in zip(done, upcoming, strict=True)]
+            yield segment
+
     @torch.no_grad()
-    def advance(self, upcoming: Sequence[Sequence[int]], slot: AttentionSlot, logits_to_keep: int) -> Segment:
-        """Take each row's next tokens, none of them beyond its present segment, through the model."""
-        starting = [row for row, new in zip(self.rows, upcoming, strict=True) if new and row.at_boundary]
+    def advance(
+        self,
+        upcoming: Sequence[Sequence[int]],
+        slot: AttentionSlot,
+        logits_to_keep: int,
+        *,
+        retrieve: Callable[[Row], bool] = Row.begins_segment,
+    ) -> Segment:
+        """Take each row's next tokens, none of them beyond its present segment, through the model.
+
+        Rows for which ``retrieve`` holds first let go of old chunks and retrieve for the text at hand.
+        """
+        starting = [row for row, new in zip(self.rows, upcoming, strict=True) if new and retrieve(row)]
         self._turn_over(starting)
         indices = [range(row.seen, row.seen + len(new)) for row, new in zip(self.rows, upcoming, strict=True)]
         input_ids, tokens = self._left_padded(upcoming, 0), self._left_padded(indices, -1)

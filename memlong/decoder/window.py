@@ -6,6 +6,7 @@ stand now, as attention wants them. The window is small and bounded, and no roun
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ class WindowLayer(DynamicLayer):
             self.raw_keys = self.raw_keys.take_along_dim(index, dim=2)
             self.values = self.values.take_along_dim(index, dim=2)
 
+    def of_rows(self, rows: Tensor) -> WindowLayer:
+        """Return a layer of these rows; this one stays as it is."""
+        other = WindowLayer(self.rope)
+        if self.is_initialized:
+            other.lazy_initialization(self.keys, self.values)
+            other.keys, other.values, other.raw_keys = (
+                states.index_select(0, rows) for states in (self.keys, self.values, self.raw_keys)
+            )
+        return other
+
     def place(self, angles: AngleCache) -> None:
         """Rotate all keys to the positions of ``angles``."""
         self.keys = self.rope.rotate(self.raw_keys, angles.of(self.rope))
@@ -65,9 +76,19 @@ class LocalWindow(Cache):
     """
 
     def __init__(self, layout: ModelLayout, rows: int, device: torch.device) -> None:
-        self._window_layers = [WindowLayer(layer.rope) for layer in layout.layers]
-        super().__init__(layers=list(self._window_layers))
+        self._hold([WindowLayer(layer.rope) for layer in layout.layers])
         self.tokens = torch.empty(rows, 0, dtype=torch.long, device=device)
+
+    def _hold(self, layers: list[WindowLayer]) -> None:
+        self._window_layers = layers
+        super().__init__(layers=list(layers))
+
+    def of_rows(self, rows: Tensor) -> LocalWindow:
+        """Return a window of these rows [n], which may come more than once; this one stays as it is."""
+        other = copy(self)
+        other._hold([layer.of_rows(rows) for layer in self._window_layers])  # noqa: SLF001 - its own
+        other.tokens = self.tokens.index_select(0, rows)
+        return other
 
     @property
     def valid(self) -> Tensor:

@@ -1,0 +1,101 @@
+"""A draft of a bank: the bank, and chunks beside it that it never takes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from memlong.bank.arrays import FloatInput, Floats, IntInput
+from memlong.bank.base import MemoryBank
+from memlong.bank.copying import stack
+from memlong.bank.exact import Similarity, true_scores
+from memlong.bank.layout import ChunkLayout
+from memlong.bank.results import Retrieved
+from memlong.bank.validate import blocks_of, embeddings_of, spans_of, whole_number
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """One chunk of a draft; never changed, so that drafts can share it."""
+
+    embedding: Floats
+    keys: torch.Tensor
+    values: torch.Tensor
+    span: torch.Tensor
+
+
+class Draft:
+    """What a beam remembers: a bank, and the chunks of a continuation that will be dropped.
+
+    The draft's own chunks are searched by brute force: they are as few as a continuation is short. Retrieving counts in
+    the bank as it always does; nothing is ever added to it.
+
+    Parameters
+    ----------
+    bank : MemoryBank or Draft
+        What lies below.
+    chunks
+        What another draft over the same bank holds already.
+    """
+
+    def __init__(self, bank: MemoryBank | Draft, chunks: Sequence[_Chunk] = ()) -> None:
+        self._bank = bank
+        self._chunks = list(chunks)
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return self._bank.dim
+
+    @property
+    def metric(self) -> str:
+        """What is near."""
+        return self._bank.metric
+
+    @property
+    def next_id(self) -> int:
+        """The id that the next chunk would get."""
+        return self._bank.next_id + len(self._chunks)
+
+    def __len__(self) -> int:
+        return len(self._bank) + len(self._chunks)
+
+    def fork(self) -> Self:
+        """Return a draft that goes its own way from here, over the same bank."""
+        return type(self)(self._bank, self._chunks)
+
+    def add(self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput) -> None:
+        """Note chunks down; same arguments and errors as `MemoryBank.add`."""
+        vectors = embeddings_of("embeddings", embeddings, self.dim, unit=self.metric == "cosine")
+        key_blocks, value_blocks = blocks_of(keys, values, len(vectors))
+        places = torch.from_numpy(spans_of(spans, len(vectors)))
+        self._chunks += map(_Chunk, vectors, key_blocks, value_blocks, places)
+
+    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
+        """Find the k best chunks of one query [1, dim] in bank and draft together; as `MemoryBank.retrieve`.
+
+        Chunks of the draft have the ids that the bank would give them next.
+        """
+        k = whole_number("k", k, at_least=1)
+        below = self._bank.retrieve(queries, k)
+        if not self._chunks:
+            return below
+        query = embeddings_of("queries", queries, self.dim, unit=self.metric == "cosine")
+        vectors = np.stack([chunk.embedding for chunk in self._chunks])[None]
+        similarity: Similarity = "l2" if self.metric == "l2" else "inner_product"
+        own = torch.from_numpy(true_scores(query, vectors, similarity))[0]
+        scores, order = torch.cat([below.scores[0], own]).sort(descending=True, stable=True)
+        best = order[:k].tolist()
+        ids = torch.cat([below.ids[0], torch.arange(self._bank.next_id, self.next_id)])
+        spans = torch.cat([below.spans[0], torch.stack([chunk.span for chunk in self._chunks])])
+        layout = ChunkLayout.of(self._chunks[0].keys[None])
+        blocks = [
+            (below.keys[0, row], below.values[0, row]) if found else (layout.empty(), layout.empty())
+            for row, found in enumerate(below.found[0].tolist())
+        ] + [(chunk.keys, chunk.values) for chunk in self._chunks]
+        keys, values = (stack([blocks[row][side] for row in best])[None] for side in (0, 1))
+        return Retrieved(ids[best][None], scores[None, :k], keys, values, spans[best][None])

@@ -1,0 +1,164 @@
+"""generate() with a memory: the model's own, with every forward call taken through the streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memlong.decoder.attention import AttentionSlot
+from memlong.decoder.row import Row
+from memlong.decoder.streams import Streams
+from memlong.errors import InvalidArgumentError
+
+_REFUSED = {
+    "assistant_model": "assisted decoding takes tokens back",
+    "prompt_lookup_num_tokens": "prompt lookup takes tokens back",
+    "assistant_early_exit": "assisted decoding takes tokens back",
+    "inputs_embeds": "the streams are made of tokens",
+    "output_attentions": "attention goes over memory and window, whose columns have no place in the text",
+    "output_hidden_states": "the prompt is read in segments, of which only the last logits are kept",
+}
+
+
+class StreamCache(Cache):
+    """Stands for the streams where transformers expects a K-V cache.
+
+    ``generate(return_dict_in_generate=True)`` hands it out as ``past_key_values``, and takes it for the next turn.
+
+    Attributes
+    ----------
+    columns
+        Columns of ``input_ids`` that the streams have read, or will have at the end of the turn.
+    """
+
+    is_compileable = False
+
+    def __init__(self, columns: int, reorder: Callable[[Sequence[int]], None]) -> None:
+        super().__init__(layers=[])
+        self.columns = columns
+        self._reorder = reorder
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - as transformers calls it
+        """All columns but the last, which is what a forward call is about."""
+        return self.columns - 1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i go on from what was row ``beam_idx[i]``."""
+        self._reorder(beam_idx.tolist())
+
+
+class Speaker:
+    """One turn: forks the streams, one for every beam or sequence, and feeds the forks what generate() chooses.
+
+    Parameters
+    ----------
+    streams
+        They have read the prompt up to its last token.
+    slot
+        Where the model's attention looks for memory.
+    columns
+        Columns of the prompt as generate() gets it.
+    retrieve_every
+        Tokens after which memory is retrieved anew; also before the first.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        slot: AttentionSlot,
+        columns: int,
+        retrieve_every: int,
+    ) -> None:
+        self._streams = streams
+        self._slot = slot
+        self._every = retrieve_every
+        self._draft: Streams | None = None
+        self.cache = StreamCache(columns, self._reorder)
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[None]:
+        """Let the model's forward calls for this turn come here."""
+        inner, own = model.forward, "forward" in vars(model)
+
+        @wraps(inner)
+        def forward(*args: Any, **given: Any) -> Any:
+            if given.get("past_key_values") is self.cache:
+                return self._forward(given["input_ids"])
+            return inner(*args, **given)
+
+        model.forward = forward
+        try:
+            yield
+        finally:
+            if own:
+                model.forward = inner
+            else:
+                del model.forward
+
+    def _forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
+        first = self._draft is None
+        if self._draft is None:
+            rows = len(self._streams.rows)
+            copies = input_ids.shape[0] // rows
+            self._draft = self._streams.fork([row for row in range(rows) for _ in range(copies)])
+        tokens: list[int] = input_ids[:, -1].tolist()
+        segment = self._draft.advance(
+            [[token] for token in tokens], self._slot, 1, retrieve=lambda row: first or self._is_due(row)
+        )
+        return CausalLMOutputWithPast(logits=segment.logits, past_key_values=self.cache)
+
+    def _is_due(self, row: Row) -> bool:
+        return row.seen % self._every == 0 or row.begins_segment()
+
+    def _reorder(self, rows: Sequence[int]) -> None:
+        if self._draft is not None and list(rows) != list(range(len(rows))):
+            self._draft = self._draft.fork(rows)
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse what generate() can do only with a cache of its own.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming the option and the reason.
+    """
+    config = options.get("generation_config")
+    for name, reason in _REFUSED.items():
+        if options.get(name) or getattr(config, name, None):
+            raise InvalidArgumentError(
+                f"{name} does not go with a memory: {reason}. Leave it out, or generate with the model itself, outside "
+                "`with decoder:`."
+            )
+
+
+def answers_of(
+    model: PreTrainedModel, sequences: Tensor, columns: int, rows: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """Return what each row said: of its first sequence, the tokens after ``columns``, without padding."""
+    per_row = sequences.shape[0] // rows
+    ends = _setting(model, options, "eos_token_id")
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    padding = _setting(model, options, "pad_token_id")
+    answers = []
+    for tokens in sequences[::per_row, columns:].tolist():
+        end = next((place + 1 for place, token in enumerate(tokens) if token in stops), None)
+        if end is None:
+            end = len(tokens)
+            while end and len(sequences) > 1 and tokens[end - 1] == padding:
+                end -= 1
+        answers.append(tokens[:end])
+    return answers
+
+
+def _setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given

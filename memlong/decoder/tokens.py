@@ -1,0 +1,55 @@
+"""From the tensors that a user gives to lists of token ids."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memlong.errors import InvalidArgumentError
+
+
+def token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[list[int]]:
+    """Check shapes and ids, and take the padding out.
+
+    Parameters
+    ----------
+    input_ids
+        [rows, tokens], integers from 0 to ``vocabulary`` - 1.
+    attention_mask
+        [rows, tokens], 0 where padded; None where nothing is.
+    vocabulary
+        How many tokens the model knows.
+
+    Returns
+    -------
+    list of list of int
+        The token ids of each row.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a shape, a type or a token id is wrong.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise InvalidArgumentError(
+            f"input_ids is {_kind(input_ids)}; expected an integer tensor [rows, tokens]."
+        )
+    if attention_mask is None:
+        rows: list[list[int]] = input_ids.tolist()
+    elif not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        raise InvalidArgumentError(
+            f"attention_mask is {_kind(attention_mask)}; expected a tensor like input_ids, {tuple(input_ids.shape)}."
+        )
+    else:
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    for row in rows:
+        if row and not 0 <= min(row) <= max(row) < vocabulary:
+            odd = next(token for token in row if not 0 <= token < vocabulary)
+            raise InvalidArgumentError(
+                f"input_ids holds {odd}; the model's tokens go from 0 to {vocabulary - 1}. Use its own tokenizer, and "
+                "an attention_mask that is 0 where input_ids is padded."
+            )
+    return rows
+
+
+def _kind(given: object) -> str:
+    return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__

@@ -1,0 +1,260 @@
+"""generate() with a memory: equal to the plain model's wherever the two see the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from memlong import MemoryDecoder
+from memlong.errors import InvalidArgumentError, MemlongError
+
+
+def plain(model, ids, mask=None, new=20, **options):
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
+
+
+@pytest.fixture
+def whole(small):
+    """Memory of everything, at its true position: what full attention sees."""
+    return lambda **changes: small(position_mode="original", top_k=99, retrieval_layers="0-3", **changes)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_with_the_whole_prefix_in_memory_it_equals_full_context(
+    tiny_model, architecture, attention, backend, whole, text, beams
+):
+    model = tiny_model(architecture, attention)
+    ids = text(100)
+    expected = plain(model, ids, num_beams=beams)
+    with MemoryDecoder(model, None, whole(backend=backend)) as decoder:
+        found = decoder.generate(ids, max_new_tokens=20, do_sample=False, num_beams=beams)
+        assert len(decoder.banks[0]) > 19
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_inside_the_window_it_is_the_plain_models(tiny_model, architecture, small, text, beams):
+    model = tiny_model(architecture)
+    ids = text(6)
+    expected = plain(model, ids, new=8, num_beams=beams)
+    with MemoryDecoder(model, None, small()) as decoder:
+        found = decoder.generate(ids, max_new_tokens=8, do_sample=False, num_beams=beams)
+        assert len(decoder.banks[0]) == 0
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_ragged_batch_says_what_its_rows_say_alone(tiny_model, architecture, backend, small, text, beams):
+    model = tiny_model(architecture)
+    lengths = [90, 47, 5]
+    ids = text(90, rows=3)
+    mask = torch.stack([(torch.arange(90) >= 90 - length).long() for length in lengths])
+    options = {"max_new_tokens": 25, "do_sample": False, "num_beams": beams, "eos_token_id": None}
+    with MemoryDecoder(model, None, small(backend=backend, retrieval_layers="1-3")) as decoder:
+        together = decoder.generate(ids, mask, **options)
+        later = decoder.generate(text(9, rows=3, seed=1), **options)
+        for row, length in enumerate(lengths):
+            decoder.reset()
+            alone = decoder.generate(ids[row : row + 1, 90 - length :], **options)
+            assert torch.equal(alone[0, length:], together[row, 90:])
+            again = decoder.generate(text(9, rows=3, seed=1)[row : row + 1], **options)
+            assert torch.equal(again[0], later[row])
+
+
+def test_a_prompt_in_one_call_or_in_ten_is_continued_alike(llama, small, text):
+    ids = text(97)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        expected = decoder.generate(ids, max_new_tokens=30, do_sample=False)[:, 97:]
+        decoder.reset()
+        for part in ids[:, :90].split(9, dim=1):
+            decoder.read(part)
+        found = decoder.generate(ids[:, 90:], max_new_tokens=30, do_sample=False)[:, 7:]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
+def test_the_stream_then_is_as_if_it_had_read_the_answer(llama, small, text, options):
+    ids, question = text(60), text(11, seed=1)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        torch.manual_seed(0)
+        settings = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": None} | options
+        answered = decoder.generate(ids, **settings)[:1]
+        found, chunks = decoder.read(question), decoder.banks[0].ids
+        decoder.reset()
+        decoder.read(answered)
+        torch.testing.assert_close(found, decoder.read(question), rtol=0.0, atol=2e-5)
+        assert torch.equal(chunks, decoder.banks[0].ids)
+
+
+def test_what_a_call_does_not_remember_leaves_no_trace(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(80))
+        held = decoder.banks[0].ids.tolist()
+        first = decoder.generate(text(30, seed=1), max_new_tokens=30, do_sample=False, remember=False)
+        second = decoder.generate(text(30, seed=1), max_new_tokens=30, do_sample=False, remember=False)
+        assert torch.equal(first, second)
+        assert decoder.banks[0].ids.tolist() == held
+        third = decoder.generate(text(30, seed=1), max_new_tokens=30, do_sample=False)
+        assert torch.equal(first, third)
+        assert len(decoder.banks[0].ids) > len(held)
+
+
+def test_past_key_values_carry_a_conversation_as_in_transformers(llama, small, text):
+    options = {"max_new_tokens": 20, "do_sample": False}
+    with MemoryDecoder(llama, None, small()) as decoder:
+        first = decoder.generate(text(50), **options, return_dict_in_generate=True)
+        follow = torch.cat([first.sequences, text(7, seed=1)], dim=1)
+        second = decoder.generate(follow, past_key_values=first.past_key_values, **options)
+        assert torch.equal(second[:, :77], follow)
+        decoder.reset()
+        decoder.generate(text(50), **options)
+        expected = decoder.generate(text(7, seed=1), **options)
+        assert torch.equal(second[:, 70:], expected)
+        with pytest.raises(InvalidArgumentError, match="past_key_values is not what"):
+            decoder.generate(follow, past_key_values=first.past_key_values, **options)
+
+
+def test_sampling_follows_the_seed_and_the_logits_are_the_plain_models(llama, whole, text):
+    options = {"max_new_tokens": 15, "do_sample": True, "top_k": 20, "temperature": 0.9}
+    torch.manual_seed(3)
+    expected = llama.generate(
+        text(70), attention_mask=None, **options, return_dict_in_generate=True, output_logits=True
+    )
+    with MemoryDecoder(llama, None, whole()) as decoder:
+        torch.manual_seed(3)
+        found = decoder.generate(text(70), **options, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0.0, atol=2e-5)
+
+
+def test_rows_that_end_early_are_continued_without_their_padding(llama, small, text):
+    ids = text(60, rows=2)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        free = decoder.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[:, 60:]
+        stop = int(free[0, 4])
+        assert stop not in free[1, :8].tolist()
+        decoder.reset()
+        ended = decoder.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=stop, pad_token_id=0)
+        lengths = [
+            (row.tolist().index(stop) + 1) if stop in row.tolist() else len(row) for row in ended[:, 60:]
+        ]
+        seen = [row.seen for row in decoder._streams.rows]
+    assert lengths[0] == free[0].tolist().index(stop) + 1
+    assert seen == [60 + length for length in lengths]
+
+
+class After(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **_):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_streamers_and_stopping_criteria_work(llama, small, text):
+    class Letters:
+        def decode(self, ids, **_):
+            return "".join(chr(33 + int(i)) for i in ids)
+
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        found = decoder.generate(
+            text(40),
+            generation_config=GenerationConfig(max_new_tokens=50, do_sample=False),
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([After(52)]),
+        )
+    assert found.shape[1] == 52
+    assert "".join(streamer) == Letters().decode(found[0, 40:])
+
+
+def test_memory_is_refreshed_every_so_many_tokens(llama, small, text, monkeypatch):
+    with MemoryDecoder(llama, None, small(retrieve_every=3)) as decoder:
+        decoder.read(text(50))
+        bank, seen = decoder.banks[0], []
+        retrieve = bank.retrieve
+
+        def noting(*args):
+            seen.append(args)
+            return retrieve(*args)
+
+        monkeypatch.setattr(bank, "retrieve", noting)
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "remember": False}
+        decoder.generate(text(4, seed=1), **options)
+    # Tokens 53 to 76 go in: retrieved for at once, at multiples of 3, and where segments of 8 begin.
+    assert len(seen) == len({53, *range(54, 77, 3), 56, 64, 72})
+
+
+def test_the_pipeline_of_transformers_answers_from_memory(llama, small, text, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, 97)}
+    words = Tokenizer(models.WordLevel(vocabulary, "<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    options = {"max_new_tokens": 12, "do_sample": False}
+    with MemoryDecoder(llama, tokenizer, small()) as decoder, decoder.replacing_generate():
+        decoder.read(text(90))
+        speak = pipeline("text-generation", model=llama, tokenizer=tokenizer)
+        answers = [speak("w7 w8 w9", **options)[0]["generated_text"] for _ in range(2)]
+        expected = decoder.generate(torch.tensor([[7, 8, 9]]), **options)
+    assert (
+        answers[0] == answers[1] == "w7 w8 w9" + tokenizer.decode(expected[0, 3:], skip_special_tokens=True)
+    )
+    assert "generate" not in vars(llama)
+
+
+def test_an_interrupted_answer_leaves_bank_and_model_as_they_were(llama, small, text):
+    class Interrupt(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            if input_ids.shape[1] > 50:
+                raise KeyboardInterrupt
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(80))
+        held = decoder.banks[0].ids.tolist()
+        with pytest.raises(KeyboardInterrupt):
+            decoder.generate(text(30, seed=1), max_new_tokens=40, stopping_criteria=[Interrupt()])
+        assert "forward" not in vars(llama)
+        assert set(held) <= set(decoder.banks[0].ids.tolist())
+        assert decoder.generate(text(5, seed=2), max_new_tokens=5).shape == (1, 10)
+
+
+def test_what_does_not_go_with_a_memory_is_refused(llama, small, text):
+    decoder = MemoryDecoder(llama, None, small())
+    with pytest.raises(MemlongError, match="inside `with decoder:`"):
+        decoder.generate(text(5))
+    with decoder:
+        with pytest.raises(InvalidArgumentError, match="prompt_lookup_num_tokens does not go with a memory"):
+            decoder.generate(text(5), prompt_lookup_num_tokens=3)
+        with pytest.raises(InvalidArgumentError, match="output_attentions does not go"):
+            decoder.generate(text(5), generation_config=GenerationConfig(output_attentions=True))
+        with pytest.raises(InvalidArgumentError, match="padding on the left"):
+            decoder.generate(text(5, rows=2), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]))
+        decoder.read(text(5))
+        with pytest.raises(InvalidArgumentError, match="has 2 rows, but the streams so far have 1"):
+            decoder.generate(text(5, rows=2))
+
+
+def test_two_models_with_memory_live_side_by_side(tiny_model, small, text):
+    one, other = tiny_model("Llama"), tiny_model("Qwen3", seed=1)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    alone = []
+    for model in (one, other):
+        with MemoryDecoder(model, None, small()) as decoder:
+            alone.append(decoder.generate(text(60), **options))
+    with MemoryDecoder(one, None, small()) as first, MemoryDecoder(other, None, small()) as second:
+        first.read(text(60)[:, :30])
+        together = [second.generate(text(60), **options)]
+        together.insert(0, first.generate(text(60)[:, 30:], **options))
+    assert torch.equal(together[0][:, 30:], alone[0][:, 60:])
+    assert torch.equal(together[1], alone[1])
