@@ -33,3 +33,7 @@ class InvalidTextError(InvalidArgumentError):
 
 class DeviceUnavailableError(MemlongError, RuntimeError):
     """A device that was asked for is not there."""
+
+
+class StorageError(MemlongError, OSError):
+    """A place where memory is kept cannot be written or read."""

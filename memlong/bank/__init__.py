@@ -4,11 +4,13 @@ from memlong.bank.arrays import Floats, Ids
 from memlong.bank.base import BankOptions, MemoryBank, Metric
 from memlong.bank.draft import Draft
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
-from memlong.bank.results import Retrieved, SearchResult, StoredEmbeddings
+from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.store import InMemoryStore, KeyValueStore
+from memlong.bank.tiers import TieredStore
 
 __all__ = [
     "BankOptions",
+    "Chunks",
     "Draft",
     "EvictionPolicy",
     "Floats",
@@ -20,6 +22,7 @@ __all__ = [
     "Retrieved",
     "SearchResult",
     "StoredEmbeddings",
+    "TieredStore",
     "Usage",
     "eviction_policy",
 ]

@@ -14,7 +14,7 @@ from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.gather import gather
 from memlong.bank.index import IndexHost
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.results import Retrieved, SearchResult, StoredEmbeddings
+from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.store import InMemoryStore, KeyValueStore
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError
@@ -186,7 +186,8 @@ class MemoryBank(IndexHost):
             if self._layout is not None:
                 self._layout.require_same(layout)
             ids = np.arange(self._next_id, self._next_id + count, dtype=np.int64)
-            capacity = self._capacity.in_chunks(vectors[0].nbytes + layout.nbytes)
+            block_bytes = self._store.record_bytes(layout)
+            capacity = self._capacity.in_chunks(vectors[0].nbytes, block_bytes, self._store.max_bytes)
             victims = self._capacity.victims(self._table.usage_with(ids), capacity)
             before = len(self._table)
             self._store.put(ids.tolist(), key_blocks, value_blocks)
@@ -246,6 +247,24 @@ class MemoryBank(IndexHost):
                 self._table.mark_retrieved(found.rows[present])
         ids, scores, where = (torch.from_numpy(each) for each in (found.ids, found.scores, spans))
         return Retrieved(ids, scores, keys, values, where)
+
+    def fetch(self, ids: IntInput) -> Chunks:
+        """Return chunks by id, and count that as `retrieve` does; ids that the bank does not hold are left out.
+
+        Parameters
+        ----------
+        ids : torch.Tensor, numpy.ndarray or sequence of int
+            Distinct ids [n].
+        """
+        wanted = ids_of(ids)
+        with self._lock.read():
+            rows = self._table.rows_of(wanted)
+            held, rows = wanted[rows >= 0], rows[rows >= 0]
+            keys, values = gather(self._store, self._layout, held)
+            spans = self._table.spans[rows].copy()
+            with self._counting:
+                self._table.mark_retrieved(rows)
+        return Chunks(torch.from_numpy(held), keys, values, torch.from_numpy(spans))
 
     def evict(self, n: int) -> torch.Tensor:
         """Let the eviction policy remove at least n chunks (all, if there are no more), as on overflow.

@@ -26,23 +26,38 @@ class Capacity:
         self.max_bytes = None if max_bytes is None else whole_number("max_bytes", max_bytes, at_least=1)
         self.policy = policy
 
-    def in_chunks(self, chunk_bytes: int) -> int | None:
-        """Return how many chunks of `chunk_bytes` bytes fit, None for any number.
+    def in_chunks(self, embedding_bytes: int, block_bytes: int, store_bytes: int | None) -> int | None:
+        """Return how many chunks fit, None for any number.
+
+        Parameters
+        ----------
+        embedding_bytes, block_bytes : int
+            Of one chunk: its embedding, and its keys and values as the store keeps them.
+        store_bytes : int or None
+            The most bytes of keys and values that the store admits.
 
         Raises
         ------
         InvalidArgumentError
             If not even one does.
         """
-        if self.max_bytes is None:
-            return self.max_chunks
-        by_bytes = self.max_bytes // chunk_bytes
-        if not by_bytes:
-            raise InvalidArgumentError(
-                f"max_bytes is {self.max_bytes}, but one chunk takes {chunk_bytes} bytes (embedding, keys, "
-                "values): the bank could never hold any; raise max_bytes"
-            )
-        return by_bytes if self.max_chunks is None else min(by_bytes, self.max_chunks)
+        limits = [] if self.max_chunks is None else [self.max_chunks]
+        chunk_bytes = embedding_bytes + block_bytes
+        if self.max_bytes is not None:
+            limits.append(self.max_bytes // chunk_bytes)
+            if not limits[-1]:
+                raise InvalidArgumentError(
+                    f"max_bytes is {self.max_bytes}, but one chunk takes {chunk_bytes} bytes (embedding, keys, "
+                    "values): the bank could never hold any; raise max_bytes"
+                )
+        if store_bytes is not None:
+            limits.append(store_bytes // block_bytes)
+            if not limits[-1]:
+                raise InvalidArgumentError(
+                    f"the store's farthest tier has a budget of {store_bytes} bytes, but the keys and values of "
+                    f"one chunk take {block_bytes}: it could never hold any; raise the budget"
+                )
+        return min(limits, default=None)
 
     def victims(self, usage: Usage, chunks: int | None) -> Ids:
         """Return the ids, ascending, that must leave so that at most `chunks` stay.

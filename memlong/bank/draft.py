@@ -14,8 +14,8 @@ from memlong.bank.base import MemoryBank
 from memlong.bank.copying import stack
 from memlong.bank.exact import Similarity, true_scores
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.results import Retrieved
-from memlong.bank.validate import blocks_of, embeddings_of, spans_of, whole_number
+from memlong.bank.results import Chunks, Retrieved, SearchResult
+from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,27 +75,52 @@ class Draft:
         places = torch.from_numpy(spans_of(spans, len(vectors)))
         self._chunks += map(_Chunk, vectors, key_blocks, value_blocks, places)
 
-    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
-        """Find the k best chunks of one query [1, dim] in bank and draft together; as `MemoryBank.retrieve`.
+    def search(self, queries: FloatInput, k: int) -> SearchResult:
+        """Find the k best chunks of one query [1, dim] in bank and draft together; as `MemoryBank.search`.
 
         Chunks of the draft have the ids that the bank would give them next.
         """
         k = whole_number("k", k, at_least=1)
-        below = self._bank.retrieve(queries, k)
+        below = self._bank.search(queries, k)
         if not self._chunks:
             return below
         query = embeddings_of("queries", queries, self.dim, unit=self.metric == "cosine")
         vectors = np.stack([chunk.embedding for chunk in self._chunks])[None]
         similarity: Similarity = "l2" if self.metric == "l2" else "inner_product"
-        own = torch.from_numpy(true_scores(query, vectors, similarity))[0]
-        scores, order = torch.cat([below.scores[0], own]).sort(descending=True, stable=True)
-        best = order[:k].tolist()
+        own = torch.from_numpy(true_scores(query, vectors, similarity))
+        scores, order = torch.cat([below.scores, own], dim=1).sort(dim=1, descending=True, stable=True)
         ids = torch.cat([below.ids[0], torch.arange(self._bank.next_id, self.next_id)])
-        spans = torch.cat([below.spans[0], torch.stack([chunk.span for chunk in self._chunks])])
+        return SearchResult(scores[:, :k], ids[order[:, :k]])
+
+    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
+        """Do what `search` does, with keys, values and spans; as `MemoryBank.retrieve`."""
+        if not self._chunks:
+            return self._bank.retrieve(queries, k)
+        found = self.search(queries, k)
+        present = int((found.ids >= 0).sum())
+        chunks = self.fetch(found.ids[0, :present])
         layout = ChunkLayout.of(self._chunks[0].keys[None])
-        blocks = [
-            (below.keys[0, row], below.values[0, row]) if found else (layout.empty(), layout.empty())
-            for row, found in enumerate(below.found[0].tolist())
-        ] + [(chunk.keys, chunk.values) for chunk in self._chunks]
-        keys, values = (stack([blocks[row][side] for row in best])[None] for side in (0, 1))
-        return Retrieved(ids[best][None], scores[None, :k], keys, values, spans[best][None])
+        keys, values = (
+            torch.cat([states, layout.empty(k - present)])[None] for states in (chunks.keys, chunks.values)
+        )
+        spans = torch.nn.functional.pad(chunks.spans, (0, 0, 0, k - present), value=-1)[None]
+        return Retrieved(found.ids, found.scores, keys, values, spans)
+
+    def fetch(self, ids: IntInput) -> Chunks:
+        """Return chunks by id, those of the bank counted there; as `MemoryBank.fetch`."""
+        wanted = ids_of(ids)
+        first = self._bank.next_id
+        own = {first + place: chunk for place, chunk in enumerate(self._chunks)}
+        below = self._bank.fetch(wanted[wanted < first])
+        rows = {chunk_id: row for row, chunk_id in enumerate(below.ids.tolist())}
+        held = [chunk_id for chunk_id in wanted.tolist() if chunk_id in rows or chunk_id in own]
+        if not any(chunk_id in own for chunk_id in held):
+            return below
+        parts = [
+            (own[each].keys, own[each].values, own[each].span)
+            if each in own
+            else (below.keys[rows[each]], below.values[rows[each]], below.spans[rows[each]])
+            for each in held
+        ]
+        keys, values, spans = (stack([part[side] for part in parts]) for side in range(3))
+        return Chunks(torch.tensor(held), keys, values, spans)

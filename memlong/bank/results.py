@@ -55,6 +55,26 @@ class Retrieved:
 
 
 @dataclass(frozen=True, eq=False)
+class Chunks:
+    """Chunks by id: those asked for that the bank holds, in the order asked for.
+
+    Attributes
+    ----------
+    ids : torch.Tensor
+        int64 [n] on the CPU.
+    keys, values : torch.Tensor
+        [n, layers, kv_heads, chunk, head_dim] in the dtype and on the device they came in.
+    spans : torch.Tensor
+        int64 [n, 2] on the CPU, token positions [start, end) of each chunk.
+    """
+
+    ids: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    spans: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class StoredEmbeddings:
     """A copy of what a bank searches, as it stood at one moment.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from memlong.bank.copying import stack
+from memlong.bank.layout import ChunkLayout
 from memlong.errors import InvalidArgumentError
 
 
@@ -16,7 +17,8 @@ class KeyValueStore(ABC):
 
     The bank calls `put`, `remove` and `clear` alone, and `get`, `in`, `len` and `nbytes` from many threads at
     once but never during the former. Where a block lies between `put` and `get` is the store's own affair:
-    callers only rely on getting back the same bits, in the dtype and on the device they were put in from.
+    callers only rely on getting it back in the dtype and on the device it was put in from: bit by bit, unless
+    the store was told to keep fewer bits.
     """
 
     @abstractmethod
@@ -64,6 +66,15 @@ class KeyValueStore(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The most bytes of keys and values that the bank may keep here; None is no limit."""
+        return None
+
+    def record_bytes(self, layout: ChunkLayout) -> int:
+        """Bytes that a block of this layout takes."""
+        return layout.nbytes
 
 
 class InMemoryStore(KeyValueStore):

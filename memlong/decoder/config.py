@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from memlong.errors import InvalidArgumentError
 
 KvSource = Literal["layer"]
+ChunkOrder = Literal["position", "score"]
 PositionMode = Literal["zero", "before-window", "original"]
 
 
@@ -35,6 +36,16 @@ class MemoryConfig:
         Tokens of a chunk, the unit of memory.
     top_k
         Chunks that are retrieved for a segment.
+    memory_tokens
+        Tokens that are retrieved for a segment, at most, instead of ``top_k``.
+    neighbours
+        Chunks that come along with a hit, those that follow it in the text; they count toward ``top_k``.
+    min_score
+        Chunks that score less are not attended to; ``None`` takes whatever is best. Of what kind a score is, the
+        retriever's metric says: between -1 and 1 for cosine.
+    chunk_order
+        ``"position"``: retrieved chunks stand in the order of the text; ``"score"``: the best next to the window. Where
+        all stand at one position (``position_mode="zero"``), it makes no difference.
     local_window
         Tokens attended to locally at most, the segment itself included, sink tokens apart.
     sink_tokens
@@ -51,6 +62,9 @@ class MemoryConfig:
     retrieve_every
         Tokens after which memory is retrieved anew while text is generated; ``None`` means half a chunk. At most
         ``segment_size``.
+    store
+        Where keys and values are kept, as the arguments of :class:`~memlong.bank.TieredStore`:
+        ``{"host": "2GB", "disk": "/path/to/folder", "dtype": "int8"}``. By default they stay where they are made.
 
     Raises
     ------
@@ -66,12 +80,17 @@ class MemoryConfig:
     retrieval_layers: str = "all"
     chunk_size: int = 128
     top_k: int = 8
+    memory_tokens: int | None = None
+    neighbours: int = 0
+    min_score: float | None = None
+    chunk_order: ChunkOrder = "position"
     local_window: int = 1024
     sink_tokens: int = 4
     segment_size: int = 256
     query_tokens: int | None = None
     position_mode: PositionMode = "zero"
     retrieve_every: int | None = None
+    store: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -80,9 +99,10 @@ class MemoryConfig:
             ("local_window", 1),
             ("sink_tokens", 0),
             ("segment_size", 1),
+            ("neighbours", 0),
         ):
             _check_integer(name, getattr(self, name), least)
-        for name in ("query_tokens", "retrieve_every"):
+        for name in ("query_tokens", "retrieve_every", "memory_tokens"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
         if self.retrieval_interval > self.segment_size:
@@ -92,6 +112,14 @@ class MemoryConfig:
             )
         _check_choice("position_mode", self.position_mode, get_args(PositionMode))
         _check_choice("kv_source", self.kv_source, get_args(KvSource))
+        _check_choice("chunk_order", self.chunk_order, get_args(ChunkOrder))
+        if self.min_score is not None and not isinstance(self.min_score, int | float):
+            raise InvalidArgumentError(f"min_score is {self.min_score!r}; expected a number.")
+        if self.memory_tokens is not None and self.memory_tokens < self.chunk_size:
+            raise InvalidArgumentError(
+                f"memory_tokens is {self.memory_tokens}, less than one chunk ({self.chunk_size}): nothing would ever "
+                "be retrieved. Raise it, or lower chunk_size."
+            )
         if self.local_window < self.segment_size + self.chunk_size:
             raise InvalidArgumentError(
                 f"local_window is {self.local_window}, but it must hold a segment ({self.segment_size} tokens) and a "
@@ -112,6 +140,11 @@ class MemoryConfig:
         return min(max(1, self.chunk_size // 2), self.segment_size)
 
     @property
+    def retrieved_chunks(self) -> int:
+        """Chunks that are retrieved for a segment, at most."""
+        return self.top_k if self.memory_tokens is None else self.memory_tokens // self.chunk_size
+
+    @property
     def window_past(self) -> int:
         """Tokens before a segment, sinks apart, that the local window can keep."""
         return self.local_window - self.segment_size
@@ -119,7 +152,7 @@ class MemoryConfig:
     @property
     def position_span(self) -> int:
         """Positions that a stream of any length needs, for the modes that re-base the window."""
-        room = 1 if self.position_mode == "zero" else self.top_k * self.chunk_size
+        room = 1 if self.position_mode == "zero" else self.retrieved_chunks * self.chunk_size
         return self.sink_tokens + (room if self.backend else 0) + self.local_window
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlong.bank import MemoryBank
+from memlong.bank import MemoryBank, TieredStore
 from memlong.decoder.attention import AttentionSlot, check_free, installed, replaced_attention
 from memlong.decoder.config import MemoryConfig, parse_layers
 from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options
@@ -23,6 +23,7 @@ from memlong.decoder.streams import Segment, Streams
 from memlong.decoder.tokens import token_lists
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
+from memlong.plugins.options import check_options as check_store_options
 
 
 class MemoryDecoder:
@@ -87,6 +88,9 @@ class MemoryDecoder:
         self.retriever = retriever
         if self.config.backend is not None:
             self._registry.load_backend_class(self.config.backend)  # say now what cannot be had
+            if self.config.store:
+                check_store_options("store", TieredStore, self.config.store)
+                TieredStore(**self.config.store)
             if retriever is None:
                 self.retriever = create_retriever(
                     self.config.retriever, model, tokenizer, self.config.retriever_options, self._registry
@@ -345,6 +349,8 @@ class MemoryDecoder:
         if self.config.backend is None or self.retriever is None:
             return None
         options = {"metric": self.retriever.metric, **self.config.backend_options}
+        if self.config.store:
+            options["store"] = TieredStore(**self.config.store)
         return self._registry.create_bank(self.config.backend, self.retriever.dim, **options)
 
     def _checked(self, banks: Sequence[MemoryBank]) -> tuple[MemoryBank, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,41 +11,8 @@ from torch import Tensor
 from memlong.bank import Draft, MemoryBank
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.placement import Placement, memory_positions, place
+from memlong.decoder.recall import Retrieval, RowMemory, recall
 from memlong.decoder.retrievers.base import Passage
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """What one row retrieved for one segment.
-
-    Attributes
-    ----------
-    query
-        Its embedding [dim].
-    ids, scores
-        Of the chunks found [found], best first.
-    """
-
-    query: Tensor
-    ids: Tensor
-    scores: Tensor
-
-
-@dataclass(frozen=True)
-class RowMemory:
-    """Retrieved K-V of one row, un-rotated, chunks in the order of the text.
-
-    ``keys`` and ``values`` are [layers, kv_heads, tokens, head_dim]; ``spans`` is [chunks, 2].
-    """
-
-    keys: Tensor
-    values: Tensor
-    spans: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Number of retrieved tokens."""
-        return int(self.keys.shape[2])
 
 
 class Row:
@@ -126,18 +92,10 @@ class Row:
         """Let go of what was retrieved for the last segment."""
         self.memory = self.retrieval = None
 
-    def recall(self, query: Tensor, top_k: int) -> None:
+    def recall(self, query: Tensor) -> None:
         """Retrieve chunks for a query's embedding [dim]."""
         assert self.bank is not None  # noqa: S101 - the plain window has nothing to recall
-        found = self.bank.retrieve(query[None], top_k)
-        count = int((found.ids[0] >= 0).sum())
-        self.retrieval = Retrieval(query, found.ids[0, :count], found.scores[0, :count])
-        order = found.spans[0, :count, 0].argsort()
-        self.memory = RowMemory(
-            _in_line(found.keys[0], order),
-            _in_line(found.values[0], order),
-            found.spans[0].index_select(0, order),
-        )
+        self.retrieval, self.memory = recall(self.bank, query, self.config)
 
     def memory_positions(self) -> Tensor:
         """Positions [tokens] of the retrieved chunks."""
@@ -148,9 +106,3 @@ class Row:
     def _passage(self, start: int, end: int) -> Passage:
         first = self.seen - len(self._recent)
         return Passage(tuple(self._recent[start - first : end - first]), start)
-
-
-def _in_line(blocks: Tensor, order: Tensor) -> Tensor:
-    """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim], chunks in this order."""
-    chosen = blocks.index_select(0, order.to(blocks.device))
-    return chosen.permute(1, 2, 0, 3, 4).flatten(2, 3)

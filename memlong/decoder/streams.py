@@ -17,9 +17,10 @@ from memlong.decoder.attention import AttentionPass, AttentionSlot, Memory
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.placement import check_reach
 from memlong.decoder.probe import ModelLayout
+from memlong.decoder.recall import Retrieval
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.rope import AngleCache
-from memlong.decoder.row import Retrieval, Row
+from memlong.decoder.row import Row
 from memlong.decoder.window import LocalWindow
 
 
@@ -194,7 +195,7 @@ class Streams:
         if asking and self._retriever is not None:
             queries = self._retriever.embed_queries([row.query() for row in asking])
             for row, query in zip(asking, queries, strict=True):
-                row.recall(query, self._config.top_k)
+                row.recall(query)
         if starting:
             self._memory = self._assemble()
 

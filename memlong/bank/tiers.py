@@ -1,0 +1,244 @@
+"""TieredStore: keys and values on the device, in the host's memory and on disk, what is wanted lately kept near."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from memlong.bank.codec import BlockCodec, StorageDtype, check_storage_dtype, make_codec
+from memlong.bank.copying import stack
+from memlong.bank.disk import DiskSlots
+from memlong.bank.layout import ChunkLayout
+from memlong.bank.sizes import byte_count
+from memlong.bank.store import KeyValueStore
+from memlong.errors import InvalidArgumentError
+
+
+class _Tier(ABC):
+    """Records by chunk id, within a budget of bytes; None is no limit."""
+
+    def __init__(self, budget: int | None) -> None:
+        self.budget = budget
+
+    @abstractmethod
+    def put(self, ids: Sequence[int], records: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def get(self, ids: Sequence[int]) -> list[torch.Tensor]: ...
+
+    @abstractmethod
+    def remove(self, ids: Sequence[int]) -> None: ...
+
+
+class _MemoryTier(_Tier):
+    """Records as tensors, in the host's memory (pinned where there is CUDA) or on a device."""
+
+    def __init__(self, budget: int | None, device: torch.device, *, pinned: bool) -> None:
+        super().__init__(budget)
+        self._device, self._pinned = device, pinned
+        self._records: OrderedDict[int, torch.Tensor] = OrderedDict()
+
+    def put(self, ids: Sequence[int], records: torch.Tensor) -> None:
+        for chunk_id, record in zip(ids, records.to(self._device), strict=True):
+            own = stack([record])[0]  # not a view of all the others
+            self._records[chunk_id] = own.pin_memory() if self._pinned else own
+
+    def get(self, ids: Sequence[int]) -> list[torch.Tensor]:
+        for chunk_id in ids:
+            self._records.move_to_end(chunk_id)
+        return [self._records[chunk_id] for chunk_id in ids]
+
+    def remove(self, ids: Sequence[int]) -> None:
+        for chunk_id in ids:
+            self._records.pop(chunk_id, None)
+
+    def __contains__(self, chunk_id: int) -> bool:
+        return chunk_id in self._records
+
+    def trim(self, record_bytes: int) -> None:
+        """Let go of what was wanted longest ago, until the rest is within the budget."""
+        while self.budget is not None and len(self._records) * record_bytes > self.budget:
+            self._records.popitem(last=False)
+
+
+class _DiskTier(_Tier):
+    """Records in a file."""
+
+    def __init__(self, budget: int | None, folder: Path, record_bytes: int) -> None:
+        super().__init__(budget)
+        self._slots = DiskSlots(folder, record_bytes)
+        self._slot_of: dict[int, int] = {}
+
+    def put(self, ids: Sequence[int], records: torch.Tensor) -> None:
+        slots = self._slots.write(records.cpu())
+        self._slot_of.update(zip(ids, slots, strict=True))
+
+    def get(self, ids: Sequence[int]) -> list[torch.Tensor]:
+        return list(self._slots.read([self._slot_of[chunk_id] for chunk_id in ids]))
+
+    def remove(self, ids: Sequence[int]) -> None:
+        self._slots.release([self._slot_of.pop(chunk_id) for chunk_id in ids])
+
+
+class TieredStore(KeyValueStore):
+    """Keys and values in up to three tiers: ``device``, ``host`` and ``disk``.
+
+    The farthest tier that is named holds every block; its budget is the capacity of the whole, which the bank's
+    eviction keeps to. The tiers nearer to the model hold copies of those blocks that were stored or retrieved lately,
+    as many as their budgets admit. So a block is written to the disk once, when it is stored: an error there comes
+    before anything has changed, and reading never has to write.
+
+    Where the model runs on the CPU, ``device`` and ``host`` are the same memory; name one of them.
+
+    Parameters
+    ----------
+    device : int or str, optional
+        Budget in bytes (or text such as "500MB") where the blocks come from; "all" is no limit.
+    host : int or str, optional
+        Budget in the host's memory.
+    disk : str or Path, optional
+        A folder. What is kept there is gone with this object.
+    disk_budget : int or str, optional
+        Budget in that folder, by default no limit.
+    dtype : "bfloat16", "float8" or "int8", optional
+        Store numbers in this dtype, with scales where it has eight bits; by default as they are. Blocks come back in
+        their own dtype, rounded.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no tier is named, or an argument has a value that cannot be used.
+    StorageError
+        If the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: int | str | None = None,
+        host: int | str | None = None,
+        disk: str | Path | None = None,
+        disk_budget: int | str | None = None,
+        dtype: StorageDtype | None = None,
+    ) -> None:
+        check_storage_dtype(dtype)
+        if device is None and host is None and disk is None:
+            raise InvalidArgumentError("no tier is named; expected at least one of device, host and disk")
+        if disk is None and disk_budget is not None:
+            raise InvalidArgumentError("disk_budget is given, but no folder: name one with disk")
+        self._device = _budget("device", device)
+        self._host = _budget("host", host)
+        self._disk = None if disk is None else Path(disk)
+        self._disk_budget = _budget("disk_budget", disk_budget)
+        self._has_device, self._has_host = device is not None, host is not None
+        self._dtype = dtype
+        if self._disk is not None:
+            DiskSlots(self._disk, 1).close()  # say now what cannot be written
+        self._codec: BlockCodec | None = None
+        self._near: list[_MemoryTier] = []
+        self._whole: _Tier | None = None
+        self._ids: set[int] = set()
+        self._lock = threading.Lock()
+
+    def record_bytes(self, layout: ChunkLayout) -> int:
+        """Bytes that a block of this layout takes."""
+        return make_codec(layout, self._dtype).nbytes
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Budget of the farthest tier, which holds everything; None is no limit."""
+        if self._disk is not None:
+            return self._disk_budget
+        return self._host if self._has_host else self._device
+
+    def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store blocks in the farthest tier, and copies in the nearer ones."""
+        held = [chunk_id for chunk_id in ids if chunk_id in self._ids]
+        if held:
+            raise InvalidArgumentError(f"the store already holds ids {held}; ids are never reused")
+        with self._lock:
+            codec, whole = self._opened(ChunkLayout.of(keys))
+            records = codec.encode(keys, values)
+            whole.put(ids, records)
+            self._ids.update(ids)
+            self._keep_near(ids, records)
+
+    def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fetch blocks from the nearest tiers that hold them, and keep copies near."""
+        with self._lock:
+            unknown = [chunk_id for chunk_id in ids if chunk_id not in self._ids]
+            if unknown or self._codec is None or self._whole is None:
+                raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
+            found: dict[int, torch.Tensor] = {}
+            far = list(dict.fromkeys(ids))
+            for tier in self._near:
+                here = [chunk_id for chunk_id in far if chunk_id in tier]
+                found.update(zip(here, tier.get(here), strict=True))
+                far = [chunk_id for chunk_id in far if chunk_id not in found]
+            found.update(zip(far, self._whole.get(far), strict=True))
+            target = self._codec.layout.device
+            records = {chunk_id: record.to(target, non_blocking=True) for chunk_id, record in found.items()}
+            if self._near:
+                fresh = [chunk_id for chunk_id in records if chunk_id not in self._near[0]]
+                if fresh:
+                    self._keep_near(fresh, stack([records[chunk_id] for chunk_id in fresh]))
+        return self._codec.decode(stack([records[chunk_id] for chunk_id in ids]))
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Forget blocks in every tier."""
+        unknown = [chunk_id for chunk_id in ids if chunk_id not in self._ids]
+        if unknown or self._whole is None:
+            raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
+        with self._lock:
+            for tier in (*self._near, self._whole):
+                tier.remove(ids)
+            self._ids.difference_update(ids)
+
+    def clear(self) -> None:
+        """Forget every block, and the layout; the disk's file goes."""
+        with self._lock:
+            self._codec = self._whole = None
+            self._near = []
+            self._ids.clear()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, chunk_id: object) -> bool:
+        return chunk_id in self._ids
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks held, copies in nearer tiers apart."""
+        return 0 if self._codec is None else len(self._ids) * self._codec.nbytes
+
+    def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, _Tier]:
+        """Make the tiers for the first block's layout."""
+        if self._codec is not None and self._whole is not None:
+            return self._codec, self._whole
+        codec = make_codec(layout, self._dtype)
+        tiers: list[_Tier] = []
+        if self._has_device:
+            tiers.append(_MemoryTier(self._device, layout.device, pinned=False))
+        if self._has_host and not (tiers and layout.device.type == "cpu"):
+            tiers.append(_MemoryTier(self._host, torch.device("cpu"), pinned=layout.device.type == "cuda"))
+        if self._disk is not None:
+            tiers.append(_DiskTier(self._disk_budget, self._disk, codec.nbytes))
+        *near, self._whole = tiers
+        self._near = [tier for tier in near if isinstance(tier, _MemoryTier)]
+        self._codec = codec
+        return codec, self._whole
+
+    def _keep_near(self, ids: Sequence[int], records: torch.Tensor) -> None:
+        for tier in self._near:
+            tier.put(ids, records)
+            tier.trim(records.shape[1])
+
+
+def _budget(name: str, given: int | str | None) -> int | None:
+    return None if given is None or given == "all" else byte_count(name, given)

@@ -1,0 +1,218 @@
+"""TieredStore: the same blocks back from any tier, budgets kept, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import threading
+
+import pytest
+import torch
+
+from memlong.bank import InMemoryStore, TieredStore
+from memlong.bank.disk import DiskSlots
+from memlong.errors import InvalidArgumentError, StorageError
+from memlong.plugins import Registry
+
+SHAPE = (3, 2, 4, 8)
+BLOCK = 2 * 3 * 2 * 4 * 8 * 4
+
+
+def blocks(count, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, *SHAPE, generator=generator).to(dtype) for _ in range(2)]
+
+
+@pytest.fixture(params=["device", "host", "disk", "device-disk", "host-disk", "disk-budget"])
+def tiers(request, tmp_path):
+    return {
+        "device": {"device": "all"},
+        "host": {"host": "all"},
+        "disk": {"disk": tmp_path},
+        "device-disk": {"device": 2 * BLOCK, "disk": tmp_path},
+        "host-disk": {"host": 0, "disk": str(tmp_path)},
+        "disk-budget": {"host": "1MB", "disk": tmp_path, "disk_budget": "1GiB"},
+    }[request.param]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_come_back_bit_by_bit_in_any_order(tiers, dtype):
+    store, plain = TieredStore(**tiers), InMemoryStore()
+    keys, values = blocks(7, dtype)
+    for each in (store, plain):
+        each.put(range(7), keys, values)
+        each.remove([2, 5])
+        each.put([9], keys[:1], values[:1])
+    for ids in ([0], [6, 1, 9], [3, 3, 0], [4, 1, 0, 6, 9, 3], [0]):
+        for found, expected in zip(store.get(ids), plain.get(ids), strict=True):
+            assert torch.equal(found, expected)
+            assert found.dtype == dtype
+    assert len(store) == len(plain) == 6
+    assert store.nbytes == plain.nbytes
+    assert 2 not in store
+    assert 9 in store
+
+
+def test_what_comes_back_is_a_copy(tiers):
+    store = TieredStore(**tiers)
+    keys, values = blocks(2)
+    store.put([0, 1], keys, values)
+    store.get([0])[0].zero_()
+    assert torch.equal(store.get([0])[0], keys[:1])
+
+
+def test_ids_that_are_not_held_and_ids_held_already_are_refused(tiers):
+    store = TieredStore(**tiers)
+    with pytest.raises(InvalidArgumentError, match="no block for ids"):
+        store.get([0])
+    store.put([0, 1], *blocks(2))
+    with pytest.raises(InvalidArgumentError, match=r"no block for ids \[5\]"):
+        store.get([1, 5])
+    with pytest.raises(InvalidArgumentError, match=r"no block for ids \[5\]"):
+        store.remove([0, 5])
+    with pytest.raises(InvalidArgumentError, match=r"already holds ids \[1\]"):
+        store.put([1, 2], *blocks(2))
+    assert len(store) == 2
+    store.clear()
+    assert len(store) == store.nbytes == 0
+    store.put([0], *blocks(1, torch.bfloat16))  # and a layout of its own
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "share"), [("bfloat16", 0.01, 0.5), ("float8", 0.07, 0.5), ("int8", 0.012, 0.5)]
+)
+def test_fewer_bits_cost_little(tmp_path, dtype, tolerance, share):
+    store = TieredStore(disk=tmp_path, dtype=dtype)
+    shape = (2, 2, 64, 64)
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, *shape, generator=generator) for _ in range(2))
+    keys[..., 3] *= 50  # a channel of outliers, as keys have them
+    values[0, 0, 0, 0] = 0.0
+    store.put([0, 1], keys, values)
+    for found, given in zip(store.get([0, 1]), (keys, values), strict=True):
+        error = (found - given).square().mean(dim=(0, 1, 2, 3)).sqrt()
+        assert bool((error <= tolerance * given.square().mean(dim=(0, 1, 2, 3)).sqrt()).all())
+    assert store.nbytes <= share * 1.06 * (keys.nbytes + values.nbytes)
+    zeros = torch.zeros(1, *shape)
+    store.put([5], zeros, zeros)
+    assert torch.equal(store.get([5])[0], zeros)
+
+
+def test_near_tiers_keep_to_their_budget_and_hold_what_was_wanted_lately(tmp_path):
+    store = TieredStore(host=2 * BLOCK, disk=tmp_path)
+    store.put(range(5), *blocks(5))
+    assert list(store._near[0]._records) == [3, 4]
+    store.get([0])
+    assert list(store._near[0]._records) == [4, 0]
+    store.get([4, 1])
+    assert list(store._near[0]._records) == [4, 1]
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])
+def test_the_farthest_tiers_budget_is_the_banks_capacity(tmp_path, backend):
+    store = TieredStore(host=BLOCK, disk=tmp_path, disk_budget=3 * BLOCK)
+    bank = Registry().create_bank(backend, 4, store=store)
+    for seed in range(6):
+        bank.add(torch.eye(4)[:1] + seed, *blocks(1, seed=seed), [(seed, seed + 1)])
+    assert bank.ids.tolist() == [3, 4, 5]
+    found = bank.retrieve(torch.ones(1, 4), 3)
+    assert torch.equal(found.keys[0], bank.fetch(found.ids[0]).keys)
+
+
+def test_a_budget_smaller_than_one_chunk_is_refused(tmp_path):
+    bank = Registry().create_bank("torch", 4, store=TieredStore(disk=tmp_path, disk_budget=BLOCK - 1))
+    with pytest.raises(InvalidArgumentError, match=f"budget of {BLOCK - 1} bytes, .* chunk take {BLOCK}"):
+        bank.add(torch.eye(4)[:1], *blocks(1), [(0, 1)])
+    assert len(bank) == 0
+
+
+def test_nothing_is_left_in_the_folder(tmp_path):
+    store = TieredStore(disk=tmp_path)
+    store.put(range(3), *blocks(3))
+    assert list(tmp_path.iterdir()) == []  # not even while it is in use
+    del store
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_shrinks_and_slots_are_used_again(tmp_path):
+    slots = DiskSlots(tmp_path, 10)
+    records = torch.arange(60, dtype=torch.uint8).view(6, 10)
+    assert slots.write(records) == [0, 1, 2, 3, 4, 5]
+    slots.release([1, 4, 5])
+    assert slots._file.seek(0, 2) == 40
+    assert sorted(slots.write(records[:2])) == [1, 4]
+    assert torch.equal(slots.read([3, 0]), records[[3, 0]])
+    slots.close()
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, monkeypatch):
+    store = TieredStore(host=BLOCK, disk=tmp_path)
+    bank = Registry().create_bank("torch", 4, store=store)
+    bank.add(torch.eye(4), *blocks(4), [(i, i + 1) for i in range(4)])
+    write, calls = DiskSlots._write_at, []
+
+    def full(slots, slot, record):
+        calls.append(slot)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(slots, slot, record)
+
+    monkeypatch.setattr(DiskSlots, "_write_at", full)
+    with pytest.raises(
+        StorageError, match=r"cannot take another .* No space left on device. Nothing was stored"
+    ):
+        bank.add(torch.eye(4), *blocks(4, seed=1), [(i, i + 1) for i in range(4)])
+    monkeypatch.undo()
+    assert bank.ids.tolist() == [0, 1, 2, 3]
+    assert torch.equal(bank.fetch([2]).keys, blocks(4)[0][2:3])
+    bank.add(torch.eye(4)[:1], *blocks(1, seed=1), [(9, 10)])
+    assert torch.equal(bank.fetch([4]).keys, blocks(1, seed=1)[0])
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (tmp_path / "missing", file):
+        with pytest.raises(StorageError, match=f"cannot write to the folder '{folder}'"):
+            TieredStore(disk=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no tier is named"),
+        ({"host": "much"}, "host is 'much'; expected bytes, such as"),
+        ({"device": -1}, "device is -1"),
+        ({"host": "1XB"}, "host is '1XB'"),
+        ({"host": "1GB", "disk_budget": "1GB"}, "no folder: name one with disk"),
+        (
+            {"host": "1GB", "dtype": "int4"},
+            "the storage dtype is 'int4'; expected one of bfloat16, float8, int8",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named(options, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        TieredStore(**options)
+
+
+def test_many_threads_may_read(tmp_path):
+    store = TieredStore(host=3 * BLOCK, disk=tmp_path)
+    keys, values = blocks(20)
+    store.put(range(20), keys, values)
+    wrong = []
+
+    def read(seed):
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(seed)).tolist()
+        for start in range(0, 20, 4):
+            ids = order[start : start + 4]
+            if not torch.equal(store.get(ids)[0], keys[ids]):
+                wrong.append(ids)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
