@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from memlong.cli.backends import backends
+from memlong.cli.generate import generate
+from memlong.cli.needle import needle
 from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import plugins
 from memlong.errors import MemlongError
 
-_COMMANDS = (perplexity, backends, plugins)
+_COMMANDS = (generate, perplexity, needle, backends, plugins)
 
 
 def make_app() -> typer.Typer:

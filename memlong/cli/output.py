@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from memlong.cli.values import writable
 
 _STYLES = {
     "available": "green",
@@ -25,6 +28,39 @@ def print_json(data: Mapping[str, object]) -> None:
     """Write ``data`` to stdout as one JSON document and nothing else."""
     json.dump(data, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+class JsonOutput:
+    """Where ``--json`` is to go: nowhere, to a file, or to stdout in place of the table.
+
+    Parameters
+    ----------
+    path
+        What the user gave; ``-`` is stdout.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the file cannot be written; better now than after the long work.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        if path is not None and path != Path("-"):
+            writable(path)
+
+    @property
+    def is_stdout(self) -> bool:
+        """Whether stdout is for JSON alone."""
+        return self._path == Path("-")
+
+    def write(self, data: Mapping[str, object]) -> bool:
+        """Write ``data``, and say whether there is room on stdout for people."""
+        if self.is_stdout:
+            print_json(data)
+        elif self._path is not None:
+            self._path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        return not self.is_stdout
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

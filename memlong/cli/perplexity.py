@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
-from memlong.cli.output import print_table
-from memlong.cli.values import key_values, writable
-from memlong.errors import InvalidArgumentError
+from memlong.cli import options
+from memlong.cli.output import JsonOutput, print_table
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryDecoder
@@ -19,44 +17,35 @@ if TYPE_CHECKING:
 
 
 def perplexity(
-    model: Annotated[
-        str, typer.Option(help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip).")
-    ],
+    model: options.Model,
     text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
-    backend: Annotated[str, typer.Option(help="Memory backend, or 'none' for the plain window.")] = "torch",
-    backend_option: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="Option of the backend; may be repeated.")
-    ] = None,
-    retriever: Annotated[
-        str, typer.Option(help="Retriever by name, or a sentence-transformers hub id or folder.")
-    ] = "sentence-transformers",
-    retriever_option: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="Option of the retriever; may be repeated.")
-    ] = None,
+    backend: options.Backend = "torch",
+    backend_option: options.BackendOption = None,
+    retriever: options.RetrieverName = "sentence-transformers",
+    retriever_option: options.RetrieverOption = None,
+    store: options.StoreOption = None,
     kv_source: Annotated[
         str, typer.Option(help="'layer': each layer stores and reads its own K-V.")
     ] = "layer",
-    retrieval_layers: Annotated[str, typer.Option(help="'all', or such as '15-29' or '3,7,11'.")] = "all",
-    chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 128,
-    top_k: Annotated[int, typer.Option(help="Chunks retrieved for a segment.")] = 8,
-    local_window: Annotated[int, typer.Option(help="Local tokens attended to, the segment included.")] = 1024,
-    sink_tokens: Annotated[int, typer.Option(help="First tokens kept in every layer.")] = 4,
-    segment_size: Annotated[int, typer.Option(help="Tokens of a forward call.")] = 256,
-    query_tokens: Annotated[
-        int | None, typer.Option(help="Tokens before a segment that make its query  [default: segment size]")
-    ] = None,
-    position_mode: Annotated[str, typer.Option(help="'zero', 'before-window' or 'original'.")] = "zero",
+    retrieval_layers: options.RetrievalLayers = "all",
+    chunk_size: options.ChunkSize = 128,
+    top_k: options.TopK = 8,
+    neighbours: options.Neighbours = 0,
+    min_score: options.MinScore = None,
+    local_window: options.LocalWindow = 1024,
+    sink_tokens: options.SinkTokens = 4,
+    segment_size: options.SegmentSize = 256,
+    query_tokens: options.QueryTokens = None,
+    position_mode: options.PositionMode = "zero",
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first N tokens.")] = None,
     score_from: Annotated[int, typer.Option(help="First token that is scored.")] = 1,
     long_range_distance: Annotated[
         int | None, typer.Option(help="A token last met farther back is long-range  [default: local window]")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: options.Dtype = "bfloat16",
+    device: options.Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed, for random retrieval.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' prints it.")
-    ] = None,
+    json_file: options.JsonFile = None,
 ) -> None:
     """Stream a text through a model and report its perplexity.
 
@@ -70,33 +59,30 @@ def perplexity(
       memlong perplexity --model demo --text book.txt --backend faiss --backend-option index=HNSW32
       memlong perplexity --model HuggingFaceTB/SmolLM2-360M --text book.txt --retriever lm --json out.json
     """  # noqa: D301 - the backspace makes the help keep these line breaks
-    to_stdout = json_file == Path("-")
-    if json_file is not None and not to_stdout:
-        writable(json_file)
+    output = JsonOutput(json_file)
     # Torch and transformers take seconds to import: only here, where they are needed.
-    from memlong.decoder import MemoryConfig, MemoryDecoder, load_model
+    from memlong.decoder import MemoryDecoder, load_model
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 
-    if backend == "none" and backend_option:
-        raise InvalidArgumentError("--backend-option goes with a backend, and --backend is 'none'")
     words = read_text(text)
-    retriever_options = key_values("--retriever-option", retriever_option or [])
-    if retriever == "random":
-        retriever_options.setdefault("seed", seed)
-    config = MemoryConfig(
-        backend=None if backend == "none" else backend,
-        backend_options=key_values("--backend-option", backend_option or []),
-        retriever=retriever,
-        retriever_options=retriever_options,
-        kv_source=kv_source,  # type: ignore[arg-type] # checked by the configuration
+    config = options.memory_config(
+        backend,
+        backend_option,
+        retriever,
+        retriever_option,
+        store,
+        seed,
+        kv_source=kv_source,
         retrieval_layers=retrieval_layers,
         chunk_size=chunk_size,
         top_k=top_k,
+        neighbours=neighbours,
+        min_score=min_score,
         local_window=local_window,
         sink_tokens=sink_tokens,
         segment_size=segment_size,
         query_tokens=query_tokens,
-        position_mode=position_mode,  # type: ignore[arg-type]
+        position_mode=position_mode,
     )
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     input_ids = tokenize(tokenizer, words, max_tokens)
@@ -114,12 +100,8 @@ def perplexity(
     summary = _summary(decoder, result, model=model, text=str(text), dtype=dtype, device=device, seed=seed)
     distance = local_window if long_range_distance is None else long_range_distance
     summary |= {"score_from": score_from, "long_range_distance": distance}
-    if to_stdout:
-        typer.echo(json.dumps(summary, indent=2))
-        return
-    if json_file is not None:
-        json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _print(summary)
+    if output.write(summary):
+        _print(summary)
 
 
 def _summary(decoder: MemoryDecoder, result: Perplexity, **given: object) -> dict[str, Any]:
@@ -136,6 +118,9 @@ def _summary(decoder: MemoryDecoder, result: Perplexity, **given: object) -> dic
         "kv_source": config.kv_source if remembers else None,
         "retrieval_layers": list(decoder.retrieval_layers) if remembers else [],
         "position_mode": config.position_mode,
+        "store": {name: str(value) for name, value in config.store.items()},
+        "neighbours": config.neighbours,
+        "min_score": config.min_score,
         "chunk_size": config.chunk_size,
         "top_k": config.top_k,
         "local_window": config.local_window,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from memlong.errors import InvalidArgumentError
+
+Number = TypeVar("Number", int, float)
 
 
 def key_values(option: str, given: Iterable[str]) -> dict[str, object]:
@@ -32,6 +35,22 @@ def key_values(option: str, given: Iterable[str]) -> dict[str, object]:
         except json.JSONDecodeError:
             found[key] = value
     return found
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Turn ``1,2,3`` into numbers.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a part is not a number, or there is none.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"{option} is {text!r}; expected numbers separated by commas, such as {option} 1,2"
+        ) from error
 
 
 def writable(path: Path) -> Path:

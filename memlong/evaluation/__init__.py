@@ -2,15 +2,19 @@
 
 from memlong.evaluation.bootstrap import Ratio, perplexity_ratio
 from memlong.evaluation.long_range import long_range_tokens
+from memlong.evaluation.needle import Cell, evaluate_needle, passkey_prompt
 from memlong.evaluation.perplexity import Perplexity, evaluate_perplexity
 from memlong.evaluation.recall import recall_at_k
 from memlong.evaluation.text import read_text, tokenize
 
 __all__ = [
+    "Cell",
     "Perplexity",
     "Ratio",
+    "evaluate_needle",
     "evaluate_perplexity",
     "long_range_tokens",
+    "passkey_prompt",
     "perplexity_ratio",
     "read_text",
     "recall_at_k",

@@ -6,58 +6,21 @@ import json
 import sys
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from memlong.cli.app import main, make_app
+from memlong.cli.app import main
 from memlong.errors import (
     DeviceUnavailableError,
     InvalidArgumentError,
     InvalidTextError,
     MemlongError,
+    StorageError,
     UnknownNameError,
 )
 
-WORDS = [f"word{number}" for number in range(90)]
-SIZES = {
-    "--chunk-size": 4,
-    "--top-k": 3,
-    "--local-window": 24,
-    "--sink-tokens": 2,
-    "--segment-size": 8,
-    "--dtype": "float32",
-    "--retriever": "lm",
-}
-
 
 @pytest.fixture
-def model_folder(tmp_path, llama):
-    folder = tmp_path / "model"
-    llama.save_pretrained(folder)
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: 3 + number for number, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def story(tmp_path):
-    path = tmp_path / "story.txt"
-    path.write_text(" ".join(WORDS[number * number % 89] for number in range(120)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def run(model_folder, story):
-    def invoke(**changes):
-        options = {"--model": model_folder, "--text": story, **SIZES}
-        options.update({"--" + name.replace("_", "-"): value for name, value in changes.items()})
-        arguments = [str(part) for option in options.items() for part in option]
-        return CliRunner().invoke(make_app(), ["perplexity", *arguments])
-
-    return invoke
+def run(invoke, story):
+    return lambda **changes: invoke("perplexity", **{"text": story, "sink_tokens": 2, **changes})
 
 
 def test_the_json_holds_what_was_asked_and_what_was_measured(run, tmp_path):
@@ -89,6 +52,13 @@ def test_the_json_holds_what_was_asked_and_what_was_measured(run, tmp_path):
         assert found[name] > 0
     assert {"python", "torch", "transformers", "memlong"} <= set(found["versions"])
     assert {"model", "text"} <= set(found)
+
+
+def test_where_keys_and_values_are_kept_makes_no_difference(run, tmp_path):
+    plain = json.loads(run(json="-").stdout)
+    tiers = json.loads(run(json="-", store=[f"disk={tmp_path}", "host=1MB"]).stdout)
+    assert tiers["nll"] == plain["nll"]
+    assert tiers["store"] == {"disk": str(tmp_path), "host": "1MB"}
 
 
 def test_without_memory_the_fields_about_it_are_null(run):
@@ -130,6 +100,8 @@ def test_the_seed_chooses_the_random_chunks(run):
             InvalidArgumentError,
             "--backend-option goes with a backend",
         ),
+        ({"store": "disc=/tmp"}, InvalidArgumentError, "store has no option 'disc'.*Did you mean 'disk'"),
+        ({"store": "disk=/no/such/folder"}, StorageError, "cannot write to the folder '/no/such/folder'"),
         ({"json": "/no/such/folder/out.json"}, InvalidArgumentError, "mkdir -p /no/such/folder"),
     ],
 )

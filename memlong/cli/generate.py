@@ -1,0 +1,136 @@
+"""``memlong generate``: read texts into a memory, then answer."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from memlong.cli import options
+from memlong.cli.output import JsonOutput
+from memlong.errors import InvalidArgumentError
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option(help="What to continue or to answer, after the context.")],
+    context: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text file to read first; may be repeated.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 200,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    sample: Annotated[bool, typer.Option(help="Sample, instead of the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of sampling: share of probability to choose from.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Beams of beam search; 1 is none.")] = 1,
+    backend: options.Backend = "torch",
+    backend_option: options.BackendOption = None,
+    retriever: options.RetrieverName = "sentence-transformers",
+    retriever_option: options.RetrieverOption = None,
+    store: options.StoreOption = None,
+    chunk_size: options.ChunkSize = 128,
+    top_k: options.TopK = 8,
+    neighbours: options.Neighbours = 0,
+    local_window: options.LocalWindow = 1024,
+    segment_size: options.SegmentSize = 256,
+    position_mode: options.PositionMode = "zero",
+    retrieve_every: options.RetrieveEvery = None,
+    dtype: options.Dtype = "bfloat16",
+    device: options.Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of sampling, and of random retrieval.")] = 0,
+    json_file: options.JsonFile = None,
+) -> None:
+    """Read texts of any length into a memory, then continue a prompt; the answer appears as it is made.
+
+    \b
+    Examples:
+      memlong generate --model demo --context book.txt --prompt "The whale was"
+      memlong generate --model demo --context a.txt --context b.txt --chat --prompt "Who is Ahab?"
+      memlong generate --model demo --context library.txt --store disk=/tmp --store host=1GB --prompt "Call me"
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    output = JsonOutput(json_file)
+    import torch
+    from transformers import TextStreamer
+
+    from memlong.decoder import MemoryDecoder, load_model
+    from memlong.evaluation import read_text, tokenize
+
+    texts = [read_text(path) for path in context or []]
+    config = options.memory_config(
+        backend,
+        backend_option,
+        retriever,
+        retriever_option,
+        store,
+        seed,
+        chunk_size=chunk_size,
+        top_k=top_k,
+        neighbours=neighbours,
+        local_window=local_window,
+        segment_size=segment_size,
+        position_mode=position_mode,
+        retrieve_every=retrieve_every,
+    )
+    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    question = _prompt(tokenizer, prompt, chat=chat)
+    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample}
+    if sample:
+        said |= {"temperature": temperature, "top_p": top_p}
+    if not output.is_stdout and beams == 1:
+        said["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    torch.manual_seed(seed)
+    with MemoryDecoder(language_model, tokenizer, config) as decoder:
+        read = 0
+        started = time.perf_counter()
+        for words in texts:
+            read += _read(decoder, tokenize(tokenizer, words))
+        reading = time.perf_counter() - started
+        started = time.perf_counter()
+        sequences = decoder.generate(question, **said)
+        answering = time.perf_counter() - started
+        stored = sum(len(bank) for bank in decoder.banks)
+    new = sequences[0, question.shape[1] :]
+    answer = tokenizer.decode(new, skip_special_tokens=True)
+    result = {
+        "model": model,
+        "context": [str(path) for path in context or []],
+        "prompt": prompt,
+        "answer": answer,
+        "backend": backend,
+        "context_tokens": read,
+        "prompt_tokens": question.shape[1],
+        "new_tokens": len(new),
+        "chunks_stored": stored,
+        "reading_tokens_per_second": read / reading if read else None,
+        "new_tokens_per_second": len(new) / answering,
+    }
+    if output.write(result) and beams > 1:
+        typer.echo(answer)
+
+
+def _prompt(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
+    from memlong.evaluation import tokenize
+
+    if not chat:
+        found = tokenize(tokenizer, prompt)
+        if not found.shape[1]:
+            raise InvalidArgumentError("--prompt is empty; give at least a word to continue")
+        return found
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidArgumentError("--chat needs a model with a chat template, and this one has none")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).input_ids
+
+
+def _read(decoder: Any, input_ids: Any) -> int:
+    with tqdm(total=input_ids.shape[1], unit="tok", desc="reading") as bar:
+        for segment in decoder.stream(input_ids, logits="last"):
+            bar.update(segment.tokens.shape[1])
+    return int(input_ids.shape[1])

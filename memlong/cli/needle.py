@@ -1,0 +1,143 @@
+"""``memlong needle``: is a number found again, wherever it stood in however long a text?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from tqdm import tqdm
+
+from memlong.cli import options
+from memlong.cli.output import JsonOutput, print_table
+from memlong.cli.values import numbers, writable
+from memlong.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from memlong.evaluation.needle import Cell
+
+
+def needle(
+    model: options.Model,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = "2048,8192",
+    depths: Annotated[str, typer.Option(help="Where the number stands, from 0 to 1.")] = "0,0.25,0.5,0.75,1",
+    trials: Annotated[int, typer.Option(help="Numbers tried at each place.")] = 1,
+    filler: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few dull sentences]")
+    ] = None,
+    backend: options.Backend = "torch",
+    backend_option: options.BackendOption = None,
+    retriever: options.RetrieverName = "sentence-transformers",
+    retriever_option: options.RetrieverOption = None,
+    store: options.StoreOption = None,
+    chunk_size: options.ChunkSize = 128,
+    top_k: options.TopK = 8,
+    local_window: options.LocalWindow = 1024,
+    segment_size: options.SegmentSize = 256,
+    query_tokens: options.QueryTokens = None,
+    position_mode: options.PositionMode = "zero",
+    dtype: options.Dtype = "bfloat16",
+    device: options.Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of the numbers, and of random retrieval.")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a heat-map, PNG or SVG.")] = None,
+    json_file: options.JsonFile = None,
+) -> None:
+    """Hide a pass key in a long text, at several depths, and ask for it.
+
+    \b
+    Examples:
+      memlong needle --model demo --lengths 2048,8192,32768
+      memlong needle --model demo --lengths 8192 --depths 0,0.5,1 --trials 4 --backend hnswlib
+      memlong needle --model demo --lengths 2048 --backend none --local-window 2048 --json -
+      memlong needle --model demo --lengths 131072 --store disk=/tmp --store host=1GB --plot needle.png
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    output = JsonOutput(json_file)
+    if plot is not None:
+        writable(plot)
+    from memlong.decoder import MemoryDecoder, load_model
+    from memlong.evaluation import read_text
+    from memlong.evaluation.environment import versions
+    from memlong.evaluation.needle import FILLER, evaluate_needle
+
+    wanted, places = numbers("--lengths", lengths, int), numbers("--depths", depths, float)
+    hay = FILLER if filler is None else read_text(filler)
+    config = options.memory_config(
+        backend,
+        backend_option,
+        retriever,
+        retriever_option,
+        store,
+        seed,
+        chunk_size=chunk_size,
+        top_k=top_k,
+        local_window=local_window,
+        segment_size=segment_size,
+        query_tokens=query_tokens,
+        position_mode=position_mode,
+    )
+    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    total = sum(wanted) * len(places) * trials
+    with (
+        MemoryDecoder(language_model, tokenizer, config) as decoder,
+        tqdm(total=total, unit="tok", desc="reading") as bar,
+    ):
+        cells = evaluate_needle(
+            decoder, wanted, places, trials=trials, filler=hay, seed=seed, progress=bar.update
+        )
+    found = sum(cell.accuracy for cell in cells) / len(cells)
+    result = {
+        "model": model,
+        "backend": backend,
+        "backend_options": dict(config.backend_options),
+        "retriever": config.retriever if config.backend else None,
+        "local_window": local_window,
+        "chunk_size": chunk_size,
+        "top_k": top_k,
+        "position_mode": position_mode,
+        "dtype": dtype,
+        "seed": seed,
+        "accuracy": found,
+        "cells": [asdict(cell) for cell in cells],
+        "versions": versions(),
+    }
+    if plot is not None:
+        _draw(cells, f"{model}, memory: {backend}", plot)
+    if output.write(result):
+        _print(cells)
+        typer.echo(f"\n{found:.0%} found")
+
+
+def _print(cells: list[Cell]) -> None:
+    depths = sorted({cell.depth for cell in cells})
+    by_place = {(cell.length, cell.depth): cell.accuracy for cell in cells}
+    rows = [
+        (f"{length:,}", *(f"{by_place[length, depth]:.0%}" for depth in depths))
+        for length in sorted({cell.length for cell in cells})
+    ]
+    print_table(("tokens", *(f"depth {depth:g}" for depth in depths)), rows)
+
+
+def _draw(cells: list[Cell], title: str, path: Path) -> None:
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise MissingDependencyError("--plot needs matplotlib: pip install 'memlong[plot]'") from error
+    lengths = sorted({cell.length for cell in cells})
+    depths = sorted({cell.depth for cell in cells})
+    by_place = {(cell.length, cell.depth): cell.accuracy for cell in cells}
+    figure, axis = plt.subplots(figsize=(2 + len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
+    grid = [[by_place[length, depth] for length in lengths] for depth in depths]
+    picture = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    for row, values in enumerate(grid):
+        for column, value in enumerate(values):
+            axis.text(column, row, f"{value:.0%}", ha="center", va="center")
+    axis.set(title=title, xlabel="tokens", ylabel="depth of the pass key")
+    figure.colorbar(picture, label="found")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,135 @@
+"""Passkey retrieval: is a number found again, wherever it was hidden in however long a text?"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlong.decoder import MemoryDecoder
+from memlong.errors import InvalidArgumentError
+
+OPENING = "There is an important pass key hidden inside a lot of irrelevant text. Find it and remember it.\n"
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "What is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How often the number was found at one length and depth.
+
+    Attributes
+    ----------
+    length
+        Tokens of the whole prompt.
+    depth
+        Where the number stood: 0 is the beginning, 1 the end.
+    trials
+        How many numbers were tried.
+    accuracy
+        Share of them that were answered, digit by digit.
+    """
+
+    length: int
+    depth: float
+    trials: int
+    accuracy: float
+
+
+def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: str = FILLER) -> Tensor:
+    """Return a prompt [1, length] that hides a number at a depth and ends in the question for it.
+
+    The form is that of Mohtashami and Jaggi (arXiv 2305.16300, section 4.2).
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the length leaves no room for anything but needle and question, or the depth is not within 0 and 1.
+    """
+    if not 0 <= depth <= 1:
+        raise InvalidArgumentError(f"depth is {depth}; expected a number from 0 to 1.")
+    opening, needle, question = (
+        _ids(tokenizer, text) for text in (OPENING, NEEDLE.format(key=key), QUESTION)
+    )
+    room = length - len(opening) - len(needle) - len(question)
+    if room < 0:
+        raise InvalidArgumentError(
+            f"length is {length}, but opening, pass key and question alone take {length - room} tokens: use more."
+        )
+    line = _ids(tokenizer, filler)
+    if not line:
+        raise InvalidArgumentError("filler holds no text; give some, or leave it out.")
+    # Whole lines before the needle, so that it does not begin within a sentence.
+    before = round(depth * room / len(line)) * len(line) if depth < 1 else room
+    before = min(before, room)
+    hay = list(itertools.islice(itertools.cycle(line), before))
+    rest = list(itertools.islice(itertools.cycle(line), room - before))
+    return torch.tensor([[*opening, *hay, *needle, *rest, *question]])
+
+
+def evaluate_needle(
+    decoder: MemoryDecoder,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    trials: int = 1,
+    filler: str = FILLER,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[Cell]:
+    """Ask for a hidden number at every length and depth; each trial is a stream of its own.
+
+    Parameters
+    ----------
+    decoder
+        An attached decoder; its streams are reset.
+    lengths, depths
+        The grid: prompts of so many tokens, the number at that share of them.
+    trials
+        Numbers at each place.
+    filler
+        What the prompt is filled with, over and over.
+    seed
+        Of the numbers.
+    progress
+        Called with the number of tokens read.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a length, a depth or the number of trials cannot be used.
+    """
+    if trials < 1:
+        raise InvalidArgumentError(f"trials is {trials}; expected at least 1.")
+    numbers = random.Random(seed)  # noqa: S311 - nothing here is secret
+    cells = []
+    for length, depth in itertools.product(lengths, depths):
+        right = 0
+        for _ in range(trials):
+            key = numbers.randrange(10_000, 100_000)
+            prompt = passkey_prompt(decoder.tokenizer, length, depth, key, filler)
+            right += _finds(decoder, prompt, str(key), progress)
+        cells.append(Cell(length, depth, trials, right / trials))
+    return cells
+
+
+def _finds(decoder: MemoryDecoder, prompt: Tensor, key: str, progress: Callable[[int], None] | None) -> bool:
+    decoder.reset()
+    for segment in decoder.stream(prompt[:, :-1], logits="last"):
+        if progress is not None:
+            progress(segment.tokens.shape[1])
+    new = len(_ids(decoder.tokenizer, f" {key}.")) + 2
+    said = decoder.generate(prompt[:, -1:], max_new_tokens=new, do_sample=False, remember=False)
+    answer: str = decoder.tokenizer.decode(said[0, 1:])
+    return answer.strip().startswith(key)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids

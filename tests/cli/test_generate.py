@@ -1,0 +1,70 @@
+"""``memlong generate`` on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
+
+
+@pytest.fixture
+def run(invoke, story):
+    return lambda **changes: invoke(
+        "generate", **{"prompt": "word1 word2", "context": story, "max_new_tokens": 9, **changes}
+    )
+
+
+def test_the_answer_appears_and_the_json_tells_of_it(run, tmp_path, story):
+    file = tmp_path / "answer.json"
+    shown = run(json=file)
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["answer"]
+    assert found["answer"].split() == shown.stdout.split()
+    assert found["context"] == [str(story)]
+    assert found["context_tokens"] == 120
+    assert found["chunks_stored"] > 20
+    assert found["new_tokens"] <= 9
+    alone = json.loads(run(json="-").stdout)
+    assert alone["answer"] == found["answer"]
+
+
+def test_several_contexts_are_read_one_after_the_other(run, story):
+    assert json.loads(run(context=[story, story], json="-").stdout)["context_tokens"] == 240
+
+
+@pytest.mark.parametrize("changes", [{"beams": 3}, {"sample": True, "top_p": 0.9}, {"backend": "none"}])
+def test_other_ways_to_generate(run, changes):
+    result = run(**changes)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip()
+
+
+def test_a_prompt_needs_no_context(run, story):
+    del story
+    found = json.loads(run(context=[], json="-").stdout)
+    assert found["context_tokens"] == 0
+    assert found["reading_tokens_per_second"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"context": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
+        ({"prompt": ""}, InvalidArgumentError, "--prompt is empty"),
+        ({"chat": True}, InvalidArgumentError, "--chat needs a model with a chat template"),
+        (
+            {"retrieve_every": 9},
+            InvalidArgumentError,
+            "retrieve_every is 9; expected at most segment_size, 8",
+        ),
+        ({"backend": "none", "store": "host=1GB"}, InvalidArgumentError, "--store goes with a backend"),
+    ],
+)
+def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
+    result = run(**changes)
+    assert isinstance(result.exception, error), result.output
+    with pytest.raises(MemlongError, match=message):
+        raise result.exception

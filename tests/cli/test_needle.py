@@ -1,0 +1,91 @@
+"""``memlong needle`` on a tiny random model, which finds nothing, and how prompts are made."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.evaluation import evaluate_needle, passkey_prompt
+
+
+@pytest.fixture
+def run(invoke):
+    return lambda **changes: invoke("needle", **{"lengths": "100,150", "depths": "0,1", **changes})
+
+
+def test_table_json_and_picture_show_the_grid(run, tmp_path):
+    file, picture = tmp_path / "needle.json", tmp_path / "needle.png"
+    result = run(json=file, plot=picture, trials=2)
+    assert result.exit_code == 0, result.output
+    assert "depth 0" in result.stdout
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert [(cell["length"], cell["depth"]) for cell in found["cells"]] == [
+        (100, 0.0),
+        (100, 1.0),
+        (150, 0.0),
+        (150, 1.0),
+    ]
+    assert all(cell["trials"] == 2 and cell["accuracy"] == 0 for cell in found["cells"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+class Characters:
+    """A tokenizer of single characters."""
+
+    def __call__(self, text, **_):
+        return type("Encoding", (), {"input_ids": [ord(letter) for letter in text]})
+
+    def decode(self, ids):
+        return "".join(chr(number) for number in ids)
+
+
+@pytest.mark.parametrize("depth", [0, 0.3, 1])
+def test_a_prompt_hides_the_key_at_its_depth_and_asks_for_it(depth):
+    prompt = passkey_prompt(Characters(), 1000, depth, 12345)
+    assert prompt.shape == (1, 1000)
+    words = Characters().decode(prompt[0].tolist())
+    assert words.endswith("What is the pass key? The pass key is")
+    assert words.count("12345") == 2
+    room = 1000 - len("There is an important pass key hidden inside a lot of irrelevant text. Find it.")
+    assert abs(words.index("The pass key is 12345") / room - (0.1 + 0.85 * depth)) < 0.1
+
+
+def test_the_one_who_knows_is_found_right(monkeypatch):
+    class Knows:
+        tokenizer = Characters()
+
+        def reset(self):
+            self.read = ""
+
+        def stream(self, ids, **_):
+            self.read += self.tokenizer.decode(ids[0].tolist())
+            return []
+
+        def generate(self, ids, **_):
+            import torch
+
+            start = self.read.index("The pass key is ") + len("The pass key is ")
+            said = " " + self.read[start : start + (5 if "sky" in self.read[:start] else 4)] + ". Yes"
+            return torch.tensor([[*ids[0].tolist(), *map(ord, said)]])
+
+    cells = evaluate_needle(Knows(), [900], [0, 0.5, 1], trials=3)
+    assert [cell.accuracy for cell in cells] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": "100,many"}, "--lengths is '100,many'; expected numbers"),
+        ({"depths": "2"}, "depth is 2.0; expected a number from 0 to 1"),
+        ({"lengths": "20"}, "length is 20, but opening, pass key and question alone take"),
+        ({"trials": 0}, "trials is 0"),
+        ({"plot": "/no/such/folder/a.png"}, "mkdir -p /no/such/folder"),
+    ],
+)
+def test_bad_input_is_named_with_what_to_do(run, changes, message):
+    result = run(**changes)
+    assert isinstance(result.exception, InvalidArgumentError), result.output
+    with pytest.raises(MemlongError, match=message):
+        raise result.exception

@@ -1,0 +1,116 @@
+"""Every kind of RoPE, at every length: memory of everything is full attention, and nothing drifts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from memlong import MemoryDecoder
+from memlong.decoder.probe import probe
+from memlong.errors import InvalidArgumentError
+
+TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "factor": 2.0,
+        "original_max_position_embeddings": 256,
+    },
+}
+
+
+@pytest.fixture(params=list(ROPES))
+def rope(request):
+    return request.param
+
+
+@pytest.fixture
+def model_with(text):
+    def build(rope, layers):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            rope_parameters={"rope_theta": 10_000.0, **ROPES[rope]},
+        )
+        return LlamaForCausalLM(config).eval()
+
+    return build
+
+
+def test_memory_of_the_whole_prefix_equals_full_attention(model_with, rope, small, text):
+    model, ids = model_with(rope, 3), text(150)
+    with MemoryDecoder(model, None, small(position_mode="original", top_k=64)) as decoder:
+        found = torch.cat([segment.logits[0] for segment in decoder.stream(ids)])
+        assert len(decoder.banks[0]) > 25
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids).logits[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("position_mode", ["zero", "before-window"])
+def test_the_same_text_is_met_alike_however_far_it_stands(model_with, rope, small, text, position_mode):
+    # In one layer K-V depend on tokens alone, so a text that comes again and again, and whose latest chunks are
+    # what is retrieved, must get the same logits every time, to the last digit that float32 has.
+    model = model_with(rope, 1)
+    verse = text(32)
+    ids = torch.cat([text(2, seed=1), verse.repeat(1, 150)], dim=1)
+    last: dict[int, torch.Tensor] = {}
+    with MemoryDecoder(model, None, small(retriever="recent", position_mode=position_mode)) as decoder:
+        for segment in decoder.stream(ids):
+            last[int(segment.tokens[0, 0])] = segment.logits[0]
+    for early, late in ((256, 4768), (264, 4776)):
+        assert (late - early) % 32 == 0
+        torch.testing.assert_close(last[late], last[early], **TOLERANCE)
+
+
+def test_positions_end_where_the_rotation_changes(model_with, small):
+    model = model_with("longrope", 1)
+    assert probe(model).max_positions == 256
+    with pytest.raises(InvalidArgumentError, match="but the model was trained on 256"):
+        MemoryDecoder(model, None, small(local_window=300))
+
+
+def test_gpt_oss_attends_to_memory_beside_its_learned_sinks(small, text):
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=32,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=0,
+    )
+    config._attn_implementation = "eager"
+    model, ids = GptOssForCausalLM(config).eval(), text(150)
+    assert [layer.sliding_window for layer in probe(model).layers] == [32, None, 32, None]
+    config = small(position_mode="original", top_k=64, retrieval_layers="0-3")
+    with MemoryDecoder(model, None, config) as decoder:
+        found = torch.cat([segment.logits[0] for segment in decoder.stream(ids)])
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids).logits[0], **TOLERANCE)
