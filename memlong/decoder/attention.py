@@ -51,6 +51,11 @@ class Memory:
     positions: Tensor
     valid: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(states.nbytes for states in (*self.keys.values(), *self.values.values()))
+
     def of_rows(self, rows: Tensor) -> Memory:
         """Return the memory of these rows [n], which may come more than once."""
         return Memory(

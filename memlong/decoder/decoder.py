@@ -122,6 +122,11 @@ class MemoryDecoder:
         return tuple(row.bank for row in rows if isinstance(row.bank, MemoryBank))
 
     @property
+    def device_kv_bytes(self) -> int:
+        """Bytes of keys and values that attention works on, windows and what is retrieved; the banks' own apart."""
+        return self._streams.nbytes if self._streams else 0
+
+    @property
     def block_shape(self) -> tuple[int, int, int, int]:
         """Shape of a chunk's keys: (layers, kv_heads, chunk_size, head_dim)."""
         layer = self._layout.layers[0]
@@ -144,6 +149,28 @@ class MemoryDecoder:
         self._given_banks = None if banks is None else self._checked(banks)
         self._streams: Streams | None = None
         self._turn: tuple[StreamCache, list[int]] | None = None
+
+    def use_banks(self, banks: Sequence[MemoryBank]) -> None:
+        """Let the streams go on with other banks, from the next retrieval; their windows stay.
+
+        Parameters
+        ----------
+        banks
+            One for each row, as :meth:`reset` takes them.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a bank does not fit, two rows would share one, or there are not as many as rows.
+        """
+        given = self._checked(banks)
+        rows = self._streams.rows if self._streams else ()
+        if len(given) != len(rows):
+            raise InvalidArgumentError(
+                f"banks holds {len(given)} banks for {len(rows)} rows; expected one for each row that streams."
+            )
+        for row, bank in zip(rows, given, strict=True):
+            row.bank = bank
 
     def stream(
         self,

@@ -83,6 +83,11 @@ class Streams:
         self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that attention works on: the windows and what is retrieved."""
+        return self._window.nbytes + (self._memory.nbytes if self._memory else 0)
+
     def fork(self, rows: Sequence[int]) -> Streams:
         """Return streams that go on from these rows, which may come more than once; these stay as they are.
 

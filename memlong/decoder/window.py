@@ -95,6 +95,12 @@ class LocalWindow(Cache):
         """[rows, columns], bool: False for padding."""
         return self.tokens != _PADDING
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, rotated and not, and values."""
+        layers = [layer for layer in self._window_layers if layer.is_initialized]
+        return sum(layer.keys.nbytes + layer.raw_keys.nbytes + layer.values.nbytes for layer in layers)
+
     def expect(self, tokens: Tensor, positions: Tensor) -> None:
         """Announce the tokens [rows, new] of the next forward call and where they stand."""
         self.tokens = torch.cat([self.tokens, tokens], dim=1)

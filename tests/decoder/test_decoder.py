@@ -83,6 +83,29 @@ def test_a_bank_that_already_remembers_can_be_given(llama, small, text):
         assert len(banks[0]) == stored
 
 
+def test_the_bank_can_be_exchanged_in_mid_stream(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(100, seed=1))
+        other = decoder.banks
+        decoder.reset()
+        decoder.read(text(80))
+        held = len(other[0])
+        decoder.use_banks(other)
+        assert decoder.banks == other
+        decoder.read(text(16, seed=2))
+        assert len(other[0]) == held + 4
+        with pytest.raises(InvalidArgumentError, match="holds 0 banks for 1 rows"):
+            decoder.use_banks([])
+
+
+def test_what_attention_works_on_is_bounded(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        assert decoder.device_kv_bytes == 0
+        most = [decoder.device_kv_bytes for _ in decoder.stream(text(400))]
+    a_token = 4 * 2 * 12 * 4  # layers, heads, width, bytes
+    assert max(most) == most[-1] <= a_token * (3 * (2 + 24) + 2 * 12)
+
+
 def test_an_interrupted_forward_leaves_the_stream_as_it_was(llama, small, text):
     ids = text(120)
     with MemoryDecoder(llama, None, small()) as decoder:
