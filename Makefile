@@ -36,8 +36,11 @@ lint: $(INSTALLED) ## Check style, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## Measure streaming speed against a plain window
-	$(BIN)/python bench/streaming.py $(ARGS)
+bench: $(INSTALLED) ## Measure speed and memory against a plain window and full attention
+	mkdir -p out
+	$(BIN)/python bench/streaming.py --json out/streaming.json
+	$(BIN)/python bench/long_context.py
+	$(BIN)/python bench/long_stream.py
 
 clean: ## Remove caches and build outputs; .venv stays
 	rm -rf build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -44,9 +44,11 @@ class _MemoryTier(_Tier):
         self._records: OrderedDict[int, torch.Tensor] = OrderedDict()
 
     def put(self, ids: Sequence[int], records: torch.Tensor) -> None:
-        for chunk_id, record in zip(ids, records.to(self._device), strict=True):
-            own = stack([record])[0]  # not a view of all the others
-            self._records[chunk_id] = own.pin_memory() if self._pinned else own
+        for chunk_id, record in zip(ids, records, strict=True):
+            if chunk_id not in self._records:
+                own = stack([record.to(self._device)])[0]  # not a view of all the others
+                self._records[chunk_id] = own.pin_memory() if self._pinned else own
+            self._records.move_to_end(chunk_id)
 
     def get(self, ids: Sequence[int]) -> list[torch.Tensor]:
         for chunk_id in ids:

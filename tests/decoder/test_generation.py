@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import (
@@ -243,6 +245,21 @@ def test_what_does_not_go_with_a_memory_is_refused(llama, small, text):
         decoder.read(text(5))
         with pytest.raises(InvalidArgumentError, match="has 2 rows, but the streams so far have 1"):
             decoder.generate(text(5, rows=2))
+
+
+def test_threads_each_with_a_model_do_not_notice_each_other(tiny_model, small, text):
+    models = [tiny_model(name) for name in ("Llama", "Qwen3", "Gemma3", "GPT-NeoX")]
+    options = {"max_new_tokens": 15, "do_sample": False}
+
+    def speak(model):
+        with MemoryDecoder(model, None, small()) as decoder:
+            return decoder.generate(text(70), **options)
+
+    alone = [speak(model) for model in models]
+    with ThreadPoolExecutor(len(models)) as pool:
+        together = list(pool.map(speak, models))
+    for expected, found in zip(alone, together, strict=True):
+        assert torch.equal(expected, found)
 
 
 def test_two_models_with_memory_live_side_by_side(tiny_model, small, text):
