@@ -130,11 +130,9 @@ def main(
 def _score(decoder: MemoryDecoder, chapters: MemoryBank, story: Tensor) -> float:
     """Perplexity of the passage, with the chapters in memory and the lead-in in the window."""
     own = decoder.banks
-    bank = create_bank(decoder.config.backend or "", chapters.dim, metric=chapters.metric)
-    held = chapters.fetch(chapters.ids)
-    bank.add(chapters.embeddings.embeddings, held.keys, held.values, held.spans)
-    decoder.use_banks([bank])
+    decoder.use_banks([_copy(chapters, decoder)])
     logits = decoder.read(story[:, :LEAD_IN])[:, None]
+    decoder.use_banks([_copy(chapters, decoder)])  # without what the lead-in has pushed out of the window
     loss = 0.0
     for segment in decoder.stream(story[:, LEAD_IN:]):
         predicting = torch.cat([logits, segment.logits[:, :-1]], dim=1)
@@ -142,6 +140,13 @@ def _score(decoder: MemoryDecoder, chapters: MemoryBank, story: Tensor) -> float
         logits = segment.logits[:, -1:].clone()
     decoder.use_banks(own)
     return math.exp(loss / PASSAGE)
+
+
+def _copy(bank: MemoryBank, decoder: MemoryDecoder) -> MemoryBank:
+    other = create_bank(decoder.config.backend or "", bank.dim, metric=bank.metric)
+    held = bank.fetch(bank.ids)
+    other.add(bank.embeddings.embeddings, held.keys, held.values, held.spans)
+    return other
 
 
 def _report(curve: list[Point], placed: list[Placed]) -> None:

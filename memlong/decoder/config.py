@@ -10,7 +10,7 @@ from memlong.errors import InvalidArgumentError
 
 KvSource = Literal["layer"]
 ChunkOrder = Literal["position", "score"]
-PositionMode = Literal["zero", "before-window", "original"]
+PositionMode = Literal["zero", "overlaid", "before-window", "original"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,12 @@ class MemoryConfig:
     segment_size
         Tokens of one forward call, and so the interval of retrieval.
     query_tokens
-        Tokens before a segment that make its query; ``None`` means ``segment_size``.
+        Tokens that make a query; ``None`` means the text since the last retrieval: ``segment_size`` tokens before a
+        segment, ``retrieve_every`` while text is generated.
     position_mode
         Where retrieved keys stand. ``"zero"``: all at the one position between sinks and window (the MemLong
-        paper's position 0, arXiv 2408.16967). ``"before-window"``: in order, running up to the window.
+        paper's position 0, arXiv 2408.16967). ``"overlaid"``: every chunk in order, all of them over the same
+        positions just before the window. ``"before-window"``: one chunk after the other, running up to the window.
         ``"original"``: where they stood in the text, the window too, so that memory of everything equals full
         attention; only for texts within the model's trained positions.
     retrieve_every
@@ -152,8 +154,16 @@ class MemoryConfig:
     @property
     def position_span(self) -> int:
         """Positions that a stream of any length needs, for the modes that re-base the window."""
-        room = 1 if self.position_mode == "zero" else self.retrieved_chunks * self.chunk_size
-        return self.sink_tokens + (room if self.backend else 0) + self.local_window
+        return (
+            self.sink_tokens
+            + (self.memory_span(self.retrieved_chunks) if self.backend else 0)
+            + self.local_window
+        )
+
+    def memory_span(self, chunks: int) -> int:
+        """Positions that so many retrieved chunks take between sinks and window."""
+        spans = {"zero": 1, "overlaid": self.chunk_size}
+        return spans.get(self.position_mode, chunks * self.chunk_size) if chunks else 0
 
 
 def parse_layers(text: str, eligible: tuple[int, ...], layer_count: int) -> tuple[int, ...]:

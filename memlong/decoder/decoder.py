@@ -239,8 +239,9 @@ class MemoryDecoder:
     ) -> Any:
         """Read a prompt and continue it, as the model's ``generate()`` does, with all that was read before in memory.
 
-        While text is generated, chunks that leave the window enter the memory, and every ``retrieve_every`` tokens, the
-        first time just before the prompt's last token, what the text at hand calls for is retrieved.
+        At the end of the prompt, and every ``retrieve_every`` tokens that follow, what the text at hand calls for is
+        retrieved; the last tokens of the prompt, a segment's at most, are read again with it, so that a question is
+        understood in the light of its answer. Chunks that leave the window meanwhile are in memory, too.
 
         Parameters
         ----------
@@ -266,7 +267,8 @@ class MemoryDecoder:
         Raises
         ------
         InvalidArgumentError
-            If shapes, token ids or the number of rows are wrong, or an option does not go with a memory.
+            If shapes, token ids or the number of rows are wrong, or an option does not go with a memory. After an error
+            or an interrupt the streams have read the prompt, or as much of it as they came to.
         MemlongError
             If the decoder is not attached.
         """
@@ -285,9 +287,9 @@ class MemoryDecoder:
             self._streams = streams
         else:
             streams = streams.fork(range(len(prompt)))
-        for _ in streams.read([row[:-1] for row in prompt], self._slot, 1):
+        for _ in streams.read(prompt, self._slot, 1):
             pass
-        speaker = Speaker(streams, self._slot, input_ids.shape[1], self.config.retrieval_interval)
+        speaker = Speaker(streams, self._slot, input_ids.shape[1], self.config)
         with speaker.attached(self.model):
             plain: Any = type(self.model)
             output = plain.generate(
@@ -301,8 +303,7 @@ class MemoryDecoder:
             # Read as any text is: what the streams hold must not depend on beams, or on the rows beside them.
             sequences = output if isinstance(output, Tensor) else output.sequences
             answers = answers_of(self.model, sequences, input_ids.shape[1], len(prompt), options)
-            said = [[row[-1], *answer] for row, answer in zip(prompt, answers, strict=True)]
-            for _ in streams.read(said, self._slot, 1):
+            for _ in streams.read(answers, self._slot, 1):
                 pass
             speaker.cache.columns = sequences.shape[1]
             self._turn = (speaker.cache, [row.seen for row in streams.rows])

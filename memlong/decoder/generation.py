@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.decoder.attention import AttentionSlot
+from memlong.decoder.config import MemoryConfig
 from memlong.decoder.row import Row
 from memlong.decoder.streams import Streams
 from memlong.errors import InvalidArgumentError
@@ -59,13 +60,13 @@ class Speaker:
     Parameters
     ----------
     streams
-        They have read the prompt up to its last token.
+        They have read the prompt.
     slot
         Where the model's attention looks for memory.
     columns
         Columns of the prompt as generate() gets it.
-    retrieve_every
-        Tokens after which memory is retrieved anew; also before the first.
+    config
+        Says after how many tokens memory is retrieved anew, for which text.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Speaker:
         streams: Streams,
         slot: AttentionSlot,
         columns: int,
-        retrieve_every: int,
+        config: MemoryConfig,
     ) -> None:
         self._streams = streams
         self._slot = slot
-        self._every = retrieve_every
+        self._every = config.retrieval_interval
+        self._query_length = config.query_tokens or config.retrieval_interval
         self._draft: Streams | None = None
         self.cache = StreamCache(columns, self._reorder)
 
@@ -102,16 +104,26 @@ class Speaker:
                 del model.forward
 
     def _forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
-        first = self._draft is None
         if self._draft is None:
-            rows = len(self._streams.rows)
-            copies = input_ids.shape[0] // rows
-            self._draft = self._streams.fork([row for row in range(rows) for _ in range(copies)])
-        tokens: list[int] = input_ids[:, -1].tolist()
-        segment = self._draft.advance(
-            [[token] for token in tokens], self._slot, 1, retrieve=lambda row: first or self._is_due(row)
-        )
-        return CausalLMOutputWithPast(logits=segment.logits, past_key_values=self.cache)
+            logits = self._begin(input_ids.shape[0])
+        else:
+            tokens: list[int] = input_ids[:, -1].tolist()
+            logits = self._draft.advance(
+                [[token] for token in tokens], self._slot, 1, retrieve=self._is_due
+            ).logits
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+
+    def _begin(self, wanted: int) -> Tensor:
+        """Read the end of the prompt again, with the memory that it calls for, and fork into ``wanted`` rows."""
+        rows = range(len(self._streams.rows))
+        draft = self._streams.fork(rows)
+        for row in draft.rows:
+            row.query_length = self._query_length
+        tails = [row.rewind() for row in draft.rows]
+        logits = draft.advance(tails, self._slot, 1, retrieve=lambda _: True).logits
+        copies = wanted // len(rows)
+        self._draft = draft if copies == 1 else draft.fork([row for row in rows for _ in range(copies)])
+        return logits.repeat_interleave(copies, dim=0)
 
     def _is_due(self, row: Row) -> bool:
         return row.seen % self._every == 0 or row.begins_segment()

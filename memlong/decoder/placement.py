@@ -42,9 +42,7 @@ def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Plac
     """
     if config.position_mode == "original":
         return Placement(config.sink_tokens, 0, first_token)
-    room = 1 if config.position_mode == "zero" else retrieved_tokens
-    gap = room if retrieved_tokens else 0
-    start = config.sink_tokens + gap
+    start = config.sink_tokens + config.memory_span(retrieved_tokens // config.chunk_size)
     return Placement(config.sink_tokens, start - first_token, start)
 
 
@@ -56,6 +54,8 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Tensor) 
     count = spans.shape[0] * config.chunk_size
     if config.position_mode == "zero":
         return torch.full((count,), placement.window_start - 1)
+    if config.position_mode == "overlaid":
+        return (placement.window_start - config.chunk_size + steps).repeat(spans.shape[0])
     return torch.arange(placement.window_start - count, placement.window_start)
 
 

@@ -22,6 +22,8 @@ class Row:
     ----------
     bank
         The row's memory, or None for the plain window.
+    query_length
+        Tokens that make a query.
     seen
         Tokens taken in so far.
     """
@@ -29,10 +31,12 @@ class Row:
     def __init__(self, config: MemoryConfig, bank: MemoryBank | Draft | None) -> None:
         self.config = config
         self.bank = bank
+        self.query_length = config.query_length
         self.seen = 0
         self.memory: RowMemory | None = None
         self.retrieval: Retrieval | None = None
         self._departed = 0  # chunks that have left the window
+        self._asked: Passage | None = None  # what the next query is, if not the text before
         self._recent: list[int] = []  # the latest tokens, as far back as a chunk or a query may reach
 
     @property
@@ -56,7 +60,8 @@ class Row:
 
     def keeps(self, tokens: Tensor) -> Tensor:
         """Which tokens [columns], by index and −1 for padding, belong in the window; bool."""
-        return ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
+        kept = ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
+        return kept & (tokens < self.seen)
 
     def fork(self) -> Row:
         """Return a row that goes its own way from here; what it stores stays in a draft of the bank."""
@@ -70,9 +75,24 @@ class Row:
         self.seen += len(token_ids)
         self._recent = [*self._recent, *token_ids]  # a new list: a fork has the old one
 
+    def rewind(self) -> list[int]:
+        """Take back the latest tokens, a segment's at most, to be read again with memory that they themselves ask for.
+
+        The next query is the text that ends with them.
+        """
+        since = self.first_token if self._departed else 0
+        count = min(self.config.segment_size, self.seen - since)
+        self._asked = self.query()
+        self.seen -= count
+        taken = self._recent[len(self._recent) - count :]
+        self._recent = self._recent[: len(self._recent) - count]
+        return taken
+
     def query(self) -> Passage:
         """The text just before the coming segment."""
-        return self._passage(max(0, self.seen - self.config.query_length), self.seen)
+        if self._asked is not None:
+            return self._asked
+        return self._passage(max(0, self.seen - self.query_length), self.seen)
 
     def departing(self) -> list[Passage]:
         """The chunks that must leave so that the coming segment fits into the window, oldest first."""
@@ -96,6 +116,7 @@ class Row:
         """Retrieve chunks for a query's embedding [dim]."""
         assert self.bank is not None  # noqa: S101 - the plain window has nothing to recall
         self.retrieval, self.memory = recall(self.bank, query, self.config)
+        self._asked = None
 
     def memory_positions(self) -> Tensor:
         """Positions [tokens] of the retrieved chunks."""
