@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
-from transformers import TextStreamer
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong.decoder import text_streamer
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text, tokenize
 
@@ -35,8 +35,10 @@ def main(
     """Talk about a book."""
     text = read_text(book)
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with MemoryDecoder(language_model, tokenizer, MemoryConfig(backend=backend)) as decoder:
+    streamer = text_streamer(tokenizer)
+    with MemoryDecoder(
+        language_model, tokenizer, MemoryConfig(backend=backend, position_mode="before-window")
+    ) as decoder:
         pages = tokenize(tokenizer, text)
         with tqdm(total=pages.shape[1], unit="tok", desc=book.name) as bar:
             for segment in decoder.stream(pages, logits="last"):

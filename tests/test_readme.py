@@ -69,5 +69,10 @@ def test_make_targets_exist(target):
 def test_links_lead_to_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        if not link.startswith("http"):
-            assert (ROOT / page).parent.joinpath(link).exists(), link
+        if link.startswith("http"):
+            continue
+        name, _, section = link.partition("#")
+        target = (ROOT / page).parent / name
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.M) if section else []
+        assert not section or section in {title.lower().replace(" ", "-") for title in titles}, link

@@ -4,12 +4,14 @@ from memlong.bank.arrays import Floats, Ids
 from memlong.bank.base import BankOptions, MemoryBank, Metric
 from memlong.bank.draft import Draft
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
+from memlong.bank.layout import ChunkLayout
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.store import InMemoryStore, KeyValueStore
 from memlong.bank.tiers import TieredStore
 
 __all__ = [
     "BankOptions",
+    "ChunkLayout",
     "Chunks",
     "Draft",
     "EvictionPolicy",

@@ -83,6 +83,8 @@ class MemoryBank(IndexHost):
         self._metric: Metric = metric
         self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
         self._store = InMemoryStore() if store is None else store
+        if not isinstance(self._store, KeyValueStore):
+            raise InvalidArgumentError(f"store must be a KeyValueStore, got {store!r}")
         if len(self._store):
             raise InvalidArgumentError(f"store must be empty, got one of {len(self._store)} blocks")
         self._layout: ChunkLayout | None = None
@@ -110,10 +112,9 @@ class MemoryBank(IndexHost):
         return self._next_id
 
     @property
-    def block_shape(self) -> tuple[int, ...] | None:
-        """Shape of a chunk's keys, (layers, kv_heads, chunk, head_dim); None before the first add."""
-        layout = self._layout
-        return None if layout is None else layout.shape
+    def layout(self) -> ChunkLayout | None:
+        """Shape, dtype and device of a chunk's keys and of its values; None before the first add."""
+        return self._layout
 
     @property
     def nbytes(self) -> int:
@@ -190,15 +191,15 @@ class MemoryBank(IndexHost):
             capacity = self._capacity.in_chunks(vectors[0].nbytes, block_bytes, self._store.max_bytes)
             victims = self._capacity.victims(self._table.usage_with(ids), capacity)
             before = len(self._table)
-            self._store.put(ids.tolist(), key_blocks, value_blocks)
             try:
+                self._store.put(ids.tolist(), key_blocks, value_blocks)
                 self._table.append(ids, vectors, positions)
                 self._change_index(self._index_add, ids, self._table.embeddings[before:])
                 self._discard(victims)
             except BaseException:
                 self._drop_index()
                 self._table.truncate(before)
-                self._store.remove(ids.tolist())
+                self._store.remove([chunk_id for chunk_id in ids.tolist() if chunk_id in self._store])
                 raise
             self._layout = layout
             self._next_id += count
@@ -247,6 +248,15 @@ class MemoryBank(IndexHost):
                 self._table.mark_retrieved(found.rows[present])
         ids, scores, where = (torch.from_numpy(each) for each in (found.ids, found.scores, spans))
         return Retrieved(ids, scores, keys, values, where)
+
+    def spans_of(self, ids: IntInput) -> torch.Tensor:
+        """Return the token positions [start, end) of chunks, int64 [n, 2]; -1 for an id that is not held."""
+        wanted = ids_of(ids)
+        with self._lock.read():
+            rows = self._table.rows_of(wanted)
+            spans = np.full((len(wanted), 2), -1, dtype=np.int64)
+            spans[rows >= 0] = self._table.spans[rows[rows >= 0]]
+        return torch.from_numpy(spans)
 
     def fetch(self, ids: IntInput) -> Chunks:
         """Return chunks by id, and count that as `retrieve` does; ids that the bank does not hold are left out.

@@ -44,7 +44,7 @@ class DiskSlots:
                 "another."
             ) from error
         self._close = weakref.finalize(self, self._file.close)
-        self._free: list[int] = []
+        self._free: set[int] = set()
         self._end = 0
         self._lock = threading.Lock()
 
@@ -58,7 +58,7 @@ class DiskSlots:
                     self._end = max(self._end, slots[-1] + 1)
                     self._write_at(slots[-1], record)
             except BaseException as error:
-                self._free += slots
+                self._free.update(slots)
                 self._shrink()
                 if isinstance(error, OSError):
                     raise StorageError(
@@ -81,7 +81,7 @@ class DiskSlots:
     def release(self, slots: list[int]) -> None:
         """Give slots back."""
         with self._lock:
-            self._free += slots
+            self._free.update(slots)
             self._shrink()
 
     def close(self) -> None:
@@ -106,11 +106,10 @@ class DiskSlots:
 
     def _shrink(self) -> None:
         """Give the free slots at the end of the file back to the disk."""
-        free = set(self._free)
         end = self._end
-        while end and end - 1 in free:
+        while end and end - 1 in self._free:
             end -= 1
+            self._free.remove(end)
         if end < self._end:
             self._end = end
-            self._free = [slot for slot in self._free if slot < end]
             self._file.truncate(end * self._size)

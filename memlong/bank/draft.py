@@ -31,8 +31,9 @@ class _Chunk:
 class Draft:
     """What a beam remembers: a bank, and the chunks of a continuation that will be dropped.
 
-    The draft's own chunks are searched by brute force: they are as few as a continuation is short. Retrieving counts in
-    the bank as it always does; nothing is ever added to it.
+    The draft's own chunks are kept where they were made, whatever store and capacity the bank has, and searched by
+    brute force: they are as few as a continuation is short. Retrieving counts in the bank as it always does; nothing is
+    ever added to it.
 
     Parameters
     ----------
@@ -105,6 +106,16 @@ class Draft:
         )
         spans = torch.nn.functional.pad(chunks.spans, (0, 0, 0, k - present), value=-1)[None]
         return Retrieved(found.ids, found.scores, keys, values, spans)
+
+    def spans_of(self, ids: IntInput) -> torch.Tensor:
+        """Return the token positions of chunks; as `MemoryBank.spans_of`."""
+        wanted = ids_of(ids)
+        spans = self._bank.spans_of(wanted)
+        first = self._bank.next_id
+        for row, place in enumerate((wanted - first).tolist()):
+            if 0 <= place < len(self._chunks):
+                spans[row] = self._chunks[place].span
+        return spans
 
     def fetch(self, ids: IntInput) -> Chunks:
         """Return chunks by id, those of the bank counted there; as `MemoryBank.fetch`."""

@@ -133,6 +133,8 @@ class TieredStore(KeyValueStore):
             raise InvalidArgumentError("no tier is named; expected at least one of device, host and disk")
         if disk is None and disk_budget is not None:
             raise InvalidArgumentError("disk_budget is given, but no folder: name one with disk")
+        if disk is not None and (not isinstance(disk, str | Path) or not str(disk) or "\0" in str(disk)):
+            raise InvalidArgumentError(f"disk is {disk!r}; expected the path of a folder")
         self._device = _budget("device", device)
         self._host = _budget("host", host)
         self._disk = None if disk is None else Path(disk)
@@ -151,6 +153,13 @@ class TieredStore(KeyValueStore):
         """Bytes that a block of this layout takes."""
         return make_codec(layout, self._dtype).nbytes
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise InvalidArgumentError if blocks from this device cannot be kept in the tiers that are named."""
+        if device.type == "cpu" and self._has_device and self._has_host:
+            raise InvalidArgumentError(
+                "device and host are both named, but the model runs on the CPU, where they are one memory; name one"
+            )
+
     @property
     def max_bytes(self) -> int | None:
         """Budget of the farthest tier, which holds everything; None is no limit."""
@@ -160,45 +169,46 @@ class TieredStore(KeyValueStore):
 
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store blocks in the farthest tier, and copies in the nearer ones."""
-        held = [chunk_id for chunk_id in ids if chunk_id in self._ids]
-        if held:
-            raise InvalidArgumentError(f"the store already holds ids {held}; ids are never reused")
         with self._lock:
+            held = [chunk_id for chunk_id in ids if chunk_id in self._ids]
+            if held or len(set(ids)) < len(ids):
+                raise InvalidArgumentError(f"the store already holds ids {held or ids}; ids are never reused")
             codec, whole = self._opened(ChunkLayout.of(keys))
             records = codec.encode(keys, values)
             whole.put(ids, records)
+            try:
+                self._keep_near(ids, records)
+            except BaseException:
+                for tier in (*self._near, whole):
+                    tier.remove(ids)
+                raise
             self._ids.update(ids)
-            self._keep_near(ids, records)
 
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Fetch blocks from the nearest tiers that hold them, and keep copies near."""
         with self._lock:
-            unknown = [chunk_id for chunk_id in ids if chunk_id not in self._ids]
-            if unknown or self._codec is None or self._whole is None:
-                raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
+            codec, whole = self._holding(ids)
             found: dict[int, torch.Tensor] = {}
             far = list(dict.fromkeys(ids))
             for tier in self._near:
                 here = [chunk_id for chunk_id in far if chunk_id in tier]
                 found.update(zip(here, tier.get(here), strict=True))
                 far = [chunk_id for chunk_id in far if chunk_id not in found]
-            found.update(zip(far, self._whole.get(far), strict=True))
-            target = self._codec.layout.device
+            found.update(zip(far, whole.get(far), strict=True))
+            target = codec.layout.device
             records = {chunk_id: record.to(target, non_blocking=True) for chunk_id, record in found.items()}
             if self._near:
                 fresh = [chunk_id for chunk_id in records if chunk_id not in self._near[0]]
                 if fresh:
                     self._keep_near(fresh, stack([records[chunk_id] for chunk_id in fresh]))
-        return self._codec.decode(stack([records[chunk_id] for chunk_id in ids]))
+        return codec.decode(stack([records[chunk_id] for chunk_id in ids]))
 
     def remove(self, ids: Sequence[int]) -> None:
         """Forget blocks in every tier."""
-        unknown = [chunk_id for chunk_id in ids if chunk_id not in self._ids]
-        if unknown or self._whole is None:
-            raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
         with self._lock:
-            for tier in (*self._near, self._whole):
-                tier.remove(ids)
+            _, whole = self._holding(ids)
+            for tier in (*self._near, whole):
+                tier.remove(list(dict.fromkeys(ids)))
             self._ids.difference_update(ids)
 
     def clear(self) -> None:
@@ -222,12 +232,14 @@ class TieredStore(KeyValueStore):
     def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, _Tier]:
         """Make the tiers for the first block's layout."""
         if self._codec is not None and self._whole is not None:
+            self._codec.layout.require_same(layout)
             return self._codec, self._whole
+        self.check_device(layout.device)
         codec = make_codec(layout, self._dtype)
         tiers: list[_Tier] = []
         if self._has_device:
             tiers.append(_MemoryTier(self._device, layout.device, pinned=False))
-        if self._has_host and not (tiers and layout.device.type == "cpu"):
+        if self._has_host:
             tiers.append(_MemoryTier(self._host, torch.device("cpu"), pinned=layout.device.type == "cuda"))
         if self._disk is not None:
             tiers.append(_DiskTier(self._disk_budget, self._disk, codec.nbytes))
@@ -235,6 +247,12 @@ class TieredStore(KeyValueStore):
         self._near = [tier for tier in near if isinstance(tier, _MemoryTier)]
         self._codec = codec
         return codec, self._whole
+
+    def _holding(self, ids: Sequence[int]) -> tuple[BlockCodec, _Tier]:
+        unknown = [chunk_id for chunk_id in ids if chunk_id not in self._ids]
+        if unknown or self._codec is None or self._whole is None:
+            raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
+        return self._codec, self._whole
 
     def _keep_near(self, ids: Sequence[int], records: torch.Tensor) -> None:
         for tier in self._near:

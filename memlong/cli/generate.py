@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +21,14 @@ def generate(
     context: Annotated[
         list[Path] | None, typer.Option(help="UTF-8 text file to read first; may be repeated.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     sample: Annotated[bool, typer.Option(help="Sample, instead of the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of sampling: share of probability to choose from.")] = 1.0,
-    beams: Annotated[int, typer.Option(help="Beams of beam search; 1 is none.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling  [default: 1]")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Of sampling: share of probability to choose from  [default: 1]")
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1 is none.")] = 1,
     backend: options.Backend = "torch",
     backend_option: options.BackendOption = None,
     retriever: options.RetrieverName = "sentence-transformers",
@@ -36,11 +39,11 @@ def generate(
     neighbours: options.Neighbours = 0,
     local_window: options.LocalWindow = 1024,
     segment_size: options.SegmentSize = 256,
-    position_mode: options.PositionMode = "zero",
+    position_mode: options.PositionMode = "before-window",
     retrieve_every: options.RetrieveEvery = None,
     dtype: options.Dtype = "bfloat16",
     device: options.Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of sampling, and of random retrieval.")] = 0,
+    seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
     """Read texts of any length into a memory, then continue a prompt; the answer appears as it is made.
@@ -53,9 +56,8 @@ def generate(
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
     import torch
-    from transformers import TextStreamer
 
-    from memlong.decoder import MemoryDecoder, load_model
+    from memlong.decoder import MemoryDecoder, load_model, text_streamer
     from memlong.evaluation import read_text, tokenize
 
     texts = [read_text(path) for path in context or []]
@@ -74,13 +76,14 @@ def generate(
         position_mode=position_mode,
         retrieve_every=retrieve_every,
     )
+    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample}
+    for name, value, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
+        if value is not None:
+            said[name] = _sampling(name, value, most, sample=sample)
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     question = _prompt(tokenizer, prompt, chat=chat)
-    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample}
-    if sample:
-        said |= {"temperature": temperature, "top_p": top_p}
     if not output.is_stdout and beams == 1:
-        said["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        said["streamer"] = text_streamer(tokenizer)
     torch.manual_seed(seed)
     with MemoryDecoder(language_model, tokenizer, config) as decoder:
         read = 0
@@ -109,6 +112,17 @@ def generate(
     }
     if output.write(result) and beams > 1:
         typer.echo(answer)
+
+
+def _sampling(name: str, value: float, most: float, *, sample: bool) -> float:
+    option = f"--{name.replace('_', '-')}"
+    if not sample:
+        raise InvalidArgumentError(f"{option} is for sampling: add --sample, or leave it out")
+    if not 0 < value <= most or value == math.inf:
+        raise InvalidArgumentError(
+            f"{option} is {value}; expected a number above 0" + (f", at most {most:g}" if most == 1 else "")
+        )
+    return value
 
 
 def _prompt(tokenizer: Any, prompt: str, *, chat: bool) -> Any:

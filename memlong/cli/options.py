@@ -45,7 +45,14 @@ QueryTokens = Annotated[
 ]
 Neighbours = Annotated[int, typer.Option(help="Chunks after a hit that come along, within top-k.")]
 MinScore = Annotated[float | None, typer.Option(help="Chunks that score less are not attended to.")]
-PositionMode = Annotated[str, typer.Option(help="'zero', 'before-window' or 'original'.")]
+PositionMode = Annotated[
+    str, typer.Option(help="Retrieved keys stand at 'zero', 'overlaid', 'before-window' or 'original'.")
+]
+MemoryTokens = Annotated[
+    int | None, typer.Option(help="Tokens retrieved for a segment, at most, instead of top-k.")
+]
+ChunkOrder = Annotated[str, typer.Option(help="Retrieved chunks stand by 'position' or by 'score'.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")]
 RetrieveEvery = Annotated[
     int | None, typer.Option(help="Tokens generated between retrievals  [default: half a chunk]")
 ]
@@ -75,10 +82,16 @@ def memory_config(
     from memlong.decoder import MemoryConfig
 
     if backend == "none":
-        for option, given in (("--backend-option", backend_option), ("--store", store)):
+        memory = {
+            "--backend-option": backend_option,
+            "--retriever-option": retriever_option,
+            "--store": store,
+        }
+        memory["--neighbours"] = settings.get("neighbours")
+        for option, given in memory.items():
             if given:
                 raise InvalidArgumentError(f"{option} goes with a backend, and --backend is 'none'")
-    retriever_options = key_values("--retriever-option", retriever_option or [])
+    retriever_options = key_values("--retriever-option", retriever_option or [], example="dim=1024")
     if retriever == "random":
         retriever_options.setdefault("seed", seed)
     return MemoryConfig(
@@ -86,6 +99,6 @@ def memory_config(
         backend_options=key_values("--backend-option", backend_option or []),
         retriever=retriever,
         retriever_options=retriever_options,
-        store=key_values("--store", store or []),
+        store=key_values("--store", store or [], example="host=1GB", as_text={"disk", "dtype"}),
         **settings,
     )

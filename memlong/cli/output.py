@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memlong.cli.values import writable
+from memlong.errors import InvalidArgumentError
 
 _STYLES = {
     "available": "green",
@@ -59,7 +60,13 @@ class JsonOutput:
         if self.is_stdout:
             print_json(data)
         elif self._path is not None:
-            self._path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            try:
+                self._path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                print_json(data)
+                raise InvalidArgumentError(
+                    f"{str(self._path)!r} cannot be written: {error.strerror}; the result is printed instead"
+                ) from error
         return not self.is_stdout
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,8 +14,21 @@ from memlong.errors import InvalidArgumentError
 Number = TypeVar("Number", int, float)
 
 
-def key_values(option: str, given: Iterable[str]) -> dict[str, object]:
+def key_values(
+    option: str, given: Iterable[str], *, example: str = "index=HNSW32", as_text: Container[str] = ()
+) -> dict[str, object]:
     """Turn ``K=V`` texts into a dictionary; numbers, true, false and null become such, all else stays text.
+
+    Parameters
+    ----------
+    option
+        Its name, for messages.
+    given
+        What the user wrote.
+    example
+        A good value, for messages.
+    as_text
+        Keys whose values are text, whatever they look like.
 
     Raises
     ------
@@ -26,14 +41,14 @@ def key_values(option: str, given: Iterable[str]) -> dict[str, object]:
         key = key.strip().replace("-", "_")
         if not equals or not key:
             raise InvalidArgumentError(
-                f"{option} {text!r} is not of the form K=V, such as {option} index=HNSW32"
+                f"{option} {text!r} is not of the form K=V, such as {option} {example}"
             )
         if key in found:
             raise InvalidArgumentError(f"{option} gives {key!r} twice; give it once")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
+        found[key] = value
+        if key not in as_text:
+            with suppress(json.JSONDecodeError):
+                found[key] = json.loads(value)
     return found
 
 
@@ -67,10 +82,8 @@ def writable(path: Path) -> Path:
         raise InvalidArgumentError(
             f"the folder {str(path.parent)!r} of {path.name!r} does not exist: mkdir -p {path.parent}"
         )
-    try:
-        path.open("a").close()
-    except OSError as error:
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise InvalidArgumentError(
-            f"{str(path)!r} cannot be written: {error.strerror}; name another file"
-        ) from error
+            f"{str(path)!r} may not be written: name another file, or change its rights"
+        )
     return path

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memlong.decoder.config import MemoryConfig
     from memlong.decoder.decoder import MemoryDecoder
+    from memlong.decoder.generation import text_streamer
     from memlong.decoder.loading import load_model
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
@@ -22,6 +23,7 @@ _HOMES = {
     "Segment": "memlong.decoder.streams",
     "create_retriever": "memlong.decoder.retrievers.create",
     "load_model": "memlong.decoder.loading",
+    "text_streamer": "memlong.decoder.generation",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Segment",
     "create_retriever",
     "load_model",
+    "text_streamer",
 ]
 
 

@@ -158,6 +158,18 @@ def check_free(model: PreTrainedModel) -> None:
 
 
 @contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode, and every module back into its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put the slot on the modules, and leave them as they were."""
     modules = tuple(modules)

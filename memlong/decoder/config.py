@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal, get_args
 
 from memlong.errors import InvalidArgumentError
@@ -11,6 +12,20 @@ from memlong.errors import InvalidArgumentError
 KvSource = Literal["layer"]
 ChunkOrder = Literal["position", "score"]
 PositionMode = Literal["zero", "overlaid", "before-window", "original"]
+
+_KINDS: dict[str, Any] = {
+    "backend": str | None,
+    "backend_options": Mapping,
+    "retriever": str,
+    "retriever_options": Mapping,
+    "retrieval_layers": str,
+    "store": Mapping,
+}
+_EXPECTED: dict[Any, str] = {
+    str: "text",
+    str | None: "a backend's name, or None for the plain window",
+    Mapping: "a mapping from option to value",
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,12 @@ class MemoryConfig:
         _check_choice("position_mode", self.position_mode, get_args(PositionMode))
         _check_choice("kv_source", self.kv_source, get_args(KvSource))
         _check_choice("chunk_order", self.chunk_order, get_args(ChunkOrder))
-        if self.min_score is not None and not isinstance(self.min_score, int | float):
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}; expected {_EXPECTED[kind]}.")
+        if self.min_score is not None and not (
+            type(self.min_score) in (int, float) and isfinite(self.min_score)
+        ):
             raise InvalidArgumentError(f"min_score is {self.min_score!r}; expected a number.")
         if self.memory_tokens is not None and self.memory_tokens < self.chunk_size:
             raise InvalidArgumentError(

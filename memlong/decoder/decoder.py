@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlong.bank import MemoryBank, TieredStore
-from memlong.decoder.attention import AttentionSlot, check_free, installed, replaced_attention
+from memlong.bank import ChunkLayout, MemoryBank, TieredStore
+from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
+from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
 from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options
 from memlong.decoder.placement import check_positions, check_sight
@@ -62,6 +63,10 @@ class MemoryDecoder:
 
     Notes
     -----
+    While it is attached, the model is in evaluation mode. A decoder serves one thread at a time; several decoders, each
+    with a model of its own, may work in threads of their own. Where a call ends in an error or an interrupt,
+    :attr:`tokens_read` tells how far it came; going on from there loses nothing.
+
     The method is MemLong's (arXiv 2408.16967), with K-V of each layer's own (training-free) and attention sinks
     (arXiv 2309.17453).
     """
@@ -77,7 +82,13 @@ class MemoryDecoder:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.config = config or MemoryConfig()
+        self.config = MemoryConfig() if config is None else config
+        if not isinstance(self.config, MemoryConfig):
+            raise InvalidArgumentError(f"config is {config!r}; expected a MemoryConfig.")
+        if retriever is not None and not isinstance(retriever, Retriever):
+            raise InvalidArgumentError(
+                f"retriever is {retriever!r}; expected a Retriever. Its name goes into the MemoryConfig."
+            )
         self._layout = probe(model)
         check_positions(self.config, self._layout)
         self.retrieval_layers = parse_layers(
@@ -90,7 +101,7 @@ class MemoryDecoder:
             self._registry.load_backend_class(self.config.backend)  # say now what cannot be had
             if self.config.store:
                 check_store_options("store", TieredStore, self.config.store)
-                TieredStore(**self.config.store)
+                TieredStore(**self.config.store).check_device(model.device)
             if retriever is None:
                 self.retriever = create_retriever(
                     self.config.retriever, model, tokenizer, self.config.retriever_options, self._registry
@@ -103,6 +114,7 @@ class MemoryDecoder:
     def __enter__(self) -> Self:
         check_free(self.model)
         with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
             stack.enter_context(installed(self._slot, self._layout.modules))
             stack.enter_context(replaced_attention(self.model))
             self._attached = stack.pop_all()
@@ -127,10 +139,16 @@ class MemoryDecoder:
         return self._streams.nbytes if self._streams else 0
 
     @property
-    def block_shape(self) -> tuple[int, int, int, int]:
-        """Shape of a chunk's keys: (layers, kv_heads, chunk_size, head_dim)."""
+    def tokens_read(self) -> tuple[int, ...]:
+        """How many tokens each row's stream has read."""
+        return tuple(row.seen for row in self._streams.rows) if self._streams else ()
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Shape (layers, kv_heads, chunk_size, head_dim), dtype and device of a chunk's keys and of its values."""
         layer = self._layout.layers[0]
-        return (len(self.retrieval_layers), layer.kv_heads, self.config.chunk_size, layer.head_dim)
+        shape = (len(self.retrieval_layers), layer.kv_heads, self.config.chunk_size, layer.head_dim)
+        return ChunkLayout(shape, self.model.dtype, self.model.device)
 
     def reset(self, banks: Sequence[MemoryBank] | None = None) -> None:
         """Begin new streams, with empty windows.
@@ -148,7 +166,8 @@ class MemoryDecoder:
         """
         self._given_banks = None if banks is None else self._checked(banks)
         self._streams: Streams | None = None
-        self._turn: tuple[StreamCache, list[int]] | None = None
+        self._call = object()  # the latest call that reads; those before it have ended
+        self._turn: tuple[StreamCache, tuple[int, ...]] | None = None
 
     def use_banks(self, banks: Sequence[MemoryBank]) -> None:
         """Let the streams go on with other banks, from the next retrieval; their windows stay.
@@ -205,8 +224,11 @@ class MemoryDecoder:
         MemlongError
             If the decoder is not attached, or was reset while this call was under way.
         """
+        if logits not in ("all", "last"):
+            raise InvalidArgumentError(f"logits is {logits!r}; expected 'all' or 'last'.")
         pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
         self._streams = self._streams_for(len(pending))
+        self._call = object()
         return self._segments(self._streams, pending, 0 if logits == "all" else 1)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -251,7 +273,8 @@ class MemoryDecoder:
             [rows, tokens]; 0 where padded, on the left.
         remember
             Whether the streams go on from the prompt and its answer (of several, the first returned), or from
-            where they are now, so that the next prompt does not know of this one.
+            where they are now, so that the next prompt does not know of this one. A long text is better given to
+            :meth:`read` first: what a prompt adds to memory without being remembered stays on the device.
         past_key_values
             What an earlier call returned in its dict: then ``input_ids`` is the whole conversation, as transformers has
             it, and only what is new is read.
@@ -267,13 +290,14 @@ class MemoryDecoder:
         Raises
         ------
         InvalidArgumentError
-            If shapes, token ids or the number of rows are wrong, or an option does not go with a memory. After an error
-            or an interrupt the streams have read the prompt, or as much of it as they came to.
+            If shapes, token ids or the number of rows are wrong, or an option does not go with a memory. Nothing is
+            read before transformers has accepted the options.
         MemlongError
             If the decoder is not attached.
         """
         self._check_attached()
-        check_options(options)
+        check_options(self.model, options)
+        token_lists(input_ids, attention_mask, self._layout.vocabulary)  # before anything is cut
         known = 0 if past_key_values is None else self._columns_of(past_key_values)
         new_mask = None if attention_mask is None else attention_mask[:, known:]
         prompt = token_lists(input_ids[:, known:], new_mask, self._layout.vocabulary)
@@ -283,13 +307,15 @@ class MemoryDecoder:
                 "padding on the left: tokenizer.padding_side = 'left'."
             )
         streams = self._streams_for(len(prompt))
-        if remember:
-            self._streams = streams
-        else:
+        if not remember:
             streams = streams.fork(range(len(prompt)))
-        for _ in streams.read(prompt, self._slot, 1):
-            pass
-        speaker = Speaker(streams, self._slot, input_ids.shape[1], self.config)
+
+        def read_prompt() -> None:  # when the options have been found good
+            if remember:
+                self._streams, self._call = streams, object()
+            streams.finish(prompt, self._slot)
+
+        speaker = Speaker(streams, self._slot, read_prompt, input_ids.shape[1], self.config)
         with speaker.attached(self.model):
             plain: Any = type(self.model)
             output = plain.generate(
@@ -302,11 +328,11 @@ class MemoryDecoder:
         if remember:
             # Read as any text is: what the streams hold must not depend on beams, or on the rows beside them.
             sequences = output if isinstance(output, Tensor) else output.sequences
-            answers = answers_of(self.model, sequences, input_ids.shape[1], len(prompt), options)
-            for _ in streams.read(answers, self._slot, 1):
-                pass
+            streams.finish(
+                answers_of(self.model, sequences, input_ids.shape[1], len(prompt), options), self._slot
+            )
             speaker.cache.columns = sequences.shape[1]
-            self._turn = (speaker.cache, [row.seen for row in streams.rows])
+            self._turn = (speaker.cache, self.tokens_read)
         return output
 
     @contextmanager
@@ -315,24 +341,29 @@ class MemoryDecoder:
 
         Every call knows what was read in before, and nothing of another call (``remember=False``).
         """
+        before = vars(self.model).get("generate")
 
-        def generate(inputs: Tensor | None = None, **options: Any) -> Any:
+        def generate(inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Any:
             input_ids = options.pop("input_ids", inputs)
-            return self.generate(input_ids, remember=False, **options)
+            return self.generate(input_ids, remember=False, generation_config=generation_config, **options)
 
         setattr(self.model, "generate", generate)  # noqa: B010 - seen by mypy as a submodule
         try:
             yield
         finally:
-            del self.model.generate
+            if before is None:
+                del self.model.generate
+            else:
+                setattr(self.model, "generate", before)  # noqa: B010
 
     def _segments(self, streams: Streams, pending: list[list[int]], logits_to_keep: int) -> Iterator[Segment]:
-        segments = streams.read(pending, self._slot, logits_to_keep)
+        segments, call = streams.read(pending, self._slot, logits_to_keep), self._call
         while True:
             self._check_attached()
-            if streams is not self._streams:
+            if call is not self._call:
                 raise MemlongError(
-                    "The streams of this call have ended, by reset() or generate(): call stream() again."
+                    "This call of stream() has ended: reset(), generate() or another stream() came before its last "
+                    "segment. What it had not read yet is not in the stream."
                 )
             segment = next(segments, None)
             if segment is None:
@@ -346,8 +377,7 @@ class MemoryDecoder:
             )
 
     def _columns_of(self, cache: StreamCache) -> int:
-        seen = [row.seen for row in self._streams.rows] if self._streams else []
-        if self._turn is None or self._turn[0] is not cache or self._turn[1] != seen:
+        if self._turn is None or self._turn[0] is not cache or self._turn[1] != self.tokens_read:
             raise InvalidArgumentError(
                 "past_key_values is not what this decoder's latest generate() returned, or the streams have read on "
                 "since: pass only the new text, which the streams continue with, and leave past_key_values out."
@@ -386,20 +416,4 @@ class MemoryDecoder:
             raise InvalidArgumentError(
                 "banks were given, but the configuration has backend=None: name a backend."
             )
-        if len({id(bank) for bank in banks}) < len(banks):
-            raise InvalidArgumentError(
-                "banks holds one bank twice; rows never share a bank: give each its own."
-            )
-        for bank in banks:
-            if (bank.dim, bank.metric) != (self.retriever.dim, self.retriever.metric):
-                raise InvalidArgumentError(
-                    f"banks holds a bank of dim {bank.dim} and metric {bank.metric!r}, but the retriever "
-                    f"{type(self.retriever).__name__} embeds in dim {self.retriever.dim} for metric "
-                    f"{self.retriever.metric!r}: make the bank with those, or use the retriever it was made for."
-                )
-            if bank.block_shape not in (None, self.block_shape):
-                raise InvalidArgumentError(
-                    f"banks holds a bank of blocks {bank.block_shape}, but this decoder's (layers, K-V heads, "
-                    f"chunk_size, head width) are {self.block_shape}: use the model and settings it was filled with."
-                )
-        return tuple(banks)
+        return check_banks(banks, self.retriever, self.layout)

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel, TextStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.decoder.attention import AttentionSlot
@@ -60,9 +60,11 @@ class Speaker:
     Parameters
     ----------
     streams
-        They have read the prompt.
+        What the turn goes on from.
     slot
         Where the model's attention looks for memory.
+    read_prompt
+        Lets the streams read the prompt; called once transformers has accepted all options.
     columns
         Columns of the prompt as generate() gets it.
     config
@@ -73,11 +75,13 @@ class Speaker:
         self,
         streams: Streams,
         slot: AttentionSlot,
+        read_prompt: Callable[[], None],
         columns: int,
         config: MemoryConfig,
     ) -> None:
         self._streams = streams
         self._slot = slot
+        self._read_prompt = read_prompt
         self._every = config.retrieval_interval
         self._query_length = config.query_tokens or config.retrieval_interval
         self._draft: Streams | None = None
@@ -115,6 +119,7 @@ class Speaker:
 
     def _begin(self, wanted: int) -> Tensor:
         """Read the end of the prompt again, with the memory that it calls for, and fork into ``wanted`` rows."""
+        self._read_prompt()
         rows = range(len(self._streams.rows))
         draft = self._streams.fork(rows)
         for row in draft.rows:
@@ -133,7 +138,12 @@ class Speaker:
             self._draft = self._draft.fork(rows)
 
 
-def check_options(options: dict[str, Any]) -> None:
+def text_streamer(tokenizer: Any) -> TextStreamer:
+    """Return a streamer for generate() that prints the answer as it is made."""
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """Refuse what generate() can do only with a cache of its own.
 
     Raises
@@ -142,8 +152,11 @@ def check_options(options: dict[str, Any]) -> None:
         Naming the option and the reason.
     """
     config = options.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise InvalidArgumentError(f"generation_config is {config!r}; expected a GenerationConfig.")
     for name, reason in _REFUSED.items():
-        if options.get(name) or getattr(config, name, None):
+        value = _setting(model, options, name)
+        if isinstance(value, Tensor) or value:
             raise InvalidArgumentError(
                 f"{name} does not go with a memory: {reason}. Leave it out, or generate with the model itself, outside "
                 "`with decoder:`."
@@ -156,6 +169,7 @@ def answers_of(
     """Return what each row said: of its first sequence, the tokens after ``columns``, without padding."""
     per_row = sequences.shape[0] // rows
     ends = _setting(model, options, "eos_token_id")
+    ends = ends.flatten().tolist() if isinstance(ends, Tensor) else ends
     stops = {ends} if isinstance(ends, int) else set(ends or ())
     padding = _setting(model, options, "pad_token_id")
     answers = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,8 +132,11 @@ class _without_progress:  # noqa: N801 - reads as a statement
         self._bars = logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        self._aside = contextlib.redirect_stderr(io.StringIO())  # some bars heed no setting
+        self._aside.__enter__()
 
     def __exit__(self, *_: object) -> None:
+        self._aside.__exit__(None, None, None)
         logging.set_verbosity(self._verbosity)
         if self._bars:
             logging.enable_progress_bar()

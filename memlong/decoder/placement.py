@@ -70,10 +70,12 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
     limit = model.max_positions
     if config.position_mode == "original" or limit is None or config.position_span <= limit:
         return
+    advice = (
+        "" if config.position_mode == "zero" else ", or top_k and chunk_size, or use position_mode='zero'"
+    )
     raise InvalidArgumentError(
         f"These settings need {config.position_span} positions (sink tokens, room for memory, local_window "
-        f"{config.local_window}), but the model was trained on {limit}. Lower local_window, or top_k and "
-        "chunk_size, or use position_mode='zero'."
+        f"{config.local_window}), but the model was trained on {limit}. Lower local_window{advice}."
     )
 
 

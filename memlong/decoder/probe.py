@@ -81,15 +81,9 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         raise _unsupported(model, f"it has layers of type {', '.join(sorted(odd))}")
     attention.check_free(model)
     max_positions = _trained_positions(config)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with attention.replaced_attention(model):
-            first = _SingleTokenPass.run(model, 1)
-            second = _SingleTokenPass.run(model, min(_FAR, (max_positions or _FAR + 1) - 1))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with attention.evaluating(model), attention.replaced_attention(model):
+        first = _SingleTokenPass.run(model, 1)
+        second = _SingleTokenPass.run(model, min(_FAR, (max_positions or _FAR + 1) - 1))
     count = len(first.layers)
     if not count or sorted(first.layers) != list(range(count)):
         raise _unsupported(model, "not all of its attention goes through transformers' AttentionInterface")

@@ -52,33 +52,48 @@ def recall(
 
     The memory is None if nothing was found that is near enough.
     """
+    most = min(config.retrieved_chunks, len(bank))
     if config.neighbours:
-        return _recall_with_neighbours(bank, query, config)
-    found = bank.retrieve(query[None], config.retrieved_chunks)
+        return _recall_with_neighbours(bank, query, most, config)
+    found = bank.retrieve(query[None], most)
     retrieval = _retrieval(query, found)
     near = _near(retrieval, config)
     if not near:
         return retrieval, None
-    return retrieval, _memory(found.keys[0, :near], found.values[0, :near], found.spans[0, :near], config)
+    # Chunks leave the window in the order of the text, so that is the order of ids.
+    order = torch.arange(near).flip(0) if config.chunk_order == "score" else retrieval.ids[:near].argsort()
+    keys, values = (
+        _in_line(states[0].index_select(0, order.to(states.device))) for states in (found.keys, found.values)
+    )
+    return retrieval, RowMemory(keys, values, found.spans[0, order])
 
 
 def _recall_with_neighbours(
-    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
+    bank: MemoryBank | Draft, query: Tensor, most: int, config: MemoryConfig
 ) -> tuple[Retrieval, RowMemory | None]:
-    retrieval = _retrieval(query, bank.search(query[None], config.retrieved_chunks))
+    retrieval = _retrieval(query, bank.search(query[None], most))
     hits = retrieval.ids[: _near(retrieval, config)].tolist()
-    # Chunks leave the window in the order of the text, so the next id is what follows.
-    wanted = dict.fromkeys(hit + step for hit in hits for step in range(config.neighbours + 1))
-    chunks = bank.fetch(list(wanted)[: config.retrieved_chunks])
-    ends = dict(zip(chunks.ids.tolist(), chunks.spans[:, 1].tolist(), strict=True))
-    kept = [
-        row
-        for row, (chunk_id, start) in enumerate(zip(ends, chunks.spans[:, 0].tolist(), strict=True))
-        if chunk_id in hits or ends.get(chunk_id - 1) == start  # the bank may hold several texts
-    ]
-    if not kept:
+    chosen: list[int] = []
+    for hit in hits:
+        group = [each for each in _with_what_follows(bank, hit, config.neighbours) if each not in chosen]
+        group = group[: most - len(chosen)]
+        chosen = [*group, *chosen]  # the best ends up next to the window
+    if config.chunk_order == "position":
+        chosen.sort()
+    chunks = bank.fetch(chosen)
+    if not len(chunks.ids):
         return retrieval, None
-    return retrieval, _memory(chunks.keys[kept], chunks.values[kept], chunks.spans[kept], config)
+    return retrieval, RowMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans)
+
+
+def _with_what_follows(bank: MemoryBank | Draft, hit: int, count: int) -> list[int]:
+    """The chunk, and up to ``count`` after it in its text; the bank may hold several texts."""
+    ids = list(range(hit, hit + count + 1))
+    spans = bank.spans_of(ids).tolist()
+    whole = 1
+    while whole <= count and spans[whole][0] == spans[whole - 1][1]:
+        whole += 1
+    return ids[:whole]
 
 
 def _retrieval(query: Tensor, found: Retrieved | SearchResult) -> Retrieval:
@@ -93,14 +108,6 @@ def _near(retrieval: Retrieval, config: MemoryConfig) -> int:
     return int((retrieval.scores >= config.min_score).sum())
 
 
-def _memory(keys: Tensor, values: Tensor, spans: Tensor, config: MemoryConfig) -> RowMemory:
-    """Line up chunks that come best first: by place in the text, or the best nearest to the window."""
-    count = len(spans)
-    order = torch.arange(count).flip(0) if config.chunk_order == "score" else spans[:, 0].argsort()
-    return RowMemory(_in_line(keys, order), _in_line(values, order), spans[order])
-
-
-def _in_line(blocks: Tensor, order: Tensor) -> Tensor:
-    """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim], chunks in this order."""
-    chosen = blocks.index_select(0, order.to(blocks.device))
-    return chosen.permute(1, 2, 0, 3, 4).flatten(2, 3)
+def _in_line(blocks: Tensor) -> Tensor:
+    """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim]."""
+    return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)

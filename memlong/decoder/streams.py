@@ -118,6 +118,11 @@ class Streams:
             done = [start + len(new) for start, new in zip(done, upcoming, strict=True)]
             yield segment
 
+    def finish(self, pending: Sequence[Sequence[int]], slot: AttentionSlot) -> None:
+        """Take each row's tokens through the model, for what they leave in the streams alone."""
+        for _ in self.read(pending, slot, 1):
+            pass
+
     @torch.no_grad()
     def advance(
         self,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from memlong.errors import InvalidArgumentError
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[list[int]]:
@@ -29,7 +32,7 @@ def token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
     InvalidArgumentError
         If a shape, a type or a token id is wrong.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in _INTEGERS:
         raise InvalidArgumentError(
             f"input_ids is {_kind(input_ids)}; expected an integer tensor [rows, tokens]."
         )
@@ -41,6 +44,8 @@ def token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
         )
     else:
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    if not rows:
+        raise InvalidArgumentError("input_ids has no rows; expected an integer tensor [rows, tokens].")
     for row in rows:
         if row and not 0 <= min(row) <= max(row) < vocabulary:
             odd = next(token for token in row if not 0 <= token < vocabulary)

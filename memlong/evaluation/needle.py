@@ -107,6 +107,8 @@ def evaluate_needle(
     """
     if trials < 1:
         raise InvalidArgumentError(f"trials is {trials}; expected at least 1.")
+    for length, depth in itertools.product(lengths, depths):  # say now what cannot be
+        passkey_prompt(decoder.tokenizer, length, depth, 10_000, filler)
     numbers = random.Random(seed)  # noqa: S311 - nothing here is secret
     cells = []
     for length, depth in itertools.product(lengths, depths):

@@ -38,6 +38,7 @@ def test_it_finds_what_a_bank_with_all_chunks_finds(metric, below, own):
     fetched, expected = draft.fetch([below + own - 1, 0, 99]), whole.fetch([below + own - 1, 0, 99])
     for name in ("ids", "spans", "keys", "values"):
         assert torch.equal(getattr(fetched, name), getattr(expected, name)), name
+    assert torch.equal(draft.spans_of([below + own - 1, 99]), whole.spans_of([below + own - 1, 99]))
     assert len(draft) == len(whole)
     assert len(bank) == below
 

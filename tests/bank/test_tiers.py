@@ -170,6 +170,32 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, monkeypatch):
     assert torch.equal(bank.fetch([4]).keys, blocks(1, seed=1)[0])
 
 
+def test_an_interrupt_while_copies_are_made_leaves_nothing_behind(tmp_path, monkeypatch):
+    bank = Registry().create_bank("torch", 4, store=TieredStore(host="1MB", disk=tmp_path))
+    bank.add(torch.eye(4)[:1], *blocks(1), [(0, 1)])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TieredStore, "_keep_near", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bank.add(torch.eye(4)[:2], *blocks(2, seed=1), [(1, 2), (2, 3)])
+    monkeypatch.undo()
+    assert len(bank) == len(bank._store) == 1
+    assert bank.add(torch.eye(4)[:1], *blocks(1, seed=2), [(1, 2)]).tolist() == [1]
+    assert torch.equal(bank.fetch([1]).keys, blocks(1, seed=2)[0])
+
+
+def test_a_second_layout_and_an_id_twice_are_refused(tiers):
+    store = TieredStore(**tiers)
+    store.put([0], *blocks(1))
+    with pytest.raises(InvalidArgumentError, match=r"chunk dtype torch.bfloat16, expected torch.float32"):
+        store.put([1], *blocks(1, torch.bfloat16))
+    with pytest.raises(InvalidArgumentError, match="never reused"):
+        store.put([1, 1], *blocks(2))
+    assert len(store) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     file = tmp_path / "file"
     file.touch()
@@ -186,6 +212,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         ({"device": -1}, "device is -1"),
         ({"host": "1XB"}, "host is '1XB'"),
         ({"host": "1GB", "disk_budget": "1GB"}, "no folder: name one with disk"),
+        ({"host": "9" * 400 + "GB"}, "host is '999"),
+        ({"disk": 5}, "disk is 5; expected the path of a folder"),
+        ({"disk": ""}, "disk is ''; expected the path of a folder"),
         (
             {"host": "1GB", "dtype": "int4"},
             "the storage dtype is 'int4'; expected one of bfloat16, float8, int8",

@@ -49,11 +49,27 @@ def test_a_prompt_needs_no_context(run, story):
     assert found["reading_tokens_per_second"] is None
 
 
+@pytest.mark.parametrize("changes", [{"max_new_tokens": 0}, {"beams": 0}, {"seed": 2**70}, {"seed": -1}])
+def test_numbers_out_of_range_are_a_matter_of_usage(run, changes):
+    result = run(**changes)
+    assert result.exit_code == 2
+    assert "Invalid value for" in result.output
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"context": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
         ({"prompt": ""}, InvalidArgumentError, "--prompt is empty"),
+        ({"temperature": 0.5}, InvalidArgumentError, "--temperature is for sampling: add --sample"),
+        (
+            {"sample": True, "temperature": 0},
+            InvalidArgumentError,
+            "--temperature is 0.0; expected a number above 0",
+        ),
+        ({"sample": True, "top_p": 5}, InvalidArgumentError, "--top-p is 5.0; .* at most 1"),
+        ({"backend_option": "store=5"}, InvalidArgumentError, "store must be a KeyValueStore, got 5"),
+        ({"store": "disk"}, InvalidArgumentError, "such as --store host=1GB"),
         ({"chat": True}, InvalidArgumentError, "--chat needs a model with a chat template"),
         (
             {"retrieve_every": 9},

@@ -80,7 +80,9 @@ def test_the_one_who_knows_is_found_right(monkeypatch):
         ({"lengths": "100,many"}, "--lengths is '100,many'; expected numbers"),
         ({"depths": "2"}, "depth is 2.0; expected a number from 0 to 1"),
         ({"lengths": "20"}, "length is 20, but opening, pass key and question alone take"),
-        ({"trials": 0}, "trials is 0"),
+        ({"lengths": "80,10"}, "length is 10, but"),
+        ({"plot": "out.foo"}, "expected a file that ends in .png, .svg or .pdf"),
+        ({"plot": "out.png", "json": "out.png"}, "--plot and --json both name 'out.png'"),
         ({"plot": "/no/such/folder/a.png"}, "mkdir -p /no/such/folder"),
     ],
 )

@@ -61,6 +61,18 @@ def test_where_keys_and_values_are_kept_makes_no_difference(run, tmp_path):
     assert tiers["store"] == {"disk": str(tmp_path), "host": "1MB"}
 
 
+def test_a_result_that_cannot_be_written_is_printed(run):
+    result = run(json="/dev/full")
+    assert isinstance(result.exception, InvalidArgumentError), result.output
+    assert "the result is printed instead" in str(result.exception)
+    assert json.loads(result.stdout)["backend"] == "torch"
+
+
+def test_a_run_that_fails_leaves_no_file(run, tmp_path):
+    run(model="no-such-model", json=tmp_path / "left.json")
+    assert not (tmp_path / "left.json").exists()
+
+
 def test_without_memory_the_fields_about_it_are_null(run):
     result = run(backend="none", json="-")
     found = json.loads(result.stdout)
@@ -94,7 +106,6 @@ def test_the_seed_chooses_the_random_chunks(run):
         ({"max_tokens": 5}, InvalidTextError, r"5 tokens, fewer than one segment \(8\)"),
         ({"top_k": 0}, InvalidArgumentError, "top_k is 0"),
         ({"long_range_distance": -3}, InvalidArgumentError, "long_range_distance is -3"),
-        ({"retriever": "random", "seed": -1}, InvalidArgumentError, "seed must be an int >= 0"),
         (
             {"backend": "none", "backend_option": "index=Flat"},
             InvalidArgumentError,

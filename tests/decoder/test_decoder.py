@@ -94,8 +94,8 @@ def test_the_bank_can_be_exchanged_in_mid_stream(llama, small, text):
         assert decoder.banks == other
         decoder.read(text(16, seed=2))
         assert len(other[0]) == held + 4
-        with pytest.raises(InvalidArgumentError, match="holds 0 banks for 1 rows"):
-            decoder.use_banks([])
+        with pytest.raises(InvalidArgumentError, match="holds 2 banks for 1 rows"):
+            decoder.use_banks([other[0], create_bank("torch", other[0].dim)])
 
 
 def test_what_attention_works_on_is_bounded(llama, small, text):
@@ -157,7 +157,7 @@ def test_what_the_bank_forgets_is_attended_to_no_more(llama, small, text):
 
 def test_streaming_detached_says_how_to_attach(llama, small, text):
     decoder = MemoryDecoder(llama, None, small())
-    with pytest.raises(MemlongError, match="stream inside `with decoder:`"):
+    with pytest.raises(MemlongError, match="inside `with decoder:`"):
         decoder.read(text(20))
 
 
@@ -167,6 +167,12 @@ def test_wrong_tensors_are_named(llama, small, text):
             decoder.stream(torch.arange(5))
         with pytest.raises(InvalidArgumentError, match="input_ids is list"):
             decoder.stream([[1, 2]])
+        with pytest.raises(InvalidArgumentError, match="input_ids has no rows"):
+            decoder.read(torch.ones(0, 3, dtype=torch.long))
+        with pytest.raises(InvalidArgumentError, match="expected an integer tensor"):
+            decoder.read(torch.ones(1, 3, dtype=torch.bool))
+        with pytest.raises(InvalidArgumentError, match="logits is 'first'"):
+            decoder.stream(text(5), logits="first")
         with pytest.raises(InvalidArgumentError, match=r"attention_mask is \(1, 4\)"):
             decoder.stream(text(5), torch.ones(1, 4))
         with pytest.raises(InvalidArgumentError, match="attention_mask is ndarray"):
@@ -183,6 +189,17 @@ def test_wrong_tensors_are_named(llama, small, text):
         decoder.read(text(20, rows=2))
         with pytest.raises(InvalidArgumentError, match="has 3 rows, but the streams so far have 2"):
             decoder.read(text(20, rows=3))
+
+
+def test_what_is_no_configuration_or_retriever_is_refused(llama, small):
+    with pytest.raises(InvalidArgumentError, match=r"config is \{\}; expected a MemoryConfig"):
+        MemoryDecoder(llama, None, {})
+    with pytest.raises(InvalidArgumentError, match="retriever is 'lm'; expected a Retriever"):
+        MemoryDecoder(llama, None, small(), retriever="lm")
+    with pytest.raises(InvalidArgumentError, match="tokenizer is None, but the retriever"):
+        MemoryDecoder(llama, None, small(retriever="sentence-transformers"))
+    with pytest.raises(InvalidArgumentError, match="where they are one memory; name one"):
+        MemoryDecoder(llama, None, small(store={"device": "1MB", "host": "1MB"}))
 
 
 def test_an_unknown_backend_is_answered_with_what_was_meant(llama, small):
@@ -208,8 +225,27 @@ def test_a_bank_of_other_blocks_is_refused(llama, small, text, change):
         decoder.read(text(100))
         banks = decoder.banks
     other = MemoryDecoder(llama, None, small(**change))
-    with pytest.raises(InvalidArgumentError, match=r"bank of blocks \(4, 2, 4, 12\), but this decoder's"):
+    with pytest.raises(InvalidArgumentError, match=r"blocks of shape \(4, 2, 4, 12\), but this decoder's"):
         other.reset(banks)
+
+
+def test_a_bank_of_another_dtype_is_refused(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(100))
+        banks = decoder.banks
+    other = MemoryDecoder(llama.bfloat16(), None, small())
+    with pytest.raises(InvalidArgumentError, match=r"of dtype torch.float32, .* are of dtype torch.bfloat16"):
+        other.reset(banks)
+
+
+@pytest.mark.parametrize("banks", [None, 5, "ab", [], [None]])
+def test_what_is_no_bank_is_refused(llama, small, banks):
+    decoder = MemoryDecoder(llama, None, small())
+    if banks is not None:
+        with pytest.raises(InvalidArgumentError, match=r"banks (is|holds) .*; expected a"):
+            decoder.reset(banks)
+    with pytest.raises(InvalidArgumentError, match=r"banks (is|holds) .*; expected a"):
+        decoder.use_banks(banks)
 
 
 def test_a_bank_without_a_backend_is_refused(llama, small):
@@ -223,8 +259,25 @@ def test_a_reset_ends_the_calls_that_are_under_way(llama, small, text):
         segments = decoder.stream(text(60))
         next(segments)
         decoder.reset()
-        with pytest.raises(MemlongError, match="reset\\(\\) has ended the streams"):
+        with pytest.raises(MemlongError, match="This call of stream\\(\\) has ended"):
             next(segments)
+        for later in (
+            lambda: decoder.generate(text(9), max_new_tokens=2, do_sample=False),
+            lambda: decoder.read(text(9)),
+        ):
+            segments = decoder.stream(text(60))
+            next(segments)
+            later()
+            with pytest.raises(MemlongError, match="This call of stream\\(\\) has ended"):
+                next(segments)
+
+
+def test_attached_the_model_is_in_evaluation_mode(llama, small, text):
+    llama.train()
+    with MemoryDecoder(llama, None, small()) as decoder:
+        assert not llama.training
+        decoder.read(text(50))
+    assert llama.training
 
 
 @pytest.mark.parametrize(("layers", "local_window"), [("all", 40), ("1-3", 60)])
@@ -268,6 +321,11 @@ def test_what_a_broken_retriever_makes_is_refused_and_nothing_is_stored(
         ({"local_window": 300}, "local_window is 300, but it must hold a segment"),
         ({"position_mode": "nowhere"}, "position_mode is 'nowhere'; expected one of 'zero'"),
         ({"kv_source": "shared"}, "kv_source is 'shared'; expected one of 'layer'"),
+        ({"backend": 5}, "backend is 5; expected a backend's name"),
+        ({"retriever": None}, "retriever is None; expected text"),
+        ({"retrieval_layers": [0]}, r"retrieval_layers is \[0\]; expected text"),
+        ({"store": "disk"}, "store is 'disk'; expected a mapping"),
+        ({"min_score": float("nan")}, "min_score is nan; expected a number"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings, message):

@@ -214,6 +214,27 @@ def test_the_pipeline_of_transformers_answers_from_memory(llama, small, text, tm
     assert "generate" not in vars(llama)
 
 
+@pytest.mark.parametrize(
+    "bad", [{"max_new_tokens": 0}, {"max_new_token": 3}, {"temperature": 0.0, "do_sample": True}]
+)
+def test_options_that_transformers_refuses_leave_the_stream_as_it_was(llama, small, text, bad):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(40))
+        with pytest.raises(ValueError, match=r"."):
+            decoder.generate(text(9, seed=1), **bad)
+        assert decoder.tokens_read == (40,)
+
+
+def test_a_models_own_generate_comes_back(llama, small, text):
+    own = llama.generate
+    llama.generate = own
+    with MemoryDecoder(llama, None, small()) as decoder, decoder.replacing_generate():
+        with decoder.replacing_generate():
+            llama.generate(text(5), GenerationConfig(max_new_tokens=2))
+        assert llama.generate is not own
+    assert vars(llama)["generate"] is own
+
+
 def test_an_interrupted_answer_leaves_bank_and_model_as_they_were(llama, small, text):
     class Interrupt(StoppingCriteria):
         def __call__(self, input_ids, scores, **_):
@@ -228,6 +249,7 @@ def test_an_interrupted_answer_leaves_bank_and_model_as_they_were(llama, small, 
             decoder.generate(text(30, seed=1), max_new_tokens=40, stopping_criteria=[Interrupt()])
         assert "forward" not in vars(llama)
         assert set(held) <= set(decoder.banks[0].ids.tolist())
+        assert decoder.tokens_read == (110,)
         assert decoder.generate(text(5, seed=2), max_new_tokens=5).shape == (1, 10)
 
 
@@ -238,6 +260,18 @@ def test_what_does_not_go_with_a_memory_is_refused(llama, small, text):
     with decoder:
         with pytest.raises(InvalidArgumentError, match="prompt_lookup_num_tokens does not go with a memory"):
             decoder.generate(text(5), prompt_lookup_num_tokens=3)
+        llama.generation_config.prompt_lookup_num_tokens = 3
+        with pytest.raises(InvalidArgumentError, match="prompt_lookup_num_tokens does not go with a memory"):
+            decoder.generate(text(5))
+        llama.generation_config.prompt_lookup_num_tokens = None
+        with pytest.raises(InvalidArgumentError, match="inputs_embeds does not go"):
+            decoder.generate(text(5), inputs_embeds=torch.ones(1, 5, 48))
+        with pytest.raises(
+            InvalidArgumentError, match=r"generation_config is .*; expected a GenerationConfig"
+        ):
+            decoder.generate(text(5), generation_config={"max_new_tokens": 3})
+        with pytest.raises(InvalidArgumentError, match="input_ids is list"):
+            decoder.generate([[1, 2]])
         with pytest.raises(InvalidArgumentError, match="output_attentions does not go"):
             decoder.generate(text(5), generation_config=GenerationConfig(output_attentions=True))
         with pytest.raises(InvalidArgumentError, match="padding on the left"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlong import MemoryDecoder
+from memlong import MemoryConfig, MemoryDecoder, create_bank
+from memlong.decoder.recall import recall
 from memlong.decoder.row import Row
 from memlong.errors import InvalidArgumentError
 
@@ -34,6 +35,49 @@ def test_a_hit_brings_the_chunk_that_follows_it(llama, small, text):
         assert starts == sorted(starts)
         for hit, end in hits:
             assert end in starts or hit == max(starts) or end not in stored
+
+
+def ends(bank, query, **settings):
+    """Spans that are attended to for a query."""
+    return recall(bank, query, MemoryConfig(chunk_size=4, **settings))[1].spans.tolist()
+
+
+def two_texts():
+    bank = create_bank("torch", 8)
+    spans = [(start, start + 4) for start in (2, 6, 10, 14, 18, 22, 2, 6, 10)]
+    blocks = torch.randn(9, 1, 1, 4, 2)
+    bank.add(torch.eye(9, 8), blocks, blocks, spans)
+    return bank
+
+
+def test_neighbours_stop_where_a_text_ends():
+    assert ends(two_texts(), torch.eye(8)[5], top_k=3, neighbours=2, min_score=0.5) == [[22, 26]]
+    assert ends(two_texts(), torch.eye(8)[3], top_k=3, neighbours=2, min_score=0.5) == [
+        [14, 18],
+        [18, 22],
+        [22, 26],
+    ]
+
+
+def test_what_neighbours_leave_of_the_budget_goes_to_further_hits():
+    query = torch.tensor([0, 1.0, 0, 0, 0, 2.0, 0, 0])
+    assert ends(two_texts(), query, top_k=3, neighbours=7, min_score=0.1) == [[6, 10], [10, 14], [22, 26]]
+
+
+def test_by_score_a_hit_and_what_follows_it_stay_together():
+    query = torch.tensor([2.0, 0, 0, 0, 1.0, 0, 0, 0])
+    settings = {"top_k": 4, "neighbours": 1, "min_score": 0.1, "chunk_order": "score"}
+    assert ends(two_texts(), query, **settings) == [[18, 22], [22, 26], [2, 6], [6, 10]]
+
+
+def test_texts_in_one_bank_do_not_interleave():
+    query = torch.tensor([1.0, 0, 0, 0, 1.0, 0, 1.0, 1.0])
+    assert ends(two_texts(), query, top_k=4) == [[2, 6], [18, 22], [2, 6], [6, 10]]
+
+
+def test_asking_for_more_than_there_is_costs_nothing_more(llama, small, text):
+    with MemoryDecoder(llama, None, small(top_k=10**9)) as decoder:
+        decoder.read(text(100))
 
 
 def test_a_budget_in_tokens_is_kept(llama, small, text):
@@ -94,8 +138,7 @@ def test_where_keys_and_values_are_kept_makes_no_difference(llama, small, text, 
 
 
 def decoder_bytes(decoder):
-    layers, heads, chunk, width = decoder.block_shape
-    return 2 * layers * heads * chunk * width * 4
+    return decoder.layout.nbytes
 
 
 def test_rows_of_a_batch_have_stores_of_their_own(llama, small, text, tmp_path):

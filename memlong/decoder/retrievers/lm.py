@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
 _HASHES = 8
+_SHARPEST = 8
 
 
 class LanguageModelRetriever(Retriever):
@@ -39,8 +39,10 @@ class LanguageModelRetriever(Retriever):
     def __init__(self, model: Any, tokenizer: Any, *, dim: int = 1024, sharpness: float = 1.0) -> None:
         super().__init__(model, tokenizer)
         self._dim = whole_number("dim", dim, at_least=1)
-        if not isinstance(sharpness, int | float) or not 0 <= sharpness < math.inf:
-            raise InvalidArgumentError(f"sharpness is {sharpness!r}; expected a number of at least 0.")
+        if not isinstance(sharpness, int | float) or not 0 <= sharpness <= _SHARPEST:
+            raise InvalidArgumentError(
+                f"sharpness is {sharpness!r}; expected a number from 0 to {_SHARPEST}."
+            )
         start = getattr(model.config, "bos_token_id", None) or 0
         device = model.get_input_embeddings().weight.device
         with torch.no_grad():

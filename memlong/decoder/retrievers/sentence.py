@@ -56,6 +56,11 @@ class SentenceTransformersRetriever(Retriever):
         chunk_prompt: str = "",
     ) -> None:
         super().__init__(model, tokenizer)
+        if tokenizer is None:
+            raise InvalidArgumentError(
+                f"tokenizer is None, but the retriever {name!r} reads text: give the model's tokenizer, or use the "
+                "retriever 'lm'."
+            )
         self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:

@@ -1,0 +1,43 @@
+"""Whether banks that a user gives can serve as memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memlong.bank import ChunkLayout, MemoryBank
+from memlong.decoder.retrievers.base import Retriever
+from memlong.errors import InvalidArgumentError
+
+
+def check_banks(
+    banks: Sequence[MemoryBank], retriever: Retriever, layout: ChunkLayout
+) -> tuple[MemoryBank, ...]:
+    """Return the banks, one for each row.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If one is no bank or comes twice, or does not fit the retriever's embeddings or the blocks of ``layout``.
+    """
+    if isinstance(banks, str) or not isinstance(banks, Sequence) or not banks:
+        raise InvalidArgumentError(f"banks is {banks!r}; expected a sequence of banks, one for each row.")
+    for bank in banks:
+        if not isinstance(bank, MemoryBank):
+            raise InvalidArgumentError(f"banks holds {bank!r}; expected a MemoryBank for each row.")
+    if len({id(bank) for bank in banks}) < len(banks):
+        raise InvalidArgumentError("banks holds one bank twice; rows never share a bank: give each its own.")
+    for bank in banks:
+        if (bank.dim, bank.metric) != (retriever.dim, retriever.metric):
+            raise InvalidArgumentError(
+                f"banks holds a bank of dim {bank.dim} and metric {bank.metric!r}, but the retriever "
+                f"{type(retriever).__name__} embeds in dim {retriever.dim} for metric {retriever.metric!r}: make the "
+                "bank with those, or use the retriever it was made for."
+            )
+        for what, ours in (("shape", layout.shape), ("dtype", layout.dtype), ("device", layout.device)):
+            theirs = ours if bank.layout is None else getattr(bank.layout, what)
+            if theirs != ours:
+                raise InvalidArgumentError(
+                    f"banks holds a bank of blocks of {what} {theirs}, but this decoder's are of {what} {ours} (a "
+                    "shape is layers, K-V heads, chunk_size, head width): use what it was filled with."
+                )
+    return tuple(banks)
