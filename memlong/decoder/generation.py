@@ -82,9 +82,11 @@ class Speaker:
         self._streams = streams
         self._slot = slot
         self._read_prompt = read_prompt
+        self._segment_size = config.segment_size
         self._every = config.retrieval_interval
         self._query_length = config.query_tokens or config.retrieval_interval
         self._draft: Streams | None = None
+        self._steps = 0
         self.cache = StreamCache(columns, self._reorder)
 
     @contextmanager
@@ -111,6 +113,7 @@ class Speaker:
         if self._draft is None:
             logits = self._begin(input_ids.shape[0])
         else:
+            self._steps += 1
             tokens: list[int] = input_ids[:, -1].tolist()
             logits = self._draft.advance(
                 [[token] for token in tokens], self._slot, 1, retrieve=self._is_due
@@ -124,14 +127,15 @@ class Speaker:
         draft = self._streams.fork(rows)
         for row in draft.rows:
             row.query_length = self._query_length
-        tails = [row.rewind() for row in draft.rows]
+        # With room for what is generated until memory is retrieved again.
+        tails = [row.rewind(max(1, self._segment_size - self._every)) for row in draft.rows]
         logits = draft.advance(tails, self._slot, 1, retrieve=lambda _: True).logits
         copies = wanted // len(rows)
         self._draft = draft if copies == 1 else draft.fork([row for row in rows for _ in range(copies)])
         return logits.repeat_interleave(copies, dim=0)
 
     def _is_due(self, row: Row) -> bool:
-        return row.seen % self._every == 0 or row.begins_segment()
+        return self._steps % self._every == 0 or row.is_full
 
     def _reorder(self, rows: Sequence[int]) -> None:
         if self._draft is not None and list(rows) != list(range(len(rows))):

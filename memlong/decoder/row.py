@@ -75,13 +75,18 @@ class Row:
         self.seen += len(token_ids)
         self._recent = [*self._recent, *token_ids]  # a new list: a fork has the old one
 
-    def rewind(self) -> list[int]:
-        """Take back the latest tokens, a segment's at most, to be read again with memory that they themselves ask for.
+    @property
+    def is_full(self) -> bool:
+        """Whether the local window has no room for another token."""
+        return self.seen - self.first_token >= self.config.local_window
+
+    def rewind(self, most: int) -> list[int]:
+        """Take back the latest tokens, ``most`` at most, to be read again with memory that they themselves ask for.
 
         The next query is the text that ends with them.
         """
         since = self.first_token if self._departed else 0
-        count = min(self.config.segment_size, self.seen - since)
+        count = min(most, self.seen - since)
         self._asked = self.query()
         self.seen -= count
         taken = self._recent[len(self._recent) - count :]

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from memlong import MemoryDecoder
+from memlong.decoder.recall import recall
 from memlong.errors import InvalidArgumentError, MemlongError
 
 
@@ -109,7 +110,7 @@ def test_what_a_call_does_not_remember_leaves_no_trace(llama, small, text):
 
 
 def test_past_key_values_carry_a_conversation_as_in_transformers(llama, small, text):
-    options = {"max_new_tokens": 20, "do_sample": False}
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     with MemoryDecoder(llama, None, small()) as decoder:
         first = decoder.generate(text(50), **options, return_dict_in_generate=True)
         follow = torch.cat([first.sequences, text(7, seed=1)], dim=1)
@@ -180,18 +181,31 @@ def test_streamers_and_stopping_criteria_work(llama, small, text):
 def test_memory_is_refreshed_every_so_many_tokens(llama, small, text, monkeypatch):
     with MemoryDecoder(llama, None, small(retrieve_every=3)) as decoder:
         decoder.read(text(50))
-        bank, seen = decoder.banks[0], []
-        retrieve = bank.retrieve
+        seen = []
 
         def noting(*args):
             seen.append(args)
-            return retrieve(*args)
+            return recall(*args)
 
-        monkeypatch.setattr(bank, "retrieve", noting)
+        monkeypatch.setattr("memlong.decoder.row.recall", noting)
         options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "remember": False}
         decoder.generate(text(4, seed=1), **options)
-    # Tokens 53 to 76 go in: retrieved for at once, at multiples of 3, and where segments of 8 begin.
-    assert len(seen) == len({53, *range(54, 77, 3), 56, 64, 72})
+    # At the end of the prompt, and after every third of the 23 tokens that go in.
+    assert len(seen) == 1 + 23 // 3
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"retrieve_every": 8}, {"retrieve_every": 1}, {"segment_size": 20}, {"segment_size": 1}]
+)
+def test_the_window_never_grows_beyond_its_length(llama, small, text, sizes):
+    widths = []
+    with MemoryDecoder(llama, None, small(**sizes)) as decoder:
+        handle = llama.model.rotary_emb.register_forward_pre_hook(
+            lambda _, args, kwargs: widths.append(int(kwargs["position_ids"].max())), with_kwargs=True
+        )
+        decoder.generate(text(61), max_new_tokens=60, do_sample=False, eos_token_id=None)
+        handle.remove()
+    assert max(widths) < decoder.config.position_span
 
 
 def test_the_pipeline_of_transformers_answers_from_memory(llama, small, text, tmp_path):
@@ -215,7 +229,12 @@ def test_the_pipeline_of_transformers_answers_from_memory(llama, small, text, tm
 
 
 @pytest.mark.parametrize(
-    "bad", [{"max_new_tokens": 0}, {"max_new_token": 3}, {"temperature": 0.0, "do_sample": True}]
+    "bad",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_token": 3},
+        {"temperature": 0.0, "do_sample": True, "max_new_tokens": 3},
+    ],
 )
 def test_options_that_transformers_refuses_leave_the_stream_as_it_was(llama, small, text, bad):
     with MemoryDecoder(llama, None, small()) as decoder:
@@ -246,7 +265,9 @@ def test_an_interrupted_answer_leaves_bank_and_model_as_they_were(llama, small, 
         decoder.read(text(80))
         held = decoder.banks[0].ids.tolist()
         with pytest.raises(KeyboardInterrupt):
-            decoder.generate(text(30, seed=1), max_new_tokens=40, stopping_criteria=[Interrupt()])
+            decoder.generate(
+                text(30, seed=1), max_new_tokens=40, eos_token_id=None, stopping_criteria=[Interrupt()]
+            )
         assert "forward" not in vars(llama)
         assert set(held) <= set(decoder.banks[0].ids.tolist())
         assert decoder.tokens_read == (110,)
