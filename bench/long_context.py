@@ -1,6 +1,6 @@
 """Reading a long text: streaming with memory beside full attention, in time and in memory.
 
-Each measurement runs in a process of its own, so that its peak of resident memory is its own; both read the same
+Each measurement runs in a process of its own, so that its resident memory is its own; both read the same
 tokens, in segments, and predict the next one. The memory's blocks are on disk.
 
     python bench/long_context.py
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import torch
 import typer
 from transformers import DynamicCache
@@ -29,7 +30,7 @@ from memlong import MemoryConfig, MemoryDecoder, load_model
 from memlong.cli.values import numbers
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text, tokenize
-from memlong.evaluation.environment import peak_rss_bytes, versions
+from memlong.evaluation.environment import versions
 
 TEXT = Path(inspect.getfile(typing)).with_name("_pydecimal.py")
 SYSTEMS = ("full attention", "memory")
@@ -37,7 +38,7 @@ SYSTEMS = ("full attention", "memory")
 
 @dataclass(frozen=True)
 class Measured:
-    """One system at one length; memory is what reading took beyond the loaded model."""
+    """One system at one length; the peak is of resident memory, beyond that of the loaded model."""
 
     system: str
     length: int
@@ -104,21 +105,24 @@ def _measure(system: str, length: int, name: str, text: Path, retriever: str, dt
     folder = tempfile.TemporaryDirectory()  # blocks on disk: what is resident is what attention works on
     config = MemoryConfig(retriever=retriever, store={"disk": folder.name})
     decoder = MemoryDecoder(model, tokenizer, config)
-    before = peak_rss_bytes() or 0
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
     started = time.perf_counter()
     if system == "full attention":
         cache = DynamicCache()
         with torch.no_grad():
             for part in input_ids.split(config.segment_size, dim=1):
                 model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                peak = max(peak, process.memory_info().rss)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
     else:
         with decoder:
-            decoder.read(input_ids)
+            for _ in decoder.stream(input_ids, logits="last"):
+                peak = max(peak, process.memory_info().rss)
             held = decoder.device_kv_bytes
     seconds = time.perf_counter() - started
     folder.cleanup()
-    return Measured(system, length, seconds, (peak_rss_bytes() or 0) - before, held)
+    return Measured(system, length, seconds, peak - before, held)
 
 
 def _draw(rows: list[Measured], title: str, path: Path) -> None:
