@@ -9,6 +9,8 @@ tokens, in segments, and predict the next one. The memory's blocks are on disk.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import inspect
 import json
 import platform
@@ -105,6 +107,9 @@ def _measure(system: str, length: int, name: str, text: Path, retriever: str, dt
     folder = tempfile.TemporaryDirectory()  # blocks on disk: what is resident is what attention works on
     config = MemoryConfig(retriever=retriever, store={"disk": folder.name})
     decoder = MemoryDecoder(model, tokenizer, config)
+    gc.collect()
+    if sys.platform == "linux":  # what loading took and gave back is still resident otherwise
+        ctypes.CDLL(None).malloc_trim(0)
     process = psutil.Process()
     before = peak = process.memory_info().rss
     started = time.perf_counter()
