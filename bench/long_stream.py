@@ -35,7 +35,7 @@ from memlong.errors import MemlongError
 from memlong.evaluation import read_text, tokenize
 from memlong.evaluation.environment import versions
 
-SOURCES = ("_pydecimal.py", "turtle.py", "inspect.py", "typing.py", "argparse.py", "tarfile.py", "doctest.py")
+STORY = "_pydecimal.py"
 CHAPTERS, LEAD_IN, PASSAGE = 8192, 2048, 2048
 
 
@@ -78,7 +78,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     language_model, tokenizer = load_model(model, dtype=dtype)
     library = Path(inspect.getfile(typing)).parent
-    files = [library / name for name in SOURCES] if text is None else [text]
+    others = [file for file in sorted(library.glob("*.py")) if file.name != STORY]
+    files = [library / STORY, *others] if text is None else [text]
     words = torch.cat([tokenize(tokenizer, read_text(file)) for file in files], dim=1)
     story, filler = words[:, : CHAPTERS + LEAD_IN + PASSAGE], words[:, CHAPTERS + LEAD_IN + PASSAGE :]
     if filler.shape[1] < CHAPTERS:
@@ -114,7 +115,8 @@ def main(
     _report(curve, placed)
     result = {
         "model": model,
-        "text": [file.name for file in files],
+        "text": f"{len(files)} modules of Python's library" if text is None else text.name,
+        "text_tokens": words.shape[1],
         "backend": backend,
         "retriever": retriever,
         "dtype": dtype,

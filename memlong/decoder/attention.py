@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from memlong.decoder.overlap import Arrival
 from memlong.errors import UnsupportedModelError
 
 BASES = ("sdpa", "eager")
@@ -44,20 +45,34 @@ class Memory:
         [rows, tokens], int64.
     valid
         [rows, tokens], bool; False where a row has retrieved fewer tokens than another.
+    arrival
+        When all of these are there, if they are still on their way to a CUDA device.
     """
 
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
     positions: Tensor
     valid: Tensor
+    arrival: Arrival | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(states.nbytes for states in (*self.keys.values(), *self.values.values()))
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of the memory."""
+        return (*self.keys.values(), *self.values.values(), self.positions, self.valid)
+
+    def wait(self) -> None:
+        """Let what the device computes from here on come after the memory's arrival."""
+        if self.arrival is not None:
+            self.arrival.wait()
+
     def of_rows(self, rows: Tensor) -> Memory:
         """Return the memory of these rows [n], which may come more than once."""
+        self.wait()
         return Memory(
             {layer: states.index_select(0, rows) for layer, states in self.keys.items()},
             {layer: states.index_select(0, rows) for layer, states in self.values.items()},
@@ -135,6 +150,7 @@ class AttentionSlot:
             return base(module, query, key, value, attention_mask, **options)
         memory = now.memory if now.memory is not None and module.layer_idx in now.memory.keys else None
         if memory is not None:
+            memory.wait()
             layer = cast("int", module.layer_idx)
             key = torch.cat([memory.keys[layer], key], dim=2)
             value = torch.cat([memory.values[layer], value], dim=2)

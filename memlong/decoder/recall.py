@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memlong.bank import Draft, MemoryBank, Retrieved, SearchResult
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.overlap import to_device
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def recall(
     # Chunks leave the window in the order of the text, so that is the order of ids.
     order = torch.arange(near).flip(0) if config.chunk_order == "score" else retrieval.ids[:near].argsort()
     keys, values = (
-        _in_line(states[0].index_select(0, order.to(states.device))) for states in (found.keys, found.values)
+        _in_line(states[0].index_select(0, to_device(order, states.device)))
+        for states in (found.keys, found.values)
     )
     return retrieval, RowMemory(keys, values, found.spans[0, order])
 

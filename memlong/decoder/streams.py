@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from memlong.bank import MemoryBank
 from memlong.decoder.attention import AttentionPass, AttentionSlot, Memory
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.overlap import SideStream, to_device
 from memlong.decoder.placement import check_reach
 from memlong.decoder.probe import ModelLayout
 from memlong.decoder.recall import Retrieval
@@ -82,6 +83,7 @@ class Streams:
         self._window = LocalWindow(layout, len(self.rows), self._device)
         self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
+        self._side = SideStream(self._device)
 
     @property
     def nbytes(self) -> int:
@@ -164,6 +166,8 @@ class Streams:
             ).logits
         finally:
             slot.current = None
+            if self._memory is not None:
+                self._memory.wait()  # where no retrieval layer was reached
             if logits is None:  # failed or interrupted half-way: the window is as it was before
                 self._window.forget_last(width)
         return logits
@@ -204,10 +208,13 @@ class Streams:
             row.forget()
         if asking and self._retriever is not None:
             queries = self._retriever.embed_queries([row.query() for row in asking])
-            for row, query in zip(asking, queries, strict=True):
-                row.recall(query)
+            with self._side.beside():
+                for row, query in zip(asking, queries, strict=True):
+                    row.recall(query)
         if starting:
-            self._memory = self._assemble()
+            with self._side.beside():
+                memory = self._assemble()
+            self._memory = memory and replace(memory, arrival=self._side.hand_over(memory.tensors))
 
     def _assemble(self) -> Memory | None:
         """Bring the rows' retrieved K-V into one batch, shorter ones padded, keys rotated to where they stand."""
@@ -216,7 +223,7 @@ class Streams:
             return None
         positions = [row.memory_positions() for row in self.rows]
         valid = [torch.ones_like(p, dtype=torch.bool) for p in positions]
-        placed = pad_sequence(positions, batch_first=True).to(self._device)
+        placed = to_device(pad_sequence(positions, batch_first=True), self._device)
         angles = AngleCache(placed)
         keys: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
@@ -226,7 +233,7 @@ class Streams:
             keys[layer] = rope.rotate(raw, angles.of(rope))
             mine = _batch([memory.values[number] if memory else None for memory in memories])
             values[layer] = mine.to(self._device)
-        return Memory(keys, values, placed, pad_sequence(valid, batch_first=True).to(self._device))
+        return Memory(keys, values, placed, to_device(pad_sequence(valid, batch_first=True), self._device))
 
     def _positions(self, tokens: Tensor) -> Tensor:
         """Where the tokens [rows, columns], given by index in their stream, stand now."""
@@ -236,9 +243,8 @@ class Streams:
 
     def _left_padded(self, rows: Sequence[Sequence[int]], padding: int) -> Tensor:
         tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side="left").to(
-            self._device
-        )
+        padded = pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side="left")
+        return to_device(padded, self._device)
 
 
 def _in_chunks(states: Tensor, size: int) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from memlong import MemoryDecoder
+from memlong.decoder.overlap import SideStream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,3 +34,21 @@ def test_the_prefix_oracle_holds_on_cuda(tiny_model, small, text):
         expected = model(ids).logits[:, -1]
     with MemoryDecoder(model, None, small(position_mode="original", top_k=64)) as decoder:
         torch.testing.assert_close(decoder.read(ids), expected, rtol=0.0, atol=1e-3)
+
+
+def test_memory_that_comes_late_is_waited_for(tiny_model, small, text, monkeypatch):
+    settings = {"store": {"host": "all"}, "retrieval_layers": "2-3"}
+    ids = text(150)
+    with MemoryDecoder(tiny_model("Llama"), None, small(**settings)) as decoder:
+        expected = decoder.read(ids)
+    beside = SideStream.beside
+
+    @contextmanager
+    def slowly(stream):
+        with beside(stream):
+            torch.cuda._sleep(50_000_000)  # some 30 ms, in which the lower layers are long done
+            yield
+
+    monkeypatch.setattr(SideStream, "beside", slowly)
+    with MemoryDecoder(tiny_model("Llama").to("cuda"), None, small(**settings)) as decoder:
+        torch.testing.assert_close(decoder.read(ids.to("cuda")).cpu(), expected, rtol=0.0, atol=1e-3)
