@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from memlong.errors import InvalidArgumentError
 
-KvSource = Literal["layer"]
+KvSourceName = Literal["layer", "shared"]
 ChunkOrder = Literal["position", "score"]
 PositionMode = Literal["zero", "overlaid", "before-window", "original"]
 
@@ -44,7 +44,10 @@ class MemoryConfig:
     retriever_options
         Options of that retriever.
     kv_source
-        ``"layer"``: each retrieval layer stores and reads its own K-V (training-free).
+        ``"layer"``: each retrieval layer stores and reads its own K-V (training-free). ``"shared"``: one memory layer's
+        K-V is stored and serves every retrieval layer (MemLong, arXiv 2408.16967); it needs training.
+    memory_layer
+        With ``kv_source="shared"``, the layer whose K-V is stored; ``None`` means the first of the upper half.
     retrieval_layers
         ``"all"`` (every full-attention layer), or layers and ranges such as ``"15-29"`` or ``"3,7,11-13"``.
     chunk_size
@@ -93,7 +96,8 @@ class MemoryConfig:
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     retriever: str = "sentence-transformers"
     retriever_options: Mapping[str, Any] = field(default_factory=dict)
-    kv_source: KvSource = "layer"
+    kv_source: KvSourceName = "layer"
+    memory_layer: int | None = None
     retrieval_layers: str = "all"
     chunk_size: int = 128
     top_k: int = 8
@@ -128,7 +132,7 @@ class MemoryConfig:
                 "which the window keeps room."
             )
         _check_choice("position_mode", self.position_mode, get_args(PositionMode))
-        _check_choice("kv_source", self.kv_source, get_args(KvSource))
+        _check_choice("kv_source", self.kv_source, get_args(KvSourceName))
         _check_choice("chunk_order", self.chunk_order, get_args(ChunkOrder))
         for name, kind in _KINDS.items():
             if not isinstance(getattr(self, name), kind):

@@ -20,6 +20,7 @@ from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import create_retriever
+from memlong.decoder.sources import make_source
 from memlong.decoder.streams import Segment, Streams
 from memlong.decoder.tokens import token_lists
 from memlong.errors import InvalidArgumentError, MemlongError
@@ -95,6 +96,7 @@ class MemoryDecoder:
             self.config.retrieval_layers, self._layout.full_attention_layers, len(self._layout.layers)
         )
         check_sight(self.config, self._layout, self.retrieval_layers)
+        self._source = make_source(self.config, self._layout, self.retrieval_layers)
         self._registry = registry or Registry()
         self.retriever = retriever
         if self.config.backend is not None:
@@ -146,9 +148,7 @@ class MemoryDecoder:
     @property
     def layout(self) -> ChunkLayout:
         """Shape (layers, kv_heads, chunk_size, head_dim), dtype and device of a chunk's keys and of its values."""
-        layer = self._layout.layers[0]
-        shape = (len(self.retrieval_layers), layer.kv_heads, self.config.chunk_size, layer.head_dim)
-        return ChunkLayout(shape, self.model.dtype, self.model.device)
+        return self._source.block_layout(self.config.chunk_size, self.model.dtype, self.model.device)
 
     def reset(self, banks: Sequence[MemoryBank] | None = None) -> None:
         """Begin new streams, with empty windows.
@@ -401,7 +401,7 @@ class MemoryDecoder:
                 f"banks holds {len(given)} banks for {rows} rows; expected one for each row."
             )
         banks = given or [self._new_bank() for _ in range(rows)]
-        return Streams(self.model, self._layout, self.config, self.retriever, self.retrieval_layers, banks)
+        return Streams(self.model, self._layout, self.config, self.retriever, self._source, banks)
 
     def _new_bank(self) -> MemoryBank | None:
         if self.config.backend is None or self.retriever is None:

@@ -22,6 +22,7 @@ from memlong.decoder.recall import Retrieval
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.rope import AngleCache
 from memlong.decoder.row import Row
+from memlong.decoder.sources import KvSource
 from memlong.decoder.window import LocalWindow
 
 
@@ -58,8 +59,8 @@ class Streams:
         Sizes and modes.
     retriever
         Makes embeddings; None for the plain window.
-    retrieval_layers
-        Layers whose K-V is stored and that attend to what is retrieved.
+    source
+        Which layers attend to what is retrieved, and to which K-V.
     banks
         The bank of each row; None for the plain window.
     """
@@ -70,7 +71,7 @@ class Streams:
         layout: ModelLayout,
         config: MemoryConfig,
         retriever: Retriever | None,
-        retrieval_layers: tuple[int, ...],
+        source: KvSource,
         banks: Sequence[MemoryBank | None],
     ) -> None:
         self.rows = tuple(Row(config, bank) for bank in banks)
@@ -78,7 +79,7 @@ class Streams:
         self._layout = layout
         self._config = config
         self._retriever = retriever
-        self._retrieval_layers = retrieval_layers
+        self._source = source
         self._device = cast("torch.device", model.get_input_embeddings().weight.device)
         self._window = LocalWindow(layout, len(self.rows), self._device)
         self._placements = tuple(row.placement for row in self.rows)
@@ -194,7 +195,7 @@ class Streams:
         if bank is None or self._retriever is None:
             return
         columns = self._window.columns_of(index, leaving[0].start, leaving[-1].end)
-        keys, values = self._window.keys_and_values(index, columns, self._retrieval_layers)
+        keys, values = self._source.collect(self._window, index, columns)
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
         bank.add(
@@ -227,12 +228,15 @@ class Streams:
         angles = AngleCache(placed)
         keys: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}
-        for number, layer in enumerate(self._retrieval_layers):
+        for layer in self._source.retrieval_layers:
             rope = self._layout.layers[layer].rope
-            raw = _batch([memory.keys[number] if memory else None for memory in memories]).to(self._device)
+            supplied = [
+                self._source.supply(layer, memory.keys, memory.values) if memory else (None, None)
+                for memory in memories
+            ]
+            raw, mine = (_batch(states).to(self._device) for states in zip(*supplied, strict=True))
             keys[layer] = rope.rotate(raw, angles.of(rope))
-            mine = _batch([memory.values[number] if memory else None for memory in memories])
-            values[layer] = mine.to(self._device)
+            values[layer] = mine
         return Memory(keys, values, placed, to_device(pad_sequence(valid, batch_first=True), self._device))
 
     def _positions(self, tokens: Tensor) -> Tensor:

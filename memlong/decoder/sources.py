@@ -1,0 +1,100 @@
+"""K-V sources: which keys and values of a chunk are stored, and what each retrieval layer makes of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from memlong.bank import ChunkLayout
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.probe import ModelLayout
+from memlong.decoder.window import LocalWindow
+from memlong.errors import InvalidArgumentError
+
+
+class KvSource(ABC):
+    """What stands between a model's K-V and the blocks of the bank.
+
+    Parameters
+    ----------
+    retrieval_layers
+        The layers that attend to retrieved K-V.
+    """
+
+    def __init__(self, retrieval_layers: tuple[int, ...]) -> None:
+        self.retrieval_layers = retrieval_layers
+
+    @abstractmethod
+    def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
+        """Of what kind the blocks are that :meth:`collect` makes for a chunk."""
+
+    @abstractmethod
+    def collect(self, window: LocalWindow, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values to be stored for some columns of a row's window: [layers, kv_heads, columns, width] each."""
+
+    @abstractmethod
+    def supply(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys, and values, [kv_heads, tokens, head_dim], of a retrieval layer.
+
+        ``keys`` and ``values`` are what was collected, [layers, kv_heads, tokens, width].
+        """
+
+
+class LayerSource(KvSource):
+    """Some memory layers store their K-V as it is, and each retrieval layer reads that of one of them.
+
+    Parameters
+    ----------
+    layout
+        The model's layers.
+    memory_layer_of
+        By retrieval layer, the layer whose K-V it reads: its own (training-free), or one for all (MemLong,
+        arXiv 2408.16967).
+    """
+
+    def __init__(self, layout: ModelLayout, memory_layer_of: dict[int, int]) -> None:
+        super().__init__(tuple(memory_layer_of))
+        self.memory_layers = tuple(sorted(set(memory_layer_of.values())))
+        self._place = {layer: self.memory_layers.index(read) for layer, read in memory_layer_of.items()}
+        self._kv_heads, self._head_dim = layout.layers[0].kv_heads, layout.layers[0].head_dim
+
+    def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
+        """One block layer for each memory layer."""
+        shape = (len(self.memory_layers), self._kv_heads, chunk_size, self._head_dim)
+        return ChunkLayout(shape, dtype, device)
+
+    def collect(self, window: LocalWindow, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory layers' K-V."""
+        return window.keys_and_values(row, columns, self.memory_layers)
+
+    def supply(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The K-V of the memory layer that this layer reads."""
+        place = self._place[layer]
+        return keys[place], values[place]
+
+
+def make_source(config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> KvSource:
+    """Make the source that the configuration names.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the memory layer does not exist, or a retrieval layer lies below it.
+    """
+    if config.kv_source == "layer":
+        return LayerSource(layout, {layer: layer for layer in retrieval_layers})
+    memory_layer = shared_memory_layer(config, layout)
+    return LayerSource(layout, dict.fromkeys(retrieval_layers, memory_layer))
+
+
+def shared_memory_layer(config: MemoryConfig, layout: ModelLayout) -> int:
+    """Return the layer whose K-V is stored for all: ``memory_layer``, or the first of the upper half."""
+    count = len(layout.layers)
+    layer = count // 2 if config.memory_layer is None else config.memory_layer
+    if layer >= count:
+        raise InvalidArgumentError(
+            f"memory_layer is {layer}, but the model has the layers 0 to {count - 1}; name one of those."
+        )
+    return layer
