@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from memlong.cli.backends import backends
+from memlong.cli.fit import fit
 from memlong.cli.generate import generate
 from memlong.cli.needle import needle
 from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import plugins
 from memlong.errors import MemlongError
 
-_COMMANDS = (generate, perplexity, needle, backends, plugins)
+_COMMANDS = (generate, perplexity, needle, fit, backends, plugins)
 
 
 def make_app() -> typer.Typer:

@@ -34,6 +34,14 @@ StoreOption = Annotated[
         help="Where keys and values are kept: device, host, disk, disk_budget, dtype; may be repeated.",
     ),
 ]
+KvSource = Annotated[
+    str,
+    typer.Option(help="'layer': each layer's own K-V; 'shared': one layer's; 'latent': a vector a token."),
+]
+MemoryLayer = Annotated[
+    int | None, typer.Option(help="Layer whose K-V is 'shared'  [default: first of the upper half]")
+]
+Maps = Annotated[str | None, typer.Option(metavar="FILE", help="Of --kv-source latent: see memlong fit.")]
 RetrievalLayers = Annotated[str, typer.Option(help="'all', or such as '15-29' or '3,7,11'.")]
 ChunkSize = Annotated[int, typer.Option(help="Tokens of a chunk.")]
 TopK = Annotated[int, typer.Option(help="Chunks retrieved for a segment.")]

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from memlong.errors import InvalidArgumentError
 
-KvSourceName = Literal["layer", "shared"]
+KvSourceName = Literal["layer", "shared", "latent"]
 ChunkOrder = Literal["position", "score"]
 PositionMode = Literal["zero", "overlaid", "before-window", "original"]
 
@@ -17,13 +17,14 @@ _KINDS: dict[str, Any] = {
     "backend": str | None,
     "backend_options": Mapping,
     "retriever": str,
+    "maps": str | None,
     "retriever_options": Mapping,
     "retrieval_layers": str,
     "store": Mapping,
 }
 _EXPECTED: dict[Any, str] = {
     str: "text",
-    str | None: "a backend's name, or None for the plain window",
+    str | None: "a name as text, or None",
     Mapping: "a mapping from option to value",
 }
 
@@ -45,9 +46,12 @@ class MemoryConfig:
         Options of that retriever.
     kv_source
         ``"layer"``: each retrieval layer stores and reads its own K-V (training-free). ``"shared"``: one memory layer's
-        K-V is stored and serves every retrieval layer (MemLong, arXiv 2408.16967); it needs training.
+        K-V is stored and serves every retrieval layer (MemLong, arXiv 2408.16967); it needs training. ``"latent"``: one
+        vector a token is stored, from which ``maps`` make each retrieval layer's own K-V.
     memory_layer
         With ``kv_source="shared"``, the layer whose K-V is stored; ``None`` means the first of the upper half.
+    maps
+        With ``kv_source="latent"``, the file that ``memlong fit`` wrote.
     retrieval_layers
         ``"all"`` (every full-attention layer), or layers and ranges such as ``"15-29"`` or ``"3,7,11-13"``.
     chunk_size
@@ -98,6 +102,7 @@ class MemoryConfig:
     retriever_options: Mapping[str, Any] = field(default_factory=dict)
     kv_source: KvSourceName = "layer"
     memory_layer: int | None = None
+    maps: str | None = None
     retrieval_layers: str = "all"
     chunk_size: int = 128
     top_k: int = 8
@@ -126,6 +131,8 @@ class MemoryConfig:
         for name in ("query_tokens", "retrieve_every", "memory_tokens"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
+        if self.memory_layer is not None:
+            _check_integer("memory_layer", self.memory_layer, 0)
         if self.retrieval_interval > self.segment_size:
             raise InvalidArgumentError(
                 f"retrieve_every is {self.retrieve_every}; expected at most segment_size, {self.segment_size}, for "

@@ -96,7 +96,8 @@ class MemoryDecoder:
             self.config.retrieval_layers, self._layout.full_attention_layers, len(self._layout.layers)
         )
         check_sight(self.config, self._layout, self.retrieval_layers)
-        self._source = make_source(self.config, self._layout, self.retrieval_layers)
+        like = cast("Tensor", model.get_input_embeddings().weight)
+        self._source = make_source(self.config, self._layout, self.retrieval_layers, like)
         self._registry = registry or Registry()
         self.retriever = retriever
         if self.config.backend is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memlong.bank import ChunkLayout
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.latent import LatentMaps
 from memlong.decoder.probe import ModelLayout
 from memlong.decoder.window import LocalWindow
 from memlong.errors import InvalidArgumentError
@@ -75,16 +76,50 @@ class LayerSource(KvSource):
         return keys[place], values[place]
 
 
-def make_source(config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> KvSource:
-    """Make the source that the configuration names.
+class LatentSource(KvSource):
+    """One latent vector a token is stored, from which each retrieval layer makes its own K-V.
+
+    Half of the vector is stored as a block's keys, half as its values.
+
+    Parameters
+    ----------
+    maps
+        Between the vector and the layers' K-V.
+    """
+
+    def __init__(self, maps: LatentMaps) -> None:
+        super().__init__(maps.layers)
+        self.maps = maps
+
+    def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
+        """One layer with one head of half the latent width."""
+        return ChunkLayout((1, 1, chunk_size, self.maps.dim // 2), dtype, device)
+
+    def collect(self, window: LocalWindow, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent vectors' halves."""
+        latent = self.maps.to_latent(*window.keys_and_values(row, columns, self.retrieval_layers))
+        first, second = latent[None, None].chunk(2, dim=-1)
+        return first, second
+
+    def supply(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's K-V, made anew."""
+        return self.maps.from_latent(torch.cat([keys[0, 0], values[0, 0]], dim=-1), layer)
+
+
+def make_source(
+    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+) -> KvSource:
+    """Make the source that the configuration names; maps get the dtype and the device of ``like``.
 
     Raises
     ------
     InvalidArgumentError
-        If the memory layer does not exist, or a retrieval layer lies below it.
+        If the memory layer does not exist, or maps are missing or made for another model.
     """
     if config.kv_source == "layer":
         return LayerSource(layout, {layer: layer for layer in retrieval_layers})
+    if config.kv_source == "latent":
+        return LatentSource(_fitting_maps(config, layout, retrieval_layers, like))
     memory_layer = shared_memory_layer(config, layout)
     return LayerSource(layout, dict.fromkeys(retrieval_layers, memory_layer))
 
@@ -98,3 +133,22 @@ def shared_memory_layer(config: MemoryConfig, layout: ModelLayout) -> int:
             f"memory_layer is {layer}, but the model has the layers 0 to {count - 1}; name one of those."
         )
     return layer
+
+
+def _fitting_maps(
+    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+) -> LatentMaps:
+    if config.maps is None:
+        raise InvalidArgumentError(
+            "kv_source is 'latent', but maps is None; name the file that `memlong fit` wrote for this model."
+        )
+    maps = LatentMaps.load(config.maps)
+    ours = (retrieval_layers, layout.layers[0].kv_heads, layout.layers[0].head_dim)
+    theirs = (maps.layers, *maps.mean.shape[2:])
+    if ours != theirs:
+        raise InvalidArgumentError(
+            f"maps names {config.maps!r}, made for the layers {theirs[0]} with {theirs[1]} K-V heads of {theirs[2]}, "
+            f"but memory is in the layers {ours[0]} with {ours[1]} of {ours[2]}. Set retrieval_layers to those of the "
+            "maps, or make maps for this model with `memlong fit`."
+        )
+    return maps.to(device=like.device, dtype=like.dtype)

@@ -1,0 +1,61 @@
+"""``memlong fit``: maps that let one vector a token stand for the K-V of all layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from memlong.cli import options
+from memlong.cli.values import writable
+from memlong.errors import InvalidTextError
+
+
+def fit(
+    model: options.Model,
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text like what is to be remembered; repeatable.")],
+    out: Annotated[Path, typer.Option(help="File for the maps, safetensors.")],
+    dim: Annotated[int, typer.Option(help="Numbers in the vector of a token.")] = 1152,
+    retrieval_layers: options.RetrievalLayers = "all",
+    passages: Annotated[int, typer.Option(min=1, help="Passages read of each text, spread over it.")] = 8,
+    passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a passage.")] = 1024,
+    dtype: options.Dtype = "bfloat16",
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+) -> None:
+    """Find the vector of few numbers that keeps most of what a token's keys and values do, in closed form.
+
+    A decoder with --kv-source latent stores that vector in place of every layer's keys and values: a tenth of the
+    numbers on the demo model, a twentieth of the bytes with --store dtype=int8.
+
+    \b
+    Examples:
+      memlong fit --model demo --text book.txt --text other.txt --out maps.safetensors
+      memlong perplexity --model demo --text novel.txt --kv-source latent --maps maps.safetensors
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    writable(out)
+    from memlong.decoder import load_model
+    from memlong.evaluation import read_text, tokenize
+    from memlong.training import fit_latent_maps
+
+    words = [read_text(file) for file in text]
+    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    chosen = []
+    for file, content in zip(text, words, strict=True):
+        pieces = tokenize(tokenizer, content).split(passage_tokens, dim=1)
+        whole = [piece for piece in pieces if piece.shape[1] == passage_tokens]
+        if not whole:
+            raise InvalidTextError(
+                f"{str(file)!r} has fewer than {passage_tokens} tokens, so no whole passage. Give a longer text or a "
+                "smaller --passage-tokens."
+            )
+        step = max(1, len(whole) // passages)
+        chosen += [piece.to(language_model.device) for piece in whole[::step][:passages]]
+    with tqdm(total=len(chosen) * passage_tokens, unit="tok", desc="reading") as bar:
+        maps = fit_latent_maps(
+            language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed
+        )
+    maps.to(dtype=language_model.dtype).save(out)
+    typer.echo(f"{out}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers")

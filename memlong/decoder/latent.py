@@ -1,0 +1,106 @@
+"""Latent maps: one vector a token stands for the K-V of all retrieval layers.
+
+Keys and values of a token are highly correlated across layers. A linear map of few dimensions keeps most of what they
+do: the vector is stored, and a map of each layer's own turns it into that layer's keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from memlong.errors import InvalidArgumentError
+
+_FORMAT = "memlong-latent-maps-1"
+_NAMES = ("mean", "encode", "decode")
+
+
+class LatentMaps(nn.Module):
+    """The maps between the K-V of some layers and one vector a token.
+
+    Parameters
+    ----------
+    layers
+        The retrieval layers, ascending.
+    mean
+        [2, layers, kv_heads, head_dim]: mean keys (un-rotated) and mean values.
+    encode
+        [2, layers, kv_heads, head_dim, latent]: from deviations to the latent vector.
+    decode
+        Like ``encode``: from the latent vector to deviations.
+    """
+
+    mean: Tensor
+    encode: Tensor
+
+    def __init__(self, layers: tuple[int, ...], mean: Tensor, encode: Tensor, decode: Tensor) -> None:
+        super().__init__()
+        if mean.ndim != 4 or mean.shape[:2] != (2, len(layers)) or encode.shape[:-1] != mean.shape:
+            raise InvalidArgumentError(
+                f"mean is {tuple(mean.shape)} and encode is {tuple(encode.shape)} for {len(layers)} layers; expected "
+                "[2, layers, kv_heads, head_dim], and the same with a last dimension for the latent vector."
+            )
+        if decode.shape != encode.shape or encode.shape[-1] % 2:
+            raise InvalidArgumentError(
+                f"encode is {tuple(encode.shape)} and decode is {tuple(decode.shape)}; expected equal shapes, with an "
+                "even last dimension: half of a vector is stored as keys, half as values."
+            )
+        self.layers = layers
+        self.register_buffer("mean", mean)
+        self.register_buffer("encode", encode)
+        self.decode = nn.Parameter(decode)
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a latent vector."""
+        return self.encode.shape[-1]
+
+    def to_latent(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Return latent vectors [tokens, dim] of un-rotated keys, and values, [layers, kv_heads, tokens, head_dim]."""
+        states = torch.stack([keys, values]) - self.mean[:, :, :, None]
+        return states.permute(3, 0, 1, 2, 4).flatten(1) @ self.encode.flatten(0, 3)
+
+    def from_latent(self, latent: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Return un-rotated keys, and values, [kv_heads, tokens, head_dim], of a layer for vectors [tokens, dim]."""
+        place = self.layers.index(layer)
+        mean = self.mean[:, place]
+        decode = self.decode[:, place].flatten(1, 2)
+        keys, values = ((latent @ decode[side].T).view(-1, *mean[side].shape) + mean[side] for side in (0, 1))
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the maps as one safetensors file."""
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _NAMES}
+        save_file(tensors, path, metadata={"format": _FORMAT, "layers": json.dumps(self.layers)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the file is missing or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise InvalidArgumentError(
+                        f"maps names {str(path)!r}, whose format is {metadata.get('format')!r}; expected {_FORMAT!r}, "
+                        "as `memlong fit` writes it."
+                    )
+                layers = tuple(json.loads(metadata["layers"]))
+                return cls(layers, *(file.get_tensor(name) for name in _NAMES))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InvalidArgumentError):
+                raise
+            raise InvalidArgumentError(
+                f"maps names {str(path)!r}, which cannot be read: {error}. Make the file with `memlong fit`."
+            ) from error
