@@ -11,12 +11,13 @@ import typer
 from memlong.cli.backends import backends
 from memlong.cli.fit import fit
 from memlong.cli.generate import generate
+from memlong.cli.icl import icl
 from memlong.cli.needle import needle
 from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import plugins
 from memlong.errors import MemlongError
 
-_COMMANDS = (generate, perplexity, needle, fit, backends, plugins)
+_COMMANDS = (generate, perplexity, needle, icl, fit, backends, plugins)
 
 
 def make_app() -> typer.Typer:

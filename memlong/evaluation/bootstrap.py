@@ -1,4 +1,4 @@
-"""Confidence intervals for the comparison of two systems on the same tokens."""
+"""Confidence intervals: for the comparison of two systems on the same tokens, and for an accuracy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from memlong.errors import InvalidArgumentError
 @dataclass(frozen=True)
 class Ratio:
     """A ratio of perplexities and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers and its confidence interval."""
 
     value: float
     low: float
@@ -70,3 +79,36 @@ def perplexity_ratio(
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Ratio(float(np.exp(sums.sum() / sizes.sum())), float(low), float(high))
+
+
+def accuracy_interval(
+    right: NDArray[np.bool_],
+    *,
+    samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Accuracy:
+    """Share of right answers, with a bootstrap interval.
+
+    Parameters
+    ----------
+    right
+        [answers], bool: whether each is right. Where all are, or none, the interval has no width.
+    samples
+        How often to draw.
+    confidence
+        Coverage of the interval.
+    seed
+        Seed of the draws.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no answer.
+    """
+    if right.ndim != 1 or not right.size:
+        raise InvalidArgumentError(f"right is {right.shape}; expected one answer or more, [answers].")
+    drawn = np.random.default_rng(seed).integers(0, right.size, (samples, right.size))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(right[drawn].mean(axis=1), [tail, 1 - tail])
+    return Accuracy(float(right.mean()), float(low), float(high))

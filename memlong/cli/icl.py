@@ -1,0 +1,182 @@
+"""``memlong icl``: with labelled examples in memory, is the label of another text found?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from tqdm import tqdm
+
+from memlong.cli import options
+from memlong.cli.output import JsonOutput, print_table
+from memlong.cli.values import numbers
+from memlong.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from memlong.evaluation import Shots
+
+
+def icl(
+    model: options.Model,
+    demonstrations: Annotated[
+        Path, typer.Option(metavar="FILE", help="Labelled texts to show, CSV or TSV, one a row.")
+    ],
+    tests: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Labelled texts to ask for  [default: the rest of those to show]"),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="LABEL=WORD,...", help="The word for each label, if labels are no words."),
+    ] = None,
+    label_column: Annotated[
+        Literal["first", "last"] | None,
+        typer.Option(help="Where labels stand  [default: where values repeat more]"),
+    ] = None,
+    shots: Annotated[str, typer.Option(help="Texts to show, separated by commas.")] = "4,20,200",
+    test_limit: Annotated[int, typer.Option(min=1, help="Texts to ask for at most.")] = 200,
+    template: Annotated[
+        str, typer.Option(help=r"How a text is shown; \n is a new line.")
+    ] = r"Review: {text}\nSentiment: {word}\n\n",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Divide by each word's probability where the text is N/A.")
+    ] = False,
+    backend: options.Backend = "torch",
+    backend_option: options.BackendOption = None,
+    retriever: options.RetrieverName = "sentence-transformers",
+    retriever_option: options.RetrieverOption = None,
+    store: options.StoreOption = None,
+    chunk_size: options.ChunkSize = 128,
+    top_k: options.TopK = 8,
+    local_window: options.LocalWindow = 1024,
+    segment_size: options.SegmentSize = 256,
+    query_tokens: options.QueryTokens = None,
+    position_mode: options.PositionMode = "before-window",
+    dtype: options.Dtype = "bfloat16",
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    json_file: options.JsonFile = None,
+) -> None:
+    """Show labelled texts, more of them than the window holds, and ask for the labels of others.
+
+    As many texts of each label are shown; fewer shots are the first ones of more. Of the labels' words, the likeliest
+    is the answer. Small models like one word, whatever the text: look at the majority, and try --calibrate.
+
+    \b
+    Examples:
+      memlong icl --model demo --demonstrations train.tsv --tests dev.tsv --labels 0=negative,1=positive
+      memlong icl --model demo --demonstrations train.tsv --labels 0=negative,1=positive --backend none
+      memlong icl --model demo --demonstrations news.csv --label-column first --shots 8,400 --calibrate \\
+          --template 'Article: {text}\\nTopic: {word}\\n\\n' --json out.json
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    output = JsonOutput(json_file)
+    from memlong.decoder import MemoryDecoder, load_model
+    from memlong.evaluation import draw_task, evaluate_icl, read_examples
+    from memlong.evaluation.environment import versions
+
+    counts = list(dict.fromkeys(numbers("--shots", shots, int)))
+    words = None if labels is None else _words(labels)
+    shown = read_examples(demonstrations, labels=words, label_column=label_column)
+    known = words or {example.word: example.word for example in shown}
+    asked = None if tests is None else read_examples(tests, labels=known, label_column=label_column)
+    task = draw_task(shown, asked, shots=max(counts), test_limit=test_limit, seed=seed)
+    config = options.memory_config(
+        backend,
+        backend_option,
+        retriever,
+        retriever_option,
+        store,
+        seed,
+        chunk_size=chunk_size,
+        top_k=top_k,
+        local_window=local_window,
+        segment_size=segment_size,
+        query_tokens=query_tokens,
+        position_mode=position_mode,
+    )
+    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    with (
+        MemoryDecoder(language_model, tokenizer, config) as decoder,
+        tqdm(total=len(counts) * len(task.tests), unit="test", desc="asking") as bar,
+    ):
+        found = evaluate_icl(
+            decoder,
+            task,
+            counts,
+            template=template.replace("\\n", "\n"),
+            calibrate=calibrate,
+            seed=seed,
+            progress=bar.update,
+        )
+    majority, floor = task.majority
+    result = {
+        "model": model,
+        "backend": backend,
+        "retriever": config.retriever if config.backend else None,
+        "settings": {
+            "demonstrations": str(demonstrations),
+            "tests": None if tests is None else str(tests),
+            "words": list(task.words),
+            "template": template,
+            "calibrate": calibrate,
+            "backend_options": dict(config.backend_options),
+            "retriever_options": dict(config.retriever_options),
+            "store": {name: str(value) for name, value in config.store.items()},
+            "chunk_size": chunk_size,
+            "top_k": top_k,
+            "local_window": local_window,
+            "segment_size": segment_size,
+            "query_tokens": query_tokens,
+            "position_mode": position_mode,
+            "dtype": dtype,
+            "device": device,
+            "seed": seed,
+        },
+        "shots": [_record(each) for each in found],
+        "majority": {"word": majority, "accuracy": floor},
+        "versions": versions(),
+    }
+    if output.write(result):
+        _print(found)
+        typer.echo(f"\n{floor:.1%} if the answer were always {majority!r}")
+
+
+def _words(labels: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in labels.split(","):
+        label, _, word = (piece.strip() for piece in part.partition("="))
+        if not label or not word:
+            raise InvalidArgumentError(
+                f"--labels is {labels!r}; expected a word for each label, such as --labels 0=negative,1=positive"
+            )
+        if label in found:
+            raise InvalidArgumentError(f"--labels gives {label!r} twice; give it once")
+        found[label] = word
+    return found
+
+
+def _record(found: Shots) -> dict[str, object]:
+    return {
+        "shots": found.shots,
+        "demonstration_tokens": found.demonstration_tokens,
+        "tests": len(found.predictions),
+        "accuracy": found.accuracy.value,
+        "low": found.accuracy.low,
+        "high": found.accuracy.high,
+        "seconds": found.seconds,
+    }
+
+
+def _print(found: list[Shots]) -> None:
+    rows = [
+        (
+            f"{each.shots:,}",
+            f"{each.demonstration_tokens:,}",
+            f"{len(each.predictions):,}",
+            f"{each.accuracy.value:.1%} [{each.accuracy.low:.1%}, {each.accuracy.high:.1%}]",
+            f"{each.seconds:.1f}",
+        )
+        for each in found
+    ]
+    print_table(("shots", "tokens", "tests", "accuracy", "seconds"), rows)

@@ -1,0 +1,105 @@
+"""``memlong icl`` on a tiny random model, whose answers mean nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from memlong.errors import InvalidArgumentError, MemlongError
+
+LABELS = "0=word1,1=word2"
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    def write(rows, name="examples.tsv", labels="01"):
+        path = tmp_path / name
+        lines = [f"word{number} word{number + 9}\t{labels[number % 2]}" for number in range(5, rows + 5)]
+        path.write_text("text\tlabel\n" + "\n".join(lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(invoke, labelled):
+    def with_files(**changes):
+        given = {"demonstrations": labelled(40), "labels": LABELS, "shots": "2,12", "test_limit": 4}
+        given.update(changes)
+        return invoke("icl", **{name: value for name, value in given.items() if value is not None})
+
+    return with_files
+
+
+@pytest.mark.parametrize("backend", ["torch", "none"])
+def test_table_and_json_show_each_number_of_shots(run, labelled, tmp_path, backend):
+    file = tmp_path / "icl.json"
+    result = run(json=file, tests=labelled(9, "tests.tsv"), backend=backend, calibrate=True)
+    assert result.exit_code == 0, result.output
+    assert "accuracy" in result.stdout
+    assert "if the answer were always 'word" in result.stdout
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert " ".join(found) == "model backend retriever settings shots majority versions"
+    assert (found["backend"], found["retriever"]) == (backend, "lm" if backend == "torch" else None)
+    assert found["settings"]["words"] == ["word1", "word2"]
+    assert found["settings"]["calibrate"]
+    assert found["settings"]["local_window"] == 24
+    assert 0.5 <= found["majority"]["accuracy"] <= 1
+    few, many = found["shots"]
+    assert " ".join(few) == "shots demonstration_tokens tests accuracy low high seconds"
+    assert (few["shots"], many["shots"]) == (2, 12)
+    assert few["demonstration_tokens"] * 6 == many["demonstration_tokens"]
+    assert few["tests"] == many["tests"] == 4
+    assert all(0 <= each["low"] <= each["accuracy"] <= each["high"] <= 1 for each in (few, many))
+
+
+def test_without_tests_the_rest_of_the_demonstrations_is_asked_for(run):
+    result = run(shots="36", test_limit=10, json="-")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["settings"]["tests"] is None
+    assert found["shots"][0]["tests"] == 4
+
+
+def test_labels_that_are_words_need_no_option_and_a_template_has_new_lines(run, labelled):
+    words = labelled(40, "words.tsv", labels=["word7", "word8"])
+    result = run(demonstrations=words, labels=None, template=r"word3 {text}\n{word}\n", json="-")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["settings"]["words"] == ["word7", "word8"]
+    assert found["shots"][0]["demonstration_tokens"] == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, "has the labels '0', '1', which are not all words"),
+        ({"labels": "0=word1"}, "of which '1' stand for no word"),
+        ({"labels": "0=word1,1"}, "--labels is '0=word1,1'; expected a word for each label"),
+        ({"labels": "0=word1,0=word2"}, "--labels gives '0' twice"),
+        ({"labels": "0=good,1=bad"}, "'bad' and 'good' begin with the same token"),
+        ({"shots": "2,many"}, "--shots is '2,many'; expected numbers"),
+        ({"shots": "0,2"}, "shots is 0; expected 1 to 2"),
+        ({"shots": "60"}, "shots is 60, but only 20 examples are 'word1'"),
+        ({"shots": "40"}, "All 40 tests are among the 40 demonstrations"),
+        ({"template": "{text}"}, "expected {text} and then {word}"),
+        ({"demonstrations": "/no/such.tsv"}, "'/no/such.tsv' does not exist"),
+        ({"backend": "none", "store": "host=1GB"}, "--store goes with a backend"),
+        ({"json": "/no/such/folder/a.json"}, "mkdir -p /no/such/folder"),
+    ],
+)
+def test_bad_input_is_named_with_what_to_do(run, changes, message):
+    result = run(**changes)
+    assert isinstance(result.exception, InvalidArgumentError), result.output
+    with pytest.raises(MemlongError, match=re.escape(message)):
+        raise result.exception
+
+
+def test_tests_of_another_task_are_refused(run, labelled):
+    result = run(tests=labelled(9, "tests.tsv", labels="23"))
+    assert "the labels '2', '3', of which '2', '3' stand for no word" in str(result.exception)
+    result = run(label_column="middle")
+    assert result.exit_code == 2
+    assert "middle" in result.stderr
