@@ -274,8 +274,9 @@ class MemoryDecoder:
             [rows, tokens]; 0 where padded, on the left.
         remember
             Whether the streams go on from the prompt and its answer (of several, the first returned), or from
-            where they are now, so that the next prompt does not know of this one. A long text is better given to
-            :meth:`read` first: what a prompt adds to memory without being remembered stays on the device.
+            where they are now, so that the next prompt does not know of this one; a single stream then serves any
+            number of prompts, side by side. A long text is better given to :meth:`read` first: what a prompt adds to
+            memory without being remembered stays on the device.
         past_key_values
             What an earlier call returned in its dict: then ``input_ids`` is the whole conversation, as transformers has
             it, and only what is new is read.
@@ -307,9 +308,7 @@ class MemoryDecoder:
                 "A row of the prompt is empty, or padded on the right; expected at least one token in every row, and "
                 "padding on the left: tokenizer.padding_side = 'left'."
             )
-        streams = self._streams_for(len(prompt))
-        if not remember:
-            streams = streams.fork(range(len(prompt)))
+        streams = self._streams_for(len(prompt)) if remember else self._forked(len(prompt))
 
         def read_prompt() -> None:  # when the options have been found good
             if remember:
@@ -394,6 +393,12 @@ class MemoryDecoder:
                 "call reset() to begin new ones."
             )
         return self._streams
+
+    def _forked(self, rows: int) -> Streams:
+        """Streams that will be dropped: one for each row, or all from a single one."""
+        if self._streams is not None and len(self._streams.rows) == 1:
+            return self._streams.fork([0] * rows)
+        return self._streams_for(rows).fork(range(rows))
 
     def _begin(self, rows: int) -> Streams:
         given = self._given_banks

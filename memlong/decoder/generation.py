@@ -22,6 +22,7 @@ _REFUSED = {
     "prompt_lookup_num_tokens": "prompt lookup takes tokens back",
     "assistant_early_exit": "assisted decoding takes tokens back",
     "inputs_embeds": "the streams are made of tokens",
+    "cache_implementation": "the streams are the cache",
     "output_attentions": "attention goes over memory and window, whose columns have no place in the text",
     "output_hidden_states": "the prompt is read in segments, of which only the last logits are kept",
 }
@@ -158,6 +159,9 @@ def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise InvalidArgumentError(f"generation_config is {config!r}; expected a GenerationConfig.")
+    options.setdefault(
+        "cache_implementation", getattr(config, "cache_implementation", None)
+    )  # not the model's own
     for name, reason in _REFUSED.items():
         value = _setting(model, options, name)
         if isinstance(value, Tensor) or value:

@@ -80,7 +80,7 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
 
 
 def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
-    """Refuse retrieval layers whose sliding window ends before the memory begins.
+    """Refuse retrieval layers whose sliding window does not reach back over all of the memory.
 
     Raises
     ------
@@ -90,14 +90,15 @@ def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tupl
     if config.backend is None or config.position_mode == "original":
         return
     windows = {layer: model.layers[layer].sliding_window for layer in retrieval_layers}
-    blind = {
-        layer: size for layer, size in windows.items() if size is not None and size <= config.local_window
-    }
+    span = config.memory_span(config.retrieved_chunks)
+    reach = config.local_window + span
+    blind = {layer: size for layer, size in windows.items() if size is not None and size < reach}
     if blind:
+        least = min(blind.values())
         raise InvalidArgumentError(
-            f"local_window is {config.local_window}, but retrieval layers {', '.join(map(str, blind))} have a sliding "
-            f"window of {min(blind.values())}, which would hide the memory behind the local window from them. Use a "
-            f"local_window below {min(blind.values())}, or leave these layers out of retrieval_layers."
+            f"local_window is {config.local_window}, and memory takes {span} positions before it, but retrieval layers "
+            f"{', '.join(map(str, blind))} have a sliding window of {least}, which would hide memory from them. Use a "
+            f"local_window of at most {max(0, least - span)}, or leave these layers out of retrieval_layers."
         )
 
 

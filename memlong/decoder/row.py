@@ -24,20 +24,27 @@ class Row:
         The row's memory, or None for the plain window.
     query_length
         Tokens that make a query.
-    seen
-        Tokens taken in so far.
+    asked
+        What the next query is, if not the text just before the coming segment.
+    storing_from
+        The bank's next id when chunks were last given to it, until they have left the window.
     """
 
     def __init__(self, config: MemoryConfig, bank: MemoryBank | Draft | None) -> None:
         self.config = config
         self.bank = bank
         self.query_length = config.query_length
-        self.seen = 0
         self.memory: RowMemory | None = None
         self.retrieval: Retrieval | None = None
+        self.asked: Passage | None = None
+        self.storing_from: int | None = None
         self._departed = 0  # chunks that have left the window
-        self._asked: Passage | None = None  # what the next query is, if not the text before
-        self._recent: list[int] = []  # the latest tokens, as far back as a chunk or a query may reach
+        self._recent = Passage((), 0)  # the latest tokens, as far back as a chunk or a query may reach
+
+    @property
+    def seen(self) -> int:
+        """Tokens taken in so far."""
+        return self._recent.end
 
     @property
     def first_token(self) -> int:
@@ -72,8 +79,7 @@ class Row:
 
     def take(self, token_ids: Sequence[int]) -> None:
         """Note the tokens of a forward call."""
-        self.seen += len(token_ids)
-        self._recent = [*self._recent, *token_ids]  # a new list: a fork has the old one
+        self._recent = Passage((*self._recent.token_ids, *token_ids), self._recent.start)
 
     @property
     def is_full(self) -> bool:
@@ -87,16 +93,15 @@ class Row:
         """
         since = self.first_token if self._departed else 0
         count = min(most, self.seen - since)
-        self._asked = self.query()
-        self.seen -= count
-        taken = self._recent[len(self._recent) - count :]
-        self._recent = self._recent[: len(self._recent) - count]
-        return taken
+        self.asked = self.query()
+        taken = self._passage(self.seen - count, self.seen)
+        self._recent = self._passage(self._recent.start, taken.start)
+        return list(taken.token_ids)
 
     def query(self) -> Passage:
         """The text just before the coming segment."""
-        if self._asked is not None:
-            return self._asked
+        if self.asked is not None:
+            return self.asked
         return self._passage(max(0, self.seen - self.query_length), self.seen)
 
     def departing(self) -> list[Passage]:
@@ -107,11 +112,19 @@ class Row:
         starts = range(self.first_token, self.first_token + count * size, size)
         return [self._passage(start, start + size) for start in starts]
 
+    def has_stored(self, chunks: Sequence[Passage]) -> bool:
+        """Whether the bank took these chunks in before something kept them from leaving."""
+        if self.bank is None or self.storing_from is None:
+            return False
+        spans = self.bank.spans_of(list(range(self.storing_from, self.bank.next_id))).tolist()
+        return [chunks[-1].start, chunks[-1].end] in spans
+
     def depart(self, count: int) -> None:
         """Note that ``count`` chunks have left, and forget text that is needed no more."""
         self._departed += count
+        self.storing_from = None
         needed = min(self.first_token, self.seen - self.config.query_length)
-        self._recent = self._recent[max(0, needed - (self.seen - len(self._recent))) :]
+        self._recent = self._passage(max(self._recent.start, needed), self.seen)
 
     def forget(self) -> None:
         """Let go of what was retrieved for the last segment."""
@@ -121,7 +134,6 @@ class Row:
         """Retrieve chunks for a query's embedding [dim]."""
         assert self.bank is not None  # noqa: S101 - the plain window has nothing to recall
         self.retrieval, self.memory = recall(self.bank, query, self.config)
-        self._asked = None
 
     def memory_positions(self) -> Tensor:
         """Positions [tokens] of the retrieved chunks."""
@@ -130,5 +142,5 @@ class Row:
         return memory_positions(self.config, self.placement, self.memory.spans)
 
     def _passage(self, start: int, end: int) -> Passage:
-        first = self.seen - len(self._recent)
-        return Passage(tuple(self._recent[start - first : end - first]), start)
+        first = self._recent.start
+        return Passage(self._recent.token_ids[start - first : end - first], start)

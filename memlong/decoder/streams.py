@@ -153,15 +153,14 @@ class Streams:
         width = tokens.shape[1]
         incoming = self._positions(tokens)
         check_reach(int(incoming.max()), self._layout)
-        self._window.expect(tokens, incoming)
-        positions = self._positions(self._window.tokens)
-        slot.current = AttentionPass(positions[:, -width:], positions, self._window.valid, self._memory)
-        logits: Tensor | None = None
+        window = self._window.expecting(tokens, incoming)
+        positions = self._positions(window.tokens)
+        slot.current = AttentionPass(positions[:, -width:], positions, window.valid, self._memory)
         try:
-            logits = self._model(
+            logits: Tensor = self._model(
                 input_ids=input_ids,
                 position_ids=positions[:, -width:],
-                past_key_values=self._window,
+                past_key_values=window,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
             ).logits
@@ -169,8 +168,7 @@ class Streams:
             slot.current = None
             if self._memory is not None:
                 self._memory.wait()  # where no retrieval layer was reached
-            if logits is None:  # failed or interrupted half-way: the window is as it was before
-                self._window.forget_last(width)
+        self._window = window
         return logits
 
     def _turn_over(self, starting: Sequence[Row]) -> None:
@@ -186,21 +184,23 @@ class Streams:
         wanted = torch.stack([row.keeps(mine) for row, mine in zip(self.rows, tokens, strict=True)])
         placements = tuple(row.placement for row in self.rows)
         if placements != self._placements or not torch.equal(wanted, self._window.valid):
-            self._window.keep(wanted)
-            self._window.place(self._positions(self._window.tokens))
+            window = self._window.keeping(wanted)
+            window.place(self._positions(window.tokens))
+            self._window = window
             self._placements = placements
 
     def _store(self, index: int, leaving: Sequence[Passage]) -> None:
-        bank = self.rows[index].bank
-        if bank is None or self._retriever is None:
+        row = self.rows[index]
+        bank = row.bank
+        if bank is None or self._retriever is None or row.has_stored(leaving):
             return
         columns = self._window.columns_of(index, leaving[0].start, leaving[-1].end)
         keys, values = self._source.collect(self._window, index, columns)
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
-        bank.add(
-            self._retriever.embed_chunks(leaving), _in_chunks(keys, size), _in_chunks(values, size), spans
-        )
+        embeddings = self._retriever.embed_chunks(leaving)
+        row.storing_from = bank.next_id
+        bank.add(embeddings, _in_chunks(keys, size), _in_chunks(values, size), spans)
 
     def _retrieve(self, starting: Sequence[Row]) -> None:
         # A bank that was given may hold something before the stream has any text to ask with.
@@ -216,6 +216,8 @@ class Streams:
             with self._side.beside():
                 memory = self._assemble()
             self._memory = memory and replace(memory, arrival=self._side.hand_over(memory.tensors))
+        for row in starting:
+            row.asked = None
 
     def _assemble(self) -> Memory | None:
         """Bring the rows' retrieved K-V into one batch, shorter ones padded, keys rotated to where they stand."""

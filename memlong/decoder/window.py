@@ -34,27 +34,28 @@ class WindowLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take in the K-V of a segment, as transformers calls it, and give that of the whole window."""
-        assert self.incoming is not None  # noqa: S101 - LocalWindow.expect comes first
+        assert self.incoming is not None  # noqa: S101 - LocalWindow.expecting comes first
         raw = self.rope.unrotate(key_states, self.incoming.of(self.rope))
         self.raw_keys = torch.cat([self.raw_keys, raw], dim=2) if self.is_initialized else raw
         keys, values = super().update(key_states, value_states)
         return keys, values
 
-    def keep(self, columns: Tensor) -> None:
-        """Keep these columns [rows or 1, kept] and forget the others; ``keys`` must be placed anew."""
+    def keeping(self, columns: Tensor) -> WindowLayer:
+        """Return a layer of these columns [rows or 1, kept] alone; its ``keys`` must be placed anew."""
+        other = copy(self)
         if columns.shape[0] == 1:
-            self.raw_keys = self.raw_keys.index_select(2, columns[0])
-            self.values = self.values.index_select(2, columns[0])
+            other.raw_keys = self.raw_keys.index_select(2, columns[0])
+            other.values = self.values.index_select(2, columns[0])
         else:
             index = columns[:, None, :, None]
-            self.raw_keys = self.raw_keys.take_along_dim(index, dim=2)
-            self.values = self.values.take_along_dim(index, dim=2)
+            other.raw_keys = self.raw_keys.take_along_dim(index, dim=2)
+            other.values = self.values.take_along_dim(index, dim=2)
+        return other
 
     def of_rows(self, rows: Tensor) -> WindowLayer:
-        """Return a layer of these rows; this one stays as it is."""
-        other = WindowLayer(self.rope)
+        """Return a layer of these rows."""
+        other = copy(self)
         if self.is_initialized:
-            other.lazy_initialization(self.keys, self.values)
             other.keys, other.values, other.raw_keys = (
                 states.index_select(0, rows) for states in (self.keys, self.values, self.raw_keys)
             )
@@ -67,6 +68,9 @@ class WindowLayer(DynamicLayer):
 
 class LocalWindow(Cache):
     """The windows of all rows and layers.
+
+    A window that has been filled is not changed any more: what comes next is a window of its own, made beside it, so
+    that whatever goes wrong meanwhile leaves the one at hand as it was.
 
     Attributes
     ----------
@@ -83,12 +87,16 @@ class LocalWindow(Cache):
         self._window_layers = layers
         super().__init__(layers=list(layers))
 
-    def of_rows(self, rows: Tensor) -> LocalWindow:
-        """Return a window of these rows [n], which may come more than once; this one stays as it is."""
+    def _of(self, layers: list[WindowLayer], tokens: Tensor) -> LocalWindow:
         other = copy(self)
-        other._hold([layer.of_rows(rows) for layer in self._window_layers])  # noqa: SLF001 - its own
-        other.tokens = self.tokens.index_select(0, rows)
+        other._hold(layers)  # noqa: SLF001 - its own
+        other.tokens = tokens
         return other
+
+    def of_rows(self, rows: Tensor) -> LocalWindow:
+        """Return a window of these rows [n], which may come more than once."""
+        layers = [layer.of_rows(rows) for layer in self._window_layers]
+        return self._of(layers, self.tokens.index_select(0, rows))
 
     @property
     def valid(self) -> Tensor:
@@ -101,12 +109,13 @@ class LocalWindow(Cache):
         layers = [layer for layer in self._window_layers if layer.is_initialized]
         return sum(layer.keys.nbytes + layer.raw_keys.nbytes + layer.values.nbytes for layer in layers)
 
-    def expect(self, tokens: Tensor, positions: Tensor) -> None:
-        """Announce the tokens [rows, new] of the next forward call and where they stand."""
-        self.tokens = torch.cat([self.tokens, tokens], dim=1)
+    def expecting(self, tokens: Tensor, positions: Tensor) -> LocalWindow:
+        """Return a window that a forward call fills with the tokens [rows, new], which stand at ``positions``."""
         angles = AngleCache(positions)
-        for layer in self._window_layers:
+        layers = [copy(layer) for layer in self._window_layers]
+        for layer in layers:
             layer.incoming = angles
+        return self._of(layers, torch.cat([self.tokens, tokens], dim=1))
 
     def columns_of(self, row: int, start: int, end: int) -> Tensor:
         """Columns that hold the tokens ``start`` to ``end`` of a row, in order."""
@@ -120,32 +129,22 @@ class LocalWindow(Cache):
         values = torch.stack([layer.values[row].index_select(1, columns) for layer in chosen])
         return keys, values
 
-    def keep(self, wanted: Tensor) -> None:
-        """Keep the columns marked in ``wanted`` [rows, columns], bool; follow it with :meth:`place`."""
+    def keeping(self, wanted: Tensor) -> LocalWindow:
+        """Return a window of the columns marked in ``wanted`` [rows, columns], bool; follow it with :meth:`place`."""
         if bool((wanted == wanted[:1]).all()):
             columns = wanted[0].nonzero().T
-            self.tokens = self.tokens.index_select(1, columns[0])
+            tokens = self.tokens.index_select(1, columns[0])
         else:
             # Rows keep different columns: gather each row's own, and pad the shorter rows on the left.
             width = int(wanted.sum(dim=1).max())
             order = wanted.to(torch.int8).argsort(dim=1, stable=True)
             columns = order[:, order.shape[1] - width :]
             kept = wanted.take_along_dim(columns, dim=1)
-            self.tokens = self.tokens.take_along_dim(columns, dim=1).masked_fill(~kept, _PADDING)
-        for layer in self._window_layers:
-            layer.keep(columns)
+            tokens = self.tokens.take_along_dim(columns, dim=1).masked_fill(~kept, _PADDING)
+        return self._of([layer.keeping(columns) for layer in self._window_layers], tokens)
 
     def place(self, positions: Tensor) -> None:
         """Put the columns at these positions [rows, columns]."""
         angles = AngleCache(positions)
         for layer in self._window_layers:
             layer.place(angles)
-
-    def forget_last(self, count: int) -> None:
-        """Take back the tokens announced last, after a forward call that failed."""
-        self.tokens = self.tokens[:, : self.tokens.shape[1] - count]
-        for layer in self._window_layers:
-            if layer.is_initialized:
-                size = self.tokens.shape[1]
-                layer.keys, layer.values = layer.keys[:, :, :size], layer.values[:, :, :size]
-                layer.raw_keys = layer.raw_keys[:, :, :size]

@@ -280,13 +280,22 @@ def test_attached_the_model_is_in_evaluation_mode(llama, small, text):
     assert llama.training
 
 
-@pytest.mark.parametrize(("layers", "local_window"), [("all", 40), ("1-3", 60)])
-def test_a_sliding_window_that_would_hide_the_memory_is_refused(tiny_model, small, layers, local_window):
-    settings = small(retrieval_layers=layers, local_window=local_window)
+@pytest.mark.parametrize(
+    ("layers", "local_window", "mode"),
+    [("all", 40, "zero"), ("1-3", 60, "zero"), ("all", 29, "before-window"), ("all", 37, "overlaid")],
+)
+def test_a_sliding_window_that_would_hide_memory_is_refused(tiny_model, small, layers, local_window, mode):
+    settings = small(retrieval_layers=layers, local_window=local_window, position_mode=mode)
     with pytest.raises(
         InvalidArgumentError, match=rf"local_window is {local_window}, .* sliding window of 40"
     ):
         MemoryDecoder(tiny_model("Mistral-sliding"), None, settings)
+
+
+@pytest.mark.parametrize(("local_window", "mode"), [(39, "zero"), (28, "before-window"), (36, "overlaid")])
+def test_a_sliding_window_that_reaches_over_all_of_the_memory_is_taken(tiny_model, small, local_window, mode):
+    settings = small(local_window=local_window, position_mode=mode)
+    assert MemoryDecoder(tiny_model("Mistral-sliding"), None, settings).retrieval_layers == (0, 1, 2, 3)
 
 
 def test_rows_cannot_share_a_bank(llama, small):

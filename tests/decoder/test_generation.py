@@ -194,6 +194,20 @@ def test_memory_is_refreshed_every_so_many_tokens(llama, small, text, monkeypatc
     assert len(seen) == 1 + 23 // 3
 
 
+def test_an_answer_that_outgrows_an_empty_bank_asks_with_its_latest_text(llama, small, text, monkeypatch):
+    asked = []
+    with MemoryDecoder(llama, None, small(retrieve_every=2)) as decoder:
+        embed = decoder.retriever.embed_queries
+        monkeypatch.setattr(
+            decoder.retriever, "embed_queries", lambda queries: (asked.extend(queries), embed(queries))[1]
+        )
+        decoder.generate(text(6), max_new_tokens=40, do_sample=False, eos_token_id=None)
+    ends = [query.end for query in asked]
+    assert len(ends) > 5
+    assert min(ends) > decoder.config.local_window - decoder.config.segment_size
+    assert all(query.end - query.start <= decoder.config.segment_size for query in asked)
+
+
 @pytest.mark.parametrize(
     "sizes", [{}, {"retrieve_every": 8}, {"retrieve_every": 1}, {"segment_size": 20}, {"segment_size": 1}]
 )
@@ -226,6 +240,17 @@ def test_the_pipeline_of_transformers_answers_from_memory(llama, small, text, tm
         answers[0] == answers[1] == "w7 w8 w9" + tokenizer.decode(expected[0, 3:], skip_special_tokens=True)
     )
     assert "generate" not in vars(llama)
+
+
+def test_one_stream_answers_several_prompts_side_by_side(llama, small, text):
+    options = {"max_new_tokens": 12, "do_sample": False, "remember": False, "eos_token_id": None}
+    prompts = text(5, rows=3, seed=1)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(90))
+        together = decoder.generate(prompts, **options)
+        alone = torch.cat([decoder.generate(prompt[None], **options) for prompt in prompts])
+        assert len(decoder.banks) == 1
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +299,14 @@ def test_an_interrupted_answer_leaves_bank_and_model_as_they_were(llama, small, 
         assert decoder.generate(text(5, seed=2), max_new_tokens=5).shape == (1, 10)
 
 
+def test_a_cache_that_the_model_prefers_does_not_matter(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        expected = decoder.generate(text(30), max_new_tokens=5, do_sample=False)
+        llama.generation_config.cache_implementation = "static"
+        decoder.reset()
+        assert torch.equal(decoder.generate(text(30), max_new_tokens=5, do_sample=False), expected)
+
+
 def test_what_does_not_go_with_a_memory_is_refused(llama, small, text):
     decoder = MemoryDecoder(llama, None, small())
     with pytest.raises(MemlongError, match="inside `with decoder:`"):
@@ -285,6 +318,8 @@ def test_what_does_not_go_with_a_memory_is_refused(llama, small, text):
         with pytest.raises(InvalidArgumentError, match="prompt_lookup_num_tokens does not go with a memory"):
             decoder.generate(text(5))
         llama.generation_config.prompt_lookup_num_tokens = None
+        with pytest.raises(InvalidArgumentError, match="cache_implementation does not go"):
+            decoder.generate(text(5), cache_implementation="static")
         with pytest.raises(InvalidArgumentError, match="inputs_embeds does not go"):
             decoder.generate(text(5), inputs_embeds=torch.ones(1, 5, 48))
         with pytest.raises(
