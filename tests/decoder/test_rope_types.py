@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from memlong import MemoryDecoder
 from memlong.decoder.probe import probe
@@ -57,6 +66,37 @@ def model_with(text):
     return build
 
 
+@pytest.fixture
+def windowed():
+    def build(kind):
+        torch.manual_seed(0)
+        sizes = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 512,
+            "sliding_window": 48,
+            "pad_token_id": 0,
+        }
+        types = {"layer_types": ["sliding_attention", "full_attention"]}
+        if kind == "Mistral":
+            return MistralForCausalLM(MistralConfig(**sizes)).eval()
+        if kind == "Gemma3":
+            return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **types)).eval()
+        experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+        config = GptOssConfig(
+            **sizes, **types, **experts, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+        )
+        config._attn_implementation = "eager"
+        return GptOssForCausalLM(config).eval()
+
+    return build
+
+
 def test_memory_of_the_whole_prefix_equals_full_attention(model_with, rope, small, text):
     model, ids = model_with(rope, 3), text(150)
     with MemoryDecoder(model, None, small(position_mode="original", top_k=64)) as decoder:
@@ -70,16 +110,27 @@ def test_memory_of_the_whole_prefix_equals_full_attention(model_with, rope, smal
 def test_the_same_text_is_met_alike_however_far_it_stands(model_with, rope, small, text, position_mode):
     # In one layer K-V depend on tokens alone, so a text that comes again and again, and whose latest chunks are
     # what is retrieved, must get the same logits every time, to the last digit that float32 has.
-    model = model_with(rope, 1)
+    config = small(retriever="recent", position_mode=position_mode)
+    assert_met_alike(model_with(rope, 1), config, text, early=256)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma3", "GPT-OSS"])
+@pytest.mark.parametrize("position_mode", ["zero", "before-window"])
+def test_layers_with_sliding_windows_do_not_drift(windowed, kind, small, text, position_mode):
+    # Of two layers, one slides; what the second stored depends on all before, ever less, so it is compared late.
+    config = small(retriever="recent", position_mode=position_mode, retrieval_layers="0-1")
+    assert_met_alike(windowed(kind), config, text, early=2400)
+
+
+def assert_met_alike(model, config, text, *, early):
     verse = text(32)
     ids = torch.cat([text(2, seed=1), verse.repeat(1, 150)], dim=1)
     last: dict[int, torch.Tensor] = {}
-    with MemoryDecoder(model, None, small(retriever="recent", position_mode=position_mode)) as decoder:
+    with MemoryDecoder(model, None, config) as decoder:
         for segment in decoder.stream(ids):
             last[int(segment.tokens[0, 0])] = segment.logits[0]
-    for early, late in ((256, 4768), (264, 4776)):
-        assert (late - early) % 32 == 0
-        torch.testing.assert_close(last[late], last[early], **TOLERANCE)
+    for step in (0, 8):
+        torch.testing.assert_close(last[4768 + step], last[early + step], **TOLERANCE)
 
 
 def test_positions_end_where_the_rotation_changes(model_with, small):
