@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
+from weakref import WeakMethod
 
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel, TextStreamer
@@ -44,7 +45,7 @@ class StreamCache(Cache):
     def __init__(self, columns: int, reorder: Callable[[Sequence[int]], None]) -> None:
         super().__init__(layers=[])
         self.columns = columns
-        self._reorder = reorder
+        self._reorder = WeakMethod(reorder)  # or a turn would keep what it held until the collector comes
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - as transformers calls it
         """All columns but the last, which is what a forward call is about."""
@@ -52,7 +53,9 @@ class StreamCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i go on from what was row ``beam_idx[i]``."""
-        self._reorder(beam_idx.tolist())
+        reorder = self._reorder()
+        if reorder is not None:
+            reorder(beam_idx.tolist())
 
 
 class Speaker:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -240,6 +242,21 @@ def test_the_pipeline_of_transformers_answers_from_memory(llama, small, text, tm
         answers[0] == answers[1] == "w7 w8 w9" + tokenizer.decode(expected[0, 3:], skip_special_tokens=True)
     )
     assert "generate" not in vars(llama)
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_what_a_turn_held_is_let_go_at_once(llama, small, text, remember):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(90))
+        bank = weakref.ref(decoder.banks[0])
+        gc.collect()
+        gc.disable()
+        try:
+            decoder.generate(text(5), max_new_tokens=8, num_beams=2, do_sample=False, remember=remember)
+            decoder.reset()
+            assert bank() is None
+        finally:
+            gc.enable()
 
 
 def test_one_stream_answers_several_prompts_side_by_side(llama, small, text):
