@@ -34,7 +34,7 @@ def interrupted(call, at):
 
     def on_line(frame, event, _):
         nonlocal left
-        if event == "line" and not leaves_a_with(frame):
+        if event == "line" and not is_out_of_reach(frame):
             left -= 1
             if left < 0:
                 raise KeyboardInterrupt
@@ -51,19 +51,18 @@ def interrupted(call, at):
     return False
 
 
-def leaves_a_with(frame):
-    """Between the end of a `with` block and the call of `__exit__` Python delivers no interrupt."""
+def is_out_of_reach(frame):
+    """Python delivers no interrupt at a bare `try:`, nor between a `with` block and the call of `__exit__`."""
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-    return line.lstrip().startswith("with ") and operation in ("LOAD_CONST", "PUSH_EXC_INFO")
+    leaves = line.lstrip().startswith("with ") and operation in ("LOAD_CONST", "PUSH_EXC_INFO")
+    return leaves or operation == "NOP"
 
 
-@pytest.fixture(params=["memory", "host", "disk", "host-disk"])
+@pytest.fixture(params=["memory", "host-disk"])
 def make(request, tmp_path):
     stores = {
         "memory": InMemoryStore,
-        "host": lambda: TieredStore(host="all"),
-        "disk": lambda: TieredStore(disk=tmp_path),
         "host-disk": lambda: TieredStore(host=2 * BLOCK, disk=tmp_path),
     }
 
@@ -148,6 +147,9 @@ def test_at_any_line_of_a_change(make, change):
     assert at > 20
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a file that is just being opened
 def test_at_any_line_of_the_first_add_a_bank_stays_empty_and_takes_another_layout(tmp_path):
     at, bank = 0, TorchBank(4, store=TieredStore(host=BLOCK, disk=tmp_path))
     while interrupted(lambda: add(bank, 2), at):  # noqa: B023
@@ -194,7 +196,7 @@ def test_at_any_line_of_a_lock(kind):
         for hold in (lock.write, lock.read):
             with hold():
                 pass
-        assert not (lock._readers or lock._writers or lock._writers_waiting)
+        assert not lock._readers | lock._writers | lock._writers_waiting
         other = threading.Thread(target=use)
         other.start()
         other.join(10)
