@@ -78,17 +78,15 @@ class MemoryBank(IndexHost):
         dim = whole_number("dim", dim, at_least=1)
         if metric not in get_args(Metric):
             raise InvalidArgumentError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
-        super().__init__(dim, "l2" if metric == "l2" else "inner_product", device)
+        store = InMemoryStore() if store is None else store
+        if not isinstance(store, KeyValueStore):
+            raise InvalidArgumentError(f"store must be a KeyValueStore, got {store!r}")
+        if len(store):
+            raise InvalidArgumentError(f"store must be empty, got one of {len(store)} blocks")
+        super().__init__(dim, "l2" if metric == "l2" else "inner_product", device, store)
         self._dim = dim
         self._metric: Metric = metric
         self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
-        self._store = InMemoryStore() if store is None else store
-        if not isinstance(self._store, KeyValueStore):
-            raise InvalidArgumentError(f"store must be a KeyValueStore, got {store!r}")
-        if len(self._store):
-            raise InvalidArgumentError(f"store must be empty, got one of {len(self._store)} blocks")
-        self._layout: ChunkLayout | None = None
-        self._next_id = 0
         self._counting = threading.Lock()
 
     @property
@@ -109,50 +107,70 @@ class MemoryBank(IndexHost):
     @property
     def next_id(self) -> int:
         """The id that the next chunk will get."""
-        return self._next_id
+        return self._contents.next_id
 
     @property
     def layout(self) -> ChunkLayout | None:
         """Shape, dtype and device of a chunk's keys and of its values; None before the first add."""
-        return self._layout
+        return self._contents.layout
 
     @property
     def nbytes(self) -> int:
         """Bytes of the embeddings, keys and values held."""
-        with self._lock.read():
+        with self._reading():
             return self._table.nbytes + self._store.nbytes
 
     @property
     def ids(self) -> torch.Tensor:
         """The ids held, int64 [n], ascending; a copy."""
-        with self._lock.read():
+        with self._reading():
             return torch.from_numpy(self._table.ids.copy())
 
     @property
     def embeddings(self) -> StoredEmbeddings:
         """Ids and embeddings as they are searched; a copy."""
-        with self._lock.read():
+        with self._reading():
             ids, embeddings = self._table.ids.copy(), self._table.embeddings.copy()
         return StoredEmbeddings(torch.from_numpy(ids), torch.from_numpy(embeddings))
 
     @property
     def usage(self) -> Usage:
         """Ids, retrieval counts and last uses, as an eviction policy sees them; a copy."""
-        with self._lock.read(), self._counting:
+        with self._reading(), self._counting:
             usage = self._table.usage
             return Usage(usage.ids.copy(), usage.retrievals.copy(), usage.last_used.copy())
 
     def __len__(self) -> int:
-        with self._lock.read():
+        with self._reading():
             return len(self._table)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(dim={self._dim}, metric={self._metric!r}, chunks={len(self)})"
 
+    def check_layout(self, layout: ChunkLayout) -> None:
+        """Find out, before there are any, whether the bank and its store can hold chunks of a layout.
+
+        Parameters
+        ----------
+        layout : ChunkLayout
+            Of the chunks to come.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If `max_bytes`, or the budget of one of the store's tiers, is too small for one chunk: it could never
+            hold any.
+        """
+        self._store.check_layout(layout)
+        self._room(layout)
+
     def add(
         self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput
     ) -> torch.Tensor:
         """Store chunks, and evict what is then over capacity; if this raises, the bank is as before.
+
+        After an interrupt (KeyboardInterrupt) the chunks are all there or none is, and some of those that were to be
+        evicted may be gone.
 
         Parameters
         ----------
@@ -184,25 +202,17 @@ class MemoryBank(IndexHost):
             return torch.empty(0, dtype=torch.int64)
         layout = ChunkLayout.of(key_blocks)
         with self._lock.write():
-            if self._layout is not None:
-                self._layout.require_same(layout)
-            ids = np.arange(self._next_id, self._next_id + count, dtype=np.int64)
-            block_bytes = self._store.record_bytes(layout)
-            capacity = self._capacity.in_chunks(vectors[0].nbytes, block_bytes, self._store.max_bytes)
-            victims = self._capacity.victims(self._table.usage_with(ids), capacity)
+            self._contents.mend()
+            if self._contents.layout is not None:
+                self._contents.layout.require_same(layout)
+            ids = np.arange(self._contents.next_id, self._contents.next_id + count, dtype=np.int64)
+            victims = self._capacity.victims(self._table.usage_with(ids), self._room(layout))
             before = len(self._table)
-            try:
+            with self._contents.change(layout, ids):
                 self._store.put(ids.tolist(), key_blocks, value_blocks)
                 self._table.append(ids, vectors, positions)
                 self._change_index(self._index_add, ids, self._table.embeddings[before:])
                 self._discard(victims)
-            except BaseException:
-                self._drop_index()
-                self._table.truncate(before)
-                self._store.remove([chunk_id for chunk_id in ids.tolist() if chunk_id in self._store])
-                raise
-            self._layout = layout
-            self._next_id += count
         return torch.from_numpy(ids)
 
     def search(self, queries: FloatInput, k: int) -> SearchResult:
@@ -221,14 +231,14 @@ class MemoryBank(IndexHost):
             If an argument has a wrong type, shape or value.
         """
         prepared, k = self._prepare(queries, k)
-        with self._reading():
+        with self._reading(searching=True):
             found = self._rank(prepared, k)
         return SearchResult(torch.from_numpy(found.scores), torch.from_numpy(found.ids))
 
     def exact_search(self, queries: FloatInput, k: int) -> SearchResult:
         """Do what `search` does by brute force over the stored embeddings: the measure of recall."""
         prepared, k = self._prepare(queries, k)
-        with self._lock.read():
+        with self._reading():
             found = self._rank_exactly(prepared, k)
         return SearchResult(torch.from_numpy(found.scores), torch.from_numpy(found.ids))
 
@@ -238,9 +248,9 @@ class MemoryBank(IndexHost):
         Same arguments and errors as `search`. An id counts once for every query that it is returned for.
         """
         prepared, k = self._prepare(queries, k)
-        with self._reading():
+        with self._reading(searching=True):
             found = self._rank(prepared, k)
-            keys, values = gather(self._store, self._layout, found.ids)
+            keys, values = gather(self._store, self._contents.layout, found.ids)
             present = found.rows >= 0
             spans = np.full((*found.ids.shape, 2), -1, dtype=np.int64)
             spans[present] = self._table.spans[found.rows[present]]
@@ -252,7 +262,7 @@ class MemoryBank(IndexHost):
     def spans_of(self, ids: IntInput) -> torch.Tensor:
         """Return the token positions [start, end) of chunks, int64 [n, 2]; -1 for an id that is not held."""
         wanted = ids_of(ids)
-        with self._lock.read():
+        with self._reading():
             rows = self._table.rows_of(wanted)
             spans = np.full((len(wanted), 2), -1, dtype=np.int64)
             spans[rows >= 0] = self._table.spans[rows[rows >= 0]]
@@ -267,10 +277,10 @@ class MemoryBank(IndexHost):
             Distinct ids [n].
         """
         wanted = ids_of(ids)
-        with self._lock.read():
+        with self._reading():
             rows = self._table.rows_of(wanted)
             held, rows = wanted[rows >= 0], rows[rows >= 0]
-            keys, values = gather(self._store, self._layout, held)
+            keys, values = gather(self._store, self._contents.layout, held)
             spans = self._table.spans[rows].copy()
             with self._counting:
                 self._table.mark_retrieved(rows)
@@ -292,8 +302,10 @@ class MemoryBank(IndexHost):
         """
         n = whole_number("n", n, at_least=0)
         with self._lock.write():
+            self._contents.mend()
             victims = self._capacity.victims(self._table.usage, max(len(self._table) - n, 0))
-            self._discard(victims)
+            with self._contents.change(self._contents.layout):
+                self._discard(victims)
         return torch.from_numpy(victims)
 
     def remove(self, ids: IntInput) -> None:
@@ -306,21 +318,30 @@ class MemoryBank(IndexHost):
         """
         leaving = np.unique(ids_of(ids))
         with self._lock.write():
+            self._contents.mend()
             unknown = leaving[self._table.rows_of(leaving) < 0]
             if len(unknown):
                 raise InvalidArgumentError(
                     f"ids {unknown.tolist()} are not in the bank (never added, or gone); nothing was removed"
                 )
-            self._discard(leaving)
+            with self._contents.change(self._contents.layout):
+                self._discard(leaving)
 
     def reset(self) -> None:
         """Remove every chunk and forget the chunk shape; ids go on from where they were."""
         with self._lock.write():
+            self._contents.restore()
             self._drop_index()
-            self._store.clear()
-            self._table.clear()
-            self._layout = None
+            with self._contents.change(None):
+                self._table.clear()
+                self._store.clear()
             self._rebuild_index()
+
+    def _room(self, layout: ChunkLayout) -> int | None:
+        embedding_bytes = self._dim * np.dtype(np.float32).itemsize
+        return self._capacity.in_chunks(
+            embedding_bytes, self._store.record_bytes(layout), self._store.max_bytes
+        )
 
     def _prepare(self, queries: FloatInput, k: int) -> tuple[Floats, int]:
         k = whole_number("k", k, at_least=1)
@@ -330,9 +351,5 @@ class MemoryBank(IndexHost):
         if not len(ids):
             return
         self._change_index(self._index_remove, ids)
-        try:
-            self._store.remove(ids.tolist())
-        except BaseException:
-            self._drop_index()
-            raise
         self._table.remove(self._table.rows_of(ids))
+        self._store.remove(ids.tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,17 @@ def stack(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     for target, block in zip(_bits_of(stacked), blocks, strict=True):
         np.copyto(target, _bits_of(block))
     return stacked
+
+
+def keep_while_read(blocks: Iterable[torch.Tensor]) -> None:
+    """Have the memory of blocks on a CUDA device stay theirs until the current stream has read them.
+
+    Otherwise, what another stream allocated goes back to that stream as soon as nobody refers to it, and may be written
+    over while this one still copies from it.
+    """
+    for block in blocks:
+        if block.is_cuda:
+            block.record_stream(torch.cuda.current_stream(block.device))
 
 
 def _bits_of(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +61,8 @@ class DiskSlots:
                     self._write_at(slots[-1], record)
             except BaseException as error:
                 self._free.update(slots)
-                self._shrink()
+                with suppress(OSError):  # the first error is the one to tell, and free slots are used again
+                    self._shrink()
                 if isinstance(error, OSError):
                     raise StorageError(
                         f"The disk tier in {str(self._folder)!r} cannot take another {self._size:,} bytes: "
@@ -70,18 +73,30 @@ class DiskSlots:
         return slots
 
     def read(self, slots: list[int]) -> torch.Tensor:
-        """Return the records [n, slot_bytes], uint8."""
+        """Return the records [n, slot_bytes], uint8; StorageError if the file cannot be read."""
         records = torch.empty(len(slots), self._size, dtype=torch.uint8)
         for slot, target in zip(slots, records.numpy(), strict=True):
             with self._lock:
-                self._file.seek(slot * self._size)
-                self._fill(target)
+                self._read_at(slot, target)
         return records
 
     def release(self, slots: list[int]) -> None:
-        """Give slots back."""
+        """Give slots back; if this raises StorageError, because the file cannot be cut, they are all still there."""
         with self._lock:
             self._free.update(slots)
+            try:
+                self._shrink()
+            except OSError as error:
+                self._free.difference_update(slots)
+                raise StorageError(
+                    f"The disk tier in {str(self._folder)!r} cannot give space back: {error.strerror or error}. "
+                    "Nothing was removed. Try again, or name another folder."
+                ) from error
+
+    def keep_only(self, slots: Iterable[int]) -> None:
+        """Give all other slots back, where an interrupt has left it open which are in use."""
+        with self._lock:
+            self._free = set(range(self._end)).difference(slots)
             self._shrink()
 
     def close(self) -> None:
@@ -94,22 +109,26 @@ class DiskSlots:
         while rest:
             rest = rest[self._file.write(rest) :]
 
-    def _fill(self, target: np.ndarray) -> None:
+    def _read_at(self, slot: int, target: np.ndarray) -> None:
         rest = target.data
-        while rest:
-            count = self._file.readinto(rest)
-            if not count:
-                raise StorageError(
-                    f"The disk tier in {str(self._folder)!r} lost data: its file is too short."
-                )
-            rest = rest[count:]
+        try:
+            self._file.seek(slot * self._size)
+            while rest and (count := self._file.readinto(rest)):
+                rest = rest[count:]
+        except OSError as error:
+            raise StorageError(
+                f"The disk tier in {str(self._folder)!r} cannot be read: {error.strerror or error}. Check the disk; "
+                "a memory kept on another (disk=...) starts empty."
+            ) from error
+        if rest:
+            raise StorageError(f"The disk tier in {str(self._folder)!r} lost data: its file is too short.")
 
     def _shrink(self) -> None:
         """Give the free slots at the end of the file back to the disk."""
         end = self._end
-        while end and end - 1 in self._free:
+        while end - 1 in self._free:
             end -= 1
-            self._free.remove(end)
         if end < self._end:
-            self._end = end
             self._file.truncate(end * self._size)
+            self._end = end
+            self._free = {slot for slot in self._free if slot < end}

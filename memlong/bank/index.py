@@ -10,9 +10,11 @@ from typing import ClassVar
 import torch
 
 from memlong.bank.arrays import Floats, Ids
+from memlong.bank.contents import Contents
 from memlong.bank.exact import Similarity
 from memlong.bank.lock import ReadWriteLock
 from memlong.bank.ranking import Ranking, missing, rank, rank_exactly
+from memlong.bank.store import KeyValueStore
 from memlong.bank.table import ChunkTable
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
 
@@ -36,15 +38,21 @@ class IndexHost(ABC):
         What to rank by.
     device : str or torch.device, optional
         Where the index computes, by default the CPU.
+    store : KeyValueStore
+        Holds the keys and values of the chunks in the table.
     """
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """The device types that the backend's index can compute on."""
 
-    def __init__(self, dim: int, similarity: Similarity, device: str | torch.device | None) -> None:
+    def __init__(
+        self, dim: int, similarity: Similarity, device: str | torch.device | None, store: KeyValueStore
+    ) -> None:
         self._similarity: Similarity = similarity
         self._device = self._usable_device(device)
         self._table = ChunkTable(dim)
+        self._store = store
+        self._contents = Contents(self._table, store, self._drop_index)
         self._lock = ReadWriteLock()
         self._index_is_current = True
 
@@ -86,14 +94,17 @@ class IndexHost(ABC):
         return chosen
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self, *, searching: bool = False) -> Iterator[None]:
+        """Hold the lock together with other readers; to search, with an index that is current."""
         while True:
             with self._lock.read():
-                if self._index_is_current:
+                if not self._contents.in_doubt and (self._index_is_current or not searching):
                     yield
                     return
             with self._lock.write():
-                self._rebuild_index()
+                self._contents.mend()
+                if searching:
+                    self._rebuild_index()
 
     def _rebuild_index(self) -> None:
         if self._index_is_current:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal
 
 
 class ReadWriteLock:
@@ -12,45 +13,78 @@ class ReadWriteLock:
 
     A waiting writer goes before readers that come after it, so a stream of searches cannot starve an add.
     The lock is not reentrant: a thread that holds it must not ask for it again.
+
+    An interrupt (KeyboardInterrupt) can come before a `with` statement has let go of what it holds. So a thread that
+    would wait for a hold of its own, which only an interrupt can have left, takes that one to be over.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._readers = 0
-        self._writers_waiting = 0
-        self._writing = False
+        # Entering and leaving this one is a single step for an interrupt; entering a Condition is not.
+        self._mutex = threading.RLock()
+        self._changed = threading.Condition(self._mutex)
+        self._readers: set[Hold] = set()
+        self._writers: set[Hold] = set()
+        self._writers_waiting: set[Hold] = set()
 
-    @contextmanager
-    def read(self) -> Iterator[None]:
-        """Hold the lock together with other readers."""
-        with self._changed:
-            while self._writing or self._writers_waiting:
-                self._changed.wait()
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._readers -= 1
-                if not self._readers:
-                    self._changed.notify_all()
+    def read(self) -> Hold:
+        """Hold the lock together with other readers, as a context manager."""
+        return Hold(self, "read")
 
-    @contextmanager
-    def write(self) -> Iterator[None]:
-        """Hold the lock alone."""
-        with self._changed:
-            self._writers_waiting += 1
-            try:
-                while self._writing or self._readers:
-                    self._changed.wait()
-                self._writing = True
-            finally:
-                self._writers_waiting -= 1
-                if not self._writing:
-                    self._changed.notify_all()
+    def write(self) -> Hold:
+        """Hold the lock alone, as a context manager."""
+        return Hold(self, "write")
+
+    def enter(self, hold: Hold) -> None:
+        """Wait until there is room for a hold."""
         try:
-            yield
-        finally:
-            with self._changed:
-                self._writing = False
-                self._changed.notify_all()
+            with self._mutex:
+                if hold.kind == "read":
+                    self._wait(hold, lambda: not (self._writers or self._writers_waiting))
+                    self._readers.add(hold)
+                else:
+                    self._writers_waiting.add(hold)
+                    self._wait(hold, lambda: not (self._writers or self._readers))
+                    self._writers.add(hold)
+                    self._writers_waiting.discard(hold)
+        except BaseException:
+            self.leave(hold)
+            raise
+
+    def leave(self, hold: Hold) -> None:
+        """Forget a hold, or the wait for one; nothing happens if it is over."""
+        with self._mutex:
+            for holds in (self._readers, self._writers, self._writers_waiting):
+                holds.discard(hold)
+            self._changed.notify_all()
+
+    def _wait(self, hold: Hold, is_free: Callable[[], bool]) -> None:
+        if not is_free():
+            for holds in (self._readers, self._writers, self._writers_waiting):
+                holds -= {each for each in holds if each.thread == hold.thread and each is not hold}
+        while not is_free():
+            self._changed.wait()
+
+
+class Hold:
+    """One thread's stay in a lock.
+
+    Parameters
+    ----------
+    lock : ReadWriteLock
+        Where.
+    kind : "read" or "write"
+        With others or alone.
+    """
+
+    def __init__(self, lock: ReadWriteLock, kind: Literal["read", "write"]) -> None:
+        self._lock = lock
+        self.kind = kind
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> None:
+        self._lock.enter(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.leave(self)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from memlong.bank.copying import stack
+from memlong.bank.copying import keep_while_read, stack
 from memlong.bank.layout import ChunkLayout
 from memlong.errors import InvalidArgumentError
 
@@ -19,6 +19,9 @@ class KeyValueStore(ABC):
     once but never during the former. Where a block lies between `put` and `get` is the store's own affair:
     callers only rely on getting it back in the dtype and on the device it was put in from: bit by bit, unless
     the store was told to keep fewer bits.
+
+    An interrupt (KeyboardInterrupt) may leave `put` and `remove` half done; the bank then asks with `in` for what
+    is there, and can get or remove all of that.
     """
 
     @abstractmethod
@@ -76,6 +79,9 @@ class KeyValueStore(ABC):
         """Bytes that a block of this layout takes."""
         return layout.nbytes
 
+    def check_layout(self, layout: ChunkLayout) -> None:  # noqa: B027 -- most stores need not check
+        """Raise InvalidArgumentError if not even one block of this layout could be kept; by default all can."""
+
 
 class InMemoryStore(KeyValueStore):
     """Keep every block where it came from: on the CPU or on its device.
@@ -86,7 +92,6 @@ class InMemoryStore(KeyValueStore):
 
     def __init__(self) -> None:
         self._blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._nbytes = 0
 
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store a contiguous copy of each block."""
@@ -98,25 +103,23 @@ class InMemoryStore(KeyValueStore):
             for chunk_id, key, value in zip(ids, keys.unbind(0), values.unbind(0), strict=True)
         }
         self._blocks.update(blocks)
-        self._nbytes += sum(key.nbytes + value.nbytes for key, value in blocks.values())
 
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Stack the blocks."""
         self._check_held(ids)
-        blocks = [self._blocks[chunk_id] for chunk_id in ids]
-        return stack([key for key, _ in blocks]), stack([value for _, value in blocks])
+        keys, values = zip(*(self._blocks[chunk_id] for chunk_id in ids), strict=True)
+        keep_while_read((*keys, *values))
+        return stack(keys), stack(values)
 
     def remove(self, ids: Sequence[int]) -> None:
         """Drop the blocks."""
         self._check_held(ids)
         for chunk_id in ids:
-            key, value = self._blocks.pop(chunk_id)
-            self._nbytes -= key.nbytes + value.nbytes
+            del self._blocks[chunk_id]
 
     def clear(self) -> None:
         """Drop every block."""
         self._blocks.clear()
-        self._nbytes = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -127,7 +130,7 @@ class InMemoryStore(KeyValueStore):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
-        return self._nbytes
+        return sum(key.nbytes + value.nbytes for key, value in list(self._blocks.values()))
 
     def _check_held(self, ids: Sequence[int]) -> None:
         unknown = [chunk_id for chunk_id in ids if chunk_id not in self._blocks]

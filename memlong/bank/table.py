@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from memlong.bank.arrays import Floats, Ids
 from memlong.bank.eviction import Usage
 
 
+@dataclass(frozen=True, eq=False)
+class TableRows:
+    """The rows of a table at one time: arrays, and the window of them that is in use.
+
+    Attributes
+    ----------
+    columns : tuple of numpy.ndarray
+        Ids, embeddings, squared norms, spans, retrievals and last uses, all of one capacity.
+    first, last : int
+        The window [first, last).
+    """
+
+    columns: tuple[npt.NDArray[Any], ...]
+    first: int
+    last: int
+
+    @classmethod
+    def empty(cls, capacity: int, dim: int) -> TableRows:
+        """Return no rows, with room for as many as `capacity`."""
+        columns = (
+            np.empty(capacity, dtype=np.int64),
+            np.empty((capacity, dim), dtype=np.float32),
+            np.empty(capacity, dtype=np.float32),
+            np.empty((capacity, 2), dtype=np.int64),
+            np.empty(capacity, dtype=np.int64),
+            np.empty(capacity, dtype=np.int64),
+        )
+        return cls(columns, 0, 0)
+
+    @property
+    def window(self) -> slice:
+        """Where the rows lie."""
+        return slice(self.first, self.last)
+
+    @property
+    def capacity(self) -> int:
+        """How many rows the arrays have room for."""
+        return len(self.columns[0])
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
 class ChunkTable:
     """Ids, embeddings, spans and usage counters of the chunks in a bank.
 
-    Rows lie in one window of the arrays' capacity, in ascending id order. Appending doubles the capacity when
-    there is no room; removing moves the shorter side of the window over the hole, so that evicting the oldest
-    chunks moves nothing at all. The properties are views of the window, valid until the next change.
+    Rows lie in one window of the arrays' capacity, in ascending id order. Appending writes behind the window, and
+    doubles the capacity when there is no room; removing the oldest or newest chunks makes the window smaller, and
+    removing others copies the rest to new arrays. A change is one assignment, and leaves the rows that were as they
+    are until the next append: so it happens as a whole, and can be undone. The properties are views of the window,
+    valid until the next change.
 
     Parameters
     ----------
@@ -23,39 +72,43 @@ class ChunkTable:
 
     def __init__(self, dim: int) -> None:
         self._dim = dim
-        self._first = 0
-        self._last = 0
-        self._allocate(0)
+        self._rows = TableRows.empty(0, dim)
         self.clock = 0
 
     def __len__(self) -> int:
-        return self._last - self._first
+        return len(self._rows)
+
+    @property
+    def rows(self) -> TableRows:
+        """All rows, for `restore`."""
+        return self._rows
 
     @property
     def ids(self) -> Ids:
         """int64 [n], ascending."""
-        return self._ids[self._first : self._last]
+        return self._rows.columns[0][self._rows.window]
 
     @property
     def embeddings(self) -> Floats:
         """float32 [n, dim], C-contiguous."""
-        return self._embeddings[self._first : self._last]
+        return self._rows.columns[1][self._rows.window]
 
     @property
     def squared_norms(self) -> Floats:
         """float32 [n], the squared length of each embedding."""
-        return self._squared_norms[self._first : self._last]
+        return self._rows.columns[2][self._rows.window]
 
     @property
     def spans(self) -> Ids:
         """int64 [n, 2], token positions [start, end)."""
-        return self._spans[self._first : self._last]
+        return self._rows.columns[3][self._rows.window]
 
     @property
     def usage(self) -> Usage:
         """Ids, retrieval counts and last uses, oldest chunk first."""
-        window = slice(self._first, self._last)
-        return Usage(self._ids[window], self._retrievals[window], self._last_used[window])
+        ids, _, _, _, retrievals, last_used = self._rows.columns
+        window = self._rows.window
+        return Usage(ids[window], retrievals[window], last_used[window])
 
     def usage_with(self, ids: Ids) -> Usage:
         """Return the usage as it would be with new chunks `ids` appended now."""
@@ -83,27 +136,23 @@ class ChunkTable:
         """Add rows with ids above all present ones; being added counts as being used now."""
         self.clock += 1
         count = len(ids)
-        self._make_room(count)
-        new = slice(self._last, self._last + count)
+        roomy = self._with_room(count)
+        new = slice(roomy.last, roomy.last + count)
         norms = np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64)
-        self._ids[new] = ids
-        self._embeddings[new] = embeddings
-        self._squared_norms[new] = norms
-        self._spans[new] = spans
-        self._retrievals[new] = 0
-        self._last_used[new] = self.clock
-        self._last += count
+        for column, given in zip(roomy.columns, (ids, embeddings, norms, spans, 0, self.clock), strict=True):
+            column[new] = given
+        self._rows = replace(roomy, last=roomy.last + count)
 
     def mark_retrieved(self, rows: Ids) -> None:
         """Count one retrieval for every row number in `rows`; a row may come more than once."""
         self.clock += 1
-        window = slice(self._first, self._last)
-        np.add.at(self._retrievals[window], rows, 1)
-        self._last_used[window][rows] = self.clock
+        usage = self.usage
+        np.add.at(usage.retrievals, rows, 1)
+        usage.last_used[rows] = self.clock
 
-    def truncate(self, length: int) -> None:
-        """Forget the newest rows, so that `length` stay."""
-        self._last = self._first + length
+    def restore(self, rows: TableRows) -> None:
+        """Go back to rows that there were before the last append and what followed it."""
+        self._rows = rows
 
     def remove(self, rows: Ids) -> None:
         """Forget the rows with these distinct numbers."""
@@ -111,53 +160,32 @@ class ChunkTable:
             return
         keep = np.ones(len(self), dtype=bool)
         keep[rows] = False
-        lowest, highest = int(rows.min()), int(rows.max())
-        if highest < len(self) - lowest:
-            kept = keep[: highest + 1]
-            target = self._first + highest + 1 - int(kept.sum())
-            self._move(self._first + np.flatnonzero(kept), target)
-            self._first = target
+        kept = np.flatnonzero(keep)
+        now = self._rows
+        if not len(kept):
+            self._rows = replace(now, first=now.last)
+        elif kept[-1] - kept[0] + 1 == len(kept):
+            self._rows = replace(now, first=now.first + int(kept[0]), last=now.first + int(kept[-1]) + 1)
         else:
-            kept = keep[lowest:]
-            target = self._first + lowest
-            self._move(target + np.flatnonzero(kept), target)
-            self._last = target + int(kept.sum())
+            self._rows = self._copied(kept, max(2 * len(kept), 64))
 
     def clear(self) -> None:
         """Forget every row and give the memory back."""
-        self._first = self._last = 0
-        self._allocate(0)
+        self._rows = TableRows.empty(0, self._dim)
 
-    def _columns(self) -> tuple[Ids | Floats, ...]:
-        return (
-            self._ids,
-            self._embeddings,
-            self._squared_norms,
-            self._spans,
-            self._retrievals,
-            self._last_used,
-        )
+    def _with_room(self, count: int) -> TableRows:
+        now = self._rows
+        length = len(now)
+        if now.last + count <= now.capacity:
+            return now
+        if length + count > now.capacity // 2:
+            return self._copied(np.arange(length), max(2 * (length + count), 64))
+        for column in now.columns:  # the window lies in the upper half, and stays as it is
+            column[:length] = column[now.window]
+        return replace(now, first=0, last=length)
 
-    def _allocate(self, capacity: int) -> None:
-        self._ids: Ids = np.empty(capacity, dtype=np.int64)
-        self._embeddings: Floats = np.empty((capacity, self._dim), dtype=np.float32)
-        self._squared_norms: Floats = np.empty(capacity, dtype=np.float32)
-        self._spans: Ids = np.empty((capacity, 2), dtype=np.int64)
-        self._retrievals: Ids = np.empty(capacity, dtype=np.int64)
-        self._last_used: Ids = np.empty(capacity, dtype=np.int64)
-
-    def _move(self, sources: Ids, target: int) -> None:
-        for column in self._columns():
-            column[target : target + len(sources)] = column[sources]
-
-    def _make_room(self, count: int) -> None:
-        if self._last + count <= len(self._ids):
-            return
-        length = len(self)
-        before = self._columns()
-        window = slice(self._first, self._last)
-        if length + count > len(self._ids) // 2:
-            self._allocate(max(2 * (length + count), 64))
-        for old, new in zip(before, self._columns(), strict=True):
-            new[:length] = old[window]
-        self._first, self._last = 0, length
+    def _copied(self, rows: Ids, capacity: int) -> TableRows:
+        fresh = TableRows.empty(capacity, self._dim)
+        for old, new in zip(self._rows.columns, fresh.columns, strict=True):
+            np.take(old[self._rows.window], rows, axis=0, out=new[: len(rows)], mode="clip")
+        return replace(fresh, last=len(rows))

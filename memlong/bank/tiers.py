@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,75 +14,8 @@ from memlong.bank.disk import DiskSlots
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.sizes import byte_count
 from memlong.bank.store import KeyValueStore
-from memlong.errors import InvalidArgumentError
-
-
-class _Tier(ABC):
-    """Records by chunk id, within a budget of bytes; None is no limit."""
-
-    def __init__(self, budget: int | None) -> None:
-        self.budget = budget
-
-    @abstractmethod
-    def put(self, ids: Sequence[int], records: torch.Tensor) -> None: ...
-
-    @abstractmethod
-    def get(self, ids: Sequence[int]) -> list[torch.Tensor]: ...
-
-    @abstractmethod
-    def remove(self, ids: Sequence[int]) -> None: ...
-
-
-class _MemoryTier(_Tier):
-    """Records as tensors, in the host's memory (pinned where there is CUDA) or on a device."""
-
-    def __init__(self, budget: int | None, device: torch.device, *, pinned: bool) -> None:
-        super().__init__(budget)
-        self._device, self._pinned = device, pinned
-        self._records: OrderedDict[int, torch.Tensor] = OrderedDict()
-
-    def put(self, ids: Sequence[int], records: torch.Tensor) -> None:
-        for chunk_id, record in zip(ids, records, strict=True):
-            if chunk_id not in self._records:
-                own = stack([record.to(self._device)])[0]  # not a view of all the others
-                self._records[chunk_id] = own.pin_memory() if self._pinned else own
-            self._records.move_to_end(chunk_id)
-
-    def get(self, ids: Sequence[int]) -> list[torch.Tensor]:
-        for chunk_id in ids:
-            self._records.move_to_end(chunk_id)
-        return [self._records[chunk_id] for chunk_id in ids]
-
-    def remove(self, ids: Sequence[int]) -> None:
-        for chunk_id in ids:
-            self._records.pop(chunk_id, None)
-
-    def __contains__(self, chunk_id: int) -> bool:
-        return chunk_id in self._records
-
-    def trim(self, record_bytes: int) -> None:
-        """Let go of what was wanted longest ago, until the rest is within the budget."""
-        while self.budget is not None and len(self._records) * record_bytes > self.budget:
-            self._records.popitem(last=False)
-
-
-class _DiskTier(_Tier):
-    """Records in a file."""
-
-    def __init__(self, budget: int | None, folder: Path, record_bytes: int) -> None:
-        super().__init__(budget)
-        self._slots = DiskSlots(folder, record_bytes)
-        self._slot_of: dict[int, int] = {}
-
-    def put(self, ids: Sequence[int], records: torch.Tensor) -> None:
-        slots = self._slots.write(records.cpu())
-        self._slot_of.update(zip(ids, slots, strict=True))
-
-    def get(self, ids: Sequence[int]) -> list[torch.Tensor]:
-        return list(self._slots.read([self._slot_of[chunk_id] for chunk_id in ids]))
-
-    def remove(self, ids: Sequence[int]) -> None:
-        self._slots.release([self._slot_of.pop(chunk_id) for chunk_id in ids])
+from memlong.bank.tier import DiskTier, MemoryTier, Tier
+from memlong.errors import InvalidArgumentError, StorageError
 
 
 class TieredStore(KeyValueStore):
@@ -144,14 +75,25 @@ class TieredStore(KeyValueStore):
         if self._disk is not None:
             DiskSlots(self._disk, 1).close()  # say now what cannot be written
         self._codec: BlockCodec | None = None
-        self._near: list[_MemoryTier] = []
-        self._whole: _Tier | None = None
+        self._near: list[MemoryTier] = []
+        self._whole: Tier | None = None
         self._ids: set[int] = set()
         self._lock = threading.Lock()
 
     def record_bytes(self, layout: ChunkLayout) -> int:
         """Bytes that a block of this layout takes."""
         return make_codec(layout, self._dtype).nbytes
+
+    def check_layout(self, layout: ChunkLayout) -> None:
+        """Raise InvalidArgumentError if the budget of a tier is smaller than one block of this layout."""
+        needed = self.record_bytes(layout)
+        budgets = {"device": self._device, "host": self._host, "disk_budget": self._disk_budget}
+        for name, budget in budgets.items():
+            if budget is not None and budget < needed:
+                raise InvalidArgumentError(
+                    f"{name} is {budget} bytes, but the keys and values of one chunk take {needed}: that tier could "
+                    "never hold any; raise it, or leave it out"
+                )
 
     def check_device(self, device: torch.device) -> None:
         """Raise InvalidArgumentError if blocks from this device cannot be kept in the tiers that are named."""
@@ -175,14 +117,15 @@ class TieredStore(KeyValueStore):
                 raise InvalidArgumentError(f"the store already holds ids {held or ids}; ids are never reused")
             codec, whole = self._opened(ChunkLayout.of(keys))
             records = codec.encode(keys, values)
-            whole.put(ids, records)
+            self._drop(ids)  # what a call that was interrupted twice may have left of them
             try:
+                whole.put(ids, records)
                 self._keep_near(ids, records)
+                self._ids.update(ids)
             except BaseException:
-                for tier in (*self._near, whole):
-                    tier.remove(ids)
+                self._ids.difference_update(ids)
+                self._drop(ids)
                 raise
-            self._ids.update(ids)
 
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Fetch blocks from the nearest tiers that hold them, and keep copies near."""
@@ -206,17 +149,24 @@ class TieredStore(KeyValueStore):
     def remove(self, ids: Sequence[int]) -> None:
         """Forget blocks in every tier."""
         with self._lock:
-            _, whole = self._holding(ids)
-            for tier in (*self._near, whole):
-                tier.remove(list(dict.fromkeys(ids)))
-            self._ids.difference_update(ids)
+            self._holding(ids)
+            try:
+                self._ids.difference_update(ids)
+                self._drop(ids)
+            except StorageError:
+                self._ids.update(ids)
+                raise
+            except BaseException:
+                self._ids.difference_update(ids)
+                self._drop(ids)
+                raise
 
     def clear(self) -> None:
         """Forget every block, and the layout; the disk's file goes."""
         with self._lock:
+            self._ids.clear()  # first: the next `put` makes new tiers then
             self._codec = self._whole = None
             self._near = []
-            self._ids.clear()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -229,30 +179,35 @@ class TieredStore(KeyValueStore):
         """Bytes of the blocks held, copies in nearer tiers apart."""
         return 0 if self._codec is None else len(self._ids) * self._codec.nbytes
 
-    def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, _Tier]:
-        """Make the tiers for the first block's layout."""
-        if self._codec is not None and self._whole is not None:
+    def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, Tier]:
+        """Make the tiers, where there are no blocks yet, for this layout."""
+        if self._ids and self._codec is not None and self._whole is not None:
             self._codec.layout.require_same(layout)
             return self._codec, self._whole
         self.check_device(layout.device)
         codec = make_codec(layout, self._dtype)
-        tiers: list[_Tier] = []
+        tiers: list[Tier] = []
         if self._has_device:
-            tiers.append(_MemoryTier(self._device, layout.device, pinned=False))
+            tiers.append(MemoryTier(self._device, layout.device, pinned=False))
         if self._has_host:
-            tiers.append(_MemoryTier(self._host, torch.device("cpu"), pinned=layout.device.type == "cuda"))
+            tiers.append(MemoryTier(self._host, torch.device("cpu"), pinned=layout.device.type == "cuda"))
         if self._disk is not None:
-            tiers.append(_DiskTier(self._disk_budget, self._disk, codec.nbytes))
+            tiers.append(DiskTier(self._disk_budget, self._disk, codec.nbytes))
         *near, self._whole = tiers
-        self._near = [tier for tier in near if isinstance(tier, _MemoryTier)]
+        self._near = [tier for tier in near if isinstance(tier, MemoryTier)]
         self._codec = codec
         return codec, self._whole
 
-    def _holding(self, ids: Sequence[int]) -> tuple[BlockCodec, _Tier]:
+    def _holding(self, ids: Sequence[int]) -> tuple[BlockCodec, Tier]:
         unknown = [chunk_id for chunk_id in ids if chunk_id not in self._ids]
         if unknown or self._codec is None or self._whole is None:
             raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
         return self._codec, self._whole
+
+    def _drop(self, ids: Sequence[int]) -> None:
+        for tier in (self._whole, *self._near):  # the farthest first: it alone can fail
+            if tier is not None:
+                tier.remove(ids)
 
     def _keep_near(self, ids: Sequence[int], records: torch.Tensor) -> None:
         for tier in self._near:

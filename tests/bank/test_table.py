@@ -13,7 +13,7 @@ STEPS = st.lists(
         st.tuples(st.just("append"), st.integers(0, 90)),
         st.tuples(st.just("oldest"), st.integers(0, 90)),
         st.tuples(st.just("some"), st.integers(1, 9)),
-        st.tuples(st.just("truncate"), st.integers(0, 5)),
+        st.tuples(st.just("undo"), st.integers(0, 5)),
         st.tuples(st.just("clear"), st.just(0)),
     ),
     max_size=30,
@@ -38,9 +38,11 @@ def test_any_history_leaves_the_rows_it_should(steps, seed):
             rows = np.flatnonzero(rng.random(len(ids)) < number / 10)
             table.remove(rows)
             ids = np.delete(ids, rows).tolist()
-        elif step == "truncate":
-            ids = ids[: max(len(ids) - number, 0)]
-            table.truncate(len(ids))
+        elif step == "undo":
+            rows, new = table.rows, np.arange(next_id, next_id + number)
+            table.append(new, np.ones((number, 2), np.float32), np.ones((number, 2), np.int64))
+            table.remove(np.flatnonzero(rng.random(len(table)) < 0.5))
+            table.restore(rows)
         else:
             table.clear()
             ids = []
@@ -59,4 +61,4 @@ def test_evicting_the_oldest_does_not_let_the_arrays_grow():
         table.append(new, np.zeros((10, 1), np.float32), np.zeros((10, 2), np.int64))
         table.remove(np.arange(max(len(table) - 100, 0)))
     assert len(table) == 100
-    assert len(table._ids) <= 512
+    assert table.rows.capacity <= 512

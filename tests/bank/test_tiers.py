@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 
-from memlong.bank import InMemoryStore, TieredStore
+from memlong.bank import ChunkLayout, InMemoryStore, TieredStore
 from memlong.bank.disk import DiskSlots
+from memlong.bank.tier import MemoryTier
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.plugins import Registry
 
@@ -184,6 +185,87 @@ def test_an_interrupt_while_copies_are_made_leaves_nothing_behind(tmp_path, monk
     assert len(bank) == len(bank._store) == 1
     assert bank.add(torch.eye(4)[:1], *blocks(1, seed=2), [(1, 2)]).tolist() == [1]
     assert torch.equal(bank.fetch([1]).keys, blocks(1, seed=2)[0])
+
+
+def test_a_file_that_cannot_be_cut_is_told_and_nothing_is_removed(tmp_path, monkeypatch):
+    store = TieredStore(host=BLOCK, disk=tmp_path)
+    keys, values = blocks(4)
+    store.put(range(4), keys, values)
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(DiskSlots, "_shrink", refuse)
+    with pytest.raises(
+        StorageError, match=r"cannot give space back: Input/output error. Nothing was removed"
+    ):
+        store.remove([1, 3])
+    monkeypatch.undo()
+    assert torch.equal(store.get(range(4))[0], keys)
+    store.put([4], keys[:1], values[:1])
+    assert torch.equal(store.get([1, 3])[0], keys[[1, 3]])
+    store.remove([1, 3])
+    assert len(store) == 3
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path):
+    store = TieredStore(disk=tmp_path)
+    store.put([0], *blocks(1))
+    store._whole._slots.close()
+
+    class Broken:
+        def seek(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    store._whole._slots._file = Broken()
+    with pytest.raises(StorageError, match="cannot be read: Input/output error"):
+        store.get([0])
+
+
+@pytest.mark.parametrize(
+    ("tier", "options"),
+    [
+        ("device", {"device": BLOCK - 1, "disk": "."}),
+        ("host", {"host": BLOCK - 1}),
+        ("host", {"host": BLOCK - 1, "disk": "."}),
+        ("disk_budget", {"host": BLOCK, "disk": ".", "disk_budget": BLOCK - 1}),
+    ],
+)
+def test_a_layout_that_a_tier_can_never_hold_is_refused_before_the_first_chunk(
+    tier, options, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    layout = ChunkLayout.of(blocks(1)[0])
+    bank = Registry().create_bank("torch", 4, store=TieredStore(**options))
+    with pytest.raises(
+        InvalidArgumentError, match=f"^{tier} is {BLOCK - 1} bytes, .* one chunk take {BLOCK}"
+    ):
+        bank.check_layout(layout)
+    wider = {name: given if name == "disk" else BLOCK for name, given in options.items()}
+    Registry().create_bank("torch", 4, store=TieredStore(**wider)).check_layout(layout)
+
+
+def test_a_layout_that_the_bank_can_never_hold_is_refused():
+    layout = ChunkLayout.of(blocks(1)[0])
+    Registry().create_bank("torch", 4, max_bytes=BLOCK + 16).check_layout(layout)
+    with pytest.raises(
+        InvalidArgumentError, match=f"max_bytes is {BLOCK + 15}, but one chunk takes {BLOCK + 16}"
+    ):
+        Registry().create_bank("torch", 4, max_bytes=BLOCK + 15).check_layout(layout)
+
+
+def test_a_block_on_a_cuda_device_is_kept_until_the_stream_that_reads_it_has(monkeypatch):
+    class Record:
+        is_cuda, device = True, "cuda:0"
+
+        def record_stream(self, stream):
+            read_on.append(stream)
+
+    read_on, tier = [], MemoryTier(None, torch.device("cpu"), pinned=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    tier._records[0] = Record()
+    tier.get([0])
+    assert read_on == ["stream of cuda:0"]
 
 
 def test_a_second_layout_and_an_id_twice_are_refused(tiers):

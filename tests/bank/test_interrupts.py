@@ -1,0 +1,205 @@
+"""An interrupt at any line leaves a bank that works."""
+
+from __future__ import annotations
+
+import dis
+import errno
+import linecache
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import memlong.bank
+from memlong.bank import InMemoryStore, TieredStore
+from memlong.bank.disk import DiskSlots
+from memlong.bank.lock import ReadWriteLock
+from memlong.errors import StorageError
+from memlong_torch.bank import TorchBank
+
+FILES = {
+    str(Path(memlong.bank.__file__).with_name(f"{name}.py"))
+    for name in ("base", "contents", "disk", "index", "lock", "store", "table", "tier", "tiers")
+}
+SHAPE = (1, 1, 2, 2)
+BLOCK = 2 * 4 * 4
+
+
+def interrupted(call, at):
+    """Make the call, raise KeyboardInterrupt before the line number `at` that it runs; False if it ends before."""
+    left = at
+
+    def on_line(frame, event, _):
+        nonlocal left
+        if event == "line" and not is_out_of_reach(frame):
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return on_line
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: on_line if frame.f_code.co_filename in FILES else None)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def is_out_of_reach(frame):
+    """Python delivers no interrupt at a bare `try:`, nor between a `with` block and the call of `__exit__`."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+    leaves = line.lstrip().startswith("with ") and operation in ("LOAD_CONST", "PUSH_EXC_INFO")
+    return leaves or operation == "NOP"
+
+
+@pytest.fixture(params=["memory", "host-disk"])
+def make(request, tmp_path):
+    stores = {
+        "memory": InMemoryStore,
+        "host-disk": lambda: TieredStore(host=2 * BLOCK, disk=tmp_path),
+    }
+
+    def made():
+        bank = TorchBank(4, max_chunks=5, store=stores[request.param]())
+        add(bank, 5)
+        bank.search(torch.ones(1, 4), 2)
+        return bank
+
+    return made
+
+
+def vectors(ids):
+    return torch.stack([torch.tensor([1.0, i, i * i, 0.5]) for i in ids])
+
+
+def add(bank, count):
+    """Add chunks all of whose numbers are their id."""
+    ids = range(bank.next_id, bank.next_id + count)
+    blocks = torch.tensor(ids, dtype=torch.float32).view(-1, 1, 1, 1, 1).repeat(1, *SHAPE)
+    return bank.add(vectors(ids), blocks, -blocks, [(i, i + 1) for i in ids])
+
+
+CHANGES = {
+    "add": lambda bank: add(bank, 2),
+    "remove": lambda bank: bank.remove([1, 3]),
+    "evict": lambda bank: bank.evict(2),
+    "reset": lambda bank: bank.reset(),
+}
+
+
+def assert_it_works(bank):
+    assert_it_is_whole(bank)
+    first = bank.next_id
+    assert add(bank, 2).tolist() == [first, first + 1]
+    assert_it_is_whole(bank)
+    assert_nothing_is_lost_sight_of(bank._store, set(bank.ids.tolist()))
+    bank.remove([first])
+    assert_it_is_whole(bank)
+
+
+def assert_it_is_whole(bank):
+    ids = bank.ids.tolist()
+    assert len(bank) == len(ids) == len(bank._store)
+    assert all(each in bank._store for each in ids)
+    assert bank.nbytes == len(ids) * (BLOCK + 16)
+    if not ids:
+        return
+    chunks = bank.fetch(ids)
+    numbers = chunks.ids.view(-1, 1, 1, 1, 1).expand_as(chunks.keys)
+    assert chunks.ids.tolist() == ids
+    assert torch.equal(chunks.keys, numbers.float())
+    assert torch.equal(chunks.values, -numbers.float())
+    assert chunks.spans[:, 0].tolist() == ids
+    assert bank.retrieve(vectors(ids), 1).ids[:, 0].tolist() == ids
+
+
+def assert_nothing_is_lost_sight_of(store, ids):
+    if isinstance(store, TieredStore):
+        if (slot_of := getattr(store._whole, "_slot_of", None)) is not None:
+            slots = store._whole._slots
+            assert set(slot_of) == ids
+            assert sorted([*slot_of.values(), *slots._free]) == list(range(slots._end))
+        else:
+            assert set(store._whole._records) == ids
+        for tier in store._near:
+            assert set(tier._records) <= ids
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_at_any_line_of_a_change(make, change):
+    at = 0
+    bank = make()
+    while interrupted(lambda: CHANGES[change](bank), at):  # noqa: B023
+        left = set(bank.ids.tolist())
+        assert {5, 6} <= left or not {5, 6} & left, "chunks were added in part"
+        if change in ("remove", "evict"):
+            assert left >= ({0, 2, 4} if change == "remove" else {2, 3, 4})
+        assert_it_works(bank)
+        at += 1
+        bank = make()
+    assert at > 20
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a file that is just being opened
+def test_at_any_line_of_the_first_add_a_bank_stays_empty_and_takes_another_layout(tmp_path):
+    at, bank = 0, TorchBank(4, store=TieredStore(host=BLOCK, disk=tmp_path))
+    while interrupted(lambda: add(bank, 2), at):  # noqa: B023
+        if not len(bank):
+            assert bank.layout is None
+            wide = torch.ones(1, 3, 3, 3, 3)
+            bank.add(vectors([0]), wide, wide, [(0, 1)])
+            assert torch.equal(bank.fetch(bank.ids).keys, wide)
+        at, bank = at + 1, TorchBank(4, store=TieredStore(host=BLOCK, disk=tmp_path))
+    assert at > 20
+
+
+def test_at_any_line_of_undoing_an_add_for_which_the_disk_is_full(tmp_path, monkeypatch):
+    write = DiskSlots._write_at
+
+    def full(slots, slot, record):
+        if record.view("float32")[0] == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(slots, slot, record)
+
+    at, more = 0, True
+    while more:
+        bank = TorchBank(4, max_chunks=5, store=TieredStore(host=2 * BLOCK, disk=tmp_path))
+        add(bank, 5)
+        with monkeypatch.context() as patch, suppress(StorageError):
+            patch.setattr(DiskSlots, "_write_at", full)
+            more = False
+            more = interrupted(lambda: add(bank, 2), at)  # noqa: B023
+        assert bank.ids.tolist() == [0, 1, 2, 3, 4]
+        assert bank.next_id == 5
+        assert_it_works(bank)
+        at += 1
+    assert at > 20
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_at_any_line_of_a_lock(kind):
+    def use():
+        with getattr(lock, kind)():
+            pass
+
+    at, lock = 0, ReadWriteLock()
+    while interrupted(use, at):
+        for hold in (lock.write, lock.read):
+            with hold():
+                pass
+        assert not lock._readers | lock._writers | lock._writers_waiting
+        other = threading.Thread(target=use)
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+        at, lock = at + 1, ReadWriteLock()
+    assert at > 5
