@@ -134,17 +134,6 @@ def test_a_folder_without_a_model_and_a_cut_off_file_are_named(run, model_folder
     assert "could not be loaded" in str(result.exception)
 
 
-def test_an_interrupt_is_told(monkeypatch, capsys):
-    def interrupt(**_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("memlong.cli.app.make_app", lambda: interrupt)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "memlong: interrupted\n"
-
-
 def test_an_error_ends_the_program_with_one_line_and_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memlong", "perplexity", "--model", "demo", "--text", "no-such.txt"])
     with pytest.raises(SystemExit) as ended:
