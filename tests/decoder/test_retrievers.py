@@ -110,3 +110,8 @@ def test_a_sentence_encoder_reads_the_whole_of_a_long_passage(llama, encoder_fol
     torch.testing.assert_close(start.norm(), torch.tensor(1.0))
     assert not torch.allclose(whole, changed)
     assert torch.equal(retriever.embed_chunks([Passage(words, 0)])[0], whole)
+
+
+def test_a_sentence_encoder_loads_without_a_bar(llama, encoder_folder, capsys):
+    create_retriever(encoder_folder, llama, Words())
+    assert "Loading weights" not in capsys.readouterr().err

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from memlong.bank.validate import whole_number
+from memlong.decoder.quiet import quiet_loading
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -64,7 +65,8 @@ class SentenceTransformersRetriever(Retriever):
         self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:
-            self._encoder = SentenceTransformer(str(source), device=device or str(model.device))
+            with quiet_loading():
+                self._encoder = SentenceTransformer(str(source), device=device or str(model.device))
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
                 f"The retriever {name!r} could not be loaded on {device or model.device}: {error}. Name a "
