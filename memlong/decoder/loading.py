@@ -67,7 +67,14 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
     path = _demo_file() if name == "demo" else Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise InvalidArgumentError(
+            f"The model {name!r} cannot be read: {error.strerror}. Name a hub id, a folder that transformers saved, a "
+            "GGUF file, or 'demo'."
+        ) from error
+    if is_folder and not (path / "config.json").is_file():
         raise InvalidArgumentError(
             f"The folder {name!r} holds no config.json, so no model that transformers saved. Name one that does, or a "
             "GGUF file itself."

@@ -62,6 +62,12 @@ class SentenceTransformersRetriever(Retriever):
                 f"tokenizer is None, but the retriever {name!r} reads text: give the model's tokenizer, or use the "
                 "retriever 'lm'."
             )
+        texts = {"name": name, "query_prompt": query_prompt, "chunk_prompt": chunk_prompt}
+        for option, value in texts.items():
+            if not isinstance(value, str):
+                raise InvalidArgumentError(f"{option} is {value!r}; expected text.")
+        if not isinstance(device, str | None):
+            raise InvalidArgumentError(f"device is {device!r}; expected text such as 'cpu', or None.")
         self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:
