@@ -26,11 +26,12 @@ from typing import Annotated
 import psutil
 import torch
 import typer
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
 from memlong.cli.values import numbers
-from memlong.errors import MemlongError
+from memlong.errors import InvalidTextError, MemlongError
 from memlong.evaluation import read_text, tokenize
 from memlong.evaluation.environment import versions
 
@@ -72,7 +73,14 @@ def main(
         for system in SYSTEMS:
             command = [sys.executable, __file__, "--one", f"{system}:{length}", "--model", model]
             command += ["--text", str(text), "--retriever", retriever, "--dtype", dtype]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)  # noqa: S603
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+            if done.returncode < 0:
+                raise SystemExit(
+                    f"bench: {system} at {length:,} tokens was ended by signal {-done.returncode}, as happens where "
+                    "memory runs out. Use smaller --lengths."
+                )
+            if done.returncode:
+                raise SystemExit(done.returncode)  # and the process has said why
             rows.append(Measured(**json.loads(done.stdout.splitlines()[-1])))
             row = rows[-1]
             typer.echo(
@@ -101,7 +109,7 @@ def _measure(system: str, length: int, name: str, text: Path, retriever: str, dt
     model, tokenizer = load_model(name, dtype=dtype)
     input_ids = tokenize(tokenizer, read_text(text), length)
     if input_ids.shape[1] < length:
-        raise SystemExit(
+        raise InvalidTextError(
             f"The text has {input_ids.shape[1]:,} tokens, fewer than {length:,}: give a longer one."
         )
     folder = tempfile.TemporaryDirectory()  # blocks on disk: what is resident is what attention works on
@@ -110,6 +118,7 @@ def _measure(system: str, length: int, name: str, text: Path, retriever: str, dt
     gc.collect()
     if sys.platform == "linux":  # what loading took and gave back is still resident otherwise
         ctypes.CDLL(None).malloc_trim(0)
+    bar = tqdm(total=length, unit="tok", desc=f"{system}, {length:,} tokens", leave=False)
     process = psutil.Process()
     before = peak = process.memory_info().rss
     started = time.perf_counter()
@@ -119,13 +128,16 @@ def _measure(system: str, length: int, name: str, text: Path, retriever: str, dt
             for part in input_ids.split(config.segment_size, dim=1):
                 model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 peak = max(peak, process.memory_info().rss)
+                bar.update(part.shape[1])
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
     else:
         with decoder:
-            for _ in decoder.stream(input_ids, logits="last"):
+            for segment in decoder.stream(input_ids, logits="last"):
                 peak = max(peak, process.memory_info().rss)
+                bar.update(segment.tokens.shape[1])
             held = decoder.device_kv_bytes
     seconds = time.perf_counter() - started
+    bar.close()
     folder.cleanup()
     return Measured(system, length, seconds, peak - before, held)
 
@@ -136,14 +148,16 @@ def _draw(rows: list[Measured], title: str, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for system in SYSTEMS:
         mine = [row for row in rows if row.system == system]
         lengths = [row.length for row in mine]
         axes[0].plot(lengths, [row.seconds for row in mine], "o-", label=system)
         axes[1].plot(lengths, [row.device_kv_bytes / 2**20 for row in mine], "o-", label=system)
+        axes[2].plot(lengths, [row.peak_bytes / 2**20 for row in mine], "o-", label=system)
     axes[0].set(title="time to read", xlabel="tokens", ylabel="seconds")
     axes[1].set(title="K-V on the device", xlabel="tokens", ylabel="MiB")
+    axes[2].set(title="peak resident memory beyond the model's", xlabel="tokens", ylabel="MiB")
     axes[0].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)

@@ -1,14 +1,17 @@
 """Read a book of any length into a memory, and talk about it.
 
 Each answer is made with the chunks of the book that the question calls for. Questions come from --question, or one by
-one from the keyboard; an empty line ends.
+one from the keyboard, until an empty line or Ctrl-D.
 
     python examples/chat_with_a_book.py --book book.txt
     python examples/chat_with_a_book.py --book book.txt --question "Who is Ahab?" --question "What does he want?"
+    python examples/chat_with_a_book.py --book library.txt --retriever lm --store host=1GB --store disk=/tmp
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +19,12 @@ import typer
 from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong.cli.values import key_values
 from memlong.decoder import text_streamer
-from memlong.errors import MemlongError
-from memlong.evaluation import read_text, tokenize
+from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.evaluation import chat_turn, read_text, tokenize
+
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 
 def main(
@@ -28,22 +34,36 @@ def main(
     ] = None,
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
     backend: Annotated[str, typer.Option(help="Memory backend.")] = "torch",
+    retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "sentence-transformers",
+    store: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="K=V", help="Where keys and values are kept, such as host=1GB; may be repeated."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 120,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
 ) -> None:
     """Talk about a book."""
+    if not all(asked.strip() for asked in question or []):
+        raise InvalidArgumentError("--question is empty; ask something, or leave it out and use the keyboard")
     text = read_text(book)
+    config = MemoryConfig(
+        backend=backend,
+        retriever=retriever,
+        store=key_values("--store", store or [], example="host=1GB", as_text={"disk", "dtype"}),
+        position_mode="before-window",
+    )
+    typer.echo("loading the model…", err=True)
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     streamer = text_streamer(tokenizer)
-    with MemoryDecoder(
-        language_model, tokenizer, MemoryConfig(backend=backend, position_mode="before-window")
-    ) as decoder:
+    with MemoryDecoder(language_model, tokenizer, config) as decoder:
         pages = tokenize(tokenizer, text)
         with tqdm(total=pages.shape[1], unit="tok", desc=book.name) as bar:
             for segment in decoder.stream(pages, logits="last"):
                 bar.update(segment.tokens.shape[1])
-        for asked in question or iter(lambda: input("> "), ""):
+        for asked in question or _typed():
             typer.echo(f"> {asked}" if question else "")
             # Every question is put to the book as it was read, not to the talk so far.
             decoder.generate(
@@ -51,15 +71,17 @@ def main(
             )
 
 
+def _typed() -> Iterator[str]:
+    try:
+        yield from iter(lambda: input("> ").strip(), "")
+    except EOFError:
+        typer.echo()
+
+
 def _prompt(tokenizer: Any, question: str) -> Any:
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenize(tokenizer, f"\n\nQuestion: {question}\nAnswer:")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).input_ids
+    if getattr(tokenizer, "chat_template", None):
+        return chat_turn(tokenizer, question, begins=False)
+    return tokenize(tokenizer, f"\n\nQuestion: {question}\nAnswer:", begins=False)
 
 
 if __name__ == "__main__":
@@ -67,5 +89,7 @@ if __name__ == "__main__":
         typer.run(main)
     except MemlongError as error:
         raise SystemExit(f"chat_with_a_book: {error}") from error
-    except EOFError:
-        pass
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            sys.stderr.write("\nchat_with_a_book: interrupted\n")
+        raise

@@ -9,8 +9,13 @@ import numpy as np
 
 from memlong.bank import BankOptions, Floats, Ids, MemoryBank
 from memlong.bank.validate import whole_number
+from memlong.errors import InvalidArgumentError
 
 _SEED = 100
+_MOST_LINKS = 10_000  # hnswlib itself takes no more
+_MOST_EFFORT = 2**20
+_MOST_CHUNKS = 2**24  # the graph takes memory for its whole capacity at once
+_MOST_THREADS = 1024
 
 
 class HnswlibBank(MemoryBank):
@@ -26,13 +31,13 @@ class HnswlibBank(MemoryBank):
     dim : int
         Width of the embeddings.
     M : int, default 16
-        Links of each chunk; more raise recall, memory and building time. At least 2.
+        Links of each chunk; more raise recall, memory and building time. From 2 to 10,000.
     ef_construction : int, default 200
         Effort of building.
     ef : int, default 64
         Effort of searching; a search never uses less than k.
     initial_capacity : int, default 1024
-        How many chunks the graph has room for at first.
+        How many chunks the graph has room for at first; at most 2**24.
     build_threads : int, default 1
         Threads that add chunks; with more, graphs differ from run to run.
     **bank_options
@@ -58,11 +63,11 @@ class HnswlibBank(MemoryBank):
         **bank_options: Unpack[BankOptions],
     ) -> None:
         super().__init__(dim, **bank_options)
-        self._links = whole_number("M", M, at_least=2)
-        self._ef_construction = whole_number("ef_construction", ef_construction, at_least=1)
-        self._ef = whole_number("ef", ef, at_least=1)
-        self._initial_capacity = whole_number("initial_capacity", initial_capacity, at_least=1)
-        self._build_threads = whole_number("build_threads", build_threads, at_least=1)
+        self._links = _within("M", M, 2, _MOST_LINKS)
+        self._ef_construction = _within("ef_construction", ef_construction, 1, _MOST_EFFORT)
+        self._ef = _within("ef", ef, 1, _MOST_EFFORT)
+        self._initial_capacity = _within("initial_capacity", initial_capacity, 1, _MOST_CHUNKS)
+        self._build_threads = _within("build_threads", build_threads, 1, _MOST_THREADS)
         self._index_reset()
 
     def _index_add(self, ids: Ids, embeddings: Floats) -> None:
@@ -89,9 +94,18 @@ class HnswlibBank(MemoryBank):
     def _index_reset(self) -> None:
         space = "l2" if self._similarity == "l2" else "ip"
         self._graph: Any = hnswlib.Index(space, self.dim)
-        self._graph.init_index(
-            self._initial_capacity, M=self._links, ef_construction=self._ef_construction, random_seed=_SEED
-        )
+        try:
+            self._graph.init_index(
+                self._initial_capacity,
+                M=self._links,
+                ef_construction=self._ef_construction,
+                random_seed=_SEED,
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise InvalidArgumentError(
+                f"hnswlib has no memory for a graph of initial_capacity {self._initial_capacity} and M {self._links}: "
+                f"{error}. Use smaller ones; the graph grows as it fills."
+            ) from error
         self._graph.set_ef(self._ef)
         self._dead = 0
 
@@ -105,3 +119,10 @@ class HnswlibBank(MemoryBank):
             return None
         ids: Ids = labels.astype(np.int64)
         return ids
+
+
+def _within(name: str, value: object, least: int, most: int) -> int:
+    number = whole_number(name, value, at_least=least)
+    if number > most:
+        raise InvalidArgumentError(f"{name} must be an int from {least} to {most}, got {value!r}")
+    return number

@@ -18,6 +18,7 @@ from memlong.cli.plugins import plugins
 from memlong.errors import MemlongError
 
 _COMMANDS = (generate, perplexity, needle, icl, fit, backends, plugins)
+_INTERRUPTED = 130
 
 
 def make_app() -> typer.Typer:
@@ -44,9 +45,10 @@ def main() -> None:
     except MemlongError as error:
         sys.stderr.write(f"memlong: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("memlong: interrupted\n")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            sys.stderr.write("\nmemlong: interrupted\n")
+        raise
 
 
 def _options(

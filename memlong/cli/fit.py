@@ -9,6 +9,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.loading import load
 from memlong.cli.values import writable
 from memlong.errors import InvalidTextError
 
@@ -36,12 +37,11 @@ def fit(
       memlong perplexity --model demo --text novel.txt --kv-source latent --maps maps.safetensors
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     writable(out)
-    from memlong.decoder import load_model
     from memlong.evaluation import read_text, tokenize
     from memlong.training import fit_latent_maps
 
     words = [read_text(file) for file in text]
-    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    language_model, tokenizer = load(model, dtype=dtype, device=device)
     chosen = []
     for file, content in zip(text, words, strict=True):
         pieces = tokenize(tokenizer, content).split(passage_tokens, dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +10,17 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.loading import load
+from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.errors import InvalidArgumentError
 
+_COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, probabilities are all one token's, or all alike
 
+
+@with_memory(position_mode="before-window")
 def generate(
+    *,
     model: options.Model,
     prompt: Annotated[str, typer.Option(help="What to continue or to answer, after the context.")],
     context: Annotated[
@@ -24,22 +29,17 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     sample: Annotated[bool, typer.Option(help="Sample, instead of the likeliest token.")] = False,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling  [default: 1]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampling  [default: the model's own, else 1]")
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Of sampling: share of probability to choose from  [default: 1]")
+        float | None,
+        typer.Option(
+            help="Of sampling: share of probability to choose from  [default: the model's own, else 1]"
+        ),
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1 is none.")] = 1,
-    backend: options.Backend = "torch",
-    backend_option: options.BackendOption = None,
-    retriever: options.RetrieverName = "sentence-transformers",
-    retriever_option: options.RetrieverOption = None,
-    store: options.StoreOption = None,
-    chunk_size: options.ChunkSize = 128,
-    top_k: options.TopK = 8,
-    neighbours: options.Neighbours = 0,
-    local_window: options.LocalWindow = 1024,
-    segment_size: options.SegmentSize = 256,
-    position_mode: options.PositionMode = "before-window",
+    memory: Memory,
     retrieve_every: options.RetrieveEvery = None,
     dtype: options.Dtype = "bfloat16",
     device: options.Device = "cpu",
@@ -57,31 +57,22 @@ def generate(
     output = JsonOutput(json_file)
     import torch
 
-    from memlong.decoder import MemoryDecoder, load_model, text_streamer
+    from memlong.decoder import MemoryDecoder, text_streamer
     from memlong.evaluation import read_text, tokenize
+    from memlong.evaluation.text import check_characters
 
+    if not prompt:
+        raise InvalidArgumentError("--prompt is empty; give at least a word to continue")
+    check_characters("--prompt", prompt)
     texts = [read_text(path) for path in context or []]
-    config = options.memory_config(
-        backend,
-        backend_option,
-        retriever,
-        retriever_option,
-        store,
-        seed,
-        chunk_size=chunk_size,
-        top_k=top_k,
-        neighbours=neighbours,
-        local_window=local_window,
-        segment_size=segment_size,
-        position_mode=position_mode,
-        retrieve_every=retrieve_every,
-    )
+    config = memory.config(seed, retrieve_every=retrieve_every)
     said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample}
-    for name, value, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
-        if value is not None:
-            said[name] = _sampling(name, value, most, sample=sample)
-    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
-    question = _prompt(tokenizer, prompt, chat=chat)
+    if temperature is not None:
+        said["temperature"] = _sampling("--temperature", temperature, _COLDEST, _HOTTEST, sample=sample)
+    if top_p is not None:
+        said["top_p"] = _sampling("--top-p", top_p, _COLDEST, 1, sample=sample)
+    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    question = _prompt(tokenizer, prompt, chat=chat, begins=not texts)
     if not output.is_stdout and beams == 1:
         said["streamer"] = text_streamer(tokenizer)
     torch.manual_seed(seed)
@@ -89,7 +80,7 @@ def generate(
         read = 0
         started = time.perf_counter()
         for words in texts:
-            read += _read(decoder, tokenize(tokenizer, words))
+            read += _read(decoder, tokenize(tokenizer, words, begins=not read))
         reading = time.perf_counter() - started
         started = time.perf_counter()
         sequences = decoder.generate(question, **said)
@@ -102,7 +93,7 @@ def generate(
         "context": [str(path) for path in context or []],
         "prompt": prompt,
         "answer": answer,
-        "backend": backend,
+        **described(decoder),
         "context_tokens": read,
         "prompt_tokens": question.shape[1],
         "new_tokens": len(new),
@@ -114,33 +105,28 @@ def generate(
         typer.echo(answer)
 
 
-def _sampling(name: str, value: float, most: float, *, sample: bool) -> float:
-    option = f"--{name.replace('_', '-')}"
+def _sampling(option: str, value: float, least: float, most: float, *, sample: bool) -> float:
     if not sample:
         raise InvalidArgumentError(f"{option} is for sampling: add --sample, or leave it out")
-    if not 0 < value <= most or value == math.inf:
+    if not least <= value <= most:
         raise InvalidArgumentError(
-            f"{option} is {value}; expected a number above 0" + (f", at most {most:g}" if most == 1 else "")
+            f"{option} is {value}; expected a number from {least:g} to {most:g}. For the likeliest token, leave "
+            "--sample out"
         )
     return value
 
 
-def _prompt(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    from memlong.evaluation import tokenize
+def _prompt(tokenizer: Any, prompt: str, *, chat: bool, begins: bool) -> Any:
+    from memlong.evaluation import chat_turn, tokenize
 
     if not chat:
-        found = tokenize(tokenizer, prompt)
+        found = tokenize(tokenizer, prompt, begins=begins)
         if not found.shape[1]:
             raise InvalidArgumentError("--prompt is empty; give at least a word to continue")
         return found
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidArgumentError("--chat needs a model with a chat template, and this one has none")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    ).input_ids
+    return chat_turn(tokenizer, prompt, begins=begins)
 
 
 def _read(decoder: Any, input_ids: Any) -> int:

@@ -9,6 +9,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.loading import load
+from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
 from memlong.errors import InvalidArgumentError
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from memlong.evaluation import Shots
 
 
+@with_memory(position_mode="before-window")
 def icl(
+    *,
     model: options.Model,
     demonstrations: Annotated[
         Path, typer.Option(metavar="FILE", help="Labelled texts to show, CSV or TSV, one a row.")
@@ -42,17 +46,7 @@ def icl(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Divide by each word's probability where the text is N/A.")
     ] = False,
-    backend: options.Backend = "torch",
-    backend_option: options.BackendOption = None,
-    retriever: options.RetrieverName = "sentence-transformers",
-    retriever_option: options.RetrieverOption = None,
-    store: options.StoreOption = None,
-    chunk_size: options.ChunkSize = 128,
-    top_k: options.TopK = 8,
-    local_window: options.LocalWindow = 1024,
-    segment_size: options.SegmentSize = 256,
-    query_tokens: options.QueryTokens = None,
-    position_mode: options.PositionMode = "before-window",
+    memory: Memory,
     dtype: options.Dtype = "bfloat16",
     device: options.Device = "cpu",
     seed: options.Seed = 0,
@@ -71,7 +65,7 @@ def icl(
           --template 'Article: {text}\\nTopic: {word}\\n\\n' --json out.json
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
-    from memlong.decoder import MemoryDecoder, load_model
+    from memlong.decoder import MemoryDecoder
     from memlong.evaluation import draw_task, evaluate_icl, read_examples
     from memlong.evaluation.environment import versions
 
@@ -81,21 +75,8 @@ def icl(
     known = words or {example.word: example.word for example in shown}
     asked = None if tests is None else read_examples(tests, labels=known, label_column=label_column)
     task = draw_task(shown, asked, shots=max(counts), test_limit=test_limit, seed=seed)
-    config = options.memory_config(
-        backend,
-        backend_option,
-        retriever,
-        retriever_option,
-        store,
-        seed,
-        chunk_size=chunk_size,
-        top_k=top_k,
-        local_window=local_window,
-        segment_size=segment_size,
-        query_tokens=query_tokens,
-        position_mode=position_mode,
-    )
-    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    config = memory.config(seed)
+    language_model, tokenizer = load(model, dtype=dtype, device=device)
     with (
         MemoryDecoder(language_model, tokenizer, config) as decoder,
         tqdm(total=len(counts) * len(task.tests), unit="test", desc="asking") as bar,
@@ -112,23 +93,13 @@ def icl(
     majority, floor = task.majority
     result = {
         "model": model,
-        "backend": backend,
-        "retriever": config.retriever if config.backend else None,
+        **described(decoder),
         "settings": {
             "demonstrations": str(demonstrations),
             "tests": None if tests is None else str(tests),
             "words": list(task.words),
             "template": template,
             "calibrate": calibrate,
-            "backend_options": dict(config.backend_options),
-            "retriever_options": dict(config.retriever_options),
-            "store": {name: str(value) for name, value in config.store.items()},
-            "chunk_size": chunk_size,
-            "top_k": top_k,
-            "local_window": local_window,
-            "segment_size": segment_size,
-            "query_tokens": query_tokens,
-            "position_mode": position_mode,
             "dtype": dtype,
             "device": device,
             "seed": seed,

@@ -11,6 +11,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.loading import load
+from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers, writable
 from memlong.errors import InvalidArgumentError, MissingDependencyError
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from memlong.evaluation.needle import Cell
 
 
+@with_memory(position_mode="before-window")
 def needle(
+    *,
     model: options.Model,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = "2048,8192",
     depths: Annotated[str, typer.Option(help="Where the number stands, from 0 to 1.")] = "0,0.25,0.5,0.75,1",
@@ -27,17 +31,7 @@ def needle(
     filler: Annotated[
         Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few dull sentences]")
     ] = None,
-    backend: options.Backend = "torch",
-    backend_option: options.BackendOption = None,
-    retriever: options.RetrieverName = "sentence-transformers",
-    retriever_option: options.RetrieverOption = None,
-    store: options.StoreOption = None,
-    chunk_size: options.ChunkSize = 128,
-    top_k: options.TopK = 8,
-    local_window: options.LocalWindow = 1024,
-    segment_size: options.SegmentSize = 256,
-    query_tokens: options.QueryTokens = None,
-    position_mode: options.PositionMode = "before-window",
+    memory: Memory,
     dtype: options.Dtype = "bfloat16",
     device: options.Device = "cpu",
     seed: options.Seed = 0,
@@ -60,7 +54,7 @@ def needle(
     output = JsonOutput(json_file)
     if plot is not None:
         _check_plot(plot, json_file)
-    from memlong.decoder import MemoryDecoder, load_model
+    from memlong.decoder import MemoryDecoder
     from memlong.evaluation import read_text
     from memlong.evaluation.environment import versions
     from memlong.evaluation.needle import FILLER, evaluate_needle
@@ -68,21 +62,8 @@ def needle(
     wanted = list(dict.fromkeys(numbers("--lengths", lengths, int)))
     places = list(dict.fromkeys(numbers("--depths", depths, float)))
     hay = FILLER if filler is None else read_text(filler)
-    config = options.memory_config(
-        backend,
-        backend_option,
-        retriever,
-        retriever_option,
-        store,
-        seed,
-        chunk_size=chunk_size,
-        top_k=top_k,
-        local_window=local_window,
-        segment_size=segment_size,
-        query_tokens=query_tokens,
-        position_mode=position_mode,
-    )
-    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    config = memory.config(seed)
+    language_model, tokenizer = load(model, dtype=dtype, device=device)
     total = sum(wanted) * len(places) * trials
     with (
         MemoryDecoder(language_model, tokenizer, config) as decoder,
@@ -94,18 +75,8 @@ def needle(
     found = sum(cell.accuracy for cell in cells) / len(cells)
     result = {
         "model": model,
-        "backend": backend,
-        "backend_options": dict(config.backend_options),
-        "retriever": config.retriever if config.backend else None,
-        "retriever_options": dict(config.retriever_options),
-        "store": {name: str(value) for name, value in config.store.items()},
+        **described(decoder),
         "filler": None if filler is None else str(filler),
-        "local_window": local_window,
-        "segment_size": segment_size,
-        "query_tokens": query_tokens,
-        "chunk_size": chunk_size,
-        "top_k": top_k,
-        "position_mode": position_mode,
         "dtype": dtype,
         "seed": seed,
         "accuracy": found,
@@ -116,7 +87,7 @@ def needle(
         _print(cells)
         typer.echo(f"\n{found:.0%} found")
     if plot is not None:
-        _draw(cells, f"{model}, memory: {backend}", plot)
+        _draw(cells, f"{model}, memory: {memory.backend}", plot)
 
 
 def _check_plot(plot: Path, json_file: Path | None) -> None:
@@ -161,5 +132,11 @@ def _draw(cells: list[Cell], title: str, path: Path) -> None:
             axis.text(column, row, f"{value:.0%}", ha="center", va="center")
     axis.set(title=title, xlabel="tokens", ylabel="depth of the pass key")
     figure.colorbar(picture, label="found")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}; the result is printed without its picture"
+        ) from error
+    finally:
+        plt.close(figure)

@@ -13,6 +13,17 @@ from memlong.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from memlong.decoder import MemoryConfig
 
+_NEED_A_BACKEND = (
+    "kv_source",
+    "memory_layer",
+    "maps",
+    "retrieval_layers",
+    "memory_tokens",
+    "neighbours",
+    "min_score",
+    "chunk_order",
+)
+
 Model = Annotated[
     str, typer.Option(help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip).")
 ]
@@ -90,14 +101,17 @@ def memory_config(
     from memlong.decoder import MemoryConfig
 
     if backend == "none":
-        memory = {
-            "--backend-option": backend_option,
-            "--retriever-option": retriever_option,
-            "--store": store,
+        plain = MemoryConfig(backend=None)
+        given = {
+            "--backend-option": bool(backend_option),
+            "--retriever-option": bool(retriever_option),
+            "--store": bool(store),
         }
-        memory["--neighbours"] = settings.get("neighbours")
-        for option, given in memory.items():
-            if given:
+        for name in _NEED_A_BACKEND:
+            unset = getattr(plain, name)
+            given[f"--{name.replace('_', '-')}"] = settings.get(name, unset) != unset
+        for option, is_given in given.items():
+            if is_given:
                 raise InvalidArgumentError(f"{option} goes with a backend, and --backend is 'none'")
     retriever_options = key_values("--retriever-option", retriever_option or [], example="dim=1024")
     if retriever == "random":

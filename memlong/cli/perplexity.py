@@ -9,6 +9,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.loading import load
+from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 
 if TYPE_CHECKING:
@@ -16,29 +18,12 @@ if TYPE_CHECKING:
     from memlong.evaluation import Perplexity
 
 
+@with_memory()
 def perplexity(
+    *,
     model: options.Model,
     text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
-    backend: options.Backend = "torch",
-    backend_option: options.BackendOption = None,
-    retriever: options.RetrieverName = "sentence-transformers",
-    retriever_option: options.RetrieverOption = None,
-    store: options.StoreOption = None,
-    kv_source: options.KvSource = "layer",
-    memory_layer: options.MemoryLayer = None,
-    maps: options.Maps = None,
-    retrieval_layers: options.RetrievalLayers = "all",
-    chunk_size: options.ChunkSize = 128,
-    top_k: options.TopK = 8,
-    memory_tokens: options.MemoryTokens = None,
-    neighbours: options.Neighbours = 0,
-    min_score: options.MinScore = None,
-    chunk_order: options.ChunkOrder = "position",
-    local_window: options.LocalWindow = 1024,
-    sink_tokens: options.SinkTokens = 4,
-    segment_size: options.SegmentSize = 256,
-    query_tokens: options.QueryTokens = None,
-    position_mode: options.PositionMode = "zero",
+    memory: Memory,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first N tokens.")] = None,
     score_from: Annotated[int, typer.Option(help="First token that is scored.")] = 1,
     long_range_distance: Annotated[
@@ -63,34 +48,12 @@ def perplexity(
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
     # Torch and transformers take seconds to import: only here, where they are needed.
-    from memlong.decoder import MemoryDecoder, load_model
+    from memlong.decoder import MemoryDecoder
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 
     words = read_text(text)
-    config = options.memory_config(
-        backend,
-        backend_option,
-        retriever,
-        retriever_option,
-        store,
-        seed,
-        kv_source=kv_source,
-        memory_layer=memory_layer,
-        maps=maps,
-        retrieval_layers=retrieval_layers,
-        chunk_size=chunk_size,
-        top_k=top_k,
-        memory_tokens=memory_tokens,
-        neighbours=neighbours,
-        min_score=min_score,
-        chunk_order=chunk_order,
-        local_window=local_window,
-        sink_tokens=sink_tokens,
-        segment_size=segment_size,
-        query_tokens=query_tokens,
-        position_mode=position_mode,
-    )
-    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    config = memory.config(seed)
+    language_model, tokenizer = load(model, dtype=dtype, device=device)
     input_ids = tokenize(tokenizer, words, max_tokens)
     with (
         MemoryDecoder(language_model, tokenizer, config) as decoder,
@@ -104,7 +67,7 @@ def perplexity(
             progress=bar.update,
         )
     summary = _summary(decoder, result, model=model, text=str(text), dtype=dtype, device=device, seed=seed)
-    distance = local_window if long_range_distance is None else long_range_distance
+    distance = memory.local_window if long_range_distance is None else long_range_distance
     summary |= {"score_from": score_from, "long_range_distance": distance}
     if output.write(summary):
         _print(summary)
@@ -113,30 +76,9 @@ def perplexity(
 def _summary(decoder: MemoryDecoder, result: Perplexity, **given: object) -> dict[str, Any]:
     from memlong.evaluation.environment import peak_rss_bytes, versions
 
-    config = decoder.config
-    remembers = config.backend is not None
     return {
         **given,
-        "backend": config.backend or "none",
-        "backend_options": dict(config.backend_options),
-        "retriever": config.retriever if remembers else None,
-        "retriever_options": dict(config.retriever_options) if remembers else {},
-        "kv_source": config.kv_source if remembers else None,
-        "memory_layer": config.memory_layer,
-        "maps": config.maps,
-        "retrieval_layers": list(decoder.retrieval_layers) if remembers else [],
-        "position_mode": config.position_mode,
-        "store": {name: str(value) for name, value in config.store.items()},
-        "neighbours": config.neighbours,
-        "min_score": config.min_score,
-        "memory_tokens": config.memory_tokens,
-        "chunk_order": config.chunk_order,
-        "chunk_size": config.chunk_size,
-        "top_k": config.top_k,
-        "local_window": config.local_window,
-        "sink_tokens": config.sink_tokens,
-        "segment_size": config.segment_size,
-        "query_tokens": config.query_length,
+        **described(decoder),
         "tokens": result.tokens,
         "scored_tokens": int(result.token_nll.size),
         "nll": result.nll,
@@ -144,6 +86,7 @@ def _summary(decoder: MemoryDecoder, result: Perplexity, **given: object) -> dic
         "long_range": {"tokens": int(result.long_range.sum()), "perplexity": result.long_range_perplexity},
         "chunks_stored": result.chunks_stored,
         "recall_at_k": result.recall_at_k,
+        "recall_k": decoder.config.retrieved_chunks if decoder.config.backend else None,
         "tokens_per_second": result.tokens / result.seconds,
         "seconds": result.seconds,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -164,7 +107,7 @@ def _print(summary: dict[str, Any]) -> None:
         ("backend", f"{summary['backend']}, {summary['chunks_stored']:,} chunks stored"),
     ]
     if summary["recall_at_k"] is not None:
-        rows.append((f"recall@{summary['top_k']}", f"{summary['recall_at_k']:.4f}"))
+        rows.append((f"recall@{summary['recall_k']}", f"{summary['recall_at_k']:.4f}"))
     rows.append(("speed", f"{summary['tokens_per_second']:.0f} tokens/s, {summary['seconds']:.1f} s"))
     if summary["peak_rss_bytes"] is not None:
         rows.append(("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB"))

@@ -76,6 +76,14 @@ def writable(path: Path) -> Path:
     InvalidArgumentError
         If its folder does not exist, it is a folder, or it may not be written.
     """
+    try:
+        _check_writable(path)
+    except OSError as error:  # such as a name that is too long
+        raise InvalidArgumentError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+    return path
+
+
+def _check_writable(path: Path) -> None:
     if path.is_dir():
         raise InvalidArgumentError(f"{str(path)!r} is a folder; name a file to write to")
     if not path.parent.is_dir():
@@ -86,4 +94,3 @@ def writable(path: Path) -> Path:
         raise InvalidArgumentError(
             f"{str(path)!r} may not be written: name another file, or change its rights"
         )
-    return path

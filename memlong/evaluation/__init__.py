@@ -7,7 +7,7 @@ from memlong.evaluation.long_range import long_range_tokens
 from memlong.evaluation.needle import Cell, evaluate_needle, passkey_prompt
 from memlong.evaluation.perplexity import Perplexity, evaluate_perplexity
 from memlong.evaluation.recall import recall_at_k
-from memlong.evaluation.text import read_text, tokenize
+from memlong.evaluation.text import chat_turn, read_text, tokenize
 
 __all__ = [
     "Accuracy",
@@ -18,6 +18,7 @@ __all__ = [
     "Shots",
     "Task",
     "accuracy_interval",
+    "chat_turn",
     "draw_task",
     "evaluate_icl",
     "evaluate_needle",

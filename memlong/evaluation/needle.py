@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memlong.decoder import MemoryDecoder
 from memlong.errors import InvalidArgumentError
+from memlong.evaluation.text import opening_tokens
 
 OPENING = "There is an important pass key hidden inside a lot of irrelevant text. Find it and remember it.\n"
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -45,6 +46,7 @@ class Cell:
 def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: str = FILLER) -> Tensor:
     """Return a prompt [1, length] that hides a number at a depth and ends in the question for it.
 
+    It begins with the special tokens with which the tokenizer has a text begin, if there are any.
     The form is that of Mohtashami and Jaggi (arXiv 2305.16300, section 4.2).
 
     Raises
@@ -57,6 +59,7 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
     opening, needle, question = (
         _ids(tokenizer, text) for text in (OPENING, NEEDLE.format(key=key), QUESTION)
     )
+    opening = [*opening_tokens(tokenizer), *opening]
     room = length - len(opening) - len(needle) - len(question)
     if room < 0:
         raise InvalidArgumentError(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from memlong.errors import InvalidTextError
 
+_LETTER = "a"  # any text would do
+
 
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file.
@@ -20,10 +22,10 @@ def read_text(path: str | Path) -> str:
         If it is missing, unreadable, binary or empty.
     """
     path = Path(path)
-    if not path.exists():
-        raise InvalidTextError(f"The text file {str(path)!r} does not exist. Check the path.")
     try:
         data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InvalidTextError(f"The text file {str(path)!r} does not exist. Check the path.") from error
     except OSError as error:
         raise InvalidTextError(f"The text file {str(path)!r} cannot be read: {error.strerror}.") from error
     if b"\0" in data:
@@ -40,15 +42,94 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tensor:
+def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None, *, begins: bool = True) -> Tensor:
     """Tokens of a text [1, tokens], int64, at most ``max_tokens`` of them.
+
+    Parameters
+    ----------
+    tokenizer
+        A Hugging Face tokenizer.
+    text
+        What to read.
+    max_tokens
+        Use only the first ones; None uses all.
+    begins
+        Whether the text is the first of its stream, and so has the special tokens with which the tokenizer has one
+        begin. There are none anywhere else.
 
     Raises
     ------
     InvalidTextError
-        If ``max_tokens`` is below 1.
+        If ``max_tokens`` is below 1, or the text holds half a character.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidTextError(f"max_tokens is {max_tokens}; expected at least 1.")
-    ids = tokenizer(text, verbose=False).input_ids
+    check_characters("The text", text)
+    ids = [*(opening_tokens(tokenizer) if begins else []), *_ids(tokenizer, text)]
     return torch.tensor([ids[:max_tokens]], dtype=torch.long)
+
+
+def chat_turn(tokenizer: Any, said: str, *, begins: bool = True) -> Tensor:
+    """Tokens [1, tokens], int64, of what a user says, in the tokenizer's chat template, up to the answer.
+
+    Parameters
+    ----------
+    tokenizer
+        A Hugging Face tokenizer with a chat template.
+    said
+        The user's words.
+    begins
+        Whether the turn is the first of its stream; what begins a stream is left out of any other.
+
+    Raises
+    ------
+    InvalidTextError
+        If the text holds half a character.
+    """
+    check_characters("The text", said)
+    found: Tensor = tokenizer.apply_chat_template(
+        [{"role": "user", "content": said}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).input_ids
+    opening = opening_tokens(tokenizer)
+    if not begins and found[0, : len(opening)].tolist() == opening:
+        return found[:, len(opening) :]
+    return found
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """Return the special tokens that a tokenizer, by its own default, puts before a text: often none or one."""
+    bare, whole = _ids(tokenizer, _LETTER), _ids(tokenizer, _LETTER, add_special_tokens=True)
+    before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+    return whole[:before]
+
+
+def check_characters(what: str, text: str) -> None:
+    """Refuse half characters, which is how Python passes on bytes that are no UTF-8.
+
+    Parameters
+    ----------
+    what
+        What the text is, for the message.
+    text
+        To be checked.
+
+    Raises
+    ------
+    InvalidTextError
+        If there is one, naming its place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidTextError(
+            f"{what} is not UTF-8: {text[error.start]!r} at character {error.start}. Type it in a UTF-8 terminal, or "
+            "convert it."
+        ) from error
+
+
+def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    return ids

@@ -16,6 +16,25 @@ def test_options_are_checked(option, value):
         HnswlibBank(8, **{option: value})
 
 
+@pytest.mark.parametrize("option", ["ef", "ef_construction", "initial_capacity", "build_threads", "M"])
+def test_options_have_an_upper_bound(option):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int from . to .*, got 100000"):
+        HnswlibBank(8, **{option: 10**14})
+
+
+def test_a_graph_that_no_memory_holds_is_refused_with_what_to_do(monkeypatch):
+    class Full:
+        def __init__(self, *_):
+            pass
+
+        def init_index(self, *_, **__):
+            raise RuntimeError("Not enough memory")
+
+    monkeypatch.setattr("memlong_hnswlib.bank.hnswlib.Index", Full)
+    with pytest.raises(InvalidArgumentError, match="no memory for a graph of initial_capacity 1024"):
+        HnswlibBank(8)
+
+
 def test_only_the_cpu_will_do():
     with pytest.raises(DeviceUnavailableError, match="HnswlibBank cannot compute on cuda; it can on: cpu"):
         HnswlibBank(8, device="cuda")

@@ -39,19 +39,25 @@ def story(tmp_path):
 
 
 @pytest.fixture
-def invoke(model_folder):
-    """Run a command on the tiny model; options by keyword, their dashes as underscores."""
+def arguments(model_folder):
+    """What to type for a command on the tiny model; options by keyword, their dashes as underscores."""
 
-    def run(command, **changes):
+    def words(command, **changes):
         options = {"--model": model_folder, **SIZES}
         options.update({"--" + name.replace("_", "-"): value for name, value in changes.items()})
-        arguments = [command]
+        found = [command]
         for name, value in options.items():
             if value is True:
-                arguments.append(name)
+                found.append(name)
             else:
                 for each in value if isinstance(value, list) else [value]:
-                    arguments += [name, str(each)]
-        return CliRunner().invoke(make_app(), arguments)
+                    found += [name, str(each)]
+        return found
 
-    return run
+    return words
+
+
+@pytest.fixture
+def invoke(arguments):
+    """Run a command on the tiny model, in this process."""
+    return lambda command, **changes: CliRunner().invoke(make_app(), arguments(command, **changes))

@@ -92,9 +92,9 @@ def test_an_error_of_ours_is_one_message_and_exit_code_one(monkeypatch, capsys):
     assert err == "memlong: needs 'faiss'.\nInstall it with: pip install x\n"
 
 
-def test_an_interrupt_is_quiet(monkeypatch, capsys):
+def test_an_interrupt_is_told(monkeypatch, capsys):
     assert run_main(monkeypatch, KeyboardInterrupt()) == 130
-    assert capsys.readouterr().err.strip() == ""
+    assert capsys.readouterr().err.strip() == "memlong: interrupted"
 
 
 def test_any_other_error_is_not_hidden(monkeypatch):

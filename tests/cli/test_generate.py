@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from memlong import MemoryConfig
+from memlong.cli.app import make_app
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
 
 
@@ -42,6 +48,40 @@ def test_other_ways_to_generate(run, changes):
     assert result.stdout.strip()
 
 
+@pytest.mark.parametrize("command", ["generate", "perplexity", "needle"])
+def test_every_command_with_a_memory_has_all_options_about_it(command):
+    shown = CliRunner().invoke(make_app(), [command, "--help"]).stdout.split()
+    for field in fields(MemoryConfig):
+        option = {"backend_options": "backend_option", "retriever_options": "retriever_option"}
+        name = f"--{option.get(field.name, field.name).replace('_', '-')}"
+        assert name in shown or (field.name == "retrieve_every" and command != "generate")
+
+
+def test_the_options_about_memory_reach_it(run):
+    changes = {"retrieval_layers": "1-2", "sink_tokens": 1, "chunk_order": "score", "min_score": -0.5}
+    changes |= {"memory_tokens": 8, "query_tokens": 5, "kv_source": "shared", "memory_layer": 1}
+    found = json.loads(run(**changes, json="-").stdout)
+    assert {name: found[name] for name in changes} == {**changes, "retrieval_layers": [1, 2]}
+
+
+def test_a_stream_begins_once(run, model_folder, story):
+    """A tokenizer that puts <s> before a text does so before the first, not in the middle of the stream."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save_pretrained(model_folder)
+    read = json.loads(run(context=[story, story], json="-").stdout)
+    assert (read["context_tokens"], read["prompt_tokens"]) == (1 + 120 + 120, 2)
+    assert json.loads(run(context=[], json="-").stdout)["prompt_tokens"] == 1 + 2
+
+
+def test_that_the_model_is_loading_is_said_apart_from_the_result(run):
+    result = run(json="-")
+    assert "loading the model" in result.stderr
+    assert "loading the model" not in result.stdout
+
+
 def test_a_prompt_needs_no_context(run, story):
     del story
     found = json.loads(run(context=[], json="-").stdout)
@@ -65,9 +105,15 @@ def test_numbers_out_of_range_are_a_matter_of_usage(run, changes):
         (
             {"sample": True, "temperature": 0},
             InvalidArgumentError,
-            "--temperature is 0.0; expected a number above 0",
+            "--temperature is 0.0; expected a number from 0.001",
         ),
-        ({"sample": True, "top_p": 5}, InvalidArgumentError, "--top-p is 5.0; .* at most 1"),
+        (
+            {"sample": True, "temperature": 1e-40},
+            InvalidArgumentError,
+            "--temperature is 1e-40; expected a number from 0.001",
+        ),
+        ({"sample": True, "top_p": 5}, InvalidArgumentError, "--top-p is 5.0; expected a number .* to 1"),
+        ({"prompt": "word1 \udcff"}, InvalidTextError, "--prompt is not UTF-8: .* at character 6"),
         ({"backend_option": "store=5"}, InvalidArgumentError, "store must be a KeyValueStore, got 5"),
         ({"store": "disk"}, InvalidArgumentError, "such as --store host=1GB"),
         ({"chat": True}, InvalidArgumentError, "--chat needs a model with a chat template"),
@@ -77,6 +123,18 @@ def test_numbers_out_of_range_are_a_matter_of_usage(run, changes):
             "retrieve_every is 9; expected at most segment_size, 8",
         ),
         ({"backend": "none", "store": "host=1GB"}, InvalidArgumentError, "--store goes with a backend"),
+        ({"backend": "none", "min_score": 0}, InvalidArgumentError, "--min-score goes with a backend"),
+        (
+            {"backend": "none", "memory_tokens": 8},
+            InvalidArgumentError,
+            "--memory-tokens goes with a backend",
+        ),
+        ({"backend": "none", "neighbours": 1}, InvalidArgumentError, "--neighbours goes with a backend"),
+        (
+            {"backend": "none", "chunk_order": "score"},
+            InvalidArgumentError,
+            "--chunk-order goes with a backend",
+        ),
     ],
 )
 def test_bad_input_is_named_with_what_to_do(run, changes, error, message):

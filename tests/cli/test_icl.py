@@ -41,11 +41,11 @@ def test_table_and_json_show_each_number_of_shots(run, labelled, tmp_path, backe
     assert "accuracy" in result.stdout
     assert "if the answer were always 'word" in result.stdout
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert " ".join(found) == "model backend retriever settings shots majority versions"
+    assert {"model", "backend", "retriever", "settings", "shots", "majority", "versions"} <= set(found)
     assert (found["backend"], found["retriever"]) == (backend, "lm" if backend == "torch" else None)
     assert found["settings"]["words"] == ["word1", "word2"]
     assert found["settings"]["calibrate"]
-    assert found["settings"]["local_window"] == 24
+    assert found["local_window"] == 24
     assert 0.5 <= found["majority"]["accuracy"] <= 1
     few, many = found["shots"]
     assert " ".join(few) == "shots demonstration_tokens tests accuracy low high seconds"

@@ -31,6 +31,15 @@ def test_table_json_and_picture_show_the_grid(run, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_written_is_an_error_after_the_result(run, tmp_path):
+    picture = tmp_path / "full.png"
+    picture.symlink_to("/dev/full")
+    result = run(plot=picture)
+    assert isinstance(result.exception, InvalidArgumentError), result.output
+    assert "No space left on device; the result is printed without its picture" in str(result.exception)
+    assert "depth 0" in result.stdout
+
+
 class Characters:
     """A tokenizer of single characters."""
 
@@ -39,6 +48,17 @@ class Characters:
 
     def decode(self, ids):
         return "".join(chr(number) for number in ids)
+
+
+def test_a_prompt_begins_as_the_tokenizer_has_texts_begin():
+    class Begins(Characters):
+        def __call__(self, text, *, add_special_tokens, **_):
+            return super().__call__("^" + text if add_special_tokens else text)
+
+    words = Characters().decode(passkey_prompt(Begins(), 1000, 0.5, 12345)[0].tolist())
+    assert len(words) == 1000
+    assert words.startswith("^There is")
+    assert words.count("^") == 1
 
 
 @pytest.mark.parametrize("depth", [0, 0.3, 1])

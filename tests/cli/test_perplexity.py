@@ -54,6 +54,12 @@ def test_the_json_holds_what_was_asked_and_what_was_measured(run, tmp_path):
     assert {"model", "text"} <= set(found)
 
 
+def test_recall_is_at_as_many_chunks_as_are_retrieved(run, tmp_path):
+    file = tmp_path / "result.json"
+    assert "recall@5" in run(memory_tokens=20, json=file).stdout
+    assert json.loads(file.read_text(encoding="utf-8"))["recall_k"] == 5
+
+
 def test_where_keys_and_values_are_kept_makes_no_difference(run, tmp_path):
     plain = json.loads(run(json="-").stdout)
     tiers = json.loads(run(json="-", store=[f"disk={tmp_path}", "host=1MB"]).stdout)
@@ -113,6 +119,21 @@ def test_the_seed_chooses_the_random_chunks(run):
         ),
         ({"store": "disc=/tmp"}, InvalidArgumentError, "store has no option 'disc'.*Did you mean 'disk'"),
         ({"store": "disk=/no/such/folder"}, StorageError, "cannot write to the folder '/no/such/folder'"),
+        ({"text": "x" * 300}, InvalidTextError, "cannot be read: File name too long"),
+        ({"model": "x" * 300}, InvalidArgumentError, "cannot be read: File name too long"),
+        ({"json": "x" * 300}, InvalidArgumentError, "cannot be written: File name too long"),
+        ({"retriever": "x" * 300}, UnknownNameError, "no retriever"),
+        (
+            {"retriever": "sentence-transformers", "retriever_option": "query_prompt=5"},
+            InvalidArgumentError,
+            "5; exp",
+        ),
+        ({"retriever": "random", "retriever_option": f"dim={10**21}"}, InvalidArgumentError, "at most 65536"),
+        (
+            {"backend": "hnswlib", "backend_option": f"initial_capacity={10**14}"},
+            InvalidArgumentError,
+            "initial_capacity must be an int from 1 to",
+        ),
         ({"json": "/no/such/folder/out.json"}, InvalidArgumentError, "mkdir -p /no/such/folder"),
     ],
 )
@@ -132,17 +153,6 @@ def test_a_folder_without_a_model_and_a_cut_off_file_are_named(run, model_folder
     result = run()
     assert isinstance(result.exception, InvalidArgumentError), result.output
     assert "could not be loaded" in str(result.exception)
-
-
-def test_an_interrupt_is_told(monkeypatch, capsys):
-    def interrupt(**_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("memlong.cli.app.make_app", lambda: interrupt)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "memlong: interrupted\n"
 
 
 def test_an_error_ends_the_program_with_one_line_and_no_traceback(monkeypatch, capsys):

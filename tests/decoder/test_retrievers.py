@@ -65,6 +65,11 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
     [
         ("random", {"seed": -1}, "seed must be an int >= 0, got -1"),
         ("random", {"dim": 0}, "dim must be an int >= 1"),
+        ("random", {"dim": 10**21}, "dim is 1000000000000000000000; expected at most 65536"),
+        ("sentence-transformers", {"query_prompt": 5}, "query_prompt is 5; expected text"),
+        ("sentence-transformers", {"chunk_prompt": None}, "chunk_prompt is None; expected text"),
+        ("sentence-transformers", {"name": ["a"]}, r"name is \['a'\]; expected text"),
+        ("sentence-transformers", {"device": 5}, "device is 5; expected text such as 'cpu'"),
         ("lm", {"sharpness": "high"}, "sharpness is 'high'; expected a number"),
         ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an int >= 1"),
     ],
@@ -110,3 +115,8 @@ def test_a_sentence_encoder_reads_the_whole_of_a_long_passage(llama, encoder_fol
     torch.testing.assert_close(start.norm(), torch.tensor(1.0))
     assert not torch.allclose(whole, changed)
     assert torch.equal(retriever.embed_chunks([Passage(words, 0)])[0], whole)
+
+
+def test_a_sentence_encoder_loads_without_a_bar(llama, encoder_folder, capsys):
+    create_retriever(encoder_folder, llama, Words())
+    assert "Loading weights" not in capsys.readouterr().err

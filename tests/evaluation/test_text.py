@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from memlong.errors import InvalidTextError
-from memlong.evaluation import long_range_tokens, read_text, tokenize
+from memlong.evaluation import chat_turn, long_range_tokens, read_text, tokenize
 
 
 def test_a_text_is_read_as_utf8(tmp_path):
@@ -39,11 +41,40 @@ def test_a_folder_is_no_text(tmp_path):
 
 def test_tokens_are_cut_to_the_first_ones():
     class Words:
-        def __call__(self, text, verbose):
+        def __call__(self, text, **_):
             return type("Encoding", (), {"input_ids": [len(word) for word in text.split()]})
 
     assert tokenize(Words(), "a bb ccc dddd", 3).tolist() == [[1, 2, 3]]
     assert tokenize(Words(), "a bb ccc dddd").tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.fixture
+def begins():
+    """A tokenizer that puts <s> before a text and </s> behind it."""
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "?": 2, "who": 3, "user": 4}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="?"
+    )
+    tokenizer.chat_template = "{{ bos_token }} user {{ messages[0]['content'] }}"
+    return tokenizer
+
+
+def test_special_tokens_stand_where_a_stream_begins_and_nowhere_else(begins):
+    assert tokenize(begins, "who who").tolist() == [[0, 3, 3]]
+    assert tokenize(begins, "who who", 2).tolist() == [[0, 3]]
+    assert tokenize(begins, "who who", begins=False).tolist() == [[3, 3]]
+    assert chat_turn(begins, "who").tolist() == [[0, 4, 3]]
+    assert chat_turn(begins, "who", begins=False).tolist() == [[4, 3]]
+
+
+def test_half_a_character_is_named_with_its_place(begins):
+    for read in (tokenize, chat_turn):
+        with pytest.raises(InvalidTextError, match=r"'\\udcff' at character 4"):
+            read(begins, "who \udcff")
 
 
 def test_long_range_tokens_were_last_met_beyond_the_distance():

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from memlong.bank.validate import whole_number
 from memlong.decoder.retrievers.base import Metric, Passage, Retriever
+from memlong.errors import InvalidArgumentError
+
+_WIDEST = 2**16
 
 
 class RandomRetriever(Retriever):
@@ -21,13 +24,15 @@ class RandomRetriever(Retriever):
     seed
         Seed of the directions; the same seed and place in the stream give the same direction.
     dim
-        Width of the embeddings.
+        Width of the embeddings, at most 65,536.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, seed: int = 0, dim: int = 64) -> None:
         super().__init__(model, tokenizer)
         self._seed = whole_number("seed", seed, at_least=0)
         self._dim = whole_number("dim", dim, at_least=1)
+        if self._dim > _WIDEST:
+            raise InvalidArgumentError(f"dim is {dim}; expected at most {_WIDEST}.")
 
     @property
     def dim(self) -> int:

@@ -41,8 +41,15 @@ def create_retriever(
     registry = registry or Registry()
     given = dict(options or {})
     known = {spec.name for spec in registry.list_retrievers()}
-    if name not in known and ("/" in name or Path(name).is_dir()):
+    if name not in known and ("/" in name or _is_folder(name)):
         name, given = "sentence-transformers", {"name": name, **given}
     retriever: type[Retriever] = registry.load_retriever_class(name, Retriever)
     check_options(f"retriever {name!r}", retriever, given, besides=("model", "tokenizer"))
     return retriever(model, tokenizer, **given)
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # such as a name that is too long
+        return False

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from memlong.bank.validate import whole_number
+from memlong.decoder.quiet import quiet_loading
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -61,10 +62,17 @@ class SentenceTransformersRetriever(Retriever):
                 f"tokenizer is None, but the retriever {name!r} reads text: give the model's tokenizer, or use the "
                 "retriever 'lm'."
             )
+        texts = {"name": name, "query_prompt": query_prompt, "chunk_prompt": chunk_prompt}
+        for option, value in texts.items():
+            if not isinstance(value, str):
+                raise InvalidArgumentError(f"{option} is {value!r}; expected text.")
+        if not isinstance(device, str | None):
+            raise InvalidArgumentError(f"device is {device!r}; expected text such as 'cpu', or None.")
         self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:
-            self._encoder = SentenceTransformer(str(source), device=device or str(model.device))
+            with quiet_loading():
+                self._encoder = SentenceTransformer(str(source), device=device or str(model.device))
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
                 f"The retriever {name!r} could not be loaded on {device or model.device}: {error}. Name a "

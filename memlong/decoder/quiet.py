@@ -1,0 +1,47 @@
+"""Load with transformers, quietly and one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+from transformers.utils import logging
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep back transformers' bars and notes about loading, which would drown our own; nothing else is kept back.
+
+    Its settings are those of the whole process, so threads take turns, and the user's own come back.
+    """
+    with _ONE_AT_A_TIME:
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            with _heeded_by_gguf():
+                yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+
+@contextmanager
+def _heeded_by_gguf() -> Iterator[None]:
+    """Reading a GGUF file shows a bar that heeds no setting: let it use the one that does."""
+    reader: Any = getattr(transformers, "modeling_gguf_pytorch_utils", None)
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    reader.tqdm = logging.tqdm
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

@@ -1,0 +1,149 @@
+"""The scripts in examples/ and bench/ on a tiny random model: what they print, and how they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from memlong.errors import InvalidArgumentError, InvalidTextError
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["?", *(f"word{number}" for number in range(96))]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def invoke(module: ModuleType, *typed: object, **given: str):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(module.main)
+    return CliRunner().invoke(app, [str(each) for each in typed], **given)
+
+
+@pytest.fixture
+def folder(tmp_path, llama):
+    llama.config.max_position_embeddings = 4096
+    llama.save_pretrained(tmp_path / "model")
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(WORDS[1 + number * number % 89] for number in range(1500)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chat(folder, book):
+    module = script("examples/chat_with_a_book.py")
+
+    def run(*typed: object, **given: str):
+        options = ["--book", book, "--model", folder, "--dtype", "float32", "--max-new-tokens", 3]
+        return invoke(module, *options, "--retriever", "lm", *typed, **given)
+
+    return run
+
+
+def test_a_book_is_read_and_talked_about(chat, tmp_path):
+    result = chat("--store", f"disk={tmp_path}", "--question", "word1 word2", "--question", "word3")
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.stdout.splitlines() if line.startswith(">")] == [
+        "> word1 word2",
+        "> word3",
+    ]
+
+
+@pytest.mark.parametrize("typed", ["word1\n\n", "word1\n"])  # an empty line, and the end of the input
+def test_questions_come_from_the_keyboard_until_there_are_no_more(chat, typed):
+    result = chat(input=typed)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("> ") == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--question", "word1", "--question", ""], "--question is empty"),
+        (["--store", "disk"], "such as --store host=1GB"),
+    ],
+)
+def test_what_the_talk_cannot_use_is_named(chat, typed, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        raise chat(*typed).exception
+
+
+PROGRAM = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_talk_with_a_line(folder, book):
+    book.write_text("word1 word2 word3 word4 " * 100_000, encoding="utf-8")
+    typed = ["--book", book, "--model", folder, "--dtype", "float32", "--retriever", "lm"]
+    command = [sys.executable, "-c", PROGRAM, ROOT / "examples/chat_with_a_book.py", *typed]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        said = bytearray()
+        while b"book.txt:" not in said or b"tok/s" not in said:  # the bar moves: the book is being read
+            read = process.stderr.read1()
+            assert read, said.decode()
+            said += read
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert said.decode().splitlines()[-1] == "chat_with_a_book: interrupted"
+    assert b"Traceback" not in said
+
+
+@pytest.mark.slow
+def test_the_long_context_bench_measures_both_systems_and_draws_three_panels(
+    folder, book, tmp_path, monkeypatch, capfd
+):
+    from matplotlib.figure import Figure
+
+    bench, panels = script("bench/long_context.py"), []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: panels.extend(figure.axes))
+    bench.main(model=str(folder), text=book, lengths="1000", dtype="float32", out=tmp_path)
+    found = json.loads((tmp_path / "long_context.json").read_text(encoding="utf-8"))
+    assert [row["system"] for row in found["rows"]] == ["full attention", "memory"]
+    assert [panel.get_title().split(" ")[0] for panel in panels] == ["time", "K-V", "peak"]
+    assert "memory, 1,000 tokens:" in capfd.readouterr().err  # its bar
+
+
+@pytest.mark.slow
+def test_the_long_context_bench_passes_on_what_a_measurement_refuses(book, tmp_path, capfd):
+    bench = script("bench/long_context.py")
+    with pytest.raises(SystemExit) as ended:
+        bench.main(model="nosuchfolder/", text=book, lengths="1000", out=tmp_path)
+    said = capfd.readouterr().err
+    assert ended.value.code == 1
+    assert "bench: The model 'nosuchfolder/' could not be loaded" in said
+    assert "Traceback" not in said
+
+
+def test_the_long_context_bench_names_a_text_that_is_too_short(folder, book):
+    typed = ["--model", folder, "--text", book, "--dtype", "float32", "--one", "memory:2000"]
+    with pytest.raises(InvalidTextError, match="1,500 tokens, fewer than 2,000: give a longer one"):
+        raise invoke(script("bench/long_context.py"), *typed).exception
