@@ -22,6 +22,7 @@ _KINDS: dict[str, Any] = {
     "retrieval_layers": str,
     "store": Mapping,
 }
+_NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _EXPECTED: dict[Any, str] = {
     str: "text",
     str | None: "a name as text, or None",
@@ -144,6 +145,12 @@ class MemoryConfig:
         for name, kind in _KINDS.items():
             if not isinstance(getattr(self, name), kind):
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}; expected {_EXPECTED[kind]}.")
+        taken = sorted(_NOT_OPTIONS & set(self.backend_options))
+        if taken:
+            raise InvalidArgumentError(
+                f"backend_options holds {', '.join(taken)}, which the decoder sets itself: dim is the retriever's, and "
+                "where keys and values live is said with store."
+            )
         if self.min_score is not None and not (
             type(self.min_score) in (int, float) and isfinite(self.min_score)
         ):

@@ -207,6 +207,20 @@ def test_an_unknown_backend_is_answered_with_what_was_meant(llama, small):
         MemoryDecoder(llama, None, small(backend="fais"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"store": {"host": "1KB", "disk": "."}}, "host is 1000 bytes, but .* could never hold any"),
+        ({"backend_options": {"max_bytes": 1}}, "max_bytes is 1, but one chunk takes"),
+        ({"backend_options": {"eviction": "x"}}, "no eviction policy is called 'x'"),
+        ({"backend_options": {"dim": 1}}, "backend_options holds dim, which the decoder sets itself"),
+    ],
+)
+def test_a_memory_that_can_never_hold_a_chunk_is_refused_at_once(llama, small, settings, message):
+    with pytest.raises(MemlongError, match=message):
+        MemoryDecoder(llama, None, small(**settings))
+
+
 def test_an_unknown_retriever_is_answered_with_what_was_meant(llama, small):
     with pytest.raises(UnknownNameError, match=r"no retriever 'randon'.*[Dd]id you mean 'random'"):
         MemoryDecoder(llama, None, small(retriever="randon"))
@@ -329,7 +343,7 @@ def test_what_a_broken_retriever_makes_is_refused_and_nothing_is_stored(
         ({"segment_size": 2.5}, "segment_size is 2.5"),
         ({"local_window": 300}, "local_window is 300, but it must hold a segment"),
         ({"position_mode": "nowhere"}, "position_mode is 'nowhere'; expected one of 'zero'"),
-        ({"kv_source": "shared"}, "kv_source is 'shared'; expected one of 'layer'"),
+        ({"kv_source": "other"}, "kv_source is 'other'; expected one of 'layer', 'shared', 'latent'"),
         ({"backend": 5}, "backend is 5; expected a backend's name"),
         ({"retriever": None}, "retriever is None; expected text"),
         ({"retrieval_layers": [0]}, r"retrieval_layers is \[0\]; expected text"),
