@@ -15,9 +15,11 @@ from memlong.bank import ChunkLayout, MemoryBank, TieredStore
 from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
 from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
+from memlong.decoder.gates import make_gates
 from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options
 from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
+from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import create_retriever
 from memlong.decoder.sources import make_source
@@ -98,6 +100,7 @@ class MemoryDecoder:
         check_sight(self.config, self._layout, self.retrieval_layers)
         like = cast("Tensor", model.get_input_embeddings().weight)
         self._source = make_source(self.config, self._layout, self.retrieval_layers, like)
+        self.gates = make_gates(self.config, self._layout.layers[0].heads, self.retrieval_layers, like)
         self._registry = registry or Registry()
         self.retriever = retriever
         if self.config.backend is not None:
@@ -151,7 +154,9 @@ class MemoryDecoder:
         """Shape (layers, kv_heads, chunk_size, head_dim), dtype and device of a chunk's keys and of its values."""
         return self._source.block_layout(self.config.chunk_size, self.model.dtype, self.model.device)
 
-    def reset(self, banks: Sequence[MemoryBank] | None = None) -> None:
+    def reset(
+        self, banks: Sequence[MemoryBank] | None = None, *, random_chunks: RandomChunks | None = None
+    ) -> None:
         """Begin new streams, with empty windows.
 
         Parameters
@@ -159,6 +164,8 @@ class MemoryDecoder:
         banks
             A bank for each row, for instance one that already holds another text, which the same model read with the
             same ``retrieval_layers``; new ones by default.
+        random_chunks
+            Now and then, chunks at random instead of those that were asked for, as training uses them.
 
         Raises
         ------
@@ -166,6 +173,7 @@ class MemoryDecoder:
             If a bank does not fit the retriever, the model or the settings, or two rows would share one.
         """
         self._given_banks = None if banks is None else self._checked(banks)
+        self._random_chunks = random_chunks
         self._streams: Streams | None = None
         self._call = object()  # the latest call that reads; those before it have ended
         self._turn: tuple[StreamCache, tuple[int, ...]] | None = None
@@ -198,6 +206,7 @@ class MemoryDecoder:
         attention_mask: Tensor | None = None,
         *,
         logits: Literal["all", "last"] = "all",
+        gradients: bool = False,
     ) -> Iterator[Segment]:
         """Send text through the model, segment by segment; a later call goes on where this one ended.
 
@@ -212,6 +221,9 @@ class MemoryDecoder:
             [rows, tokens]; 0 where padded, which may be anywhere.
         logits
             ``"all"``, or only the ``"last"`` token's of each forward call, which saves time when reading in.
+        gradients
+            Whether each forward call records gradients, back to what made the memory that it retrieved (latent maps,
+            gates). The window and stored memory of earlier segments are constants: truncated backpropagation.
 
         Yields
         ------
@@ -230,7 +242,7 @@ class MemoryDecoder:
         pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
         self._streams = self._streams_for(len(pending))
         self._call = object()
-        return self._segments(self._streams, pending, 0 if logits == "all" else 1)
+        return self._segments(self._streams, pending, 0 if logits == "all" else 1, gradients=gradients)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read text in, and return the logits [rows, vocabulary] that follow each row's last token.
@@ -357,8 +369,11 @@ class MemoryDecoder:
             else:
                 setattr(self.model, "generate", before)  # noqa: B010
 
-    def _segments(self, streams: Streams, pending: list[list[int]], logits_to_keep: int) -> Iterator[Segment]:
-        segments, call = streams.read(pending, self._slot, logits_to_keep), self._call
+    def _segments(
+        self, streams: Streams, pending: list[list[int]], logits_to_keep: int, *, gradients: bool
+    ) -> Iterator[Segment]:
+        segments = streams.read(pending, self._slot, logits_to_keep, gradients=gradients)
+        call = self._call
         while True:
             self._check_attached()
             if call is not self._call:
@@ -402,7 +417,16 @@ class MemoryDecoder:
                 f"banks holds {len(given)} banks for {rows} rows; expected one for each row."
             )
         banks = given or [self._new_bank() for _ in range(rows)]
-        return Streams(self.model, self._layout, self.config, self.retriever, self._source, banks)
+        return Streams(
+            self.model,
+            self._layout,
+            self.config,
+            self.retriever,
+            self._source,
+            banks,
+            self.gates,
+            self._random_chunks,
+        )
 
     def _new_bank(self) -> MemoryBank | None:
         if self.config.backend is None or self.retriever is None:
