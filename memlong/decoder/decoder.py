@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
@@ -17,12 +18,14 @@ from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
 from memlong.decoder.gates import make_gates
 from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options
+from memlong.decoder.loading import load_model
 from memlong.decoder.placement import check_positions, check_sight
-from memlong.decoder.probe import probe
+from memlong.decoder.pretrained import attach_adapter, read_pretrained, write_pretrained
+from memlong.decoder.probe import ModelLayout, probe
 from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import create_retriever
-from memlong.decoder.sources import make_source
+from memlong.decoder.sources import KvSource, LatentSource, make_source
 from memlong.decoder.streams import Segment, Streams
 from memlong.decoder.tokens import token_lists
 from memlong.errors import InvalidArgumentError, MemlongError
@@ -117,6 +120,79 @@ class MemoryDecoder:
         self._is_attached = False
         self.reset()
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        model: PreTrainedModel | None = None,
+        tokenizer: Any = None,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        retriever: Retriever | None = None,
+        registry: Registry | None = None,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+    ) -> Self:
+        """Load a trained decoder: its model, the adapter, and what reads the memory.
+
+        Parameters
+        ----------
+        name
+            A folder that :meth:`save_pretrained` or ``memlong train`` wrote, or a hub id.
+        model, tokenizer
+            The model that it was trained for, and its tokenizer, if they are at hand. The model gets the adapter.
+        changes
+            Settings that may be others than those of the training: ``backend``, ``backend_options``, ``retriever``,
+            ``retriever_options`` and ``store``.
+        retriever, registry
+            As for :class:`MemoryDecoder`.
+        dtype, device
+            Of the model, if it is to be loaded.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the folder holds no decoder, or one for another model.
+        MissingDependencyError
+            If peft is not installed, or the model needs a package that is not.
+        """
+        found = read_pretrained(name, changes)
+        if model is None:
+            if found.base_model is None:
+                raise InvalidArgumentError(
+                    f"{str(name)!r} does not say for which model it was trained: give `model` and `tokenizer`."
+                )
+            model, tokenizer = load_model(found.base_model, dtype=dtype, device=device)
+        # Before the adapter: a retriever that asks the model is then the one of the training.
+        decoder = cls(model, tokenizer, found.config, retriever=retriever, registry=registry)
+        if found.has_adapter:
+            attach_adapter(model, found.folder)
+        return decoder
+
+    def save_pretrained(
+        self, folder: str | Path, *, base_model: str | None = None, training: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write what was trained into a folder, for :meth:`from_pretrained`: adapter, maps, gates and settings.
+
+        Parameters
+        ----------
+        folder
+            Made if it does not exist.
+        base_model
+            Under which name :func:`~memlong.load_model` finds the model; by default, where transformers loaded it from.
+        training
+            Settings of the training, to be noted down.
+
+        Raises
+        ------
+        StorageError
+            If it cannot be written.
+        """
+        maps = self._source.maps if isinstance(self._source, LatentSource) else None
+        write_pretrained(
+            folder, self.model, self.config, maps, self.gates, base_model=base_model, training=training
+        )
+
     def __enter__(self) -> Self:
         check_free(self.model)
         with ExitStack() as stack:
@@ -148,6 +224,16 @@ class MemoryDecoder:
     def tokens_read(self) -> tuple[int, ...]:
         """How many tokens each row's stream has read."""
         return tuple(row.seen for row in self._streams.rows) if self._streams else ()
+
+    @property
+    def model_layout(self) -> ModelLayout:
+        """What the model is made of, layer by layer."""
+        return self._layout
+
+    @property
+    def source(self) -> KvSource:
+        """What is stored of a chunk, and what each retrieval layer makes of it."""
+        return self._source
 
     @property
     def layout(self) -> ChunkLayout:

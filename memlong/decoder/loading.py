@@ -51,7 +51,7 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
         raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
     target = _device(device)
     source, options = _source(name)
-    with _without_progress():
+    with without_progress():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -124,7 +124,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-class _without_progress:  # noqa: N801 - reads as a statement
+class without_progress:  # noqa: N801 - reads as a statement
     """Loading takes seconds; transformers' bars and notes about it would drown our own."""
 
     def __enter__(self) -> None:

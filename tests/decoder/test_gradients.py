@@ -28,7 +28,7 @@ def test_gradients_reach_what_makes_the_memory(latent, text):
         *_, last = decoder.stream(text(80), gradients=True)
         last.logits.logsumexp(dim=-1).sum().backward()
     assert decoder.gates.bias.grad.abs().sum() > 0
-    assert decoder._source.maps.decode.grad.abs().sum() > 0
+    assert decoder.source.maps.decode.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in decoder.model.parameters())
 
 
