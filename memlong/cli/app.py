@@ -14,9 +14,10 @@ from memlong.cli.generate import generate
 from memlong.cli.needle import needle
 from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import plugins
+from memlong.cli.train import train
 from memlong.errors import MemlongError
 
-_COMMANDS = (generate, perplexity, needle, fit, backends, plugins)
+_COMMANDS = (generate, perplexity, needle, fit, train, backends, plugins)
 
 
 def make_app() -> typer.Typer:

@@ -11,13 +11,16 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.choice import choose_decoder
 from memlong.cli.output import JsonOutput
 from memlong.errors import InvalidArgumentError
 
 
 def generate(
-    model: options.Model,
+    ctx: typer.Context,
     prompt: Annotated[str, typer.Option(help="What to continue or to answer, after the context.")],
+    model: options.ModelUnlessAdapter = None,
+    adapter: options.Adapter = None,
     context: Annotated[
         list[Path] | None, typer.Option(help="UTF-8 text file to read first; may be repeated.")
     ] = None,
@@ -52,12 +55,13 @@ def generate(
     Examples:
       memlong generate --model demo --context book.txt --prompt "The whale was"
       memlong generate --model demo --context a.txt --context b.txt --chat --prompt "Who is Ahab?"
+      memlong generate --adapter trained --context book.txt --prompt "The whale was"
       memlong generate --model demo --context library.txt --store disk=/tmp --store host=1GB --prompt "Call me"
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
     import torch
 
-    from memlong.decoder import MemoryDecoder, load_model, text_streamer
+    from memlong.decoder import text_streamer
     from memlong.evaluation import read_text, tokenize
 
     texts = [read_text(path) for path in context or []]
@@ -80,12 +84,13 @@ def generate(
     for name, value, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
         if value is not None:
             said[name] = _sampling(name, value, most, sample=sample)
-    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
+    tokenizer = decoder.tokenizer
     question = _prompt(tokenizer, prompt, chat=chat)
     if not output.is_stdout and beams == 1:
         said["streamer"] = text_streamer(tokenizer)
     torch.manual_seed(seed)
-    with MemoryDecoder(language_model, tokenizer, config) as decoder:
+    with decoder:
         read = 0
         started = time.perf_counter()
         for words in texts:
@@ -99,10 +104,11 @@ def generate(
     answer = tokenizer.decode(new, skip_special_tokens=True)
     result = {
         "model": model,
+        "adapter": adapter,
         "context": [str(path) for path in context or []],
         "prompt": prompt,
         "answer": answer,
-        "backend": backend,
+        "backend": decoder.config.backend or "none",
         "context_tokens": read,
         "prompt_tokens": question.shape[1],
         "new_tokens": len(new),

@@ -9,6 +9,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.choice import choose_decoder
 from memlong.cli.output import JsonOutput, print_table
 
 if TYPE_CHECKING:
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def perplexity(
-    model: options.Model,
+    ctx: typer.Context,
     text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
+    model: options.ModelUnlessAdapter = None,
+    adapter: options.Adapter = None,
     backend: options.Backend = "torch",
     backend_option: options.BackendOption = None,
     retriever: options.RetrieverName = "sentence-transformers",
@@ -60,10 +63,10 @@ def perplexity(
       memlong perplexity --model demo --text book.txt --backend none --local-window 2048
       memlong perplexity --model demo --text book.txt --backend faiss --backend-option index=HNSW32
       memlong perplexity --model HuggingFaceTB/SmolLM2-360M --text book.txt --retriever lm --json out.json
+      memlong perplexity --adapter trained --text book.txt
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
     # Torch and transformers take seconds to import: only here, where they are needed.
-    from memlong.decoder import MemoryDecoder, load_model
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 
     words = read_text(text)
@@ -90,10 +93,10 @@ def perplexity(
         query_tokens=query_tokens,
         position_mode=position_mode,
     )
-    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
-    input_ids = tokenize(tokenizer, words, max_tokens)
+    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
+    input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
-        MemoryDecoder(language_model, tokenizer, config) as decoder,
+        decoder,
         tqdm(total=input_ids.shape[1], unit="tok", desc=text.name) as bar,
     ):
         result = evaluate_perplexity(
@@ -103,8 +106,10 @@ def perplexity(
             long_range_distance=long_range_distance,
             progress=bar.update,
         )
-    summary = _summary(decoder, result, model=model, text=str(text), dtype=dtype, device=device, seed=seed)
-    distance = local_window if long_range_distance is None else long_range_distance
+    summary = _summary(
+        decoder, result, model=model, adapter=adapter, text=str(text), dtype=dtype, device=device, seed=seed
+    )
+    distance = decoder.config.local_window if long_range_distance is None else long_range_distance
     summary |= {"score_from": score_from, "long_range_distance": distance}
     if output.write(summary):
         _print(summary)
@@ -124,6 +129,7 @@ def _summary(decoder: MemoryDecoder, result: Perplexity, **given: object) -> dic
         "kv_source": config.kv_source if remembers else None,
         "memory_layer": config.memory_layer,
         "maps": config.maps,
+        "gates": config.gates,
         "retrieval_layers": list(decoder.retrieval_layers) if remembers else [],
         "position_mode": config.position_mode,
         "store": {name: str(value) for name, value in config.store.items()},

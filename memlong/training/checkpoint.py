@@ -95,7 +95,7 @@ def save_checkpoint(
     if target.exists():
         shutil.rmtree(target)
     beside.rename(target)
-    for other in _checkpoints(folder):
+    for other in checkpoints(folder):
         if other != target:
             shutil.rmtree(other)
 
@@ -114,7 +114,7 @@ def load_checkpoint(
     InvalidArgumentError
         If there is no checkpoint, it cannot be read, or it is of a run of another kind.
     """
-    found = _checkpoints(folder)
+    found = checkpoints(folder)
     if not found:
         raise InvalidArgumentError(
             f"The folder {str(folder)!r} holds no checkpoint to go on from. Name the folder of a run that has written "
@@ -169,7 +169,13 @@ def _restore(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Of a run, the oldest first."""
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, the oldest first."""
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove what only a run that goes on needs."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path)

@@ -15,7 +15,13 @@ from torch import Tensor
 from memlong.decoder import MemoryDecoder
 from memlong.decoder.recall import RandomChunks
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
-from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from memlong.training.checkpoint import (
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from memlong.training.config import TrainingConfig
 from memlong.training.curve import Curve, Step
 from memlong.training.documents import Episodes
@@ -23,7 +29,7 @@ from memlong.training.loss import Batch, segment_loss
 from memlong.training.parts import LearningParts
 
 CURVE, PICTURE = "curve.jsonl", "curve.png"
-"""What a run leaves in its folder, beside the decoder and the latest checkpoint."""
+"""What a run leaves in its folder, beside the decoder."""
 
 
 class Trainer:
@@ -96,6 +102,11 @@ class Trainer:
         except OSError as error:
             raise StorageError(f"The folder {str(folder)!r} cannot be made: {error.strerror}.") from error
 
+    @property
+    def learning(self) -> int:
+        """How many numbers learn."""
+        return sum(parameter.numel() for parameter in self._parts.parameters.values())
+
     def run(self, *, resume: bool = False, progress: Callable[[Step], None] | None = None) -> list[Step]:
         """Train, save the decoder into the folder, and return the steps.
 
@@ -109,10 +120,16 @@ class Trainer:
         Raises
         ------
         InvalidArgumentError
-            If there is no checkpoint to resume from, or one of other settings or other text.
+            If there is no checkpoint to resume from, or one of other settings or other text; or there is one, and
+            ``resume`` is not set.
         """
         order = {name: self._parts.parameters[name] for name in self._in_order()}
         state = (order, self._optimizer, self._generator, self._made_of())
+        if not resume and checkpoints(self.folder):
+            raise InvalidArgumentError(
+                f"The folder {str(self.folder)!r} holds the checkpoint of a run that has not ended: resume it, remove "
+                "the checkpoint, or name another folder."
+            )
         at = load_checkpoint(self.folder, *state) if resume else Progress()
         curve = Curve(self.folder / CURVE, at.step, self._tensorboard)
         if progress is not None:
@@ -130,6 +147,7 @@ class Trainer:
         self._parts.settle()
         self.decoder.save_pretrained(self.folder, base_model=self._base_model, training=asdict(self.config))
         curve.plot(self.folder / PICTURE)
+        remove_checkpoints(self.folder)
         return curve.steps
 
     def _read_episodes(self, at: Progress, curve: Curve, progress: Callable[[Step], None] | None) -> None:

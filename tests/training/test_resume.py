@@ -50,10 +50,11 @@ def test_the_losses_are_those_of_an_uninterrupted_run(trainer, tmp_path, memory,
         assert (one.tokens, one.lr) == (other.tokens, other.lr)
     lines = (tmp_path / "cut" / "curve.jsonl").read_text().splitlines()
     assert len(lines) == STEPS
+    assert not list((tmp_path / "cut").glob("*checkpoint*"))
 
 
 def test_a_checkpoint_is_safetensors_and_json(trainer, tmp_path):
-    trainer(steps=20, checkpoint_every=4).run()
+    cut_off(trainer(steps=20, checkpoint_every=4), at=19)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert {file.name for file in checkpoint.iterdir()} == {"training.safetensors", "training.json"}
     facts = json.loads((checkpoint / "training.json").read_text())
@@ -75,7 +76,9 @@ def test_a_last_line_that_was_cut_off_is_made_again(trainer, tmp_path):
 def test_what_cannot_be_resumed_is_said(trainer, tmp_path):
     with pytest.raises(InvalidArgumentError, match="holds no checkpoint to go on from"):
         trainer().run(resume=True)
-    trainer(steps=20, checkpoint_every=4).run()
+    cut_off(trainer(steps=20, checkpoint_every=4), at=19)
+    with pytest.raises(InvalidArgumentError, match="holds the checkpoint of a run that has not ended"):
+        trainer(steps=20).run()
     with pytest.raises(InvalidArgumentError, match=r"was made with lr 0.005, but now it is 0.001"):
         trainer(steps=20, lr=1e-3).run(resume=True)
     with pytest.raises(InvalidArgumentError, match=r"was made with memory.top_k 3, but now it is 2"):
