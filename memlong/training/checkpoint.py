@@ -88,7 +88,7 @@ def save_checkpoint(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         beside / "training.safetensors",
     )
-    (beside / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (beside / "training.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     for file in beside.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())
@@ -133,7 +133,7 @@ def load_checkpoint(
         raise InvalidArgumentError(
             f"The checkpoint {str(latest)!r} has the format {facts.get('format')!r}; expected {_FORMAT!r}."
         )
-    for name, ours in json.loads(json.dumps(made_of)).items():
+    for name, ours in json.loads(json.dumps(made_of, default=str)).items():
         theirs = facts["made_of"].get(name)
         if ours != theirs:
             raise InvalidArgumentError(

@@ -107,8 +107,8 @@ class Episodes:
         self._order: tuple[int, list[int]] = (-1, [])
         if not self._pieces:
             raise InvalidTextError(
-                f"None of the {len(documents)} documents has {least} tokens, an episode's least. Give longer texts, or "
-                "a smaller segment_size."
+                f"None of the {len(documents)} documents has {least} tokens, so that any would come to need a "
+                "memory. Give longer texts, or a smaller local_window."
             )
 
     def __len__(self) -> int:

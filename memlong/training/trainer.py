@@ -83,8 +83,13 @@ class Trainer:
         self._tensorboard = None if tensorboard is None else Path(tensorboard)
         if decoder.config.backend is None:
             raise InvalidArgumentError("The decoder has backend=None, so no memory to train on: name one.")
+        if decoder.model.dtype == torch.float16:
+            raise InvalidArgumentError(
+                "The model is of float16, in which small gradients vanish: load it in bfloat16 or float32."
+            )
         self._accelerator = _accelerator(decoder)
-        least = min(decoder.config.segment_size, config.document_tokens)
+        # Shorter, and it would end before there is any memory to read.
+        least = min(decoder.config.local_window + decoder.config.segment_size, config.document_tokens)
         self.episodes = Episodes(documents, config.document_tokens, least, config.seed)
         self._generator = torch.Generator().manual_seed(config.seed)
         # The warm-up stage reads over the plain window; made before the adapter, as the decoder itself was.
@@ -131,6 +136,8 @@ class Trainer:
                 "the checkpoint, or name another folder."
             )
         at = load_checkpoint(self.folder, *state) if resume else Progress()
+        self._sums.clear()
+        self._optimizer.zero_grad(set_to_none=True)
         curve = Curve(self.folder / CURVE, at.step, self._tensorboard)
         if progress is not None:
             for step in curve.steps:

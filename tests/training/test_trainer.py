@@ -173,8 +173,25 @@ def test_what_cannot_be_trained_is_said(trainer, memory, changes, words):
 
 
 def test_too_short_documents_are_said(decoder, text, tmp_path):
-    with pytest.raises(InvalidTextError, match="None of the 1 documents has 8 tokens"):
+    with pytest.raises(InvalidTextError, match="None of the 1 documents has 32 tokens"):
         Trainer(decoder(), [text(5)[0]], TrainingConfig(), folder=tmp_path)
+
+
+def test_float16_is_refused(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama.half(), None, small(kv_source="shared"))
+    with pytest.raises(InvalidArgumentError, match="load it in bfloat16 or float32"):
+        Trainer(decoder, [text(90)[0]], TrainingConfig(), folder=tmp_path)
+
+
+def test_bfloat16_learns_in_float32_and_settles(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama.bfloat16(), None, small(kv_source="shared", gate_init=0.0))
+    config = TrainingConfig(steps=4, rows=1, document_tokens=64, lora_rank=2, warmup_steps=0)
+    run = Trainer(decoder, [text(90)[0]], config, folder=tmp_path)
+    learning = [parameter for parameter in llama.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in learning} == {torch.float32}
+    run.run()
+    assert {parameter.dtype for parameter in llama.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in llama.parameters())
 
 
 def test_a_model_is_trained_once(trainer, documents, tmp_path):
