@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,12 @@ def train(
     memory_layer: options.MemoryLayer = None,
     maps: options.Maps = None,
     gate_init: options.GateInit = None,
-    retrieval_layers: options.RetrievalLayers = "all",
+    retrieval_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="'all', or such as '15-29' or '3,7,11'  [default: of 'shared' every 4th from the memory layer up]"
+        ),
+    ] = None,
     chunk_size: options.ChunkSize = 128,
     top_k: options.TopK = 8,
     neighbours: options.Neighbours = 0,
@@ -115,7 +121,7 @@ def train(
         memory_layer=memory_layer,
         maps=maps,
         gate_init=gate_init,
-        retrieval_layers=retrieval_layers,
+        retrieval_layers=retrieval_layers or "all",
         chunk_size=chunk_size,
         top_k=top_k,
         neighbours=neighbours,
@@ -127,7 +133,7 @@ def train(
     )
     from memlong.decoder import MemoryDecoder, load_model
     from memlong.evaluation import tokenize
-    from memlong.training import Trainer, TrainingConfig, read_dataset, read_documents
+    from memlong.training import Trainer, TrainingConfig, read_dataset, read_documents, usual_retrieval_layers
 
     training = TrainingConfig(
         steps=steps,
@@ -154,6 +160,8 @@ def train(
     if dataset is not None:
         texts += read_dataset(dataset, split=dataset_split, column=dataset_column)
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    if retrieval_layers is None:
+        config = replace(config, retrieval_layers=usual_retrieval_layers(language_model, config))
     documents = [tokenize(tokenizer, words)[0] for words in tqdm(texts, desc="tokens", unit="text")]
     decoder = MemoryDecoder(language_model, tokenizer, config)
     trainer = Trainer(

@@ -122,7 +122,12 @@ def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
         ({"steps": 0}, InvalidArgumentError, "steps is 0"),
         ({"backend": "none"}, InvalidArgumentError, "no memory to train on"),
         ({"kv_source": "latent"}, InvalidArgumentError, "maps is None"),
-        ({"memory_layer": 3}, InvalidArgumentError, "no linear layer from layer 4 up"),
+        (
+            {"memory_layer": 3, "retrieval_layers": "3"},
+            InvalidArgumentError,
+            "no linear layer from layer 4 up",
+        ),
+        ({"memory_layer": 3}, InvalidArgumentError, "layer 2 is below the memory layer, 3"),
         ({"out": "/dev/null/folder"}, MemlongError, "cannot be made"),
     ],
 )
@@ -131,6 +136,14 @@ def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
     assert isinstance(result.exception, error), result.output
     with pytest.raises(MemlongError, match=message):
         raise result.exception
+
+
+def test_shared_memory_is_read_by_every_fourth_layer(run, tmp_path):
+    arguments = {"retrieval_layers": [], "memory_layer": 0, "steps": 1}
+    result = run(**arguments)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "trained" / "memlong.json").read_text())
+    assert facts["memory"]["retrieval_layers"] == "0"
 
 
 def test_tensorboard_needs_its_package(run, monkeypatch):

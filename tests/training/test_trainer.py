@@ -10,7 +10,7 @@ import torch
 
 from memlong import MemoryDecoder
 from memlong.errors import InvalidArgumentError, InvalidTextError
-from memlong.training import Trainer, TrainingConfig
+from memlong.training import Trainer, TrainingConfig, usual_retrieval_layers
 
 
 def tensors(model):
@@ -164,12 +164,18 @@ def test_long_range_tokens_weigh_more_where_it_is_wanted(trainer):
             {"lora_targets": ("query",)},
             r"lora_targets is \('query',\), but no linear layer from layer 3 up",
         ),
-        ({"memory_layer": 3}, {}, "memory_layer not be the last"),
+        ({"memory_layer": 3, "retrieval_layers": "3"}, {}, "memory_layer not be the last"),
+        ({"memory_layer": 3}, {}, "layer 2 is below the memory layer, 3"),
     ],
 )
 def test_what_cannot_be_trained_is_said(trainer, memory, changes, words):
     with pytest.raises(InvalidArgumentError, match=words):
         trainer(memory, **changes)
+
+
+def test_the_usual_retrieval_layers(llama, small):
+    assert usual_retrieval_layers(llama, small(kv_source="shared", memory_layer=1)) == "1"
+    assert usual_retrieval_layers(llama, small(kv_source="layer")) == "all"
 
 
 def test_too_short_documents_are_said(decoder, text, tmp_path):
