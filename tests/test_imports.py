@@ -18,7 +18,13 @@ BELOW = {
     "bank": {"errors"},
     "plugins": {"bank", "errors"},
     "decoder": {"plugins", "bank", "errors"},
-    "training": {"decoder", "plugins", "bank", "errors"},
+    "training": {
+        "evaluation",
+        "decoder",
+        "plugins",
+        "bank",
+        "errors",
+    },  # it weighs tokens as they are measured
     "evaluation": {"decoder", "plugins", "bank", "errors"},
     "testing": {"bank", "errors"},
     "cli": {"training", "evaluation", "decoder", "plugins", "bank", "errors"},

@@ -15,9 +15,10 @@ from memlong.cli.icl import icl
 from memlong.cli.needle import needle
 from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import plugins
+from memlong.cli.train import train
 from memlong.errors import MemlongError
 
-_COMMANDS = (generate, perplexity, needle, icl, fit, backends, plugins)
+_COMMANDS = (generate, perplexity, needle, icl, fit, train, backends, plugins)
 _INTERRUPTED = 130
 
 

@@ -10,7 +10,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.loading import load
+from memlong.cli.choice import choose_decoder
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.errors import InvalidArgumentError
@@ -20,9 +20,11 @@ _COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, probabilities are all one token's, or 
 
 @with_memory(position_mode="before-window")
 def generate(
+    ctx: typer.Context,
     *,
-    model: options.Model,
     prompt: Annotated[str, typer.Option(help="What to continue or to answer, after the context.")],
+    model: options.ModelUnlessAdapter = None,
+    adapter: options.Adapter = None,
     context: Annotated[
         list[Path] | None, typer.Option(help="UTF-8 text file to read first; may be repeated.")
     ] = None,
@@ -52,12 +54,13 @@ def generate(
     Examples:
       memlong generate --model demo --context book.txt --prompt "The whale was"
       memlong generate --model demo --context a.txt --context b.txt --chat --prompt "Who is Ahab?"
+      memlong generate --adapter trained --context book.txt --prompt "The whale was"
       memlong generate --model demo --context library.txt --store disk=/tmp --store host=1GB --prompt "Call me"
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
     import torch
 
-    from memlong.decoder import MemoryDecoder, text_streamer
+    from memlong.decoder import text_streamer
     from memlong.evaluation import read_text, tokenize
     from memlong.evaluation.text import check_characters
 
@@ -71,12 +74,13 @@ def generate(
         said["temperature"] = _sampling("--temperature", temperature, _COLDEST, _HOTTEST, sample=sample)
     if top_p is not None:
         said["top_p"] = _sampling("--top-p", top_p, _COLDEST, 1, sample=sample)
-    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
+    tokenizer = decoder.tokenizer
     question = _prompt(tokenizer, prompt, chat=chat, begins=not texts)
     if not output.is_stdout and beams == 1:
         said["streamer"] = text_streamer(tokenizer)
     torch.manual_seed(seed)
-    with MemoryDecoder(language_model, tokenizer, config) as decoder:
+    with decoder:
         read = 0
         started = time.perf_counter()
         for words in texts:
@@ -90,6 +94,7 @@ def generate(
     answer = tokenizer.decode(new, skip_special_tokens=True)
     result = {
         "model": model,
+        "adapter": adapter,
         "context": [str(path) for path in context or []],
         "prompt": prompt,
         "answer": answer,

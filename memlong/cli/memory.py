@@ -100,6 +100,7 @@ def described(decoder: MemoryDecoder) -> dict[str, Any]:
         "kv_source": config.kv_source if remembers else None,
         "memory_layer": config.memory_layer,
         "maps": config.maps,
+        "gates": config.gates,
         "retrieval_layers": list(decoder.retrieval_layers) if remembers else [],
         "position_mode": config.position_mode,
         "store": {name: str(value) for name, value in config.store.items()},

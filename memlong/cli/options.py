@@ -27,6 +27,18 @@ _NEED_A_BACKEND = (
 Model = Annotated[
     str, typer.Option(help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip).")
 ]
+ModelUnlessAdapter = Annotated[
+    str | None,
+    typer.Option(
+        help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip)  [default: the adapter's]"
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER", help="Trained decoder (memlong train), or its hub id; brings its settings."
+    ),
+]
 Backend = Annotated[str, typer.Option(help="Memory backend, or 'none' for the plain window.")]
 BackendOption = Annotated[
     list[str] | None, typer.Option(metavar="K=V", help="Option of the backend; may be repeated.")
@@ -53,6 +65,10 @@ MemoryLayer = Annotated[
     int | None, typer.Option(help="Layer whose K-V is 'shared'  [default: first of the upper half]")
 ]
 Maps = Annotated[str | None, typer.Option(metavar="FILE", help="Of --kv-source latent: see memlong fit.")]
+GateInit = Annotated[
+    float | None,
+    typer.Option(help="Bias of each head on logits of memory, before training  [default: no gates]"),
+]
 RetrievalLayers = Annotated[str, typer.Option(help="'all', or such as '15-29' or '3,7,11'.")]
 ChunkSize = Annotated[int, typer.Option(help="Tokens of a chunk.")]
 TopK = Annotated[int, typer.Option(help="Chunks retrieved for a segment.")]

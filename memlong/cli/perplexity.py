@@ -9,7 +9,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.loading import load
+from memlong.cli.choice import choose_decoder
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 @with_memory()
 def perplexity(
+    ctx: typer.Context,
     *,
-    model: options.Model,
     text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
+    model: options.ModelUnlessAdapter = None,
+    adapter: options.Adapter = None,
     memory: Memory,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first N tokens.")] = None,
     score_from: Annotated[int, typer.Option(help="First token that is scored.")] = 1,
@@ -45,18 +47,18 @@ def perplexity(
       memlong perplexity --model demo --text book.txt --backend none --local-window 2048
       memlong perplexity --model demo --text book.txt --backend faiss --backend-option index=HNSW32
       memlong perplexity --model HuggingFaceTB/SmolLM2-360M --text book.txt --retriever lm --json out.json
+      memlong perplexity --adapter trained --text book.txt
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
     # Torch and transformers take seconds to import: only here, where they are needed.
-    from memlong.decoder import MemoryDecoder
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 
     words = read_text(text)
     config = memory.config(seed)
-    language_model, tokenizer = load(model, dtype=dtype, device=device)
-    input_ids = tokenize(tokenizer, words, max_tokens)
+    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
+    input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
-        MemoryDecoder(language_model, tokenizer, config) as decoder,
+        decoder,
         tqdm(total=input_ids.shape[1], unit="tok", desc=text.name) as bar,
     ):
         result = evaluate_perplexity(
@@ -66,8 +68,10 @@ def perplexity(
             long_range_distance=long_range_distance,
             progress=bar.update,
         )
-    summary = _summary(decoder, result, model=model, text=str(text), dtype=dtype, device=device, seed=seed)
-    distance = memory.local_window if long_range_distance is None else long_range_distance
+    summary = _summary(
+        decoder, result, model=model, adapter=adapter, text=str(text), dtype=dtype, device=device, seed=seed
+    )
+    distance = decoder.config.local_window if long_range_distance is None else long_range_distance
     summary |= {"score_from": score_from, "long_range_distance": distance}
     if output.write(summary):
         _print(summary)

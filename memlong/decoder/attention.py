@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from memlong.decoder.gates import MemoryGates
 from memlong.decoder.overlap import Arrival
 from memlong.errors import UnsupportedModelError
 
@@ -70,6 +71,12 @@ class Memory:
         if self.arrival is not None:
             self.arrival.wait()
 
+    def detach(self) -> Memory:
+        """Return the same memory, as a constant."""
+        keys = {layer: states.detach() for layer, states in self.keys.items()}
+        values = {layer: states.detach() for layer, states in self.values.items()}
+        return replace(self, keys=keys, values=values)
+
     def of_rows(self, rows: Tensor) -> Memory:
         """Return the memory of these rows [n], which may come more than once."""
         self.wait()
@@ -83,7 +90,7 @@ class Memory:
 
 @dataclass
 class AttentionPass:
-    """What one forward call may see: positions and validity of every key, and the memory.
+    """What one forward call may see: positions and validity of every key, the memory, and its gates if there are any.
 
     One rule covers sinks, memory and window alike: a token sees a key that is valid, not ahead of it and, in a
     sliding-window layer, nearer than that layer's window. A token always sees itself, so that padding yields no NaN.
@@ -93,6 +100,7 @@ class AttentionPass:
     key_positions: Tensor
     key_valid: Tensor
     memory: Memory | None
+    gates: MemoryGates | None = None
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, sliding_window: int | None, *, with_memory: bool, dtype: torch.dtype) -> Tensor:
@@ -101,6 +109,15 @@ class AttentionPass:
         if kind not in self._masks:
             self._masks[kind] = self._build(sliding_window, with_memory, dtype)
         return self._masks[kind]
+
+    def gated(self, mask: Tensor, layer: int) -> Tensor:
+        """Add a layer's gates to the memory's columns of a mask: [rows, heads, queries, memory + keys]."""
+        if self.gates is None or self.memory is None:
+            return mask
+        bias = self.gates.of(layer).to(mask.dtype)[None, :, None, None]
+        width = self.memory.positions.shape[1]
+        local = mask[..., width:].expand(-1, bias.shape[1], -1, -1)
+        return torch.cat([mask[..., :width] + bias, local], dim=-1)
 
     def _build(self, sliding_window: int | None, with_memory: bool, dtype: torch.dtype) -> Tensor:
         queries = self.query_positions[:, :, None]
@@ -155,6 +172,8 @@ class AttentionSlot:
             key = torch.cat([memory.keys[layer], key], dim=2)
             value = torch.cat([memory.values[layer], value], dim=2)
         mask = now.mask(options.get("sliding_window"), with_memory=memory is not None, dtype=query.dtype)
+        if memory is not None:
+            mask = now.gated(mask, cast("int", module.layer_idx))
         return base(module, query, key, value, mask, **{**options, "is_causal": False})
 
 

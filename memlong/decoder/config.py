@@ -18,6 +18,7 @@ _KINDS: dict[str, Any] = {
     "backend_options": Mapping,
     "retriever": str,
     "maps": str | None,
+    "gates": str | None,
     "retriever_options": Mapping,
     "retrieval_layers": str,
     "store": Mapping,
@@ -25,7 +26,7 @@ _KINDS: dict[str, Any] = {
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _EXPECTED: dict[Any, str] = {
     str: "text",
-    str | None: "a name as text, or None",
+    str | None: "a name, or None",
     Mapping: "a mapping from option to value",
 }
 
@@ -53,6 +54,11 @@ class MemoryConfig:
         With ``kv_source="shared"``, the layer whose K-V is stored; ``None`` means the first of the upper half.
     maps
         With ``kv_source="latent"``, the file that ``memlong fit`` wrote.
+    gate_init
+        What each head of each retrieval layer adds to its logits of memory, until training changes it; ``None`` for no
+        gates at all. With -8 a model that was not trained to read memory starts as nearly the plain one.
+    gates
+        A file of gates that training wrote, instead of ``gate_init``.
     retrieval_layers
         ``"all"`` (every full-attention layer), or layers and ranges such as ``"15-29"`` or ``"3,7,11-13"``.
     chunk_size
@@ -104,6 +110,8 @@ class MemoryConfig:
     kv_source: KvSourceName = "layer"
     memory_layer: int | None = None
     maps: str | None = None
+    gate_init: float | None = None
+    gates: str | None = None
     retrieval_layers: str = "all"
     chunk_size: int = 128
     top_k: int = 8
@@ -151,10 +159,10 @@ class MemoryConfig:
                 f"backend_options holds {', '.join(taken)}, which the decoder sets itself: dim is the retriever's, and "
                 "where keys and values live is said with store."
             )
-        if self.min_score is not None and not (
-            type(self.min_score) in (int, float) and isfinite(self.min_score)
-        ):
-            raise InvalidArgumentError(f"min_score is {self.min_score!r}; expected a number.")
+        for name in ("min_score", "gate_init"):
+            number = getattr(self, name)
+            if number is not None and not (type(number) in (int, float) and isfinite(number)):
+                raise InvalidArgumentError(f"{name} is {number!r}; expected a number.")
         if self.memory_tokens is not None and self.memory_tokens < self.chunk_size:
             raise InvalidArgumentError(
                 f"memory_tokens is {self.memory_tokens}, less than one chunk ({self.chunk_size}): nothing would ever "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
@@ -15,12 +16,16 @@ from memlong.bank import ChunkLayout, MemoryBank, TieredStore
 from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
 from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
+from memlong.decoder.gates import make_gates
 from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options
+from memlong.decoder.loading import load_model
 from memlong.decoder.placement import check_positions, check_sight
-from memlong.decoder.probe import probe
+from memlong.decoder.pretrained import attach_adapter, read_pretrained, write_pretrained
+from memlong.decoder.probe import ModelLayout, probe
+from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import create_retriever
-from memlong.decoder.sources import make_source
+from memlong.decoder.sources import KvSource, LatentSource, make_source
 from memlong.decoder.streams import Segment, Streams
 from memlong.decoder.tokens import token_lists
 from memlong.errors import InvalidArgumentError, MemlongError
@@ -98,6 +103,7 @@ class MemoryDecoder:
         check_sight(self.config, self._layout, self.retrieval_layers)
         like = cast("Tensor", model.get_input_embeddings().weight)
         self._source = make_source(self.config, self._layout, self.retrieval_layers, like)
+        self.gates = make_gates(self.config, self._layout.layers[0].heads, self.retrieval_layers, like)
         self._registry = registry or Registry()
         self.retriever = retriever
         if self.config.backend is not None:
@@ -116,6 +122,79 @@ class MemoryDecoder:
         self._attached = ExitStack()
         self._is_attached = False
         self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        model: PreTrainedModel | None = None,
+        tokenizer: Any = None,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        retriever: Retriever | None = None,
+        registry: Registry | None = None,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+    ) -> Self:
+        """Load a trained decoder: its model, the adapter, and what reads the memory.
+
+        Parameters
+        ----------
+        name
+            A folder that :meth:`save_pretrained` or ``memlong train`` wrote, or a hub id.
+        model, tokenizer
+            The model that it was trained for, and its tokenizer, if they are at hand. The model gets the adapter.
+        changes
+            Settings that may be others than those of the training: ``backend``, ``backend_options``, ``retriever``,
+            ``retriever_options`` and ``store``.
+        retriever, registry
+            As for :class:`MemoryDecoder`.
+        dtype, device
+            Of the model, if it is to be loaded.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the folder holds no decoder, or one for another model.
+        MissingDependencyError
+            If peft is not installed, or the model needs a package that is not.
+        """
+        found = read_pretrained(name, changes)
+        if model is None:
+            if found.base_model is None:
+                raise InvalidArgumentError(
+                    f"{str(name)!r} does not say for which model it was trained: give `model` and `tokenizer`."
+                )
+            model, tokenizer = load_model(found.base_model, dtype=dtype, device=device)
+        # Before the adapter: a retriever that asks the model is then the one of the training.
+        decoder = cls(model, tokenizer, found.config, retriever=retriever, registry=registry)
+        if found.has_adapter:
+            attach_adapter(model, found.folder)
+        return decoder
+
+    def save_pretrained(
+        self, folder: str | Path, *, base_model: str | None = None, training: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write what was trained into a folder, for :meth:`from_pretrained`: adapter, maps, gates and settings.
+
+        Parameters
+        ----------
+        folder
+            Made if it does not exist.
+        base_model
+            Under which name :func:`~memlong.load_model` finds the model; by default, where transformers loaded it from.
+        training
+            Settings of the training, to be noted down.
+
+        Raises
+        ------
+        StorageError
+            If it cannot be written.
+        """
+        maps = self._source.maps if isinstance(self._source, LatentSource) else None
+        write_pretrained(
+            folder, self.model, self.config, maps, self.gates, base_model=base_model, training=training
+        )
 
     def __enter__(self) -> Self:
         check_free(self.model)
@@ -150,11 +229,23 @@ class MemoryDecoder:
         return tuple(row.seen for row in self._streams.rows) if self._streams else ()
 
     @property
+    def model_layout(self) -> ModelLayout:
+        """What the model is made of, layer by layer."""
+        return self._layout
+
+    @property
+    def source(self) -> KvSource:
+        """What is stored of a chunk, and what each retrieval layer makes of it."""
+        return self._source
+
+    @property
     def layout(self) -> ChunkLayout:
         """Shape (layers, kv_heads, chunk_size, head_dim), dtype and device of a chunk's keys and of its values."""
         return self._source.block_layout(self.config.chunk_size, self.model.dtype, self.model.device)
 
-    def reset(self, banks: Sequence[MemoryBank] | None = None) -> None:
+    def reset(
+        self, banks: Sequence[MemoryBank] | None = None, *, random_chunks: RandomChunks | None = None
+    ) -> None:
         """Begin new streams, with empty windows.
 
         Parameters
@@ -162,6 +253,8 @@ class MemoryDecoder:
         banks
             A bank for each row, for instance one that already holds another text, which the same model read with the
             same ``retrieval_layers``; new ones by default.
+        random_chunks
+            Now and then, chunks at random instead of those that were asked for, as training uses them.
 
         Raises
         ------
@@ -169,6 +262,7 @@ class MemoryDecoder:
             If a bank does not fit the retriever, the model or the settings, or two rows would share one.
         """
         self._given_banks = None if banks is None else self._checked(banks)
+        self._random_chunks = random_chunks
         self._streams: Streams | None = None
         self._call = object()  # the latest call that reads; those before it have ended
         self._turn: tuple[StreamCache, tuple[int, ...]] | None = None
@@ -201,6 +295,7 @@ class MemoryDecoder:
         attention_mask: Tensor | None = None,
         *,
         logits: Literal["all", "last"] = "all",
+        gradients: bool = False,
     ) -> Iterator[Segment]:
         """Send text through the model, segment by segment; a later call goes on where this one ended.
 
@@ -215,6 +310,9 @@ class MemoryDecoder:
             [rows, tokens]; 0 where padded, which may be anywhere.
         logits
             ``"all"``, or only the ``"last"`` token's of each forward call, which saves time when reading in.
+        gradients
+            Whether each forward call records gradients, back to what made the memory that it retrieved (latent maps,
+            gates). The window and stored memory of earlier segments are constants: truncated backpropagation.
 
         Yields
         ------
@@ -233,7 +331,7 @@ class MemoryDecoder:
         pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
         self._streams = self._streams_for(len(pending))
         self._call = object()
-        return self._segments(self._streams, pending, 0 if logits == "all" else 1)
+        return self._segments(self._streams, pending, 0 if logits == "all" else 1, gradients=gradients)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read text in, and return the logits [rows, vocabulary] that follow each row's last token.
@@ -359,8 +457,11 @@ class MemoryDecoder:
             else:
                 setattr(self.model, "generate", before)  # noqa: B010
 
-    def _segments(self, streams: Streams, pending: list[list[int]], logits_to_keep: int) -> Iterator[Segment]:
-        segments, call = streams.read(pending, self._slot, logits_to_keep), self._call
+    def _segments(
+        self, streams: Streams, pending: list[list[int]], logits_to_keep: int, *, gradients: bool
+    ) -> Iterator[Segment]:
+        segments = streams.read(pending, self._slot, logits_to_keep, gradients=gradients)
+        call = self._call
         while True:
             self._check_attached()
             if call is not self._call:
@@ -410,7 +511,16 @@ class MemoryDecoder:
                 f"banks holds {len(given)} banks for {rows} rows; expected one for each row."
             )
         banks = given or [self._new_bank() for _ in range(rows)]
-        return Streams(self.model, self._layout, self.config, self.retriever, self._source, banks)
+        return Streams(
+            self.model,
+            self._layout,
+            self.config,
+            self.retriever,
+            self._source,
+            banks,
+            self.gates,
+            self._random_chunks,
+        )
 
     def _new_bank(self) -> MemoryBank | None:
         if self.config.backend is None or self.retriever is None:

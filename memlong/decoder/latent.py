@@ -70,7 +70,7 @@ class LatentMaps(nn.Module):
         """Return un-rotated keys, and values, [kv_heads, tokens, head_dim], of a layer for vectors [tokens, dim]."""
         place = self.layers.index(layer)
         mean = self.mean[:, place]
-        decode = self.decode[:, place].flatten(1, 2)
+        decode = self.decode[:, place].flatten(1, 2).to(latent.dtype)  # training keeps it in float32
         keys, values = ((latent @ decode[side].T).view(-1, *mean[side].shape) + mean[side] for side in (0, 1))
         return keys.transpose(0, 1), values.transpose(0, 1)
 

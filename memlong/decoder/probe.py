@@ -31,6 +31,7 @@ class LayerLayout:
 
     module: nn.Module
     rope: LayerRope
+    heads: int
     kv_heads: int
     head_dim: int
     sliding_window: int | None
@@ -110,6 +111,7 @@ class _SingleTokenPass(attention.AttentionSlot):
     position: int
     layers: dict[int, tuple[nn.Module, int | None]] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
+    heads: dict[int, int] = field(default_factory=dict)
     embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     calls: list[tuple[RotaryCall, Tensor]] = field(default_factory=list)
 
@@ -157,6 +159,7 @@ class _SingleTokenPass(attention.AttentionSlot):
     ) -> attention.Output:
         self.layers[module.layer_idx] = (module, options.get("sliding_window"))  # type: ignore[index]
         self.keys[module.layer_idx] = key  # type: ignore[index]
+        self.heads[module.layer_idx] = query.shape[1]  # type: ignore[index]
         return base(module, query, key, value, attention_mask, **options)
 
     def _note_embeddings(self, module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -187,7 +190,12 @@ def _layer(
     module, sliding_window = first.layers[index]
     one, other = first.keys[index], second.keys[index]
     layer = partial(
-        LayerLayout, module, kv_heads=one.shape[1], head_dim=one.shape[3], sliding_window=sliding_window
+        LayerLayout,
+        module,
+        heads=first.heads[index],
+        kv_heads=one.shape[1],
+        head_dim=one.shape[3],
+        sliding_window=sliding_window,
     )
     if torch.equal(one, other):  # not rotated: the very same computation
         return layer(LayerRope(None))

@@ -46,6 +46,37 @@ class RowMemory:
         return int(self.keys.shape[2])
 
 
+@dataclass(frozen=True)
+class RandomChunks:
+    """Now and then, chunks at random in place of those that were asked for: what training tells memory from.
+
+    Parameters
+    ----------
+    share
+        Share of retrievals that it befalls, from 0 to 1.
+    generator
+        Decides when, and which chunks.
+    """
+
+    share: float
+    generator: torch.Generator
+
+    def due(self) -> bool:
+        """Whether the next retrieval is one of them."""
+        return float(torch.rand(1, generator=self.generator)) < self.share
+
+    def recall(
+        self, bank: MemoryBank, query: Tensor, config: MemoryConfig
+    ) -> tuple[Retrieval, RowMemory | None]:
+        """Take as many chunks as :func:`recall` would look for, any of the bank's, in the order of the text."""
+        stored = bank.ids
+        some = torch.randperm(len(stored), generator=self.generator)[: config.retrieved_chunks]
+        ids = stored[some].sort().values
+        chunks = bank.fetch(ids)
+        memory = RowMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans) if len(ids) else None
+        return Retrieval(query, ids, torch.zeros(len(ids))), memory
+
+
 def recall(
     bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
 ) -> tuple[Retrieval, RowMemory | None]:

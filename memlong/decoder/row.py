@@ -11,7 +11,7 @@ from torch import Tensor
 from memlong.bank import Draft, MemoryBank
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.placement import Placement, memory_positions, place
-from memlong.decoder.recall import Retrieval, RowMemory, recall
+from memlong.decoder.recall import RandomChunks, Retrieval, RowMemory, recall
 from memlong.decoder.retrievers.base import Passage
 
 
@@ -30,9 +30,15 @@ class Row:
         The bank's next id when chunks were last given to it, until they have left the window.
     """
 
-    def __init__(self, config: MemoryConfig, bank: MemoryBank | Draft | None) -> None:
+    def __init__(
+        self,
+        config: MemoryConfig,
+        bank: MemoryBank | Draft | None,
+        random_chunks: RandomChunks | None = None,
+    ) -> None:
         self.config = config
         self.bank = bank
+        self._random_chunks = random_chunks
         self.query_length = config.query_length
         self.memory: RowMemory | None = None
         self.retrieval: Retrieval | None = None
@@ -73,6 +79,7 @@ class Row:
     def fork(self) -> Row:
         """Return a row that goes its own way from here; what it stores stays in a draft of the bank."""
         other = copy(self)
+        other._random_chunks = None  # noqa: SLF001 - its own; a fork is never trained on
         if self.bank is not None:
             other.bank = self.bank.fork() if isinstance(self.bank, Draft) else Draft(self.bank)
         return other
@@ -133,7 +140,11 @@ class Row:
     def recall(self, query: Tensor) -> None:
         """Retrieve chunks for a query's embedding [dim]."""
         assert self.bank is not None  # noqa: S101 - the plain window has nothing to recall
-        self.retrieval, self.memory = recall(self.bank, query, self.config)
+        by_chance = self._random_chunks
+        if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
+            self.retrieval, self.memory = by_chance.recall(self.bank, query, self.config)
+        else:
+            self.retrieval, self.memory = recall(self.bank, query, self.config)
 
     def memory_positions(self) -> Tensor:
         """Positions [tokens] of the retrieved chunks."""

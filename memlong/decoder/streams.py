@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from memlong.bank import MemoryBank
 from memlong.decoder.attention import AttentionPass, AttentionSlot, Memory
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.gates import MemoryGates
 from memlong.decoder.overlap import SideStream, to_device
 from memlong.decoder.placement import check_reach
 from memlong.decoder.probe import ModelLayout
-from memlong.decoder.recall import Retrieval
+from memlong.decoder.recall import RandomChunks, Retrieval
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.rope import AngleCache
 from memlong.decoder.row import Row
@@ -63,6 +64,10 @@ class Streams:
         Which layers attend to what is retrieved, and to which K-V.
     banks
         The bank of each row; None for the plain window.
+    gates
+        What each head adds to the logits of memory; None for nothing.
+    random_chunks
+        Now and then, what is retrieved instead of what was asked for; None for never.
     """
 
     def __init__(
@@ -73,8 +78,11 @@ class Streams:
         retriever: Retriever | None,
         source: KvSource,
         banks: Sequence[MemoryBank | None],
+        gates: MemoryGates | None = None,
+        random_chunks: RandomChunks | None = None,
     ) -> None:
-        self.rows = tuple(Row(config, bank) for bank in banks)
+        self.rows = tuple(Row(config, bank, random_chunks) for bank in banks)
+        self._gates = gates
         self._model = model
         self._layout = layout
         self._config = config
@@ -108,7 +116,12 @@ class Streams:
         self._memory = None if self._memory is None else self._memory.of_rows(chosen)
 
     def read(
-        self, pending: Sequence[Sequence[int]], slot: AttentionSlot, logits_to_keep: int
+        self,
+        pending: Sequence[Sequence[int]],
+        slot: AttentionSlot,
+        logits_to_keep: int,
+        *,
+        gradients: bool = False,
     ) -> Iterator[Segment]:
         """Take each row's tokens through the model, segment by segment."""
         done = [0] * len(pending)
@@ -117,7 +130,7 @@ class Streams:
                 tokens[start : start + row.segment_rest]
                 for start, tokens, row in zip(done, pending, self.rows, strict=True)
             ]
-            segment = self.advance(upcoming, slot, logits_to_keep)
+            segment = self.advance(upcoming, slot, logits_to_keep, gradients=gradients)
             done = [start + len(new) for start, new in zip(done, upcoming, strict=True)]
             yield segment
 
@@ -134,16 +147,25 @@ class Streams:
         logits_to_keep: int,
         *,
         retrieve: Callable[[Row], bool] = Row.begins_segment,
+        gradients: bool = False,
     ) -> Segment:
         """Take each row's next tokens, none of them beyond its present segment, through the model.
 
-        Rows for which ``retrieve`` holds first let go of old chunks and retrieve for the text at hand.
+        Rows for which ``retrieve`` holds first let go of old chunks and retrieve for the text at hand. With
+        ``gradients``, this forward call records them; the window that it leaves behind, and what is stored of it, are
+        constants.
         """
         starting = [row for row, new in zip(self.rows, upcoming, strict=True) if new and retrieve(row)]
-        self._turn_over(starting)
+        self._turn_over(starting, gradients=gradients)
         indices = [range(row.seen, row.seen + len(new)) for row, new in zip(self.rows, upcoming, strict=True)]
         input_ids, tokens = self._left_padded(upcoming, 0), self._left_padded(indices, -1)
-        logits = self._forward(input_ids, tokens, slot, logits_to_keep)
+        try:
+            with torch.set_grad_enabled(gradients):
+                logits = self._forward(input_ids, tokens, slot, logits_to_keep)
+        finally:
+            if gradients:
+                self._window.detach()
+                self._memory = self._memory and self._memory.detach()
         for row, new in zip(self.rows, upcoming, strict=True):
             row.take(new)
         retrievals = tuple(row.retrieval if row in starting else None for row in self.rows)
@@ -155,7 +177,9 @@ class Streams:
         check_reach(int(incoming.max()), self._layout)
         window = self._window.expecting(tokens, incoming)
         positions = self._positions(window.tokens)
-        slot.current = AttentionPass(positions[:, -width:], positions, window.valid, self._memory)
+        slot.current = AttentionPass(
+            positions[:, -width:], positions, window.valid, self._memory, self._gates
+        )
         try:
             logits: Tensor = self._model(
                 input_ids=input_ids,
@@ -171,7 +195,7 @@ class Streams:
         self._window = window
         return logits
 
-    def _turn_over(self, starting: Sequence[Row]) -> None:
+    def _turn_over(self, starting: Sequence[Row], *, gradients: bool) -> None:
         """Between segments: old chunks leave into the banks, the text at hand retrieves, the window moves."""
         for index, row in enumerate(self.rows):
             leaving = row.departing() if row in starting else []
@@ -179,6 +203,10 @@ class Streams:
                 self._store(index, leaving)
                 row.depart(len(leaving))
         self._retrieve(starting)
+        if starting or gradients:  # gradients reach what made the memory of this very call
+            self._bring(gradients=gradients)
+        for row in starting:
+            row.asked = None
         # What the window must be follows from the rows alone, so that a failure above is made good the next time.
         tokens = self._window.tokens
         wanted = torch.stack([row.keeps(mine) for row, mine in zip(self.rows, tokens, strict=True)])
@@ -212,12 +240,11 @@ class Streams:
             with self._side.beside():
                 for row, query in zip(asking, queries, strict=True):
                     row.recall(query)
-        if starting:
-            with self._side.beside():
-                memory = self._assemble()
-            self._memory = memory and replace(memory, arrival=self._side.hand_over(memory.tensors))
-        for row in starting:
-            row.asked = None
+
+    def _bring(self, *, gradients: bool) -> None:
+        with self._side.beside(), torch.set_grad_enabled(gradients):
+            memory = self._assemble()
+        self._memory = memory and replace(memory, arrival=self._side.hand_over(memory.tensors))
 
     def _assemble(self) -> Memory | None:
         """Bring the rows' retrieved K-V into one batch, shorter ones padded, keys rotated to where they stand."""

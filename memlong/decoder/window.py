@@ -35,7 +35,8 @@ class WindowLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take in the K-V of a segment, as transformers calls it, and give that of the whole window."""
         assert self.incoming is not None  # noqa: S101 - LocalWindow.expecting comes first
-        raw = self.rope.unrotate(key_states, self.incoming.of(self.rope))
+        # What the window holds is a constant to later segments: no gradient goes back into this one.
+        raw = self.rope.unrotate(key_states.detach(), self.incoming.of(self.rope))
         self.raw_keys = torch.cat([self.raw_keys, raw], dim=2) if self.is_initialized else raw
         keys, values = super().update(key_states, value_states)
         return keys, values
@@ -60,6 +61,11 @@ class WindowLayer(DynamicLayer):
                 states.index_select(0, rows) for states in (self.keys, self.values, self.raw_keys)
             )
         return other
+
+    def detach(self) -> None:
+        """Let no later gradient reach what made these keys and values."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys.detach(), self.values.detach()
 
     def place(self, angles: AngleCache) -> None:
         """Rotate all keys to the positions of ``angles``."""
@@ -148,3 +154,8 @@ class LocalWindow(Cache):
         angles = AngleCache(positions)
         for layer in self._window_layers:
             layer.place(angles)
+
+    def detach(self) -> None:
+        """Make what the window holds a constant to what follows (truncated backpropagation)."""
+        for layer in self._window_layers:
+            layer.detach()

@@ -344,7 +344,7 @@ def test_what_a_broken_retriever_makes_is_refused_and_nothing_is_stored(
         ({"local_window": 300}, "local_window is 300, but it must hold a segment"),
         ({"position_mode": "nowhere"}, "position_mode is 'nowhere'; expected one of 'zero'"),
         ({"kv_source": "other"}, "kv_source is 'other'; expected one of 'layer', 'shared', 'latent'"),
-        ({"backend": 5}, "backend is 5; expected a backend's name"),
+        ({"backend": 5}, "backend is 5; expected a name, or None"),
         ({"retriever": None}, "retriever is None; expected text"),
         ({"retrieval_layers": [0]}, r"retrieval_layers is \[0\]; expected text"),
         ({"store": "disk"}, "store is 'disk'; expected a mapping"),

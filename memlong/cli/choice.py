@@ -1,0 +1,113 @@
+"""Which decoder a command is about: a model with settings of the command line, or a trained one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from memlong.cli.loading import load
+from memlong.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from memlong.decoder import MemoryConfig, MemoryDecoder
+
+_OPTIONS_OF = {
+    "backend": ("backend", "backend_option"),
+    "retriever": ("retriever", "retriever_option"),
+    "store": ("store",),
+}
+
+
+@dataclass(frozen=True)
+class DecoderChoice:
+    """What the user asked for, found good, and not yet loaded.
+
+    Attributes
+    ----------
+    model
+        A model's name; None for the one that the adapter was trained for.
+    adapter
+        A trained decoder's folder or hub id, or None.
+    config
+        Settings of the memory, as the command line has them.
+    changes
+        With an adapter, what the command line changes of its settings.
+    dtype, device
+        Of the model.
+    """
+
+    model: str | None
+    adapter: str | None
+    config: MemoryConfig
+    changes: dict[str, Any]
+    dtype: str
+    device: str
+
+    def open(self) -> MemoryDecoder:
+        """Load the model and give it its memory."""
+        from memlong.decoder import MemoryDecoder
+
+        model, tokenizer = None, None
+        if self.model is not None:
+            model, tokenizer = load(self.model, dtype=self.dtype, device=self.device)
+        if self.adapter is None:
+            assert model is not None  # noqa: S101 - choose_decoder saw to it
+            return MemoryDecoder(model, tokenizer, self.config)
+        return MemoryDecoder.from_pretrained(
+            self.adapter, model, tokenizer, changes=self.changes, dtype=self.dtype, device=self.device
+        )
+
+
+def choose_decoder(
+    context: typer.Context,
+    model: str | None,
+    adapter: str | None,
+    config: MemoryConfig,
+    *,
+    dtype: str,
+    device: str,
+) -> DecoderChoice:
+    """Check that the options go together.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is neither model nor adapter, or an option would change what was decided in training.
+    """
+    if adapter is None:
+        if model is None:
+            raise InvalidArgumentError(
+                "--model is missing: name a hub id, a folder, a GGUF file or 'demo', or a trained decoder by --adapter."
+            )
+        return DecoderChoice(model, None, config, {}, dtype, device)
+    from memlong.decoder import MemoryConfig
+
+    given = {name for name in context.params if _is_given(context, name)}
+    free = {name for names in _OPTIONS_OF.values() for name in names}
+    fixed = sorted(given & {field.name for field in fields(MemoryConfig)} - free)
+    if fixed:
+        raise InvalidArgumentError(
+            f"--{fixed[0].replace('_', '-')} does not go with --adapter: its memory is as it was trained. What may be "
+            "another is the backend, the retriever, their options and the store."
+        )
+    changes: dict[str, Any] = {}
+    for name, names in _OPTIONS_OF.items():
+        if given & set(names):
+            if name in given:
+                changes[name] = getattr(config, name)
+            if name != "store":
+                changes[f"{name}_options"] = getattr(config, f"{name}_options")
+    return DecoderChoice(model, adapter, config, changes, dtype, device)
+
+
+def stable_name(model: str) -> str:
+    """Return a model's name that holds in any folder: paths of this machine become absolute."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -1,0 +1,100 @@
+"""Gates: how willing each head is to look into memory, as a bias on its logits that training can change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from memlong.decoder.config import MemoryConfig
+from memlong.errors import InvalidArgumentError
+
+_FORMAT = "memlong-gates-1"
+
+
+class MemoryGates(nn.Module):
+    """What each head of each retrieval layer adds to its logits of memory, before the one softmax.
+
+    A gate of 0 changes nothing; one of -8 leaves a chunk a three-thousandth of its weight, so that a model that was not
+    trained to read memory starts as nearly the plain one.
+
+    Parameters
+    ----------
+    layers
+        The retrieval layers, ascending.
+    bias
+        [layers, heads].
+    """
+
+    def __init__(self, layers: tuple[int, ...], bias: Tensor) -> None:
+        super().__init__()
+        if bias.ndim != 2 or bias.shape[0] != len(layers):
+            raise InvalidArgumentError(
+                f"bias is {tuple(bias.shape)} for {len(layers)} layers; expected [layers, heads]."
+            )
+        self.layers = layers
+        self.bias = nn.Parameter(bias)
+
+    def of(self, layer: int) -> Tensor:
+        """Return the gates [heads] of a retrieval layer."""
+        return self.bias[self.layers.index(layer)]
+
+    def save(self, path: str | Path) -> None:
+        """Write the gates as one safetensors file."""
+        metadata = {"format": _FORMAT, "layers": json.dumps(self.layers)}
+        save_file({"bias": self.bias.detach().cpu().contiguous()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the file is missing or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise InvalidArgumentError(
+                        f"gates names {str(path)!r}, whose format is {metadata.get('format')!r}; expected {_FORMAT!r}, "
+                        "as `memlong train` writes it."
+                    )
+                return cls(tuple(json.loads(metadata["layers"])), file.get_tensor("bias"))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InvalidArgumentError):
+                raise
+            raise InvalidArgumentError(
+                f"gates names {str(path)!r}, which cannot be read: {error}. Make the file with `memlong train`."
+            ) from error
+
+
+def make_gates(
+    config: MemoryConfig, heads: int, retrieval_layers: tuple[int, ...], like: Tensor
+) -> MemoryGates | None:
+    """Make the gates that the configuration asks for, float32, on the device of ``like``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the file of gates cannot be read, or was made for other layers or heads.
+    """
+    if config.gates is None:
+        if config.gate_init is None:
+            return None
+        bias = torch.full((len(retrieval_layers), heads), float(config.gate_init), device=like.device)
+        return MemoryGates(retrieval_layers, bias)
+    gates = MemoryGates.load(config.gates)
+    theirs, ours = (gates.layers, gates.bias.shape[1]), (retrieval_layers, heads)
+    if theirs != ours:
+        raise InvalidArgumentError(
+            f"gates names {config.gates!r}, made for the layers {theirs[0]} with {theirs[1]} heads, but memory is in "
+            f"the layers {ours[0]} with {ours[1]}. Set retrieval_layers to those of the gates."
+        )
+    return gates.to(device=like.device, dtype=torch.float32)

@@ -1,0 +1,216 @@
+"""A trained decoder as a folder: the peft adapter, maps, gates, and ``memlong.json``, which says what goes together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.gates import MemoryGates
+from memlong.decoder.latent import LatentMaps
+from memlong.decoder.quiet import quiet_loading
+from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
+
+SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
+ADAPTER_SETTINGS, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+"""Files of the folder; the latter two are as transformers and peft write and read them."""
+
+CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "store")
+"""Fields of a MemoryConfig that can be others than those trained with."""
+
+_FORMAT = "memlong-decoder-1"
+_PACKAGES = ("memlong", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a folder says of its decoder.
+
+    Attributes
+    ----------
+    folder
+        Where it is.
+    base_model
+        Under which name :func:`load_model` finds the model that the adapter goes with; None if it was not known.
+    config
+        The settings, maps and gates named by their place.
+    has_adapter
+        Whether weights of the model were trained.
+    """
+
+    folder: Path
+    base_model: str | None
+    config: MemoryConfig
+    has_adapter: bool
+
+
+def write_pretrained(
+    folder: str | Path,
+    model: PreTrainedModel,
+    config: MemoryConfig,
+    maps: LatentMaps | None,
+    gates: MemoryGates | None,
+    *,
+    base_model: str | None,
+    training: Mapping[str, Any] | None,
+) -> None:
+    """Write a decoder's folder, for :func:`read_pretrained`.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written.
+    """
+    folder = Path(folder)
+    has_adapter = bool(getattr(model, "peft_config", None))
+    memory = asdict(replace(config, maps=MAPS if maps else None, gates=GATES if gates else None))
+    del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
+    facts = {
+        "format": _FORMAT,
+        "base_model": base_model or model.name_or_path or None,
+        "adapter": has_adapter,
+        "memory": memory,
+        "training": training,
+        "versions": {package: importlib.metadata.version(package) for package in _installed()},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if has_adapter:
+            with quiet_loading():
+                model.save_pretrained(folder)
+        if maps is not None:
+            maps.save(folder / MAPS)
+        if gates is not None:
+            gates.save(folder / GATES)
+        (folder / SETTINGS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"The decoder cannot be written to {str(folder)!r}: {error}") from error
+
+
+def read_pretrained(name: str | Path, changes: Mapping[str, Any] | None = None) -> Pretrained:
+    """Read what a folder, or a repository of the hub, says of its decoder.
+
+    Parameters
+    ----------
+    name
+        The folder; where there is none, a hub id.
+    changes
+        Fields of the MemoryConfig that are to be others, of those in ``CHANGEABLE``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no such folder, it holds no decoder, or a field cannot be changed.
+    """
+    for field in changes or {}:
+        if field not in CHANGEABLE:
+            raise InvalidArgumentError(
+                f"{field} was decided when the decoder was trained; what can be changed is {', '.join(CHANGEABLE)}."
+            )
+    folder = _folder(name)
+    try:
+        facts = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if facts["format"] != _FORMAT:
+            raise InvalidArgumentError(
+                f"{str(folder / SETTINGS)!r} has the format {facts['format']!r}; expected {_FORMAT!r}. Use the memlong "
+                "that wrote it, or a newer one."
+            )
+        memory = dict(facts["memory"])
+        for field in ("maps", "gates"):
+            if memory.get(field):
+                memory[field] = str(folder / memory[field])
+        config = MemoryConfig(**{**memory, **(changes or {})})
+        return Pretrained(folder, facts["base_model"], config, bool(facts["adapter"]))
+    except FileNotFoundError as error:
+        raise InvalidArgumentError(
+            f"The folder {str(name)!r} holds no {SETTINGS}, so no decoder that save_pretrained or `memlong train` "
+            "wrote. Name one that does."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(
+            f"{str(folder / SETTINGS)!r} cannot be read as a decoder's settings: {error!r}. Save the decoder again, or "
+            "use the memlong that wrote it."
+        ) from error
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Load the adapter of a folder into a model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is missing, damaged, or of another model, or the model has one already.
+    MissingDependencyError
+        If peft is not installed.
+    """
+    for file in (ADAPTER_SETTINGS, ADAPTER):
+        if not (folder / file).is_file():
+            raise InvalidArgumentError(
+                f"The folder {str(folder)!r} holds no {file}, but its {SETTINGS} says that there is an adapter. Get "
+                "the folder anew."
+            )
+    if getattr(model, "peft_config", None):
+        raise InvalidArgumentError(
+            f"This {type(model).__name__} has an adapter already: give the plain model, or none."
+        )
+    try:
+        with quiet_loading():
+            model.load_adapter(str(folder))
+        odd = _unlike(load_file(folder / ADAPTER), model.get_adapter_state_dict())
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"The adapter in {str(folder)!r} needs the package peft: pip install 'memlong[train]'"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InvalidArgumentError(
+            f"The adapter in {str(folder)!r} could not be loaded into this {type(model).__name__}: {error}. Use the "
+            "model that it was trained for."
+        ) from error
+    if odd:
+        raise InvalidArgumentError(
+            f"The adapter in {str(folder)!r} does not fit this {type(model).__name__}: {len(odd)} of its tensors are "
+            f"missing, unknown or of another shape, such as {min(odd)}. Use the model that it was trained "
+            "for."
+        )
+
+
+def _unlike(stored: dict[str, Tensor], loaded: dict[str, Tensor]) -> set[str]:
+    """Tensors that are not in the model as they are in the file, for which transformers has no more than a warning."""
+    ours = {f"base_model.model.{name}": tensor for name, tensor in loaded.items()}
+    return {
+        name
+        for name in stored.keys() | ours.keys()
+        if name not in stored or name not in ours or not torch.equal(stored[name].to(ours[name]), ours[name])
+    }
+
+
+def _folder(name: str | Path) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InvalidArgumentError(f"{str(name)!r} is a file; name the folder that holds {SETTINGS}.")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:  # which all errors of huggingface_hub are
+        raise InvalidArgumentError(
+            f"{str(name)!r} is no folder here, and cannot be had from the hub: {error}"
+        ) from error
+
+
+def _installed() -> list[str]:
+    found = {each.metadata["Name"] for each in importlib.metadata.distributions()}
+    return [package for package in _PACKAGES if package in found]

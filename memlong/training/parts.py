@@ -1,0 +1,161 @@
+"""Which parts of a decoder learn: LoRA on upper layers, latent maps and gates; all else is frozen."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from memlong.decoder import MemoryConfig, MemoryDecoder
+from memlong.decoder.probe import probe
+from memlong.decoder.sources import LatentSource, shared_memory_layer
+from memlong.errors import InvalidArgumentError, MissingDependencyError
+from memlong.training.config import TrainingConfig
+
+
+class LearningParts:
+    """The parameters of a decoder that learn, float32 while they do.
+
+    Parameters
+    ----------
+    decoder
+        A decoder whose model has no adapter yet. Its model is frozen, and gets one.
+    config
+        What is to learn.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has an adapter already, or nothing would learn.
+    MissingDependencyError
+        If peft is not installed.
+    """
+
+    def __init__(self, decoder: MemoryDecoder, config: TrainingConfig) -> None:
+        self._model = decoder.model
+        self._first = first_learning_layer(decoder)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._lower: set[str] = set()
+        self._model.requires_grad_(False)
+        if config.lora_rank:
+            self._add_lora(decoder, config)
+        maps = decoder.source.maps if isinstance(decoder.source, LatentSource) else None
+        for part, wanted, prefix in (
+            (maps, config.train_maps, "maps"),
+            (decoder.gates, config.train_gates, "gates"),
+        ):
+            for name, parameter in part.named_parameters() if part is not None else ():
+                parameter.requires_grad_(wanted)
+                if wanted:
+                    self.parameters[f"{prefix}.{name}"] = parameter
+        if not self.parameters:
+            raise InvalidArgumentError(
+                "Nothing would learn: lora_rank is 0, and there are no maps and no gates to train. Set lora_rank, or "
+                "gate_init of the MemoryConfig."
+            )
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.float()
+
+    def groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
+        """Groups for the optimizer; gates have a rate of their own, and do not decay."""
+        gates = [parameter for name, parameter in self.parameters.items() if name.startswith("gates.")]
+        others = [parameter for name, parameter in self.parameters.items() if not name.startswith("gates.")]
+        groups = [
+            {"params": others, "lr": config.lr, "weight_decay": config.weight_decay},
+            {"params": gates, "lr": config.gate_lr, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def learn(self, *, lower_layers: bool) -> None:
+        """Let the layers below the memory learn as well, or freeze them for good."""
+        for name in self._lower:
+            self.parameters[name].requires_grad_(lower_layers)
+
+    def settle(self) -> None:
+        """Freeze everything, in the model's own dtype: what is saved is then what is at hand."""
+        for name, parameter in self.parameters.items():
+            if not name.startswith("gates."):
+                parameter.data = parameter.data.to(self._model.dtype)
+            parameter.requires_grad_(False)
+
+    def _add_lora(self, decoder: MemoryDecoder, config: TrainingConfig) -> None:
+        if find_spec("peft") is None:
+            raise MissingDependencyError("Training LoRA needs the package peft: pip install 'memlong[train]'")
+        from peft import LoraConfig
+
+        if getattr(self._model, "peft_config", None):
+            raise InvalidArgumentError(
+                f"This {type(self._model).__name__} has an adapter already: load the plain model for training."
+            )
+        layer_of = _linear_layers(decoder, config.lora_targets)
+        first = 0 if config.warmup_stage_steps else self._first
+        targets = [name for name, layer in layer_of.items() if layer >= first]
+        if not targets:
+            raise InvalidArgumentError(
+                f"lora_targets is {config.lora_targets!r}, but no linear layer from layer {first} up is named so. Name "
+                "some that are, or leave it empty for those of attention; and let memory_layer not be the last layer."
+            )
+        lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=cast("int", config.lora_alpha), target_modules=targets
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self._model.add_adapter(lora)
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                self.parameters[f"model.{name}"] = parameter
+                layer = next(layer for target, layer in layer_of.items() if name.startswith(f"{target}."))
+                if layer < self._first:
+                    self._lower.add(f"model.{name}")
+
+
+def usual_retrieval_layers(model: PreTrainedModel, config: MemoryConfig) -> str:
+    """Which layers are to read a memory: with shared K-V every fourth from the memory layer up, else all.
+
+    Retrieval in all upper layers was worse than in four of them in the shared mode (arXiv 2408.16967).
+    """
+    if config.kv_source != "shared":
+        return "all"
+    layout = probe(model)
+    chosen = range(shared_memory_layer(config, layout), len(layout.layers), 4)
+    full = [layer for layer in chosen if layer in layout.full_attention_layers]
+    return ",".join(map(str, full or chosen))
+
+
+def first_learning_layer(decoder: MemoryDecoder) -> int:
+    """The lowest layer that may learn: with shared K-V the one above the memory layer, so that memory never goes stale.
+
+    Otherwise the first retrieval layer: below it, memory makes no difference.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a layer below the memory layer is to read memory.
+    """
+    if decoder.config.kv_source == "shared":
+        memory_layer = shared_memory_layer(decoder.config, decoder.model_layout)
+        below = [layer for layer in decoder.retrieval_layers if layer < memory_layer]
+        if below:
+            raise InvalidArgumentError(
+                f"retrieval_layers is {decoder.config.retrieval_layers!r}, but layer {below[0]} is below the memory "
+                f"layer, {memory_layer}, whose K-V would change with what it reads: name layers from {memory_layer} up."
+            )
+        return memory_layer + 1
+    return min(decoder.retrieval_layers)
+
+
+def _linear_layers(decoder: MemoryDecoder, named: tuple[str, ...]) -> dict[str, int]:
+    """By name, the layer of each linear map of attention; or of each that is ``named``, wherever in its layer it is."""
+    names = {id(module): name for name, module in decoder.model.named_modules()}
+    found: dict[str, int] = {}
+    for index, attention in enumerate(decoder.model_layout.modules):
+        home = names[id(attention)]
+        if named:
+            home = home.rpartition(".")[0]
+        for name, module in decoder.model.get_submodule(home).named_modules(prefix=home):
+            if isinstance(module, nn.Linear) and (not named or name.rpartition(".")[2] in named):
+                found[name] = index
+    return found

@@ -1,0 +1,242 @@
+"""Trainer: streams documents through a decoder, and lets LoRA, maps and gates learn to read its memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlong.decoder import MemoryDecoder
+from memlong.decoder.recall import RandomChunks
+from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
+from memlong.training.checkpoint import (
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
+from memlong.training.config import TrainingConfig
+from memlong.training.curve import Curve, Step
+from memlong.training.documents import Episodes
+from memlong.training.loss import Batch, segment_loss
+from memlong.training.parts import LearningParts
+
+CURVE, PICTURE = "curve.jsonl", "curve.png"
+"""What a run leaves in its folder, beside the decoder."""
+
+
+class Trainer:
+    """Trains a decoder on documents, as they are streamed.
+
+    ``rows`` documents are read side by side, each with a bank of its own, and begin together. A segment's loss goes
+    back through that segment, and through what made the memory that it read; the window and what is stored are
+    constants.
+
+    Parameters
+    ----------
+    decoder
+        A decoder on a plain model, not attached. Its model is frozen and gets a LoRA adapter.
+    documents
+        Token ids [tokens] of each document.
+    config
+        How to train.
+    folder
+        Where curve, checkpoints and the trained decoder go; made if it does not exist.
+    base_model
+        Under which name :func:`~memlong.load_model` finds the model, for :meth:`MemoryDecoder.from_pretrained`.
+    tensorboard
+        Folder for tensorboard's event files, or None.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If nothing would learn, the decoder has no memory, or several processes are launched.
+    InvalidTextError
+        If no document is long enough.
+    MissingDependencyError
+        If accelerate, peft or, where it is asked for, tensorboard is not installed.
+    StorageError
+        If the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        decoder: MemoryDecoder,
+        documents: list[Tensor],
+        config: TrainingConfig | None = None,
+        *,
+        folder: str | Path,
+        base_model: str | None = None,
+        tensorboard: str | Path | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.config = config = TrainingConfig() if config is None else config
+        self.folder = Path(folder)
+        self._base_model = base_model
+        self._tensorboard = None if tensorboard is None else Path(tensorboard)
+        if decoder.config.backend is None:
+            raise InvalidArgumentError("The decoder has backend=None, so no memory to train on: name one.")
+        if decoder.model.dtype == torch.float16:
+            raise InvalidArgumentError(
+                "The model is of float16, in which small gradients vanish: load it in bfloat16 or float32."
+            )
+        self._accelerator = _accelerator(decoder)
+        # Shorter, and it would end before there is any memory to read.
+        least = min(decoder.config.local_window + decoder.config.segment_size, config.document_tokens)
+        self.episodes = Episodes(documents, config.document_tokens, least, config.seed)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        # The warm-up stage reads over the plain window; made before the adapter, as the decoder itself was.
+        self._plain = (
+            MemoryDecoder(decoder.model, decoder.tokenizer, replace(decoder.config, backend=None))
+            if config.warmup_stage_steps
+            else None
+        )
+        self._parts = LearningParts(decoder, config)
+        self._optimizer = torch.optim.AdamW(self._parts.groups(config))
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._sums: list[Tensor] = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"The folder {str(folder)!r} cannot be made: {error.strerror}.") from error
+
+    @property
+    def learning(self) -> int:
+        """How many numbers learn."""
+        return sum(parameter.numel() for parameter in self._parts.parameters.values())
+
+    def run(self, *, resume: bool = False, progress: Callable[[Step], None] | None = None) -> list[Step]:
+        """Train, save the decoder into the folder, and return the steps.
+
+        Parameters
+        ----------
+        resume
+            Go on from the folder's latest checkpoint: all that follows is as if the run had not been interrupted.
+        progress
+            Called after each step, and, when resuming, at once for those made before.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there is no checkpoint to resume from, or one of other settings or other text; or there is one, and
+            ``resume`` is not set.
+        """
+        order = {name: self._parts.parameters[name] for name in self._in_order()}
+        state = (order, self._optimizer, self._generator, self._made_of())
+        if not resume and checkpoints(self.folder):
+            raise InvalidArgumentError(
+                f"The folder {str(self.folder)!r} holds the checkpoint of a run that has not ended: resume it, remove "
+                "the checkpoint, or name another folder."
+            )
+        at = load_checkpoint(self.folder, *state) if resume else Progress()
+        self._sums.clear()
+        self._optimizer.zero_grad(set_to_none=True)
+        curve = Curve(self.folder / CURVE, at.step, self._tensorboard)
+        if progress is not None:
+            for step in curve.steps:
+                progress(step)
+        saved = at.step
+        try:
+            while at.step < self.config.steps:
+                self._read_episodes(at, curve, progress)
+                if at.step - saved >= self.config.checkpoint_every and at.step < self.config.steps:
+                    save_checkpoint(self.folder, at, *state)
+                    saved = at.step
+        finally:
+            curve.close()
+        self._parts.settle()
+        self.decoder.save_pretrained(self.folder, base_model=self._base_model, training=asdict(self.config))
+        curve.plot(self.folder / PICTURE)
+        remove_checkpoints(self.folder)
+        return curve.steps
+
+    def _read_episodes(self, at: Progress, curve: Curve, progress: Callable[[Step], None] | None) -> None:
+        """Read one episode in each row, from its beginning to its end or that of the run."""
+        rows = [self.episodes[at.episodes + row] for row in range(self.config.rows)]
+        size = self.decoder.config.segment_size
+        batch = Batch.of(rows, self.decoder.config.local_window, self.decoder.model.device)
+        count = -(-batch.input_ids.shape[1] // size)
+        warming_up = self._plain is not None and at.step < self.config.warmup_stage_steps
+        decoder = self._plain if warming_up and self._plain is not None else self.decoder
+        self._parts.learn(lower_layers=warming_up)
+        decoder.reset(random_chunks=RandomChunks(self.config.random_share, self._generator))
+        started = time.perf_counter()
+        with decoder:
+            for number, segment in enumerate(decoder.stream(batch.input_ids, batch.mask, gradients=True)):
+                beginning = number - number % self.config.accumulate
+                loss = segment_loss(segment, batch, self.config.long_range_weight)
+                if loss is not None:
+                    self._sums.append(loss.sums)
+                    if loss.mean.requires_grad:  # before the first memory, maps and gates have no part in it
+                        self._accelerator.backward(loss.mean / min(self.config.accumulate, count - beginning))
+                at.tokens += int((segment.tokens >= 0).sum())
+                if number + 1 in (beginning + self.config.accumulate, count) and self._sums:
+                    at.seconds += time.perf_counter() - started
+                    started = time.perf_counter()
+                    self._update(at)
+                    curve.add(self._step(at))
+                    if progress is not None:
+                        progress(curve.steps[-1])
+                    if at.step == self.config.steps:
+                        break
+        decoder.reset()
+        at.episodes += self.config.rows
+        at.seconds += time.perf_counter() - started
+
+    def _update(self, at: Progress) -> None:
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.config.share_of_rate(at.step)
+        self._accelerator.clip_grad_norm_(self._parts.parameters.values(), self.config.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        at.step += 1
+
+    def _step(self, at: Progress) -> Step:
+        total, count, distant, distant_count = torch.stack(self._sums).sum(dim=0).tolist()
+        self._sums.clear()
+        return Step(
+            at.step,
+            total / count,
+            distant / distant_count if distant_count else None,
+            self.config.lr * self.config.share_of_rate(at.step - 1),
+            at.tokens,
+            at.seconds,
+        )
+
+    def _in_order(self) -> list[str]:
+        """Names of what learns, as the optimizer has it."""
+        names = {id(parameter): name for name, parameter in self._parts.parameters.items()}
+        return [
+            names[id(parameter)] for group in self._optimizer.param_groups for parameter in group["params"]
+        ]
+
+    def _made_of(self) -> dict[str, Any]:
+        settings = asdict(self.config)
+        del settings["checkpoint_every"]
+        memory = asdict(self.decoder.config)
+        return {
+            **settings,
+            **{f"memory.{name}": value for name, value in memory.items() if name != "store"},
+            "text": self.episodes.digest,
+        }
+
+
+def _accelerator(decoder: MemoryDecoder) -> Any:
+    if find_spec("accelerate") is None:
+        raise MissingDependencyError("Training needs the package accelerate: pip install 'memlong[train]'")
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=decoder.model.device.type == "cpu", mixed_precision="no")
+    if accelerator.num_processes > 1:
+        raise InvalidArgumentError(
+            f"{accelerator.num_processes} processes are launched, but training runs in one: start it without "
+            "`accelerate launch`, and set rows to what the device holds."
+        )
+    return accelerator

@@ -1,0 +1,151 @@
+"""``memlong train`` on a tiny random model, and what the other commands make of its folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from memlong.cli.app import make_app
+from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
+
+QUICK = {
+    "rows": 2,
+    "steps": 4,
+    "accumulate": 2,
+    "document_tokens": 60,
+    "lora_rank": 2,
+    "lr": 0.05,
+    "warmup_steps": 0,
+    "sink_tokens": 2,
+    "retrieval_layers": "2-3",
+    "gate_init": -2,
+}
+
+
+@pytest.fixture
+def run(invoke, story, tmp_path):
+    return lambda **changes: invoke(
+        "train", **{"text": story, "out": tmp_path / "trained", **QUICK, **changes}
+    )
+
+
+@pytest.fixture
+def other(story):
+    """Run another command with --adapter and these arguments."""
+
+    def run(command, *arguments):
+        given = ["--text", story] if command == "perplexity" else ["--context", story, "--prompt", "word1"]
+        return CliRunner().invoke(make_app(), [command, *map(str, given), "--dtype", "float32", *arguments])
+
+    return run
+
+
+def test_what_it_leaves_serves_the_other_commands(run, other, tmp_path):
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert "4 steps, last loss" in result.stdout
+    folder = tmp_path / "trained"
+    assert {file.name for file in folder.iterdir()} >= {
+        "adapter_model.safetensors",
+        "gates.safetensors",
+        "memlong.json",
+        "curve.jsonl",
+        "curve.png",
+    }
+    shown = other("perplexity", "--adapter", str(folder), "--json", "-")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert found["adapter"] == str(folder)
+    assert (found["kv_source"], found["retriever"], found["local_window"]) == ("shared", "lm", 24)
+    assert found["long_range_distance"] == 24
+    by_chance = json.loads(
+        other("perplexity", "--adapter", str(folder), "--retriever", "random", "--json", "-").stdout
+    )
+    assert by_chance["nll"] != found["nll"]
+    assert by_chance["retriever"] == "random"
+    alone = json.loads(
+        other("perplexity", "--adapter", str(folder), "--backend", "none", "--json", "-").stdout
+    )
+    assert alone["chunks_stored"] == 0
+    answer = other("generate", "--adapter", str(folder), "--max-new-tokens", "5", "--json", "-")
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["chunks_stored"] > 20
+
+
+def test_a_folder_and_maps(run, invoke, story, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.md"):
+        (tmp_path / "texts" / name).write_text(story.read_text())
+    maps = tmp_path / "maps.safetensors"
+    fitted = CliRunner().invoke(
+        make_app(),
+        [
+            *[
+                "fit",
+                "--model",
+                str(tmp_path / "model"),
+                "--text",
+                str(story),
+                "--out",
+                str(maps),
+                "--dim",
+                "16",
+            ],
+            *["--passage-tokens", "40", "--retrieval-layers", "2-3", "--dtype", "float32"],
+        ],
+    )
+    assert fitted.exit_code == 0, fitted.output
+    result = run(text=tmp_path / "texts", kv_source="latent", maps=maps, lora_rank=0)
+    assert result.exit_code == 0, result.output
+    assert "2 documents" in result.stdout
+    names = {file.name for file in (tmp_path / "trained").iterdir()}
+    assert "maps.safetensors" in names
+    assert "adapter_model.safetensors" not in names
+
+
+def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
+    result = other("perplexity", "--adapter", str(tmp_path), "--top-k", "3")
+    assert isinstance(result.exception, InvalidArgumentError), result.output
+    assert "--top-k does not go with --adapter" in str(result.exception)
+    result = other("generate")
+    assert "--model is missing" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"text": []}, InvalidArgumentError, "nothing to train on"),
+        ({"text": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
+        ({"resume": True}, InvalidArgumentError, "holds no checkpoint to go on from"),
+        ({"steps": 0}, InvalidArgumentError, "steps is 0"),
+        ({"backend": "none"}, InvalidArgumentError, "no memory to train on"),
+        ({"kv_source": "latent"}, InvalidArgumentError, "maps is None"),
+        (
+            {"memory_layer": 3, "retrieval_layers": "3"},
+            InvalidArgumentError,
+            "no linear layer from layer 4 up",
+        ),
+        ({"memory_layer": 3}, InvalidArgumentError, "layer 2 is below the memory layer, 3"),
+        ({"out": "/dev/null/folder"}, MemlongError, "cannot be made"),
+    ],
+)
+def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
+    result = run(**changes)
+    assert isinstance(result.exception, error), result.output
+    with pytest.raises(MemlongError, match=message):
+        raise result.exception
+
+
+def test_shared_memory_is_read_by_every_fourth_layer(run, tmp_path):
+    arguments = {"retrieval_layers": [], "memory_layer": 0, "steps": 1}
+    result = run(**arguments)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "trained" / "memlong.json").read_text())
+    assert facts["memory"]["retrieval_layers"] == "0"
+
+
+def test_tensorboard_needs_its_package(run, monkeypatch):
+    monkeypatch.setattr("memlong.training.curve.find_spec", lambda name: None)
+    assert "pip install tensorboard" in str(run(tensorboard="events").exception)

@@ -1,0 +1,90 @@
+"""A run that was interrupted goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from memlong.errors import InvalidArgumentError
+
+STEPS = 50
+
+
+class CutOffError(Exception):
+    """As a power cut would have it."""
+
+
+def cut_off(run, at):
+    def stop(step):
+        if step.step == at:
+            raise CutOffError
+
+    with pytest.raises(CutOffError):
+        run.run(progress=stop)
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes"),
+    [
+        ({"kv_source": "shared", "gate_init": -1.0}, {"random_share": 0.3, "warmup_stage_steps": 6}),
+        ({"kv_source": "latent"}, {"weight_decay": 0.1, "long_range_weight": 2.0, "warmup_steps": 8}),
+    ],
+)
+def test_the_losses_are_those_of_an_uninterrupted_run(trainer, tmp_path, memory, changes):
+    settings = {"steps": STEPS, "checkpoint_every": 7, **changes}
+    whole = trainer(memory, folder="whole", **settings).run()
+    cut_off(trainer(memory, folder="cut", **settings), at=29)
+    (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
+    written = int(checkpoint.name.partition("-")[2])
+    assert 20 <= written < 29
+    torch.manual_seed(99)  # of another process
+    told = []
+    resumed = trainer(memory, folder="cut", **settings).run(resume=True, progress=told.append)
+    assert [step.step for step in resumed] == [step.step for step in told] == list(range(1, STEPS + 1))
+    assert resumed[0].seconds < resumed[-1].seconds
+    for one, other in zip(resumed, whole, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=1e-6)
+        assert one.long_range_loss == pytest.approx(other.long_range_loss, abs=1e-6)
+        assert (one.tokens, one.lr) == (other.tokens, other.lr)
+    lines = (tmp_path / "cut" / "curve.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS
+    assert not list((tmp_path / "cut").glob("*checkpoint*"))
+
+
+def test_a_checkpoint_is_safetensors_and_json(trainer, tmp_path):
+    cut_off(trainer(steps=20, checkpoint_every=4), at=19)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert {file.name for file in checkpoint.iterdir()} == {"training.safetensors", "training.json"}
+    facts = json.loads((checkpoint / "training.json").read_text())
+    assert facts["progress"]["step"] < 20
+    assert not [
+        file for file in (tmp_path / "run").iterdir() if file.suffix in (".pt", ".bin", ".pth", ".pkl")
+    ]
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+def test_a_last_line_that_was_cut_off_is_made_again(trainer, tmp_path):
+    settings = {"steps": 20, "checkpoint_every": 4}
+    cut_off(trainer(**settings), at=15)
+    with (tmp_path / "run" / "curve.jsonl").open("a") as file:
+        file.write('{"step": 16, "lo')
+    assert len(trainer(**settings).run(resume=True)) == 20
+
+
+def test_what_cannot_be_resumed_is_said(trainer, tmp_path):
+    with pytest.raises(InvalidArgumentError, match="holds no checkpoint to go on from"):
+        trainer().run(resume=True)
+    cut_off(trainer(steps=20, checkpoint_every=4), at=19)
+    with pytest.raises(InvalidArgumentError, match="holds the checkpoint of a run that has not ended"):
+        trainer(steps=20).run()
+    with pytest.raises(InvalidArgumentError, match=r"was made with lr 0.005, but now it is 0.001"):
+        trainer(steps=20, lr=1e-3).run(resume=True)
+    with pytest.raises(InvalidArgumentError, match=r"was made with memory.top_k 3, but now it is 2"):
+        trainer({"top_k": 2}, steps=20).run(resume=True)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    weights = checkpoint / "training.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        trainer(steps=20).run(resume=True)

@@ -1,0 +1,230 @@
+"""What learns in training, what does not, and that it comes to something."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from memlong import MemoryDecoder
+from memlong.errors import InvalidArgumentError, InvalidTextError
+from memlong.training import Trainer, TrainingConfig, usual_retrieval_layers
+
+
+def tensors(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(before, after):
+    return {
+        name for name, tensor in after.items() if name in before and not torch.equal(tensor, before[name])
+    }
+
+
+def test_only_lora_of_upper_layers_learns(trainer):
+    run = trainer()
+    model = run.decoder.model
+    before = tensors(model)
+    run.run()
+    moved = changed(before, tensors(model))
+    assert moved
+    assert all(".lora_" in name and name.startswith("model.layers.3.self_attn.") for name in moved)
+    assert {name.split(".")[4] for name in moved} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_maps_and_gates_learn_with_the_rest_frozen(trainer):
+    run = trainer({"kv_source": "latent", "gate_init": 0.0}, lora_rank=0)
+    model, maps, gates = run.decoder.model, run.decoder.source.maps, run.decoder.gates
+    before, fixed = tensors(model), maps.encode.clone()
+    start = [maps.decode.detach().clone(), gates.bias.detach().clone()]
+    run.run()
+    assert not changed(before, tensors(model))
+    assert torch.equal(maps.encode, fixed)
+    assert all(
+        not torch.equal(one, other) for one, other in zip(start, (maps.decode, gates.bias), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("wanted", "name"), [("train_maps", "maps"), ("train_gates", "gates")])
+def test_what_is_not_to_learn_does_not(trainer, wanted, name):
+    run = trainer({"kv_source": "latent", "gate_init": 0.0}, **{wanted: False})
+    part = run.decoder.gates if name == "gates" else run.decoder.source.maps
+    before = tensors(part)
+    run.run()
+    assert not changed(before, tensors(part))
+
+
+def test_lower_layers_get_no_gradient(trainer, text):
+    run = trainer()
+    with run.decoder as decoder:
+        *_, last = decoder.stream(text(60), gradients=True)
+        last.logits.sum().backward()
+    having = {name for name, parameter in decoder.model.named_parameters() if parameter.grad is not None}
+    assert having
+    assert all(name.startswith("model.layers.3.") for name in having)
+
+
+def test_shared_memory_never_goes_stale(trainer, text):
+    def stored(decoder):
+        with decoder:
+            decoder.reset()
+            logits = decoder.read(text(100))
+        bank = decoder.banks[0]
+        return bank.fetch(bank.ids), logits
+
+    run = trainer({"kv_source": "shared", "memory_layer": 1, "retrieval_layers": "2-3"}, lora_targets=())
+    before, first = stored(run.decoder)
+    run.run()
+    after, second = stored(run.decoder)
+    assert torch.equal(after.keys, before.keys)
+    assert torch.equal(after.values, before.values)
+    assert not torch.allclose(first, second)
+
+
+def test_the_loss_falls_on_a_text_that_repeats(trainer, tmp_path):
+    memory = {"kv_source": "layer", "retrieval_layers": "all"}
+    targets = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    steps = trainer(memory, steps=60, lora_targets=targets, lora_rank=16, lr=2e-2).run()
+    first, last = (sum(step.loss for step in part) / 8 for part in (steps[:8], steps[-8:]))
+    assert last < 0.9 * first
+    assert [step.step for step in steps] == list(range(1, 61))
+    assert all(earlier.tokens < later.tokens for earlier, later in pairwise(steps))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [step.loss for step in steps]
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
+
+
+def test_every_architecture_trains(trainer, architecture):
+    memory = {"retrieval_layers": "all", "kv_source": "layer"}
+    assert all(step.loss > 0 for step in trainer(memory, architecture=architecture, steps=3).run())
+
+
+def test_a_warm_up_stage_trains_lower_layers_and_no_memory(trainer):
+    run = trainer({"gate_init": 0.0}, steps=8, warmup_stage_steps=4)
+    model = run.decoder.model
+    before = tensors(model)
+    after_stage = {}
+
+    def watch(step):
+        if step.step == 4:
+            after_stage.update(tensors(model))
+            after_stage["gates"] = run.decoder.gates.bias.detach().clone()
+
+    run.run(progress=watch)
+    lower = {name for name in before if ".lora_" in name and int(name.split(".")[2]) < 3}
+    assert lower <= changed(before, after_stage)
+    assert not changed(after_stage, tensors(model)) & lower
+    assert changed(after_stage, tensors(model))
+    assert float(after_stage["gates"].abs().sum()) == 0
+    assert float(run.decoder.gates.bias.abs().sum()) > 0
+
+
+def test_lora_goes_where_it_is_told(trainer):
+    run = trainer(lora_targets=("q_proj", "up_proj"))
+    learning = [name for name, parameter in run.decoder.model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".lora_")[0] for name in learning} == {
+        "model.layers.3.self_attn.q_proj",
+        "model.layers.3.mlp.up_proj",
+    }
+
+
+def test_random_chunks_take_the_place_of_some(trainer, monkeypatch):
+    seen = []
+    stream = MemoryDecoder.stream
+
+    def watched(self, *args, **options):
+        for segment in stream(self, *args, **options):
+            seen.extend(each.scores.abs().sum().item() == 0 for each in segment.retrievals if each)
+            yield segment
+
+    monkeypatch.setattr(MemoryDecoder, "stream", watched)
+    trainer(random_share=0.5, steps=24).run()
+    assert 0.25 < sum(seen) / len(seen) < 0.75
+    seen.clear()
+    trainer(folder="other").run()
+    assert not any(seen)
+
+
+def test_long_range_tokens_weigh_more_where_it_is_wanted(trainer):
+    even = trainer({"kv_source": "layer"}, steps=40).run()
+    more = trainer({"kv_source": "layer"}, folder="other", steps=40, long_range_weight=20.0).run()
+    assert even[0].long_range_loss == more[0].long_range_loss
+    assert even[-1].long_range_loss != more[-1].long_range_loss
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes", "words"),
+    [
+        ({"backend": None}, {}, "backend=None, so no memory to train on"),
+        ({}, {"lora_rank": 0}, "Nothing would learn"),
+        (
+            {},
+            {"lora_targets": ("query",)},
+            r"lora_targets is \('query',\), but no linear layer from layer 3 up",
+        ),
+        ({"memory_layer": 3, "retrieval_layers": "3"}, {}, "memory_layer not be the last"),
+        ({"memory_layer": 3}, {}, "layer 2 is below the memory layer, 3"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(trainer, memory, changes, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        trainer(memory, **changes)
+
+
+def test_the_usual_retrieval_layers(llama, small):
+    assert usual_retrieval_layers(llama, small(kv_source="shared", memory_layer=1)) == "1"
+    assert usual_retrieval_layers(llama, small(kv_source="layer")) == "all"
+
+
+def test_too_short_documents_are_said(decoder, text, tmp_path):
+    with pytest.raises(InvalidTextError, match="None of the 1 documents has 32 tokens"):
+        Trainer(decoder(), [text(5)[0]], TrainingConfig(), folder=tmp_path)
+
+
+def test_float16_is_refused(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama.half(), None, small(kv_source="shared"))
+    with pytest.raises(InvalidArgumentError, match="load it in bfloat16 or float32"):
+        Trainer(decoder, [text(90)[0]], TrainingConfig(), folder=tmp_path)
+
+
+def test_bfloat16_learns_in_float32_and_settles(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama.bfloat16(), None, small(kv_source="shared", gate_init=0.0))
+    config = TrainingConfig(steps=4, rows=1, document_tokens=64, lora_rank=2, warmup_steps=0)
+    run = Trainer(decoder, [text(90)[0]], config, folder=tmp_path)
+    learning = [parameter for parameter in llama.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in learning} == {torch.float32}
+    run.run()
+    assert {parameter.dtype for parameter in llama.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in llama.parameters())
+
+
+def test_a_model_is_trained_once(trainer, documents, tmp_path):
+    run = trainer()
+    with pytest.raises(InvalidArgumentError, match="has an adapter already"):
+        Trainer(run.decoder, documents, TrainingConfig(), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "steps is 0; expected an integer of at least 1"),
+        ({"lr": 0.0}, "lr is 0.0; expected a number above 0"),
+        ({"random_share": 1.5}, "random_share is 1.5; expected a share"),
+        ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj'; expected a sequence"),
+        ({"warmup_stage_steps": 4, "lora_rank": 0}, "nothing to train in that stage"),
+    ],
+)
+def test_settings_that_cannot_be_are_said(changes, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        TrainingConfig(**changes)
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = TrainingConfig(steps=100, warmup_steps=10)
+    shares = [config.share_of_rate(step) for step in range(100)]
+    assert shares[:11] == sorted(shares[:11])
+    assert shares[10] == 1
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert 0.1 <= shares[-1] < 0.11
