@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def load(name: str, *, dtype: str, device: str) -> tuple[PreTrainedModel, Any]:
+def load(name: str, *, dtype: str, device: str) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and say so, as it takes some seconds.
 
     Raises

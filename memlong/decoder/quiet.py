@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import transformers
 from transformers.utils import logging
 
+_GGUF_READER = "transformers.modeling_gguf_pytorch_utils"
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -35,7 +37,7 @@ def quiet_loading() -> Iterator[None]:
 @contextmanager
 def _heeded_by_gguf() -> Iterator[None]:
     """Reading a GGUF file shows a bar that heeds no setting: let it use the one that does."""
-    reader: Any = getattr(transformers, "modeling_gguf_pytorch_utils", None)
+    reader: Any = importlib.import_module(_GGUF_READER) if importlib.util.find_spec(_GGUF_READER) else None
     bar = getattr(reader, "tqdm", None)
     if bar is None:
         yield
