@@ -46,30 +46,22 @@ def lm_score(retriever, query, chunk):
     return float(torch.nn.functional.cosine_similarity(*pair))
 
 
-def test_lm_asks_above_all_for_the_latest_tokens(llama):
-    options = {"sharpness": 0, "half_life": 4}
-    retriever = create_retriever("lm", llama, Words(), options)
-    early, late = tuple(range(3, 11)), tuple(range(20, 28))
-    assert lm_score(retriever, early + late, late) > 2 * lm_score(retriever, early + late, early)
-    evenly = create_retriever("lm", llama, Words(), {**options, "half_life": 1e9})
-    assert lm_score(evenly, early + late, late) == pytest.approx(
-        lm_score(evenly, early + late, early), abs=0.1
-    )
+def test_lm_tells_passages_of_the_same_tokens_apart_by_their_order(llama):
+    there, back = (5, 6, 7, 8, 9, 10), (10, 9, 8, 7, 6, 5)
+    retriever = create_retriever("lm", llama, Words(), {"pairs": 0.5, "dim": 4096})
+    assert lm_score(retriever, there, there) == pytest.approx(1)
+    assert lm_score(retriever, there, back) < 0.8
+    without = create_retriever("lm", llama, Words(), {"pairs": 0})
+    assert lm_score(without, there, back) == pytest.approx(1)
 
 
-def test_lm_counts_a_token_again_and_again_but_ever_less(llama):
-    once, often = (5, 6, 7, 8), (5, 5, 5, 5, 5, 5, 6, 7, 8)
-
-    def likeness(saturation):
-        retriever = create_retriever("lm", llama, Words(), {"sharpness": 0, "saturation": saturation})
-        return lm_score(retriever, (5,), often) / lm_score(retriever, (5,), once)
-
-    assert likeness(0.001) == pytest.approx(1, abs=0.01)
-    assert 1.05 < likeness(1) < likeness(5) < likeness(100)
+def test_lm_embeds_a_single_token(llama):
+    retriever = create_retriever("lm", llama, Words(), {"pairs": 0.5})
+    assert lm_score(retriever, (5,), (5,)) == pytest.approx(1)
 
 
 def test_lm_weighs_a_token_by_what_it_tells_the_model(llama):
-    retriever = create_retriever("lm", llama, Words(), {"sharpness": 2})
+    retriever = create_retriever("lm", llama, Words(), {"sharpness": 2, "pairs": 0})
     with torch.no_grad():
         chances = llama(torch.tensor([[llama.config.bos_token_id or 0]])).logits[0, -1]
     likely, rare = (int(token) for token in (chances.argmax(), chances.argmin()))
@@ -102,8 +94,7 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
         ("random", {"seed": -1}, "seed must be an int >= 0, got -1"),
         ("random", {"dim": 0}, "dim must be an int >= 1"),
         ("lm", {"sharpness": "high"}, "sharpness is 'high'; expected a number from 0 to 8"),
-        ("lm", {"saturation": 0}, "saturation is 0; expected a number from 0.001"),
-        ("lm", {"half_life": float("nan")}, "half_life is nan; expected a number from 1"),
+        ("lm", {"pairs": float("nan")}, "pairs is nan; expected a number from 0 to 8"),
         ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an int >= 1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
 _HASHES = 8
+_LARGEST = 8
 
 
 class LanguageModelRetriever(Retriever):
-    """Finds the chunks that share the query's telling tokens, the latest above all.
+    """Finds the chunks that share the query's telling tokens.
 
-    Each token adds random directions of its own (a count sketch), so that passages are alike by the tokens they share.
-    It weighs what the language model thinks it tells on its own, its surprisal ``-log p`` where a text begins, times
-    a count that saturates, as in BM25. In a query, an occurrence counts half at every ``half_life`` tokens back: what
-    comes next has most to do with what came last.
+    Each distinct token of a passage, and each distinct pair of tokens in a row if ``pairs`` is not 0, adds random
+    directions of its own (a count sketch), so that passages are alike by what they share. A token weighs what the
+    language model thinks it tells on its own: its surprisal ``-log p`` where a text begins, to the power of
+    ``sharpness``. The model's token embeddings in place of the random directions agree less with a sentence encoder on
+    which chunks to retrieve.
 
     Parameters
     ----------
@@ -29,38 +32,28 @@ class LanguageModelRetriever(Retriever):
         Width of the embeddings. Chance likenesses between passages go down with its square root.
     sharpness
         Exponent of the surprisal; 0 weighs all tokens alike.
-    saturation
-        ``k`` in a token's weight ``count / (count + k)``: near 0, occurrences after the first tell nothing; the larger,
-        the more they add.
-    half_life
-        Tokens back from a query's end at which an occurrence counts half. Chunks are weighed evenly.
+    pairs
+        A pair of tokens weighs this times the sum of their weights; 0 leaves pairs out.
 
     Notes
     -----
-    Count sketch: Charikar, Chen and Farach-Colton, "Finding frequent items in data streams", 2002. Saturation:
-    Robertson and Zaragoza, "The probabilistic relevance framework: BM25 and beyond", 2009, section 3.4.
+    Count sketch: Charikar, Chen and Farach-Colton, "Finding frequent items in data streams", 2002.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        dim: int = 4096,
-        sharpness: float = 1.0,
-        saturation: float = 5.0,
-        half_life: float = 32.0,
+        self, model: Any, tokenizer: Any, *, dim: int = 1024, sharpness: float = 1.0, pairs: float = 0.0
     ) -> None:
         super().__init__(model, tokenizer)
         self._dim = whole_number("dim", dim, at_least=1)
-        self._saturation = _within("saturation", saturation, 1e-3, 1e6)
-        self._half_life = _within("half_life", half_life, 1.0, 1e9)
+        for name, value in (("sharpness", sharpness), ("pairs", pairs)):
+            if not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+                raise InvalidArgumentError(f"{name} is {value!r}; expected a number from 0 to {_LARGEST}.")
+        self._pairs = pairs
         start = getattr(model.config, "bos_token_id", None) or 0
         device = model.get_input_embeddings().weight.device
         with torch.no_grad():
             logits = model(torch.tensor([[start]], device=device)).logits[0, -1]
-        surprisal = -logits.float().log_softmax(dim=0).to("cpu")
-        self._weights = surprisal ** _within("sharpness", sharpness, 0.0, 8.0)
+        self._weights = (-logits.float().log_softmax(dim=0)).to("cpu") ** sharpness
         generator = torch.Generator().manual_seed(0)
         shape = (len(self._weights), _HASHES)
         self._places = torch.randint(dim, shape, generator=generator)
@@ -73,25 +66,23 @@ class LanguageModelRetriever(Retriever):
 
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
         """Embeddings of the chunks [chunks, dim]."""
-        return torch.stack([self._sketch(chunk, torch.ones(len(chunk.token_ids))) for chunk in chunks])
+        return torch.stack([self._sketch(chunk) for chunk in chunks])
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings of the queries [queries, dim]."""
-        return torch.stack([self._sketch(query, self._fading(len(query.token_ids))) for query in queries])
+        return self.embed_chunks(queries)
 
-    def _fading(self, length: int) -> Tensor:
-        """What each occurrence counts [length], 1 at the end."""
-        return 0.5 ** (torch.arange(length).flip(0) / self._half_life)
+    def _sketch(self, passage: Passage) -> Tensor:
+        sketch = torch.zeros(self._dim)
+        tokens = torch.tensor(sorted(set(passage.token_ids)))
+        self._add(sketch, self._places[tokens], self._signs[tokens], self._weights[tokens])
+        couples = sorted(set(pairwise(passage.token_ids)))
+        if couples and self._pairs:
+            first, second = torch.tensor(couples).T
+            places = (self._places[first] + 3 * self._places[second] + 1) % self._dim  # a b is not b a
+            weights = self._pairs * (self._weights[first] + self._weights[second])
+            self._add(sketch, places, self._signs[first] * self._signs[second], weights)
+        return sketch
 
-    def _sketch(self, passage: Passage, occurrences: Tensor) -> Tensor:
-        tokens, which = torch.tensor(passage.token_ids).unique(return_inverse=True)
-        counts = torch.zeros(len(tokens)).index_add_(0, which, occurrences)
-        weights = self._weights[tokens] * counts / (counts + self._saturation)
-        signed = weights[:, None] * self._signs[tokens]
-        return torch.zeros(self._dim).index_add_(0, self._places[tokens].flatten(), signed.flatten())
-
-
-def _within(name: str, value: Any, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise InvalidArgumentError(f"{name} is {value!r}; expected a number from {least:g} to {most:g}.")
-    return float(value)
+    def _add(self, sketch: Tensor, places: Tensor, signs: Tensor, weights: Tensor) -> None:
+        sketch.index_add_(0, places.flatten(), (weights[:, None] * signs).flatten())
