@@ -40,6 +40,34 @@ def test_lm_finds_the_passage_that_shares_its_words(llama):
     assert int(scores.argmax()) == 2
 
 
+def lm_score(retriever, query, chunk):
+    """Of one query for one chunk."""
+    pair = retriever.embed_queries([Passage(query, 0)]), retriever.embed_chunks([Passage(chunk, 0)])
+    return float(torch.nn.functional.cosine_similarity(*pair))
+
+
+def test_lm_tells_passages_of_the_same_tokens_apart_by_their_order(llama):
+    there, back = (5, 6, 7, 8, 9, 10), (10, 9, 8, 7, 6, 5)
+    retriever = create_retriever("lm", llama, Words(), {"pairs": 0.5, "dim": 4096})
+    assert lm_score(retriever, there, there) == pytest.approx(1)
+    assert lm_score(retriever, there, back) < 0.8
+    without = create_retriever("lm", llama, Words(), {"pairs": 0})
+    assert lm_score(without, there, back) == pytest.approx(1)
+
+
+def test_lm_embeds_a_single_token(llama):
+    retriever = create_retriever("lm", llama, Words(), {"pairs": 0.5})
+    assert lm_score(retriever, (5,), (5,)) == pytest.approx(1)
+
+
+def test_lm_weighs_a_token_by_what_it_tells_the_model(llama):
+    retriever = create_retriever("lm", llama, Words(), {"sharpness": 2, "pairs": 0})
+    with torch.no_grad():
+        chances = llama(torch.tensor([[llama.config.bos_token_id or 0]])).logits[0, -1]
+    likely, rare = (int(token) for token in (chances.argmax(), chances.argmin()))
+    assert lm_score(retriever, (likely, rare), (rare,)) > lm_score(retriever, (likely, rare), (likely,))
+
+
 def test_recent_prefers_the_latest(llama):
     retriever = create_retriever("recent", llama, Words())
     scores = retriever.embed_queries(passages(80)) @ retriever.embed_chunks(passages(0, 64, 32)).T
@@ -70,7 +98,8 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
         ("sentence-transformers", {"chunk_prompt": None}, "chunk_prompt is None; expected text"),
         ("sentence-transformers", {"name": ["a"]}, r"name is \['a'\]; expected text"),
         ("sentence-transformers", {"device": 5}, "device is 5; expected text such as 'cpu'"),
-        ("lm", {"sharpness": "high"}, "sharpness is 'high'; expected a number"),
+        ("lm", {"sharpness": "high"}, "sharpness is 'high'; expected a number from 0 to 8"),
+        ("lm", {"pairs": float("nan")}, "pairs is nan; expected a number from 0 to 8"),
         ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an int >= 1"),
     ],
 )

@@ -1,51 +1,58 @@
-"""The words of a passage, weighed by the language model itself, as the retriever: no second model, hardly any cost."""
+"""The tokens of a passage, weighed by the language model itself, as the retriever: no second model, hardly any cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memlong.bank.validate import whole_number
+from memlong.decoder.attention import evaluating
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
 _HASHES = 8
-_SHARPEST = 8
+_LARGEST = 8
 
 
 class LanguageModelRetriever(Retriever):
     """Finds the chunks that share the query's telling tokens.
 
-    Each distinct token of a passage adds its own random directions (a count sketch), so that passages are alike by the
-    tokens they share. A token weighs what the language model thinks it tells on its own: its surprisal ``-log p`` where
-    a text begins, to the power of ``sharpness``. The model's token embeddings in place of the random directions agree
-    less with a sentence encoder on which chunks to retrieve.
+    Each distinct token of a passage, and each distinct pair of tokens in a row if ``pairs`` is not 0, adds random
+    directions of its own (a count sketch), so that passages are alike by what they share. A token weighs what the
+    language model thinks it tells on its own: its surprisal ``-log p`` where a text begins, to the power of
+    ``sharpness``. The model's token embeddings in place of the random directions agree less with a sentence encoder on
+    which chunks to retrieve.
 
     Parameters
     ----------
     dim
-        Width of the embeddings.
+        Width of the embeddings. Chance likenesses between passages go down with its square root.
     sharpness
         Exponent of the surprisal; 0 weighs all tokens alike.
+    pairs
+        A pair of tokens weighs this times the sum of their weights; 0 leaves pairs out.
 
     Notes
     -----
     Count sketch: Charikar, Chen and Farach-Colton, "Finding frequent items in data streams", 2002.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, dim: int = 1024, sharpness: float = 1.0) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, dim: int = 1024, sharpness: float = 1.0, pairs: float = 0.0
+    ) -> None:
         super().__init__(model, tokenizer)
         self._dim = whole_number("dim", dim, at_least=1)
-        if not isinstance(sharpness, int | float) or not 0 <= sharpness <= _SHARPEST:
-            raise InvalidArgumentError(
-                f"sharpness is {sharpness!r}; expected a number from 0 to {_SHARPEST}."
-            )
+        for name, value in (("sharpness", sharpness), ("pairs", pairs)):
+            if not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+                raise InvalidArgumentError(f"{name} is {value!r}; expected a number from 0 to {_LARGEST}.")
+        self._pairs = pairs
         start = getattr(model.config, "bos_token_id", None) or 0
         device = model.get_input_embeddings().weight.device
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             logits = model(torch.tensor([[start]], device=device)).logits[0, -1]
         self._weights = (-logits.float().log_softmax(dim=0)).to("cpu") ** sharpness
         generator = torch.Generator().manual_seed(0)
@@ -67,6 +74,16 @@ class LanguageModelRetriever(Retriever):
         return self.embed_chunks(queries)
 
     def _sketch(self, passage: Passage) -> Tensor:
+        sketch = torch.zeros(self._dim)
         tokens = torch.tensor(sorted(set(passage.token_ids)))
-        weighted = self._weights[tokens, None] * self._signs[tokens]
-        return torch.zeros(self._dim).index_add_(0, self._places[tokens].flatten(), weighted.flatten())
+        self._add(sketch, self._places[tokens], self._signs[tokens], self._weights[tokens])
+        couples = sorted(set(pairwise(passage.token_ids)))
+        if couples and self._pairs:
+            first, second = torch.tensor(couples).T
+            places = (self._places[first] + 3 * self._places[second] + 1) % self._dim  # a b is not b a
+            weights = self._pairs * (self._weights[first] + self._weights[second])
+            self._add(sketch, places, self._signs[first] * self._signs[second], weights)
+        return sketch
+
+    def _add(self, sketch: Tensor, places: Tensor, signs: Tensor, weights: Tensor) -> None:
+        sketch.index_add_(0, places.flatten(), (weights[:, None] * signs).flatten())
