@@ -149,3 +149,14 @@ def test_a_sentence_encoder_reads_the_whole_of_a_long_passage(llama, encoder_fol
 def test_a_sentence_encoder_loads_without_a_bar(llama, encoder_folder, capsys):
     create_retriever(encoder_folder, llama, Words())
     assert "Loading weights" not in capsys.readouterr().err
+
+
+def test_the_language_models_weights_do_not_depend_on_its_mode(llama):
+    llama.config.attention_dropout = 0.5
+    for layer in llama.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    passage = Passage((5, 6, 7), 0)
+    expected = create_retriever("lm", llama, None).embed_chunks([passage])
+    llama.train()
+    assert torch.equal(create_retriever("lm", llama, None).embed_chunks([passage]), expected)
+    assert llama.training
