@@ -55,6 +55,11 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
+    def join(self) -> None:
+        """Let the current stream go on only after all that the side stream was given."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def hand_over(self, tensors: Iterable[Tensor]) -> Arrival | None:
         """Let tensors made beside be used by the current stream, once it has waited for the arrival."""
         if self._stream is None:

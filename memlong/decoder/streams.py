@@ -242,7 +242,12 @@ class Streams:
                     row.recall(query)
 
     def _bring(self, *, gradients: bool) -> None:
-        with self._side.beside(), torch.set_grad_enabled(gradients):
+        if gradients:  # where the rest of the model is: gradients of one leaf are best made on one stream
+            self._side.join()
+            with torch.enable_grad():
+                self._memory = self._assemble()
+            return
+        with self._side.beside():
             memory = self._assemble()
         self._memory = memory and replace(memory, arrival=self._side.hand_over(memory.tensors))
 
