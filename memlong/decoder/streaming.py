@@ -1,0 +1,306 @@
+"""StreamingDecoder: lets text of any length go through a transformers model over a memory.
+
+What it is for, and how it is used, :class:`~memlong.decoder.MemoryDecoder` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlong.bank import ChunkLayout, MemoryBank, TieredStore
+from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
+from memlong.decoder.banks import check_banks
+from memlong.decoder.config import MemoryConfig, parse_layers
+from memlong.decoder.gates import make_gates
+from memlong.decoder.placement import check_positions, check_sight
+from memlong.decoder.probe import ModelLayout, probe
+from memlong.decoder.recall import RandomChunks
+from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.retrievers.create import create_retriever
+from memlong.decoder.sources import KvSource, make_source
+from memlong.decoder.streams import Segment, Streams
+from memlong.decoder.tokens import token_lists
+from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.plugins import Registry
+from memlong.plugins.options import check_options as check_store_options
+
+
+class StreamingDecoder:
+    """A model, its streams and their memory: attaching, reading and detaching.
+
+    Parameters and errors are those of :class:`~memlong.decoder.MemoryDecoder`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: MemoryConfig | None = None,
+        *,
+        retriever: Retriever | None = None,
+        registry: Registry | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = MemoryConfig() if config is None else config
+        if not isinstance(self.config, MemoryConfig):
+            raise InvalidArgumentError(f"config is {config!r}; expected a MemoryConfig.")
+        if retriever is not None and not isinstance(retriever, Retriever):
+            raise InvalidArgumentError(
+                f"retriever is {retriever!r}; expected a Retriever. Its name goes into the MemoryConfig."
+            )
+        self._layout = probe(model)
+        check_positions(self.config, self._layout)
+        self.retrieval_layers = parse_layers(
+            self.config.retrieval_layers, self._layout.full_attention_layers, len(self._layout.layers)
+        )
+        check_sight(self.config, self._layout, self.retrieval_layers)
+        like = cast("Tensor", model.get_input_embeddings().weight)
+        self._source = make_source(self.config, self._layout, self.retrieval_layers, like)
+        self.gates = make_gates(self.config, self._layout.layers[0].heads, self.retrieval_layers, like)
+        self._registry = registry or Registry()
+        self.retriever = retriever
+        if self.config.backend is not None:
+            self._registry.load_backend_class(self.config.backend)  # say now what cannot be had
+            if self.config.store:
+                check_store_options("store", TieredStore, self.config.store)
+                TieredStore(**self.config.store).check_device(model.device)
+            if retriever is None:
+                self.retriever = create_retriever(
+                    self.config.retriever, model, tokenizer, self.config.retriever_options, self._registry
+                )
+            bank = self._new_bank()  # the options of a backend and its capacity, too
+            if bank is not None:
+                bank.check_layout(self.layout)
+        self._slot = AttentionSlot()
+        self._attached = ExitStack()
+        self._is_attached = False
+        self.reset()
+
+    def __enter__(self) -> Self:
+        check_free(self.model)
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(installed(self._slot, self._layout.modules))
+            stack.enter_context(replaced_attention(self.model))
+            self._attached = stack.pop_all()
+        self._is_attached = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_attached = False
+        self._attached.close()
+
+    @property
+    def banks(self) -> tuple[MemoryBank, ...]:
+        """The bank of each row; none before the first token, or without a backend."""
+        rows = self._streams.rows if self._streams else ()
+        return tuple(row.bank for row in rows if isinstance(row.bank, MemoryBank))
+
+    @property
+    def device_kv_bytes(self) -> int:
+        """Bytes of keys and values that attention works on, windows and what is retrieved; the banks' own apart."""
+        return self._streams.nbytes if self._streams else 0
+
+    @property
+    def tokens_read(self) -> tuple[int, ...]:
+        """How many tokens each row's stream has read."""
+        return tuple(row.seen for row in self._streams.rows) if self._streams else ()
+
+    @property
+    def model_layout(self) -> ModelLayout:
+        """What the model is made of, layer by layer."""
+        return self._layout
+
+    @property
+    def source(self) -> KvSource:
+        """What is stored of a chunk, and what each retrieval layer makes of it."""
+        return self._source
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Shape (layers, kv_heads, chunk_size, head_dim), dtype and device of a chunk's keys and of its values."""
+        return self._source.block_layout(self.config.chunk_size, self.model.dtype, self.model.device)
+
+    def reset(
+        self, banks: Sequence[MemoryBank] | None = None, *, random_chunks: RandomChunks | None = None
+    ) -> None:
+        """Begin new streams, with empty windows.
+
+        Parameters
+        ----------
+        banks
+            A bank for each row, for instance one that already holds another text, which the same model read with the
+            same ``retrieval_layers``; new ones by default.
+        random_chunks
+            Now and then, chunks at random instead of those that were asked for, as training uses them.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a bank does not fit the retriever, the model or the settings, or two rows would share one.
+        """
+        self._given_banks = None if banks is None else self._checked(banks)
+        self._random_chunks = random_chunks
+        self._streams: Streams | None = None
+        self._call = object()  # the latest call that reads; those before it have ended
+
+    def use_banks(self, banks: Sequence[MemoryBank]) -> None:
+        """Let the streams go on with other banks, from the next retrieval; their windows stay.
+
+        Parameters
+        ----------
+        banks
+            One for each row, as :meth:`reset` takes them.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a bank does not fit, two rows would share one, or there are not as many as rows.
+        """
+        given = self._checked(banks)
+        rows = self._streams.rows if self._streams else ()
+        if len(given) != len(rows):
+            raise InvalidArgumentError(
+                f"banks holds {len(given)} banks for {len(rows)} rows; expected one for each row that streams."
+            )
+        for row, bank in zip(rows, given, strict=True):
+            row.bank = bank
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        logits: Literal["all", "last"] = "all",
+        gradients: bool = False,
+    ) -> Iterator[Segment]:
+        """Send text through the model, segment by segment; a later call goes on where this one ended.
+
+        Segments begin at multiples of ``segment_size`` in the stream, however the text is cut into calls, so that the
+        same text always meets the same memory.
+
+        Parameters
+        ----------
+        input_ids
+            [rows, tokens], int64.
+        attention_mask
+            [rows, tokens]; 0 where padded, which may be anywhere.
+        logits
+            ``"all"``, or only the ``"last"`` token's of each forward call, which saves time when reading in.
+        gradients
+            Whether each forward call records gradients, back to what made the memory that it retrieved (latent maps,
+            gates). The window and stored memory of earlier segments are constants: truncated backpropagation.
+
+        Yields
+        ------
+        Segment
+            One for each forward call.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If shapes, token ids or the number of rows are wrong.
+        MemlongError
+            If the decoder is not attached, or was reset while this call was under way.
+        """
+        if logits not in ("all", "last"):
+            raise InvalidArgumentError(f"logits is {logits!r}; expected 'all' or 'last'.")
+        pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
+        self._streams = self._streams_for(len(pending))
+        self._call = object()
+        return self._segments(self._streams, pending, 0 if logits == "all" else 1, gradients=gradients)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Read text in, and return the logits [rows, vocabulary] that follow each row's last token.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a row holds no token, or as :meth:`stream` does.
+        """
+        if not all(token_lists(input_ids, attention_mask, self._layout.vocabulary)):
+            raise InvalidArgumentError(
+                "A row of input_ids holds no token; expected at least one in every row."
+            )
+        last: Tensor | None = None
+        for segment in self.stream(input_ids, attention_mask, logits="last"):
+            fresh = segment.logits[:, -1]
+            spoke = segment.tokens[:, -1:].to(fresh.device) >= 0
+            last = fresh if last is None else torch.where(spoke, fresh, last)
+        return cast("Tensor", last)
+
+    def _segments(
+        self, streams: Streams, pending: list[list[int]], logits_to_keep: int, *, gradients: bool
+    ) -> Iterator[Segment]:
+        segments = streams.read(pending, self._slot, logits_to_keep, gradients=gradients)
+        call = self._call
+        while True:
+            self._check_attached()
+            if call is not self._call:
+                raise MemlongError(
+                    "This call of stream() has ended: reset(), generate() or another stream() came before its last "
+                    "segment. What it had not read yet is not in the stream."
+                )
+            segment = next(segments, None)
+            if segment is None:
+                return
+            yield segment
+
+    def _check_attached(self) -> None:
+        if not self._is_attached:
+            raise MemlongError(
+                "The decoder is not attached to its model: stream and generate inside `with decoder:`."
+            )
+
+    def _streams_for(self, rows: int) -> Streams:
+        if self._streams is None:
+            return self._begin(rows)
+        if rows != len(self._streams.rows):
+            raise InvalidArgumentError(
+                f"input_ids has {rows} rows, but the streams so far have {len(self._streams.rows)}; "
+                "call reset() to begin new ones."
+            )
+        return self._streams
+
+    def _begin(self, rows: int) -> Streams:
+        given = self._given_banks
+        if given is not None and len(given) != rows:
+            raise InvalidArgumentError(
+                f"banks holds {len(given)} banks for {rows} rows; expected one for each row."
+            )
+        banks = given or [self._new_bank() for _ in range(rows)]
+        return Streams(
+            self.model,
+            self._layout,
+            self.config,
+            self.retriever,
+            self._source,
+            banks,
+            self.gates,
+            self._random_chunks,
+        )
+
+    def _new_bank(self) -> MemoryBank | None:
+        if self.config.backend is None or self.retriever is None:
+            return None
+        options = {"metric": self.retriever.metric, **self.config.backend_options}
+        if self.config.store:
+            options["store"] = TieredStore(**self.config.store)
+        return self._registry.create_bank(self.config.backend, self.retriever.dim, **options)
+
+    def _checked(self, banks: Sequence[MemoryBank]) -> tuple[MemoryBank, ...]:
+        if self.retriever is None or self.config.backend is None:
+            raise InvalidArgumentError(
+                "banks were given, but the configuration has backend=None: name a backend."
+            )
+        return check_banks(banks, self.retriever, self.layout)
