@@ -56,7 +56,7 @@ class MemoryConfig:
         With ``kv_source="latent"``, the file that ``memlong fit`` wrote.
     gate_init
         What each head of each retrieval layer adds to its logits of memory, until training changes it; ``None`` for no
-        gates at all. With -8 a model that was not trained to read memory starts as nearly the plain one.
+        gates at all. The lower, the nearer to the plain model does one start that was not trained to read memory.
     gates
         A file of gates that training wrote, instead of ``gate_init``.
     retrieval_layers

@@ -20,8 +20,8 @@ _FORMAT = "memlong-gates-1"
 class MemoryGates(nn.Module):
     """What each head of each retrieval layer adds to its logits of memory, before the one softmax.
 
-    A gate of 0 changes nothing; one of -8 leaves a chunk a three-thousandth of its weight, so that a model that was not
-    trained to read memory starts as nearly the plain one.
+    A gate of 0 changes nothing; one of -8 leaves a token of memory a three-thousandth of its weight: the lower, the
+    nearer to the plain model does one start that was not trained to read memory.
 
     Parameters
     ----------
