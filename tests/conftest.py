@@ -25,7 +25,7 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_ALTERNATING = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_ALTERNATING = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", _GROUPED),

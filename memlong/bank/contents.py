@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from weakref import WeakMethod
 
 import numpy as np
 
@@ -36,14 +37,14 @@ class Contents:
         Empty.
     store : KeyValueStore
         Empty.
-    on_undo : callable
+    on_undo : method
         Told, before anything else, that the index over the table may be wrong.
     """
 
     def __init__(self, table: ChunkTable, store: KeyValueStore, on_undo: Callable[[], None]) -> None:
         self._table = table
         self._store = store
-        self._on_undo = on_undo
+        self._on_undo = WeakMethod(on_undo)  # or a bank would hold itself, and all that it remembers
         self._layout: ChunkLayout | None = None
         self._next_id = 0
         self._before: _Before | None = None
@@ -99,7 +100,9 @@ class Contents:
         before = self._before
         if before is None:
             return
-        self._on_undo()
+        on_undo = self._on_undo()
+        if on_undo is not None:
+            on_undo()
         self._table.restore(before.rows)
         held = np.array([chunk_id in self._store for chunk_id in self._table.ids.tolist()], dtype=bool)
         self._table.remove(np.flatnonzero(~held))

@@ -46,7 +46,7 @@ def test_a_rotation_that_hardly_moves_the_keys_is_found_in_bfloat16_too():
 
 def test_sliding_windows_are_found(tiny_model):
     layout = probe(tiny_model("Gemma3"))
-    assert [layer.sliding_window for layer in layout.layers] == [32, None, 32, None]
+    assert [layer.sliding_window for layer in layout.layers] == [40, None, 40, None]
     assert layout.full_attention_layers == (1, 3)
     assert probe(tiny_model("Mistral-sliding")).full_attention_layers == (0, 1, 2, 3)
 
