@@ -75,7 +75,7 @@ def test_a_result_that_cannot_be_written_is_printed(run):
 
 
 def test_a_run_that_fails_leaves_no_file(run, tmp_path):
-    run(model="no-such-model", json=tmp_path / "left.json")
+    run(model=tmp_path / "no-such-model.gguf", json=tmp_path / "left.json")
     assert not (tmp_path / "left.json").exists()
 
 

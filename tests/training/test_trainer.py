@@ -190,7 +190,9 @@ def test_float16_is_refused(llama, small, text, tmp_path):
 
 
 def test_bfloat16_learns_in_float32_and_settles(llama, small, text, tmp_path):
-    decoder = MemoryDecoder(llama.bfloat16(), None, small(kv_source="shared", gate_init=0.0))
+    decoder = MemoryDecoder(
+        llama.bfloat16(), None, small(kv_source="shared", gate_init=0.0, retrieval_layers="2-3")
+    )
     config = TrainingConfig(steps=4, rows=1, document_tokens=64, lora_rank=2, warmup_steps=0)
     run = Trainer(decoder, [text(90)[0]], config, folder=tmp_path)
     learning = [parameter for parameter in llama.parameters() if parameter.requires_grad]
