@@ -97,7 +97,8 @@ class DiskSlots:
         """Give all other slots back, where an interrupt has left it open which are in use."""
         with self._lock:
             self._free = set(range(self._end)).difference(slots)
-            self._shrink()
+            with suppress(OSError):  # free slots that stay in the file are used again
+                self._shrink()
 
     def close(self) -> None:
         """Give everything back, as the end of this object does."""

@@ -174,7 +174,7 @@ class StreamingDecoder:
                 f"banks holds {len(given)} banks for {len(rows)} rows; expected one for each row that streams."
             )
         for row, bank in zip(rows, given, strict=True):
-            row.bank = bank
+            row.bank, row.storing_from = bank, None
 
     def stream(
         self,

@@ -232,7 +232,7 @@ class Streams:
 
     def _retrieve(self, starting: Sequence[Row]) -> None:
         # A bank that was given may hold something before the stream has any text to ask with.
-        asking = [row for row in starting if row.seen and row.bank is not None and len(row.bank)]
+        asking = [row for row in starting if row.query().token_ids and row.bank is not None and len(row.bank)]
         for row in starting:
             row.forget()
         if asking and self._retriever is not None:

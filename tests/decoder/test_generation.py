@@ -244,6 +244,24 @@ def test_the_pipeline_of_transformers_answers_from_memory(llama, small, text, tm
     assert "generate" not in vars(llama)
 
 
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_short_prompt_over_a_bank_that_was_given_is_answered_from_it(llama, small, text, length):
+    options = {
+        "max_new_tokens": 1,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(90))
+        banks = decoder.banks
+        decoder.reset()
+        without = decoder.generate(text(length, seed=1), **options).logits[0]
+        decoder.reset(banks)
+        with_memory = decoder.generate(text(length, seed=1), **options).logits[0]
+    assert not torch.allclose(with_memory, without, atol=1e-3)
+
+
 @pytest.mark.parametrize("remember", [True, False])
 def test_what_a_turn_held_is_let_go_at_once(llama, small, text, remember):
     with MemoryDecoder(llama, None, small()) as decoder:
