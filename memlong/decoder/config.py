@@ -155,11 +155,13 @@ class MemoryConfig:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}; expected {_EXPECTED[kind]}.")
         if self.memory_layer is not None and self.kv_source != "shared":
             raise InvalidArgumentError(
-                f"memory_layer is {self.memory_layer}, but kv_source is {self.kv_source!r}: it goes with 'shared' alone."
+                f"memory_layer is {self.memory_layer}, but kv_source is {self.kv_source!r}: it goes with 'shared' "
+                "alone."
             )
         if self.maps is not None and self.kv_source != "latent":
             raise InvalidArgumentError(
-                f"maps is {self.maps!r}, but kv_source is {self.kv_source!r}: set kv_source to 'latent', or leave maps out."
+                f"maps is {self.maps!r}, but kv_source is {self.kv_source!r}: set kv_source to 'latent', or leave maps "
+                "out."
             )
         taken = sorted(_NOT_OPTIONS & set(self.backend_options))
         if taken:
