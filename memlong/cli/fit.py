@@ -57,5 +57,5 @@ def fit(
         maps = fit_latent_maps(
             language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed
         )
-    maps.to(dtype=language_model.dtype).save(out)
+    maps.save(out)
     typer.echo(f"{out}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers")

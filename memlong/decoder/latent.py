@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from memlong.errors import InvalidArgumentError
 
-_FORMAT = "memlong-latent-maps-1"
-_NAMES = ("mean", "encode", "decode")
+_FORMAT = "memlong-latent-maps-2"
+_NAMES = ("encode", "decode")
+_STEPS = 127  # of int8, on either side of 0
 
 
 class LatentMaps(nn.Module):
@@ -74,14 +75,41 @@ class LatentMaps(nn.Module):
         keys, values = ((latent @ decode[side].T).view(-1, *mean[side].shape) + mean[side] for side in (0, 1))
         return keys.transpose(0, 1), values.transpose(0, 1)
 
-    def save(self, path: str | Path) -> None:
-        """Write the maps as one safetensors file."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _NAMES}
+    def round_to_saved(self) -> None:
+        """Make the maps what :meth:`save` writes, which has fewer digits."""
+        for name in _NAMES:
+            tensor = getattr(self, name).detach()
+            steps, scale = _quantized(tensor.float())
+            tensor.copy_(steps * scale)
+
+    def save(self, path: str | Path, *, compact: bool = True) -> None:
+        """Write the maps as one safetensors file.
+
+        Parameters
+        ----------
+        path
+            The file.
+        compact
+            In int8 with a scale for each channel of K-V, a quarter of the bytes; or as they are.
+
+        Raises
+        ------
+        OSError, SafetensorError
+            If it cannot be written.
+        """
+        tensors = {"mean": self.mean.detach().float().cpu().contiguous()}
+        for name in _NAMES:
+            exact = getattr(self, name).detach().float().cpu()
+            if compact:
+                steps, scale = _quantized(exact)
+                tensors |= {name: steps.contiguous(), f"{name}_scale": scale.contiguous()}
+            else:
+                tensors[name] = exact.contiguous()
         save_file(tensors, path, metadata={"format": _FORMAT, "layers": json.dumps(self.layers)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, float32.
 
         Raises
         ------
@@ -97,10 +125,24 @@ class LatentMaps(nn.Module):
                         "as `memlong fit` writes it."
                     )
                 layers = tuple(json.loads(metadata["layers"]))
-                return cls(layers, *(file.get_tensor(name) for name in _NAMES))
+                both = [file.get_tensor(name) for name in _NAMES]
+                if both[0].dtype == torch.int8:
+                    scales = (file.get_tensor(f"{name}_scale") for name in _NAMES)
+                    both = [steps * scale for steps, scale in zip(both, scales, strict=True)]
+                return cls(layers, file.get_tensor("mean"), *both)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, InvalidArgumentError):
                 raise
             raise InvalidArgumentError(
                 f"maps names {str(path)!r}, which cannot be read: {error}. Make the file with `memlong fit`."
             ) from error
+
+
+def _quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps of int8, and how long a step is, for each channel of K-V: along the last dimension.
+
+    Lengths are powers of two, so that a number of steps is exact in bfloat16, too.
+    """
+    largest = tensor.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * _STEPS)
+    scale = torch.exp2((largest / _STEPS).log2().ceil())
+    return (tensor / scale).round().to(torch.int8), scale

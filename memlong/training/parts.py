@@ -42,9 +42,9 @@ class LearningParts:
         self._model.requires_grad_(False)
         if config.lora_rank:
             self._add_lora(decoder, config)
-        maps = decoder.source.maps if isinstance(decoder.source, LatentSource) else None
+        self._maps = decoder.source.maps if isinstance(decoder.source, LatentSource) else None
         for part, wanted, prefix in (
-            (maps, config.train_maps, "maps"),
+            (self._maps, config.train_maps, "maps"),
             (decoder.gates, config.train_gates, "gates"),
         ):
             for name, parameter in part.named_parameters() if part is not None else ():
@@ -80,6 +80,8 @@ class LearningParts:
             if not name.startswith("gates."):
                 parameter.data = parameter.data.to(self._model.dtype)
             parameter.requires_grad_(False)
+        if self._maps is not None:
+            self._maps.round_to_saved()
 
     def _add_lora(self, decoder: MemoryDecoder, config: TrainingConfig) -> None:
         if find_spec("peft") is None:

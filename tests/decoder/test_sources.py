@@ -23,7 +23,7 @@ def maps_file(tmp_path, text):
     def make(model, **options):
         options.setdefault("dim", 16)
         path = tmp_path / "maps.safetensors"
-        fit_latent_maps(model, list(text(600).split(60, dim=1)), **options).save(path)
+        fit_latent_maps(model, list(text(600).split(60, dim=1)), **options).save(path, compact=False)
         return str(path)
 
     return make
@@ -126,11 +126,30 @@ def test_a_file_of_something_else_is_refused(llama, small, tmp_path):
 
 def test_maps_come_back_as_they_were_saved(llama, text, tmp_path):
     maps = fit_latent_maps(llama, [text(60)], dim=8)
-    maps.save(tmp_path / "maps.safetensors")
+    maps.save(tmp_path / "maps.safetensors", compact=False)
     again = LatentMaps.load(tmp_path / "maps.safetensors")
     assert again.layers == maps.layers
     for mine, other in zip(maps.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_maps_in_int8_are_exact_in_bfloat16_too(llama, text, tmp_path):
+    maps = fit_latent_maps(llama, [text(60)], dim=8)
+    exact = {name: tensor.clone() for name, tensor in maps.state_dict().items()}
+    maps.save(tmp_path / "maps.safetensors")
+    maps.round_to_saved()
+    for dtype in (torch.float32, torch.bfloat16):
+        again = LatentMaps.load(tmp_path / "maps.safetensors").to(dtype)
+        again.save(tmp_path / "again.safetensors")
+        again = LatentMaps.load(tmp_path / "again.safetensors")
+        assert again.layers == maps.layers
+        for name in ("encode", "decode"):
+            mine = maps.state_dict()[name]
+            assert torch.equal(again.state_dict()[name], mine)
+            largest = exact[name].abs().amax(dim=-1, keepdim=True)
+            assert (
+                (mine - exact[name]).abs() <= largest / 127 + 1e-12
+            ).all()  # half a step, which is rounded up
 
 
 @pytest.mark.parametrize("dim", [0, 7, 60])

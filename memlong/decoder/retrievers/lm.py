@@ -42,7 +42,7 @@ class LanguageModelRetriever(Retriever):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, dim: int = 1024, sharpness: float = 1.0, pairs: float = 0.0
+        self, model: Any, tokenizer: Any, *, dim: int = 4096, sharpness: float = 1.0, pairs: float = 0.5
     ) -> None:
         super().__init__(model, tokenizer)
         self._dim = whole_number("dim", dim, at_least=1)
