@@ -141,9 +141,7 @@ def _systems(
     listed = [
         plain(WINDOW, window),
         plain(EQUAL, replace(window, local_window=memory.local_window + retrieved)),
-        plain(
-            FULL, replace(window, local_window=positions - memory.sink_tokens), positions - memory.sink_tokens
-        ),
+        plain(FULL, replace(window, local_window=positions - memory.sink_tokens), positions),
         *(plain(f"{LAYER}, {name}", replace(memory, retriever=name)) for name in retrievers),
         plain(RANDOM, replace(memory, **random)),
     ]

@@ -147,3 +147,70 @@ def test_the_long_context_bench_names_a_text_that_is_too_short(folder, book):
     typed = ["--model", folder, "--text", book, "--dtype", "float32", "--one", "memory:2000"]
     with pytest.raises(InvalidTextError, match="1,500 tokens, fewer than 2,000: give a longer one"):
         raise invoke(script("bench/long_context.py"), *typed).exception
+
+
+@pytest.fixture
+def lengths(folder, book, tmp_path):
+    bench = script("bench/context_lengths.py")
+
+    def run(*typed: object):
+        options = ["--text", book, "--model", folder, "--dtype", "float32", "--out", tmp_path / "lengths"]
+        return bench, invoke(bench, *options, "--lengths", "1024,1500,4096", "--score-from", 1100, *typed)
+
+    return run
+
+
+def test_perplexity_by_length_has_a_row_for_each_system_and_a_cell_for_each_length(lengths, tmp_path):
+    _, result = lengths()
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "lengths" / "context_lengths.json").read_text(encoding="utf-8"))
+    (rows,) = found["texts"].values()
+    assert list(rows) == [
+        "plain window",
+        "plain window, equal budget",
+        "full attention",
+        "memory, lm",
+        "random chunks",
+    ]
+    assert all(list(row) == ["1024", "1500"] for row in rows.values())
+    # The first window's length is the same for all, and full attention is a window that nothing leaves.
+    assert len({row["1024"]["perplexity"] for row in rows.values()}) == 1
+    assert rows["full attention"]["1500"] == rows["plain window, equal budget"]["1500"]
+    ratios = found["ratios"]["book.txt"]["memory, lm"]["all"]
+    assert ratios["tokens"] == 400
+    assert set(ratios) > {"to plain window", "to plain window, equal budget", "to random chunks"}
+    assert (tmp_path / "lengths" / "context_lengths.png").stat().st_size > 0
+
+
+def test_what_was_measured_is_not_measured_again(lengths, monkeypatch):
+    bench, first = lengths("--system", "plain")
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("streamed again")
+
+    monkeypatch.setattr(bench, "evaluate_perplexity", again)
+    _, second = lengths("--system", "plain")
+    monkeypatch.undo()
+    assert second.exit_code == first.exit_code == 0
+    assert second.stdout == first.stdout
+
+
+def test_candidates_stand_beside_the_retrievers(folder, book, tmp_path):
+    rows = ["lm", "random", "token", "hidden", "keys", "mixed: lm and last"]
+    typed = [part for row in rows for part in ("--row", row)]
+    options = ["--text", book, "--model", folder, "--dtype", "float32", "--max-tokens", 1500]
+    out = tmp_path / "retrievers.json"
+    result = invoke(script("bench/retrievers.py"), *options, "--score-from", 1200, "--out", out, *typed)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["retriever"] for row in found] == [
+        "lm",
+        "lm, tokens alone",
+        "random",
+        "token embeddings",
+        "hidden states, middle layer",
+        "hidden states, last layer",
+        "keys and queries, middle layer",
+        "mixed: lm and last hidden states",
+    ]
+    assert all(row["perplexity"] > 1 and row["ms_per_segment"] > 0 for row in found)
