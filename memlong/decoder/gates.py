@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.tensor_file import read_tensors, write_tensors
 from memlong.errors import InvalidArgumentError
 
 _FORMAT = "memlong-gates-1"
@@ -46,8 +44,7 @@ class MemoryGates(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the gates as one safetensors file."""
-        metadata = {"format": _FORMAT, "layers": json.dumps(self.layers)}
-        save_file({"bias": self.bias.detach().cpu().contiguous()}, path, metadata=metadata)
+        write_tensors(path, _FORMAT, self.layers, {"bias": self.bias})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -58,21 +55,12 @@ class MemoryGates(nn.Module):
         InvalidArgumentError
             If the file is missing or holds something else.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise InvalidArgumentError(
-                        f"gates names {str(path)!r}, whose format is {metadata.get('format')!r}; expected {_FORMAT!r}, "
-                        "as `memlong train` writes it."
-                    )
-                return cls(tuple(json.loads(metadata["layers"])), file.get_tensor("bias"))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, InvalidArgumentError):
-                raise
+        layers, tensors = read_tensors(path, _FORMAT, field="gates", command="memlong train")
+        if "bias" not in tensors:
             raise InvalidArgumentError(
-                f"gates names {str(path)!r}, which cannot be read: {error}. Make the file with `memlong train`."
-            ) from error
+                f"gates names {str(path)!r}, which holds no gates. Make the file with `memlong train`."
+            )
+        return cls(layers, tensors["bias"])
 
 
 def make_gates(

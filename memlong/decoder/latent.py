@@ -6,15 +6,13 @@ do: the vector is stored, and a map of each layer's own turns it into that layer
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from memlong.decoder.tensor_file import read_tensors, write_tensors
 from memlong.errors import InvalidArgumentError
 
 _FORMAT = "memlong-latent-maps-2"
@@ -97,15 +95,14 @@ class LatentMaps(nn.Module):
         OSError, SafetensorError
             If it cannot be written.
         """
-        tensors = {"mean": self.mean.detach().float().cpu().contiguous()}
+        tensors = {"mean": self.mean.float()}
         for name in _NAMES:
-            exact = getattr(self, name).detach().float().cpu()
+            exact = getattr(self, name).detach().float()
             if compact:
-                steps, scale = _quantized(exact)
-                tensors |= {name: steps.contiguous(), f"{name}_scale": scale.contiguous()}
+                tensors[name], tensors[f"{name}_scale"] = _quantized(exact)
             else:
-                tensors[name] = exact.contiguous()
-        save_file(tensors, path, metadata={"format": _FORMAT, "layers": json.dumps(self.layers)})
+                tensors[name] = exact
+        write_tensors(path, _FORMAT, self.layers, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -116,26 +113,16 @@ class LatentMaps(nn.Module):
         InvalidArgumentError
             If the file is missing or holds something else.
         """
+        layers, tensors = read_tensors(path, _FORMAT, field="maps", command="memlong fit")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise InvalidArgumentError(
-                        f"maps names {str(path)!r}, whose format is {metadata.get('format')!r}; expected {_FORMAT!r}, "
-                        "as `memlong fit` writes it."
-                    )
-                layers = tuple(json.loads(metadata["layers"]))
-                both = [file.get_tensor(name) for name in _NAMES]
-                if both[0].dtype == torch.int8:
-                    scales = (file.get_tensor(f"{name}_scale") for name in _NAMES)
-                    both = [steps * scale for steps, scale in zip(both, scales, strict=True)]
-                return cls(layers, file.get_tensor("mean"), *both)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, InvalidArgumentError):
-                raise
+            mean, both = tensors["mean"], [tensors[name] for name in _NAMES]
+            if both[0].dtype == torch.int8:
+                both = [tensors[name] * tensors[f"{name}_scale"] for name in _NAMES]
+        except (KeyError, RuntimeError) as error:
             raise InvalidArgumentError(
-                f"maps names {str(path)!r}, which cannot be read: {error}. Make the file with `memlong fit`."
+                f"maps names {str(path)!r}, which holds no maps: {error}. Make the file with `memlong fit`."
             ) from error
+        return cls(layers, mean, *both)
 
 
 def _quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,64 @@
+"""Tensors in a safetensors file that says what it is and for which layers: what maps and gates are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memlong.errors import InvalidArgumentError
+
+
+def write_tensors(
+    path: str | Path, kind: str, layers: tuple[int, ...], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write tensors for some layers.
+
+    Raises
+    ------
+    OSError, SafetensorError
+        If they cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata={"format": kind, "layers": json.dumps(layers)})
+
+
+def read_tensors(
+    path: str | Path, kind: str, *, field: str, command: str
+) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+    """Read what :func:`write_tensors` wrote: the layers, and tensors by name.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kind
+        Of what kind it must be.
+    field, command
+        For messages: the setting that names the file, and the command that writes one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the file is missing, damaged or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise InvalidArgumentError(
+                    f"{field} names {str(path)!r}, whose format is {metadata.get('format')!r}; expected {kind!r}, as "
+                    f"`{command}` writes it."
+                )
+            layers = tuple(json.loads(metadata["layers"]))
+            return layers, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(
+            f"{field} names {str(path)!r}, which cannot be read: {error}. Make the file with `{command}`."
+        ) from error
