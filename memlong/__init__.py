@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memlong.bank import EvictionPolicy, KeyValueStore, MemoryBank, Retrieved, SearchResult
     from memlong.decoder import MemoryConfig, MemoryDecoder, Passage, Retriever, Segment, load_model
-    from memlong.errors import MemlongError
-    from memlong.plugins import PluginManager, Registry, create_bank, hookimpl, list_backends
+    from memlong.errors import MemlongError, SnapshotError
+    from memlong.plugins import PluginManager, Registry, create_bank, hookimpl, list_backends, load_bank
 
 __version__ = "0.1.0"
 
@@ -17,8 +17,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "memlong.bank": ("EvictionPolicy", "KeyValueStore", "MemoryBank", "Retrieved", "SearchResult"),
     "memlong.decoder": ("MemoryConfig", "MemoryDecoder", "Passage", "Retriever", "Segment", "load_model"),
-    "memlong.errors": ("MemlongError",),
-    "memlong.plugins": ("PluginManager", "Registry", "create_bank", "hookimpl", "list_backends"),
+    "memlong.errors": ("MemlongError", "SnapshotError"),
+    "memlong.plugins": (
+        "PluginManager",
+        "Registry",
+        "create_bank",
+        "hookimpl",
+        "list_backends",
+        "load_bank",
+    ),
 }
 
 __all__ = [
@@ -35,10 +42,12 @@ __all__ = [
     "Retriever",
     "SearchResult",
     "Segment",
+    "SnapshotError",
     "__version__",
     "create_bank",
     "hookimpl",
     "list_backends",
+    "load_bank",
     "load_model",
 ]
 

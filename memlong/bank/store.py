@@ -36,6 +36,10 @@ class KeyValueStore(ABC):
             [n, layers, kv_heads, chunk, head_dim], any strides; they belong to the caller.
         """
 
+    def take(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store blocks that the caller gives away, as `put` does otherwise; a store may keep the very tensors."""
+        self.put(ids, keys, values)
+
     @abstractmethod
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return fresh stacked copies of the keys and of the values of at least one id.
@@ -103,6 +107,13 @@ class InMemoryStore(KeyValueStore):
             for chunk_id, key, value in zip(ids, keys.unbind(0), values.unbind(0), strict=True)
         }
         self._blocks.update(blocks)
+
+    def take(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep a single block as it is; of several, copies, or one that stays would keep the memory of all."""
+        if len(ids) > 1 or ids[0] in self._blocks:
+            self.put(ids, keys, values)
+        else:
+            self._blocks[ids[0]] = (keys[0], values[0])
 
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Stack the blocks."""
