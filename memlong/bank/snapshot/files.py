@@ -183,9 +183,9 @@ class NewFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
-                os.fsync(self._file.fileno())
-            self._file.close()
+            with self._file:
+                if kind is None:
+                    os.fsync(self._file.fileno())
         except OSError as failure:
             raise unwritable(self._path, failure) from failure
 
