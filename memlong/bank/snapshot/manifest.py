@@ -171,6 +171,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(path, f"names {max(names, key=names.count)!r} more than once")
     if found.kind == "bank" and (len(banks) != 1 or found.extra):
         raise damaged(path, f"says that it is of one bank, but describes {len(banks)} and other things")
+    if found.kind == "decoder" and not found.extra:
+        raise damaged(path, "says that it is of a decoder, but describes no streams")
     return found
 
 
