@@ -21,7 +21,7 @@ from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.bank.store import KeyValueStore
 
 _SEGMENT_BYTES = 256 << 20
-_BATCH_BYTES = 8 << 20
+_BATCH_BYTES = 1 << 20  # so that a block of usual size is read into memory of its own, and stays there
 _MOST_SMALL = 32
 
 
@@ -78,11 +78,12 @@ def _write_segment(
     with writer.new_file("blocks", "safetensors") as file:
         file.write(blocks_header(layout, count))
         for ids in _batches(content.ids.tolist(), layout):
-            records = torch.stack([each.cpu() for each in store.get(ids)], dim=1)
-            for record in records:
-                content_bytes = bytes_of(record)
-                checks.append(zlib.crc32(content_bytes))
-                file.write(content_bytes)
+            for pair in zip(*(states.cpu() for states in store.get(ids)), strict=True):
+                check = 0
+                for half in map(bytes_of, pair):
+                    check = zlib.crc32(half, check)
+                    file.write(half)
+                checks.append(check)
         blocks = file.record
     arrays: Arrays = {
         "ids": content.ids,
