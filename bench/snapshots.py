@@ -1,7 +1,7 @@
 """What keeping a memory costs: saving and loading a bank beside a plain copy of the same bytes on the same disk.
 
-All run in turns, in one process, each from a cold cache of the files, each until the disk has confirmed what was written;
-ratios are those of the best times.
+All run in turns, in one process, each from a cold cache of the files, each until the disk has confirmed what was
+written; ratios are those of the best times.
 
     make bench
     python bench/snapshots.py --gigabytes 1 --backend hnswlib --folder /tmp --json out/snapshots.json
