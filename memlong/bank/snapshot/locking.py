@@ -45,7 +45,7 @@ class FolderLock:
                 if not _try_lock(self._number):
                     raise self._held_by_another()
             os.ftruncate(self._number, 0)
-            os.pwrite(self._number, f"{os.getpid()}\n".encode(), 0)
+            os.write(self._number, f"{os.getpid()}\n".encode())
         except SnapshotError:
             self._let_go()
             raise
@@ -76,7 +76,7 @@ class FolderLock:
         self._number = -1
 
     def _held_by_another(self) -> SnapshotError:
-        owner = os.pread(self._number, 20, 0).decode(errors="replace").strip()
+        owner = os.read(self._number, 20).decode(errors="replace").strip()
         return SnapshotError(
             f"{str(self._path)!r} is held by {f'process {owner}' if owner else 'another process'}, which writes into "
             "this folder: two writers would overwrite each other. Wait until it is done, or name another folder."
