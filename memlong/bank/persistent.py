@@ -16,7 +16,7 @@ from memlong.bank.eviction import POLICIES
 from memlong.bank.index import IndexHost
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.content import Content
-from memlong.bank.snapshot.files import damaged
+from memlong.bank.snapshot.files import damaged, unwritable
 from memlong.bank.snapshot.lazy import SnapshotStore
 from memlong.bank.snapshot.manifest import BankRecord, IndexRecord
 from memlong.bank.snapshot.reader import StoredBank, folder_of, layout_record, open_snapshot, read_bank
@@ -143,7 +143,11 @@ class PersistentBank(IndexHost):
         if lazy:
             options["store"] = SnapshotStore()
         bank = cls._made_for(stored, options)
-        bank._restore(stored, trust_index=trust_index)  # noqa: SLF001 - its own
+        try:
+            bank._restore(stored, trust_index=trust_index)  # noqa: SLF001 - its own
+        except BaseException:
+            bank._store.clear()  # noqa: SLF001 - its own; what was not proven is nobody's, and there may be another try
+            raise
         return bank
 
     def write_snapshot(self, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
@@ -172,7 +176,10 @@ class PersistentBank(IndexHost):
         segments: list[Segment],
     ) -> BankRecord:
         state = {name: getattr(content, name) for name in ("ids", "retrievals", "last_used")}
-        native = self._index_save()
+        try:
+            native = self._index_save()
+        except OSError as error:  # libraries write files of their own, elsewhere
+            raise unwritable(writer.folder, error) from error
         policy = self._capacity.policy
         return BankRecord(
             made_by=_name(type(self)),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from memlong.bank.copying import stack
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.files import damaged, open_plain, read_fully
 from memlong.bank.snapshot.manifest import SegmentRecord
@@ -48,7 +49,7 @@ class SnapshotStore(KeyValueStore):
         if not any(chunk_id in self._places for chunk_id in ids):
             return self._new.get(ids)
         pairs = [self._one(chunk_id) for chunk_id in ids]
-        return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+        return stack([pair[0] for pair in pairs]), stack([pair[1] for pair in pairs])
 
     def remove(self, ids: Sequence[int]) -> None:
         """Forget blocks; the files stay as they are."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from memlong.bank.snapshot.files import damaged, read_checked
 from memlong.bank.snapshot.lazy import SnapshotStore
-from memlong.bank.snapshot.manifest import BankRecord, ExtraRecord, Manifest, has_manifest
+from memlong.bank.snapshot.manifest import BankRecord, ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.segments import check_finite, write_segments
 from memlong.bank.snapshot.writer import SnapshotWriter
@@ -69,7 +69,7 @@ def compact(path: str | Path) -> dict[str, Any]:
     kind = open_snapshot(folder, lambda manifest: manifest.kind, None)
     with SnapshotWriter(folder, kind) as writer:
         manifest = writer.current
-        if manifest is None or not has_manifest(folder):
+        if manifest is None:
             raise damaged(folder, "lost its manifest meanwhile")
         banks = [
             _compacted(writer, read_bank(folder, manifest, row, "cpu")) for row in range(len(manifest.banks))
@@ -78,6 +78,7 @@ def compact(path: str | Path) -> dict[str, Any]:
 
 
 def _description(manifest: Manifest) -> dict[str, Any]:
+    fingerprint = None if manifest.extra is None else manifest.extra.facts.get("fingerprint")
     return {
         "kind": manifest.kind,
         "generation": manifest.generation,
@@ -85,7 +86,7 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "files": len(manifest.files) + 1,
         "versions": dict(manifest.versions),
         "banks": [_bank(record) for record in manifest.banks],
-        "fingerprint": None if manifest.extra is None else manifest.extra.facts.get("fingerprint"),
+        "fingerprint": fingerprint if isinstance(fingerprint, dict) else None,
     }
 
 

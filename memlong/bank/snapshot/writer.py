@@ -115,6 +115,8 @@ class SnapshotWriter:
         """Make what was written the current state, and remove what it does not need."""
         manifest = Manifest(self._kind, self.token, self._generation, _versions(), tuple(banks), extra)
         sync_folder(self._folder)
+        if self.current is None:
+            sync_folder(self._folder.resolve().parent)
         beside = self._folder / _NEW_MANIFEST
         with NewFile(beside) as file:
             file.write(manifest.to_bytes())

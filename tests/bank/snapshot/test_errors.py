@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from memlong import SnapshotError, create_bank, load_bank
+from memlong.bank import InMemoryStore
 from memlong.bank.snapshot import files, writer
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import _dumped
@@ -236,6 +237,7 @@ def test_an_index_of_another_library_version_is_refused_by_name(make, tmp_path):
 
 def test_a_state_that_is_written_meanwhile_is_read_instead(saved, monkeypatch):
     bank, folder = saved
+    store = InMemoryStore()
     read, turns = files.CheckedFile.finish, iter([True])
 
     def finish(self):
@@ -245,7 +247,19 @@ def test_a_state_that_is_written_meanwhile_is_read_instead(saved, monkeypatch):
         read(self)
 
     monkeypatch.setattr(files.CheckedFile, "finish", finish)
-    assert len(load_bank(folder)) == 8
+    assert len(load_bank(folder, store=store)) == len(store) == 8
+
+
+def test_a_load_that_fails_leaves_its_store_empty(make, tmp_path):
+    make(chunks=300).save(tmp_path)
+    (path,) = tmp_path.glob("blocks-*")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    store = InMemoryStore()
+    with pytest.raises(SnapshotError, match=path.name):
+        load_bank(tmp_path, store=store)
+    assert len(store) == 0
 
 
 HOLD = """

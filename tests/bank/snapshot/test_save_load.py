@@ -101,15 +101,17 @@ def test_keys_and_values_keep_their_bits(tmp_path, dtype, lazy):
 
 
 @pytest.mark.parametrize("state", ["new", "emptied", "reset"])
-def test_a_bank_without_chunks(make, tmp_path, state):
-    bank = make(chunks=0 if state == "new" else 9)
+def test_a_bank_without_chunks(make, backend, tmp_path, state):
+    bank = make(backend, chunks=0 if state == "new" else 9)
     if state == "emptied":
         bank.remove(bank.ids)
     elif state == "reset":
         bank.reset()
     bank.save(tmp_path)
-    loaded = load_bank(tmp_path)
-    assert (len(loaded), loaded.next_id, loaded.layout) == (0, bank.next_id, bank.layout)
+    for trust_index in (False, True):
+        loaded = load_bank(tmp_path, trust_index=trust_index)
+        assert (len(loaded), loaded.next_id, loaded.layout) == (0, bank.next_id, bank.layout)
+        assert loaded.search(random_vectors(1), 2).ids.tolist() == [[-1, -1]]
 
 
 def test_saving_again_writes_what_is_new(make, tmp_path):
