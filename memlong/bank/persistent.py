@@ -260,7 +260,7 @@ class PersistentBank(IndexHost):
 
     def _restore(self, stored: StoredBank, *, trust_index: bool) -> None:
         content, layout = stored.content, stored.layout
-        room = None if layout is None else self._capacity_for(layout)
+        room = None if layout is None else self._room_for(layout, stored)
         leaving = self._capacity.victims(content.usage, room)
         if len(leaving):
             content = content.rows(~np.isin(content.ids, leaving))
@@ -305,6 +305,14 @@ class PersistentBank(IndexHost):
                     f"{str(stored.folder / record.file.name)!r} is not read by this backend's library ({error}). Load "
                     "the snapshot without trust_index, which builds the index anew."
                 ) from error
+
+    def _room_for(self, layout: ChunkLayout, stored: StoredBank) -> int | None:
+        try:
+            return self._capacity_for(layout)
+        except InvalidArgumentError as error:
+            if self._capacity.max_bytes != stored.record.max_bytes or self._store.max_bytes is not None:
+                raise  # it was asked for now
+            raise damaged(stored.manifest_path, f"cannot be of such a bank ({error})") from error
 
     def _capacity_for(self, layout: ChunkLayout) -> int | None:
         embedding_bytes = self._dim * np.dtype(np.float32).itemsize

@@ -131,6 +131,8 @@ class Streams:
                 name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)
             }
             row.go_on(mine, own, blocks)
+            if not all(0 <= token < self._layout.vocabulary for token in own["recent"].tolist()):
+                raise ValueError(f"tokens of row {index} are not the model's")
         first = self._layout.layers[0]
         like = torch.empty(0, dtype=self._model.dtype, device=self._device)
         self._window = self._window.of_tensors(tensors, like, first.kv_heads, first.head_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -244,6 +244,16 @@ def test_the_fingerprint_names_what_it_is_made_of(llama, small):
     assert found["memory_layers"] == [0, 1, 2, 3]
     assert json.loads(json.dumps(found)) == found
     assert found == MemoryDecoder(llama, None, MemoryConfig(**asdict(small(top_k=9)))).fingerprint()
+
+
+def test_tokens_that_are_not_the_models_are_refused(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, text(90))
+    row = decoder._streams.rows[0]
+    row._recent = replace(row._recent, token_ids=(*row._recent.token_ids[:-1], 9999))
+    decoder.save(tmp_path)
+    with pytest.raises(SnapshotError, match="tokens of row 0 are not the model's"):
+        MemoryDecoder.load(tmp_path, llama, None, small())
 
 
 def test_streams_that_were_cut_are_named(llama, small, saved):

@@ -198,6 +198,15 @@ def test_options_that_the_backend_does_not_take(saved):
     assert len(load_bank(folder, "faiss")) == 38
 
 
+def test_a_capacity_that_cannot_hold_a_chunk(saved):
+    _, folder = saved
+    with pytest.raises(InvalidArgumentError, match="max_bytes is 100, but one chunk takes"):
+        load_bank(folder, max_bytes=100)
+    forge(folder, lambda data: data["banks"][0].update(max_bytes=100))
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*max_bytes is 100, but one chunk takes"):
+        load_bank(folder)
+
+
 def test_a_device_that_is_not_here(saved):
     _, folder = saved
     forge(folder, lambda data: data["banks"][0]["layout"].update(device="cuda:99"))
