@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -54,6 +54,12 @@ class KeyValueStore(ABC):
         tuple of torch.Tensor
             Keys and values, each [n, layers, kv_heads, chunk, head_dim].
         """
+
+    def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give the keys and the values of each id, to be read before the next and never changed; no copy if it can."""
+        for chunk_id in ids:
+            keys, values = self.get([chunk_id])
+            yield keys[0], values[0]
 
     @abstractmethod
     def remove(self, ids: Sequence[int]) -> None:
@@ -121,6 +127,12 @@ class InMemoryStore(KeyValueStore):
         keys, values = zip(*(self._blocks[chunk_id] for chunk_id in ids), strict=True)
         keep_while_read((*keys, *values))
         return stack(keys), stack(values)
+
+    def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give the blocks themselves."""
+        self._check_held(ids)
+        for chunk_id in ids:
+            yield self._blocks[chunk_id]
 
     def remove(self, ids: Sequence[int]) -> None:
         """Drop the blocks."""

@@ -77,13 +77,13 @@ def _write_segment(
     checks = []
     with writer.new_file("blocks", "safetensors") as file:
         file.write(blocks_header(layout, count))
-        for ids in _batches(content.ids.tolist(), layout):
-            for pair in zip(*(states.cpu() for states in store.get(ids)), strict=True):
-                check = 0
-                for half in map(bytes_of, pair):
-                    check = zlib.crc32(half, check)
-                    file.write(half)
-                checks.append(check)
+        for pair in store.peek(content.ids.tolist()):
+            check = 0
+            for half in pair:
+                part = bytes_of(half.cpu().contiguous())
+                check = zlib.crc32(part, check)
+                file.write(part)
+            checks.append(check)
         blocks = file.record
     arrays: Arrays = {
         "ids": content.ids,
