@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test torture lint bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ demo: $(INSTALLED) ## Compare recall and perplexity of the backends on a small m
 test: $(INSTALLED) ## Run the tests; ARGS="-k name" picks some
 	$(BIN)/pytest -q $(ARGS)
 
+torture: $(INSTALLED) ## Corrupt, kill and crowd snapshots and banks thousands of times (an hour)
+	MEMLONG_TORTURE=1 $(BIN)/pytest -q tests/bank/snapshot/test_corpus.py tests/bank/snapshot/test_killed.py \
+		tests/backends/test_threads.py $(ARGS)
+
 lint: $(INSTALLED) ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -41,6 +45,7 @@ bench: $(INSTALLED) ## Measure speed and memory against a plain window and full 
 	$(BIN)/python bench/streaming.py --json out/streaming.json
 	$(BIN)/python bench/long_context.py
 	$(BIN)/python bench/long_stream.py
+	$(BIN)/python bench/snapshots.py --json out/snapshots.json
 
 clean: ## Remove caches and build outputs; .venv stays
 	rm -rf build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis

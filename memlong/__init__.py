@@ -6,22 +6,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memlong.bank import EvictionPolicy, KeyValueStore, MemoryBank, Retrieved, SearchResult
+    from memlong.bank import BankPool, EvictionPolicy, KeyValueStore, MemoryBank, Retrieved, SearchResult
     from memlong.decoder import MemoryConfig, MemoryDecoder, Passage, Retriever, Segment, load_model
-    from memlong.errors import MemlongError
-    from memlong.plugins import PluginManager, Registry, create_bank, hookimpl, list_backends
+    from memlong.errors import MemlongError, SnapshotError
+    from memlong.plugins import PluginManager, Registry, create_bank, hookimpl, list_backends, load_bank
 
 __version__ = "0.1.0"
 
 # Loaded when first asked for, so that `import memlong` brings neither torch nor transformers nor any backend.
 _HOMES = {
-    "memlong.bank": ("EvictionPolicy", "KeyValueStore", "MemoryBank", "Retrieved", "SearchResult"),
+    "memlong.bank": (
+        "BankPool",
+        "EvictionPolicy",
+        "KeyValueStore",
+        "MemoryBank",
+        "Retrieved",
+        "SearchResult",
+    ),
     "memlong.decoder": ("MemoryConfig", "MemoryDecoder", "Passage", "Retriever", "Segment", "load_model"),
-    "memlong.errors": ("MemlongError",),
-    "memlong.plugins": ("PluginManager", "Registry", "create_bank", "hookimpl", "list_backends"),
+    "memlong.errors": ("MemlongError", "SnapshotError"),
+    "memlong.plugins": (
+        "PluginManager",
+        "Registry",
+        "create_bank",
+        "hookimpl",
+        "list_backends",
+        "load_bank",
+    ),
 }
 
 __all__ = [
+    "BankPool",
     "EvictionPolicy",
     "KeyValueStore",
     "MemlongError",
@@ -35,10 +50,12 @@ __all__ = [
     "Retriever",
     "SearchResult",
     "Segment",
+    "SnapshotError",
     "__version__",
     "create_bank",
     "hookimpl",
     "list_backends",
+    "load_bank",
     "load_model",
 ]
 

@@ -37,3 +37,7 @@ class DeviceUnavailableError(MemlongError, RuntimeError):
 
 class StorageError(MemlongError, OSError):
     """A place where memory is kept cannot be written or read."""
+
+
+class SnapshotError(StorageError):
+    """A snapshot cannot be written or read, is damaged, or is of something else; what was there before still is."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import faiss
 import numpy as np
@@ -83,6 +84,7 @@ class FaissBank(MemoryBank):
         self._recipe = Recipe(dim, index, self._similarity, ef_construction, ef_search, nprobe)
         self._refine = whole_number("refine", refine, at_least=1)
         self._build_threads = whole_number("build_threads", build_threads, at_least=1)
+        self._given_train_size = train_size
         sample = self._recipe.build()
         self._train_size = training_points(sample, train_size)
         self._is_lossy = is_lossy(sample)
@@ -138,6 +140,37 @@ class FaissBank(MemoryBank):
         self._rows = None
         self._row_ids = np.empty(0, dtype=np.int64)
         self._alive = np.empty(0, dtype=bool)
+
+    def _index_options(self) -> dict[str, Any]:
+        recipe = self._recipe
+        return {
+            "index": recipe.factory,
+            "ef_construction": recipe.ef_construction,
+            "ef_search": recipe.ef_search,
+            "nprobe": recipe.nprobe,
+            "train_size": self._given_train_size,
+            "refine": self._refine,
+            "build_threads": self._build_threads,
+        }
+
+    def _index_save(self) -> tuple[Mapping[str, Any], bytes] | None:
+        if not isinstance(self._rows, CpuRows):
+            return None
+        ends = np.flatnonzero(np.diff(self._row_ids) != 1) + 1
+        runs = [[int(run[0]), int(run[-1]) + 1] for run in np.split(self._row_ids, ends)]
+        return {"library": faiss.__version__, "row_ids": runs}, self._rows.to_bytes()
+
+    def _index_load(self, facts: Mapping[str, Any], content: bytes) -> None:
+        if facts["library"] != faiss.__version__:
+            raise ValueError(f"it is of FAISS {facts['library']}, and this is {faiss.__version__}")
+        if self.device.type != "cpu":
+            raise ValueError("it is an index of the CPU")
+        row_ids = np.concatenate([np.arange(start, end) for start, end in facts["row_ids"]])
+        alive = np.isin(row_ids, self._table.ids)
+        if int(alive.sum()) != len(self._table):
+            raise ValueError("it is the index of other chunks")
+        self._rows = CpuRows.from_bytes(content, self._recipe, self._build_threads, len(row_ids))
+        self._row_ids, self._alive = row_ids, alive
 
     def _trained_rows(self, embeddings: Floats) -> RowIndex:
         index = self._recipe.build()

@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import faiss
 import numpy as np
@@ -50,6 +50,24 @@ class CpuRows(RowIndex):
         self._recipe = recipe
         self._build_threads = build_threads
         self.most_dead = int(np.iinfo(np.int64).max)
+
+    def to_bytes(self) -> bytes:
+        """Return FAISS's own file of the index."""
+        content: bytes = faiss.serialize_index(self._index).tobytes()
+        return content
+
+    @classmethod
+    def from_bytes(cls, content: bytes, recipe: Recipe, build_threads: int, count: int) -> Self:
+        """Read what `to_bytes` returned; ValueError if it is not the recipe's index of so many rows."""
+        index = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
+        like = recipe.build()
+        found, wanted = ((type(each), each.d, each.metric_type) for each in (index, like))
+        if found != wanted or index.ntotal != count:
+            raise ValueError("it is another index than this backend's options describe")
+        core = core_of(index)
+        if isinstance(core, faiss.IndexIVF):
+            core.nprobe = core_of(like).nprobe
+        return cls(index, recipe, build_threads)
 
     def add(self, embeddings: Floats) -> None:
         """Append rows."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Unpack
 
 import hnswlib
@@ -51,6 +55,8 @@ class HnswlibBank(MemoryBank):
         If the device is not the CPU.
     """
 
+    _graph: Any
+
     def __init__(
         self,
         dim: int,
@@ -69,6 +75,36 @@ class HnswlibBank(MemoryBank):
         self._initial_capacity = _within("initial_capacity", initial_capacity, 1, _MOST_CHUNKS)
         self._build_threads = _within("build_threads", build_threads, 1, _MOST_THREADS)
         self._index_reset()
+
+    def _index_options(self) -> dict[str, Any]:
+        return {
+            "M": self._links,
+            "ef_construction": self._ef_construction,
+            "ef": self._ef,
+            "initial_capacity": self._initial_capacity,
+            "build_threads": self._build_threads,
+        }
+
+    def _index_save(self) -> tuple[Mapping[str, Any], bytes] | None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "graph")
+            self._graph.save_index(str(path))
+            return {"library": _version(), "dead": self._dead}, path.read_bytes()
+
+    def _index_load(self, facts: Mapping[str, Any], content: bytes) -> None:
+        if facts["library"] != _version():
+            raise ValueError(f"it is of hnswlib {facts['library']}, and this is {_version()}")
+        loaded: Any = hnswlib.Index("l2" if self._similarity == "l2" else "ip", self.dim)
+        with tempfile.TemporaryDirectory() as folder:  # nobody else's, so what was checked is what is read
+            path = Path(folder, "graph")
+            path.write_bytes(content)
+            loaded.load_index(str(path), max_elements=self._initial_capacity)
+        dead = int(facts["dead"])
+        labels = np.array(loaded.get_ids_list(), dtype=np.int64)
+        if len(labels) - dead != len(self._table) or not np.isin(self._table.ids, labels).all():
+            raise ValueError("it is the graph of other chunks")
+        loaded.set_ef(self._ef)
+        self._graph, self._dead = loaded, dead
 
     def _index_add(self, ids: Ids, embeddings: Floats) -> None:
         wanted = self._graph.element_count + len(ids)
@@ -93,7 +129,7 @@ class HnswlibBank(MemoryBank):
 
     def _index_reset(self) -> None:
         space = "l2" if self._similarity == "l2" else "ip"
-        self._graph: Any = hnswlib.Index(space, self.dim)
+        self._graph = hnswlib.Index(space, self.dim)
         try:
             self._graph.init_index(
                 self._initial_capacity,
@@ -119,6 +155,10 @@ class HnswlibBank(MemoryBank):
             return None
         ids: Ids = labels.astype(np.int64)
         return ids
+
+
+def _version() -> str:
+    return importlib.metadata.version("hnswlib")
 
 
 def _within(name: str, value: object, least: int, most: int) -> int:

@@ -5,12 +5,14 @@ from memlong.bank.base import BankOptions, MemoryBank, Metric
 from memlong.bank.draft import Draft
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.pool import BankPool
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.store import InMemoryStore, KeyValueStore
 from memlong.bank.tiers import TieredStore
 
 __all__ = [
     "BankOptions",
+    "BankPool",
     "ChunkLayout",
     "Chunks",
     "Draft",

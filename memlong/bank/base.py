@@ -12,8 +12,8 @@ from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
 from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.gather import gather
-from memlong.bank.index import IndexHost
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.persistent import PersistentBank
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.store import InMemoryStore, KeyValueStore
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
@@ -33,7 +33,7 @@ class BankOptions(TypedDict, total=False):
     device: str | torch.device | None
 
 
-class MemoryBank(IndexHost):
+class MemoryBank(PersistentBank):
     """The memory of one token stream: chunks found by embedding, each with its keys, values and span.
 
     The base owns ids, embeddings, spans, usage counts and (through its store) keys and values; it validates,
@@ -162,7 +162,7 @@ class MemoryBank(IndexHost):
             hold any.
         """
         self._store.check_layout(layout)
-        self._room(layout)
+        self._capacity_for(layout)
 
     def add(
         self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput
@@ -206,7 +206,7 @@ class MemoryBank(IndexHost):
             if self._contents.layout is not None:
                 self._contents.layout.require_same(layout)
             ids = np.arange(self._contents.next_id, self._contents.next_id + count, dtype=np.int64)
-            victims = self._capacity.victims(self._table.usage_with(ids), self._room(layout))
+            victims = self._capacity.victims(self._table.usage_with(ids), self._capacity_for(layout))
             before = len(self._table)
             with self._contents.change(layout, ids):
                 self._store.put(ids.tolist(), key_blocks, value_blocks)
@@ -336,12 +336,6 @@ class MemoryBank(IndexHost):
                 self._table.clear()
                 self._store.clear()
             self._rebuild_index()
-
-    def _room(self, layout: ChunkLayout) -> int | None:
-        embedding_bytes = self._dim * np.dtype(np.float32).itemsize
-        return self._capacity.in_chunks(
-            embedding_bytes, self._store.record_bytes(layout), self._store.max_bytes
-        )
 
     def _prepare(self, queries: FloatInput, k: int) -> tuple[Floats, int]:
         k = whole_number("k", k, at_least=1)

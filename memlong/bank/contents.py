@@ -68,6 +68,11 @@ class Contents:
         """Whether a change was cut short, so that `mend` must come before any use."""
         return self._before is not None
 
+    def fill(self, layout: ChunkLayout | None, next_id: int) -> None:
+        """Begin with chunks of a layout, the next one to get this id."""
+        self._layout = layout
+        self._next_id = next_id
+
     def change(self, layout: ChunkLayout | None, added: Ids | None = None) -> _Change:
         """Let what is done in the `with` block come to its end, or undo it.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +29,9 @@ class IndexHost(ABC):
 
     If one of them raises, or calls `_drop_index`, the index is rebuilt (reset, then one add of all chunks)
     before its next use. So an index may refuse what it cannot do well, and need never repair itself.
+
+    To be saved with its options and its index, a backend also implements `_index_options`, `_index_save` and
+    `_index_load`; without them it is loaded with default options, and the index is built anew.
 
     Parameters
     ----------
@@ -76,6 +79,24 @@ class IndexHost(ABC):
     @abstractmethod
     def _index_reset(self) -> None:
         """Go back to the empty index."""
+
+    def _index_options(self) -> dict[str, Any]:
+        """Return the backend's own options as it was made with: text, numbers, True, False or None."""
+        return {}
+
+    def _index_save(self) -> tuple[Mapping[str, Any], bytes] | None:
+        """Return the index as a file's content, with what JSON can hold of the rest; None to have it rebuilt.
+
+        Searches may run at the same time.
+        """
+        return None
+
+    def _index_load(self, facts: Mapping[str, Any], content: bytes) -> None:  # noqa: ARG002 - a backend's
+        """Take over what `_index_save` returned for the chunks that are in the table; the index is as after a reset.
+
+        A RuntimeError, ValueError, KeyError or TypeError says that it does not fit.
+        """
+        raise ValueError("it saves no index")
 
     def _drop_index(self) -> None:
         """Have the index rebuilt before its next use."""

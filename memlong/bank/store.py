@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -36,6 +36,10 @@ class KeyValueStore(ABC):
             [n, layers, kv_heads, chunk, head_dim], any strides; they belong to the caller.
         """
 
+    def take(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store blocks that the caller gives away, as `put` does otherwise; a store may keep the very tensors."""
+        self.put(ids, keys, values)
+
     @abstractmethod
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return fresh stacked copies of the keys and of the values of at least one id.
@@ -50,6 +54,12 @@ class KeyValueStore(ABC):
         tuple of torch.Tensor
             Keys and values, each [n, layers, kv_heads, chunk, head_dim].
         """
+
+    def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give the keys and the values of each id, to be read before the next and never changed; no copy if it can."""
+        for chunk_id in ids:
+            keys, values = self.get([chunk_id])
+            yield keys[0], values[0]
 
     @abstractmethod
     def remove(self, ids: Sequence[int]) -> None:
@@ -104,12 +114,25 @@ class InMemoryStore(KeyValueStore):
         }
         self._blocks.update(blocks)
 
+    def take(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep a single block as it is; of several, copies, or one that stays would keep the memory of all."""
+        if len(ids) > 1 or ids[0] in self._blocks:
+            self.put(ids, keys, values)
+        else:
+            self._blocks[ids[0]] = (keys[0], values[0])
+
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Stack the blocks."""
         self._check_held(ids)
         keys, values = zip(*(self._blocks[chunk_id] for chunk_id in ids), strict=True)
         keep_while_read((*keys, *values))
         return stack(keys), stack(values)
+
+    def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give the blocks themselves."""
+        self._check_held(ids)
+        for chunk_id in ids:
+            yield self._blocks[chunk_id]
 
     def remove(self, ids: Sequence[int]) -> None:
         """Drop the blocks."""

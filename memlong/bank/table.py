@@ -143,6 +143,19 @@ class ChunkTable:
             column[new] = given
         self._rows = replace(roomy, last=roomy.last + count)
 
+    def fill(
+        self, ids: Ids, embeddings: Floats, spans: Ids, retrievals: Ids, last_used: Ids, clock: int
+    ) -> None:
+        """Begin with these rows, ascending by id, and the clock at this time."""
+        norms = np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64)
+        fresh = TableRows.empty(len(ids), self._dim)
+        for column, given in zip(
+            fresh.columns, (ids, embeddings, norms, spans, retrievals, last_used), strict=True
+        ):
+            column[:] = given
+        self.clock = clock
+        self._rows = replace(fresh, last=len(ids))
+
     def mark_retrieved(self, rows: Ids) -> None:
         """Count one retrieval for every row number in `rows`; a row may come more than once."""
         self.clock += 1

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from memlong.cli.backends import backends
+from memlong.cli.bank import add_bank_commands
 from memlong.cli.fit import fit
 from memlong.cli.generate import generate
 from memlong.cli.icl import icl
@@ -36,6 +37,7 @@ def make_app() -> typer.Typer:
     app.callback()(_options)
     for command in _COMMANDS:
         app.command()(command)
+    add_bank_commands(app)
     return app
 
 

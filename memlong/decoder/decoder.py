@@ -16,15 +16,15 @@ from memlong.decoder.loading import load_model
 from memlong.decoder.pretrained import attach_adapter, read_pretrained, write_pretrained
 from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.saving import SavingDecoder
 from memlong.decoder.sources import LatentSource
-from memlong.decoder.streaming import StreamingDecoder
 from memlong.decoder.streams import Streams
 from memlong.decoder.tokens import token_lists
 from memlong.errors import InvalidArgumentError
 from memlong.plugins import Registry
 
 
-class MemoryDecoder(StreamingDecoder):
+class MemoryDecoder(SavingDecoder):
     """A transformers model with a long-term memory.
 
     Use it as a context manager: inside, the model's attention goes through memlong; afterwards the model is what it

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
 
-from memlong.bank import Draft, MemoryBank
+from memlong.bank import ChunkLayout, Draft, MemoryBank
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.placement import Placement, memory_positions, place
 from memlong.decoder.recall import RandomChunks, Retrieval, RowMemory, recall
 from memlong.decoder.retrievers.base import Passage
+from memlong.decoder.stored import tensor_of
 
 
 class Row:
@@ -151,6 +152,53 @@ class Row:
         if self.memory is None:
             return torch.empty(0, dtype=torch.long)
         return memory_positions(self.config, self.placement, self.memory.spans)
+
+    def facts(self) -> dict[str, int | bool | None]:
+        """Return what JSON can hold of where the stream stands, for :meth:`go_on`."""
+        return {
+            "departed": self._departed,
+            "recent_start": self._recent.start,
+            "storing_from": self.storing_from,
+            "has_retrieved": self.retrieval is not None,
+            "has_memory": self.memory is not None,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the rest of it: the latest tokens, and what was retrieved."""
+        found = {"recent": torch.tensor(self._recent.token_ids, dtype=torch.int64)}
+        if self.retrieval is not None:
+            found |= {f"retrieval.{name}": each for name, each in vars(self.retrieval).items()}
+        if self.memory is not None:
+            found |= {f"memory.{name}": each for name, each in vars(self.memory).items()}
+        return found
+
+    def go_on(
+        self, facts: Mapping[str, int | bool | None], tensors: Mapping[str, Tensor], layout: ChunkLayout
+    ) -> None:
+        """Stand where another row stood; ValueError, KeyError or TypeError if none can have stood there."""
+        departed, start = int(facts["departed"] or 0), int(facts["recent_start"] or 0)
+        recent = tensor_of(tensors, "recent", None).tolist()
+        self._departed, self._recent = departed, Passage(tuple(recent), start)
+        if departed < 0 or start < 0 or (departed and self.first_token > self.seen):
+            raise ValueError(f"a row cannot stand at token {self.seen} when {departed} chunks have left")
+        self.storing_from = None if facts["storing_from"] is None else int(facts["storing_from"])
+        self.retrieval = self.memory = None
+        if facts["has_retrieved"]:
+            ids = tensor_of(tensors, "retrieval.ids", None)
+            self.retrieval = Retrieval(
+                tensor_of(tensors, "retrieval.query", None, like=torch.empty(0)),
+                ids,
+                tensor_of(tensors, "retrieval.scores", len(ids), like=torch.empty(0)),
+            )
+        if facts["has_memory"]:
+            spans = tensor_of(tensors, "memory.spans", None, 2)
+            layers, heads, size, width = layout.shape
+            like = layout.empty(0)
+            keys, values = (
+                tensor_of(tensors, f"memory.{name}", layers, heads, len(spans) * size, width, like=like)
+                for name in ("keys", "values")
+            )
+            self.memory = RowMemory(keys, values, spans)
 
     def _passage(self, start: int, end: int) -> Passage:
         first = self._recent.start

@@ -278,7 +278,9 @@ class StreamingDecoder:
             raise InvalidArgumentError(
                 f"banks holds {len(given)} banks for {rows} rows; expected one for each row."
             )
-        banks = given or [self._new_bank() for _ in range(rows)]
+        return self._streams_over(given or [self._new_bank() for _ in range(rows)])
+
+    def _streams_over(self, banks: Sequence[MemoryBank | None]) -> Streams:
         return Streams(
             self.model,
             self._layout,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -114,6 +114,37 @@ class Streams:
         self._window = self._window.of_rows(chosen)
         self._placements = tuple(self._placements[row] for row in rows)
         self._memory = None if self._memory is None else self._memory.of_rows(chosen)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that the streams go on from, for :meth:`go_on`; the rest is each row's facts."""
+        found = self._window.tensors()
+        for index, row in enumerate(self.rows):
+            found |= {f"row.{index}.{name}": tensor for name, tensor in row.tensors().items()}
+        return found
+
+    def go_on(self, facts: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Stand where other streams stood; ValueError, KeyError or TypeError if none can have stood there."""
+        blocks = self._source.block_layout(self._config.chunk_size, self._model.dtype, self._device)
+        for index, (row, mine) in enumerate(zip(self.rows, facts, strict=True)):
+            prefix = f"row.{index}."
+            own = {
+                name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)
+            }
+            row.go_on(mine, own, blocks)
+            if not all(0 <= token < self._layout.vocabulary for token in own["recent"].tolist()):
+                raise ValueError(f"tokens of row {index} are not the model's")
+        first = self._layout.layers[0]
+        like = torch.empty(0, dtype=self._model.dtype, device=self._device)
+        self._window = self._window.of_tensors(tensors, like, first.kv_heads, first.head_dim)
+        latest = (
+            self._window.tokens.amax(dim=1).tolist()
+            if self._window.tokens.shape[1]
+            else [-1] * len(self.rows)
+        )
+        if latest != [row.seen - 1 for row in self.rows]:
+            raise ValueError("window and rows do not end at the same token")
+        self._placements = tuple(row.placement for row in self.rows)
+        self._memory = self._assemble()
 
     def read(
         self,

@@ -6,6 +6,7 @@ stand now, as attention wants them. The window is small and bounded, and no roun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from memlong.decoder.probe import ModelLayout
 from memlong.decoder.rope import AngleCache, LayerRope
+from memlong.decoder.stored import tensor_of
 
 _PADDING = -1
 
@@ -114,6 +116,31 @@ class LocalWindow(Cache):
         """Bytes of keys, rotated and not, and values."""
         layers = [layer for layer in self._window_layers if layer.is_initialized]
         return sum(layer.keys.nbytes + layer.raw_keys.nbytes + layer.values.nbytes for layer in layers)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that the window holds, for :meth:`of_tensors`."""
+        found = {"window.tokens": self.tokens}
+        for index, layer in enumerate(self._window_layers):
+            if layer.is_initialized:
+                states = {"keys": layer.keys, "raw_keys": layer.raw_keys, "values": layer.values}
+                found |= {f"window.{index}.{name}": state for name, state in states.items()}
+        return found
+
+    def of_tensors(
+        self, tensors: Mapping[str, Tensor], like: Tensor, kv_heads: int, head_dim: int
+    ) -> LocalWindow:
+        """Return a window that holds what another one held; ValueError or KeyError if it cannot have."""
+        tokens = tensor_of(tensors, "window.tokens", len(self.tokens), None)
+        layers = [copy(layer) for layer in self._window_layers]
+        shape = (*tokens.shape[:1], kv_heads, tokens.shape[1], head_dim)
+        for index, layer in enumerate(layers if tokens.shape[1] else []):
+            keys, raw_keys, values = (
+                tensor_of(tensors, f"window.{index}.{name}", *shape, like=like)
+                for name in ("keys", "raw_keys", "values")
+            )
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.raw_keys, layer.values = keys, raw_keys, values
+        return self._of(layers, tokens.to(like.device))
 
     def expecting(self, tokens: Tensor, positions: Tensor) -> LocalWindow:
         """Return a window that a forward call fills with the tokens [rows, new], which stand at ``positions``."""

@@ -2,8 +2,17 @@
 
 from memlong.plugins.hookspecs import hookimpl
 from memlong.plugins.manager import PluginManager
-from memlong.plugins.registry import Registry, create_bank, list_backends
+from memlong.plugins.registry import Registry, create_bank, list_backends, load_bank
 from memlong.plugins.report import PluginReport
 from memlong.plugins.spec import Spec
 
-__all__ = ["PluginManager", "PluginReport", "Registry", "Spec", "create_bank", "hookimpl", "list_backends"]
+__all__ = [
+    "PluginManager",
+    "PluginReport",
+    "Registry",
+    "Spec",
+    "create_bank",
+    "hookimpl",
+    "list_backends",
+    "load_bank",
+]

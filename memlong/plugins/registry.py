@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from memlong.errors import PluginError, UnknownNameError
+from memlong.errors import InvalidArgumentError, PluginError, UnknownNameError
 from memlong.plugins.loading import load_class
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.names import did_you_mean, normalise, quoted
@@ -14,6 +15,7 @@ from memlong.plugins.spec import Kind, Spec
 
 if TYPE_CHECKING:
     from memlong.bank.base import MemoryBank
+    from memlong.bank.snapshot.reader import StoredBank
 
 
 class Registry:
@@ -101,6 +103,76 @@ class Registry:
         check_options(f"backend {name!r}", bank_class, options.keys(), besides=("dim",))
         return bank_class(dim, **options)  # type: ignore[arg-type]
 
+    def load_bank(
+        self,
+        path: str | Path,
+        backend: str | None = None,
+        *,
+        row: int | None = None,
+        lazy: bool = False,
+        trust_index: bool = False,
+        most_bytes: int | str | None = None,
+        kv_device: str | None = None,
+        **options: object,
+    ) -> MemoryBank:
+        """Make a bank of what was saved into a folder.
+
+        Parameters
+        ----------
+        path
+            The folder.
+        backend
+            The name of the backend; by default, the one that was saved. Another one builds its index anew.
+        row, lazy, trust_index, most_bytes, kv_device, **options
+            As `MemoryBank.load` takes them.
+
+        Raises
+        ------
+        SnapshotError, InvalidArgumentError, DeviceUnavailableError
+            As `MemoryBank.load` does; `InvalidArgumentError` also if no plugin has the backend that was saved.
+        UnknownNameError, PluginError, MissingDependencyError
+            As `load_backend_class` does.
+        """
+        from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
+
+        folder = folder_of(path)
+        return open_snapshot(
+            folder,
+            lambda manifest: self.bank_of(
+                read_bank(folder, manifest, row, kv_device),
+                backend,
+                lazy=lazy,
+                trust_index=trust_index,
+                **options,
+            ),
+            most_bytes,
+        )
+
+    def bank_of(
+        self,
+        stored: StoredBank,
+        backend: str | None = None,
+        *,
+        lazy: bool = False,
+        trust_index: bool = False,
+        **options: object,
+    ) -> MemoryBank:
+        """Make a bank of what a snapshot holds; as `load_bank`."""
+        name = self._backend_that_made(stored) if backend is None else backend
+        bank_class = self.load_backend_class(name)
+        check_options(f"backend {name!r}", bank_class, options.keys(), besides=("dim",))
+        return bank_class.of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
+
+    def _backend_that_made(self, stored: StoredBank) -> str:
+        # Never imported by the name that a file gives: it could be anything.
+        for spec in self.list_backends():
+            if spec.target == stored.record.made_by:
+                return spec.name
+        raise InvalidArgumentError(
+            f"{str(stored.folder)!r} was saved by {stored.record.made_by!r}, which is no backend of a plugin here. "
+            "Install its plugin, or load the snapshot into another backend, such as backend='torch'"
+        )
+
     def _one(self, kind: Kind, name: str) -> Spec:
         specs = self.manager.specs(kind)
         found = [spec for spec in specs if spec.name == name]
@@ -153,6 +225,21 @@ def create_bank(name: str, dim: int, *, registry: Registry | None = None, **opti
         As `Registry.create_bank` does.
     """
     return (Registry() if registry is None else registry).create_bank(name, dim, **options)
+
+
+def load_bank(
+    path: str | Path, backend: str | None = None, *, registry: Registry | None = None, **options: Any
+) -> MemoryBank:
+    """Make a bank of what was saved into a folder; see `Registry.load_bank`.
+
+    Raises
+    ------
+    SnapshotError, InvalidArgumentError, DeviceUnavailableError
+        As `MemoryBank.load` does.
+    UnknownNameError, PluginError, MissingDependencyError
+        As `Registry.load_bank` does.
+    """
+    return (Registry() if registry is None else registry).load_bank(path, backend, **options)
 
 
 def list_backends(registry: Registry | None = None) -> tuple[Spec, ...]:

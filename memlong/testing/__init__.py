@@ -8,7 +8,17 @@ class TestMine(MemoryBankTests):
 
 import pytest
 
-_PARTS = ("search", "retrieval", "lifecycle", "capacity", "inputs", "faults", "threads", "harness")
+_PARTS = (
+    "search",
+    "retrieval",
+    "lifecycle",
+    "capacity",
+    "inputs",
+    "faults",
+    "threads",
+    "persistence",
+    "harness",
+)
 pytest.register_assert_rewrite(*(f"memlong.testing.{part}" for part in _PARTS))
 
 from memlong.testing.suite import MemoryBankTests  # noqa: E402 -- after the rewriting of its asserts is set up

@@ -6,13 +6,21 @@ from memlong.testing.capacity import CapacityTests
 from memlong.testing.faults import FaultTests
 from memlong.testing.inputs import InputTests
 from memlong.testing.lifecycle import LifecycleTests
+from memlong.testing.persistence import PersistenceTests
 from memlong.testing.retrieval import RetrievalTests
 from memlong.testing.search import SearchTests
 from memlong.testing.threads import ThreadTests
 
 
 class MemoryBankTests(
-    SearchTests, RetrievalTests, LifecycleTests, CapacityTests, InputTests, FaultTests, ThreadTests
+    SearchTests,
+    RetrievalTests,
+    LifecycleTests,
+    CapacityTests,
+    InputTests,
+    FaultTests,
+    ThreadTests,
+    PersistenceTests,
 ):
     """Every clause of the contract; each test's docstring states one.
 
@@ -26,6 +34,9 @@ class MemoryBankTests(
         The least share of the true best ten that searches must find among 600 random vectors of 32 numbers.
     exact : bool, default False
         The bank always finds the true best, and keeps the lowest ids among equal scores.
+
+    fresh_process : bool, default True
+        A fresh process can import the class by its name, and make a bank with these options.
 
     Notes
     -----

@@ -52,6 +52,7 @@ class MirroredTorchBank(TorchBank):
 class TestTorchMirror(MemoryBankTests):
     bank_class = MirroredTorchBank
     exact = True
+    fresh_process = False
 
 
 @pytest.mark.usefixtures("fake_gpu")
@@ -61,9 +62,11 @@ class TestFaissGpuLogicFlat(MemoryBankTests):
     bank_class = FaissBank
     options: ClassVar = {"device": "cuda"}
     recall_floor = 1.0
+    fresh_process = False
 
 
 @pytest.mark.usefixtures("fake_gpu")
 class TestFaissGpuLogicIvf(MemoryBankTests):
     bank_class = FaissBank
     options: ClassVar = {"device": "cuda", "index": "IVF16,Flat", "train_size": 64, "nprobe": 12}
+    fresh_process = False

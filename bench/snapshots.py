@@ -1,0 +1,123 @@
+"""What keeping a memory costs: saving and loading a bank beside a plain copy of the same bytes on the same disk.
+
+All run in turns, in one process, each from a cold cache of the files, each until the disk has confirmed what was
+written; ratios are those of the best times.
+
+    make bench
+    python bench/snapshots.py --gigabytes 1 --backend hnswlib --folder /tmp --json out/snapshots.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from memlong import MemlongError, create_bank, load_bank
+from memlong.bank import MemoryBank
+from memlong.evaluation.environment import versions
+
+DIM = 384
+SHAPE = (30, 3, 128, 64)  # SmolLM2-135M: layers, K-V heads, chunk, head width
+TARGETS = {"save": 0.5, "load": 0.5, "incremental": 0.05}
+
+
+def main(
+    gigabytes: Annotated[float, typer.Option(help="Of keys and values.")] = 1.0,
+    backend: Annotated[str, typer.Option(help="Backend by name.")] = "torch",
+    rounds: Annotated[int, typer.Option(help="How often each runs; the best counts.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where to write; by default the system's own.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Measure."""
+    bank = create_bank(backend, DIM)
+    chunks = max(100, int(gigabytes * 1e9 / (4 * torch.Size(SHAPE).numel())))
+    fill(bank, chunks)
+    times: dict[str, list[float]] = {
+        name: [] for name in ("copy", "save", "load", "lazy load", "incremental")
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        home = Path(place, "bank")
+        for turn in range(rounds):
+            shutil.rmtree(home, ignore_errors=True)
+            times["save"].append(timed(lambda: bank.save(home, compact=True)))
+            size = sum(path.stat().st_size for path in home.iterdir())
+            cool(home)
+            times["copy"].append(timed(lambda: copy(home, Path(place, "copy"))))
+            shutil.rmtree(Path(place, "copy"))
+            cool(home)
+            times["load"].append(timed(lambda: load_bank(home)))
+            cool(home)
+            times["lazy load"].append(timed(lambda: load_bank(home, lazy=True)))
+            bank.evict(chunks // 100)
+            fill(bank, chunks // 100, seed=turn + 1)
+            times["incremental"].append(timed(lambda: bank.save(home)))
+    report(times, size, backend, chunks, out)
+
+
+def fill(bank: MemoryBank, chunks: int, seed: int = 0) -> None:
+    """Add random chunks, a few at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    for first in range(0, chunks, 16):
+        count = min(16, chunks - first)
+        keys = torch.randn(count, *SHAPE, generator=generator).to(torch.bfloat16)
+        start = 128 * bank.next_id
+        spans = [(start + 128 * each, start + 128 * each + 128) for each in range(count)]
+        bank.add(torch.randn(count, DIM, generator=generator), keys, keys, spans)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a folder, and have the disk confirm every file."""
+    target.mkdir()
+    for path in source.iterdir():
+        shutil.copyfile(path, target / path.name)
+        with (target / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def cool(folder: Path) -> None:
+    """Have the system forget what it remembers of the files, where it can."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def report(times: dict[str, list[float]], size: int, backend: str, chunks: int, out: Path | None) -> None:
+    """Print the ratios, and write them to a file."""
+    best = {name: min(each) for name, each in times.items()}
+    speed = {name: best["copy"] / best[name] for name in ("save", "load", "lazy load")}
+    share = best["incremental"] / best["save"]
+    print(f"{backend}, {chunks:,} chunks, {size / 1e9:.2f} GB; {platform.machine()}")
+    for name, seconds in best.items():
+        print(f"{name:12} {seconds:7.2f} s")
+    print(f"save {speed['save']:.2f} of a plain copy's speed, target {TARGETS['save']}")
+    print(f"load {speed['load']:.2f} of a plain copy's speed, target {TARGETS['load']}")
+    print(f"1 % more {share:.3f} of a full save's time, target under {TARGETS['incremental']}")
+    if out is not None:
+        figures: dict[str, Any] = {"backend": backend, "chunks": chunks, "bytes": size, "seconds": times}
+        figures |= {"speed_to_copy": speed, "incremental_share": share, "versions": versions()}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except MemlongError as error:
+        raise SystemExit(f"bench: {error}") from error

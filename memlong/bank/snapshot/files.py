@@ -1,0 +1,220 @@
+"""Files of a snapshot's folder: read so that a forged folder does no harm, written so that they are there to stay."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from memlong.errors import SnapshotError
+
+_ODD_FLAGS = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # not every system has all of them
+_FLAGS = sum(getattr(os, flag, 0) for flag in _ODD_FLAGS)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of a file.
+
+    Attributes
+    ----------
+    name : str
+        In the folder itself.
+    nbytes : int
+        Its size.
+    sha256 : str
+        Of its content, 64 hexadecimal digits.
+    """
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+def damaged(path: Path, why: str) -> SnapshotError:
+    """Return the error for a file that is not what was saved."""
+    return SnapshotError(
+        f"{str(path)!r} {why}: the snapshot is damaged, and nothing was loaded from it. Get the folder from a copy, or "
+        "save anew into another one."
+    )
+
+
+def unreadable(path: Path, error: OSError) -> SnapshotError:
+    """Return the error for a file that the system does not read."""
+    return SnapshotError(
+        f"{str(path)!r} cannot be read: {error.strerror or error}. Check that the file is there, its rights and the "
+        "disk."
+    )
+
+
+def unwritable(path: Path, error: OSError) -> SnapshotError:
+    """Return the error for a file that the system does not write."""
+    return SnapshotError(
+        f"{str(path)!r} cannot be written: {error.strerror or error}. What was saved there before is as it was. Free "
+        "some space, change the folder's rights, or name another folder."
+    )
+
+
+def open_plain(path: Path) -> FileIO:
+    """Open a file for reading; a link, or anything else than a plain file, is refused.
+
+    Raises
+    ------
+    SnapshotError
+        Naming the file.
+    """
+    try:
+        if path.is_symlink():  # where O_NOFOLLOW is missing; where it is there, nobody can be quicker
+            raise damaged(path, "is a link, which could lead anywhere")
+        file = FileIO(path, opener=lambda name, flags: os.open(name, flags | _FLAGS))
+    except SnapshotError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise damaged(path, "is no plain file")
+    return file
+
+
+class CheckedFile:
+    """A file that is read from its beginning to its end, and proves then to be the one that was saved.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the snapshot.
+    record : FileRecord
+        What the manifest says of it.
+
+    Raises
+    ------
+    SnapshotError
+        If there is no such file, or its size is another.
+    """
+
+    def __init__(self, folder: Path, record: FileRecord) -> None:
+        self._path = folder / record.name
+        self._record = record
+        self._file = open_plain(self._path)
+        self._hash = hashlib.sha256()
+        size = os.fstat(self._file.fileno()).st_size
+        if size != record.nbytes:
+            self._file.close()
+            raise damaged(self._path, f"has {size:,} bytes instead of {record.nbytes:,}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read_into(self, buffer: Any) -> None:
+        """Fill a buffer with the next bytes; they are proven by `finish` alone."""
+        read_fully(self._file, self._path, buffer)
+        self._hash.update(buffer)
+
+    def read(self, count: int) -> bytearray:
+        """Return the next bytes, as `read_into`."""
+        buffer = bytearray(count)
+        self.read_into(buffer)
+        return buffer
+
+    def finish(self) -> None:
+        """Raise SnapshotError unless all that was read is what was saved."""
+        if self._hash.hexdigest() != self._record.sha256:
+            raise damaged(self._path, "is not what its SHA-256 says")
+
+
+def read_checked(folder: Path, record: FileRecord) -> bytes:
+    """Return all of a file, proven; SnapshotError if it is not what was saved."""
+    with CheckedFile(folder, record) as file:
+        content = file.read(record.nbytes)
+        file.finish()
+    return bytes(content)
+
+
+def read_fully(file: FileIO, path: Path, buffer: Any) -> None:
+    """Fill a buffer from where the file stands; SnapshotError if it ends before."""
+    rest = memoryview(buffer).cast("B")
+    try:
+        while rest and (count := file.readinto(rest)):
+            rest = rest[count:]
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if rest:
+        raise damaged(path, "is too short")
+
+
+class NewFile:
+    """A file that is written once, and is on the disk when the `with` block has ended.
+
+    Parameters
+    ----------
+    path : Path
+        Of a file that does not exist.
+
+    Raises
+    ------
+    SnapshotError
+        If it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._hash = hashlib.sha256()
+        self._size = 0
+        try:
+            self._file = FileIO(path, "x")
+        except OSError as error:
+            raise unwritable(path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with self._file:
+                if kind is None:
+                    os.fsync(self._file.fileno())
+        except OSError as failure:
+            raise unwritable(self._path, failure) from failure
+
+    def write(self, content: Any) -> None:
+        """Append bytes."""
+        rest = memoryview(content).cast("B")
+        self._hash.update(rest)
+        self._size += len(rest)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+    @property
+    def record(self) -> FileRecord:
+        """What the manifest is to say of it."""
+        return FileRecord(self._path.name, self._size, self._hash.hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk know which names a folder holds."""
+    if os.name == "nt":  # no folder can be opened there
+        return
+    try:
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError as error:
+        raise unwritable(folder, error) from error

@@ -1,0 +1,149 @@
+"""SnapshotStore: keys and values that stay in a snapshot's files until they are wanted."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from memlong.bank.copying import stack
+from memlong.bank.layout import ChunkLayout
+from memlong.bank.snapshot.files import damaged, open_plain, read_fully
+from memlong.bank.snapshot.manifest import SegmentRecord
+from memlong.bank.snapshot.segments import SegmentChunks, check_blocks_size, check_finite
+from memlong.bank.snapshot.tensors import blocks_header, bytes_of
+from memlong.bank.store import InMemoryStore, KeyValueStore
+from memlong.errors import InvalidArgumentError
+
+
+class SnapshotStore(KeyValueStore):
+    """Blocks of a snapshot, read when they are wanted, and new blocks in memory.
+
+    A block is checked against its checksum the first time that it is read. The files stay open, so that what is saved
+    into the folder later does not disturb: a file that is removed then goes when the last store has let go of it.
+    """
+
+    def __init__(self) -> None:
+        self._new = InMemoryStore()
+        self._places: dict[int, tuple[BlocksFile, int]] = {}
+
+    def attach(self, file: BlocksFile, ids: Sequence[int]) -> None:
+        """Take in the blocks of a file whose ids are given, if they are among those."""
+        wanted = set(ids)
+        self._places |= {each: (file, row) for row, each in enumerate(file.ids) if each in wanted}
+
+    def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep new blocks in memory."""
+        held = [chunk_id for chunk_id in ids if chunk_id in self._places]
+        if held:
+            raise InvalidArgumentError(f"the store already holds ids {held}; ids are never reused")
+        self._new.put(ids, keys, values)
+
+    def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read those that are in files."""
+        if not any(chunk_id in self._places for chunk_id in ids):
+            return self._new.get(ids)
+        pairs = [self._one(chunk_id) for chunk_id in ids]
+        return stack([pair[0] for pair in pairs]), stack([pair[1] for pair in pairs])
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Forget blocks; the files stay as they are."""
+        unknown = [chunk_id for chunk_id in ids if chunk_id not in self]
+        if unknown:
+            raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
+        for chunk_id in ids:
+            if self._places.pop(chunk_id, None) is None and chunk_id in self._new:
+                self._new.remove([chunk_id])
+
+    def clear(self) -> None:
+        """Forget every block."""
+        self._places.clear()
+        self._new.clear()
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._new)
+
+    def __contains__(self, chunk_id: object) -> bool:
+        return chunk_id in self._places or chunk_id in self._new
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held, on disk and in memory."""
+        return sum(file.block_bytes for file, _ in list(self._places.values())) + self._new.nbytes
+
+    def _one(self, chunk_id: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        place = self._places.get(chunk_id)
+        if place is not None:
+            file, row = place
+            return file.read(row)
+        keys, values = self._new.get([chunk_id])
+        return keys[0], values[0]
+
+
+class BlocksFile:
+    """The open file of a segment's keys and values.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the snapshot.
+    segment : SegmentRecord
+        Which one.
+    chunks : SegmentChunks
+        What is small of it.
+    layout : ChunkLayout
+        Of the blocks, with the device where they are to go.
+
+    Raises
+    ------
+    SnapshotError
+        If there is no such file, or it has another size or beginning.
+    """
+
+    def __init__(
+        self, folder: Path, segment: SegmentRecord, chunks: SegmentChunks, layout: ChunkLayout
+    ) -> None:
+        self._path = folder / segment.blocks.name
+        self._start = check_blocks_size(folder, segment, layout)
+        self._layout, self._checks = layout, chunks.checks
+        self._file = open_plain(self._path)
+        self._close = weakref.finalize(self, self._file.close)
+        self._proven: set[int] = set()
+        self._lock = threading.Lock()
+        self.ids: list[int] = chunks.ids.tolist()
+        size = os.fstat(self._file.fileno()).st_size
+        if size != segment.blocks.nbytes:
+            raise damaged(self._path, f"has {size:,} bytes instead of {segment.blocks.nbytes:,}")
+        header = blocks_header(layout, segment.count)
+        found = bytearray(len(header))
+        self._read_at(0, found)
+        if found != header:
+            raise damaged(self._path, "does not begin as a file of such blocks does")
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return self._layout.nbytes
+
+    def read(self, row: int) -> torch.Tensor:
+        """Return keys and values [2, *layout.shape] of a row; SnapshotError if they are not what was saved."""
+        layout = self._layout
+        block = torch.empty(2, *layout.shape, dtype=layout.dtype)
+        content = bytes_of(block)
+        self._read_at(self._start + row * layout.nbytes, content)
+        if row not in self._proven:
+            if zlib.crc32(content) != int(self._checks[row]):
+                raise damaged(self._path, f"is not what the checksum of block {row} says")
+            check_finite(self._path, block)
+            self._proven.add(row)
+        return block.to(layout.device)
+
+    def _read_at(self, offset: int, buffer: bytearray | memoryview) -> None:
+        with self._lock:
+            self._file.seek(offset)
+            read_fully(self._file, self._path, buffer)

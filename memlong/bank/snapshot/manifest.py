@@ -1,0 +1,285 @@
+"""The manifest of a snapshot: what there is, which files hold it, and the limits of what may be claimed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from memlong.bank.snapshot.fields import Fields
+from memlong.bank.snapshot.files import FileRecord, damaged, open_plain, read_fully, unreadable
+from memlong.errors import SnapshotError
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "memlong-snapshot", 1
+
+Kind = Literal["bank", "decoder"]
+
+_MOST_BYTES = 64 << 20
+_MOST = 2**48  # of anything that is counted
+_WIDEST = 2**20
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """Some chunks: what is small of them in one file, their keys and values in another."""
+
+    count: int
+    chunks: FileRecord
+    blocks: FileRecord
+
+
+@dataclass(frozen=True)
+class IndexRecord:
+    """The file of an index library, with what its backend noted down to read it again."""
+
+    facts: Mapping[str, Any]
+    file: FileRecord
+
+
+@dataclass(frozen=True)
+class LayoutRecord:
+    """Of what kind the chunks' keys and values are."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class BankRecord:
+    """One bank.
+
+    Attributes
+    ----------
+    made_by : str
+        Its class, as "module:Class".
+    options : mapping
+        The options of the backend's own.
+    dim, metric, max_chunks, max_bytes, eviction, device
+        Options of every bank; eviction is None where the policy has no name.
+    count : int
+        How many chunks are held; the segments may hold more, which have left since.
+    next_id, clock : int
+        The id of the next chunk, and the clock of its usage.
+    layout : LayoutRecord or None
+        Of the chunks; None where nothing was ever added.
+    state : FileRecord
+        Which chunks are held, and how they were used.
+    segments : tuple of SegmentRecord
+        Where they are.
+    index : IndexRecord or None
+        The native index, where there is one.
+    """
+
+    made_by: str
+    options: Mapping[str, Any]
+    dim: int
+    metric: str
+    max_chunks: int | None
+    max_bytes: int | None
+    eviction: str | None
+    device: str
+    count: int
+    next_id: int
+    clock: int
+    layout: LayoutRecord | None
+    state: FileRecord
+    segments: tuple[SegmentRecord, ...]
+    index: IndexRecord | None
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """All files that hold it."""
+        segments = [file for each in self.segments for file in (each.chunks, each.blocks)]
+        return [self.state, *segments, *([self.index.file] if self.index else [])]
+
+
+@dataclass(frozen=True)
+class ExtraRecord:
+    """What a decoder keeps beside its banks."""
+
+    facts: Mapping[str, Any]
+    file: FileRecord
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds, at one moment.
+
+    Attributes
+    ----------
+    kind : "bank" or "decoder"
+        What was saved.
+    token : str
+        Of this state alone: 32 hexadecimal digits at random.
+    generation : int
+        How many states the folder had before, and this one.
+    versions : mapping
+        Of the packages that wrote it.
+    banks : tuple of BankRecord
+        One for a bank, one for each row of a decoder.
+    extra : ExtraRecord or None
+        The rest of a decoder.
+    """
+
+    kind: Kind
+    token: str
+    generation: int
+    versions: Mapping[str, str]
+    banks: tuple[BankRecord, ...]
+    extra: ExtraRecord | None
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """All files that hold it."""
+        own = [file for bank in self.banks for file in bank.files]
+        return own + ([self.extra.file] if self.extra else [])
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the manifest's file."""
+        return _dumped({"format": FORMAT, "version": VERSION, **asdict(self)})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a folder.
+
+    Raises
+    ------
+    SnapshotError
+        If there is none, it is of another version, damaged, or claims what cannot be.
+    """
+    path = folder / MANIFEST
+    data = _parsed(path)
+    top = Fields(data, path)
+    top.text("format"), top.integer("version")
+    banks = tuple(_bank(each) for each in top.parts("banks"))
+    found = Manifest(
+        kind=top.choice("kind", ("bank", "decoder")),
+        token=top.hexadecimal("token", 32),
+        generation=top.integer("generation", 1, _MOST),
+        versions=top.mapping("versions"),
+        banks=banks,
+        extra=_extra(top.part_or_none("extra")),
+    )
+    top.nothing_else()
+    names = [file.name for file in found.files]
+    if len(set(names)) < len(names):
+        raise damaged(path, f"names {max(names, key=names.count)!r} more than once")
+    if found.kind == "bank" and (len(banks) != 1 or found.extra):
+        raise damaged(path, f"says that it is of one bank, but describes {len(banks)} and other things")
+    if found.kind == "decoder" and not found.extra:
+        raise damaged(path, "says that it is of a decoder, but describes no streams")
+    return found
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether there is a manifest in a folder."""
+    try:
+        (folder / MANIFEST).lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise unreadable(folder / MANIFEST, error) from error
+    return True
+
+
+def _dumped(body: Mapping[str, Any]) -> bytes:
+    text = json.dumps(body, indent=1, allow_nan=False)
+    return (text[:-2] + f',\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n').encode()
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    with open_plain(path) as file:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise damaged(path, f"has {size:,} bytes, more than a manifest ever has")
+        content = bytearray(size)
+        read_fully(file, path, content)
+    try:
+        data = json.loads(content)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise damaged(path, "is no manifest of memlong")
+        if data.get("version") != VERSION:
+            raise SnapshotError(
+                f"{str(path)!r} has the format version {data.get('version')!r}, but this memlong reads version "
+                f"{VERSION}. Use the memlong that wrote it, or a newer one."
+            )
+        data.pop("sha256", None)
+        is_whole = _dumped(data) == content
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"is not the JSON that was written ({error})") from error
+    if not is_whole:
+        raise damaged(path, "is not what its SHA-256 says")
+    return data
+
+
+def _bank(fields: Fields) -> BankRecord:
+    found = BankRecord(
+        made_by=fields.text("made_by"),
+        options=fields.mapping("options"),
+        dim=fields.integer("dim", 1, _WIDEST),
+        metric=fields.choice("metric", ("cosine", "inner_product", "l2")),
+        max_chunks=fields.integer_or_none("max_chunks", 1),
+        max_bytes=fields.integer_or_none("max_bytes", 1),
+        eviction=fields.text_or_none("eviction"),
+        device=fields.text("device"),
+        count=fields.integer("count", 0, _MOST),
+        next_id=fields.integer("next_id", 0, 2**62),
+        clock=fields.integer("clock", 0, 2**62),
+        layout=_layout(fields.part_or_none("layout")),
+        state=_file(fields.part("state")),
+        segments=tuple(_segment(each) for each in fields.parts("segments")),
+        index=_index(fields.part_or_none("index")),
+    )
+    fields.nothing_else()
+    return found
+
+
+def _layout(fields: Fields | None) -> LayoutRecord | None:
+    if fields is None:
+        return None
+    found = LayoutRecord(
+        shape=fields.integers("shape", 4, _WIDEST), dtype=fields.text("dtype"), device=fields.text("device")
+    )
+    fields.nothing_else()
+    return found
+
+
+def _segment(fields: Fields) -> SegmentRecord:
+    found = SegmentRecord(
+        count=fields.integer("count", 1, _MOST),
+        chunks=_file(fields.part("chunks")),
+        blocks=_file(fields.part("blocks")),
+    )
+    fields.nothing_else()
+    return found
+
+
+def _index(fields: Fields | None) -> IndexRecord | None:
+    if fields is None:
+        return None
+    found = IndexRecord(facts=fields.mapping("facts"), file=_file(fields.part("file")))
+    fields.nothing_else()
+    return found
+
+
+def _extra(fields: Fields | None) -> ExtraRecord | None:
+    if fields is None:
+        return None
+    found = ExtraRecord(facts=fields.mapping("facts"), file=_file(fields.part("file")))
+    fields.nothing_else()
+    return found
+
+
+def _file(fields: Fields) -> FileRecord:
+    found = FileRecord(
+        name=fields.file_name("name"),
+        nbytes=fields.integer("nbytes", 0, _MOST),
+        sha256=fields.hexadecimal("sha256", 64),
+    )
+    fields.nothing_else()
+    return found

@@ -1,0 +1,230 @@
+"""StoredBank: a bank as a snapshot holds it, read and checked without any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from memlong.bank.arrays import Ids
+from memlong.bank.layout import ChunkLayout
+from memlong.bank.sizes import byte_count
+from memlong.bank.snapshot.content import Content, check_state
+from memlong.bank.snapshot.files import damaged, read_checked
+from memlong.bank.snapshot.lazy import BlocksFile, SnapshotStore
+from memlong.bank.snapshot.manifest import (
+    MANIFEST,
+    BankRecord,
+    LayoutRecord,
+    Manifest,
+    has_manifest,
+    read_manifest,
+)
+from memlong.bank.snapshot.segments import Segment, SegmentChunks, read_blocks, read_chunks
+from memlong.bank.snapshot.tensors import DTYPES, dtype_name, read_arrays
+from memlong.errors import DeviceUnavailableError, InvalidArgumentError, SnapshotError
+
+Result = TypeVar("Result")
+
+_TRIES = 5
+
+
+def folder_of(path: str | Path) -> Path:
+    """Return the folder that a user named."""
+    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
+        raise InvalidArgumentError(f"path is {path!r}; expected the path of a folder")
+    return Path(path)
+
+
+def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes: int | str | None) -> Result:
+    """Do something with what a folder holds; again, if another state was written there meanwhile.
+
+    Raises
+    ------
+    SnapshotError
+        If the folder holds no snapshot, one of more than ``most_bytes``, or as the action does.
+    """
+    for _ in range(_TRIES):
+        manifest = _manifest(folder)
+        _check_size(folder, manifest, most_bytes)
+        try:
+            return action(manifest)
+        except SnapshotError:
+            if _manifest(folder).token == manifest.token:
+                raise
+    raise SnapshotError(
+        f"{str(folder)!r} was written anew {_TRIES} times while it was read. Load it when its writer rests."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class StoredBank:
+    """One bank of a snapshot, whose table has been read and checked; its keys and values have not.
+
+    Attributes
+    ----------
+    folder : Path
+        Of the snapshot.
+    record : BankRecord
+        What the manifest says of the bank.
+    token : str
+        Of the state of the folder.
+    content : Content
+        The rows of the table that are held.
+    layout : ChunkLayout or None
+        Of its blocks.
+    segments : tuple of SegmentChunks
+        What is small of each of the record's segments.
+    """
+
+    folder: Path
+    record: BankRecord
+    token: str
+    content: Content
+    layout: ChunkLayout | None
+    segments: tuple[SegmentChunks, ...]
+
+    @property
+    def manifest_path(self) -> Path:
+        """For messages."""
+        return self.folder / MANIFEST
+
+    @property
+    def on_disk(self) -> list[Segment]:
+        """The segments, for the next save."""
+        pairs = zip(self.record.segments, self.segments, strict=True)
+        return [Segment(record, chunks.ids) for record, chunks in pairs]
+
+    def blocks(self, ids: Ids) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Read and prove all keys and values, [n, 2, *layout.shape] at a time, and give those of some ids.
+
+        Nobody may see them before the iterator has come to its end.
+        """
+        for record, chunks in zip(self.record.segments, self.segments, strict=True):
+            assert self.layout is not None  # noqa: S101 - `read_bank` has seen to that
+            for found, states in read_blocks(self.folder, record, chunks, self.layout):
+                wanted = np.isin(found, ids)
+                chosen = states if wanted.all() else states[torch.from_numpy(wanted)]
+                if len(chosen):
+                    yield found[wanted].tolist(), chosen
+
+    def attach_to(self, store: SnapshotStore, ids: Ids) -> None:
+        """Let a store read keys and values of some ids when they are wanted."""
+        for record, chunks in zip(self.record.segments, self.segments, strict=True):
+            assert self.layout is not None  # noqa: S101 - `read_bank` has seen to that
+            store.attach(BlocksFile(self.folder, record, chunks, self.layout), ids.tolist())
+
+    def index_file(self) -> bytes | None:
+        """Return the native index's file, proven to be what was saved; None if there is none."""
+        return None if self.record.index is None else read_checked(self.folder, self.record.index.file)
+
+
+def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str | None = None) -> StoredBank:
+    """Read and check the table of a bank.
+
+    Parameters
+    ----------
+    folder, manifest
+        Where, and what is there.
+    row : int, optional
+        Which bank, where there are several.
+    kv_device : str, optional
+        Where keys and values are to go, if not where they came from.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no such row.
+    SnapshotError
+        If something is not what was saved, or cannot be.
+    """
+    record = _chosen(folder, manifest, row)
+    path = folder / MANIFEST
+    count = record.count
+    state = read_arrays(
+        folder,
+        record.state,
+        dict.fromkeys(("ids", "retrievals", "last_used"), ("int64", (count,))),
+    )
+    check_state(folder / record.state.name, **state, next_id=record.next_id, clock=record.clock)
+    layout = None if record.layout is None else _layout(path, record.layout, kv_device)
+    if layout is None and record.segments:
+        raise damaged(path, "has chunks, but does not say of what kind")
+    segments = tuple(read_chunks(folder, record, each) for each in record.segments)
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *(each.ids for each in segments)])
+    order = np.argsort(ids, kind="stable")
+    if (np.diff(ids[order]) == 0).any():
+        raise damaged(path, "names segments that hold a chunk twice")
+    places = np.searchsorted(ids[order], state["ids"])
+    if len(state["ids"]) and (places[-1] >= len(ids) or (ids[order][places] != state["ids"]).any()):
+        raise damaged(folder / record.state.name, "names chunks that are in no segment")
+    held = order[places]
+    embeddings = np.concatenate(
+        [np.empty((0, record.dim), dtype=np.float32), *(each.embeddings for each in segments)]
+    )
+    spans = np.concatenate([np.empty((0, 2), dtype=np.int64), *(each.spans for each in segments)])
+    content = Content(state["ids"], embeddings[held], spans[held], state["retrievals"], state["last_used"])
+    return StoredBank(folder, record, manifest.token, content, layout, segments)
+
+
+def _manifest(folder: Path) -> Manifest:
+    if not has_manifest(folder):
+        raise SnapshotError(
+            f"{str(folder)!r} holds no {MANIFEST}, so no snapshot. Name the folder that something was saved to."
+        )
+    return read_manifest(folder)
+
+
+def _check_size(folder: Path, manifest: Manifest, most_bytes: int | str | None) -> None:
+    if most_bytes is None:
+        return
+    limit = byte_count("most_bytes", most_bytes)
+    total = sum(file.nbytes for file in manifest.files)
+    if total > limit:
+        raise SnapshotError(
+            f"{str(folder / MANIFEST)!r} names files of {total:,} bytes, more than most_bytes, {limit:,}. Raise it if "
+            "you trust the snapshot."
+        )
+
+
+def _chosen(folder: Path, manifest: Manifest, row: int | None) -> BankRecord:
+    banks = manifest.banks
+    if row is None and len(banks) != 1:
+        raise InvalidArgumentError(f"{str(folder)!r} holds {len(banks)} banks: say which with row, from 0")
+    row = 0 if row is None else row
+    if not isinstance(row, int) or not 0 <= row < len(banks):
+        raise InvalidArgumentError(f"row is {row!r}, but {str(folder)!r} holds {len(banks)} banks")
+    return banks[row]
+
+
+def _layout(path: Path, record: LayoutRecord, kv_device: str | None) -> ChunkLayout:
+    if record.dtype not in DTYPES:
+        raise damaged(path, f"has keys and values of dtype {record.dtype!r}, expected {' or '.join(DTYPES)}")
+    try:
+        device = torch.device(record.device if kv_device is None else kv_device)
+    except RuntimeError as error:
+        if kv_device is not None:
+            raise InvalidArgumentError(f"kv_device is {kv_device!r}, no torch device") from error
+        raise damaged(path, f"has keys and values on {record.device!r}, which is no device") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailableError(
+            f"keys and values go to {device}, but torch sees {torch.cuda.device_count()} CUDA devices here: load them "
+            "with kv_device='cpu'"
+        )
+    return ChunkLayout(record.shape, getattr(torch, record.dtype), device)
+
+
+def layout_record(layout: ChunkLayout | None) -> LayoutRecord | None:
+    """Return what a manifest says of a layout."""
+    if layout is None:
+        return None
+    return LayoutRecord(tuple(layout.shape), dtype_name(layout.dtype), str(layout.device))
+
+
+def on_cpu(layout: ChunkLayout) -> ChunkLayout:
+    """Return the layout of the same blocks on the CPU."""
+    return replace(layout, device=torch.device("cpu"))

@@ -1,0 +1,142 @@
+"""Look after a snapshot without any backend: what is in it, whether it is whole, and its old chunks away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from memlong.bank.snapshot.files import damaged, read_checked
+from memlong.bank.snapshot.lazy import SnapshotStore
+from memlong.bank.snapshot.manifest import BankRecord, ExtraRecord, Manifest
+from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
+from memlong.bank.snapshot.segments import check_finite, write_segments
+from memlong.bank.snapshot.writer import SnapshotWriter
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Return what the manifest of a folder says, as JSON can hold it; reads nothing else.
+
+    Raises
+    ------
+    SnapshotError
+        If there is no snapshot, or its manifest is damaged.
+    """
+    return open_snapshot(folder_of(path), _description, None)
+
+
+def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
+    """Read every file of a folder, check all that is there to be checked, and describe it.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder.
+    progress : callable
+        Told how many bytes have been read since it was last told.
+
+    Raises
+    ------
+    SnapshotError
+        Naming the first file that is not what was saved.
+    """
+    folder = folder_of(path)
+
+    def verified(manifest: Manifest) -> dict[str, Any]:
+        for row in range(len(manifest.banks)):
+            _verify_bank(read_bank(folder, manifest, row, "cpu"), progress)
+        if manifest.extra is not None:
+            _verify_extra(folder, manifest.extra)
+            progress(manifest.extra.file.nbytes)
+        return _description(manifest)
+
+    return open_snapshot(folder, verified, None)
+
+
+def compact(path: str | Path) -> dict[str, Any]:
+    """Write the chunks that are held anew, so that nothing of others remains, and describe the result.
+
+    Raises
+    ------
+    SnapshotError
+        If there is no snapshot, it is damaged, or it cannot be written; it is as it was then.
+    """
+    folder = folder_of(path)
+    kind = open_snapshot(folder, lambda manifest: manifest.kind, None)
+    with SnapshotWriter(folder, kind) as writer:
+        manifest = writer.current
+        if manifest is None:
+            raise damaged(folder, "lost its manifest meanwhile")
+        banks = [
+            _compacted(writer, read_bank(folder, manifest, row, "cpu")) for row in range(len(manifest.banks))
+        ]
+        return _description(writer.commit(banks, manifest.extra))
+
+
+def _description(manifest: Manifest) -> dict[str, Any]:
+    fingerprint = None if manifest.extra is None else manifest.extra.facts.get("fingerprint")
+    return {
+        "kind": manifest.kind,
+        "generation": manifest.generation,
+        "bytes": sum(file.nbytes for file in manifest.files),
+        "files": len(manifest.files) + 1,
+        "versions": dict(manifest.versions),
+        "banks": [_bank(record) for record in manifest.banks],
+        "fingerprint": fingerprint if isinstance(fingerprint, dict) else None,
+    }
+
+
+def _bank(record: BankRecord) -> dict[str, Any]:
+    layout = record.layout
+    return {
+        "made_by": record.made_by,
+        "options": dict(record.options),
+        "dim": record.dim,
+        "metric": record.metric,
+        "max_chunks": record.max_chunks,
+        "max_bytes": record.max_bytes,
+        "eviction": record.eviction,
+        "chunks": record.count,
+        "left_behind": sum(each.count for each in record.segments) - record.count,
+        "next_id": record.next_id,
+        "chunk_shape": None if layout is None else list(layout.shape),
+        "chunk_dtype": None if layout is None else layout.dtype,
+        "bytes": sum(file.nbytes for file in record.files),
+        "segments": len(record.segments),
+        "index_bytes": 0 if record.index is None else record.index.file.nbytes,
+    }
+
+
+def _verify_bank(stored: StoredBank, progress: Callable[[int], object]) -> None:
+    progress(stored.record.state.nbytes)
+    for ids, states in stored.blocks(stored.content.ids):
+        progress(states.nbytes if ids else 0)
+    if stored.layout is not None:
+        store = SnapshotStore()
+        stored.attach_to(store, stored.content.ids)
+        for chunk_id in stored.content.ids.tolist():  # against its own checksum, as a lazy bank reads it
+            store.get([chunk_id])
+    stored.index_file()
+
+
+def _verify_extra(folder: Path, extra: ExtraRecord) -> None:
+    path = folder / extra.file.name
+    try:
+        tensors = safetensors.torch.load(read_checked(folder, extra.file))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"is no safetensors file ({error})") from error
+    for states in tensors.values():
+        check_finite(path, states)
+
+
+def _compacted(writer: SnapshotWriter, stored: StoredBank) -> BankRecord:
+    if stored.layout is None or not len(stored.content.ids):
+        return replace(stored.record, segments=())
+    store = SnapshotStore()
+    stored.attach_to(store, stored.content.ids)
+    segments = write_segments(writer, stored.content, store, stored.layout)
+    return replace(stored.record, segments=tuple(each.record for each in segments))

@@ -1,0 +1,163 @@
+"""SnapshotWriter: a new state of a folder, written beside the current one and put in its place at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from memlong.bank.snapshot.fields import FILE_NAME
+from memlong.bank.snapshot.files import FileRecord, NewFile, sync_folder, unwritable
+from memlong.bank.snapshot.locking import LOCK, FolderLock
+from memlong.bank.snapshot.manifest import (
+    MANIFEST,
+    BankRecord,
+    ExtraRecord,
+    Kind,
+    Manifest,
+    has_manifest,
+    read_manifest,
+)
+from memlong.errors import SnapshotError
+
+_NEW_MANIFEST = f"{MANIFEST}.new"
+_PACKAGES = ("memlong", "torch", "numpy", "safetensors", "faiss-cpu", "hnswlib", "transformers")
+
+
+class SnapshotWriter:
+    """Write a state into a folder, in a `with` block, alone.
+
+    The manifest decides which state is current, and is the last to be written: first the new files are brought to the
+    disk, then the folder that names them, then the new manifest beside the old one, which takes its place in a single
+    step. So the folder holds the old state or the new one, whenever the process ends or the power goes. Files that no
+    manifest names are removed after that, and before the next state is written.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it does not exist; a folder that holds other things is left alone.
+    kind : "bank" or "decoder"
+        What is saved.
+
+    Raises
+    ------
+    SnapshotError
+        On entering, if something else is in the folder, another process writes there, or nothing can be written.
+
+    Attributes
+    ----------
+    current : Manifest or None
+        What the folder holds.
+    token : str
+        What the new state will go by.
+    """
+
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        self._folder, self._kind = folder, kind
+        self._held = ExitStack()
+        self.current: Manifest | None = None
+        self.token = secrets.token_hex(16)
+        self._generation, self._number = 1, 0
+        self._is_committed = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
+        self._check_strangers()
+        with ExitStack() as stack:
+            stack.enter_context(FolderLock(self._folder))
+            if has_manifest(self._folder):
+                self.current = read_manifest(self._folder)
+                self._generation = self.current.generation + 1
+            if self.current is not None and self.current.kind != self._kind:
+                raise SnapshotError(
+                    f"{str(self._folder)!r} holds the snapshot of a {self.current.kind}, and this is one of a "
+                    f"{self._kind}: name another folder, or remove that one."
+                )
+            self._remove_all_but(self.current)
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._held, suppress(SnapshotError):
+            if not self._is_committed:  # the manifest tells, wherever an interrupt came
+                self._remove_all_but(read_manifest(self._folder) if has_manifest(self._folder) else None)
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return self._folder
+
+    @contextmanager
+    def new_file(self, kind: str, ending: str) -> Iterator[NewFile]:
+        """Write a new file; see `NewFile`."""
+        self._number += 1
+        with NewFile(self._folder / f"{kind}-{self._generation}-{self._number}.{ending}") as file:
+            yield file
+
+    def write(self, kind: str, content: Any, ending: str = "safetensors") -> FileRecord:
+        """Write a new file at once."""
+        with self.new_file(kind, ending) as file:
+            file.write(content)
+        return file.record
+
+    def commit(self, banks: Sequence[BankRecord], extra: ExtraRecord | None = None) -> Manifest:
+        """Make what was written the current state, and remove what it does not need."""
+        manifest = Manifest(self._kind, self.token, self._generation, _versions(), tuple(banks), extra)
+        sync_folder(self._folder)
+        if self.current is None:
+            sync_folder(self._folder.resolve().parent)
+        beside = self._folder / _NEW_MANIFEST
+        with NewFile(beside) as file:
+            file.write(manifest.to_bytes())
+        try:
+            beside.replace(self._folder / MANIFEST)
+        except OSError as error:
+            raise unwritable(self._folder / MANIFEST, error) from error
+        sync_folder(self._folder)
+        self._is_committed = True
+        self._remove_all_but(manifest)
+        return manifest
+
+    def _remove_all_but(self, manifest: Manifest | None) -> None:
+        needed = {file.name for file in manifest.files} if manifest else set()
+        for name in _names(self._folder):
+            if name not in needed and (FILE_NAME.fullmatch(name) or name == _NEW_MANIFEST):
+                with suppress(OSError):  # open elsewhere, on Windows; the next state tries again
+                    (self._folder / name).unlink()
+
+    def _check_strangers(self) -> None:
+        if has_manifest(self._folder):
+            return
+        for name in _names(self._folder):
+            if not FILE_NAME.fullmatch(name) and name not in (_NEW_MANIFEST, LOCK):
+                raise SnapshotError(
+                    f"{str(self._folder / name)!r} is no part of a snapshot: a folder that holds other things is left "
+                    "alone. Name a new folder."
+                )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208 - names are wanted, and no paths
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

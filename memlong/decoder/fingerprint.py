@@ -1,0 +1,103 @@
+"""What stored keys and values depend on: without the same model, they mean nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.gates import MemoryGates
+from memlong.decoder.probe import ModelLayout
+from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.sources import KvSource, LatentSource, LayerSource
+
+_SAMPLE = 256
+_SAYS_NOTHING = {  # of a model's config: names, and what decides how it is run
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "quantization_config",
+}
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings", "partial_rotary_factor")
+_SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
+
+
+def fingerprint(
+    model: PreTrainedModel,
+    config: MemoryConfig,
+    layout: ModelLayout,
+    source: KvSource,
+    gates: MemoryGates | None,
+    retriever: Retriever | None,
+) -> dict[str, Any]:
+    """Describe, as JSON can hold it, all that keys, values and embeddings of a memory depend on.
+
+    Of the weights, the first, the last and 254 evenly spaced numbers of each tensor are taken, or all of a small one:
+    any training of a tensor shows in these.
+    """
+    settings = model.config.to_dict()
+    rest = {
+        name: value for name, value in settings.items() if name not in _SAYS_NOTHING and name not in _ROPE
+    }
+    return {
+        "model": type(model).__name__,
+        "config": _digest(rest),
+        "rope": _digest({name: settings.get(name) for name in _ROPE}),
+        "weights": _sampled(sorted(model.state_dict().items())),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": len(layout.layers),
+        "retrieval_layers": list(source.retrieval_layers),
+        "kv_source": config.kv_source,
+        "memory_layers": list(source.memory_layers) if isinstance(source, LayerSource) else None,
+        "maps": _module(source.maps) if isinstance(source, LatentSource) else None,
+        "gates": None if gates is None else _module(gates),
+        "retriever": None if retriever is None else _retriever(config, retriever),
+        **{name: getattr(config, name) for name in _SIZES},
+    }
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return which parts of two fingerprints differ, with what they are where that says something."""
+    found = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(name), theirs.get(name)
+        if mine != other:
+            is_digest = any(isinstance(each, str) and len(each) == 64 for each in (mine, other))
+            found.append(name if is_digest else f"{name} ({other!r} when it was saved, {mine!r} now)")
+    return found
+
+
+def _retriever(config: MemoryConfig, retriever: Retriever) -> list[object]:
+    kind = type(retriever)
+    return [f"{kind.__module__}:{kind.__qualname__}", config.retriever, retriever.dim, retriever.metric]
+
+
+def _module(module: torch.nn.Module) -> str:
+    return _sampled(sorted(module.state_dict().items()))
+
+
+def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        if len(flat) > _SAMPLE:
+            places = torch.linspace(0, len(flat) - 1, _SAMPLE, dtype=torch.float64).long()
+            flat = flat[places.to(flat.device)]
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,131 @@
+"""The contract of snapshots: a bank that was saved can be had again, in any process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from memlong.bank import MemoryBank
+from memlong.errors import SnapshotError
+from memlong.testing.harness import BankSuite, assert_same_state, random_chunks, random_vectors, state_of
+
+_OF_EVERY_BANK = {"metric", "max_chunks", "max_bytes", "eviction", "store", "device"}
+_GO_ON = """
+import importlib, json, sys
+from memlong.testing.persistence import what_follows
+module, _, name = sys.argv[2].partition(":")
+bank_class = getattr(importlib.import_module(module), name)
+print(json.dumps(what_follows(bank_class.load(sys.argv[1], trust_index=True))))
+"""
+
+
+class PersistenceTests(BankSuite):
+    """What is saved, and what comes back."""
+
+    fresh_process: ClassVar[bool] = True
+
+    def _worn(self, **options: Any) -> MemoryBank:
+        """Return a bank that has forgotten some chunks and retrieved others."""
+        bank, chunks = self.filled(300, **options)
+        bank.remove(bank.ids[[5, 80, 299]])
+        bank.retrieve(chunks.embeddings[:7], 2)
+        return bank
+
+    def test_all_that_a_bank_holds_comes_back(self, tmp_path: Path) -> None:
+        """Ids, embeddings, spans, usage, keys and values; the next id, too, even if the newest chunk has left."""
+        bank = self._worn(max_chunks=500, eviction="lru")
+        bank.save(tmp_path)
+        loaded = self.bank_class.load(tmp_path)
+        assert torch.equal(loaded.ids, bank.ids)
+        assert torch.equal(loaded.embeddings.embeddings, bank.embeddings.embeddings)
+        assert loaded.usage.retrievals.tolist() == bank.usage.retrievals.tolist()
+        assert loaded.usage.last_used.tolist() == bank.usage.last_used.tolist()
+        ours, theirs = bank.fetch(bank.ids), loaded.fetch(bank.ids)
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+        assert torch.equal(ours.spans, theirs.spans)
+        assert random_chunks(1, seed=1).into(loaded).tolist() == [300]
+
+    def test_a_loaded_bank_finds_its_chunks(self, tmp_path: Path) -> None:
+        """Searches find all that is held when all is asked for, and what they found before if they are exact."""
+        bank = self._worn()
+        bank.save(tmp_path)
+        loaded = self.bank_class.load(tmp_path)
+        found = loaded.search(random_vectors(2, seed=3), 300)
+        assert all(set(row) - {-1} == set(bank.ids.tolist()) for row in found.ids.tolist())
+        if self.exact:
+            assert_same_state(state_of(bank), loaded)
+
+    def test_a_trusted_index_finds_what_it_found(self, tmp_path: Path) -> None:
+        """Where the backend saves its index, results after loading it are those of before."""
+        bank = self._worn()
+        if bank._index_save() is None:  # noqa: SLF001 - the seam under test
+            pytest.skip("this backend saves no index")
+        bank.save(tmp_path)
+        assert_same_state(state_of(bank), self.bank_class.load(tmp_path, trust_index=True))
+
+    def test_the_options_are_saved(self) -> None:
+        """`_index_options` names those that the bank was made with."""
+        given = {name: value for name, value in self.options.items() if name not in _OF_EVERY_BANK}
+        assert given.items() <= self.make()._index_options().items()  # noqa: SLF001 - the seam under test
+
+    def test_saving_again_keeps_what_is_there(self, tmp_path: Path) -> None:
+        """After an add, keys and values that were saved before are not written anew."""
+        bank, _ = self.filled(100)
+        bank.save(tmp_path)
+        before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("blocks-*")}
+        random_chunks(3, seed=1, first=100).into(bank)
+        bank.save(tmp_path)
+        after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("blocks-*")}
+        assert before.items() < after.items()
+        assert self.bank_class.load(tmp_path).ids.tolist() == list(range(103))
+
+    def test_what_is_damaged_is_refused(self, tmp_path: Path) -> None:
+        """Any file of which a byte is another is named."""
+        bank, _ = self.filled(300)
+        bank.save(tmp_path)
+        for path in sorted(tmp_path.iterdir()):
+            content = path.read_bytes()
+            damaged = bytearray(content)
+            damaged[len(content) // 2] ^= 8
+            path.write_bytes(damaged)
+            with pytest.raises(SnapshotError, match=path.name):
+                self.bank_class.load(tmp_path, trust_index=True)
+            path.write_bytes(content)
+        assert len(self.bank_class.load(tmp_path)) == 300
+
+    def test_a_fresh_process_goes_on(self, tmp_path: Path) -> None:
+        """Another process loads the bank, adds to it, and finds what this one does."""
+        if not self.fresh_process:
+            pytest.skip("fresh_process is False")
+        bank = self._worn()
+        bank.save(tmp_path)
+        finds_the_same = self.exact or bank._index_save() is not None  # noqa: SLF001 - the seam under test
+        where = os.pathsep.join(path for path in sys.path if path)
+        command = [sys.executable, "-c", _GO_ON, str(tmp_path), f"{self.bank_class.__module__}:"]
+        command[-1] += self.bank_class.__qualname__
+        said = subprocess.run(  # noqa: S603 - this very interpreter
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": where}
+        ).stdout
+        theirs, ours = json.loads(said.splitlines()[-1]), what_follows(bank)
+        assert theirs["held"] == ours["held"]
+        assert theirs["numbers"] == ours["numbers"]
+        assert theirs["found"] == ours["found"] or not finds_the_same
+
+
+def what_follows(bank: MemoryBank) -> dict[str, Any]:
+    """Search, add and look at a bank, and return what there was to be seen."""
+    found = bank.search(random_vectors(4, seed=77), 6)
+    random_chunks(5, seed=8, first=300).into(bank)
+    return {
+        "found": [found.ids.tolist(), found.scores.tolist()],
+        "held": bank.ids.tolist(),
+        "numbers": bank.fetch(bank.ids).keys.flatten(1)[:, 0].tolist(),
+    }

@@ -1,0 +1,329 @@
+"""What goes wrong is said, naming the file, and what was saved before is still there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from io import FileIO
+
+import pytest
+import torch
+
+from memlong import SnapshotError, create_bank, load_bank
+from memlong.bank import InMemoryStore
+from memlong.bank.snapshot import files, writer
+from memlong.bank.snapshot.locking import FolderLock
+from memlong.bank.snapshot.manifest import _dumped
+from memlong.errors import DeviceUnavailableError, InvalidArgumentError, StorageError
+from memlong.testing.harness import DIM, assert_same_state, random_chunks, state_of
+
+
+@pytest.fixture
+def saved(make, tmp_path):
+    bank = make()
+    bank.save(tmp_path / "bank")
+    return bank, tmp_path / "bank"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def forge(folder, change):
+    """Write the manifest anew, its hash included."""
+    path = folder / "manifest.json"
+    data = json.loads(path.read_bytes())
+    del data["sha256"]
+    change(data)
+    path.write_bytes(_dumped(data))
+
+
+class Failing(FileIO):
+    """Files of a disk that is full after some calls."""
+
+    left = 0
+    at = "write"
+
+    def write(self, content):
+        return self._tripped("write") or super().write(content)
+
+    def fileno(self):
+        self._tripped("fsync")
+        return super().fileno()
+
+    def _tripped(self, at):
+        if at == Failing.at and self.writable():
+            Failing.left -= 1
+            if Failing.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("at", ["write", "fsync"])
+@pytest.mark.parametrize("calls", range(12))
+def test_a_full_disk_leaves_the_earlier_snapshot(saved, monkeypatch, at, calls):
+    bank, folder = saved
+    before, there = state_of(bank), names(folder)
+    random_chunks(3, seed=1, first=40).into(bank)
+    Failing.left, Failing.at = calls, at
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "FileIO", Failing)
+        try:
+            bank.save(folder)
+        except SnapshotError as error:
+            assert "No space left on device. What was saved there before is as it was" in str(error)  # noqa: PT017
+            assert str(folder) in str(error)  # noqa: PT017
+        else:
+            assert calls >= 4
+            return
+    assert names(folder) == there
+    assert_same_state(before, load_bank(folder))
+    bank.save(folder)
+    assert_same_state(state_of(bank), load_bank(folder))
+
+
+@pytest.mark.parametrize("call", ["replace", "sync_folder", "mkdir"])
+def test_a_disk_that_fails_otherwise_leaves_the_earlier_snapshot(saved, monkeypatch, call):
+    bank, folder = saved
+    before = state_of(bank)
+    random_chunks(3, seed=1, first=40).into(bank)
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync") if call == "sync_folder" else (writer.Path, call)), fail)
+        with pytest.raises(SnapshotError, match="Read-only file system"):
+            bank.save(folder)
+    assert_same_state(before, load_bank(folder))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read anything")
+@pytest.mark.parametrize("rights", [0o500, 0o000])
+def test_rights_that_are_missing_are_named(saved, rights):
+    bank, folder = saved
+    folder.chmod(rights)
+    try:
+        with pytest.raises(SnapshotError, match="Permission denied"):
+            bank.save(folder) if rights else load_bank(folder)
+    finally:
+        folder.chmod(0o700)
+
+
+def test_a_file_that_cannot_be_read_is_named(saved, monkeypatch):
+    _, folder = saved
+
+    def fail(self, buffer):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "FileIO", type("Bad", (FileIO,), {"readinto": fail}))
+    with pytest.raises(SnapshotError, match=r"manifest\.json' cannot be read: Input/output error"):
+        load_bank(folder)
+
+
+def test_a_folder_of_other_things_is_left_alone(make, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(SnapshotError, match=r"letter\.txt' is no part of a snapshot"):
+        make().save(tmp_path)
+    assert names(tmp_path) == ["letter.txt"]
+
+
+def test_other_things_in_a_snapshot_are_left_alone(saved):
+    bank, folder = saved
+    (folder / "notes.txt").write_text("mine")
+    bank.save(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_where_the_folder_should_be(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SnapshotError, match="file"):
+        make().save(tmp_path / "file")
+    with pytest.raises(SnapshotError, match="file"):
+        load_bank(tmp_path / "file")
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty"])
+def test_no_snapshot_is_said(tmp_path, there):
+    folder = tmp_path / "x"
+    if there == "empty":
+        folder.mkdir()
+    with pytest.raises(SnapshotError, match=r"holds no manifest\.json, so no snapshot"):
+        load_bank(folder)
+
+
+def test_what_a_first_save_left_behind_is_cleared(make, tmp_path):
+    (tmp_path / "blocks-1-1.safetensors").write_bytes(b"half")
+    (tmp_path / "manifest.json.new").write_bytes(b"half")
+    (tmp_path / "lock").write_text("999999999\n")
+    make().save(tmp_path)
+    assert names(tmp_path) == [
+        "blocks-1-1.safetensors",
+        "chunks-1-2.safetensors",
+        "manifest.json",
+        "state-1-3.safetensors",
+    ]
+    assert len(load_bank(tmp_path)) == 38
+
+
+def test_a_version_to_come_is_refused_by_name(saved):
+    _, folder = saved
+    forge(folder, lambda data: data.update(version=2))
+    with pytest.raises(SnapshotError, match="has the format version 2, but this memlong reads version 1"):
+        load_bank(folder)
+
+
+def test_nan_is_refused(saved):
+    bank, folder = saved
+    keys = random_chunks(1).keys
+    store = bank._store
+    store._blocks[5] = (torch.full_like(keys[0], float("nan")), keys[0])
+    bank.save(folder, compact=True)
+    with pytest.raises(SnapshotError, match=r"blocks-.*holds keys or values that are not finite"):
+        load_bank(folder)
+    lazy = load_bank(folder, lazy=True)
+    assert (lazy.fetch([6]).keys == 6).all()
+    with pytest.raises(SnapshotError, match=r"blocks-.*holds keys or values that are not finite"):
+        lazy.fetch([5])
+
+
+def test_options_that_the_backend_does_not_take(saved):
+    _, folder = saved
+    forge(folder, lambda data: data["banks"][0]["options"].update(depth=3))
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*names options that TorchBank does not take"):
+        load_bank(folder)
+    assert len(load_bank(folder, "faiss")) == 38
+
+
+def test_a_capacity_that_cannot_hold_a_chunk(saved):
+    _, folder = saved
+    with pytest.raises(InvalidArgumentError, match="max_bytes is 100, but one chunk takes"):
+        load_bank(folder, max_bytes=100)
+    forge(folder, lambda data: data["banks"][0].update(max_bytes=100))
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*max_bytes is 100, but one chunk takes"):
+        load_bank(folder)
+
+
+def test_a_device_that_is_not_here(saved):
+    _, folder = saved
+    forge(folder, lambda data: data["banks"][0]["layout"].update(device="cuda:99"))
+    with pytest.raises(DeviceUnavailableError, match="kv_device='cpu'"):
+        load_bank(folder)
+    assert len(load_bank(folder, kv_device="cpu")) == 38
+
+
+def test_an_option_that_json_cannot_hold(tmp_path, monkeypatch):
+    bank = create_bank("torch", DIM)
+    monkeypatch.setattr(bank, "_index_options", lambda: {"size": object()})
+    with pytest.raises(InvalidArgumentError, match="the option size"):
+        bank.save(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("backend", ["hnswlib", "faiss-hnsw"])
+def test_no_byte_of_a_changed_index_reaches_its_library(make, tmp_path, monkeypatch, backend):
+    bank = make(backend)
+    bank.save(tmp_path)
+    (path,) = tmp_path.glob("index-*")
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(type(bank), "_index_load", None)
+    with pytest.raises(SnapshotError, match=path.name):
+        load_bank(tmp_path, trust_index=True)
+
+
+def test_an_index_of_another_library_version_is_refused_by_name(make, tmp_path):
+    make("hnswlib").save(tmp_path)
+    forge(tmp_path, lambda data: data["banks"][0]["index"]["facts"].update(library="0.0"))
+    with pytest.raises(SnapshotError, match=r"is of hnswlib 0\.0"):
+        load_bank(tmp_path, trust_index=True)
+    assert len(load_bank(tmp_path)) == 38
+
+
+def test_a_state_that_is_written_meanwhile_is_read_instead(saved, monkeypatch):
+    bank, folder = saved
+    store = InMemoryStore()
+    read, turns = files.CheckedFile.finish, iter([True])
+
+    def finish(self):
+        if next(turns, False):
+            bank.evict(30)
+            bank.save(folder)  # the file that is read next has gone
+        read(self)
+
+    monkeypatch.setattr(files.CheckedFile, "finish", finish)
+    assert len(load_bank(folder, store=store)) == len(store) == 8
+
+
+def test_a_load_that_fails_leaves_its_store_empty(make, tmp_path):
+    make(chunks=300).save(tmp_path)
+    (path,) = tmp_path.glob("blocks-*")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    store = InMemoryStore()
+    with pytest.raises(SnapshotError, match=path.name):
+        load_bank(tmp_path, store=store)
+    assert len(store) == 0
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from memlong.bank.snapshot.locking import FolderLock
+with FolderLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_write_one_folder(saved):
+    bank, folder = saved
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(SnapshotError, match=f"lock' is held by process {process.pid}"):
+            bank.save(folder)
+        assert len(load_bank(folder)) == 38
+        process.kill()
+    assert "lock" in names(folder)  # the lock of a process that died
+    bank.save(folder)
+    assert "lock" not in names(folder)
+
+
+def test_two_threads_do_not_write_one_folder(tmp_path):
+    with FolderLock(tmp_path), pytest.raises(SnapshotError, match=f"held by process {os.getpid()}"):
+        FolderLock(tmp_path).__enter__()
+    with FolderLock(tmp_path):
+        pass
+
+
+def test_of_many_that_want_a_lock_one_has_it(tmp_path):
+    inside, most, errors = [], [], []
+
+    def work():
+        for _ in range(200):
+            try:
+                with FolderLock(tmp_path):
+                    inside.append(1)
+                    most.append(len(inside))
+                    inside.pop()
+            except SnapshotError:
+                errors.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1}
+    assert names(tmp_path) == []
+
+
+def test_a_snapshot_error_is_a_storage_error():
+    assert issubclass(SnapshotError, StorageError)
+    assert issubclass(SnapshotError, OSError)

@@ -1,0 +1,103 @@
+"""``memlong bank``: info, verify and compact."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from memlong import SnapshotError, create_bank, load_bank
+from memlong.cli.app import make_app
+from memlong.testing.harness import random_chunks
+
+
+def memlong(*arguments: object):
+    return CliRunner().invoke(make_app(), ["bank", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    bank = create_bank("faiss", 32, index="HNSW16", max_chunks=50)
+    random_chunks(20).into(bank)
+    bank.save(tmp_path / "memory")
+    bank.remove([2, 4, 6])
+    bank.save(tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def test_info_says_what_there_is(folder):
+    result = memlong("info", folder)
+    assert result.exit_code == 0
+    assert "memlong_faiss.bank:FaissBank" in result.stdout
+    assert "index=HNSW16" in result.stdout
+    assert "state 2, 5 files" in result.stdout
+
+
+def test_info_as_json(folder):
+    found = json.loads(memlong("info", folder, "--json").stdout)
+    assert found["path"] == str(folder)
+    (bank,) = found["banks"]
+    assert (bank["chunks"], bank["left_behind"], bank["next_id"]) == (17, 3, 20)
+    assert bank["options"]["index"] == "HNSW16"
+    assert (bank["chunk_shape"], bank["chunk_dtype"]) == ([2, 2, 3, 4], "float32")
+    assert bank["index_bytes"] > 0
+    assert (
+        found["bytes"]
+        == sum(path.stat().st_size for path in folder.iterdir()) - (folder / "manifest.json").stat().st_size
+    )
+    assert {"memlong", "torch"} <= found["versions"].keys()
+
+
+def test_verify_finds_nothing_wrong(folder):
+    result = memlong("verify", folder)
+    assert result.exit_code == 0
+    assert "all 5 files are what was saved" in result.stdout
+    assert json.loads(memlong("verify", folder, "--json").stdout)["is_whole"] is True
+
+
+@pytest.mark.parametrize("kind", ["blocks", "chunks", "state", "index", "manifest"])
+def test_verify_names_the_file_that_is_not_whole(folder, kind):
+    (path,) = folder.glob(f"{kind}*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    result = memlong("verify", folder)
+    assert isinstance(result.exception, SnapshotError)
+    assert path.name in str(result.exception)
+
+
+def test_compact_leaves_only_what_is_held(folder):
+    result = memlong("compact", folder, "--json")
+    found = json.loads(result.stdout)
+    assert found["banks"][0]["left_behind"] == 0
+    assert found["bytes"] < found["bytes_before"]
+    assert memlong("verify", folder).exit_code == 0
+    bank = load_bank(folder, trust_index=True)
+    assert bank.ids.tolist() == [each for each in range(20) if each not in (2, 4, 6)]
+    assert (bank.fetch([5]).keys == 5).all()
+    assert "bytes before" in memlong("compact", folder).stdout
+
+
+def test_an_empty_bank_can_be_looked_after(tmp_path):
+    create_bank("torch", 8).save(tmp_path)
+    for command in ("info", "verify", "compact"):
+        assert memlong(command, tmp_path).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "compact"])
+def test_no_snapshot_is_said(tmp_path, command):
+    result = memlong(command, tmp_path)
+    assert "holds no manifest.json, so no snapshot" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "compact"])
+def test_the_help_holds_examples(command):
+    result = memlong(command, "--help")
+    assert result.exit_code == 0
+    assert f"\n    memlong bank {command} memory --json\n" in result.stdout
+
+
+def test_wrong_usage_exits_with_two():
+    assert memlong().exit_code == memlong("nonsense").exit_code == memlong("info").exit_code == 2

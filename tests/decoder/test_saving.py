@@ -1,0 +1,263 @@
+"""Oracle 6: streams that were saved go on, in a fresh process, as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from memlong import MemoryConfig, MemoryDecoder, SnapshotError, create_bank, load_bank
+from memlong.decoder.sources import LayerSource
+from memlong.errors import InvalidArgumentError, MemlongError
+
+
+def read_on(decoder, ids, mask=None):
+    """Logits of what follows, and what each row retrieved."""
+    logits, found = [], []
+    with decoder:
+        for segment in decoder.stream(ids, mask):
+            logits.append(segment.logits)
+            found.append([None if each is None else each.ids.tolist() for each in segment.retrievals])
+    return torch.cat(logits, dim=1), found
+
+
+@pytest.fixture
+def ragged(text):
+    """101 and 90 tokens, which end within a segment and within a chunk, and 60 that follow."""
+    ids, mask = text(101, rows=2), torch.ones(2, 101, dtype=torch.long)
+    mask[1, :11] = 0
+    return ids, mask, text(60, rows=2, seed=1)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_streams_go_on_as_if_nothing_had_happened(tiny_model, architecture, small, ragged, tmp_path, lazy):
+    model, (ids, mask, more) = tiny_model(architecture), ragged
+    sight = {} if architecture != "Mistral-sliding" else {"local_window": 20}
+    decoder = MemoryDecoder(model, None, small(**sight))
+    read_on(decoder, ids, mask)
+    decoder.save(tmp_path / "streams")
+    other = MemoryDecoder.load(tmp_path / "streams", model, None, small(**sight), lazy=lazy)
+    assert other.tokens_read == decoder.tokens_read == (101, 90)
+    expected, actual = read_on(decoder, more), read_on(other, more)
+    assert torch.equal(expected[0], actual[0])
+    assert expected[1] == actual[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backend": None},
+        {"position_mode": "overlaid"},
+        {"position_mode": "before-window", "chunk_order": "score"},
+        {"kv_source": "shared"},
+        {"neighbours": 1},
+        {"min_score": 0.99},
+        {"gate_init": -1.0},
+        {"store": {"host": "all"}},
+    ],
+)
+def test_every_mode_goes_on(llama, small, ragged, tmp_path, changes):
+    ids, mask, more = ragged
+    decoder = MemoryDecoder(llama, None, small(**changes))
+    read_on(decoder, ids, mask)
+    decoder.save(tmp_path)
+    expected = read_on(decoder, more)
+    actual = read_on(MemoryDecoder.load(tmp_path, llama, None, small(**changes)), more)
+    assert torch.equal(expected[0], actual[0])
+    assert expected[1] == actual[1]
+
+
+def test_an_answer_is_the_same(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, text(90))
+    decoder.save(tmp_path)
+    other = MemoryDecoder.load(tmp_path, llama, None, small())
+    answers = []
+    for each in (decoder, other):
+        with each:
+            answers.append(each.generate(text(10, seed=4), max_new_tokens=20, do_sample=False))
+    assert torch.equal(*answers)
+
+
+GO_ON = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+from memlong import MemoryConfig, MemoryDecoder
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="float32").eval()
+found = []
+for config in json.loads(sys.argv[3]):
+    with MemoryDecoder.load(sys.argv[1], model, None, MemoryConfig(**config), trust_index=True) as decoder:
+        more = torch.tensor(json.loads(sys.argv[4]))
+        segments = list(decoder.stream(more))
+        ids = [each.ids.tolist() for segment in segments for each in segment.retrievals if each]
+        found.append([ids, torch.cat([segment.logits for segment in segments], dim=1)[0, :, :5].tolist()])
+print(json.dumps(found))
+"""
+
+
+def test_a_fresh_process_goes_on_in_any_backend(llama, small, backend, text, tmp_path):
+    llama.save_pretrained(tmp_path / "model")
+    decoder = MemoryDecoder(llama, None, small(backend=backend))
+    read_on(decoder, text(150))
+    decoder.save(tmp_path / "streams")
+    more = text(40, seed=1)
+    configs = [asdict(small(backend=name)) for name in ("torch", "faiss", "hnswlib")]
+    command = [sys.executable, "-c", GO_ON, str(tmp_path / "streams"), str(tmp_path / "model")]
+    command += [json.dumps(configs), json.dumps(more.tolist())]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    logits, found = read_on(decoder, more)
+    ids = [each for segment in found for each in segment if each]
+    for actual_ids, actual_logits in json.loads(said):
+        assert actual_ids == ids
+        assert actual_logits == logits[0, :, :5].tolist()
+
+
+def test_saving_again_writes_what_is_new(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, text(400))
+    decoder.save(tmp_path)
+    before = {path.name: path.stat().st_size for path in tmp_path.glob("blocks-*")}
+    read_on(decoder, text(8, seed=3))
+    decoder.save(tmp_path)
+    after = {path.name: path.stat().st_size for path in tmp_path.glob("blocks-*")}
+    assert before.items() <= after.items()
+    assert sum(after.values()) - sum(before.values()) < 3 * decoder.layout.nbytes
+    assert len(list(tmp_path.glob("streams-*"))) == 1
+
+
+def test_a_bank_of_a_row_can_be_had_by_itself(llama, small, ragged, tmp_path):
+    ids, mask, _ = ragged
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, ids, mask)
+    decoder.save(tmp_path)
+    assert len(load_bank(tmp_path, row=1)) == len(decoder.banks[1])
+    with pytest.raises(InvalidArgumentError, match="holds 2 banks: say which with row"):
+        load_bank(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="row is 2"):
+        load_bank(tmp_path, row=2)
+
+
+@pytest.fixture
+def saved(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, text(90))
+    decoder.save(tmp_path / "streams")
+    return tmp_path / "streams"
+
+
+def refusal(saved, model, config):
+    with pytest.raises(SnapshotError, match="was saved with another model or other settings") as caught:
+        MemoryDecoder.load(saved, model, None, config)
+    assert str(saved) in str(caught.value)
+    return str(caught.value).partition("what differs: ")[2].partition(". Use")[0]
+
+
+def test_other_weights_are_refused(tiny_model, small, saved):
+    assert refusal(saved, tiny_model("Llama", seed=1), small()) == "weights"
+
+
+def test_one_tensor_that_was_trained_is_refused(llama, small, saved):
+    with torch.no_grad():
+        llama.model.layers[2].self_attn.v_proj.weight += 1e-3
+    assert refusal(saved, llama, small()) == "weights"
+
+
+def test_another_rotation_is_refused(llama, small, saved):
+    llama.config.rope_parameters["rope_theta"] = 5e5
+    assert refusal(saved, llama, small()) == "rope"
+
+
+def test_another_dtype_is_refused(llama, small, saved):
+    said = refusal(saved, llama.to(torch.bfloat16), small())
+    assert said == "dtype ('float32' when it was saved, 'bfloat16' now), weights"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"retrieval_layers": "1-2"},
+            "memory_layers ([0, 1, 2, 3] when it was saved, [1, 2] now), retrieval",
+        ),
+        ({"kv_source": "shared"}, "kv_source ('layer' when it was saved, 'shared' now)"),
+        ({"chunk_size": 8}, "chunk_size (4 when it was saved, 8 now)"),
+        ({"sink_tokens": 0}, "sink_tokens (2 when it was saved, 0 now)"),
+        ({"retriever": "random"}, "retriever"),
+        ({"gate_init": 0.0}, "gates"),
+    ],
+)
+def test_other_settings_are_refused(llama, small, saved, changes, said):
+    assert said in refusal(saved, llama, small(**changes))
+
+
+def test_what_does_not_matter_may_be_another(llama, small, saved, tmp_path):
+    changes = {"backend": "hnswlib", "top_k": 5, "backend_options": {"M": 8, "max_chunks": 5}}
+    decoder = MemoryDecoder.load(saved, llama, None, small(**changes))
+    assert len(decoder.banks[0]) == 5
+
+
+def test_another_model_can_be_forced(tiny_model, small, saved, text):
+    decoder = MemoryDecoder.load(saved, tiny_model("Llama", seed=1), None, small(), any_model=True)
+    read_on(decoder, text(9))
+    assert decoder.tokens_read == (99,)
+
+
+def test_a_model_of_other_shapes_cannot(tiny_model, small, saved):
+    with pytest.raises(SnapshotError, match="holds no streams of this decoder"):
+        MemoryDecoder.load(saved, tiny_model("GPT-NeoX"), None, small(), any_model=True)
+
+
+def test_a_refusal_leaves_the_decoder_as_it_was(tiny_model, small, saved, text):
+    decoder = MemoryDecoder(tiny_model("Llama", seed=1), None, small())
+    read_on(decoder, text(50))
+    with pytest.raises(SnapshotError):
+        decoder.restore(saved)
+    assert decoder.tokens_read == (50,)
+
+
+def test_nothing_read_is_nothing_to_save(llama, small, tmp_path):
+    with pytest.raises(MemlongError, match="nothing to save"):
+        MemoryDecoder(llama, None, small()).save(tmp_path)
+
+
+def test_a_bank_alone_is_no_stream(llama, small, tmp_path):
+    create_bank("torch", 8).save(tmp_path)
+    with pytest.raises(SnapshotError, match=r"holds a bank.*load_bank"):
+        MemoryDecoder.load(tmp_path, llama, None, small())
+
+
+def test_a_bank_is_not_saved_over_streams(saved):
+    with pytest.raises(SnapshotError, match="holds the snapshot of a decoder, and this is one of a bank"):
+        create_bank("torch", 8).save(saved)
+
+
+def test_the_fingerprint_names_what_it_is_made_of(llama, small):
+    decoder = MemoryDecoder(llama, None, small())
+    found = decoder.fingerprint()
+    assert isinstance(decoder.source, LayerSource)
+    assert found["memory_layers"] == [0, 1, 2, 3]
+    assert json.loads(json.dumps(found)) == found
+    assert found == MemoryDecoder(llama, None, MemoryConfig(**asdict(small(top_k=9)))).fingerprint()
+
+
+def test_tokens_that_are_not_the_models_are_refused(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, text(90))
+    row = decoder._streams.rows[0]
+    row._recent = replace(row._recent, token_ids=(*row._recent.token_ids[:-1], 9999))
+    decoder.save(tmp_path)
+    with pytest.raises(SnapshotError, match="tokens of row 0 are not the model's"):
+        MemoryDecoder.load(tmp_path, llama, None, small())
+
+
+def test_streams_that_were_cut_are_named(llama, small, saved):
+    (file,) = Path(saved).glob("streams-*")
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(SnapshotError, match=file.name):
+        MemoryDecoder.load(saved, llama, None, small())
