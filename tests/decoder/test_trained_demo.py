@@ -1,0 +1,52 @@
+"""The adapter in examples/trained_demo, on the model that it was trained for."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong.decoder.loading import DEMO_PACKAGE
+from memlong.evaluation import read_text, tokenize
+
+FOLDER = Path(__file__).parents[2] / "examples" / "trained_demo"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec(DEMO_PACKAGE) is None, reason="the demo model is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model("demo")
+
+
+def test_with_an_empty_memory_it_is_the_plain_model(demo):
+    model, tokenizer = demo
+    ids = tokenize(
+        tokenizer, "Call me Ishmael. Some years ago, never mind how long precisely, I was a whale."
+    )
+    with torch.no_grad():
+        plain = model(ids).logits[:, -1]
+    with MemoryDecoder.from_pretrained(FOLDER, model, tokenizer) as decoder:
+        assert torch.equal(decoder.read(ids), plain)
+
+
+def test_it_stores_a_twentieth_and_reads_it(demo):
+    model, tokenizer = demo
+    ids = tokenize(tokenizer, read_text(inspect.getfile(typing)), 1792)
+    with MemoryDecoder.from_pretrained(FOLDER, model, tokenizer) as decoder:
+        *_, with_memory = decoder.stream(ids)
+        layout = decoder.layout
+        assert len(decoder.banks[0]) > 3
+    own = 2 * 2 * 30 * 3 * 64  # bytes of all layers' keys and values of a token, in bfloat16
+    assert layout.nbytes == layout.shape[2] * own // 20
+    with MemoryDecoder(model, tokenizer, MemoryConfig(backend=None)) as plain:
+        *_, without = plain.stream(ids)
+    assert not torch.equal(with_memory.logits, without.logits)
