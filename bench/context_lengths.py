@@ -2,9 +2,9 @@
 
 Each system streams a text once; its perplexity at a length is that of the first so many tokens. Full attention ends
 where the model's trained positions do. What a system cost each token is kept in --out, so that a run that was
-interrupted, or has a system more, goes on from there.
+interrupted, or has a system more, goes on from there; remove the folder when memlong itself has changed.
 
-    python bench/context_lengths.py --text moby_dick.txt --adapter adapters/demo
+    python bench/context_lengths.py --text moby_dick.txt --adapter examples/trained_demo
     python bench/context_lengths.py --text typing.py --text turtle.py --text _pydecimal.py --max-tokens 24576
 """
 
@@ -28,13 +28,15 @@ from rich.table import Table
 from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
-from memlong.errors import InvalidTextError, MemlongError
+from memlong.cli.values import numbers
+from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
 from memlong.evaluation import evaluate_perplexity, long_range_tokens, perplexity_ratio, read_text, tokenize
 from memlong.evaluation.environment import versions
 
 WINDOW, EQUAL, FULL = "plain window", "plain window, equal budget", "full attention"
 LAYER, RANDOM = "memory", "random chunks"
 TRAINED, TRAINED_RANDOM = "trained memory", "trained, random chunks"
+MIN_LENGTH = 2  # the first token has no loss
 LENGTHS = "1024,2048,4096,8192,16384,32768,65536"
 
 
@@ -84,11 +86,21 @@ def main(
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     memory = MemoryConfig(local_window=local_window)
     retrievers = retriever or ["lm"]
-    chosen = [
-        each
-        for each in _systems(language_model, tokenizer, memory, retrievers, adapter)
-        if not system or each.name.startswith(tuple(system))
-    ]
+    listed = _systems(language_model, tokenizer, memory, retrievers, adapter, dtype)
+    chosen = [each for each in listed if not system or each.name.startswith(tuple(system))]
+    if not chosen:
+        raise InvalidArgumentError(
+            f"--system is {system}, but there are {', '.join(each.name for each in listed)}."
+        )
+    steps = numbers("--lengths", lengths, int)
+    if min(steps) < MIN_LENGTH or score_from < 1:
+        raise InvalidArgumentError(
+            f"--lengths is {lengths!r} and --score-from {score_from}; expected lengths of at least {MIN_LENGTH}, and "
+            "to score from 1 or later: token 0 cannot be predicted."
+        )
+    names = [path.name for path in text]
+    if len(set(names)) < len(names):
+        raise InvalidArgumentError(f"Two texts have one name, {max(names, key=names.count)}: rename one.")
     found = []
     for path in text:
         input_ids = tokenize(tokenizer, read_text(path), max_tokens)
@@ -99,7 +111,6 @@ def main(
         }
         nll = {each.name: _losses(each, input_ids, about, path.name, out) for each in chosen}
         found.append(Losses(path.name, nll, long_range_tokens(input_ids[0].tolist(), local_window)[1:]))
-    steps = [int(length) for length in lengths.split(",")]
     result = {
         "model": model,
         "retrievers": retrievers,
@@ -120,7 +131,7 @@ def main(
 
 
 def _systems(
-    model: Any, tokenizer: Any, memory: MemoryConfig, retrievers: list[str], adapter: Path | None
+    model: Any, tokenizer: Any, memory: MemoryConfig, retrievers: list[str], adapter: Path | None, dtype: str
 ) -> list[System]:
     def plain(name: str, config: MemoryConfig, most: int | None = None) -> System:
         return System(name, asdict(config), lambda: MemoryDecoder(model, tokenizer, config), most)
@@ -131,7 +142,9 @@ def _systems(
         return System(
             name,
             {"adapter": digest, **changes},
-            lambda: MemoryDecoder.from_pretrained(folder, model, tokenizer, changes=changes),
+            lambda: MemoryDecoder.from_pretrained(  # on a model of its own: its weights may be others
+                folder, changes=changes, dtype=dtype, device=str(model.device)
+            ),
         )
 
     window = replace(memory, backend=None)
@@ -147,7 +160,6 @@ def _systems(
     ]
     if adapter is not None:
         own = {"retriever": retrievers[0], "retriever_options": {}}
-        # An adapter of the weights stays in the model: the plain systems run first.
         listed += [trained(TRAINED, adapter, own), trained(TRAINED_RANDOM, adapter, random)]
     return listed
 

@@ -1,9 +1,9 @@
 """Which chunks help a language model most: retrievers beside what one might use instead, by perplexity and cost.
 
 Beside the retrievers that memlong has, candidates that are not in it: BM25, the model's own token embeddings, hidden
-states, keys and queries, and mixtures. Candidates look at the whole text in advance where that is simpler, but score
-only by what comes before a segment. A row's cost is the time that embedding or scoring took in its own run; for hidden
-states and keys it leaves out the model's pass over the text.
+states, keys and queries, and mixtures. All score by what comes before a segment alone. A row's cost is the time that
+embedding or scoring took in its own run; for hidden states and keys it leaves out the model's pass over the text, and
+BM25 is indexed anew at each query.
 
     python bench/retrievers.py                                             # Python's own typing.py
     python bench/retrievers.py --text moby_dick.txt --max-tokens 24576 --score-from 8192 --row lm --row BM25
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, Passage, Retriever, load_model
 from memlong.decoder import create_retriever
-from memlong.errors import MemlongError, MissingDependencyError
+from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
 from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 from memlong.evaluation.environment import versions
 
@@ -155,22 +155,41 @@ def bm25(chunks: Sequence[Passage], query: Passage) -> Tensor:
 
 
 def pooled(states: Tensor) -> Score:
-    """Cosine of mean states [tokens, width], the text's mean taken away."""
-    centred = states - states.mean(dim=0)
+    """Cosine of mean states [tokens, width], the mean of all before the segment taken away."""
+    sums = torch.cat([states.new_zeros(1, states.shape[1]), states]).double().cumsum(dim=0)
+
+    def mean(passage: Passage) -> Tensor:
+        return (sums[passage.end] - sums[passage.start]) / (passage.end - passage.start)
 
     def score(chunks: Sequence[Passage], query: Passage) -> Tensor:
-        means = torch.stack([centred[chunk.start : chunk.end].mean(dim=0) for chunk in chunks])
-        return normalize(means, dim=1) @ normalize(centred[query.start : query.end].mean(dim=0), dim=0)
+        common = sums[query.end] / query.end
+        means = torch.stack([mean(chunk) for chunk in chunks]) - common
+        return normalize(means, dim=1) @ normalize(mean(query) - common, dim=0)
+
+    return score
+
+
+def token_vectors(vectors: Tensor, input_ids: Tensor) -> Score:
+    """Cosine of the sums of token embeddings, each over the square root of how often the token came before."""
+
+    def score(chunks: Sequence[Passage], query: Passage) -> Tensor:
+        counts = torch.bincount(input_ids[: query.end], minlength=len(vectors)).clamp_min(1)
+
+        def total(passages: Sequence[Passage]) -> Tensor:
+            tokens = torch.tensor([passage.token_ids for passage in passages])
+            return normalize((vectors[tokens] / counts[tokens].sqrt()[..., None]).sum(dim=1), dim=1)
+
+        return total(chunks) @ total([query])[0]
 
     return score
 
 
 def attention(keys: Tensor, queries: Tensor) -> Score:
     """How much the latest queries would attend to each chunk, heads and queries alike."""
-    keys = keys - keys.mean(dim=0)
 
     def score(chunks: Sequence[Passage], query: Passage) -> Tensor:
         blocks = torch.stack([keys[chunk.start : chunk.end] for chunk in chunks])
+        blocks = blocks - keys[: query.end].mean(dim=0)
         logits = torch.einsum("qhd,cnhd->hqcn", queries[query.end - PAST : query.end], blocks)
         mass = (logits / keys.shape[-1] ** 0.5).logsumexp(dim=-1)
         return (mass - mass.mean(dim=-1, keepdim=True)).mean(dim=(0, 1))
@@ -217,29 +236,24 @@ def main(
     input_ids = tokenize(tokenizer, read_text(text), max_tokens)
     rows = _rows(language_model, tokenizer, input_ids)
     chosen = {name: make for name, make in rows.items() if not row or name.startswith(tuple(row))}
-    results = []
-    for name, make in chosen.items():
-        retriever = Timed(make())
-        with (
-            MemoryDecoder(language_model, tokenizer, MemoryConfig(), retriever=retriever) as decoder,
-            tqdm(total=input_ids.shape[1], unit="tok", desc=name) as bar,
-        ):
-            found = evaluate_perplexity(decoder, input_ids, score_from=score_from, progress=bar.update)
-            segments = input_ids.shape[1] / decoder.config.segment_size
-        results.append(
-            {
-                "retriever": name,
-                "perplexity": found.perplexity,
-                "long_range_perplexity": found.long_range_perplexity,
-                "ms_per_segment": 1000 * retriever.seconds / segments,
-                "share_of_time": retriever.seconds / found.seconds,
-            }
-        )
+    if not chosen:
+        raise InvalidArgumentError(f"--row is {row}, but the rows are {', '.join(rows)}.")
     about = {"model": model, "text": text.name, "tokens": input_ids.shape[1], "score_from": score_from}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps({**about, "versions": versions(), "rows": results}, indent=2) + "\n", encoding="utf-8"
-    )
+    results: list[dict[str, Any]] = []
+    for name, make in chosen.items():
+        try:
+            results.append(
+                {
+                    "retriever": name,
+                    **_measured(name, make(), language_model, tokenizer, input_ids, score_from),
+                }
+            )
+        except MissingDependencyError as error:
+            typer.echo(f"{name}: left out. {error}", err=True)
+            continue
+        result = {**about, "versions": versions(), "rows": results}
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     table = Table("retriever", "perplexity", "long-range", "ms a segment", "of the time", box=box.MARKDOWN)
     for each in results:
         table.add_row(
@@ -251,6 +265,24 @@ def main(
         )
     Console(width=120).print(table)
     typer.echo(f"Written: {out}")
+
+
+def _measured(
+    name: str, retriever: Retriever, model: Any, tokenizer: Any, input_ids: Tensor, score_from: int
+) -> dict[str, Any]:
+    timed = Timed(retriever)
+    with (
+        MemoryDecoder(model, tokenizer, MemoryConfig(), retriever=timed) as decoder,
+        tqdm(total=input_ids.shape[1], unit="tok", desc=name) as bar,
+    ):
+        found = evaluate_perplexity(decoder, input_ids, score_from=score_from, progress=bar.update)
+        segments = input_ids.shape[1] / decoder.config.segment_size
+    return {
+        "perplexity": found.perplexity,
+        "long_range_perplexity": found.long_range_perplexity,
+        "ms_per_segment": 1000 * timed.seconds / segments,
+        "share_of_time": timed.seconds / found.seconds,
+    }
 
 
 def _rows(model: Any, tokenizer: Any, input_ids: Tensor) -> dict[str, Callable[[], Retriever]]:
@@ -268,11 +300,6 @@ def _rows(model: Any, tokenizer: Any, input_ids: Tensor) -> dict[str, Callable[[
     def named(name: str, **options: Any) -> Retriever:
         return create_retriever(name, model, tokenizer, options)
 
-    def tokens() -> Score:
-        vectors = model.get_input_embeddings().weight.detach().float()
-        counts = torch.bincount(input_ids[0], minlength=len(vectors)).clamp_min(1)
-        return pooled((vectors / counts.sqrt()[:, None])[input_ids[0]])
-
     last = model.config.num_hidden_layers - 1
     middle = last // 2
     return {
@@ -282,7 +309,9 @@ def _rows(model: Any, tokenizer: Any, input_ids: Tensor) -> dict[str, Callable[[
         "random": lambda: named("random"),
         "recent": lambda: named("recent"),
         "BM25": lambda: Scored(bm25, most),
-        "token embeddings": lambda: Scored(tokens(), most),
+        "token embeddings": lambda: Scored(
+            token_vectors(model.get_input_embeddings().weight.detach().float(), input_ids[0]), most
+        ),
         "hidden states, middle layer": of_states(lambda made: pooled(made.hidden(middle))),
         "hidden states, last layer": of_states(lambda made: pooled(made.hidden(last))),
         "keys and queries, middle layer": of_states(lambda made: attention(*made.keys_and_queries(middle))),

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -193,6 +194,46 @@ def test_what_was_measured_is_not_measured_again(lengths, monkeypatch):
     monkeypatch.undo()
     assert second.exit_code == first.exit_code == 0
     assert second.stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--system", "nope"], "--system is .'nope'., but there are plain window"),
+        (["--lengths", "x"], "expected numbers separated by commas"),
+        (["--lengths", "1"], "expected lengths of at least 2"),
+        (["--score-from", "0"], "token 0 cannot be predicted"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(lengths, typed, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        raise lengths(*typed)[1].exception
+
+
+def test_a_trained_decoder_leaves_the_plain_systems_alone(lengths, folder, book, tmp_path):
+    pytest.importorskip("peft")
+    from memlong import MemoryConfig, MemoryDecoder, load_model
+    from memlong.training import Trainer, TrainingConfig
+
+    model, tokenizer = load_model(str(folder), dtype="float32")
+    config = MemoryConfig(retriever="lm", kv_source="shared", retrieval_layers="2-3", memory_layer=1)
+    decoder = MemoryDecoder(model, tokenizer, config)
+    documents = [torch.arange(1400) % 90]
+    settings = TrainingConfig(steps=2, rows=1, lr=0.1, warmup_steps=0)
+    Trainer(decoder, documents, settings, folder=tmp_path / "trained", base_model=str(folder)).run()
+    other = tmp_path / "other.txt"
+    other.write_text(book.read_text(encoding="utf-8").replace("word3", "word4"), encoding="utf-8")
+    both = ["--text", other, "--system", "plain window", "--system", "trained"]
+    _, plain = lengths("--text", other, "--system", "plain window")
+    before = json.loads((tmp_path / "lengths" / "context_lengths.json").read_text(encoding="utf-8"))
+    for kept in (tmp_path / "lengths").glob("*.npy"):
+        kept.unlink()
+    _, result = lengths(*both, "--adapter", tmp_path / "trained")
+    assert plain.exit_code == result.exit_code == 0, result.output
+    after = json.loads((tmp_path / "lengths" / "context_lengths.json").read_text(encoding="utf-8"))
+    for text, rows in before["texts"].items():
+        assert after["texts"][text]["plain window"] == rows["plain window"]
+        assert {"trained memory", "trained, random chunks"} < set(after["texts"][text])
 
 
 def test_candidates_stand_beside_the_retrievers(folder, book, tmp_path):
