@@ -118,7 +118,7 @@ def _digest_of(tensors: Mapping[str, Tensor], most: int | None = None) -> str:
         if most is not None and len(flat) > most:
             places = torch.linspace(0, len(flat) - 1, most, dtype=torch.float64).long()
             flat = flat[places.to(flat.device)]
-        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
