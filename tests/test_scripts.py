@@ -255,3 +255,21 @@ def test_candidates_stand_beside_the_retrievers(folder, book, tmp_path):
         "mixed: lm and last hidden states",
     ]
     assert all(row["perplexity"] > 1 and row["ms_per_segment"] > 0 for row in found)
+
+
+def test_the_snapshot_bench_sets_saving_beside_writing_and_loading_beside_reading(tmp_path):
+    out = tmp_path / "snapshots.json"
+    typed = ["--gigabytes", 0, "--rounds", 1, "--folder", tmp_path, "--json", out]
+    result = invoke(script("bench/snapshots.py"), *typed)
+    assert result.exit_code == 0, result.output
+    assert "of a plain write's speed" in result.output
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert set(found["speed_to_plain"]) == {"save", "load", "lazy load"}
+    assert set(found["seconds"]) > {"write", "read"}
+
+
+@pytest.mark.parametrize("typed", [["--rounds", 0], ["--folder", "no/such/folder"], ["--gigabytes", -1]])
+def test_the_snapshot_bench_names_what_it_cannot_use(typed):
+    result = invoke(script("bench/snapshots.py"), *typed)
+    assert result.exit_code == 2
+    assert typed[0] in result.output

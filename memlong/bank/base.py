@@ -121,6 +121,12 @@ class MemoryBank(PersistentBank):
             return self._table.nbytes + self._store.nbytes
 
     @property
+    def resident_bytes(self) -> int:
+        """Bytes of them in memory: what a store keeps on disk is not, and what it copies nearer counts twice."""
+        with self._reading():
+            return self._table.nbytes + self._store.resident_bytes
+
+    @property
     def ids(self) -> torch.Tensor:
         """The ids held, int64 [n], ascending; a copy."""
         with self._reading():

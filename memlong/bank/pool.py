@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import secrets
 import shutil
 import threading
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +17,14 @@ from pathlib import Path
 
 from memlong.bank.base import MemoryBank
 from memlong.bank.sizes import byte_count
-from memlong.bank.snapshot.files import unwritable
+from memlong.bank.snapshot.files import sync_folder, unreadable, unwritable
+from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import has_manifest
 from memlong.bank.snapshot.reader import folder_of
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 
-_PREFIX = "session-"
+_PREFIX, _DELETED = "session-", "deleted-"
+_ONLY_OURS = 0o700  # what one user's memory holds is no other's to read
 _LONGEST = 1024
 
 
@@ -40,25 +46,28 @@ class BankPool:
 
     What exceeds the budget is saved, the session that was used longest ago first, and loaded again when it is wanted.
     Banks in use are never spilled: their bytes are over the budget until they are given back. What has not been spilled
-    is lost if the process dies, unless `flush` has saved it.
+    is lost if the process dies, unless `flush` has saved it. A session that cannot be saved stays in memory, and the
+    others go on. A session to which nothing was ever added is dropped at once.
 
     Parameters
     ----------
     folder : str or Path
-        Where idle sessions are kept; sessions of an earlier pool there go on. One pool at a time uses a folder.
+        Where idle sessions are kept; sessions of an earlier pool there go on. A pool holds the lock of its folder until
+        it is closed. Where it makes the folder, it alone may look into it (mode 0700).
     make : callable
         Makes the empty bank of a new session.
     load : callable
         Makes a session's bank of its folder, such as `memlong.load_bank`.
     budget : int or str
-        Bytes of embeddings, keys and values in memory, over all sessions, such as "8GB".
+        Bytes of embeddings, keys and values in memory, over all sessions, such as "8GB". What an index takes beside
+        them is not counted, and neither is what a store keeps on disk.
 
     Raises
     ------
     InvalidArgumentError
         If an argument has a value that cannot be used.
     SnapshotError
-        If the folder cannot be made.
+        If the folder cannot be made, another pool holds it, or what an earlier one deleted there cannot be removed.
 
     Examples
     --------
@@ -80,10 +89,17 @@ class BankPool:
         self._budget = byte_count("budget", budget)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._lock = threading.Lock()
+        self._given: weakref.WeakSet[MemoryBank] = weakref.WeakSet()
+        _make_folder(self._folder)
+        held = FolderLock(self._folder)
+        held.__enter__()
+        self._let_go = weakref.finalize(self, _unlock, held, os.getpid())
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(self._folder, error) from error
+            for path in _folders(self._folder, _DELETED):  # a process that died while it deleted them
+                _remove(path)
+        except BaseException:
+            self._let_go()
+            raise
 
     @contextmanager
     def session(self, session_id: str) -> Iterator[MemoryBank]:
@@ -100,29 +116,45 @@ class BankPool:
         Raises
         ------
         SnapshotError
-            If the session is damaged on disk, or room could not be made for it.
+            If the session is damaged on disk.
+        InvalidArgumentError
+            If `make` or `load` returned what is no bank of this session alone.
+        MemlongError
+            If the pool is closed.
+
+        Warns
+        -----
+        RuntimeWarning
+            If a session, this one or another, could not be saved to make room; it stays in memory.
         """
         session = self._enter(session_id)
         try:
             with session.lock:
                 if session.bank is None:
-                    is_known = has_manifest(session.folder)
-                    session.bank = self._load(session.folder) if is_known else self._made()
+                    session.bank = self._bank_of(session)
                 bank = session.bank
             yield bank
         finally:
             self._leave(session)
-        self._spill(self._budget)
+            for error in self._spill(self._budget):
+                warnings.warn(
+                    f"A session could not be saved to make room, and stays in memory: {error}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     def delete(self, session_id: str) -> bool:
         """Remove a session with all that it holds, in memory and on disk; whether there was anything.
+
+        It is there as a whole, or gone, whenever the process ends; what files are left then, the next pool in this
+        folder removes.
 
         Raises
         ------
         InvalidArgumentError
             If the session is in use.
         SnapshotError
-            If its files cannot be removed.
+            If its files cannot be removed, or something else writes into its folder.
         """
         session = self._enter(session_id)
         try:
@@ -133,32 +165,52 @@ class BankPool:
                         f"session {session_id!r} is in use by {others} `with` blocks; delete it when they have ended"
                     )
                 there = session.bank is not None or session.folder.exists()
+                removed = self._set_aside(session.folder) if session.folder.exists() else None
                 session.bank = None
-                try:
-                    if session.folder.exists():
-                        shutil.rmtree(session.folder)
-                except OSError as error:
-                    raise unwritable(session.folder, error) from error
+                if removed is not None:
+                    sync_folder(self._folder)  # from here on it is gone for good
+                    _remove(removed)
         finally:
             self._leave(session)
         return there
 
     def flush(self) -> None:
-        """Save every session that is in memory, and keep it there; those in use as they are at this moment."""
+        """Save every session that is in memory, and keep it there; those in use as they are at this moment.
+
+        Raises
+        ------
+        SnapshotError
+            If some could not be saved, when all others have been; the message names each.
+        """
+        failures: list[SnapshotError] = []
         for session in self._snapshot():
             with session.lock:
-                if session.bank is not None:
-                    session.bank.save(session.folder)
+                failures += _save(session)
+        _raise(failures)
 
     def close(self) -> None:
-        """Save every idle session and let go of its memory."""
-        self._spill(-1)
+        """Save every session, let go of its memory, and of the folder, which another pool may use then.
+
+        Raises
+        ------
+        SnapshotError
+            If some could not be saved; they are still in memory, and the pool goes on.
+        InvalidArgumentError
+            If some are in use; the pool goes on.
+        """
+        _raise(self._spill(-1))
+        with self._lock:
+            if self._sessions:
+                raise InvalidArgumentError(
+                    f"{len(self._sessions)} sessions are in use; close the pool when their `with` blocks have ended"
+                )
+            self._let_go()
 
     @property
     def nbytes(self) -> int:
         """Bytes of embeddings, keys and values in memory, over all sessions."""
         banks = [session.bank for session in self._snapshot()]
-        return sum(bank.nbytes for bank in banks if bank is not None)
+        return sum(bank.resident_bytes for bank in banks if bank is not None)
 
     @property
     def in_memory(self) -> int:
@@ -168,7 +220,7 @@ class BankPool:
     def __len__(self) -> int:
         with self._lock:
             in_memory = {session.folder.name for session in self._sessions.values()}
-            on_disk = {path.name for path in self._folder.iterdir() if path.name.startswith(_PREFIX)}
+            on_disk = {path.name for path in _folders(self._folder, _PREFIX)}
         return len(in_memory | on_disk)
 
     def __contains__(self, session_id: str) -> bool:
@@ -178,6 +230,8 @@ class BankPool:
     def _enter(self, session_id: str) -> _Session:
         folder = self._folder_of(session_id)
         with self._lock:
+            if not self._let_go.alive:
+                raise MemlongError("The pool is closed: make another one of this folder.")
             session = self._sessions.get(session_id)
             if session is None:
                 session = self._sessions[session_id] = _Session(folder)
@@ -188,34 +242,63 @@ class BankPool:
     def _leave(self, session: _Session) -> None:
         with self._lock:
             session.users -= 1
-            if not session.users and session.bank is None:
+            if session.users:
+                return
+            if session.bank is not None and not session.bank.next_id:  # nothing was ever added
+                session.bank = None
+            if session.bank is None:
                 self._sessions = OrderedDict(
                     (each, other) for each, other in self._sessions.items() if other is not session
                 )
 
-    def _made(self) -> MemoryBank:
-        bank = self._make()
-        if not isinstance(bank, MemoryBank) or len(bank) or bank.next_id:
+    def _bank_of(self, session: _Session) -> MemoryBank:
+        is_known = has_manifest(session.folder)
+        bank = self._load(session.folder) if is_known else self._make()
+        name = "load" if is_known else "make"
+        if not isinstance(bank, MemoryBank):
+            raise InvalidArgumentError(f"{name} returned {bank!r}; expected a MemoryBank")
+        if not is_known and bank.next_id:
             raise InvalidArgumentError(
                 f"make returned {bank!r}; expected a new, empty bank, or sessions would share one"
             )
-        if any(session.bank is bank for session in self._snapshot()):
-            raise InvalidArgumentError("make returned the bank of another session; expected a new one")
+        with self._lock:
+            if bank in self._given:
+                raise InvalidArgumentError(
+                    f"{name} returned the bank of another session, or one that it returned before; expected a new one"
+                )
+            self._given.add(bank)
         return bank
 
-    def _spill(self, budget: int) -> None:
-        """Save idle sessions and let go of them, the one used longest ago first, until the rest is within a budget."""
+    def _set_aside(self, folder: Path) -> Path:
+        """Give a session's folder a name that is no session's, in one step."""
+        aside = self._folder / f"{_DELETED}{secrets.token_hex(16)}"
+        with FolderLock(folder):
+            pass  # nobody is writing there; whoever begins now finds no folder to end in
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        return aside
+
+    def _spill(self, budget: int) -> list[SnapshotError]:
+        """Save idle sessions and let go of them, the one used longest ago first, until the rest is within a budget.
+
+        Those that cannot be saved stay; the errors are returned.
+        """
+        failures: list[SnapshotError] = []
         for session_id, session in self._idle():
             if budget >= 0 and self.nbytes <= budget:
-                return
+                break
             with session.lock:  # whoever wants the bank from here on waits, and is counted as a user
                 if session.bank is None or session.users:
                     continue
-                session.bank.save(session.folder)
+                failed = _save(session)
+                failures += failed
                 with self._lock:
-                    if not session.users:
+                    if not session.users and not failed:
                         session.bank = None
                         self._sessions.pop(session_id, None)
+        return failures
 
     def _idle(self) -> list[tuple[str, _Session]]:
         with self._lock:
@@ -234,3 +317,58 @@ class BankPool:
         return (
             self._folder / f"{_PREFIX}{digest}"
         )  # whatever the id is, it names a folder here and nowhere else
+
+
+def _save(session: _Session) -> list[SnapshotError]:
+    """Save a session's bank, if it ever held anything; the error, where others are to be saved nevertheless."""
+    bank = session.bank
+    if bank is None or not bank.next_id:
+        return []
+    try:
+        _make_folder(session.folder)
+        bank.save(session.folder)
+    except SnapshotError as error:
+        return [error]
+    except Exception as error:  # noqa: BLE001 - of a store or an index, of whatever kind; callers raise or warn
+        failure = SnapshotError(f"{str(session.folder)!r} could not be saved: {error}")
+        failure.__cause__ = error
+        return [failure]
+    return []
+
+
+def _raise(failures: list[SnapshotError]) -> None:
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise SnapshotError(
+            f"{len(failures)} sessions could not be saved: {' '.join(map(str, failures))}"
+        ) from ExceptionGroup("sessions that could not be saved", failures)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(_ONLY_OURS, parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def _folders(folder: Path, prefix: str) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.name.startswith(prefix)]
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise SnapshotError(
+            f"{str(folder)!r} holds a session that was deleted, and cannot be removed: {error.strerror or error}. "
+            "Remove it, or change its rights: the next pool in this folder tries again."
+        ) from error
+
+
+def _unlock(held: FolderLock, owner: int) -> None:
+    if os.getpid() == owner:  # the lock is not that of a forked child
+        held.__exit__(None, None, None)

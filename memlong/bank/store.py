@@ -15,8 +15,8 @@ from memlong.errors import InvalidArgumentError
 class KeyValueStore(ABC):
     """A map from chunk id to the chunk's keys and values.
 
-    The bank calls `put`, `remove` and `clear` alone, and `get`, `in`, `len` and `nbytes` from many threads at
-    once but never during the former. Where a block lies between `put` and `get` is the store's own affair:
+    The bank calls `put`, `remove` and `clear` alone, and `get`, `in`, `len` and both counts of bytes from many
+    threads at once but never during the former. Where a block lies between `put` and `get` is the store's own affair:
     callers only rely on getting it back in the dtype and on the device it was put in from: bit by bit, unless
     the store was told to keep fewer bits.
 
@@ -79,6 +79,11 @@ class KeyValueStore(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of them in memory, copies included, and not on disk; by default all."""
+        return self.nbytes
 
     @property
     def max_bytes(self) -> int | None:

@@ -65,6 +65,9 @@ class MemoryTier(Tier):
     def __contains__(self, chunk_id: int) -> bool:
         return chunk_id in self._records
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def trim(self, record_bytes: int) -> None:
         """Let go of what was wanted longest ago, until the rest is within the budget."""
         while self.budget is not None and len(self._records) * record_bytes > self.budget:

@@ -179,6 +179,12 @@ class TieredStore(KeyValueStore):
         """Bytes of the blocks held, copies in nearer tiers apart."""
         return 0 if self._codec is None else len(self._ids) * self._codec.nbytes
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the blocks on the device and in the host's memory, copies included."""
+        in_memory = [tier for tier in (self._whole, *self._near) if isinstance(tier, MemoryTier)]
+        return 0 if self._codec is None else sum(map(len, in_memory)) * self._codec.nbytes
+
     def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, Tier]:
         """Make the tiers, where there are no blocks yet, for this layout."""
         if self._ids and self._codec is not None and self._whole is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.sources import KvSource, LatentSource, LayerSource
 
 _SAMPLE = 256
+_hashed: WeakKeyDictionary[PreTrainedModel, tuple[object, str]] = WeakKeyDictionary()
 _SAYS_NOTHING = {  # of a model's config: names, and what decides how it is run
     "_name_or_path",
     "architectures",
@@ -41,8 +43,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Describe, as JSON can hold it, all that keys, values and embeddings of a memory depend on.
 
-    Of the weights, the first, the last and 254 evenly spaced numbers of each tensor are taken, or all of a small one:
-    any training of a tensor shows in these.
+    Of the weights, every byte is. While the same tensors stay in place, they are read once, and then a sample of each.
     """
     settings = model.config.to_dict()
     rest = {
@@ -52,7 +53,7 @@ def fingerprint(
         "model": type(model).__name__,
         "config": _digest(rest),
         "rope": _digest({name: settings.get(name) for name in _ROPE}),
-        "weights": _sampled(sorted(model.state_dict().items())),
+        "weights": _weights(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": len(layout.layers),
         "retrieval_layers": list(source.retrieval_layers),
@@ -78,24 +79,46 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 def _retriever(config: MemoryConfig, retriever: Retriever) -> list[object]:
     kind = type(retriever)
-    return [f"{kind.__module__}:{kind.__qualname__}", config.retriever, retriever.dim, retriever.metric]
+    options = {name: value for name, value in config.retriever_options.items() if name != "device"}
+    said = json.dumps(options, sort_keys=True, default=str)
+    return [f"{kind.__module__}:{kind.__qualname__}", config.retriever, said, retriever.dim, retriever.metric]
+
+
+def _weights(model: PreTrainedModel) -> str:
+    tensors = _tensors(model)
+    if any(
+        tensor.is_inference() for tensor in tensors.values()
+    ):  # nobody counts how often these were changed
+        return _module(model)
+    places = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]  # noqa: SLF001 - no other name
+    state = (
+        places,
+        _digest_of(tensors, _SAMPLE),
+    )  # the sample sees most of what goes around the count, as .data does
+    known = _hashed.get(model)
+    if known is None or known[0] != state:
+        known = _hashed[model] = (state, _module(model))
+    return known[1]
 
 
 def _module(module: torch.nn.Module) -> str:
-    return _sampled(sorted(module.state_dict().items()))
+    return _digest_of(_tensors(module))
 
 
-def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: each for name, each in sorted(module.state_dict().items()) if isinstance(each, Tensor)}
+
+
+def _digest_of(tensors: Mapping[str, Tensor], most: int | None = None) -> str:
+    """Hash all numbers of each tensor, or so many that are evenly spaced, the first and the last among them."""
     digest = hashlib.sha256()
-    for name, tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            continue
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().flatten()
-        if len(flat) > _SAMPLE:
-            places = torch.linspace(0, len(flat) - 1, _SAMPLE, dtype=torch.float64).long()
+        if most is not None and len(flat) > most:
+            places = torch.linspace(0, len(flat) - 1, most, dtype=torch.float64).long()
             flat = flat[places.to(flat.device)]
-        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

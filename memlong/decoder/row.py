@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from memlong.decoder.config import MemoryConfig
 from memlong.decoder.placement import Placement, memory_positions, place
 from memlong.decoder.recall import RandomChunks, Retrieval, RowMemory, recall
 from memlong.decoder.retrievers.base import Passage
-from memlong.decoder.stored import tensor_of
+from memlong.decoder.stored import fact_of, tensor_of
 
 
 class Row:
@@ -77,6 +78,13 @@ class Row:
         kept = ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
         return kept & (tokens < self.seen)
 
+    def check_window(self, tokens: Tensor) -> None:
+        """Raise ValueError unless a window of these tokens [columns], −1 for padding, holds all that the row keeps."""
+        held = tokens[tokens != -1]
+        needed = [*range(min(self.config.sink_tokens, self.seen)), *range(self.first_token, self.seen)]
+        if (held < 0).any() or (held.diff() <= 0).any() or held[self.keeps(held)].tolist() != needed:
+            raise ValueError(f"its window does not hold, in order, what precedes token {self.seen}")
+
     def fork(self) -> Row:
         """Return a row that goes its own way from here; what it stores stays in a draft of the bank."""
         other = copy(self)
@@ -110,7 +118,7 @@ class Row:
         """The text just before the coming segment."""
         if self.asked is not None:
             return self.asked
-        return self._passage(max(0, self.seen - self.query_length), self.seen)
+        return self._passage(max(self._recent.start, self.seen - self.query_length), self.seen)
 
     def departing(self) -> list[Passage]:
         """The chunks that must leave so that the coming segment fits into the window, oldest first."""
@@ -172,25 +180,26 @@ class Row:
             found |= {f"memory.{name}": each for name, each in vars(self.memory).items()}
         return found
 
-    def go_on(
-        self, facts: Mapping[str, int | bool | None], tensors: Mapping[str, Tensor], layout: ChunkLayout
-    ) -> None:
+    def go_on(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: ChunkLayout) -> None:
         """Stand where another row stood; ValueError, KeyError or TypeError if none can have stood there."""
-        departed, start = int(facts["departed"] or 0), int(facts["recent_start"] or 0)
+        departed, start = fact_of(facts, "departed", int), fact_of(facts, "recent_start", int)
         recent = tensor_of(tensors, "recent", None).tolist()
         self._departed, self._recent = departed, Passage(tuple(recent), start)
-        if departed < 0 or start < 0 or (departed and self.first_token > self.seen):
-            raise ValueError(f"a row cannot stand at token {self.seen} when {departed} chunks have left")
-        self.storing_from = None if facts["storing_from"] is None else int(facts["storing_from"])
+        if departed < 0 or not 0 <= start <= self.first_token or (departed and self.first_token > self.seen):
+            raise ValueError(
+                f"a row cannot stand at token {self.seen}, and know the text from token {start} on, when {departed} "
+                "chunks have left"
+            )
+        self.storing_from = fact_of(facts, "storing_from", int, type(None))
         self.retrieval = self.memory = None
-        if facts["has_retrieved"]:
+        if fact_of(facts, "has_retrieved", bool):
             ids = tensor_of(tensors, "retrieval.ids", None)
             self.retrieval = Retrieval(
                 tensor_of(tensors, "retrieval.query", None, like=torch.empty(0)),
                 ids,
                 tensor_of(tensors, "retrieval.scores", len(ids), like=torch.empty(0)),
             )
-        if facts["has_memory"]:
+        if fact_of(facts, "has_memory", bool):
             spans = tensor_of(tensors, "memory.spans", None, 2)
             layers, heads, size, width = layout.shape
             like = layout.empty(0)

@@ -22,7 +22,7 @@ from memlong.decoder.fingerprint import differences, fingerprint
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.streaming import StreamingDecoder
 from memlong.decoder.streams import Streams
-from memlong.errors import MemlongError, SnapshotError
+from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 from memlong.plugins import Registry
 
 
@@ -76,6 +76,7 @@ class SavingDecoder(StreamingDecoder):
         lazy: bool = False,
         trust_index: bool = False,
         any_model: bool = False,
+        most_bytes: int | str | None = None,
     ) -> Self:
         """Make a decoder, and go on with the streams that were saved.
 
@@ -86,7 +87,7 @@ class SavingDecoder(StreamingDecoder):
         model, tokenizer, config, retriever, registry
             As for the decoder that was saved. Another backend, other options of it, and another store are fine: keys,
             values and embeddings stay what they are.
-        lazy, trust_index, any_model
+        lazy, trust_index, any_model, most_bytes
             As for :meth:`restore`.
 
         Raises
@@ -97,7 +98,7 @@ class SavingDecoder(StreamingDecoder):
             As making the decoder does.
         """
         decoder = cls(model, tokenizer, config, retriever=retriever, registry=registry)
-        decoder.restore(path, lazy=lazy, trust_index=trust_index, any_model=any_model)
+        decoder.restore(path, lazy=lazy, trust_index=trust_index, any_model=any_model, most_bytes=most_bytes)
         return decoder
 
     def restore(
@@ -107,6 +108,7 @@ class SavingDecoder(StreamingDecoder):
         lazy: bool = False,
         trust_index: bool = False,
         any_model: bool = False,
+        most_bytes: int | str | None = None,
     ) -> None:
         """Go on with the streams that were saved, in place of those at hand, which are dropped.
 
@@ -115,29 +117,33 @@ class SavingDecoder(StreamingDecoder):
         path
             The folder that :meth:`save` wrote.
         lazy
-            Leave the banks' keys and values on disk, where ``store`` is not set.
+            Leave the banks' keys and values on disk. Not with ``store``, which says where else they are to be.
         trust_index
             Read the files of index libraries; say this of your own snapshots only. Otherwise indexes are built anew.
         any_model
             Take streams of another model, or of other settings. What it makes of their keys and values is another
             question.
+        most_bytes
+            Refuse a snapshot whose files take more.
 
         Raises
         ------
         SnapshotError
             If the folder holds no streams, or damaged ones, or those of another model. The decoder is as it was then.
+        InvalidArgumentError
+            If ``lazy`` is asked for, and the configuration has a ``store``.
         """
         folder = folder_of(path)
 
         def restored(manifest: Manifest) -> Streams:
             return self._restored(folder, manifest, lazy=lazy, trust_index=trust_index, any_model=any_model)
 
-        streams = open_snapshot(folder, restored, None)
+        streams = open_snapshot(folder, restored, most_bytes)
         self.reset()
         self._streams = streams
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return all that stored keys, values and embeddings depend on, weights as a hash of samples."""
+        """Return all that stored keys, values and embeddings depend on, weights as a hash of all."""
         return fingerprint(self.model, self.config, self._layout, self._source, self.gates, self.retriever)
 
     def _restored(
@@ -162,13 +168,28 @@ class SavingDecoder(StreamingDecoder):
                 self._bank_of(folder, manifest, row, lazy=lazy, trust_index=trust_index)
                 for row in range(len(rows))
             ]
+            self._check_fit(path, [bank for bank in banks if bank is not None])
             streams = self._streams_over(banks)
             streams.go_on(rows, tensors)
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, MemlongError):
                 raise
+            if any_model:
+                raise SnapshotError(
+                    f"{str(path)!r} holds no streams that this decoder can go on with ({error}). They were saved with "
+                    "a model of other shapes or other sizes, or are damaged: any_model=True does not change that."
+                ) from error
             raise damaged(path, f"holds no streams of this decoder ({error!r})") from error
         return streams
+
+    def _check_fit(self, path: Path, banks: list[MemoryBank]) -> None:
+        try:
+            if banks:
+                self._checked(banks)
+        except InvalidArgumentError as error:
+            raise SnapshotError(
+                f"{str(path)!r} comes with banks that this decoder cannot use: {error}"
+            ) from error
 
     def _bank_of(
         self, folder: Path, manifest: Manifest, row: int, *, lazy: bool, trust_index: bool
@@ -181,7 +202,7 @@ class SavingDecoder(StreamingDecoder):
         return self._registry.bank_of(
             read_bank(folder, manifest, row, str(self.model.device)),
             self.config.backend,
-            lazy=lazy and not self.config.store,
+            lazy=lazy,
             trust_index=trust_index,
             **options,
         )

@@ -1,11 +1,20 @@
-"""Tensors of a state that was saved, taken out one by one, each of the kind that it must have."""
+"""Facts and tensors of a state that was saved, taken out one by one, each of the kind that it must have."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def fact_of(facts: Mapping[str, Any], name: str, *kinds: type) -> Any:
+    """Return a fact of one of these very types, no subclass of them, as bool is of int; ValueError if it is another."""
+    found = facts[name]
+    if type(found) not in kinds:
+        raise ValueError(f"{name} is {found!r}, expected {' or '.join(kind.__name__ for kind in kinds)}")
+    return found
 
 
 def tensor_of(

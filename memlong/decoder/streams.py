@@ -143,6 +143,8 @@ class Streams:
         )
         if latest != [row.seen - 1 for row in self.rows]:
             raise ValueError("window and rows do not end at the same token")
+        for row, tokens in zip(self.rows, self._window.tokens.cpu(), strict=True):
+            row.check_window(tokens)
         self._placements = tuple(row.placement for row in self.rows)
         self._memory = self._assemble()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 
 import numpy as np
 import pytest
 
 from memlong import BankPool, SnapshotError, create_bank, load_bank
-from memlong.errors import InvalidArgumentError
+from memlong.bank import TieredStore
+from memlong.bank.snapshot.locking import FolderLock
+from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.testing.harness import DIM, random_chunks, random_vectors
 
 ONE = 4 * DIM + 2 * random_chunks(1).keys.nbytes
@@ -103,8 +106,13 @@ def test_another_pool_goes_on(make_pool):
         random_chunks(4).into(bank)
     first.flush()
     assert first.in_memory == 1
+    with pytest.raises(SnapshotError, match=r"pool/lock.*held by process"):
+        make_pool()
     first.close()
     assert first.in_memory == 0
+    first.close()
+    with pytest.raises(MemlongError, match="closed"), first.session("a"):
+        pass
     with make_pool().session("a") as bank:
         assert len(bank) == 4
 
@@ -115,8 +123,8 @@ def test_no_id_leads_out_of_the_folder(make_pool, tmp_path, session_id):
     with pool.session(session_id) as bank:
         random_chunks(1).into(bank)
     assert [path.name for path in tmp_path.iterdir()] == ["pool"]
-    (folder,) = (tmp_path / "pool").iterdir()
-    assert folder.name.startswith("session-")
+    folder, lock = sorted((tmp_path / "pool").iterdir(), reverse=True)
+    assert (folder.name[:8], lock.name) == ("session-", "lock")
     assert pool.delete(session_id)
 
 
@@ -154,11 +162,23 @@ def test_a_damaged_session_says_so_and_leaves_the_others(make_pool, tmp_path):
     assert pool.delete("a")
 
 
+def fill_and_fail(bank):
+    random_chunks(1).into(bank)
+    bank.search(random_vectors(1), 0)
+
+
 def test_an_error_in_the_block_gives_the_session_back(make_pool):
     pool = make_pool()
     with pytest.raises(InvalidArgumentError), pool.session("a") as bank:
-        bank.search(random_vectors(1), 0)
+        fill_and_fail(bank)
     assert pool.delete("a")
+
+
+def test_after_an_error_in_the_block_room_is_made_too(make_pool):
+    pool = make_pool(chunks=0)
+    with pytest.raises(InvalidArgumentError), pool.session("a") as bank:
+        fill_and_fail(bank)
+    assert pool.in_memory == 0
 
 
 def test_many_threads_and_sessions(make_pool):
@@ -188,3 +208,148 @@ def test_many_threads_and_sessions(make_pool):
         with pool.session(str(session)) as bank:
             total += len(bank)
     assert total == 6 * 25  # no add was lost between memory and disk
+
+
+def test_a_session_that_was_never_written_to_is_dropped(make_pool):
+    pool = make_pool()
+    for number in range(5):
+        with pool.session(str(number)) as bank:
+            bank.search(random_vectors(1), 1)
+            pool.flush()
+    assert (pool.in_memory, len(pool)) == (0, 0)
+
+
+@pytest.fixture
+def with_a_bad_one(make_pool):
+    """A pool of the sessions a, bad and c, of which the second cannot be saved."""
+    pool = make_pool()
+    for name in ("a", "bad", "c"):
+        with pool.session(name) as bank:
+            random_chunks(5).into(bank)
+    pool._folder_of("bad").write_text("no folder")
+    return pool
+
+
+def test_a_session_that_cannot_be_saved_keeps_no_other_from_it(with_a_bad_one):
+    pool = with_a_bad_one
+    for action in (pool.flush, pool.close):
+        with pytest.raises(SnapshotError, match=pool._folder_of("bad").name):
+            action()
+    assert pool.in_memory == 1  # and the pool goes on
+    with pool.session("c") as bank:
+        assert len(bank) == 5
+    pool._folder_of("bad").unlink()
+    pool.close()
+    assert len(pool) == 3
+
+
+def test_sessions_that_cannot_be_saved_are_named_together(with_a_bad_one):
+    pool = with_a_bad_one
+    pool._folder_of("c").write_text("no folder")
+    with pytest.raises(SnapshotError, match="2 sessions could not be saved") as caught:
+        pool.flush()
+    assert len(caught.value.__cause__.exceptions) == 2
+    assert all(pool._folder_of(name).name in str(caught.value) for name in ("bad", "c"))
+
+
+def test_the_session_of_another_goes_on_when_one_cannot_be_saved(with_a_bad_one):
+    pool = with_a_bad_one
+    with pytest.warns(RuntimeWarning, match="could not be saved to make room"), pool.session("d") as bank:
+        random_chunks(20).into(bank)
+    assert pool.nbytes <= 25 * ONE
+    assert pool.in_memory == 2  # "bad" and "d"
+
+
+def test_what_could_not_be_deleted_is_there_as_a_whole(make_pool):
+    pool = make_pool(chunks=0)
+    with pool.session("a") as bank:
+        random_chunks(3).into(bank)
+    with (
+        FolderLock(pool._folder_of("a")),
+        pytest.raises(SnapshotError, match="held by process"),
+    ):
+        pool.delete("a")
+    with pool.session("a") as bank:
+        assert len(bank) == 3
+
+
+def test_a_deletion_that_was_cut_off_is_ended_by_the_next_pool(make_pool, tmp_path, monkeypatch):
+    pool = make_pool(chunks=0)
+    with pool.session("a") as bank:
+        random_chunks(3).into(bank)
+
+    def cut_off(folder):
+        raise OSError(5, "the power went")
+
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    with pytest.raises(SnapshotError, match=r"deleted-.*cannot be removed: the power went"):
+        pool.delete("a")
+    monkeypatch.undo()
+    assert "a" not in pool
+    assert len(pool) == 0
+    pool.close()
+    assert make_pool().in_memory == 0
+    assert list((tmp_path / "pool").iterdir()) == []
+
+
+def test_a_pool_in_use_is_not_closed(make_pool):
+    pool = make_pool()
+    with pool.session("a") as bank:
+        with pytest.raises(InvalidArgumentError, match="1 sessions are in use"):
+            pool.close()
+        random_chunks(1).into(bank)
+    pool.close()
+
+
+def test_what_load_returns_is_checked(tmp_path):
+    shared = create_bank("torch", DIM)
+    given = [shared, shared, None]
+    pool = BankPool(tmp_path, lambda: create_bank("torch", DIM), lambda _: given.pop(0), budget=0)
+    for name in "ab":
+        with pool.session(name) as bank:
+            random_chunks(1).into(bank)
+    with pool.session("a") as bank:
+        assert bank is shared
+        with (
+            pytest.raises(InvalidArgumentError, match="load returned the bank of another"),
+            pool.session("b"),
+        ):
+            pass
+        with pytest.raises(InvalidArgumentError, match="load returned None"), pool.session("b"):
+            pass
+
+
+def test_what_is_on_disk_does_not_count(tmp_path):
+    def load(folder):
+        return load_bank(folder, lazy=True)
+
+    def on_disk():
+        return create_bank("torch", DIM, store=TieredStore(disk=tmp_path))
+
+    pool = BankPool(tmp_path / "pool", on_disk, load, budget=25 * ONE)
+    for name in "abc":
+        with pool.session(name) as bank:
+            random_chunks(10).into(bank)
+    assert pool.nbytes == 3 * 10 * 4 * DIM
+    pool.close()
+    pool = BankPool(tmp_path / "pool", on_disk, load, budget=25 * ONE)
+    for name in "abc":
+        with pool.session(name) as bank:
+            assert len(bank) == 10
+    assert pool.nbytes == 3 * 10 * 4 * DIM
+    assert pool.in_memory == 3
+
+
+def test_nobody_else_may_look_into_the_folders(make_pool, tmp_path):
+    pool = make_pool(chunks=0)
+    with pool.session("a") as bank:
+        random_chunks(1).into(bank)
+    for folder in (tmp_path / "pool", pool._folder_of("a")):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_is_gone_is_named(make_pool, tmp_path):
+    pool = make_pool()
+    shutil.rmtree(tmp_path / "pool")
+    with pytest.raises(SnapshotError, match=r"pool' cannot be read"):
+        len(pool)

@@ -109,6 +109,20 @@ def test_near_tiers_keep_to_their_budget_and_hold_what_was_wanted_lately(tmp_pat
     assert list(store._near[0]._records) == [4, 1]
 
 
+def test_what_is_in_memory_is_counted_with_its_copies_and_what_is_on_disk_is_not(tmp_path):
+    keys, values = blocks(4)
+    one = keys[0].nbytes + values[0].nbytes
+    for options, resident in (
+        ({"host": "all"}, 4),
+        ({"disk": tmp_path}, 0),
+        ({"host": 3 * one, "disk": tmp_path}, 3),
+    ):
+        store = TieredStore(**options)
+        assert store.resident_bytes == 0
+        store.put(range(4), keys, values)
+        assert (store.nbytes, store.resident_bytes) == (4 * one, resident * one)
+
+
 @pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])
 def test_the_farthest_tiers_budget_is_the_banks_capacity(tmp_path, backend):
     store = TieredStore(host=BLOCK, disk=tmp_path, disk_budget=3 * BLOCK)

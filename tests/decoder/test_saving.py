@@ -168,6 +168,22 @@ def test_one_tensor_that_was_trained_is_refused(llama, small, saved):
     assert refusal(saved, llama, small()) == "weights"
 
 
+def test_a_few_numbers_that_were_trained_are_refused(llama, small, saved):
+    MemoryDecoder(llama, None, small()).fingerprint()
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[5, :2] += 1e-3
+    assert refusal(saved, llama, small()) == "weights"
+
+
+def test_weights_that_stay_are_read_once(llama, small, monkeypatch):
+    decoder = MemoryDecoder(llama, None, small())
+    before = decoder.fingerprint()
+    monkeypatch.setattr("memlong.decoder.fingerprint._module", lambda _: "read again")
+    assert decoder.fingerprint() == before
+    llama.lm_head.weight.data[0] += 1  # which torch does not count
+    assert decoder.fingerprint()["weights"] == "read again"
+
+
 def test_another_rotation_is_refused(llama, small, saved):
     llama.config.rope_parameters["rope_theta"] = 5e5
     assert refusal(saved, llama, small()) == "rope"
@@ -190,6 +206,7 @@ def test_another_dtype_is_refused(llama, small, saved):
         ({"sink_tokens": 0}, "sink_tokens (2 when it was saved, 0 now)"),
         ({"retriever": "random"}, "retriever"),
         ({"gate_init": 0.0}, "gates"),
+        ({"retriever_options": {"pairs": 0.25}}, '{"pairs": 0.25}'),
     ],
 )
 def test_other_settings_are_refused(llama, small, saved, changes, said):
@@ -209,8 +226,14 @@ def test_another_model_can_be_forced(tiny_model, small, saved, text):
 
 
 def test_a_model_of_other_shapes_cannot(tiny_model, small, saved):
-    with pytest.raises(SnapshotError, match="holds no streams of this decoder"):
+    with pytest.raises(SnapshotError, match=r"banks that this decoder cannot use: .*of shape") as caught:
         MemoryDecoder.load(saved, tiny_model("GPT-NeoX"), None, small(), any_model=True)
+    assert "damaged" not in str(caught.value)
+
+
+def test_streams_of_other_sizes_cannot(llama, small, saved):
+    with pytest.raises(SnapshotError, match=r"cannot stand at token 90.*any_model=True does not change that"):
+        MemoryDecoder.load(saved, llama, None, small(sink_tokens=0), any_model=True)
 
 
 def test_a_refusal_leaves_the_decoder_as_it_was(tiny_model, small, saved, text):
@@ -254,6 +277,57 @@ def test_tokens_that_are_not_the_models_are_refused(llama, small, text, tmp_path
     decoder.save(tmp_path)
     with pytest.raises(SnapshotError, match="tokens of row 0 are not the model's"):
         MemoryDecoder.load(tmp_path, llama, None, small())
+
+
+def test_a_longer_query_begins_where_the_text_at_hand_does(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama, None, small(query_tokens=2))
+    read_on(decoder, text(200))
+    decoder.save(tmp_path)
+    other = MemoryDecoder.load(tmp_path, llama, None, small(query_tokens=150))
+    query = other._streams.rows[0].query()
+    assert query.end == 200
+    assert list(query.token_ids) == text(200)[0, query.start :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "message"),
+    [
+        ("departed", True, "departed is True, expected int"),
+        ("departed", 1.0, r"departed is 1\.0, expected int"),
+        ("departed", 3, "cannot stand at token 90"),
+        ("recent_start", 10**6, "cannot stand at token"),
+        ("storing_from", "0", "storing_from is '0', expected int or NoneType"),
+        ("has_memory", 1, "has_memory is 1, expected bool"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(llama, small, text, tmp_path, monkeypatch, fact, value, message):
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, text(90))
+    row = decoder._streams.rows[0]
+    facts = row.facts() | {fact: value}
+    monkeypatch.setattr(row, "facts", lambda: facts)
+    decoder.save(tmp_path)
+    with pytest.raises(SnapshotError, match=f"holds no streams of this decoder.*{message}"):
+        MemoryDecoder.load(tmp_path, llama, None, small())
+
+
+def test_a_window_whose_tokens_do_not_ascend_is_refused(llama, small, text, tmp_path):
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, text(90))
+    decoder._streams._window.tokens[0, 3:5] = decoder._streams._window.tokens[0, 3:5].flip(0)
+    decoder.save(tmp_path)
+    with pytest.raises(SnapshotError, match="window does not hold, in order, what precedes token 90"):
+        MemoryDecoder.load(tmp_path, llama, None, small())
+
+
+def test_lazy_and_a_store_do_not_go_together(llama, small, saved):
+    with pytest.raises(InvalidArgumentError, match="lazy leaves keys and values in the snapshot"):
+        MemoryDecoder.load(saved, llama, None, small(store={"host": "all"}), lazy=True)
+
+
+def test_most_bytes_limit_the_whole(llama, small, saved):
+    with pytest.raises(SnapshotError, match="more than most_bytes, 1,000"):
+        MemoryDecoder.load(saved, llama, None, small(), most_bytes=1000)
 
 
 def test_streams_that_were_cut_are_named(llama, small, saved):

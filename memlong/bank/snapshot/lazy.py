@@ -76,6 +76,11 @@ class SnapshotStore(KeyValueStore):
         """Bytes of keys and values held, on disk and in memory."""
         return sum(file.block_bytes for file, _ in list(self._places.values())) + self._new.nbytes
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of those in memory."""
+        return self._new.nbytes
+
     def _one(self, chunk_id: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         place = self._places.get(chunk_id)
         if place is not None:
