@@ -15,7 +15,7 @@ import torch
 
 from memlong import SnapshotError, create_bank, load_bank
 from memlong.bank import InMemoryStore
-from memlong.bank.snapshot import files, writer
+from memlong.bank.snapshot import files, manifest, writer
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import _dumped
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, StorageError
@@ -101,6 +101,58 @@ def test_a_disk_that_fails_otherwise_leaves_the_earlier_snapshot(saved, monkeypa
     assert_same_state(before, load_bank(folder))
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
+def test_nothing_is_removed_before_the_new_manifest_is_confirmed(saved, monkeypatch, error):
+    bank, folder = saved
+    before = names(folder)
+    bank.evict(30)
+
+    def replaced_and_cut_off(self, target):
+        os.replace(self, target)
+        monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(error))
+
+    monkeypatch.setattr(writer.Path, "replace", replaced_and_cut_off)
+    with pytest.raises(SnapshotError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+        bank.save(folder)
+    assert set(before) < set(names(folder))
+    assert isinstance(error, KeyboardInterrupt) or "the disk has not confirmed that" in str(caught.value)
+    assert_same_state(state_of(bank), load_bank(folder))
+    monkeypatch.undo()
+    bank.save(folder)
+    assert len(names(folder)) == len(before)
+
+
+def test_all_folders_that_are_new_are_confirmed(make, tmp_path, monkeypatch):
+    synced = []
+    sync = writer.sync_folder
+    monkeypatch.setattr(writer, "sync_folder", lambda folder: (synced.append(folder), sync(folder)))
+    make().save(tmp_path / "a" / "b" / "c")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"} <= set(synced)
+
+
+@pytest.mark.parametrize("limit", ["max_chunks", "max_bytes"])
+def test_a_limit_as_large_as_any_is_saved(make, tmp_path, limit):
+    make(**{limit: sys.maxsize}).save(tmp_path)
+    assert len(load_bank(tmp_path)) == 38
+
+
+def test_what_could_not_be_loaded_is_not_saved(saved):
+    bank, folder = saved
+    before, there = state_of(bank), names(folder)
+    for other in (create_bank("torch", 2**20 + 1), create_bank("torch", DIM, max_bytes=2**70)):
+        with pytest.raises(InvalidArgumentError, match="this cannot be saved, as it could not be loaded"):
+            other.save(folder)
+    assert names(folder) == there
+    assert_same_state(before, load_bank(folder))
+
+
+def test_a_manifest_that_takes_too_much_is_not_saved(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "_MOST_BYTES", 10)
+    with pytest.raises(InvalidArgumentError, match="more than a manifest ever has"):
+        make().save(tmp_path)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read anything")
 @pytest.mark.parametrize("rights", [0o500, 0o000])
 def test_rights_that_are_missing_are_named(saved, rights):
@@ -129,6 +181,21 @@ def test_a_folder_of_other_things_is_left_alone(make, tmp_path):
     with pytest.raises(SnapshotError, match=r"letter\.txt' is no part of a snapshot"):
         make().save(tmp_path)
     assert names(tmp_path) == ["letter.txt"]
+
+
+@pytest.mark.parametrize("name", ["epoch-3-100.safetensors", "data-1-2.bin", "index-1-2.bin"])
+def test_files_that_only_look_like_a_snapshots_are_left_alone(make, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(SnapshotError, match=f"{name}' is no part of a snapshot"):
+        make().save(tmp_path)
+    assert names(tmp_path) == [name]
+
+
+def test_files_beside_a_snapshot_that_look_like_its_own_stay(saved):
+    bank, folder = saved
+    (folder / "epoch-3-100.safetensors").write_bytes(b"mine")
+    bank.save(folder)
+    assert "epoch-3-100.safetensors" in names(folder)
 
 
 def test_other_things_in_a_snapshot_are_left_alone(saved):
