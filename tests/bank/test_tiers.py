@@ -109,6 +109,18 @@ def test_near_tiers_keep_to_their_budget_and_hold_what_was_wanted_lately(tmp_pat
     assert list(store._near[0]._records) == [4, 1]
 
 
+def test_a_peek_leaves_near_tiers_to_those_that_search(tmp_path):
+    store = TieredStore(host=2 * BLOCK, disk=tmp_path)
+    keys, values = blocks(6)
+    store.put(range(6), keys, values)
+    store.get([1, 3])
+    near = list(store._near[0]._records)
+    seen = [(one.clone(), other.clone()) for one, other in store.peek(range(6))]
+    assert list(store._near[0]._records) == near == [1, 3]
+    assert torch.equal(torch.stack([one for one, _ in seen]), keys)
+    assert torch.equal(torch.stack([other for _, other in seen]), values)
+
+
 @pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])
 def test_the_farthest_tiers_budget_is_the_banks_capacity(tmp_path, backend):
     store = TieredStore(host=BLOCK, disk=tmp_path, disk_budget=3 * BLOCK)
