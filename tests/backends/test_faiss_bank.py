@@ -33,15 +33,6 @@ def test_an_index_that_cannot_be_used_is_an_error_with_examples(index, reason):
 
 
 ABSURD = ["HNSW0", "HNSW1", "HNSW999999999", "IVF4_HNSW1,Flat", "IVF99999999,Flat", "Pad999999999,Flat"]
-    "HNSW0",
-    "HNSW1",
-    "HNSW999999999",
-    "Pad999999999,Flat",
-    "IVF4_HNSW1,Flat",
-    "PQ4x24",
-    "IVF99999999,Flat",
-    "IMI2x24,Flat",
-]
 
 
 @pytest.mark.parametrize("index", [*ABSURD, "PQ4x24", "IMI2x24,Flat", "9" * 5000, "Flat" * 99])
