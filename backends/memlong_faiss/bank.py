@@ -14,10 +14,11 @@ from memlong.bank import BankOptions, Floats, Ids, MemoryBank
 from memlong.bank.validate import whole_number
 from memlong.errors import DeviceUnavailableError
 from memlong_faiss.gpu import require_gpu, warn_if_two_owners
-from memlong_faiss.recipe import Recipe, core_of, is_lossy, training_points
+from memlong_faiss.recipe import MOST_EFFORT, Recipe, core_of, is_lossy, training_points
 from memlong_faiss.rows import CpuRows, GpuRows, RowIndex
 
 _TIE_MARGIN = 16
+_MOST_THREADS = 1024
 
 
 class FaissBank(MemoryBank):
@@ -82,8 +83,8 @@ class FaissBank(MemoryBank):
         super().__init__(dim, **bank_options)
         warn_if_two_owners()
         self._recipe = Recipe(dim, index, self._similarity, ef_construction, ef_search, nprobe)
-        self._refine = whole_number("refine", refine, at_least=1)
-        self._build_threads = whole_number("build_threads", build_threads, at_least=1)
+        self._refine = whole_number("refine", refine, at_least=1, at_most=MOST_EFFORT)
+        self._build_threads = whole_number("build_threads", build_threads, at_least=1, at_most=_MOST_THREADS)
         self._given_train_size = train_size
         sample = self._recipe.build()
         self._train_size = training_points(sample, train_size)
@@ -165,7 +166,7 @@ class FaissBank(MemoryBank):
             raise ValueError(f"it is of FAISS {facts['library']}, and this is {faiss.__version__}")
         if self.device.type != "cpu":
             raise ValueError("it is an index of the CPU")
-        row_ids = np.concatenate([np.arange(start, end) for start, end in facts["row_ids"]])
+        row_ids = _row_ids(facts["row_ids"], 2 * len(self._table))  # far fewer are dead before it is rebuilt
         alive = np.isin(row_ids, self._table.ids)
         if int(alive.sum()) != len(self._table):
             raise ValueError("it is the index of other chunks")
@@ -179,3 +180,16 @@ class FaissBank(MemoryBank):
         if self.device.type == "cuda":
             return GpuRows(index, self._recipe, self.device.index or 0)
         return CpuRows(index, self._recipe, self._build_threads)
+
+
+def _row_ids(runs: Any, most: int) -> Ids:
+    """Return the ids of runs [start, end), at most so many, and ascending."""
+    last = 0
+    for start, end in runs:
+        if type(start) is not int or type(end) is not int or not last <= start < end <= 2**62:
+            raise ValueError(f"its runs of ids do not ascend: {start!r} to {end!r}")
+        last = end
+        most -= end - start
+        if most < 0:
+            raise ValueError("it is the index of more chunks")
+    return np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(start, end) for start, end in runs)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,13 @@ from memlong.errors import InvalidArgumentError
 
 _SEED = 1234
 _POINTS_PER_CENTROID = 39
+_MOST_LISTS = 2**20
+_LINKS = range(2, 513)
+_MOST_CODEBOOK = 2**26  # numbers
+_LONGEST = 200
+
+MOST_EFFORT = 2**20
+"""Of building and searching; FAISS does not take all that Python does."""
 _EXAMPLES = "'Flat', 'HNSW32', 'IVF256,Flat', 'IVF256,PQ48', 'SQ8'"
 
 
@@ -41,11 +49,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("ef_construction", "ef_search", "nprobe"):
-            whole_number(name, getattr(self, name), at_least=1)
+            whole_number(name, getattr(self, name), at_least=1, at_most=MOST_EFFORT)
         if not isinstance(self.factory, str):
             raise InvalidArgumentError(
                 f"index must be an index-factory string such as {_EXAMPLES}, got {self.factory!r}"
             )
+        odd = _absurdity(self.factory, self.dim)
+        if odd:
+            raise InvalidArgumentError(f"index {self.factory[:_LONGEST]!r} {odd}. Examples: {_EXAMPLES}")
 
     @property
     def metric(self) -> int:
@@ -87,6 +98,21 @@ class Recipe:
         if hasattr(coder, "do_polysemous_training"):
             coder.do_polysemous_training = False  # takes most of the training, for a filter that is not used
         return index
+
+
+def _absurdity(factory: str, dim: int) -> str | None:
+    """Say what FAISS would die of, or take gigabytes for at once: the text may come with a stranger's snapshot."""
+    if len(factory) > _LONGEST:
+        return f"and more has {len(factory):,} characters, of at most {_LONGEST}"
+    for name, digits in re.findall(r"([A-Za-z]*)([0-9]+)", factory):
+        number, widest = int(digits), max(4096, 4 * dim)
+        if name == "HNSW" and number not in _LINKS:
+            return f"has {number} links in its graph, expected {_LINKS[0]} to {_LINKS[-1]}"
+        if name == "x" and dim << min(number, 64) > _MOST_CODEBOOK:
+            return f"has codes of {number} bits, whose codebook for dim {dim} takes too much; use 8"
+        if number > (_MOST_LISTS if name == "IVF" else widest):
+            return f"has {name}{number}, expected at most {_MOST_LISTS if name == 'IVF' else widest:,}"
+    return None
 
 
 def core_of(index: Any) -> Any:

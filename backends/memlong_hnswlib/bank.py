@@ -16,9 +16,11 @@ from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
 
 _SEED = 100
-_MOST_LINKS = 10_000  # hnswlib itself takes no more
+_MOST_LINKS = 512
 _MOST_EFFORT = 2**20
-_MOST_CHUNKS = 2**24  # the graph takes memory for its whole capacity at once
+_MOST_CHUNKS = (
+    2**20
+)  # the graph takes memory for its whole capacity at once, and a snapshot may be a stranger's
 _MOST_THREADS = 1024
 
 
@@ -35,13 +37,13 @@ class HnswlibBank(MemoryBank):
     dim : int
         Width of the embeddings.
     M : int, default 16
-        Links of each chunk; more raise recall, memory and building time. From 2 to 10,000.
+        Links of each chunk; more raise recall, memory and building time. From 2 to 512.
     ef_construction : int, default 200
         Effort of building.
     ef : int, default 64
         Effort of searching; a search never uses less than k.
     initial_capacity : int, default 1024
-        How many chunks the graph has room for at first; at most 2**24.
+        How many chunks the graph has room for at first; at most 2**20.
     build_threads : int, default 1
         Threads that add chunks; with more, graphs differ from run to run.
     **bank_options
@@ -69,11 +71,15 @@ class HnswlibBank(MemoryBank):
         **bank_options: Unpack[BankOptions],
     ) -> None:
         super().__init__(dim, **bank_options)
-        self._links = _within("M", M, 2, _MOST_LINKS)
-        self._ef_construction = _within("ef_construction", ef_construction, 1, _MOST_EFFORT)
-        self._ef = _within("ef", ef, 1, _MOST_EFFORT)
-        self._initial_capacity = _within("initial_capacity", initial_capacity, 1, _MOST_CHUNKS)
-        self._build_threads = _within("build_threads", build_threads, 1, _MOST_THREADS)
+        self._links = whole_number("M", M, at_least=2, at_most=_MOST_LINKS)
+        self._ef_construction = whole_number(
+            "ef_construction", ef_construction, at_least=1, at_most=_MOST_EFFORT
+        )
+        self._ef = whole_number("ef", ef, at_least=1, at_most=_MOST_EFFORT)
+        self._initial_capacity = whole_number(
+            "initial_capacity", initial_capacity, at_least=1, at_most=_MOST_CHUNKS
+        )
+        self._build_threads = whole_number("build_threads", build_threads, at_least=1, at_most=_MOST_THREADS)
         self._index_reset()
 
     def _index_options(self) -> dict[str, Any]:
@@ -89,7 +95,13 @@ class HnswlibBank(MemoryBank):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "graph")
             self._graph.save_index(str(path))
-            return {"library": _version(), "dead": self._dead}, path.read_bytes()
+            content = path.read_bytes()
+        if len(content) != self._graph.index_file_size():  # hnswlib itself does not notice a full disk
+            raise OSError(
+                f"hnswlib wrote {len(content):,} bytes of its index into {tempfile.gettempdir()!r} instead of "
+                f"{self._graph.index_file_size():,}; is that disk full? TMPDIR names another"
+            )
+        return {"library": _version(), "dead": self._dead}, content
 
     def _index_load(self, facts: Mapping[str, Any], content: bytes) -> None:
         if facts["library"] != _version():
@@ -159,10 +171,3 @@ class HnswlibBank(MemoryBank):
 
 def _version() -> str:
     return importlib.metadata.version("hnswlib")
-
-
-def _within(name: str, value: object, least: int, most: int) -> int:
-    number = whole_number(name, value, at_least=least)
-    if number > most:
-        raise InvalidArgumentError(f"{name} must be an int from {least} to {most}, got {value!r}")
-    return number

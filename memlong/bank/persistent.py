@@ -58,7 +58,7 @@ class PersistentBank(IndexHost):
         path : str or Path
             A folder, made if it does not exist. What another bank was saved there is replaced.
         compact : bool, default False
-            Write everything anew, so that nothing of chunks that have left remains.
+            Write everything anew, the index as well, so that nothing of chunks that have left remains.
 
         Raises
         ------
@@ -152,6 +152,9 @@ class PersistentBank(IndexHost):
 
     def write_snapshot(self, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
         """Write what a state of a folder needs of this bank; `keep_saved` follows when the state is current."""
+        if compact:
+            with self._lock.write():
+                self._drop_index()  # which may remember embeddings of chunks that have left
         with self._reading(searching=True):
             layout = self._contents.layout
             content = self._content()
@@ -251,11 +254,20 @@ class PersistentBank(IndexHost):
             MemoryError,
             RuntimeError,
         ) as error:
-            if given.keys() - {"store"}:
-                raise
+            cls._check_given(record.dim, given)
             raise SnapshotError(
                 f"{str(stored.manifest_path)!r} names options that {cls.__name__} does not take ({error}). Give others "
                 "when loading, or load into another backend."
+            ) from error
+
+    @classmethod
+    def _check_given(cls, dim: int, given: dict[str, Any]) -> None:
+        """Raise what is wrong with the options that the caller gave, whatever the snapshot says."""
+        try:
+            cls(dim, **given)
+        except TypeError as error:
+            raise InvalidArgumentError(
+                f"{cls.__name__} does not take {', '.join(given)} ({error})"
             ) from error
 
     def _restore(self, stored: StoredBank, *, trust_index: bool) -> None:
@@ -281,14 +293,13 @@ class PersistentBank(IndexHost):
                 for ids, states in stored.blocks(content.ids):
                     keys, values = states.to(layout.device).unbind(1)
                     self._store.take(ids, keys, values)
-        index = stored.index_file()
         made_by, options = stored.record.made_by, dict(stored.record.options)
-        if (
-            trust_index
-            and index is not None
-            and (made_by, options) == (_name(type(self)), self._index_options())
-        ):
-            self._use_index(stored, index)
+        if trust_index and (made_by, options) == (_name(type(self)), self._index_options()):
+            index = stored.index_file()
+            if index is not None:
+                self._use_index(stored, index)
+        else:
+            stored.check_index()
         self._saved = SavedBank(stored.token, stored.record, tuple(stored.on_disk))
 
     def _use_index(self, stored: StoredBank, content: bytes) -> None:
@@ -300,7 +311,15 @@ class PersistentBank(IndexHost):
             try:
                 self._index_load(record.facts, content)
                 self._index_is_current = True
-            except (RuntimeError, ValueError, KeyError, TypeError, OverflowError) as error:
+            except (
+                RuntimeError,
+                ValueError,
+                KeyError,
+                TypeError,
+                OverflowError,
+                MemoryError,
+                OSError,
+            ) as error:
                 raise SnapshotError(
                     f"{str(stored.folder / record.file.name)!r} is not read by this backend's library ({error}). Load "
                     "the snapshot without trust_index, which builds the index anew."

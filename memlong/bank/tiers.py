@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -145,6 +145,15 @@ class TieredStore(KeyValueStore):
                 if fresh:
                     self._keep_near(fresh, stack([records[chunk_id] for chunk_id in fresh]))
         return codec.decode(stack([records[chunk_id] for chunk_id in ids]))
+
+    def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Read from the farthest tier, which holds everything, and leave the nearer ones to those that search."""
+        for chunk_id in ids:
+            with self._lock:
+                codec, whole = self._holding([chunk_id])
+                (record,) = whole.get([chunk_id])
+            keys, values = codec.decode(record[None].to(codec.layout.device))
+            yield keys[0], values[0]
 
     def remove(self, ids: Sequence[int]) -> None:
         """Forget blocks in every tier."""

@@ -15,7 +15,7 @@ from memlong.errors import InvalidArgumentError
 _LARGEST_NORM = 1e18
 
 
-def whole_number(name: str, value: Any, *, at_least: int) -> int:
+def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> int:
     """Return `value` as an int; floats, bools and text are not whole numbers."""
     try:
         number = operator.index(value)
@@ -23,6 +23,8 @@ def whole_number(name: str, value: Any, *, at_least: int) -> int:
         number = None
     if number is None or isinstance(value, (bool, np.bool_)) or number < at_least:
         raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {value!r}")
+    if at_most is not None and number > at_most:
+        raise InvalidArgumentError(f"{name} must be an int from {at_least} to {at_most}, got {value!r}")
     return number
 
 

@@ -14,6 +14,7 @@ from memlong.cli.fit import fit
 from memlong.cli.generate import generate
 from memlong.cli.icl import icl
 from memlong.cli.needle import needle
+from memlong.cli.output import shown
 from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import plugins
 from memlong.cli.train import train
@@ -46,7 +47,7 @@ def main() -> None:
     try:
         make_app()(prog_name="memlong")
     except MemlongError as error:
-        sys.stderr.write(f"memlong: {error}\n")
+        sys.stderr.write("\n".join(shown(line) for line in f"memlong: {error}".split("\n")) + "\n")
         sys.exit(1)
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:  # what typer makes of a KeyboardInterrupt

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memlong.cli.output import print_json, print_section, print_table
+from memlong.cli.output import print_json, print_section, print_table, shown
 
 Folder = Annotated[
     Path, typer.Argument(metavar="PATH", help="Folder of a snapshot: of a bank, or of a decoder.")
@@ -99,26 +99,26 @@ def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
                 f"{bank['left_behind']:,}",
                 str(bank["dim"]),
                 bank["metric"],
-                bank["eviction"] or "its owner's",
-                _chunk(bank),
+                shown(bank["eviction"] or "its owner's"),
+                shown(_chunk(bank)),
                 f"{bank['bytes']:,}",
             )
             for row, bank in enumerate(found["banks"])
         ],
     )
     print_section("Made by", [_maker(row, bank) for row, bank in enumerate(found["banks"])])
-    print_section("Saved by", [f"{name} {version}" for name, version in found["versions"].items()])
+    print_section("Saved by", [shown(f"{name} {version}") for name, version in found["versions"].items()])
     print_section(
         f"A {found['kind']}",
         [f"state {found['generation']}, {found['files']} files, {found['bytes']:,} bytes"],
     )
     fingerprint = found["fingerprint"] or {}
-    print_section("Of the model", [f"{name} {value}" for name, value in fingerprint.items()])
+    print_section("Of the model", [shown(f"{name} {value}") for name, value in fingerprint.items()])
 
 
 def _maker(row: int, bank: dict[str, Any]) -> str:
     options = " ".join(f"{name}={value}" for name, value in bank["options"].items())
-    return f"{row}: {bank['made_by']} {options}".rstrip()
+    return shown(f"{row}: {bank['made_by']} {options}".rstrip())
 
 
 def _chunk(bank: dict[str, Any]) -> str:

@@ -70,6 +70,11 @@ class JsonOutput:
         return not self.is_stdout
 
 
+def shown(text: str) -> str:
+    """Return text that may come from a stranger without what would command the terminal."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table of plain text; a cell that is a known status is coloured."""
     table = Table(box=None, pad_edge=False, header_style="bold")

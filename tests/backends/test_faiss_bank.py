@@ -32,6 +32,21 @@ def test_an_index_that_cannot_be_used_is_an_error_with_examples(index, reason):
     assert "IVF256,Flat" in str(caught.value)
 
 
+ABSURD = ["HNSW0", "HNSW1", "HNSW999999999", "IVF4_HNSW1,Flat", "IVF99999999,Flat", "Pad999999999,Flat"]
+
+
+@pytest.mark.parametrize("index", [*ABSURD, "PQ4x24", "IMI2x24,Flat", "9" * 5000, "Flat" * 99])
+def test_an_index_that_faiss_would_die_of_is_refused(index):
+    with pytest.raises(InvalidArgumentError, match="index '"):
+        FaissBank(16, index=index)
+
+
+@pytest.mark.parametrize("option", ["ef_search", "ef_construction", "nprobe", "refine", "build_threads"])
+def test_options_have_a_limit(option):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int from 1 to"):
+        FaissBank(16, **{option: 2**40})
+
+
 @pytest.mark.parametrize("option", ["ef_search", "ef_construction", "nprobe", "refine", "build_threads"])
 @pytest.mark.parametrize("value", [0, 1.5, "many"])
 def test_options_are_checked(option, value):

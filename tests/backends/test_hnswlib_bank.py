@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from memlong.errors import DeviceUnavailableError, InvalidArgumentError
+from memlong.errors import DeviceUnavailableError, InvalidArgumentError, SnapshotError
 from memlong_hnswlib.bank import HnswlibBank
 
 
@@ -91,3 +93,22 @@ def test_building_is_reproducible(fill):
         fill(bank, vectors)
     first, second = (bank.search(queries, 10) for bank in banks)
     assert torch.equal(first.ids, second.ids)
+
+
+def test_a_disk_that_is_full_while_the_index_is_written_is_said(fill, tmp_path):
+    bank = HnswlibBank(8)
+    fill(bank, torch.randn(10, 8))
+    graph = bank._graph
+
+    class Cut:
+        def save_index(self, path):
+            graph.save_index(path)
+            os.truncate(path, 100)
+
+        def __getattr__(self, name):
+            return getattr(graph, name)
+
+    bank._graph = Cut()
+    with pytest.raises(SnapshotError, match=r"hnswlib wrote 100 bytes .* instead of"):
+        bank.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -123,6 +123,18 @@ def test_what_is_in_memory_is_counted_with_its_copies_and_what_is_on_disk_is_not
         assert (store.nbytes, store.resident_bytes) == (4 * one, resident * one)
 
 
+def test_a_peek_leaves_near_tiers_to_those_that_search(tmp_path):
+    store = TieredStore(host=2 * BLOCK, disk=tmp_path)
+    keys, values = blocks(6)
+    store.put(range(6), keys, values)
+    store.get([1, 3])
+    near = list(store._near[0]._records)
+    seen = [(one.clone(), other.clone()) for one, other in store.peek(range(6))]
+    assert list(store._near[0]._records) == near == [1, 3]
+    assert torch.equal(torch.stack([one for one, _ in seen]), keys)
+    assert torch.equal(torch.stack([other for _, other in seen]), values)
+
+
 @pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])
 def test_the_farthest_tiers_budget_is_the_banks_capacity(tmp_path, backend):
     store = TieredStore(host=BLOCK, disk=tmp_path, disk_budget=3 * BLOCK)

@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from memlong import SnapshotError, create_bank, load_bank
+from memlong.bank.snapshot.manifest import _dumped
+from memlong.bank.snapshot.tending import describe, verify
 from memlong.cli.app import make_app
 from memlong.testing.harness import random_chunks
 
@@ -65,6 +67,48 @@ def test_verify_names_the_file_that_is_not_whole(folder, kind):
     result = memlong("verify", folder)
     assert isinstance(result.exception, SnapshotError)
     assert path.name in str(result.exception)
+
+
+def test_verify_tells_of_every_byte(folder):
+    told = []
+    verify(folder, told.append)
+    assert sum(told) == describe(folder)["bytes"]
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_what_a_stranger_wrote_does_not_command_the_terminal(folder, command):
+    path = folder / "manifest.json"
+    data = json.loads(path.read_bytes())
+    del data["sha256"]
+    data["versions"]["\x1b[2Jmemlong"] = "\x1b]0;mine\x07"
+    data["banks"][0].update(made_by="\x1b[31mx", options={"\x9b": "\x1b"}, eviction="\x1b")
+    path.write_bytes(_dumped(data))
+    result = memlong(command, folder)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.stdout
+    assert "\x9b" not in result.stdout
+    assert r"\x1b[2Jmemlong" in result.stdout
+
+
+@pytest.mark.parametrize("backend", ["faiss", "hnswlib"])
+def test_compact_leaves_no_embedding_of_a_removed_chunk_in_an_index(tmp_path, backend):
+    bank = create_bank(backend, 32, **({"index": "HNSW16"} if backend == "faiss" else {}))
+    random_chunks(20).into(bank)
+    secret = bank.embeddings.embeddings[11].numpy().tobytes()
+    bank.remove([11])
+    bank.save(tmp_path)
+
+    def is_there():
+        return any(secret in path.read_bytes() for path in tmp_path.iterdir())
+
+    assert is_there()
+    assert memlong("compact", tmp_path).exit_code == 0
+    assert not is_there()
+    bank.save(tmp_path)
+    assert is_there()
+    bank.save(tmp_path, compact=True)
+    assert not is_there()
+    assert len(load_bank(tmp_path, trust_index=True)) == 19
 
 
 def test_compact_leaves_only_what_is_held(folder):

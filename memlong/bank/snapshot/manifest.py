@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ Kind = Literal["bank", "decoder"]
 _MOST_BYTES = 64 << 20
 _MOST = 2**48  # of anything that is counted
 _WIDEST = 2**20
+_LARGEST = 2**27  # numbers in the keys of one chunk
+_MOST_LIMIT = 2**64  # of what a bank may hold; nothing is allocated for it
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,12 @@ def read_manifest(folder: Path) -> Manifest:
         If there is none, it is of another version, damaged, or claims what cannot be.
     """
     path = folder / MANIFEST
-    data = _parsed(path)
+    return parse_manifest(path, _content(path))
+
+
+def parse_manifest(path: Path, content: bytes | bytearray) -> Manifest:
+    """Check the content of a manifest's file, as `read_manifest`."""
+    data = _parsed(path, content)
     top = Fields(data, path)
     top.text("format"), top.integer("version")
     banks = tuple(_bank(each) for each in top.parts("banks"))
@@ -192,13 +201,22 @@ def _dumped(body: Mapping[str, Any]) -> bytes:
     return (text[:-2] + f',\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n').encode()
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> bytearray:
     with open_plain(path) as file:
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise damaged(path, f"has {size:,} bytes, more than a manifest ever has")
+        size = os.fstat(file.fileno()).st_size  # of this very file; another one may bear its name by now
+        _check_size(path, size)
         content = bytearray(size)
         read_fully(file, path, content)
+    return content
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > _MOST_BYTES:
+        raise damaged(path, f"has {size:,} bytes, more than a manifest ever has")
+
+
+def _parsed(path: Path, content: bytes | bytearray) -> dict[str, Any]:
+    _check_size(path, len(content))
     try:
         data = json.loads(content)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -223,8 +241,8 @@ def _bank(fields: Fields) -> BankRecord:
         options=fields.mapping("options"),
         dim=fields.integer("dim", 1, _WIDEST),
         metric=fields.choice("metric", ("cosine", "inner_product", "l2")),
-        max_chunks=fields.integer_or_none("max_chunks", 1),
-        max_bytes=fields.integer_or_none("max_bytes", 1),
+        max_chunks=fields.integer_or_none("max_chunks", 1, _MOST_LIMIT),
+        max_bytes=fields.integer_or_none("max_bytes", 1, _MOST_LIMIT),
         eviction=fields.text_or_none("eviction"),
         device=fields.text("device"),
         count=fields.integer("count", 0, _MOST),
@@ -242,9 +260,10 @@ def _bank(fields: Fields) -> BankRecord:
 def _layout(fields: Fields | None) -> LayoutRecord | None:
     if fields is None:
         return None
-    found = LayoutRecord(
-        shape=fields.integers("shape", 4, _WIDEST), dtype=fields.text("dtype"), device=fields.text("device")
-    )
+    shape = fields.integers("shape", 4, 1, _WIDEST)
+    if math.prod(shape) > _LARGEST:
+        raise fields.odd("shape", list(shape), f"at most {_LARGEST:,} numbers in the keys of a chunk")
+    found = LayoutRecord(shape, dtype=fields.text("dtype"), device=fields.text("device"))
     fields.nothing_else()
     return found
 

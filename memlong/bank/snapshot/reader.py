@@ -14,7 +14,7 @@ from memlong.bank.arrays import Ids
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.sizes import byte_count
 from memlong.bank.snapshot.content import Content, check_state
-from memlong.bank.snapshot.files import damaged, read_checked
+from memlong.bank.snapshot.files import check_file, damaged, read_checked
 from memlong.bank.snapshot.lazy import BlocksFile, SnapshotStore
 from memlong.bank.snapshot.manifest import (
     MANIFEST,
@@ -122,6 +122,11 @@ class StoredBank:
         """Return the native index's file, proven to be what was saved; None if there is none."""
         return None if self.record.index is None else read_checked(self.folder, self.record.index.file)
 
+    def check_index(self) -> None:
+        """Raise SnapshotError unless the native index's file, if there is one, is what was saved."""
+        if self.record.index is not None:
+            check_file(self.folder, self.record.index.file)
+
 
 def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str | None = None) -> StoredBank:
     """Read and check the table of a bank.
@@ -210,6 +215,13 @@ def _layout(path: Path, record: LayoutRecord, kv_device: str | None) -> ChunkLay
         if kv_device is not None:
             raise InvalidArgumentError(f"kv_device is {kv_device!r}, no torch device") from error
         raise damaged(path, f"has keys and values on {record.device!r}, which is no device") from error
+    if device.type == "meta" or (kv_device is None and device.type not in ("cpu", "cuda")):
+        raise DeviceUnavailableError(
+            f"keys and values go to {device}, which is not for a snapshot to choose: say where with kv_device, such as "
+            "kv_device='cpu'"
+        )
+    if device.type == "cpu":
+        device = torch.device("cpu")  # "cpu:5" is no other
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailableError(
             f"keys and values go to {device}, but torch sees {torch.cuda.device_count()} CUDA devices here: load them "

@@ -154,7 +154,9 @@ def read_blocks(
 
 def check_finite(path: Path, states: torch.Tensor) -> None:
     """Raise SnapshotError if a number is not finite."""
-    if states.numel():
+    if states.is_complex():
+        raise damaged(path, "holds complex numbers")
+    if states.numel() and states.is_floating_point():
         low, high = torch.aminmax(states if states.element_size() > 1 else states.float())
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise damaged(path, "holds keys or values that are not finite (NaN or infinite)")

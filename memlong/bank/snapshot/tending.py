@@ -14,7 +14,7 @@ from memlong.bank.snapshot.files import damaged, read_checked
 from memlong.bank.snapshot.lazy import SnapshotStore
 from memlong.bank.snapshot.manifest import BankRecord, ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
-from memlong.bank.snapshot.segments import check_finite, write_segments
+from memlong.bank.snapshot.segments import check_finite, read_blocks, write_segments
 from memlong.bank.snapshot.writer import SnapshotWriter
 
 
@@ -59,6 +59,9 @@ def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None)
 
 def compact(path: str | Path) -> dict[str, Any]:
     """Write the chunks that are held anew, so that nothing of others remains, and describe the result.
+
+    Once a chunk has left the bank, the file of its index goes, too: the library may remember embeddings there. What a
+    decoder's streams have retrieved stays.
 
     Raises
     ------
@@ -113,14 +116,21 @@ def _bank(record: BankRecord) -> dict[str, Any]:
 
 def _verify_bank(stored: StoredBank, progress: Callable[[int], object]) -> None:
     progress(stored.record.state.nbytes)
-    for ids, states in stored.blocks(stored.content.ids):
-        progress(states.nbytes if ids else 0)
+    for segment, chunks in zip(stored.record.segments, stored.segments, strict=True):
+        rest = segment.chunks.nbytes + segment.blocks.nbytes
+        assert stored.layout is not None  # noqa: S101 - `read_bank` has seen to that
+        for _, states in read_blocks(stored.folder, segment, chunks, stored.layout):
+            rest -= states.nbytes
+            progress(states.nbytes)
+        progress(rest)
     if stored.layout is not None:
         store = SnapshotStore()
         stored.attach_to(store, stored.content.ids)
         for chunk_id in stored.content.ids.tolist():  # against its own checksum, as a lazy bank reads it
             store.get([chunk_id])
-    stored.index_file()
+    if stored.record.index is not None:
+        stored.check_index()
+        progress(stored.record.index.file.nbytes)
 
 
 def _verify_extra(folder: Path, extra: ExtraRecord) -> None:
@@ -134,9 +144,12 @@ def _verify_extra(folder: Path, extra: ExtraRecord) -> None:
 
 
 def _compacted(writer: SnapshotWriter, stored: StoredBank) -> BankRecord:
+    record = stored.record
+    if record.next_id > record.count:  # its library's file may remember what has left
+        record = replace(record, index=None)
     if stored.layout is None or not len(stored.content.ids):
-        return replace(stored.record, segments=())
+        return replace(record, segments=())
     store = SnapshotStore()
     stored.attach_to(store, stored.content.ids)
     segments = write_segments(writer, stored.content, store, stored.layout)
-    return replace(stored.record, segments=tuple(each.record for each in segments))
+    return replace(record, segments=tuple(each.record for each in segments))

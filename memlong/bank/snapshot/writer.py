@@ -22,9 +22,10 @@ from memlong.bank.snapshot.manifest import (
     Kind,
     Manifest,
     has_manifest,
+    parse_manifest,
     read_manifest,
 )
-from memlong.errors import SnapshotError
+from memlong.errors import InvalidArgumentError, SnapshotError
 
 _NEW_MANIFEST = f"{MANIFEST}.new"
 _PACKAGES = ("memlong", "torch", "numpy", "safetensors", "faiss-cpu", "hnswlib", "transformers")
@@ -65,10 +66,13 @@ class SnapshotWriter:
         self.token = secrets.token_hex(16)
         self._generation, self._number = 1, 0
         self._is_committed = False
+        self._around: set[Path] = set()
 
     def __enter__(self) -> Self:
         try:
+            absent = [each for each in (self._folder, *self._folder.parents) if not each.exists()]
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._around = {each.resolve().parent for each in (self._folder, *absent)}
         except OSError as error:
             raise unwritable(self._folder, error) from error
         self._check_strangers()
@@ -114,22 +118,35 @@ class SnapshotWriter:
     def commit(self, banks: Sequence[BankRecord], extra: ExtraRecord | None = None) -> Manifest:
         """Make what was written the current state, and remove what it does not need."""
         manifest = Manifest(self._kind, self.token, self._generation, _versions(), tuple(banks), extra)
+        path, beside = self._folder / MANIFEST, self._folder / _NEW_MANIFEST
+        content = _readable(path, manifest)
         sync_folder(self._folder)
         if self.current is None:
-            sync_folder(self._folder.resolve().parent)
-        beside = self._folder / _NEW_MANIFEST
+            for folder in self._around:
+                sync_folder(folder)
         with NewFile(beside) as file:
-            file.write(manifest.to_bytes())
+            file.write(content)
         try:
-            beside.replace(self._folder / MANIFEST)
+            beside.replace(path)
         except OSError as error:
-            raise unwritable(self._folder / MANIFEST, error) from error
-        sync_folder(self._folder)
+            raise unwritable(path, error) from error
+        try:
+            self._remove_all_but(manifest)
+        except SnapshotError as error:
+            self._is_committed = (
+                True  # nothing is to be removed: a disk that failed once may say that all is well
+            )
+            raise SnapshotError(
+                f"{str(path)!r} names what was saved now, but the disk has not confirmed that: {error.__cause__}. What "
+                "was saved before is still there beside it, in case the power goes. Check the disk, and save again."
+            ) from error
         self._is_committed = True
-        self._remove_all_but(manifest)
         return manifest
 
     def _remove_all_but(self, manifest: Manifest | None) -> None:
+        sync_folder(
+            self._folder
+        )  # or the disk might still go back to a manifest that names what is removed here
         needed = {file.name for file in manifest.files} if manifest else set()
         for name in _names(self._folder):
             if name not in needed and (FILE_NAME.fullmatch(name) or name == _NEW_MANIFEST):
@@ -137,14 +154,30 @@ class SnapshotWriter:
                     (self._folder / name).unlink()
 
     def _check_strangers(self) -> None:
-        if has_manifest(self._folder):
+        names = _names(self._folder)
+        if has_manifest(self._folder):  # looked for last: somebody's first save may be under way
             return
-        for name in _names(self._folder):
-            if not FILE_NAME.fullmatch(name) and name not in (_NEW_MANIFEST, LOCK):
+        own = {LOCK, _NEW_MANIFEST}
+        was_cut_off = not own.isdisjoint(names)  # a save makes its lock first, and removes it last
+        for name in names:
+            if name not in own and not (was_cut_off and FILE_NAME.fullmatch(name)):
                 raise SnapshotError(
                     f"{str(self._folder / name)!r} is no part of a snapshot: a folder that holds other things is left "
                     "alone. Name a new folder."
                 )
+
+
+def _readable(path: Path, manifest: Manifest) -> bytes:
+    """Return the manifest's content, proven to be one that can be read."""
+    try:
+        content = manifest.to_bytes()
+        parse_manifest(path, content)
+    except (SnapshotError, ValueError) as error:
+        why = str(error).partition(": the snapshot is damaged")[0]
+        raise InvalidArgumentError(
+            f"this cannot be saved, as it could not be loaded: {why}. What was saved before is as it was."
+        ) from error
+    return content
 
 
 def _names(folder: Path) -> list[str]:

@@ -304,6 +304,30 @@ def forge_the_index(folder: Path, rng: random.Random) -> None:
     forge(folder, data)
 
 
+def forge_options(folder: Path, rng: random.Random) -> None:
+    """Options that crash or fill the memory, if a backend lets them."""
+    data = manifest(folder)
+    bank = data["banks"][0]
+    absurd = ["HNSW0", "HNSW1", "HNSW999999999", "Pad999999999,Flat", "IVF999999999,Flat", "IMI2x24,Flat"]
+    absurd += [
+        "PQ4x24",
+        "IVF4_HNSW1,Flat",
+        "IVF4,PQ4x24",
+        "LSH99999999",
+        "NSG999999",
+        "9" * 5000,
+        "Flat" * 99,
+        "",
+    ]
+    names = [name for name, value in bank["options"].items() if value is not None] or ["more"]
+    name = rng.choice(names)
+    huge = [2**24, 2**31, 2**40, 2**70, 10**400, 0, -1, 1.5, True, None, [], {}, "x"]
+    bank["options"][name] = rng.choice(absurd if name == "index" else huge)
+    if rng.random() < 0.3 and "initial_capacity" in names:
+        bank["options"] |= {"initial_capacity": 2**20, "M": 512}
+    forge(folder, data)
+
+
 def any_file(folder: Path, rng: random.Random) -> Path:
     return rng.choice(sorted(folder.iterdir()))
 
@@ -330,6 +354,7 @@ DAMAGES = (
     forge_blocks,
     forge_any_bytes,
     forge_the_index,
+    forge_options,
 )
 
 

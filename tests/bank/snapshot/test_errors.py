@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from io import FileIO
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 
 from memlong import SnapshotError, create_bank, load_bank
-from memlong.bank import InMemoryStore
-from memlong.bank.snapshot import files, writer
+from memlong.bank import InMemoryStore, TieredStore
+from memlong.bank.snapshot import files, manifest, writer
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import _dumped
+from memlong.bank.snapshot.segments import check_finite
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, StorageError
 from memlong.testing.harness import DIM, assert_same_state, random_chunks, state_of
+from memlong_torch.bank import TorchBank
 
 
 @pytest.fixture
@@ -101,6 +104,60 @@ def test_a_disk_that_fails_otherwise_leaves_the_earlier_snapshot(saved, monkeypa
     assert_same_state(before, load_bank(folder))
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
+def test_nothing_is_removed_before_the_new_manifest_is_confirmed(saved, monkeypatch, error):
+    bank, folder = saved
+    before = names(folder)
+    bank.evict(30)
+
+    replace = writer.Path.replace
+
+    def replaced_and_cut_off(self, target):
+        replace(self, target)
+        monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(error))
+
+    monkeypatch.setattr(writer.Path, "replace", replaced_and_cut_off)
+    with pytest.raises(SnapshotError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+        bank.save(folder)
+    assert set(before) < set(names(folder))
+    assert isinstance(error, KeyboardInterrupt) or "the disk has not confirmed that" in str(caught.value)
+    assert_same_state(state_of(bank), load_bank(folder))
+    monkeypatch.undo()
+    bank.save(folder)
+    assert len(names(folder)) == len(before)
+
+
+def test_all_folders_that_are_new_are_confirmed(make, tmp_path, monkeypatch):
+    synced = []
+    sync = writer.sync_folder
+    monkeypatch.setattr(writer, "sync_folder", lambda folder: (synced.append(folder), sync(folder)))
+    make().save(tmp_path / "a" / "b" / "c")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"} <= set(synced)
+
+
+@pytest.mark.parametrize("limit", ["max_chunks", "max_bytes"])
+def test_a_limit_as_large_as_any_is_saved(make, tmp_path, limit):
+    make(**{limit: sys.maxsize}).save(tmp_path)
+    assert len(load_bank(tmp_path)) == 38
+
+
+def test_what_could_not_be_loaded_is_not_saved(saved):
+    bank, folder = saved
+    before, there = state_of(bank), names(folder)
+    for other in (create_bank("torch", 2**20 + 1), create_bank("torch", DIM, max_bytes=2**70)):
+        with pytest.raises(InvalidArgumentError, match="this cannot be saved, as it could not be loaded"):
+            other.save(folder)
+    assert names(folder) == there
+    assert_same_state(before, load_bank(folder))
+
+
+def test_a_manifest_that_takes_too_much_is_not_saved(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "_MOST_BYTES", 10)
+    with pytest.raises(InvalidArgumentError, match="more than a manifest ever has"):
+        make().save(tmp_path)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read anything")
 @pytest.mark.parametrize("rights", [0o500, 0o000])
 def test_rights_that_are_missing_are_named(saved, rights):
@@ -129,6 +186,21 @@ def test_a_folder_of_other_things_is_left_alone(make, tmp_path):
     with pytest.raises(SnapshotError, match=r"letter\.txt' is no part of a snapshot"):
         make().save(tmp_path)
     assert names(tmp_path) == ["letter.txt"]
+
+
+@pytest.mark.parametrize("name", ["epoch-3-100.safetensors", "data-1-2.bin", "index-1-2.bin"])
+def test_files_that_only_look_like_a_snapshots_are_left_alone(make, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(SnapshotError, match=f"{name}' is no part of a snapshot"):
+        make().save(tmp_path)
+    assert names(tmp_path) == [name]
+
+
+def test_files_beside_a_snapshot_that_look_like_its_own_stay(saved):
+    bank, folder = saved
+    (folder / "epoch-3-100.safetensors").write_bytes(b"mine")
+    bank.save(folder)
+    assert "epoch-3-100.safetensors" in names(folder)
 
 
 def test_other_things_in_a_snapshot_are_left_alone(saved):
@@ -215,6 +287,104 @@ def test_a_device_that_is_not_here(saved):
     assert len(load_bank(folder, kv_device="cpu")) == 38
 
 
+@pytest.mark.parametrize("device", ["meta", "mps", "xla", "xpu:1"])
+def test_a_device_that_no_snapshot_may_choose(saved, device):
+    _, folder = saved
+    forge(folder, lambda data: data["banks"][0]["layout"].update(device=device))
+    for lazy in (False, True):
+        with pytest.raises(DeviceUnavailableError, match="kv_device='cpu'"):
+            load_bank(folder, lazy=lazy)
+    assert len(load_bank(folder, kv_device="cpu")) == 38
+    with pytest.raises(DeviceUnavailableError, match="kv_device='cpu'"):
+        load_bank(folder, kv_device="meta")
+
+
+def test_the_cpu_is_the_cpu_whatever_its_number(saved):
+    _, folder = saved
+    forge(folder, lambda data: data["banks"][0]["layout"].update(device="cpu:5"))
+    loaded = load_bank(folder)
+    assert str(loaded.layout.device) == "cpu"
+    assert random_chunks(1, first=40).into(loaded).tolist() == [40]
+
+
+@pytest.mark.parametrize("shape", [[1, 1, 2**14, 2**14], [2**20] * 4, [0, 1, 1, 1]])
+def test_an_empty_bank_of_chunks_that_cannot_be(make, tmp_path, shape):
+    bank = make()
+    bank.remove(bank.ids)
+    bank.save(tmp_path)
+    forge(tmp_path, lambda data: data["banks"][0]["layout"].update(shape=shape))
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*layout\.shape"):
+        load_bank(tmp_path, store=TieredStore(host="1MB"))
+
+
+def test_an_index_that_is_not_wanted_is_never_held(make, tmp_path, monkeypatch):
+    make("hnswlib", chunks=100).save(tmp_path)
+    (path,) = tmp_path.glob("index-*")
+    read, most = files.CheckedFile.read, []
+
+    def noted(self, count):
+        if self._path == path:
+            most.append(count)
+        return read(self, count)
+
+    monkeypatch.setattr(files.CheckedFile, "read", noted)
+    monkeypatch.setattr(files, "_PIECE", 1000)
+    load_bank(tmp_path)
+    assert (max(most), sum(most)) == (1000, path.stat().st_size)
+
+
+@pytest.mark.parametrize("options", [{"bogus": 1}, {"store": 3}, {"max_chunks": "many"}])
+def test_an_option_that_the_caller_gave_is_not_blamed_on_the_snapshot(saved, options):
+    with pytest.raises(InvalidArgumentError, match=f"{next(iter(options))}"):
+        TorchBank.load(saved[1], **options)
+
+
+def test_options_of_the_snapshot_are_blamed_on_it_whatever_the_caller_gave(saved):
+    _, folder = saved
+    forge(folder, lambda data: data["banks"][0]["options"].update(depth=3))
+    with pytest.raises(SnapshotError, match=r"manifest\.json.*names options that TorchBank does not take"):
+        load_bank(folder, max_chunks=50)
+
+
+def test_runs_of_rows_that_cannot_be(make, tmp_path):
+    make("faiss-hnsw").save(tmp_path)
+    for runs in ([[0, 2**45]], [[0, 30], [10, 40]], [[0.0, 40.0]], [["a", "b"]], [[40, 0]], 7):
+        forge(tmp_path, lambda data, runs=runs: data["banks"][0]["index"]["facts"].update(row_ids=runs))
+        with pytest.raises(SnapshotError, match="is not read by this backend's library"):
+            load_bank(tmp_path, trust_index=True)
+
+
+def test_no_folder_for_the_file_of_a_trusted_index(make, tmp_path, monkeypatch):
+    make("hnswlib").save(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(SnapshotError, match="is not read by this backend's library"):
+        load_bank(tmp_path, trust_index=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16])
+def test_streams_of_odd_dtypes_do_not_stop_a_check(tmp_path, dtype):
+    if dtype.is_complex:
+        with pytest.raises(SnapshotError, match="complex"):
+            check_finite(tmp_path, torch.zeros(3, dtype=dtype))
+    else:
+        check_finite(tmp_path, torch.zeros(3, dtype=dtype))
+
+
+def test_a_manifest_is_as_long_as_the_file_that_was_opened(saved, monkeypatch):
+    bank, folder = saved
+    opened = manifest.open_plain
+
+    def open_and_save(path):
+        file = opened(path)
+        monkeypatch.undo()
+        random_chunks(300, seed=1, first=40).into(bank)
+        bank.save(folder)
+        return file
+
+    monkeypatch.setattr(manifest, "open_plain", open_and_save)
+    assert manifest.read_manifest(folder).generation == 1
+
+
 def test_an_option_that_json_cannot_hold(tmp_path, monkeypatch):
     bank = create_bank("torch", DIM)
     monkeypatch.setattr(bank, "_index_options", lambda: {"size": object()})
@@ -293,6 +463,29 @@ def test_two_processes_do_not_write_one_folder(saved):
     assert "lock" in names(folder)  # the lock of a process that died
     bank.save(folder)
     assert "lock" not in names(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    (at_start, started), (at_end, ended) = os.pipe(), os.pipe()
+    lock = FolderLock(tmp_path).__enter__()
+    child = os.fork()
+    if not child:
+        os.close(ended)
+        os.write(started, b"x")
+        os.read(at_end, 1)
+        os._exit(0)
+    try:
+        os.read(at_start, 1)
+        with pytest.raises(SnapshotError, match="is held by process"):
+            FolderLock(tmp_path).__enter__()
+        lock.let_go()  # as when the process dies, but its child does not
+        with FolderLock(tmp_path):
+            assert names(tmp_path) == ["lock"]
+    finally:
+        for number in (at_start, started, at_end, ended):
+            os.close(number)
+        os.waitpid(child, 0)
 
 
 def test_two_threads_do_not_write_one_folder(tmp_path):
