@@ -142,7 +142,7 @@ def read_pretrained(name: str | Path, changes: Mapping[str, Any] | None = None) 
             if memory.get(field):
                 memory[field] = str(folder / memory[field])
         for field in ("backend", "retriever"):
-            if field in (changes or {}) and changes[field] != memory.get(field):
+            if changes and field in changes and changes[field] != memory.get(field):
                 memory[f"{field}_options"] = {}
         if not isinstance(facts["base_model"], str | None):
             raise TypeError(f"base_model is {facts['base_model']!r}")

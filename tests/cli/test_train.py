@@ -149,3 +149,10 @@ def test_shared_memory_is_read_by_every_fourth_layer(run, tmp_path):
 def test_tensorboard_needs_its_package(run, monkeypatch):
     monkeypatch.setattr("memlong.training.curve.find_spec", lambda name: None)
     assert "pip install tensorboard" in str(run(tensorboard="events").exception)
+
+
+def test_resuming_what_has_ended_says_so(run):
+    assert run().exit_code == 0
+    result = run(resume=True)
+    assert result.exit_code == 0, result.output
+    assert "the run has ended" in result.stdout
