@@ -37,6 +37,8 @@ def fit(
       memlong perplexity --model demo --text novel.txt --kv-source latent --maps maps.safetensors
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     writable(out)
+    import torch
+
     from memlong.evaluation import read_text, tokenize
     from memlong.training import fit_latent_maps
 
@@ -51,8 +53,8 @@ def fit(
                 f"{str(file)!r} has fewer than {passage_tokens} tokens, so no whole passage. Give a longer text or a "
                 "smaller --passage-tokens."
             )
-        step = max(1, len(whole) // passages)
-        chosen += [piece.to(language_model.device) for piece in whole[::step][:passages]]
+        places = torch.linspace(0, len(whole) - 1, min(passages, len(whole))).round().long().tolist()
+        chosen += [whole[place].to(language_model.device) for place in places]
     with tqdm(total=len(chosen) * passage_tokens, unit="tok", desc="reading") as bar:
         maps = fit_latent_maps(
             language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed

@@ -10,7 +10,6 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.choice import stable_name
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -94,8 +93,8 @@ def train(
     """Train a model to read a memory: LoRA on the layers above it, the maps of 'latent', and gates.
 
     Documents are streamed as they will be, several side by side, each with a memory of its own. The layers below the
-    memory stay as they are. --out then holds a decoder for --adapter of the other commands, and the loss curve as JSON
-    lines and PNG. A run that was interrupted goes on by the same command with --resume.
+    memory stay as they are. --out then holds a decoder for --adapter of perplexity and generate, and the loss curve as
+    JSON lines and PNG. A run that was interrupted goes on by the same command with --resume.
 
     \b
     Examples:
@@ -110,6 +109,8 @@ def train(
         raise InvalidArgumentError(
             "There is nothing to train on: name files or folders by --text, or a --dataset."
         )
+    if backend == "none":
+        raise InvalidArgumentError("--backend is none, so there is no memory to train on: name a backend.")
     config = options.memory_config(
         backend,
         backend_option,
@@ -134,6 +135,7 @@ def train(
     from memlong.decoder import MemoryDecoder, load_model
     from memlong.evaluation import tokenize
     from memlong.training import Trainer, TrainingConfig, read_dataset, read_documents, usual_retrieval_layers
+    from memlong.training.trainer import check_settings
 
     training = TrainingConfig(
         steps=steps,
@@ -156,6 +158,7 @@ def train(
         seed=seed,
         checkpoint_every=checkpoint_every,
     )
+    check_settings(config, training)
     texts = list(read_documents(text or []))
     if dataset is not None:
         texts += read_dataset(dataset, split=dataset_split, column=dataset_column)
@@ -164,9 +167,10 @@ def train(
         config = replace(config, retrieval_layers=usual_retrieval_layers(language_model, config))
     documents = [tokenize(tokenizer, words)[0] for words in tqdm(texts, desc="tokens", unit="text")]
     decoder = MemoryDecoder(language_model, tokenizer, config)
-    trainer = Trainer(
-        decoder, documents, training, folder=out, base_model=stable_name(model), tensorboard=tensorboard
-    )
+    trainer = Trainer(decoder, documents, training, folder=out, tensorboard=tensorboard)
+    if resume and trainer.ended:
+        typer.echo(f"{out}: the run has ended, and its decoder is here")
+        return
     typer.echo(
         f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} numbers learn"
     )

@@ -56,11 +56,14 @@ class MemoryGates(nn.Module):
             If the file is missing or holds something else.
         """
         layers, tensors = read_tensors(path, _FORMAT, field="gates", command="memlong train")
-        if "bias" not in tensors:
+        try:
+            if not tensors["bias"].is_floating_point():
+                raise TypeError("its numbers are integers")
+            return cls(layers, tensors["bias"])
+        except (KeyError, ValueError, TypeError) as error:
             raise InvalidArgumentError(
-                f"gates names {str(path)!r}, which holds no gates. Make the file with `memlong train`."
-            )
-        return cls(layers, tensors["bias"])
+                f"gates names {str(path)!r}, which holds no gates: {error}. Make the file with `memlong train`."
+            ) from error
 
 
 def make_gates(

@@ -45,10 +45,10 @@ class LatentMaps(nn.Module):
                 f"mean is {tuple(mean.shape)} and encode is {tuple(encode.shape)} for {len(layers)} layers; expected "
                 "[2, layers, kv_heads, head_dim], and the same with a last dimension for the latent vector."
             )
-        if decode.shape != encode.shape or encode.shape[-1] % 2:
+        if decode.shape != encode.shape or encode.shape[-1] % 2 or not encode.shape[-1]:
             raise InvalidArgumentError(
                 f"encode is {tuple(encode.shape)} and decode is {tuple(decode.shape)}; expected equal shapes, with an "
-                "even last dimension: half of a vector is stored as keys, half as values."
+                "even last dimension of at least 2: half of a vector is stored as keys, half as values."
             )
         self.layers = layers
         self.register_buffer("mean", mean)
@@ -118,11 +118,13 @@ class LatentMaps(nn.Module):
             mean, both = tensors["mean"], [tensors[name] for name in _NAMES]
             if both[0].dtype == torch.int8:
                 both = [tensors[name] * tensors[f"{name}_scale"] for name in _NAMES]
-        except (KeyError, RuntimeError) as error:
+            if not all(each.is_floating_point() for each in (mean, *both)):
+                raise TypeError("its numbers are integers")
+            return cls(layers, mean, *both)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InvalidArgumentError(
                 f"maps names {str(path)!r}, which holds no maps: {error}. Make the file with `memlong fit`."
             ) from error
-        return cls(layers, mean, *both)
 
 
 def _quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:

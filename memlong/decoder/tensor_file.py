@@ -44,7 +44,7 @@ def read_tensors(
     Raises
     ------
     InvalidArgumentError
-        If the file is missing, damaged or of another kind.
+        If the file is missing, damaged or of another kind, or a number in it is not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -55,7 +55,11 @@ def read_tensors(
                     f"`{command}` writes it."
                 )
             layers = tuple(json.loads(metadata["layers"]))
-            return layers, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            for name, tensor in tensors.items():
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} holds numbers that are not finite")
+            return layers, tensors
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InvalidArgumentError):
             raise

@@ -60,12 +60,24 @@ def perplexity_ratio(
     Raises
     ------
     InvalidArgumentError
-        If the two do not score the same number of tokens, or ``where`` leaves none.
+        If the two do not score the same number of tokens, ``where`` is of another number or leaves none, a loss is not
+        finite, or ``block``, ``samples`` or ``confidence`` cannot be.
     """
     if nll.shape != baseline_nll.shape or nll.ndim != 1 or not nll.size:
         raise InvalidArgumentError(
             f"nll is {nll.shape} and baseline_nll is {baseline_nll.shape}; expected two equal lengths, since "
             "only systems that score the same tokens can be compared."
+        )
+    _check_draws(samples, confidence)
+    if block < 1:
+        raise InvalidArgumentError(f"block is {block}; expected at least 1 token.")
+    if not (np.isfinite(nll).all() and np.isfinite(baseline_nll).all()):
+        raise InvalidArgumentError(
+            "A loss is infinite or NaN; expected finite numbers: look for what went wrong."
+        )
+    if where is not None and (where.shape != nll.shape or where.dtype != np.bool_):
+        raise InvalidArgumentError(
+            f"where is {where.dtype} {where.shape}; expected bool, and one for each of the {nll.size} tokens."
         )
     counted = np.ones(nll.shape, dtype=np.bool_) if where is None else where
     if not counted.any():
@@ -104,11 +116,19 @@ def accuracy_interval(
     Raises
     ------
     InvalidArgumentError
-        If there is no answer.
+        If there is no answer, or ``samples`` or ``confidence`` cannot be.
     """
     if right.ndim != 1 or not right.size:
         raise InvalidArgumentError(f"right is {right.shape}; expected one answer or more, [answers].")
+    _check_draws(samples, confidence)
     drawn = np.random.default_rng(seed).integers(0, right.size, (samples, right.size))
     tail = (1 - confidence) / 2
     low, high = np.quantile(right[drawn].mean(axis=1), [tail, 1 - tail])
     return Accuracy(float(right.mean()), float(low), float(high))
+
+
+def _check_draws(samples: int, confidence: float) -> None:
+    if samples < 1:
+        raise InvalidArgumentError(f"samples is {samples}; expected at least 1 draw.")
+    if not 0 < confidence < 1:
+        raise InvalidArgumentError(f"confidence is {confidence}; expected a share between 0 and 1.")

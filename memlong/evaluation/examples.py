@@ -179,7 +179,7 @@ def _balanced(examples: Sequence[Example], words: Sequence[str], shots: int, see
 
 def _rows(path: str | Path) -> _Cells:
     text = read_text(path).removeprefix("\ufeff")  # the mark that spreadsheets put in front
-    if "\t" in next(line for line in text.splitlines() if line.strip()):
+    if "\t" in next((line for line in text.split("\n") if line.strip()), ""):
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -193,6 +193,8 @@ def _rows(path: str | Path) -> _Cells:
             f"{str(path)!r} is not CSV: {error} (line {reader.line_num}). Put a text that holds quotes into quotes, "
             "and double those within."
         ) from error
+    if not rows:
+        raise InvalidTextError(f"{str(path)!r} is empty. Give a file with labelled texts in it.")
     columns = len(rows[0][1])
     if columns < 2:
         raise InvalidTextError(

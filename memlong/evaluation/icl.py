@@ -15,7 +15,7 @@ from memlong.decoder import MemoryDecoder
 from memlong.errors import InvalidArgumentError
 from memlong.evaluation.bootstrap import Accuracy, accuracy_interval
 from memlong.evaluation.examples import Example, Task
-from memlong.evaluation.text import tokenize
+from memlong.evaluation.text import check_characters, tokenize
 
 TEMPLATE = "Review: {text}\nSentiment: {word}\n\n"
 CONTENT_FREE = "N/A"
@@ -133,6 +133,8 @@ def evaluate_icl(
     ------
     InvalidArgumentError
         If a number of shots or the template cannot be used, or two words begin with the same token.
+    InvalidTextError
+        If a text holds half a character.
     """
     for count in shots:
         if not 1 <= count <= len(task.demonstrations):
@@ -140,6 +142,11 @@ def evaluate_icl(
                 f"shots is {count}; expected 1 to {len(task.demonstrations)}, as many as were drawn."
             )
     form = Template.parse(template)
+    for what, examples in (("A demonstration", task.demonstrations), ("A test", task.tests)):
+        for example in examples:
+            check_characters(what, example.text)
+    for text in (template, *task.words):
+        check_characters("The template or a word", text)
     tokens = _first_tokens(decoder.tokenizer, form, task.words)
     results = []
     for count in shots:

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from memlong.errors import InvalidArgumentError
 
-_FORMAT = "memlong-checkpoint-1"
+_FORMAT = "memlong-checkpoint-2"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass
@@ -79,6 +80,7 @@ def save_checkpoint(
         "progress": vars(progress),
         "groups": state["param_groups"],
         "made_of": made_of,
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
     target = folder / f"checkpoint-{progress.step}"
     beside = folder / f".{target.name}.writing"
@@ -112,7 +114,7 @@ def load_checkpoint(
     Raises
     ------
     InvalidArgumentError
-        If there is no checkpoint, it cannot be read, or it is of a run of another kind.
+        If there is no checkpoint, it is damaged, or it is of a run of another kind.
     """
     found = checkpoints(folder)
     if not found:
@@ -123,29 +125,58 @@ def load_checkpoint(
     latest = found[-1]
     try:
         facts = json.loads((latest / "training.json").read_text(encoding="utf-8"))
+        _check_kind(latest, facts, made_of)
         tensors = load_file(latest / "training.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        progress = _progress(latest, facts["progress"])
+        _check_shapes(tensors, facts["shapes"], parameters)
+        _restore(tensors, facts["groups"], parameters, optimizer)
+        generator.set_state(tensors["random.chunks"])
+        torch.set_rng_state(tensors["random.torch"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+    except InvalidArgumentError:
+        raise
+    except (*_DAMAGE, SafetensorError) as error:
         raise InvalidArgumentError(
-            f"The checkpoint {str(latest)!r} cannot be read: {error}. Remove it, and begin anew or go on from an "
+            f"The checkpoint {str(latest)!r} cannot be read: {error!r}. Remove it, and begin anew or go on from an "
             "older one."
         ) from error
-    if facts.get("format") != _FORMAT:
+    return progress
+
+
+def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) -> None:
+    if facts["format"] != _FORMAT:
         raise InvalidArgumentError(
-            f"The checkpoint {str(latest)!r} has the format {facts.get('format')!r}; expected {_FORMAT!r}."
+            f"The checkpoint {str(latest)!r} has the format {facts['format']!r}; expected {_FORMAT!r}."
         )
     for name, ours in json.loads(json.dumps(made_of, default=str)).items():
         theirs = facts["made_of"].get(name)
         if ours != theirs:
             raise InvalidArgumentError(
                 f"The checkpoint {str(latest)!r} was made with {name} {theirs!r}, but now it is {ours!r}. Resume with "
-                "the settings and the text of the run, or begin anew in another folder."
+                "the model, the settings and the text of the run, or begin anew in another folder."
             )
-    _restore(tensors, facts["groups"], parameters, optimizer)
-    generator.set_state(tensors["random.chunks"])
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    return Progress(**facts["progress"])
+
+
+def _progress(latest: Path, facts: dict[str, Any]) -> Progress:
+    progress = Progress(**facts)
+    counts = (progress.step, progress.episodes, progress.tokens)
+    if not all(type(each) is int and each >= 0 for each in counts) or not progress.seconds >= 0:
+        raise ValueError(f"progress is {facts}")
+    if latest.name != f"checkpoint-{progress.step}":
+        raise ValueError(f"it is of step {progress.step}")
+    return progress
+
+
+def _check_shapes(
+    tensors: dict[str, Tensor], written: dict[str, list[int]], parameters: dict[str, nn.Parameter]
+) -> None:
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    wanted = {f"parameter.{name}": list(parameter.shape) for name, parameter in parameters.items()}
+    ours = {name: shape for name, shape in found.items() if name.startswith("parameter.")}
+    for one, other in ((found, written), (ours, wanted)):
+        if odd := sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name)):
+            raise ValueError(f"{len(odd)} tensors are missing, unknown or of another shape, such as {odd[0]}")
 
 
 def _restore(

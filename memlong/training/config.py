@@ -94,6 +94,11 @@ class TrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least {least}.")
+        if self.seed >= 2**63:
+            raise InvalidArgumentError(f"seed is {self.seed}; expected an integer below 2**63.")
+        for name in ("train_maps", "train_gates"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}; expected True or False.")
         for name in ("lr", "gate_lr", "max_grad_norm", "lora_alpha"):
             self._check_number(name, above=0.0)
         for name in ("weight_decay", "long_range_weight", "random_share"):
@@ -105,7 +110,9 @@ class TrainingConfig:
                 f"warmup_stage_steps is {self.warmup_stage_steps}, but lora_rank is 0: there would be nothing to train "
                 "in that stage. Set lora_rank, or leave the stage out."
             )
-        if isinstance(self.lora_targets, str):
+        if not isinstance(self.lora_targets, tuple | list) or not all(
+            isinstance(name, str) for name in self.lora_targets
+        ):
             raise InvalidArgumentError(
                 f"lora_targets is {self.lora_targets!r}; expected a sequence of names."
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from memlong.errors import MissingDependencyError
+from memlong.errors import InvalidArgumentError, MissingDependencyError
 
 _SMOOTHED_OVER = 20  # steps
 
@@ -54,14 +55,16 @@ class Curve:
 
     Raises
     ------
+    InvalidArgumentError
+        If the file does not hold the steps that the run goes on from.
     MissingDependencyError
         If ``tensorboard`` is named and not installed.
     """
 
     def __init__(self, path: Path, keep: int = 0, tensorboard: Path | None = None) -> None:
+        self.steps = _read(path, keep) if keep else []
         self._writer = None if tensorboard is None else _tensorboard(tensorboard)
         self._path = path
-        self.steps = [step for step in _read(path) if step.step <= keep] if keep else []
         path.write_text("".join(map(_line, self.steps)), encoding="utf-8")
 
     def add(self, step: Step) -> None:
@@ -69,6 +72,8 @@ class Curve:
         self.steps.append(step)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(step))
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint goes with the steps before it
         if self._writer is not None:
             self._writer.add_scalar("loss", step.loss, step.step)
             self._writer.add_scalar("lr", step.lr, step.step)
@@ -106,11 +111,24 @@ def _line(step: Step) -> str:
     return json.dumps(asdict(step)) + "\n"
 
 
-def _read(path: Path) -> list[Step]:
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a last line may be cut off
-    return [Step(**json.loads(line)) for line in whole.splitlines()]
+def _read(path: Path, count: int) -> list[Step]:
+    """The first steps; what follows them may be cut off."""
+    steps: list[Step] = []
+    try:
+        lines = path.read_bytes().split(b"\n")[:count]
+        for line in lines:
+            step = Step(**json.loads(line))
+            if step.step != len(steps) + 1 or not isinstance(step.loss, float):
+                raise ValueError(f"step {step.step!r} with the loss {step.loss!r}")
+            steps.append(step)
+        if len(steps) < count:
+            raise ValueError("it ends")
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"{str(path)!r} should hold the {count} steps that the checkpoint was made after, but cannot be read at "
+            f"line {len(steps) + 1}: {error}. Put the file back, or begin anew in another folder."
+        ) from error
+    return steps
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

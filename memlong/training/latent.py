@@ -44,7 +44,7 @@ def fit_latent_maps(
         Token ids [1, tokens] of text like that which is to be remembered, about as long as a local window each; 16
         passages of 1,024 tokens do. All are held in memory at once: 4 bytes for every number of their K-V.
     dim
-        Width of the vector; even, and less than the number of tokens.
+        Width of the vector; even, less than the number of tokens, and at most that of the numbers it stands for.
     layers
         The retrieval layers, as :class:`~memlong.decoder.MemoryConfig` has them.
     progress
@@ -62,10 +62,16 @@ def fit_latent_maps(
     layout = probe(model)
     chosen = parse_layers(layers, layout.full_attention_layers, len(layout.layers))
     tokens = sum(passage.shape[1] for passage in passages)
-    if dim < 2 or dim % 2 or dim >= tokens:
+    if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(
             f"dim is {dim} for {tokens} tokens of text; expected an even number of at least 2, and more tokens than "
             "that."
+        )
+    most = 2 * len(chosen) * layout.layers[0].kv_heads * layout.layers[0].head_dim
+    if dim > most:
+        raise InvalidArgumentError(
+            f"dim is {dim}, but the keys and values of a token in {len(chosen)} layers are {most} numbers; expected at "
+            "most that."
         )
     watch = _Watch(layout, chosen)
     for passage in passages:

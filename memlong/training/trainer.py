@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memlong.decoder import MemoryDecoder
+from memlong.decoder import MemoryConfig, MemoryDecoder
+from memlong.decoder.pretrained import SETTINGS
 from memlong.decoder.recall import RandomChunks
-from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
+from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
 from memlong.training.checkpoint import (
     Progress,
     checkpoints,
@@ -57,7 +60,8 @@ class Trainer:
     Raises
     ------
     InvalidArgumentError
-        If nothing would learn, the decoder has no memory, or several processes are launched.
+        If nothing would learn, the decoder has no memory, episodes are too short to need one, or several processes are
+        launched.
     InvalidTextError
         If no document is long enough.
     MissingDependencyError
@@ -81,16 +85,14 @@ class Trainer:
         self.folder = Path(folder)
         self._base_model = base_model
         self._tensorboard = None if tensorboard is None else Path(tensorboard)
-        if decoder.config.backend is None:
-            raise InvalidArgumentError("The decoder has backend=None, so no memory to train on: name one.")
+        check_settings(decoder.config, config)
         if decoder.model.dtype == torch.float16:
             raise InvalidArgumentError(
                 "The model is of float16, in which small gradients vanish: load it in bfloat16 or float32."
             )
         self._accelerator = _accelerator(decoder)
-        # Shorter, and it would end before there is any memory to read.
-        least = min(decoder.config.local_window + decoder.config.segment_size, config.document_tokens)
-        self.episodes = Episodes(documents, config.document_tokens, least, config.seed)
+        self.episodes = Episodes(documents, config.document_tokens, _least(decoder.config), config.seed)
+        self._fingerprint = decoder.fingerprint()  # of the model as it was given, without an adapter
         self._generator = torch.Generator().manual_seed(config.seed)
         # The warm-up stage reads over the plain window; made before the adapter, as the decoder itself was.
         self._plain = (
@@ -102,6 +104,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self._parts.groups(config))
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._sums: list[Tensor] = []
+        self._settled = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -111,6 +114,28 @@ class Trainer:
     def learning(self) -> int:
         """How many numbers learn."""
         return sum(parameter.numel() for parameter in self._parts.parameters.values())
+
+    @property
+    def ended(self) -> bool:
+        """Whether the folder holds the decoder that a run of these settings has trained."""
+        path = self.folder / SETTINGS
+        if checkpoints(self.folder) or not path.is_file():
+            return False
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            theirs = [dict(facts["training"]), dict(facts["memory"])]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        ours = json.loads(json.dumps([asdict(self.config), asdict(self.decoder.config)], default=str))
+        for each in (*theirs, *ours):
+            for name in (
+                "checkpoint_every",
+                "store",
+                "maps",
+                "gates",
+            ):  # maps and gates are in the folder itself
+                each.pop(name, None)
+        return bool(theirs == ours)
 
     def run(self, *, resume: bool = False, progress: Callable[[Step], None] | None = None) -> list[Step]:
         """Train, save the decoder into the folder, and return the steps.
@@ -125,15 +150,27 @@ class Trainer:
         Raises
         ------
         InvalidArgumentError
-            If there is no checkpoint to resume from, or one of other settings or other text; or there is one, and
-            ``resume`` is not set.
+            If there is no checkpoint to resume from, or one of another model, other settings or other text; or there is
+            one, and ``resume`` is not set; or the folder holds a trained decoder, or this trainer has made one.
+        MemlongError
+            If the loss or the gradient is no longer finite.
         """
+        if self._settled:
+            raise InvalidArgumentError(
+                "This trainer has run to its end, and its decoder is frozen: make another one, on the plain model."
+            )
         order = {name: self._parts.parameters[name] for name in self._in_order()}
         state = (order, self._optimizer, self._generator, self._made_of())
         if not resume and checkpoints(self.folder):
             raise InvalidArgumentError(
                 f"The folder {str(self.folder)!r} holds the checkpoint of a run that has not ended: resume it, remove "
                 "the checkpoint, or name another folder."
+            )
+        if (self.folder / SETTINGS).exists() and not checkpoints(self.folder):
+            kind = "these settings, which has ended" if self.ended else "other settings"
+            raise InvalidArgumentError(
+                f"The folder {str(self.folder)!r} holds a decoder, of a run of {kind}. Load it with "
+                "MemoryDecoder.from_pretrained, or name another folder."
             )
         at = load_checkpoint(self.folder, *state) if resume else Progress()
         self._sums.clear()
@@ -152,6 +189,7 @@ class Trainer:
         finally:
             curve.close()
         self._parts.settle()
+        self._settled = True
         self.decoder.save_pretrained(self.folder, base_model=self._base_model, training=asdict(self.config))
         curve.plot(self.folder / PICTURE)
         remove_checkpoints(self.folder)
@@ -193,7 +231,15 @@ class Trainer:
     def _update(self, at: Progress) -> None:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.config.share_of_rate(at.step)
-        self._accelerator.clip_grad_norm_(self._parts.parameters.values(), self.config.max_grad_norm)
+        norm = self._accelerator.clip_grad_norm_(self._parts.parameters.values(), self.config.max_grad_norm)
+        loss, length = float(torch.stack(self._sums).sum(dim=0)[0]), float(norm)
+        if not (isfinite(loss) and isfinite(length)):
+            kept = checkpoints(self.folder)
+            raise MemlongError(
+                f"The run has diverged: in step {at.step + 1} the sum of the losses is {loss} and the length of the "
+                f"gradient {length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Begin anew in "
+                "another folder, with a lower lr or gate_lr, or more warmup_steps."
+            )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         at.step += 1
@@ -223,9 +269,37 @@ class Trainer:
         memory = asdict(self.decoder.config)
         return {
             **settings,
-            **{f"memory.{name}": value for name, value in memory.items() if name != "store"},
+            **{
+                f"memory.{name}": value
+                for name, value in memory.items()
+                if name not in ("store", "maps", "gates")
+            },
+            **{f"model.{name}": value for name, value in self._fingerprint.items()},  # maps and gates, too
             "text": self.episodes.digest,
         }
+
+
+def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
+    """Refuse settings with which there would be no memory to read.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no backend, or episodes end before anything leaves the window.
+    """
+    if memory.backend is None:
+        raise InvalidArgumentError("The decoder has backend=None, so no memory to train on: name one.")
+    if training.document_tokens < _least(memory):
+        raise InvalidArgumentError(
+            f"document_tokens is {training.document_tokens}, but with local_window {memory.local_window} and "
+            f"segment_size {memory.segment_size} there is no memory to read before token {_least(memory)}. Set it to "
+            "several times that, or local_window lower."
+        )
+
+
+def _least(memory: MemoryConfig) -> int:
+    """Tokens of the shortest episode that comes to read a memory."""
+    return memory.local_window + memory.segment_size
 
 
 def _accelerator(decoder: MemoryDecoder) -> Any:

@@ -120,7 +120,7 @@ def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
         ({"text": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
         ({"resume": True}, InvalidArgumentError, "holds no checkpoint to go on from"),
         ({"steps": 0}, InvalidArgumentError, "steps is 0"),
-        ({"backend": "none"}, InvalidArgumentError, "--kv-source goes with a backend"),
+        ({"backend": "none"}, InvalidArgumentError, "--backend is none"),
         ({"kv_source": "latent"}, InvalidArgumentError, "maps is None"),
         (
             {"memory_layer": 3, "retrieval_layers": "3"},
@@ -149,3 +149,10 @@ def test_shared_memory_is_read_by_every_fourth_layer(run, tmp_path):
 def test_tensorboard_needs_its_package(run, monkeypatch):
     monkeypatch.setattr("memlong.training.curve.find_spec", lambda name: None)
     assert "pip install tensorboard" in str(run(tensorboard="events").exception)
+
+
+def test_resuming_what_has_ended_says_so(run):
+    assert run().exit_code == 0
+    result = run(resume=True)
+    assert result.exit_code == 0, result.output
+    assert "the run has ended" in result.stdout

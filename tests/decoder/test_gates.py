@@ -7,6 +7,7 @@ import torch
 
 from memlong import MemoryDecoder
 from memlong.decoder.gates import MemoryGates
+from memlong.decoder.tensor_file import write_tensors
 from memlong.errors import InvalidArgumentError
 
 
@@ -84,3 +85,15 @@ def test_what_cannot_be_is_said(llama, small, tmp_path, changes, words):
     changes = {name: str(file) if value == "{file}" else value for name, value in changes.items()}
     with pytest.raises(InvalidArgumentError, match=words):
         MemoryDecoder(llama, None, small(**changes))
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [torch.zeros(4, 4, dtype=torch.int64), torch.zeros(4), torch.full((4, 4), float("nan"))],
+    ids=["integers", "one dimension", "nan"],
+)
+def test_gates_that_cannot_be_are_named_with_their_file(tmp_path, bias):
+    path = tmp_path / "gates.safetensors"
+    write_tensors(path, "memlong-gates-1", (0, 1, 2, 3), {"bias": bias})
+    with pytest.raises(InvalidArgumentError, match=r"gates names '.*gates\.safetensors'"):
+        MemoryGates.load(path)

@@ -201,3 +201,36 @@ def test_a_folder_that_cannot_be_written_is_said(llama, small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written to"):
         MemoryDecoder(llama, None, small()).save_pretrained(tmp_path / "file" / "folder")
+
+
+def test_an_adapter_is_refused_on_other_weights_and_leaves_the_model_alone(trained, base, text):
+    folder, _ = trained(kv_source="shared")
+    model, tokenizer = load_model(str(base), dtype="bfloat16")
+    assert MemoryDecoder.from_pretrained(folder, model, tokenizer)  # of another precision, the same
+    model, tokenizer = load_model(str(base), dtype="float32")
+    names = dict(model.named_parameters())
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    with pytest.raises(InvalidArgumentError, match="was trained for other weights"):
+        MemoryDecoder.from_pretrained(folder, model, tokenizer)
+    rewrite(folder, base_weights=None)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(InvalidArgumentError, match="1 of its tensors are missing"):
+        MemoryDecoder.from_pretrained(folder, model, tokenizer)
+    after = dict(model.named_parameters())
+    assert after.keys() == names.keys()
+    assert all(after[name] is names[name] and names[name].requires_grad for name in names)
+    assert not getattr(model, "peft_config", None)
+
+
+def test_a_model_is_saved_under_the_name_it_was_loaded_by(base, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    model, tokenizer = load_model(base.name, dtype="float32")
+    MemoryDecoder(model, tokenizer, small()).save_pretrained(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "memlong.json").read_text())["base_model"] == str(base)
+    changed = MemoryDecoder.from_pretrained(tmp_path / "plain", changes={"retriever": "random"})
+    assert changed.config.retriever == "random"
+    with pytest.raises(InvalidArgumentError):
+        MemoryDecoder.from_pretrained("x" * 300)

@@ -50,3 +50,19 @@ def test_systems_that_score_other_tokens_cannot_be_compared():
         perplexity_ratio(losses(10), losses(11))
     with pytest.raises(InvalidArgumentError, match="where marks no token"):
         perplexity_ratio(losses(10), losses(10), where=np.zeros(10, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block": 0}, "block is 0"),
+        ({"samples": 0}, "samples is 0"),
+        ({"confidence": 2.0}, "confidence is 2.0"),
+        ({"where": np.ones(3, dtype=bool)}, "where is bool"),
+    ],
+)
+def test_draws_that_cannot_be_are_said(options, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        perplexity_ratio(losses(10), losses(10), **options)
+    with pytest.raises(InvalidArgumentError, match="infinite or NaN"):
+        perplexity_ratio(losses(10) * np.nan, losses(10))

@@ -264,3 +264,9 @@ def test_the_interval_of_an_accuracy_covers_it_about_as_often_as_it_says():
     assert accuracy_interval(np.ones(5, dtype=bool)).low == 1
     with pytest.raises(InvalidArgumentError, match="one answer or more"):
         accuracy_interval(np.zeros(0, dtype=bool))
+
+
+@pytest.mark.parametrize("content", ["\ufeff", "\ufeff\n", ",\n,\n"])
+def test_a_file_of_nothing_is_empty(file, content):
+    with pytest.raises(InvalidTextError, match="is empty"):
+        read_examples(file(content))

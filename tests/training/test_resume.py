@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, MemlongError
 
 STEPS = 50
 
@@ -88,3 +88,56 @@ def test_what_cannot_be_resumed_is_said(trainer, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(InvalidArgumentError, match="cannot be read"):
         trainer(steps=20).run(resume=True)
+
+
+def test_another_model_is_not_resumed(trainer, tmp_path):
+    cut_off(trainer(steps=20, checkpoint_every=4), at=19)
+    run = trainer(steps=20)
+    run._fingerprint["weights"] = "of another"
+    with pytest.raises(InvalidArgumentError, match=r"was made with model.weights"):
+        run.run(resume=True)
+
+
+def test_a_damaged_checkpoint_or_curve_is_said(trainer, tmp_path):
+    cut_off(trainer(steps=20, checkpoint_every=4), at=19)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    curve, facts = tmp_path / "run" / "curve.jsonl", checkpoint / "training.json"
+    for path, damage in (
+        (facts, "[]"),
+        (facts, "{}"),
+        (facts, facts.read_text().replace('"optimizer.0.exp_avg"', '"optimizer.0.other"')),
+        (curve, "[]\n"),
+        (curve, curve.read_text().partition("\n")[2]),
+    ):
+        whole = path.read_text()
+        path.write_text(damage)
+        with pytest.raises(InvalidArgumentError, match="cannot be read"):
+            trainer(steps=20).run(resume=True)
+        path.write_text(whole)
+    assert len(trainer(steps=20).run(resume=True)) == 20
+
+
+def test_a_run_that_has_ended_stays(trainer, tmp_path):
+    run = trainer(steps=2)
+    run.run()
+    assert run.ended
+    with pytest.raises(InvalidArgumentError, match="has run to its end"):
+        run.run()
+    for resume in (False, True):
+        with pytest.raises(InvalidArgumentError, match="which has ended"):
+            trainer(steps=2).run(resume=resume)
+    assert len((tmp_path / "run" / "curve.jsonl").read_text().splitlines()) == 2
+    assert not trainer(steps=3).ended
+
+
+def test_a_run_that_diverges_stops(trainer, tmp_path):
+    run = trainer(steps=4)
+    next(iter(run._parts.parameters.values())).data.fill_(float("nan"))
+    with pytest.raises(MemlongError, match="has diverged: in step 1"):
+        run.run()
+    assert not (tmp_path / "run" / "memlong.json").exists()
+
+
+def test_episodes_too_short_for_a_memory_are_refused(trainer):
+    with pytest.raises(InvalidArgumentError, match="no memory to read before token 32"):
+        trainer(document_tokens=31)
