@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -101,11 +100,6 @@ def choose_decoder(
             if name != "store":
                 changes[f"{name}_options"] = getattr(config, f"{name}_options")
     return DecoderChoice(model, adapter, config, changes, dtype, device)
-
-
-def stable_name(model: str) -> str:
-    """Return a model's name that holds in any folder: paths of this machine become absolute."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
