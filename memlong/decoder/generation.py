@@ -188,7 +188,8 @@ def answers_of(
         end = next((place + 1 for place, token in enumerate(tokens) if token in stops), None)
         if end is None:
             end = len(tokens)
-            while end and len(sequences) > 1 and tokens[end - 1] == padding:
+            # Nothing is padded where nothing can end early: there the same token is the model's own.
+            while stops and end and len(sequences) > 1 and tokens[end - 1] == padding:
                 end -= 1
         answers.append(tokens[:end])
     return answers
