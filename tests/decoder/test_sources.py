@@ -156,3 +156,24 @@ def test_maps_in_int8_are_exact_in_bfloat16_too(llama, text, tmp_path):
 def test_a_width_that_cannot_be_is_refused(llama, text, dim):
     with pytest.raises(InvalidArgumentError, match=f"dim is {dim} for 60 tokens"):
         fit_latent_maps(llama, [text(60)], dim=dim)
+
+
+def test_more_numbers_than_there_are_is_refused(llama, text):
+    most = all_numbers(llama)
+    with pytest.raises(InvalidArgumentError, match=f"in 4 layers are {most} numbers"):
+        fit_latent_maps(llama, [text(most + 10)], dim=most + 2)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [torch.zeros(3), torch.zeros(2, 4, 2, 12, 8, dtype=torch.int64), torch.full((2, 4, 2, 12, 8), torch.nan)],
+)
+def test_maps_that_cannot_be_are_named_with_their_file(llama, text, tmp_path, odd):
+    from memlong.decoder.tensor_file import read_tensors, write_tensors
+
+    path = tmp_path / "maps.safetensors"
+    fit_latent_maps(llama, [text(60)], dim=8).save(path, compact=False)
+    layers, tensors = read_tensors(path, "memlong-latent-maps-2", field="maps", command="memlong fit")
+    write_tensors(path, "memlong-latent-maps-2", layers, {**tensors, "decode": odd})
+    with pytest.raises(InvalidArgumentError, match=r"maps\.safetensors"):
+        LatentMaps.load(path)
