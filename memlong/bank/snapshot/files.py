@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -86,6 +87,8 @@ def open_plain(path: Path) -> FileIO:
 class CheckedFile:
     """A file that is read from its beginning to its end, and proves then to be the one that was saved.
 
+    What was read is hashed by another thread while the next is read; so a buffer must stay as it is until `finish`.
+
     Parameters
     ----------
     folder : Path
@@ -104,6 +107,8 @@ class CheckedFile:
         self._record = record
         self._file = open_plain(self._path)
         self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, "memlong-hash")
+        self._hashing: Future[None] | None = None
         size = os.fstat(self._file.fileno()).st_size
         if size != record.nbytes:
             self._file.close()
@@ -115,12 +120,14 @@ class CheckedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hasher.shutdown()
         self._file.close()
 
     def read_into(self, buffer: Any) -> None:
         """Fill a buffer with the next bytes; they are proven by `finish` alone."""
         read_fully(self._file, self._path, buffer)
-        self._hash.update(buffer)
+        self._wait()
+        self._hashing = self._hasher.submit(self._hash.update, buffer)
 
     def read(self, count: int) -> bytearray:
         """Return the next bytes, as `read_into`."""
@@ -130,8 +137,15 @@ class CheckedFile:
 
     def finish(self) -> None:
         """Raise SnapshotError unless all that was read is what was saved."""
+        self._wait()
         if self._hash.hexdigest() != self._record.sha256:
             raise damaged(self._path, "is not what its SHA-256 says")
+
+    def _wait(self) -> None:
+        """At most one piece waits to be hashed, or all that is read would stay in memory."""
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
 
 
 def read_checked(folder: Path, record: FileRecord) -> bytes:
