@@ -37,7 +37,10 @@ class Usage:
 
 
 class EvictionPolicy(ABC):
-    """A pure rule from usage to the chunks that must go; it keeps no state between calls."""
+    """A pure rule from usage to the chunks that must go; it keeps no state between calls.
+
+    One that a plugin registers is made without arguments, and has the `name` that it is registered by.
+    """
 
     name: ClassVar[str]
 
@@ -111,6 +114,16 @@ class RetrievalFrequency(EvictionPolicy):
 
 
 POLICIES: tuple[type[EvictionPolicy], ...] = (Fifo, Lru, RetrievalFrequency)
+
+
+def saved_name(policy: EvictionPolicy) -> str | None:
+    """Return the name that a policy can be had again by; None if its class has none of its own."""
+    name = vars(type(policy)).get("name")
+    if not isinstance(name, str) or (
+        type(policy) not in POLICIES and name in {each.name for each in POLICIES}
+    ):
+        return None
+    return name
 
 
 def eviction_policy(policy: str | EvictionPolicy) -> EvictionPolicy:

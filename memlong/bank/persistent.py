@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from memlong.bank.capacity import Capacity
-from memlong.bank.eviction import POLICIES
+from memlong.bank.eviction import saved_name
 from memlong.bank.index import IndexHost
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.content import Content
@@ -183,7 +183,6 @@ class PersistentBank(IndexHost):
             native = self._index_save()
         except OSError as error:  # libraries write files of their own, elsewhere
             raise unwritable(writer.folder, error) from error
-        policy = self._capacity.policy
         return BankRecord(
             made_by=_name(type(self)),
             options=_checked_options(self._index_options()),
@@ -191,7 +190,7 @@ class PersistentBank(IndexHost):
             metric=self._metric,
             max_chunks=self._capacity.max_chunks,
             max_bytes=self._capacity.max_bytes,
-            eviction=policy.name if type(policy) in POLICIES else None,
+            eviction=saved_name(self._capacity.policy),
             device=str(self._device),
             count=len(content.ids),
             next_id=self._contents.next_id,

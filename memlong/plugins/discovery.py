@@ -19,6 +19,7 @@ _BUILT_IN_MODULES = {
     "memlong_faiss": "memlong_faiss",
     "memlong_hnswlib": "memlong_hnswlib",
     "memlong_retrievers": "memlong.decoder.retrievers",
+    "memlong_eviction": "memlong.plugins.policies",
 }
 
 

@@ -22,7 +22,7 @@ class Register(Protocol):
         install: str = "",
         description: str = "",
     ) -> None:
-        """Register a class by name; ``target`` is ``"module:Class"``, imported when first asked for."""
+        """Register by name; ``target`` is ``"module:Class"``, imported when first asked for."""
 
 
 @hookspec(historic=True)
@@ -33,3 +33,13 @@ def memlong_register_backends(register: Register) -> None:
 @hookspec(historic=True)
 def memlong_register_retrievers(register: Register) -> None:
     """Call ``register`` once for each retriever the plugin brings."""
+
+
+@hookspec(historic=True)
+def memlong_register_eviction_policies(register: Register) -> None:
+    """Call ``register`` once for each eviction policy; its class has the same ``name``."""
+
+
+@hookspec(historic=True)
+def memlong_register_uri_schemes(register: Register) -> None:
+    """Call ``register`` once for each URI scheme; its function makes ``(backend, options)`` of a URI."""

@@ -1,9 +1,10 @@
-"""Loading: from a spec to the class behind it, with an error that says whose fault it is."""
+"""Loading: from a spec to the class or function behind it, with an error that says whose fault it is."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 
 from memlong.errors import MissingDependencyError, PluginError
 from memlong.plugins.spec import Spec
@@ -26,18 +27,31 @@ def load_class(spec: Spec, base: type | None = None) -> type:
     PluginError
         If the target is not there, does not import or is not a concrete class derived from ``base``.
     """
+    found = _load(spec)
+    if not isinstance(found, type):
+        raise fault(spec, f"its target {spec.target!r} is not a class but {type(found).__name__}")
+    if base is not None and not issubclass(found, base):
+        raise fault(spec, f"its target {spec.target!r} is not a subclass of {base.__name__}")
+    if inspect.isabstract(found):
+        unmet = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise fault(spec, f"its target {spec.target!r} leaves abstract: {unmet}")
+    return found
+
+
+def load_function(spec: Spec) -> Callable[..., object]:
+    """Import and return the function behind ``spec``; raises as `load_class` does."""
+    found = _load(spec)
+    if not callable(found) or isinstance(found, type):
+        raise fault(spec, f"its target {spec.target!r} is not a function but {type(found).__name__}")
+    return found
+
+
+def _load(spec: Spec) -> object:
     for module in spec.requires:
         _import_requirement(spec, module)
     found = getattr(_import_target(spec), spec.target.partition(":")[2], None)
     if found is None:
-        raise _fault(spec, f"its target {spec.target!r} does not exist")
-    if not isinstance(found, type):
-        raise _fault(spec, f"its target {spec.target!r} is not a class but {type(found).__name__}")
-    if base is not None and not issubclass(found, base):
-        raise _fault(spec, f"its target {spec.target!r} is not a subclass of {base.__name__}")
-    if inspect.isabstract(found):
-        unmet = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
-        raise _fault(spec, f"its target {spec.target!r} leaves abstract: {unmet}")
+        raise fault(spec, f"its target {spec.target!r} does not exist")
     return found
 
 
@@ -59,12 +73,12 @@ def _import_target(spec: Spec) -> object:
     except ModuleNotFoundError as error:
         absent = error.name or ""
         if _is_same_or_inside(module, absent):
-            raise _fault(spec, f"its module {module!r} does not exist") from error
+            raise fault(spec, f"its module {module!r} does not exist") from error
         if absent.partition(".")[0] != module.partition(".")[0]:
             raise _lacks(spec, absent) from error
-        raise _fault(spec, f"its module {module!r} does not import: {_say(error)}") from error
+        raise fault(spec, f"its module {module!r} does not import: {_say(error)}") from error
     except Exception as error:
-        raise _fault(spec, f"its module {module!r} does not import: {_say(error)}") from error
+        raise fault(spec, f"its module {module!r} does not import: {_say(error)}") from error
 
 
 def _is_same_or_inside(module: str, package: str) -> bool:
@@ -87,7 +101,8 @@ def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _fault(spec: Spec, what: str) -> PluginError:
+def fault(spec: Spec, what: str) -> PluginError:
+    """Return the error for a plugin that does not keep its part of the bargain."""
     return PluginError(
         f"{spec.kind} {spec.name!r} cannot be loaded: {what}. This is for the authors of plugin "
         f"{spec.plugin!r} to mend; MEMLONG_DISABLE_PLUGINS={spec.plugin} turns the plugin off"

@@ -28,6 +28,9 @@ class _Record:
     specs: tuple[Spec, ...] = ()
     error: BaseException | None = None
 
+    def names(self, kind: Kind) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.specs if spec.kind == kind)
+
 
 class PluginManager:
     """The plugins of this process, as they were when the manager was made.
@@ -52,8 +55,14 @@ class PluginManager:
         self._pluggy.add_hookspecs(hookspecs)
         # Historic calls reach each plugin as it is registered, so each runs inside a try of its own.
         hooks = self._pluggy.hook
-        hooks.memlong_register_backends.call_historic(kwargs={"register": self._staging.register_backend})
-        hooks.memlong_register_retrievers.call_historic(kwargs={"register": self._staging.register_retriever})
+        callers: dict[Kind, pluggy.HookCaller] = {
+            "backend": hooks.memlong_register_backends,
+            "retriever": hooks.memlong_register_retrievers,
+            "eviction policy": hooks.memlong_register_eviction_policies,
+            "URI scheme": hooks.memlong_register_uri_schemes,
+        }
+        for kind, caller in callers.items():
+            caller.call_historic(kwargs={"register": self._staging.register_for(kind)})
         for candidate in (*built_ins(), *third_parties()):
             self._records.append(self._take(candidate))
 
@@ -154,8 +163,10 @@ class PluginManager:
             status=record.status,
             distribution=record.candidate.distribution,
             reason=record.reason,
-            backends=tuple(spec.name for spec in record.specs if spec.kind == "backend"),
-            retrievers=tuple(spec.name for spec in record.specs if spec.kind == "retriever"),
+            backends=record.names("backend"),
+            retrievers=record.names("retriever"),
+            eviction_policies=record.names("eviction policy"),
+            uri_schemes=record.names("URI scheme"),
             conflicts=tuple(self._conflicts(record)),
             error=record.error,
         )

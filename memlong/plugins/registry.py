@@ -1,20 +1,22 @@
-"""Registry: from a name to a backend or a retriever."""
+"""Registry: from a name to what plugins registered by it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlong.errors import InvalidArgumentError, PluginError, UnknownNameError
-from memlong.plugins.loading import load_class
+from memlong.errors import InvalidArgumentError
+from memlong.plugins.loading import fault, load_class, load_function
+from memlong.plugins.lookup import find
 from memlong.plugins.manager import PluginManager
-from memlong.plugins.names import did_you_mean, normalise, quoted
+from memlong.plugins.names import quoted
 from memlong.plugins.options import check_options
-from memlong.plugins.report import PluginReport
 from memlong.plugins.spec import Kind, Spec
+from memlong.plugins.uri import scheme_of
 
 if TYPE_CHECKING:
     from memlong.bank.base import MemoryBank
+    from memlong.bank.eviction import EvictionPolicy
     from memlong.bank.snapshot.reader import StoredBank
 
 
@@ -38,6 +40,14 @@ class Registry:
         """Return all retrievers, built-ins first, installed or not; a contested name occurs twice."""
         return self.manager.specs("retriever")
 
+    def list_eviction_policies(self) -> tuple[Spec, ...]:
+        """Return all eviction policies, built-ins first; a contested name occurs twice."""
+        return self.manager.specs("eviction policy")
+
+    def list_uri_schemes(self) -> tuple[Spec, ...]:
+        """Return all schemes of URIs that name a backend; a contested one occurs twice."""
+        return self.manager.specs("URI scheme")
+
     def backend(self, name: str) -> Spec:
         """Return the backend of this name.
 
@@ -55,7 +65,7 @@ class Registry:
         return self._one("retriever", name)
 
     def load_backend_class(self, name: str) -> type[MemoryBank]:
-        """Import and return the class of a backend.
+        """Import and return the class of a backend, named as for `create_bank`.
 
         Raises
         ------
@@ -64,7 +74,7 @@ class Registry:
         MissingDependencyError
             If a library it needs is not installed or does not import.
         """
-        spec = self.backend(name)
+        spec = self.backend(self.resolve(name)[0])
         # Listing backends must stay quick, and the bank brings torch.
         from memlong.bank.base import MemoryBank
 
@@ -80,13 +90,69 @@ class Registry:
         """
         return load_class(self.retriever(name), base)
 
+    def resolve(self, name: str, **options: object) -> tuple[str, dict[str, object]]:
+        """Return the name of the backend that a name or URI stands for, and all options.
+
+        Parameters
+        ----------
+        name
+            A backend's name, or a URI whose scheme a plugin registered, such as ``"milvus://localhost:19530"``.
+        **options
+            Further options.
+
+        Raises
+        ------
+        UnknownNameError, PluginError, MissingDependencyError
+            If no plugin registered the scheme, two did, or its function cannot be had or does not keep its contract.
+        InvalidArgumentError
+            If the URI is not one that the plugin knows to read, or holds an option that is given, too.
+        """
+        scheme = scheme_of(name)
+        if scheme is None:
+            return name, options
+        spec = self._one("URI scheme", scheme)
+        found = load_function(spec)(name)
+        match found:
+            case (str() as backend, dict() as held) if scheme_of(backend) is None:
+                pass
+            case _:
+                raise fault(
+                    spec, f"{spec.target!r} returns no pair of a backend's name and a dict of options"
+                )
+        if twice := sorted(held.keys() & options.keys()):
+            raise InvalidArgumentError(
+                f"{quoted(twice)} stands in the URI of the backend and is given as an option, too: say it once"
+            )
+        return backend, {**held, **options}
+
+    def eviction_policy(self, name: str) -> EvictionPolicy:
+        """Return the eviction policy of this name.
+
+        Raises
+        ------
+        UnknownNameError, PluginError, MissingDependencyError
+            As `load_backend_class` does.
+        """
+        from memlong.bank.eviction import EvictionPolicy
+
+        spec = self._one("eviction policy", name)
+        policy_class = load_class(spec, EvictionPolicy)
+        if vars(policy_class).get("name") != name:
+            raise fault(
+                spec, f"the class {spec.target!r} has not the name {name!r}, by which snapshots remember it"
+            )
+        try:
+            return policy_class()  # type: ignore[no-any-return]
+        except TypeError as error:
+            raise fault(spec, f"the class {spec.target!r} is not made without arguments ({error})") from error
+
     def create_bank(self, name: str, dim: int, **options: object) -> MemoryBank:
         """Construct an empty bank.
 
         Parameters
         ----------
         name
-            A backend's name.
+            A backend's name, or a URI as `resolve` takes it.
         dim
             The width of the embeddings.
         **options
@@ -99,9 +165,10 @@ class Registry:
         InvalidArgumentError
             If the backend has no such option, or not with such a value.
         """
+        name, options = self.resolve(name, **options)
         bank_class = self.load_backend_class(name)
         check_options(f"backend {name!r}", bank_class, options.keys(), besides=("dim",))
-        return bank_class(dim, **options)  # type: ignore[arg-type]
+        return bank_class(dim, **self._with_policy(options))  # type: ignore[arg-type]
 
     def load_bank(
         self,
@@ -159,9 +226,23 @@ class Registry:
     ) -> MemoryBank:
         """Make a bank of what a snapshot holds; as `load_bank`."""
         name = self._backend_that_made(stored) if backend is None else backend
+        name, options = self.resolve(name, **options)
+        policy = stored.record.eviction
+        if "eviction" not in options and policy is not None:
+            if policy not in {spec.name for spec in self.list_eviction_policies()}:
+                raise InvalidArgumentError(
+                    f"{str(stored.folder)!r} was saved with the eviction policy {policy!r}, which no plugin here has. "
+                    "Install its plugin, or give it, or another, as eviction"
+                )
+            options["eviction"] = policy
         bank_class = self.load_backend_class(name)
         check_options(f"backend {name!r}", bank_class, options.keys(), besides=("dim",))
+        options = self._with_policy(options)
         return bank_class.of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
+
+    def _with_policy(self, options: dict[str, object]) -> dict[str, object]:
+        policy = options.get("eviction")
+        return {**options, "eviction": self.eviction_policy(policy)} if isinstance(policy, str) else options
 
     def _backend_that_made(self, stored: StoredBank) -> str:
         # Never imported by the name that a file gives: it could be anything.
@@ -174,47 +255,11 @@ class Registry:
         )
 
     def _one(self, kind: Kind, name: str) -> Spec:
-        specs = self.manager.specs(kind)
-        found = [spec for spec in specs if spec.name == name]
-        if len(found) > 1:
-            raise self._contested(found)
-        if not found:
-            raise self._unknown(kind, name, [spec.name for spec in specs])
-        return found[0]
-
-    def _unknown(self, kind: Kind, name: str, known: list[str]) -> PluginError | UnknownNameError:
-        unavailable = [report for report in self.manager.reports if report.status in ("failed", "disabled")]
-        for report in unavailable:
-            if _namesake(report, name):
-                error = PluginError(f"{kind} {name!r} is not available: {_why(report)}")
-                error.__cause__ = report.error
-                return error
-        failures = [_why(report) for report in unavailable if report.status == "failed"]
-        return UnknownNameError(
-            f"there is no {kind} {name!r}.{did_you_mean(name, known)} Known: {quoted(known)}."
-            + "".join(f"\nIt may belong to this: {failure}" for failure in failures)
-        )
-
-    def _contested(self, specs: list[Spec]) -> PluginError:
-        owners = [self.manager.owner(spec) for spec in specs]
-        return PluginError(
-            f"{specs[0].kind} {specs[0].name!r} is registered by more than one plugin: "
-            f"{', '.join(owner.label for owner in owners)}. "
-            f"Turn all but one off, for example with {self.manager.switch_off(owners[-1])}"
-        )
-
-
-def _namesake(report: PluginReport, name: str) -> bool:
-    return normalise(name) in (normalise(report.name), normalise(report.name).removeprefix("memlong_"))
-
-
-def _why(report: PluginReport) -> str:
-    verb = "failed" if report.status == "failed" else f"is {report.status}"
-    return f"plugin {report.label} {verb}: {report.reason}"
+        return find(self.manager, kind, name)
 
 
 def create_bank(name: str, dim: int, *, registry: Registry | None = None, **options: object) -> MemoryBank:
-    """Construct an empty bank of the backend ``name``; see `Registry.create_bank`.
+    """Construct an empty bank of the backend ``name``, which may be a URI; see `Registry.create_bank`.
 
     Without a ``registry`` the installed plugins are looked up afresh, which takes tens of milliseconds:
     make a `Registry` once where many banks are made.

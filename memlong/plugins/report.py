@@ -28,7 +28,7 @@ class PluginReport:
         ``"missing"``: an environment variable names it and nothing installed has that name.
     reason
         Why it is not loaded; empty if it is.
-    backends, retrievers
+    backends, retrievers, eviction_policies, uri_schemes
         The names it registered; empty unless it is loaded.
     conflicts
         One line for each of those names that another plugin registered too.
@@ -44,6 +44,8 @@ class PluginReport:
     reason: str = ""
     backends: tuple[str, ...] = ()
     retrievers: tuple[str, ...] = ()
+    eviction_policies: tuple[str, ...] = ()
+    uri_schemes: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
     error: BaseException | None = field(default=None, repr=False, compare=False)
 

@@ -1,4 +1,4 @@
-"""Spec: what a plugin registers, a name and where the class behind it is found."""
+"""Spec: what a plugin registers, a name and where the class or function behind it is found."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from typing import Literal
 
 from memlong.errors import InvalidArgumentError
 
-Kind = Literal["backend", "retriever"]
+Kind = Literal["backend", "retriever", "eviction policy", "URI scheme"]
 
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
+_SCHEME = re.compile(r"[a-z][a-z0-9]*(?:[.+-][a-z0-9]+)*")  # RFC 3986, in lower case
+_A = {"backend": "a", "retriever": "a", "eviction policy": "an", "URI scheme": "a"}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One registered name and the class behind it, which is imported only when it is asked for.
+    """One registered name and what is behind it, which is imported only when it is asked for.
 
     Parameters
     ----------
     kind
-        What the class is.
+        What it is.
     name
-        What users ask for: lower-case letters and digits, with ``-``, ``_`` or ``.`` between them.
+        What users ask for: lower-case letters and digits, with ``-``, ``_`` or ``.`` between them; in a URI scheme
+        ``+`` instead of ``_``.
     target
-        ``"module:Class"``.
+        ``"module:Class"``, for a URI scheme ``"module:function"``.
     plugin
         The name of the plugin that registered it.
     requires
-        The modules that the class needs and memlong itself does not bring, as they are imported.
+        The modules that it needs and memlong itself does not bring, as they are imported.
     install
         The command that installs them.
     description
@@ -50,15 +53,16 @@ class Spec:
     description: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        is_scheme = self.kind == "URI scheme"
+        if not isinstance(self.name, str) or not (_SCHEME if is_scheme else _NAME).fullmatch(self.name):
             raise InvalidArgumentError(
-                f"name={self.name!r} cannot name a {self.kind}: expected lower-case letters and digits, "
-                "with '-', '_' or '.' between them, such as 'my-index'"
+                f"name={self.name!r} cannot name {_A[self.kind]} {self.kind}: expected lower-case letters and digits, "
+                f"with '-', {'+' if is_scheme else '_'!r} or '.' between them, such as 'my-index'"
             )
         if not _is_target(self.target):
             raise InvalidArgumentError(
-                f"target={self.target!r} of {self.kind} {self.name!r} does not say where the class is: "
-                "expected 'module:Class', such as 'my_package.bank:MyBank'"
+                f"target={self.target!r} of {self.kind} {self.name!r} does not say where it is: "
+                f"expected 'module:{'function' if is_scheme else 'Class'}', such as 'my_package.bank:MyBank'"
             )
         # A bare string is the likely slip, and it would be taken apart into letters.
         if isinstance(self.requires, str) or not all(_is_module(module) for module in self.requires):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from memlong.errors import PluginError
-from memlong.plugins.spec import Spec
+from memlong.plugins.hookspecs import Register
+from memlong.plugins.spec import Kind, Spec
 
 
 class Staging:
@@ -25,35 +26,26 @@ class Staging:
         finally:
             self._plugin, self._specs = None, []
 
-    def register_backend(
-        self,
-        name: str,
-        target: str,
-        *,
-        requires: tuple[str, ...] = (),
-        install: str = "",
-        description: str = "",
-    ) -> None:
-        """Stage a memory bank; see `Spec` for the arguments."""
-        self._stage(Spec("backend", name, target, self._owner(name), requires, install, description))
+    def register_for(self, kind: Kind) -> Register:
+        """Return the callback for the hook of a kind; see `Spec` for its arguments."""
 
-    def register_retriever(
-        self,
-        name: str,
-        target: str,
-        *,
-        requires: tuple[str, ...] = (),
-        install: str = "",
-        description: str = "",
-    ) -> None:
-        """Stage a retriever; see `Spec` for the arguments."""
-        self._stage(Spec("retriever", name, target, self._owner(name), requires, install, description))
+        def register(
+            name: str,
+            target: str,
+            *,
+            requires: tuple[str, ...] = (),
+            install: str = "",
+            description: str = "",
+        ) -> None:
+            self._stage(Spec(kind, name, target, self._owner(name), requires, install, description))
+
+        return register
 
     def _owner(self, name: str) -> str:
         if self._plugin is None:
             raise PluginError(
                 f"register({name!r}, ...) was called after its hook had returned, so nobody can tell whose "
-                "it is: call it inside memlong_register_backends or memlong_register_retrievers"
+                "it is: call it inside the hook that received it"
             )
         return self._plugin
 
