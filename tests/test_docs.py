@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 API = ("memlong", "memlong.bank", "memlong.plugins", "memlong.testing", "memlong.evaluation")
-OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def test_commands_and_options_exist(line):
         ]
 
 
-@pytest.mark.parametrize("line", ["memlong perplexity --modle demo", "memlong bank info one two", "memlong x"])
+@pytest.mark.parametrize(
+    "line", ["memlong perplexity --modle demo", "memlong bank info one two", "memlong x"]
+)
 def test_a_command_that_does_not_exist_is_noticed(line):
     with pytest.raises(Exception, match=r"No such option|assert not|x"):
         test_commands_and_options_exist(line)
@@ -225,9 +227,10 @@ def newcomer(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", WALKS)
 def test_a_walk_works_as_written(page, newcomer, tmp_path):
-    (tmp_path / "book.txt").write_text("The whale was white, and the sea was wide. " * 100, encoding="utf-8")
+    (tmp_path / "book.txt").write_text("The whale was white, and the sea was wide. " * 40, encoding="utf-8")
     steps = [block for block in BLOCKS[page] if block.language != "python" or not block.is_fragment]
     python: list[str] = []
     for step in steps:

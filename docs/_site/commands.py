@@ -20,9 +20,9 @@ PAGE = Path(__file__).parents[1] / "cli.md"
 INTRODUCTION = """\
 # Command line
 
-`memlong COMMAND --help` (or `-h`) says what stands here. Exit codes: 0 done, 1 an error that is explained, 2 wrong usage,
-130 interrupted. Results go to the standard output, progress and errors to the standard error. `--json` makes a command's
-results readable for programs.
+`memlong COMMAND --help` (or `-h`) says what stands here. Exit codes: 0 done, 1 an error that is explained, 2 wrong
+usage, 130 interrupted. Results go to the standard output, progress and errors to the standard error. `--json` makes a
+command's results readable for programs.
 
 This page is written by `python docs/_site/commands.py` from the commands themselves.
 """

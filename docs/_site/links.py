@@ -1,14 +1,15 @@
 """A hook of mkdocs: links that leave docs/ lead to copies in the site.
 
-The pages are written to be read in the repository, too, where ``../README.md`` is a file. Here such a file becomes part
-of the site, under ``repository/``, and so do the files that it leads to. A folder is its README; a folder without one has
-no page, and its name stays as plain text.
+The pages are written to be read in the repository, too, where ``../README.md`` is a file. Here such a file becomes
+part of the site, under ``repository/``, and so do the files that it leads to. A folder is its README; a folder without
+one has no page, and its name stays as plain text.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -66,7 +67,7 @@ def links_in(source: Path) -> list[str]:
     return [match[3] for match in _LINK.finditer(text)]
 
 
-def target_of(source: Path):  # noqa: ANN201 - a function from a link to the file or None
+def target_of(source: Path) -> Callable[[str], Path | None]:
     """Return a function that finds the file of the repository which a link in ``source`` leads to."""
 
     def find(link: str) -> Path | None:
