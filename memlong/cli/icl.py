@@ -9,7 +9,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.loading import load
+from memlong.cli.choice import choose_decoder
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 @with_memory(position_mode="before-window")
 def icl(
+    ctx: typer.Context,
     *,
-    model: options.Model,
+    model: options.ModelUnlessAdapter = None,
+    adapter: options.Adapter = None,
     demonstrations: Annotated[
         Path, typer.Option(metavar="FILE", help="Labelled texts to show, CSV or TSV, one a row.")
     ],
@@ -61,11 +63,11 @@ def icl(
     Examples:
       memlong icl --model demo --demonstrations train.tsv --tests dev.tsv --labels 0=negative,1=positive
       memlong icl --model demo --demonstrations train.tsv --labels 0=negative,1=positive --backend none
+      memlong icl --adapter trained --demonstrations train.tsv --labels 0=negative,1=positive
       memlong icl --model demo --demonstrations news.csv --label-column first --shots 8,400 --calibrate \\
           --template 'Article: {text}\\nTopic: {word}\\n\\n' --json out.json
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
-    from memlong.decoder import MemoryDecoder
     from memlong.evaluation import draw_task, evaluate_icl, read_examples
     from memlong.evaluation.environment import versions
 
@@ -76,9 +78,9 @@ def icl(
     asked = None if tests is None else read_examples(tests, labels=known, label_column=label_column)
     task = draw_task(shown, asked, shots=max(counts), test_limit=test_limit, seed=seed)
     config = memory.config(seed)
-    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
     with (
-        MemoryDecoder(language_model, tokenizer, config) as decoder,
+        decoder,
         tqdm(total=len(counts) * len(task.tests), unit="test", desc="asking") as bar,
     ):
         found = evaluate_icl(
@@ -93,6 +95,7 @@ def icl(
     majority, floor = task.majority
     result = {
         "model": model,
+        "adapter": adapter,
         **described(decoder),
         "settings": {
             "demonstrations": str(demonstrations),

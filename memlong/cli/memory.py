@@ -9,6 +9,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from memlong.cli import options
+from memlong.plugins.uri import hide_credentials, without_credentials
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryConfig, MemoryDecoder
@@ -93,10 +94,10 @@ def described(decoder: MemoryDecoder) -> dict[str, Any]:
     config = decoder.config
     remembers = config.backend is not None
     return {
-        "backend": config.backend or "none",
-        "backend_options": dict(config.backend_options),
+        "backend": without_credentials(config.backend or "none"),
+        "backend_options": hide_credentials(config.backend_options),
         "retriever": config.retriever if remembers else None,
-        "retriever_options": dict(config.retriever_options) if remembers else {},
+        "retriever_options": hide_credentials(config.retriever_options) if remembers else {},
         "kv_source": config.kv_source if remembers else None,
         "memory_layer": config.memory_layer,
         "maps": config.maps,

@@ -11,11 +11,12 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.loading import load
+from memlong.cli.choice import choose_decoder
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers, writable
 from memlong.errors import InvalidArgumentError, MissingDependencyError
+from memlong.plugins.uri import without_credentials
 
 if TYPE_CHECKING:
     from memlong.evaluation.needle import Cell
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
 @with_memory(position_mode="before-window")
 def needle(
+    ctx: typer.Context,
     *,
-    model: options.Model,
+    model: options.ModelUnlessAdapter = None,
+    adapter: options.Adapter = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = "2048,8192",
     depths: Annotated[str, typer.Option(help="Where the number stands, from 0 to 1.")] = "0,0.25,0.5,0.75,1",
     trials: Annotated[int, typer.Option(min=1, help="Numbers tried at each place.")] = 1,
@@ -49,12 +52,12 @@ def needle(
       memlong needle --model demo --lengths 2048,8192,32768
       memlong needle --model demo --lengths 8192 --depths 0,0.5,1 --trials 4 --backend hnswlib
       memlong needle --model demo --lengths 2048 --backend none --local-window 2048 --json -
+      memlong needle --adapter trained --lengths 8192
       memlong needle --model demo --lengths 131072 --store disk=/tmp --store host=1GB --plot needle.png
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
     if plot is not None:
         _check_plot(plot, json_file)
-    from memlong.decoder import MemoryDecoder
     from memlong.evaluation import read_text
     from memlong.evaluation.environment import versions
     from memlong.evaluation.needle import FILLER, evaluate_needle
@@ -63,10 +66,10 @@ def needle(
     places = list(dict.fromkeys(numbers("--depths", depths, float)))
     hay = FILLER if filler is None else read_text(filler)
     config = memory.config(seed)
-    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
     total = sum(wanted) * len(places) * trials
     with (
-        MemoryDecoder(language_model, tokenizer, config) as decoder,
+        decoder,
         tqdm(total=total, unit="tok", desc="reading") as bar,
     ):
         cells = evaluate_needle(
@@ -75,6 +78,7 @@ def needle(
     found = sum(cell.accuracy for cell in cells) / len(cells)
     result = {
         "model": model,
+        "adapter": adapter,
         **described(decoder),
         "filler": None if filler is None else str(filler),
         "dtype": dtype,
@@ -87,7 +91,7 @@ def needle(
         _print(cells)
         typer.echo(f"\n{found:.0%} found")
     if plot is not None:
-        _draw(cells, f"{model}, memory: {memory.backend}", plot)
+        _draw(cells, f"{model or adapter}, memory: {without_credentials(memory.backend)}", plot)
 
 
 def _check_plot(plot: Path, json_file: Path | None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal, get_args
 
 from memlong.errors import InvalidArgumentError
+from memlong.plugins.uri import hide_credentials, without_credentials
 
 KvSourceName = Literal["layer", "shared", "latent"]
 ChunkOrder = Literal["position", "score"]
@@ -38,7 +39,8 @@ class MemoryConfig:
     Parameters
     ----------
     backend
-        Name of the memory backend, as ``memlong backends`` lists them; ``None`` streams over the plain local
+        Name of the memory backend, as ``memlong backends`` lists them, or a URI that a plugin knows to read, such as
+        ``"milvus://localhost:19530"``; ``None`` streams over the plain local
         window and remembers nothing (the baseline).
     backend_options
         Options of that backend, e.g. ``{"index": "HNSW32"}`` for ``faiss``.
@@ -184,6 +186,15 @@ class MemoryConfig:
                 f"chunk that is still filling ({self.chunk_size}): use local_window >= "
                 f"{self.segment_size + self.chunk_size}, or a smaller segment_size or chunk_size."
             )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all settings as files and reports may hold them: with ``***`` for tokens, passwords and the like."""
+        settings = asdict(self)
+        for name in ("backend_options", "retriever_options"):
+            settings[name] = hide_credentials(settings[name])
+        if self.backend is not None:
+            settings["backend"] = without_credentials(self.backend)
+        return settings
 
     @property
     def query_length(self) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def write_pretrained(
     """
     folder = Path(folder)
     has_adapter = bool(getattr(model, "peft_config", None))
-    memory = asdict(replace(config, maps=MAPS if maps else None, gates=GATES if gates else None))
+    memory = replace(config, maps=MAPS if maps else None, gates=GATES if gates else None).as_dict()
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
     facts = {
         "format": _FORMAT,

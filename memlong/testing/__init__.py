@@ -1,9 +1,16 @@
-"""What plugin authors test a memory bank with: subclass `MemoryBankTests` and name the class.
+"""What plugin authors test with: suites that hold the whole contract, tiny models, and a pytest plugin.
 
-class TestMine(MemoryBankTests):
+class TestBank(MemoryBankTests):  # the class: contract, metrics, dtypes, eviction, snapshots, growth, threads, recall
     bank_class = MyBank
     options = {"effort": 64}
     recall_floor = 0.9
+
+
+class TestPlugin(BackendPluginTests):  # the plugin: listed, made by name, and a model remembers with it
+    backend = "mine"
+
+In a conftest.py, ``pytest_plugins = ["memlong.testing.plugin"]`` brings fixtures and markers, and names the clause that
+a failed test is about. What is in ``__all__`` is public: `CONTRACT` rises whenever a backend that passed may fail.
 """
 
 import pytest
@@ -17,10 +24,17 @@ _PARTS = (
     "faults",
     "threads",
     "persistence",
+    "devices",
     "harness",
+    "backend",
 )
 pytest.register_assert_rewrite(*(f"memlong.testing.{part}" for part in _PARTS))
 
-from memlong.testing.suite import MemoryBankTests  # noqa: E402 -- after the rewriting of its asserts is set up
+from memlong.testing.backend import BackendPluginTests  # noqa: E402 -- after the rewriting of asserts is set up
+from memlong.testing.models import ARCHITECTURES, VOCABULARY, tiny_model  # noqa: E402
+from memlong.testing.suite import MemoryBankTests  # noqa: E402
 
-__all__ = ["MemoryBankTests"]
+CONTRACT = 1
+"""Version of the contract that the suites hold."""
+
+__all__ = ["ARCHITECTURES", "CONTRACT", "VOCABULARY", "BackendPluginTests", "MemoryBankTests", "tiny_model"]

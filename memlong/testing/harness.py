@@ -30,8 +30,12 @@ class Chunks:
         return bank.add(self.embeddings, self.keys, self.values, self.spans)
 
 
-class BankSuite:
-    """The settings of a suite; see `MemoryBankTests`."""
+class Suite:
+    """A suite that plugin authors subclass; the docstring of each test states a clause of the contract."""
+
+
+class BankSuite(Suite):
+    """The settings of a bank's suite; see `MemoryBankTests`."""
 
     bank_class: type[MemoryBank]
     options: ClassVar[Mapping[str, Any]] = {}

@@ -37,6 +37,7 @@ class SearchTests(BankSuite):
         """Every chunk comes back, and what is missing has id -1 and score -inf, at the end."""
         bank, _ = self.filled(5)
         found = bank.search(random_vectors(3, seed=1), 9)
+        assert found.scores.shape == found.ids.shape == (3, 9)
         assert (found.ids[:, :5].sort(dim=1).values == torch.arange(5)).all()
         assert (found.ids[:, 5:] == -1).all()
         assert (found.scores[:, 5:] == -torch.inf).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memlong.testing.capacity import CapacityTests
+from memlong.testing.devices import DeviceTests
 from memlong.testing.faults import FaultTests
 from memlong.testing.inputs import InputTests
 from memlong.testing.lifecycle import LifecycleTests
@@ -21,8 +22,9 @@ class MemoryBankTests(
     FaultTests,
     ThreadTests,
     PersistenceTests,
+    DeviceTests,
 ):
-    """Every clause of the contract; each test's docstring states one.
+    """Every clause of the contract of a memory bank; each test's docstring states one.
 
     Attributes
     ----------

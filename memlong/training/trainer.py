@@ -126,7 +126,7 @@ class Trainer:
             theirs = [dict(facts["training"]), dict(facts["memory"])]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        ours = json.loads(json.dumps([asdict(self.config), asdict(self.decoder.config)], default=str))
+        ours = json.loads(json.dumps([asdict(self.config), self.decoder.config.as_dict()], default=str))
         for each in (*theirs, *ours):
             for name in (
                 "checkpoint_every",
@@ -266,7 +266,7 @@ class Trainer:
     def _made_of(self) -> dict[str, Any]:
         settings = asdict(self.config)
         del settings["checkpoint_every"]
-        memory = asdict(self.decoder.config)
+        memory = self.decoder.config.as_dict()
         return {
             **settings,
             **{

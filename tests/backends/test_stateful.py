@@ -115,7 +115,7 @@ class BankMachine(RuleBasedStateMachine):
     def save(self, compact) -> None:
         self.bank.save(Path(self.folder.name, "bank"), compact=compact)
         self.saved = {chunk_id: list(facts) for chunk_id, facts in self.held.items()}
-        self.saved_next_id = self.next_id
+        self.saved_next_id, self.saved_exact = self.next_id, self.exact
 
     @precondition(lambda self: self.saved is not None)
     @rule(kind=st.sampled_from(["plain", "lazy", "trusting", "on disk"]))
@@ -124,6 +124,18 @@ class BankMachine(RuleBasedStateMachine):
         if kind == "on disk":
             options["store"] = TieredStore(disk=self.folder.name)
         self.bank = REGISTRY.load_bank(Path(self.folder.name, "bank"), **options)
+        self.exact = self.saved_exact
+        self.go_back()
+
+    @precondition(lambda self: self.saved is not None)
+    @rule(other=st.sampled_from(sorted(BACKENDS)))
+    def load_into_another_backend(self, other) -> None:
+        name, options, self.exact = BACKENDS[other]
+        self.bank = REGISTRY.load_bank(Path(self.folder.name, "bank"), name, **options)
+        self.go_back()
+
+    def go_back(self) -> None:
+        """To what was saved; what is saved now and then is of any backend."""
         self.held = {chunk_id: list(facts) for chunk_id, facts in self.saved.items()}
         self.next_id = self.saved_next_id
 

@@ -62,6 +62,8 @@ def test_json_holds_every_plugin_and_nothing_else(site):
         "reason": "",
         "backends": ["acme"],
         "retrievers": [],
+        "eviction_policies": [],
+        "uri_schemes": [],
         "conflicts": [],
     }
     assert (plugins["broken"]["status"], plugins["broken"]["reason"]) == ("failed", "RuntimeError: no key")

@@ -212,7 +212,7 @@ def test_an_unknown_backend_is_answered_with_what_was_meant(llama, small):
     [
         ({"store": {"host": "1KB", "disk": "."}}, "host is 1000 bytes, but .* could never hold any"),
         ({"backend_options": {"max_bytes": 1}}, "max_bytes is 1, but one chunk takes"),
-        ({"backend_options": {"eviction": "x"}}, "no eviction policy is called 'x'"),
+        ({"backend_options": {"eviction": "x"}}, "no eviction policy 'x'"),
         ({"backend_options": {"dim": 1}}, "backend_options holds dim, which the decoder sets itself"),
     ],
 )

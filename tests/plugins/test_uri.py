@@ -1,0 +1,118 @@
+"""A URI may stand for a backend and its options; what is secret in one is never shown."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+from memlong.errors import InvalidArgumentError, PluginError, UnknownNameError
+from memlong.plugins import PluginManager, Registry, hookimpl
+from memlong.plugins.uri import hide_credentials, without_credentials
+
+SOURCE = """
+def resolve(uri):
+    if uri.endswith("nothing"):
+        return None
+    if uri.endswith("again"):
+        return uri, {}
+    return "torch", {"max_chunks": int(uri.rpartition("=")[2])}
+
+class Thing: ...
+"""
+
+
+class Plugin:
+    def __init__(self, target):
+        self.target = target
+
+    @hookimpl
+    def memlong_register_uri_schemes(self, register):
+        register("acme+db", self.target)
+
+
+@pytest.fixture
+def registry(site, request) -> Registry:
+    (site / "fake_uri_target.py").write_text(SOURCE)
+    importlib.invalidate_caches()
+    yield with_target("fake_uri_target:resolve")
+    sys.modules.pop("fake_uri_target", None)
+
+
+def with_target(target):
+    manager = PluginManager()
+    manager.register(Plugin(target), name="acme")
+    return Registry(manager)
+
+
+def test_a_uri_gives_the_backend_and_its_options(registry):
+    bank = registry.create_bank("acme+db://host/?max_chunks=7", 4, metric="l2")
+    assert (type(bank).__name__, bank.metric) == ("TorchBank", "l2")
+    assert registry.resolve("ACME+DB://host/?max_chunks=7") == ("torch", {"max_chunks": 7})
+
+
+def test_a_saved_bank_can_be_loaded_by_a_uri(registry, tmp_path):
+    registry.create_bank("torch", 4).save(tmp_path / "bank")
+    assert type(registry.load_bank(tmp_path / "bank", "acme+db://host/?max_chunks=7")).__name__ == "TorchBank"
+
+
+def test_a_plain_name_stays_what_it_is(registry):
+    assert registry.resolve("torch", metric="l2") == ("torch", {"metric": "l2"})
+
+
+def test_an_option_is_said_once(registry):
+    with pytest.raises(InvalidArgumentError, match=r"'max_chunks' stands in the URI .* say it once"):
+        registry.create_bank("acme+db://host/?max_chunks=7", 4, max_chunks=8)
+
+
+def test_an_unknown_scheme_is_named_and_nothing_secret_is_shown(registry):
+    with pytest.raises(UnknownNameError, match=r"no URI scheme 'acme\+dc'\. Did you mean") as caught:
+        registry.create_bank("acme+dc://me:secret@host", 4)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["nothing", "again"])
+def test_a_function_that_returns_something_else_is_its_authors_fault(registry, end):
+    with pytest.raises(PluginError, match="no pair of a backend's name and a dict"):
+        registry.create_bank(f"acme+db://{end}", 4)
+
+
+def test_a_scheme_leads_to_a_function(registry):
+    with pytest.raises(PluginError, match="is not a function but type"):
+        with_target("fake_uri_target:Thing").create_bank("acme+db://host", 4)
+
+
+@pytest.mark.parametrize("name", ["Acme", "my_db", "db:", "1db", ""])
+def test_a_scheme_is_one_that_a_uri_can_have(registry, name):
+    class Odd:
+        @hookimpl
+        def memlong_register_uri_schemes(self, register):
+            register(name, "a:b")
+
+    with pytest.raises(PluginError, match="cannot name a URI scheme"):
+        registry.manager.register(Odd(), name="odd")
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("torch", "torch"),
+        ("milvus://host:19530/db?session=a", "milvus://host:19530/db?session=a"),
+        ("milvus://me:se@cret@host/db", "milvus://***@host/db"),
+        ("milvus://token@host", "milvus://***@host"),
+        (
+            "milvus://host?token=abc&session=b&Password=c#d",
+            "milvus://host?token=***&session=b&Password=***#d",
+        ),
+        ("s3://bucket?aws_secret_key=abc", "s3://bucket?aws_secret_key=***"),
+    ],
+)
+def test_a_uri_is_shown_without_its_credentials(uri, shown):
+    assert without_credentials(uri) == shown
+
+
+def test_options_are_shown_without_credentials():
+    options = {"token": "a", "api_key": "b", "uri": "http://u:p@h", "ef": 3, "index": "HNSW32"}
+    shown = {"token": "***", "api_key": "***", "uri": "http://***@h", "ef": 3, "index": "HNSW32"}
+    assert hide_credentials(options) == shown

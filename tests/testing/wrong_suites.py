@@ -1,0 +1,13 @@
+"""The suite, subclassed for each of the wrong banks; run by test_wrong_banks.py."""
+
+from wrong_banks import WRONG, ForgetsOptions
+
+from memlong.testing import MemoryBankTests
+
+pytest_plugins = ["memlong.testing.plugin"]
+
+for _bank in WRONG:
+    _settings = {"bank_class": _bank, "exact": True, "fresh_process": False}
+    if _bank is ForgetsOptions:
+        _settings["options"] = {"effort": 2}
+    globals()[f"Test{_bank.__name__}"] = type(f"Test{_bank.__name__}", (MemoryBankTests,), _settings)
