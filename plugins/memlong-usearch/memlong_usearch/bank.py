@@ -55,13 +55,11 @@ class UsearchBank(MemoryBank):
         **bank_options: Unpack[BankOptions],
     ) -> None:
         super().__init__(dim, **bank_options)
-        self._options = {
-            "connectivity": whole_number("connectivity", connectivity, at_least=2, at_most=_MOST_LINKS),
-            "expansion_add": whole_number("expansion_add", expansion_add, at_least=1, at_most=_MOST_EFFORT),
-            "expansion_search": whole_number(
-                "expansion_search", expansion_search, at_least=1, at_most=_MOST_EFFORT
-            ),
-        }
+        self._connectivity = whole_number("connectivity", connectivity, at_least=2, at_most=_MOST_LINKS)
+        self._expansion_add = whole_number("expansion_add", expansion_add, at_least=1, at_most=_MOST_EFFORT)
+        self._expansion_search = whole_number(
+            "expansion_search", expansion_search, at_least=1, at_most=_MOST_EFFORT
+        )
         self._index_reset()
 
     # The four methods that every backend has.
@@ -86,10 +84,15 @@ class UsearchBank(MemoryBank):
     # What a backend may have besides: with these, a snapshot keeps the options, and the graph itself.
 
     def _index_options(self) -> dict[str, Any]:
-        return dict(self._options)
+        return {
+            "connectivity": self._connectivity,
+            "expansion_add": self._expansion_add,
+            "expansion_search": self._expansion_search,
+        }
 
     def _index_save(self) -> tuple[Mapping[str, Any], bytes] | None:
-        return {"library": _version()}, bytes(self._graph.save())
+        content = self._graph.save()
+        return None if content is None else ({"library": _version()}, bytes(content))
 
     def _index_load(self, facts: Mapping[str, Any], content: bytes) -> None:
         if facts["library"] != _version():
@@ -101,8 +104,14 @@ class UsearchBank(MemoryBank):
         self._graph = graph
 
     def _empty_graph(self) -> Index:
-        metric = "l2sq" if self._similarity == "l2" else "ip"
-        return Index(ndim=self.dim, metric=metric, dtype="f32", **self._options)
+        return Index(
+            ndim=self.dim,
+            metric="l2sq" if self._similarity == "l2" else "ip",
+            dtype="f32",
+            connectivity=self._connectivity,
+            expansion_add=self._expansion_add,
+            expansion_search=self._expansion_search,
+        )
 
 
 def _version() -> str:
