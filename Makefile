@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # There is one of these at a time: a finished installation, or one that was cut off.
 INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help install demo test torture lint docs bench clean
@@ -15,13 +16,14 @@ help: ## Show this list
 
 install: $(INSTALLED) ## Make .venv with memlong, every backend, the tools and the demo's models
 
-$(INSTALLED): pyproject.toml constraints.txt demo-requirements.txt
+$(INSTALLED): pyproject.toml constraints.txt demo-requirements.txt $(PLUGINS)
 	@echo "Installing into $(VENV): some minutes the first time"
 	@if [ -e $(INSTALLING) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		$(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@rm -f $(INSTALLED) && touch $(INSTALLING)
 	$(PIP) --editable '.[dev]'
+	for plugin in $(dir $(PLUGINS)); do $(PIP) --no-deps --editable $$plugin || exit 1; done
 	$(PIP) --no-deps --requirement demo-requirements.txt
 	@mv $(INSTALLING) $(INSTALLED)
 

@@ -16,11 +16,11 @@ from memlong.cli.icl import icl
 from memlong.cli.needle import needle
 from memlong.cli.output import shown
 from memlong.cli.perplexity import perplexity
-from memlong.cli.plugins import plugins
+from memlong.cli.plugins import add_plugin_commands
 from memlong.cli.train import train
 from memlong.errors import MemlongError
 
-_COMMANDS = (generate, perplexity, needle, icl, fit, train, backends, plugins)
+_COMMANDS = (generate, perplexity, needle, icl, fit, train, backends)
 _INTERRUPTED = 130
 
 
@@ -39,6 +39,7 @@ def make_app() -> typer.Typer:
     for command in _COMMANDS:
         app.command()(command)
     add_bank_commands(app)
+    add_plugin_commands(app)
     return app
 
 

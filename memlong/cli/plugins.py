@@ -1,4 +1,4 @@
-"""``memlong plugins``: which plugins were found, what they brought and what went wrong."""
+"""``memlong plugins``: which plugins were found, what they brought and what went wrong; and ``new``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,29 @@ from typing import Annotated
 
 import typer
 
+from memlong.cli.new_plugin.command import new
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.report import PluginReport
 
 
+def add_plugin_commands(app: typer.Typer) -> None:
+    """Add ``plugins`` to the application: by itself it lists them, and it has a command to write one."""
+    group = typer.Typer(
+        rich_markup_mode=None,
+        subcommand_metavar="[COMMAND] ...",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    group.callback(invoke_without_command=True)(plugins)
+    group.command()(new)
+    app.add_typer(group, name="plugins")
+
+
 def plugins(
+    context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the plugins and what became of them.
+    """List the plugins and what became of them, or write one of your own.
 
     MEMLONG_PLUGINS holds the third-party plugins to load (unset: all; empty: none),
     MEMLONG_DISABLE_PLUGINS those not to load, memlong's own included.
@@ -25,7 +39,12 @@ def plugins(
       memlong plugins
       memlong plugins --json
       MEMLONG_DISABLE_PLUGINS=memlong_faiss memlong plugins
+      memlong plugins new my-index
     """  # noqa: D301 - the backspace makes the help keep these line breaks
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise typer.BadParameter("it goes with the list of plugins alone", param_hint="--json")
+        return
     reports = PluginManager().reports
     if as_json:
         print_json({"plugins": [_as_json(report) for report in reports]})
