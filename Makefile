@@ -33,7 +33,7 @@ demo: $(INSTALLED) ## Compare recall and perplexity of the backends on a small m
 test: $(INSTALLED) ## Run the tests; ARGS="-k name" picks some
 	$(BIN)/pytest -q $(ARGS)
 
-torture: $(INSTALLED) ## Corrupt, kill and crowd snapshots and banks thousands of times (an hour)
+torture: $(INSTALLED) ## Corrupt, kill and crowd snapshots and banks thousands of times (ten minutes)
 	MEMLONG_TORTURE=1 $(BIN)/pytest -q tests/bank/snapshot/test_corpus.py tests/bank/snapshot/test_killed.py \
 		tests/backends/test_threads.py $(ARGS)
 
