@@ -161,6 +161,11 @@ class MilvusBank(MemoryBank):
         return self._session.name
 
     @property
+    def uri(self) -> str:
+        """Where Milvus is, without user and password."""
+        return self._engine.address.uri
+
+    @property
     def collection(self) -> str:
         """Name of the collection that its rows are in."""
         return self._rows.collection

@@ -23,6 +23,7 @@ from memlong_milvus.uri import Address
 
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
+_LAST_TIMEOUT = 2.0
 
 
 class Engine:
@@ -96,6 +97,7 @@ class Engine:
 
     def bury_all(self) -> None:
         """Remove what is left of all banks, as the process ends; where nobody answers, nothing more is asked."""
+        self._attempts, self._timeout = 1, min(self._timeout, _LAST_TIMEOUT)
         ends = [end for end in (*self._doomed, *self._claims.values()) if end is not None]
         with suppress(MemlongError):
             for end in ends:
