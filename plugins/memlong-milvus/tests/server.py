@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +57,8 @@ class Server:
 
     def start(self, *, wait: float = 120.0) -> None:
         """Start it, on the ports it had before if there were any, and wait until it is well."""
-        from milvus import MilvusServerConfig, _initialize_data_files
-
         if not self._ports:
-            names = [name for name in MilvusServerConfig().configurable_items if name.endswith("_port")]
-            *ports, self._health_port = _free_ports(len(names) + 1)
-            self._ports = dict(zip(names, ports, strict=True))
-        config = MilvusServerConfig(data_dir=str(self.folder), **self._ports)
-        for component in _COMPONENTS:
-            config.set(f"{component}.ip", "127.0.0.1")
-        config.set("authorization_enabled", self._secured)
-        config.resolve()
-        _initialize_data_files(str(self.folder))
+            self._set_up()
         binary = self.folder / "bin" / "milvus"
         environment: dict[str, Any] = {
             **os.environ,
@@ -80,6 +72,19 @@ class Server:
                 [str(binary), "run", "standalone"], cwd=self.folder, env=environment, stdout=log, stderr=log
             )
         self._await_health(wait)
+
+    def _set_up(self) -> None:
+        from milvus import MilvusServerConfig, _initialize_data_files
+
+        names = [name for name in MilvusServerConfig().configurable_items if name.endswith("_port")]
+        *ports, self._health_port = _free_ports(len(names) + 1)
+        self._ports = dict(zip(names, ports, strict=True))
+        config = MilvusServerConfig(data_dir=str(self.folder), **self._ports)
+        for component in _COMPONENTS:
+            config.set(f"{component}.ip", "127.0.0.1")
+        config.set("authorization_enabled", self._secured)
+        config.resolve()
+        _initialize_data_files(str(self.folder))
 
     def kill(self) -> None:
         """End it as a power cut would."""
@@ -112,12 +117,14 @@ class Server:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    """Return ports below those that the system gives to clients: a server that starts again finds them free."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = secrets.choice(range(12_000, 30_000))
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            if port not in ports:
+                ports.append(port)
     return ports
 
 
