@@ -16,12 +16,13 @@ from memlong.bank.arrays import FloatInput, IntInput
 from memlong.bank.exact import nearest_rows
 from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
+from memlong_milvus.collection import CollectionPlan, ready_collection
 from memlong_milvus.engine import ENGINES
 from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.place import find_place
 from memlong_milvus.recent import Recent
-from memlong_milvus.rows import MOST_ROWS, CollectionPlan, Consistency, SessionRows
+from memlong_milvus.rows import MOST_ROWS, Consistency, SessionRows
 from memlong_milvus.sessions import Session
 
 _MOST_LINKS, _MOST_EFFORT, _MOST_PARTITIONS = 2048, 32_768, 1024
@@ -147,7 +148,9 @@ class MilvusBank(MemoryBank):
         self._engine = ENGINES.at(place.address, timeout=self._timeout, attempts=self._attempts)
         self._engine.bury()
         plan = CollectionPlan(name, dim, similarity, self._partitions, self._links, self._effort)
-        self._rows = SessionRows(self._engine, plan, self._session, consistency)
+        self._rows = SessionRows(
+            self._engine, ready_collection(self._engine, plan), self._session, consistency
+        )
         always_current = self._engine.address.is_local or consistency == "strong"
         self._recent = Recent(0.0 if always_current else self._staleness)
         self._written = False

@@ -10,7 +10,15 @@ from memlong_milvus.uri import Address, redacted
 
 _NOT_READY = {1, 2, 4, 8, 101, 103, 503, 901, 902}
 """Codes of Milvus (pkg/util/merr) for a service, node, replica or collection that is about to be there."""
-_PASSING = ("not ready", "unavailable", "not loaded", "offline", "no available", "retry timeout", "run out of")
+_PASSING = (
+    "not ready",
+    "unavailable",
+    "not loaded",
+    "offline",
+    "no available",
+    "retry timeout",
+    "run out of",
+)
 _DENIED = ("auth check failure", "unauthenticated", "permission", "password", "privilege")
 _PASSING_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 

@@ -149,7 +149,9 @@ class RemoteObjects(Objects):
             self._files: Any
             self._files, self._root = fsspec.core.url_to_fs(uri)
         except ImportError as error:
-            raise MissingDependencyError(f"store {self.place!r} needs a library that is not here: {error}") from error
+            raise MissingDependencyError(
+                f"store {self.place!r} needs a library that is not here: {error}"
+            ) from error
         except ValueError as error:
             raise InvalidArgumentError(
                 f"store {self.place!r} is no place that fsspec knows: {error}. Expected a folder, or a URI such as "
@@ -218,5 +220,3 @@ def _written(facts: dict[str, Any]) -> float:
         if isinstance(value, int | float):
             return float(value)
     return float("inf")
-
-

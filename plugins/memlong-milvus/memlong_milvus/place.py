@@ -49,12 +49,7 @@ def find_place(
         If an argument cannot be used, or a session that is to last would have its keys and values in a temporary
         folder.
     """
-    for name, value in (("uri", uri), ("token", token), ("database", database)):
-        if value is not None and not isinstance(value, str):
-            raise InvalidArgumentError(f"{name} must be text, got {type(value).__name__}")
-    uri = uri or os.environ.get(URI_VARIABLE) or None
-    token = token or os.environ.get(TOKEN_VARIABLE) or None
-    address = None if uri is None else parse_address(uri, token, database)
+    address = address_of(uri, token, database)
     if isinstance(store, KeyValueStore):
         return Place(address, TemporaryObjects(), store)
     if store is not None and (not isinstance(store, str) or not store):
@@ -62,6 +57,22 @@ def find_place(
             f"store must be a folder, a URI or a KeyValueStore, got {store!r} of type {type(store).__name__}"
         )
     return Place(address, _objects(store, address, session), None)
+
+
+def address_of(uri: str | None, token: str | None, database: str | None) -> Address | None:
+    """Return where Milvus is, by what was said or by the environment; None if neither says anything.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an argument cannot be used.
+    """
+    for name, value in (("uri", uri), ("token", token), ("database", database)):
+        if value is not None and not isinstance(value, str):
+            raise InvalidArgumentError(f"{name} must be text, got {type(value).__name__}")
+    uri = uri or os.environ.get(URI_VARIABLE) or None
+    token = token or os.environ.get(TOKEN_VARIABLE) or None
+    return None if uri is None else parse_address(uri, token, database)
 
 
 def _objects(store: str | None, address: Address | None, session: Session) -> Objects:

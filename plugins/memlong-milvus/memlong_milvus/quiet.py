@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _OURS: ContextVar[bool] = ContextVar("memlong_milvus_calling", default=False)
-_LOGGERS = ("pymilvus.decorators", "pymilvus.client.connection_manager", "pymilvus.client.grpc_handler", "stamina")
+_LOGGERS = (
+    "pymilvus.decorators",
+    "pymilvus.client.connection_manager",
+    "pymilvus.client.grpc_handler",
+    "stamina",
+)
 
 
 @contextmanager

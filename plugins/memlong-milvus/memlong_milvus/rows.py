@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
-from pymilvus import DataType, MilvusClient
-
 from memlong.bank import Floats, Ids
-from memlong.errors import InvalidArgumentError
+from memlong_milvus.collection import FIELDS, Collection
 from memlong_milvus.engine import Engine
 from memlong_milvus.sessions import Session
 
@@ -21,43 +18,8 @@ Consistency = Literal["strong", "bounded", "eventually"]
 MOST_ROWS = 16_384
 """What one answer of Milvus may hold."""
 
-_METRICS = {"inner_product": "IP", "l2": "L2"}
 _BATCH_BYTES, _ANSWER_BYTES = 4 << 20, 32 << 20  # a message may have 64 MiB
-_FIELDS = ("pk", "session", "chunk", "first", "last", "embedding")
 _MOST_QUERIES, _MOST_HITS = 1024, 1 << 18  # of one request
-_KEY_LENGTH = 64
-_ELSE = "Name another as collection, or leave it out: then each dim and metric has one of its own"
-
-
-@dataclass(frozen=True)
-class CollectionPlan:
-    """What a collection must be like, or is made like.
-
-    Attributes
-    ----------
-    name : str
-        Of the collection.
-    dim : int
-        Width of the embeddings.
-    similarity : "inner_product" or "l2"
-        What Milvus ranks by.
-    partitions : int
-        How many to make; a collection that is there keeps those it has.
-    links, effort : int
-        M and efConstruction of the HNSW graph, for one that is made.
-    """
-
-    name: str
-    dim: int
-    similarity: str
-    partitions: int
-    links: int
-    effort: int
-
-    @property
-    def metric(self) -> str:
-        """The similarity, as Milvus calls it."""
-        return _METRICS[self.similarity]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,36 +43,27 @@ class SessionRows:
     ----------
     engine : Engine
         Where.
-    plan : CollectionPlan
-        The collection, which is made if it is not there.
+    collection : Collection
+        Which is there.
     session : Session
         Whose rows.
     consistency : "strong", "bounded" or "eventually"
-        How current searches are.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the collection is there, and for other embeddings.
-    BackendError
-        If Milvus does not answer.
+        How current searches are; all else is strong.
     """
 
     def __init__(
-        self, engine: Engine, plan: CollectionPlan, session: Session, consistency: Consistency
+        self, engine: Engine, collection: Collection, session: Session, consistency: Consistency = "strong"
     ) -> None:
-        self._engine, self._plan, self._session = engine, plan, session
+        self._engine, self._collection, self._session = engine, collection, session
         self._consistency = consistency.capitalize()
-        with engine.setting_up:
-            partitions = _ready_collection(engine, plan)
-        self._partition = f"p{session.partition(partitions)}"
+        self._partition = f"p{session.partition(collection.partitions)}"
         self._filter = f"session == {session.number}"
         self._batch = max(1, min(MOST_ROWS, _BATCH_BYTES // (4 * plan.dim + 128)))
 
     @property
     def collection(self) -> str:
-        """Its name."""
-        return self._plan.name
+        """Name of the collection."""
+        return self._collection.name
 
     def upsert(self, ids: Ids, embeddings: Floats, spans: Ids) -> None:
         """Write rows, in place of those of the same ids."""
@@ -148,7 +101,7 @@ class SessionRows:
                 filter=self._filter,
                 limit=limit,
                 output_fields=["pk"],
-                search_params={"metric_type": self._plan.metric, "params": {"ef": max(effort, limit)}},
+                search_params={"metric_type": self._collection.metric, "params": {"ef": max(effort, limit)}},
                 consistency_level=self._consistency,
                 partition_names=[self._partition],
             )
@@ -180,7 +133,7 @@ class SessionRows:
 
     def read(self, ids: Ids) -> Iterator[StoredRows]:
         """Give the rows there are now of ids, which ascend, in batches."""
-        start, most = 0, max(1, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._plan.dim + 128)))
+        start, most = 0, max(1, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
         while start < len(ids):
             end = int(np.searchsorted(ids, ids[start] + most))
             condition = f"{self._filter} and chunk >= {ids[start]} and chunk <= {ids[end - 1]}"
@@ -191,13 +144,13 @@ class SessionRows:
         wanted = set(ids.tolist())
         found = {
             row["chunk"]: row
-            for row in self._query(condition, list(_FIELDS), most)
+            for row in self._query(condition, list(FIELDS), most)
             if row["chunk"] in wanted and self._session.ids_of([row["pk"]])
         }
         rows = [found[chunk_id] for chunk_id in sorted(found)]
         return StoredRows(
             np.array([row["chunk"] for row in rows], dtype=np.int64),
-            np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(-1, self._plan.dim),
+            np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(-1, self._collection.dim),
             np.array([[row["first"], row["last"]] for row in rows], dtype=np.int64).reshape(-1, 2),
         )
 
@@ -214,88 +167,4 @@ class SessionRows:
         )
 
     def _call(self, method: str, **options: Any) -> Any:
-        return self._engine.call(method, self._plan.name, **options)
-
-
-def _ready_collection(engine: Engine, plan: CollectionPlan) -> int:
-    """Make the collection if it is not there, check it if it is; return how many partitions it has."""
-    made = not engine.call("has_collection", plan.name)
-    if made:
-        engine.call("create_collection", plan.name, schema=_schema(plan), consistency_level="Bounded")
-    _check_fields(engine, plan)
-    partitions = _partitions(engine, plan) if made else _await(lambda: _partitions(engine, plan))
-    if not partitions:  # made just now, or by one who did not finish
-        _finish_collection(engine, plan)
-        partitions = _partitions(engine, plan)
-    _check_metric(engine, plan)
-    engine.call("load_collection", plan.name)
-    return partitions
-
-
-def _partitions(engine: Engine, plan: CollectionPlan) -> int:
-    names = set(engine.call("list_partitions", plan.name))
-    return next(count for count in range(len(names) + 1) if f"p{count}" not in names)
-
-
-def _finish_collection(engine: Engine, plan: CollectionPlan) -> None:
-    """Make index and partitions, p0 last: once it is there, nothing is missing."""
-    index = MilvusClient.prepare_index_params()
-    index.add_index(
-        "embedding",
-        index_type="HNSW",
-        metric_type=plan.metric,
-        params={"M": plan.links, "efConstruction": plan.effort},
-    )
-    engine.call("create_index", plan.name, index)
-    there = set(engine.call("list_partitions", plan.name))
-    for name in (f"p{number}" for number in reversed(range(plan.partitions))):
-        if name not in there:
-            engine.call("create_partition", plan.name, name)
-
-
-def _await(count: Callable[[], int]) -> int:
-    """Return what there is as soon as it is not nothing, for a while: another process may be at it."""
-    until = time.monotonic() + 5
-    while not (found := count()) and time.monotonic() < until:
-        time.sleep(0.1)
-    return found
-
-
-def _schema(plan: CollectionPlan) -> Any:
-    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
-    schema.add_field("pk", DataType.VARCHAR, is_primary=True, max_length=_KEY_LENGTH)
-    for name in ("session", "chunk", "first", "last"):
-        schema.add_field(name, DataType.INT64)
-    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=plan.dim)
-    return schema
-
-
-def _check_fields(engine: Engine, plan: CollectionPlan) -> None:
-    fields = {each["name"]: each for each in engine.call("describe_collection", plan.name)["fields"]}
-    if not fields.keys() >= set(_FIELDS):
-        raise InvalidArgumentError(
-            f"{_named(engine, plan)} has the fields {', '.join(sorted(fields))}, and not {', '.join(_FIELDS)}: it was "
-            "not made by memlong. Name another as collection; one that is not there is made"
-        )
-    dim = int(fields["embedding"]["params"]["dim"])
-    if dim != plan.dim:
-        raise InvalidArgumentError(
-            f"{_named(engine, plan)} is for embeddings of {dim} numbers, but the bank's have dim {plan.dim}. {_ELSE}"
-        )
-
-
-def _check_metric(engine: Engine, plan: CollectionPlan) -> None:
-    names = engine.call("list_indexes", plan.name)
-    facts = engine.call("describe_index", plan.name, names[0]) if names else None
-    if not facts:
-        raise InvalidArgumentError(
-            f"{_named(engine, plan)} has no index on its embeddings: it was not made by memlong. {_ELSE}"
-        )
-    if facts["metric_type"] != plan.metric:
-        raise InvalidArgumentError(
-            f"{_named(engine, plan)} ranks by {facts['metric_type']}, but the bank's metric needs {plan.metric}. {_ELSE}"
-        )
-
-
-def _named(engine: Engine, plan: CollectionPlan) -> str:
-    return f"the collection {plan.name!r} at {engine.address.uri}"
+        return self._engine.call(method, self._collection.name, **options)

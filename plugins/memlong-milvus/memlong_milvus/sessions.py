@@ -10,6 +10,7 @@ from memlong.bank import Ids
 from memlong.errors import InvalidArgumentError
 
 _LONGEST_NAME = 256
+_KEY_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,13 @@ class Session:
         As its user calls it.
     named : bool
         Whether a user did; otherwise the name is random, and nobody else's.
+    key : str
+        128 bits of the name's hash, in hexadecimal: no two names share it.
     """
 
     name: str
-    named: bool = True
+    named: bool
+    key: str
 
     @classmethod
     def of(cls, name: str | None) -> Session:
@@ -37,17 +41,18 @@ class Session:
             If the name is empty, too long or no text.
         """
         if name is None:
-            return cls(f"unnamed-{secrets.token_hex(16)}", named=False)
+            random = f"unnamed-{secrets.token_hex(16)}"
+            return cls(random, named=False, key=_key(random))
         if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
             raise InvalidArgumentError(
                 f"session is {name!r}; expected text of 1 to {_LONGEST_NAME} characters, such as a user's id"
             )
-        return cls(name)
+        return cls(name, named=True, key=_key(name))
 
-    @property
-    def key(self) -> str:
-        """128 bits of the name's hash in hexadecimal: no two names share it."""
-        return self._digest[:16].hex()
+    @classmethod
+    def of_key(cls, key: str) -> Session:
+        """Return the session of a key, whatever its name is."""
+        return cls(key, named=False, key=key)
 
     @property
     def number(self) -> int:
@@ -56,11 +61,7 @@ class Session:
         Two of a million names share theirs with a probability of 5 in 100 million. A search then finds rows of
         both, and `ids_of` leaves out those of the other.
         """
-        return int.from_bytes(self._digest[:8]) >> 1
-
-    @property
-    def _digest(self) -> bytes:
-        return hashlib.sha256(self.name.encode()).digest()
+        return int(self.key[:16], 16) >> 1
 
     def partition(self, count: int) -> int:
         """Return which of `count` partitions it is in."""
@@ -74,3 +75,7 @@ class Session:
         """Return the chunk ids in primary keys, of those that are this session's."""
         prefix = f"{self.key}/"
         return [int(key[len(prefix) :]) for key in keys if key.startswith(prefix)]
+
+
+def _key(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:_KEY_DIGITS]

@@ -158,4 +158,3 @@ def _plain(value: str) -> object:
         return float(value)
     except ValueError:
         return value
-

@@ -18,7 +18,16 @@ from typing import Any
 
 PACKAGE = "milvus"
 INSTALL = "pip install 'milvus==2.3.5'"
-_COMPONENTS = ("proxy", "rootCoord", "queryCoord", "queryNode", "indexCoord", "indexNode", "dataCoord", "dataNode")
+_COMPONENTS = (
+    "proxy",
+    "rootCoord",
+    "queryCoord",
+    "queryNode",
+    "indexCoord",
+    "indexNode",
+    "dataCoord",
+    "dataNode",
+)
 
 
 def is_installed() -> bool:
