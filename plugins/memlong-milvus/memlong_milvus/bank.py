@@ -5,27 +5,27 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack, get_args
+from typing import Any, Self, TypeVar, Unpack
 from warnings import warn
 
 import numpy as np
 import torch
 
-from memlong.bank import BankOptions, Chunks, Floats, Ids, KeyValueStore, MemoryBank, Retrieved
+from memlong.bank import Chunks, Floats, Ids, KeyValueStore, MemoryBank, Retrieved
 from memlong.bank.arrays import FloatInput, IntInput
 from memlong.bank.exact import nearest_rows
-from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import CollectionPlan, ready_collection
 from memlong_milvus.engine import ENGINES
 from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
+from memlong_milvus.options import OtherOptions, Tuning
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.place import find_place
 from memlong_milvus.recent import Recent
+from memlong_milvus.resume import refuse_what_is_there, take_over
 from memlong_milvus.rows import MOST_ROWS, Consistency, SessionRows
 from memlong_milvus.sessions import Session
 
-_MOST_LINKS, _MOST_EFFORT, _MOST_PARTITIONS = 2048, 32_768, 1024
 _SPARE = 8
 
 Got = TypeVar("Got")
@@ -58,7 +58,7 @@ class MilvusBank(MemoryBank):
     session : str, optional
         Whose memory this is; by default nobody's that has a name.
     resume : bool, default False
-        Go on with what the session holds; without it, a session that holds chunks is refused.
+        Go on with what the session holds, if anything; without it, a session that holds chunks is refused.
     store : str or KeyValueStore, optional
         Where keys and values are: a folder or a URI that fsspec knows, such as ``s3://bucket/folder``. By default
         a folder beside the local file; for sessions without a name on a server, a temporary one.
@@ -113,46 +113,32 @@ class MilvusBank(MemoryBank):
         attempts: int = 5,
         readers: int = 8,
         kv_device: str = "cpu",
-        **bank_options: Unpack[BankOptions],
+        **bank_options: Unpack[OtherOptions],
     ) -> None:
-        self._links = whole_number("M", M, at_least=2, at_most=_MOST_LINKS)
-        self._effort = whole_number("ef_construction", ef_construction, at_least=1, at_most=_MOST_EFFORT)
-        self._ef = whole_number("ef", ef, at_least=1, at_most=_MOST_EFFORT)
-        self._partitions = whole_number("partitions", partitions, at_least=1, at_most=_MOST_PARTITIONS)
-        self._attempts = whole_number("attempts", attempts, at_least=1, at_most=100)
-        self._readers = whole_number("readers", readers, at_least=1, at_most=256)
-        self._timeout = _seconds("timeout", timeout, above=0)
-        self._staleness = _seconds("staleness", staleness)
-        if consistency not in get_args(Consistency):
-            raise InvalidArgumentError(
-                f"consistency must be one of {', '.join(get_args(Consistency))}, got {consistency!r}"
-            )
-        self._consistency = consistency
+        self._tuning = Tuning(
+            consistency, staleness, M, ef_construction, ef, partitions, timeout, attempts, readers
+        )
         self._session = Session.of(session)
         if resume and not self._session.named:
             raise InvalidArgumentError("resume goes on with a session: name it, as session='…'")
         metric = bank_options.get("metric", "cosine")
         place = find_place(uri, token, database, store, self._session)
-        similarity = "l2" if metric == "l2" else "inner_product"
         name = collection or f"memlong_{dim}_{'l2' if metric == 'l2' else 'ip'}"
         blocks = place.store
         if blocks is None:
+            folder, facts = Folder(name, self._session), {"dim": dim, "metric": metric}
             blocks = PayloadStore(
-                place.objects,
-                Folder(name, self._session),
-                readers=self._readers,
-                lasting=self._session.named,
-                facts={"dim": dim, "metric": metric},
+                place.objects, folder, readers=readers, lasting=self._session.named, facts=facts
             )
         super().__init__(dim, store=blocks, **bank_options)
-        self._engine = ENGINES.at(place.address, timeout=self._timeout, attempts=self._attempts)
+        self._engine = ENGINES.at(place.address, timeout=self._tuning.timeout, attempts=attempts)
         self._engine.bury()
-        plan = CollectionPlan(name, dim, similarity, self._partitions, self._links, self._effort)
+        plan = CollectionPlan(name, dim, self._similarity, partitions, M, ef_construction)
         self._rows = SessionRows(
             self._engine, ready_collection(self._engine, plan), self._session, consistency
         )
         always_current = self._engine.address.is_local or consistency == "strong"
-        self._recent = Recent(0.0 if always_current else self._staleness)
+        self._recent = Recent(0.0 if always_current else self._tuning.staleness)
         self._written = False
         self._claim()
         if self._session.named:
@@ -194,7 +180,13 @@ class MilvusBank(MemoryBank):
         InvalidArgumentError, BackendError
             As the class does; also if the session was made with another dim or metric.
         """
-        return cls(dim, session=session, resume=True, **options)
+        bank = cls(dim, session=session, resume=True, **options)
+        if not bank.next_id:
+            raise InvalidArgumentError(
+                f"there is no session {session!r} in the collection {bank.collection!r} at {bank.uri} with this store. Was "
+                "it made with another dim, metric, collection or store?"
+            )
+        return bank
 
     def add(
         self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput
@@ -231,17 +223,7 @@ class MilvusBank(MemoryBank):
     def _index_options(self) -> dict[str, Any]:
         # Where Milvus is, and who asks, is of this process: a snapshot must not lead another one, with its token, to
         # a place of the snapshot's choice.
-        return {
-            "consistency": self._consistency,
-            "staleness": self._staleness,
-            "M": self._links,
-            "ef_construction": self._effort,
-            "ef": self._ef,
-            "partitions": self._partitions,
-            "timeout": self._timeout,
-            "attempts": self._attempts,
-            "readers": self._readers,
-        }
+        return self._tuning.as_options()
 
     def _index_add(self, ids: Ids, embeddings: Floats) -> None:
         self._written = True
@@ -250,7 +232,7 @@ class MilvusBank(MemoryBank):
 
     def _index_search(self, queries: Floats, k: int) -> Ids:
         limit = min(MOST_ROWS, k + _SPARE + self._recent.removed())
-        found = self._rows.search(queries, limit, self._ef)
+        found = self._rows.search(queries, limit, self._tuning.ef)
         lowest = self._recent.lowest_added()
         if lowest is None:
             return found
@@ -296,46 +278,29 @@ class MilvusBank(MemoryBank):
         if not isinstance(store, PayloadStore):
             if resume:
                 raise InvalidArgumentError(
-                    f"resume needs keys and values where MilvusBank put them, and store is {store!r}: give the folder or "
-                    "URI that the session began with"
+                    f"resume needs keys and values where MilvusBank put them, and store is {store!r}: give the "
+                    "folder or URI that the session began with"
                 )
             return
-        facts, stored = store.stored_facts(), np.array(store.stored_ids(), dtype=np.int64)
         if not resume:
-            if facts or len(stored) or len(self._rows.some_ids()):
-                raise InvalidArgumentError(
-                    f"the session {self.session!r} is there already, with {len(stored)} chunks in {store.place!r}: "
-                    "resume=True goes on with it, and MilvusBank.reopen(...).drop() removes it"
-                )
+            refuse_what_is_there(self.session, self._rows, store)
             return
-        for name, ours in (("dim", self._dim), ("metric", self._metric)):
-            if facts.get(name, ours) != ours:
-                raise InvalidArgumentError(
-                    f"the session {self.session!r} was made with {name} {facts[name]!r}, but the bank has {ours!r}: "
-                    f"give {name}={facts[name]!r}"
-                )
-        self._take_over(store, stored, int(facts.get("newest", -1)), kv_device)
-
-    def _take_over(self, store: PayloadStore, stored: Ids, newest: int, kv_device: torch.device) -> None:
-        parts = list(self._rows.read(stored))
-        ids, embeddings, spans = (
-            np.concatenate([getattr(part, name) for part in parts]) if parts else empty
-            for name, empty in (
-                ("ids", np.empty(0, dtype=np.int64)),
-                ("embeddings", np.empty((0, self._dim), dtype=np.float32)),
-                ("spans", np.empty((0, 2), dtype=np.int64)),
-            )
+        kept = take_over(
+            self.session, self._rows, store, dim=self.dim, metric=self.metric, kv_device=kv_device
         )
-        newest = max([newest, *stored[-1:].tolist()])
-        layout = store.adopt(ids.tolist(), newest, kv_device)
-        if layout is None:
-            ids, embeddings, spans = ids[:0], embeddings[:0], spans[:0]
+        count = len(kept.ids)
         with self._lock.write():
-            uses = np.arange(1, len(ids) + 1)
-            self._table.fill(ids, embeddings, spans, np.zeros_like(ids), uses, len(ids))
-            self._contents.fill(layout, newest + 1)
+            self._table.fill(
+                kept.ids,
+                kept.embeddings,
+                kept.spans,
+                retrievals=np.zeros(count, dtype=np.int64),
+                last_used=np.arange(1, count + 1),
+                clock=count,
+            )
+            self._contents.fill(kept.layout, kept.next_id)
         self._written = True
-        self._recent.note_added(0)
+        self._recent.note_added(0)  # the bank before may have added it just now
 
     def _without_lost(self, act: Callable[[], Got]) -> Got:
         while True:
@@ -357,11 +322,3 @@ class MilvusBank(MemoryBank):
             LostBlocksWarning,
             stacklevel=4,
         )
-
-
-def _seconds(name: str, value: float, *, above: float | None = None) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < 1e6 or value == above:
-        least = "above 0" if above == 0 else "of at least 0"
-        raise InvalidArgumentError(f"{name} must be a number of seconds {least}, got {value!r}")
-    return float(value)

@@ -36,7 +36,7 @@ def encode(session: str, chunk_id: int, keys: torch.Tensor, values: torch.Tensor
         {"session": session, "chunk": chunk_id, "dtype": str(keys.dtype), "shape": list(keys.shape)}
     ).encode()
     header += b" " * (-(_HEAD.size + len(header)) % 64)
-    body = b"".join((header, _bytes_of(keys), _bytes_of(values)))
+    body = b"".join((header, _bytes_of(keys).data, _bytes_of(values).data))
     return _HEAD.pack(_MAGIC, len(header), zlib.crc32(body)) + body
 
 

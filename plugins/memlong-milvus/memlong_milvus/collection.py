@@ -162,7 +162,8 @@ def _check_fields(engine: Engine, plan: CollectionPlan) -> None:
     dim = _dim(engine, plan.name)
     if dim != plan.dim:
         raise InvalidArgumentError(
-            f"{_named(engine, plan.name)} is for embeddings of {dim} numbers, but the bank's have dim {plan.dim}. {_ELSE}"
+            f"{_named(engine, plan.name)} is for embeddings of {dim} numbers, but the bank's have dim {plan.dim}. "
+            f"{_ELSE}"
         )
 
 
@@ -178,8 +179,8 @@ def _dim(engine: Engine, name: str) -> int:
     fields = {each["name"]: each for each in engine.call("describe_collection", name)["fields"]}
     if not fields.keys() >= set(FIELDS):
         raise InvalidArgumentError(
-            f"{_named(engine, name)} has the fields {', '.join(sorted(fields))}, and not {', '.join(FIELDS)}: it was not "
-            "made by memlong. Name another as collection; one that is not there is made"
+            f"{_named(engine, name)} has the fields {', '.join(sorted(fields))}, and not {', '.join(FIELDS)}: it was "
+            "not made by memlong. Name another as collection; one that is not there is made"
         )
     return int(fields["embedding"]["params"]["dim"])
 

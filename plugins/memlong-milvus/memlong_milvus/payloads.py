@@ -252,8 +252,8 @@ class PayloadStore(KeyValueStore):
 
     def _unusable(self, what: str, error: OSError) -> StorageError:
         return StorageError(
-            f"keys and values cannot be {what} in {self.place!r}: {error}. Is the place there, and may this process use "
-            "it? store names another"
+            f"keys and values cannot be {what} in {self.place!r}: {error}. Is the place there, and may this process "
+            "use it? store names another"
         )
 
 

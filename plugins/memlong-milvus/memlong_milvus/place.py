@@ -12,7 +12,7 @@ from memlong_milvus.objects import Objects, TemporaryObjects, objects_at
 from memlong_milvus.sessions import Session
 from memlong_milvus.uri import Address, parse_address
 
-URI_VARIABLE, TOKEN_VARIABLE = "MEMLONG_MILVUS_URI", "MEMLONG_MILVUS_TOKEN"  # noqa: S105 - its name
+URI_VARIABLE, TOKEN_VARIABLE = "MEMLONG_MILVUS_URI", "MEMLONG_MILVUS_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _objects(store: str | None, address: Address | None, session: Session) -> Ob
         )
     if session.named:
         raise InvalidArgumentError(
-            f"the session {session.name!r} is to last, but without uri all is in a file that goes when the process does: "
-            "give uri='/a/folder/memory.db', or http://… of a server"
+            f"the session {session.name!r} is to last, but without uri all is in a file that goes when the process "
+            "does: give uri='/a/folder/memory.db', or http://… of a server"
         )
     return TemporaryObjects()

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+
 from memlong.bank import Floats, Ids
 from memlong_milvus.collection import FIELDS, Collection
 from memlong_milvus.engine import Engine
@@ -58,7 +59,7 @@ class SessionRows:
         self._consistency = consistency.capitalize()
         self._partition = f"p{session.partition(collection.partitions)}"
         self._filter = f"session == {session.number}"
-        self._batch = max(1, min(MOST_ROWS, _BATCH_BYTES // (4 * plan.dim + 128)))
+        self._batch = max(1, min(MOST_ROWS, _BATCH_BYTES // (4 * collection.dim + 128)))
 
     @property
     def collection(self) -> str:

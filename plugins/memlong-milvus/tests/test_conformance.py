@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
+from server import Server
 
 from memlong.bank import MemoryBank
 from memlong.testing import MemoryBankTests
 from memlong_milvus.bank import MilvusBank
-from server import Server
 
 
 class TestLite(MemoryBankTests):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from server import Server
 
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.bank import MilvusBank
 from memlong_milvus.errors import BackendError
-from server import Server
 
 pytestmark = pytest.mark.server
 
@@ -24,9 +24,9 @@ def test_a_killed_server_is_a_clear_error_and_the_bank_is_as_it_was(own_server: 
     chunks = random_chunks(20)
     chunks.into(bank)
     own_server.kill()
-    with pytest.raises(BackendError, match="did not search in 2 attempts.*Is the server there"):
+    with pytest.raises(BackendError, match=r"did not search in 2 attempts.*Is the server there"):
         bank.search(chunks.embeddings[:1], 3)
-    with pytest.raises(BackendError, match="did not upsert in 2 attempts.*the bank is as it was"):
+    with pytest.raises(BackendError, match=r"did not upsert in 2 attempts.*the bank is as it was"):
         random_chunks(5, seed=1, first=20).into(bank)
     assert bank.ids.tolist() == list(range(20))
     assert bank.exact_search(chunks.embeddings[:1], 1).ids.tolist() == [[0]]
