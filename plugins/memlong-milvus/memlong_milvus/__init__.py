@@ -1,0 +1,30 @@
+"""Milvus, embedded or a cluster, offered to memlong as a plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memlong.plugins.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def memlong_register_backends(register: Register) -> None:
+    """Offer the backend "milvus"."""
+    register(
+        "milvus",
+        "memlong_milvus.bank:MilvusBank",
+        requires=("pymilvus", "milvus_lite", "stamina", "fsspec"),
+        install="pip install memlong-milvus",
+        description="Milvus: embedded in a local file, a server or a cluster",
+    )
+
+
+@hookimpl(optionalhook=True)
+def memlong_register_uri_schemes(register: Callable[..., None]) -> None:
+    """Offer the URIs that begin with milvus."""
+    for scheme in ("milvus", "milvus+http", "milvus+https", "milvus+lite"):
+        register(
+            scheme,
+            "memlong_milvus.uri:resolve",
+            description=f"{scheme}://… is a Milvus: its place and options",
+        )

@@ -1,0 +1,324 @@
+"""MilvusBank: a bank searched by Milvus, embedded in this process or on a server."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar, Unpack
+from warnings import warn
+
+import numpy as np
+import torch
+
+from memlong.bank import Chunks, Floats, Ids, KeyValueStore, MemoryBank, Retrieved
+from memlong.bank.arrays import FloatInput, IntInput
+from memlong.bank.exact import nearest_rows
+from memlong.errors import InvalidArgumentError
+from memlong_milvus.collection import CollectionPlan, ready_collection
+from memlong_milvus.engine import ENGINES
+from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
+from memlong_milvus.options import OtherOptions, Tuning
+from memlong_milvus.payloads import Folder, PayloadStore
+from memlong_milvus.place import find_place
+from memlong_milvus.recent import Recent
+from memlong_milvus.resume import refuse_what_is_there, take_over
+from memlong_milvus.rows import MOST_ROWS, Consistency, SessionRows
+from memlong_milvus.sessions import Session
+
+_SPARE = 8
+
+Got = TypeVar("Got")
+
+
+class MilvusBank(MemoryBank):
+    """A bank whose embeddings Milvus searches, and whose keys and values lie in a folder or an object store.
+
+    All sessions share a collection, and each is searched alone. The bank keeps embeddings and spans of its own
+    session in memory, scores what Milvus names by them, and so never returns what has left it or what is another's.
+    What it added within the last `staleness` seconds, which Milvus may not show yet, it searches itself.
+
+    A session without a name ends with its bank; one with a name stays, and `resume=True` goes on with it.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the embeddings.
+    uri : str, optional
+        A local file that ends in .db, for Milvus Lite in this process, or ``http[s]://host:19530[/database]`` of a
+        server. By default what the environment has as MEMLONG_MILVUS_URI; without it, Milvus Lite in a file that
+        goes when the process does.
+    token : str, optional
+        "user:password" or an API key; by default what the environment has as MEMLONG_MILVUS_TOKEN.
+    database : str, optional
+        Of the server, if not the default one.
+    collection : str, optional
+        Where the rows are; made if it is not there. By default one for each dim and kind of metric, as
+        "memlong_384_ip".
+    session : str, optional
+        Whose memory this is; by default nobody's that has a name.
+    resume : bool, default False
+        Go on with what the session holds, if anything; without it, a session that holds chunks is refused.
+    store : str or KeyValueStore, optional
+        Where keys and values are: a folder or a URI that fsspec knows, such as ``s3://bucket/folder``. By default
+        a folder beside the local file; for sessions without a name on a server, a temporary one.
+    consistency : {"bounded", "strong", "eventually"}, default "bounded"
+        How current a server's answers are. A strong one waits, some 0.2 seconds, for all that was written. The
+        bank finds what it added itself at once, whichever it is.
+    staleness : float, default 10
+        Seconds that a search may lag behind if it is not strong; more than the server's gracefulTime (5).
+    M, ef_construction : int, default 16 and 200
+        Of the HNSW graph, where the collection is made.
+    ef : int, default 64
+        Effort of searching; a search never uses less than it needs.
+    partitions : int, default 16
+        How many parts a collection has, where it is made; a session is in one of them, and a search looks at one.
+    timeout : float, default 10
+        Seconds that one attempt of a call may take.
+    attempts : int, default 5
+        How often a call is tried while nobody answers.
+    readers : int, default 8
+        Threads that read and write keys and values.
+    kv_device : str, default "cpu"
+        Where keys and values of a resumed session go, until others are added.
+    **bank_options
+        The options of `MemoryBank`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option cannot be used, the collection is for other embeddings, or the session is in use.
+    BackendError
+        If Milvus does not answer, or refuses.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        uri: str | None = None,
+        token: str | None = None,
+        database: str | None = None,
+        collection: str | None = None,
+        session: str | None = None,
+        resume: bool = False,
+        store: str | KeyValueStore | None = None,
+        consistency: Consistency = "bounded",
+        staleness: float = 10.0,
+        M: int = 16,  # noqa: N803 -- the paper's and the library's name
+        ef_construction: int = 200,
+        ef: int = 64,
+        partitions: int = 16,
+        timeout: float = 10.0,
+        attempts: int = 5,
+        readers: int = 8,
+        kv_device: str = "cpu",
+        **bank_options: Unpack[OtherOptions],
+    ) -> None:
+        self._tuning = Tuning(
+            consistency, staleness, M, ef_construction, ef, partitions, timeout, attempts, readers
+        )
+        self._session = Session.of(session)
+        if resume and not self._session.named:
+            raise InvalidArgumentError("resume goes on with a session: name it, as session='…'")
+        metric = bank_options.get("metric", "cosine")
+        place = find_place(uri, token, database, store, self._session)
+        name = collection or f"memlong_{dim}_{'l2' if metric == 'l2' else 'ip'}"
+        blocks = place.store
+        if blocks is None:
+            folder, facts = Folder(name, self._session), {"dim": dim, "metric": metric}
+            blocks = PayloadStore(
+                place.objects, folder, readers=readers, lasting=self._session.named, facts=facts
+            )
+        super().__init__(dim, store=blocks, **bank_options)
+        self._engine = ENGINES.at(place.address, timeout=self._tuning.timeout, attempts=attempts)
+        self._engine.bury()
+        plan = CollectionPlan(name, dim, self._similarity, partitions, M, ef_construction)
+        self._rows = SessionRows(
+            self._engine, ready_collection(self._engine, plan), self._session, consistency
+        )
+        always_current = self._engine.address.is_local or consistency == "strong"
+        self._recent = Recent(0.0 if always_current else self._tuning.staleness)
+        self._written = False
+        self._claim()
+        if self._session.named:
+            self._begin(resume=resume, kv_device=torch.device(kv_device))
+
+    @property
+    def session(self) -> str:
+        """Name of the session: what `session` was given, or a random one."""
+        return self._session.name
+
+    @property
+    def uri(self) -> str:
+        """Where Milvus is, without user and password."""
+        return self._engine.address.uri
+
+    @property
+    def collection(self) -> str:
+        """Name of the collection that its rows are in."""
+        return self._rows.collection
+
+    @classmethod
+    def reopen(cls, dim: int, *, session: str, **options: Any) -> Self:
+        """Go on with a session, in this process or another; its chunks have the ids they had.
+
+        How often and how lately chunks were retrieved is not kept, but for what `save` writes: an eviction policy
+        begins with the order of their ids.
+
+        Parameters
+        ----------
+        dim : int
+            Width of the embeddings.
+        session : str
+            Its name.
+        **options
+            The options of `MilvusBank`, with the place that the session is at.
+
+        Raises
+        ------
+        InvalidArgumentError, BackendError
+            As the class does; also if the session was made with another dim or metric.
+        """
+        bank = cls(dim, session=session, resume=True, **options)
+        if not bank.next_id:
+            raise InvalidArgumentError(
+                f"there is no session {session!r} in the collection {bank.collection!r} at {bank.uri} with this store. Was "
+                "it made with another dim, metric, collection or store?"
+            )
+        return bank
+
+    def add(
+        self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput
+    ) -> torch.Tensor:
+        """Store chunks as `MemoryBank.add` does: their objects, then their rows."""
+        with self._reading(searching=True):
+            pass  # what an earlier failure left undone comes first: what is added must be in Milvus, too
+        return super().add(embeddings, keys, values, spans)
+
+    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
+        """Find chunks as `MemoryBank.retrieve` does; one whose keys and values are lost leaves, with a warning."""
+        retrieve = super().retrieve
+        return self._without_lost(lambda: retrieve(queries, k))
+
+    def fetch(self, ids: IntInput) -> Chunks:
+        """Return chunks as `MemoryBank.fetch` does; one whose keys and values are lost leaves, with a warning."""
+        fetch = super().fetch
+        return self._without_lost(lambda: fetch(ids))
+
+    def save(self, path: str | Path, *, compact: bool = False) -> None:
+        """Write a snapshot as `MemoryBank.save` does; a chunk whose keys and values are lost leaves, with a warning.
+
+        The snapshot is whole: it needs neither Milvus nor the store, and is loaded into a session of its own.
+        """
+        save = super().save
+        self._without_lost(lambda: save(path, compact=compact))
+
+    def drop(self) -> None:
+        """Remove the session from Milvus and from the store, down to its name; the bank is as after `reset`."""
+        self.reset()
+        if isinstance(self._store, PayloadStore):
+            self._store.drop()
+
+    def _index_options(self) -> dict[str, Any]:
+        # Where Milvus is, and who asks, is of this process: a snapshot must not lead another one, with its token, to
+        # a place of the snapshot's choice.
+        return self._tuning.as_options()
+
+    def _index_add(self, ids: Ids, embeddings: Floats) -> None:
+        self._written = True
+        self._rows.upsert(ids, embeddings, self._table.spans[self._table.rows_of(ids)])
+        self._recent.note_added(int(ids[0]))
+
+    def _index_search(self, queries: Floats, k: int) -> Ids:
+        limit = min(MOST_ROWS, k + _SPARE + self._recent.removed())
+        found = self._rows.search(queries, limit, self._tuning.ef)
+        lowest = self._recent.lowest_added()
+        if lowest is None:
+            return found
+        first = int(np.searchsorted(self._table.ids, lowest))
+        if first == len(self._table):
+            return found
+        rows = nearest_rows(
+            torch.from_numpy(queries),
+            torch.from_numpy(self._table.embeddings[first:]),
+            torch.from_numpy(self._table.squared_norms[first:]),
+            min(k, len(self._table) - first),
+            self._similarity,
+        ).numpy()
+        own: Ids = np.where(rows < 0, -1, self._table.ids[first:][rows])
+        return np.concatenate([found, own], axis=1)
+
+    def _index_remove(self, ids: Ids) -> None:
+        self._rows.delete(ids)
+        self._recent.note_removed(len(ids))
+
+    def _index_reset(self) -> None:
+        """Remove what is not in the table; what is, is written in place of what there may be."""
+        if self._written:
+            held = self._rows.held(self.next_id)
+            gone = held[self._table.rows_of(held) < 0]
+            self._rows.delete(gone)
+            self._recent.note_removed(len(gone))
+
+    def _claim(self) -> None:
+        key = f"{self.collection}/{self._session.key}"
+        rows, table, store = self._rows, self._table, self._store
+
+        def end() -> None:
+            rows.delete(table.ids)
+            if isinstance(store, PayloadStore):
+                store.drop()
+
+        self._engine.claim(key, self._session.name, None if self._session.named else end)
+        weakref.finalize(self, self._engine.release, key).atexit = False
+
+    def _begin(self, *, resume: bool, kv_device: torch.device) -> None:
+        store = self._store
+        if not isinstance(store, PayloadStore):
+            if resume:
+                raise InvalidArgumentError(
+                    f"resume needs keys and values where MilvusBank put them, and store is {store!r}: give the "
+                    "folder or URI that the session began with"
+                )
+            return
+        if not resume:
+            refuse_what_is_there(self.session, self._rows, store)
+            return
+        kept = take_over(
+            self.session, self._rows, store, dim=self.dim, metric=self.metric, kv_device=kv_device
+        )
+        count = len(kept.ids)
+        with self._lock.write():
+            self._table.fill(
+                kept.ids,
+                kept.embeddings,
+                kept.spans,
+                retrievals=np.zeros(count, dtype=np.int64),
+                last_used=np.arange(1, count + 1),
+                clock=count,
+            )
+            self._contents.fill(kept.layout, kept.next_id)
+        self._written = True
+        self._recent.note_added(0)  # the bank before may have added it just now
+
+    def _without_lost(self, act: Callable[[], Got]) -> Got:
+        while True:
+            try:
+                return act()
+            except LostBlocksError as error:
+                self._forget(error.reasons)
+
+    def _forget(self, lost: dict[int, str]) -> None:
+        ids = np.array(sorted(lost), dtype=np.int64)
+        with self._lock.write():
+            self._contents.mend()
+            held = ids[self._table.rows_of(ids) >= 0]
+            with self._contents.change(self._contents.layout):
+                self._discard(held)
+        warn(
+            f"{named(lost)} of session {self.session!r}: keys and values are lost, so the bank has forgotten them and "
+            "goes on without",
+            LostBlocksWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,86 @@
+"""What an error of pymilvus means: worth another try or not, and what to tell the user."""
+
+from __future__ import annotations
+
+import grpc
+from pymilvus import MilvusException
+
+from memlong_milvus.errors import BackendError
+from memlong_milvus.uri import Address, redacted
+
+_NOT_READY = {1, 2, 4, 8, 101, 103, 503, 901, 902}
+"""Codes of Milvus (pkg/util/merr) for a service, node, replica or collection that is about to be there."""
+_PASSING = (
+    "not ready",
+    "unavailable",
+    "not loaded",
+    "offline",
+    "no available",
+    "retry timeout",
+    "run out of",
+)
+_DENIED = ("auth check failure", "unauthenticated", "permission", "password", "privilege")
+_PASSING_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether Milvus refused whoever asks."""
+    return any(word in _text(error).lower() for word in _DENIED)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may well succeed in a moment: nobody there yet, overload, a deadline."""
+    if isinstance(error, grpc.FutureTimeoutError):
+        return True
+    if isinstance(error, grpc.RpcError):
+        return error.code() in _PASSING_CODES
+    if not isinstance(error, MilvusException) or is_denied(error):
+        return False
+    cause = error.__cause__
+    if isinstance(cause, grpc.RpcError) and cause.code() in _PASSING_CODES:
+        return True
+    words = _text(error).lower()
+    return error.retriable or error.code in _NOT_READY - {1} or any(word in words for word in _PASSING)
+
+
+def explained(what: str, error: BaseException, address: Address, attempts: int) -> BackendError:
+    """Return the error to raise for one of pymilvus; no secret is in it.
+
+    Parameters
+    ----------
+    what : str
+        What was to be done, such as "search".
+    error : BaseException
+        What pymilvus raised.
+    address : Address
+        Whom it was asked of.
+    attempts : int
+        How often.
+    """
+    reason = _without(address.token, redacted(_text(error)))
+    if is_denied(error):
+        return BackendError(
+            f"Milvus at {address.uri} refused to {what}: {reason}. Give a user and a password that may, as "
+            "token='user:password', in the URI, or in the environment as MEMLONG_MILVUS_TOKEN"
+        )
+    if is_passing(error):
+        where = "the local file" if address.is_local else "the server"
+        return BackendError(
+            f"Milvus at {address.uri} did not {what} in {attempts} attempts: {reason}. Is {where} there, and may it be "
+            "reached? attempts and timeout say how long to try; what is in the bank is as it was"
+        )
+    return BackendError(f"Milvus at {address.uri} could not {what}: {reason}")
+
+
+def _text(error: BaseException) -> str:
+    text = error.message if isinstance(error, MilvusException) else ""
+    if not text and isinstance(error, grpc.RpcError):
+        text = f"{error.code().name}: {error.details()}"
+    return str(text) or str(error) or type(error).__name__
+
+
+def _without(token: str, text: str) -> str:
+    for secret in {token, *token.partition(":")[::2]} - {""}:
+        if len(secret) > 3:
+            text = text.replace(secret, "…")
+    return text

@@ -1,0 +1,79 @@
+"""The options of a bank that a snapshot keeps, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict, get_args
+
+import torch
+
+from memlong.bank import EvictionPolicy, Metric
+from memlong.bank.validate import whole_number
+from memlong.errors import InvalidArgumentError
+from memlong_milvus.rows import Consistency
+
+_BOUNDS = {
+    "M": (2, 2048),
+    "ef_construction": (1, 32_768),
+    "ef": (1, 32_768),
+    "partitions": (1, 1024),
+    "attempts": (1, 100),
+    "readers": (1, 256),
+}
+
+
+class OtherOptions(TypedDict, total=False):
+    """The options of every bank, but for `store`, which takes more here."""
+
+    metric: Metric
+    max_chunks: int | None
+    max_bytes: int | None
+    eviction: str | EvictionPolicy
+    device: str | torch.device | None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a bank asks Milvus, by the names of `MilvusBank`'s options; where it is and who asks are not among them.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option has a value that cannot be used.
+    """
+
+    consistency: Consistency
+    staleness: float
+    M: int
+    ef_construction: int
+    ef: int
+    partitions: int
+    timeout: float
+    attempts: int
+    readers: int
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _BOUNDS.items():
+            object.__setattr__(
+                self, name, whole_number(name, getattr(self, name), at_least=least, at_most=most)
+            )
+        for name in ("staleness", "timeout"):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        if not self.timeout:
+            raise InvalidArgumentError(
+                "timeout is 0 seconds, in which nobody can answer: give more, such as 10"
+            )
+        if self.consistency not in get_args(Consistency):
+            raise InvalidArgumentError(
+                f"consistency must be one of {', '.join(get_args(Consistency))}, got {self.consistency!r}"
+            )
+
+    def as_options(self) -> dict[str, Any]:
+        """Return them by name."""
+        return dict(vars(self))
+
+
+def _seconds(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e6:
+        raise InvalidArgumentError(f"{name} must be a number of seconds >= 0, got {value!r}")
+    return float(value)

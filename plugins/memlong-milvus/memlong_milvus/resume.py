@@ -1,0 +1,74 @@
+"""What a session holds that an earlier bank has left, from its rows and its objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from memlong.bank import ChunkLayout, Floats, Ids
+from memlong.errors import InvalidArgumentError
+from memlong_milvus.payloads import PayloadStore
+from memlong_milvus.rows import SessionRows
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Chunks that have both a row and an object.
+
+    Attributes
+    ----------
+    ids, embeddings, spans : numpy.ndarray
+        One of each a chunk, ids ascending.
+    layout : ChunkLayout or None
+        Of their keys and values; None where there are none.
+    next_id : int
+        Above all ids that the session ever gave.
+    """
+
+    ids: Ids
+    embeddings: Floats
+    spans: Ids
+    layout: ChunkLayout | None
+    next_id: int
+
+
+def refuse_what_is_there(name: str, rows: SessionRows, store: PayloadStore) -> None:
+    """Raise InvalidArgumentError if a session of this name holds anything."""
+    stored = store.stored_ids()
+    if stored or store.stored_facts() or len(rows.some_ids()):
+        raise InvalidArgumentError(
+            f"the session {name!r} is there already, with {len(stored)} chunks in {store.place!r}: resume=True goes on "
+            "with it, and MilvusBank.reopen(...).drop() removes it"
+        )
+
+
+def take_over(
+    name: str, rows: SessionRows, store: PayloadStore, *, dim: int, metric: str, kv_device: torch.device
+) -> Kept:
+    """Have a store adopt what it has of a session, and return that.
+
+    An object without a row, or a row without an object, is what an interrupted change has left: it counts for nothing.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the session was made with another dim or metric.
+    """
+    facts = store.stored_facts()
+    for what, ours in (("dim", dim), ("metric", metric)):
+        if facts.get(what, ours) != ours:
+            raise InvalidArgumentError(
+                f"the session {name!r} was made with {what} {facts[what]!r}, but the bank has {ours!r}: give "
+                f"{what}={facts[what]!r}"
+            )
+    stored = np.array(store.stored_ids(), dtype=np.int64)
+    newest = max([int(facts.get("newest", -1)), *stored[-1:].tolist()])
+    parts = list(rows.read(stored))
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *(part.ids for part in parts)])
+    embeddings = np.concatenate([np.empty((0, dim), dtype=np.float32), *(part.embeddings for part in parts)])
+    spans = np.concatenate([np.empty((0, 2), dtype=np.int64), *(part.spans for part in parts)])
+    layout = store.adopt(ids.tolist(), newest, kv_device)
+    count = 0 if layout is None else len(ids)
+    return Kept(ids[:count], embeddings[:count], spans[:count], layout, newest + 1)

@@ -1,0 +1,171 @@
+"""The rows of one session in a collection that many share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from memlong.bank import Floats, Ids
+from memlong_milvus.collection import FIELDS, Collection
+from memlong_milvus.engine import Engine
+from memlong_milvus.sessions import Session
+
+Consistency = Literal["strong", "bounded", "eventually"]
+
+MOST_ROWS = 16_384
+"""What one answer of Milvus may hold."""
+
+_BATCH_BYTES, _ANSWER_BYTES = 4 << 20, 32 << 20  # a message may have 64 MiB
+_MOST_QUERIES, _MOST_HITS = 1024, 1 << 18  # of one request
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows as they were written: ids ascending, with embeddings and spans."""
+
+    ids: Ids
+    embeddings: Floats
+    spans: Ids
+
+
+class SessionRows:
+    """What a bank asks of Milvus about its session.
+
+    A row's key is the session's 128-bit key and the chunk's id, and rows are only ever upserted: a write that is
+    done twice comes to the same as once. All rows of a session are in one partition, chosen by its number, so that
+    a search looks at that one only. (A partition key would do the same, but upserts of Milvus 2.3 put rows into
+    partitions by another rule than that key's, where searches do not find them.)
+
+    Parameters
+    ----------
+    engine : Engine
+        Where.
+    collection : Collection
+        Which is there.
+    session : Session
+        Whose rows.
+    consistency : "strong", "bounded" or "eventually"
+        How current searches are; all else is strong.
+    """
+
+    def __init__(
+        self, engine: Engine, collection: Collection, session: Session, consistency: Consistency = "strong"
+    ) -> None:
+        self._engine, self._collection, self._session = engine, collection, session
+        self._consistency = consistency.capitalize()
+        self._partition = f"p{session.partition(collection.partitions)}"
+        self._filter = f"session == {session.number}"
+        self._batch = max(1, min(MOST_ROWS, _BATCH_BYTES // (4 * collection.dim + 128)))
+
+    @property
+    def collection(self) -> str:
+        """Name of the collection."""
+        return self._collection.name
+
+    def upsert(self, ids: Ids, embeddings: Floats, spans: Ids) -> None:
+        """Write rows, in place of those of the same ids."""
+        for start in range(0, len(ids), self._batch):
+            part = slice(start, start + self._batch)
+            rows = [
+                {
+                    "pk": key,
+                    "session": self._session.number,
+                    "chunk": chunk_id,
+                    "first": first,
+                    "last": last,
+                    "embedding": embedding,
+                }
+                for key, chunk_id, (first, last), embedding in zip(
+                    self._session.keys_of(ids[part]),
+                    ids[part].tolist(),
+                    spans[part].tolist(),
+                    embeddings[part],
+                    strict=True,
+                )
+            ]
+            self._call("upsert", data=rows, partition_name=self._partition)
+
+    def search(self, queries: Floats, limit: int, effort: int) -> Ids:
+        """Return ids [q, limit] of rows near to queries, -1 where there are fewer."""
+        ids = np.full((len(queries), limit), -1, dtype=np.int64)
+        together = max(1, min(_MOST_QUERIES, _MOST_HITS // limit))
+        for start in range(0, len(queries), together):
+            part = slice(start, start + together)
+            found = self._call(
+                "search",
+                data=list(queries[part]),
+                anns_field="embedding",
+                filter=self._filter,
+                limit=limit,
+                output_fields=["pk"],
+                search_params={"metric_type": self._collection.metric, "params": {"ef": max(effort, limit)}},
+                consistency_level=self._consistency,
+                partition_names=[self._partition],
+            )
+            for row, hits in zip(ids[part], found, strict=True):
+                ours = self._session.ids_of(hits.ids)
+                row[: len(ours)] = ours
+        return ids
+
+    def delete(self, ids: Ids) -> None:
+        """Remove rows; those that are not there count as removed."""
+        for start in range(0, len(ids), MOST_ROWS // 4):
+            keys = self._session.keys_of(ids[start : start + MOST_ROWS // 4])
+            self._call("delete", ids=keys, partition_name=self._partition)
+
+    def held(self, next_id: int) -> Ids:
+        """Return the ids of all rows there are now, ascending; few are of ``next_id`` or above."""
+        bounds = [*range(0, next_id, MOST_ROWS), next_id]
+        conditions = [f"chunk >= {low} and chunk < {high}" for low, high in pairwise(bounds)]
+        parts = [self._ids(f"{self._filter} and {each}") for each in (*conditions, f"chunk >= {next_id}")]
+        return np.sort(np.concatenate(parts))
+
+    def some_ids(self) -> Ids:
+        """Return the ids of rows there are now, as many as one answer may hold."""
+        return self._ids(self._filter)
+
+    def _ids(self, condition: str) -> Ids:
+        found = self._query(condition, ["pk"], MOST_ROWS)
+        return np.array(sorted(self._session.ids_of([row["pk"] for row in found])), dtype=np.int64)
+
+    def read(self, ids: Ids) -> Iterator[StoredRows]:
+        """Give the rows there are now of ids, which ascend, in batches."""
+        start, most = 0, max(1, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
+        while start < len(ids):
+            end = int(np.searchsorted(ids, ids[start] + most))
+            condition = f"{self._filter} and chunk >= {ids[start]} and chunk <= {ids[end - 1]}"
+            yield self._rows(condition, ids[start:end], most)
+            start = end
+
+    def _rows(self, condition: str, ids: Ids, most: int) -> StoredRows:
+        wanted = set(ids.tolist())
+        found = {
+            row["chunk"]: row
+            for row in self._query(condition, list(FIELDS), most)
+            if row["chunk"] in wanted and self._session.ids_of([row["pk"]])
+        }
+        rows = [found[chunk_id] for chunk_id in sorted(found)]
+        return StoredRows(
+            np.array([row["chunk"] for row in rows], dtype=np.int64),
+            np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(-1, self._collection.dim),
+            np.array([[row["first"], row["last"]] for row in rows], dtype=np.int64).reshape(-1, 2),
+        )
+
+    def _query(self, condition: str, fields: list[str], limit: int) -> list[dict[str, Any]]:
+        return list(
+            self._call(
+                "query",
+                filter=condition,
+                output_fields=fields,
+                limit=limit,
+                consistency_level="Strong",
+                partition_names=[self._partition],
+            )
+        )
+
+    def _call(self, method: str, **options: Any) -> Any:
+        return self._engine.call(method, self._collection.name, **options)

@@ -1,0 +1,49 @@
+"""What the tests share: servers that are started once, and ended whatever happens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from server import INSTALL, Server, is_installed
+
+
+@pytest.fixture(autouse=True)
+def nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says, tests go where they say."""
+    monkeypatch.delenv("MEMLONG_MILVUS_URI", raising=False)
+    monkeypatch.delenv("MEMLONG_MILVUS_TOKEN", raising=False)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that all tests share."""
+    yield from _served(tmp_path_factory.mktemp("milvus"))
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """A server of the test's own, to be killed."""
+    yield from _served(tmp_path / "milvus")
+
+
+@pytest.fixture
+def secured_server(tmp_path: Path) -> Iterator[Server]:
+    """A server that asks for a password."""
+    yield from _served(tmp_path / "milvus", secured=True)
+
+
+def _served(folder: Path, *, secured: bool = False) -> Iterator[Server]:
+    if not is_installed():
+        pytest.skip(f"no Milvus server is installed: {INSTALL}")
+    server = Server(folder, secured=secured)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,44 @@
+"""The bank meets the whole contract of memlong, embedded and on a server."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from server import Server
+
+from memlong.bank import MemoryBank
+from memlong.testing import MemoryBankTests
+from memlong_milvus.bank import MilvusBank
+
+
+class TestLite(MemoryBankTests):
+    bank_class = MilvusBank
+
+
+class OnServer(MemoryBankTests):
+    """Where a bank is comes from the environment, as for a bank that is loaded from a snapshot."""
+
+    bank_class = MilvusBank
+
+    @pytest.fixture(autouse=True)
+    def _there(self, server: Server, nowhere_else: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MEMLONG_MILVUS_URI", server.uri)
+
+    def make(self, **options: Any) -> MemoryBank:
+        bank = super().make(**options)
+        assert isinstance(bank, MilvusBank)
+        assert bank.uri.startswith("http://127.0.0.1:")
+        return bank
+
+
+@pytest.mark.server
+class TestServer(OnServer):
+    """As users have it: bounded staleness, and what is younger searched by the bank."""
+
+
+@pytest.mark.server
+class TestStrongServer(OnServer):
+    """Nothing but what the server finds."""
+
+    options: ClassVar = {"consistency": "strong"}
