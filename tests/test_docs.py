@@ -100,6 +100,7 @@ def test_python_imports_what_is_public(block):
 def test_commands_and_options_exist(line):
     command, words = command_of(shlex.split(line, comments=True)[1:])
     context = command.make_context("memlong", [], resilient_parsing=True)
+    context.resilient_parsing = False  # it was for the missing options; from here on nothing is forgiven
     given, left, _ = command.make_parser(context).parse_args(list(words))  # raises on an unknown option
     assert not left
     if "help" not in given and "version" not in given and not getattr(command, "commands", None):
@@ -109,10 +110,16 @@ def test_commands_and_options_exist(line):
 
 
 @pytest.mark.parametrize(
-    "line", ["memlong perplexity --modle demo", "memlong bank info one two", "memlong x"]
+    ("line", "wrong"),
+    [
+        ("memlong perplexity --modle demo --text book.txt", "--modle"),
+        ("memlong perplexity --model demo", "text"),
+        ("memlong bank info one two", "two"),
+        ("memlong forget", "forget"),
+    ],
 )
-def test_a_command_that_does_not_exist_is_noticed(line):
-    with pytest.raises(Exception, match=r"No such option|assert not|x"):
+def test_a_command_that_cannot_be_typed_is_noticed(line, wrong):
+    with pytest.raises(Exception, match=wrong):
         test_commands_and_options_exist(line)
 
 

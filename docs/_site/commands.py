@@ -93,7 +93,7 @@ def default(parameter: Any) -> str:
 
 def escaped(text: str) -> str:
     """Return text that Markdown shows as it is, also in a table."""
-    return re.sub(r"([|*_<\[])", r"\\\1", re.sub(r"\s+", " ", text).strip())
+    return re.sub(r"([|*<\[])", r"\\\1", re.sub(r"\s+", " ", text).strip())
 
 
 if __name__ == "__main__":
