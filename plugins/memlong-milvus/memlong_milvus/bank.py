@@ -183,8 +183,8 @@ class MilvusBank(MemoryBank):
         bank = cls(dim, session=session, resume=True, **options)
         if not bank.next_id:
             raise InvalidArgumentError(
-                f"there is no session {session!r} in the collection {bank.collection!r} at {bank.uri} with this store. Was "
-                "it made with another dim, metric, collection or store?"
+                f"there is no session {session!r} in the collection {bank.collection!r} at {bank.uri} with this store. "
+                "Was it made with another dim, metric, collection or store?"
             )
         return bank
 
