@@ -76,7 +76,9 @@ def test_a_put_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         write(self, path, content)
 
     monkeypatch.setattr(LocalObjects, "_write", failing)
-    with pytest.raises(StorageError, match=r"7\.kv.* cannot be written: No space left.*store names another place"):
+    with pytest.raises(
+        StorageError, match=r"7\.kv.* cannot be written: No space left.*store names another place"
+    ):
         random_chunks(5, seed=1, first=5).into(bank)
     assert_same_state(before, bank)
     assert set(_objects_of(tmp_path)) == {f"{number}.kv" for number in range(5)}
@@ -154,7 +156,9 @@ def test_any_place_that_fsspec_knows_will_do(tmp_path: Path) -> None:
     assert store._objects.list() == []
 
 
-@pytest.mark.parametrize(("store", "message"), [("nope://x", "is no place that fsspec knows"), (7, "store must be")])
+@pytest.mark.parametrize(
+    ("store", "message"), [("nope://x", "is no place that fsspec knows"), (7, "store must be")]
+)
 def test_odd_stores_are_refused(store: object, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         MilvusBank(DIM, store=store)  # type: ignore[arg-type]

@@ -66,9 +66,7 @@ def test_the_command_says_what_it_did(uri: str, tmp_path: Path, capsys: pytest.C
     assert said[1] == "3 orphans removed, 0 too young to tell, 7 in use"
 
 
-def test_a_sweep_without_a_milvus_removes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_without_a_milvus_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidArgumentError, match="sweep needs the uri"):
         sweep(str(tmp_path))
     assert main(["sweep", "--uri", "nonsense", "--store", str(tmp_path)]) == 1

@@ -47,7 +47,9 @@ def test_what_is_no_such_uri_is_told(uri: str, message: str) -> None:
         resolve(uri)
 
 
-@pytest.mark.parametrize("uri", ["milvus://me:secret@host?nope=1", "milvus://me:secret@host:x", "mil://me:secret@h"])
+@pytest.mark.parametrize(
+    "uri", ["milvus://me:secret@host?nope=1", "milvus://me:secret@host:x", "mil://me:secret@h"]
+)
 def test_errors_about_a_uri_do_not_show_its_password(uri: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         resolve(uri)
