@@ -80,7 +80,7 @@ def _text(error: BaseException) -> str:
 
 
 def _without(token: str, text: str) -> str:
-    for secret in {token, *token.partition(":")[::2]} - {""}:
-        if len(secret) > 3:
-            text = text.replace(secret, "…")
+    for secret in (token, token.partition(":")[2]):
+        if secret:
+            text = text.replace(secret, "***")
     return text

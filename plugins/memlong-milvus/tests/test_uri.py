@@ -48,7 +48,13 @@ def test_what_is_no_such_uri_is_told(uri: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["milvus://me:secret@host?nope=1", "milvus://me:secret@host:x", "mil://me:secret@h"]
+    "uri",
+    [
+        "milvus://me:secret@host?nope=1",
+        "milvus://me:secret@host:x",
+        "milvus://me:p@secret@host?nope=1",
+        "mil://me:secret@h",
+    ],
 )
 def test_errors_about_a_uri_do_not_show_its_password(uri: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
@@ -61,7 +67,7 @@ def test_an_address_shows_no_token() -> None:
     address = parse_address("https://me:secret@host:19530/db")
     assert (address.uri, address.token, address.database) == ("https://host:19530", "me:secret", "db")
     assert "secret" not in repr(address)
-    assert redacted("see https://me:secret@host/x") == "see https://…@host/x"
+    assert redacted("see https://me:secret@host/x") == "see https://***@host/x"
 
 
 @pytest.mark.parametrize("uri", ["memory.sqlite", "ftp://host", "http://"])
