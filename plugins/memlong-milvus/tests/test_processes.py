@@ -34,7 +34,7 @@ print(json.dumps([sorted(seen), bank.ids.tolist()]))
 
 
 def test_two_sessions_of_two_processes_never_see_each_others_chunks(server: Server, tmp_path: Path) -> None:
-    """They begin together, so that both find no collection, write the same embeddings and search as fast as they can."""
+    """They begin together: both find no collection, and both write the same embeddings."""
     place = {"uri": server.uri, "store": str(tmp_path), "collection": "both"}
     running = [
         subprocess.Popen(
