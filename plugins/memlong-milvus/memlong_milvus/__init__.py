@@ -19,7 +19,7 @@ def memlong_register_backends(register: Register) -> None:
     )
 
 
-@hookimpl(optionalhook=True)
+@hookimpl
 def memlong_register_uri_schemes(register: Callable[..., None]) -> None:
     """Offer the URIs that begin with milvus."""
     for scheme in ("milvus", "milvus+http", "milvus+https", "milvus+lite"):

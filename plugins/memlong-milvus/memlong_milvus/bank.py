@@ -16,8 +16,9 @@ from memlong.bank.arrays import FloatInput, IntInput
 from memlong.bank.exact import nearest_rows
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import CollectionPlan, ready_collection
-from memlong_milvus.engine import ENGINES
+from memlong_milvus.engine import Engine
 from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
+from memlong_milvus.hub import HUBS
 from memlong_milvus.options import OtherOptions, Tuning
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.place import find_place
@@ -61,7 +62,7 @@ class MilvusBank(MemoryBank):
         Go on with what the session holds, if anything; without it, a session that holds chunks is refused.
     store : str or KeyValueStore, optional
         Where keys and values are: a folder or a URI that fsspec knows, such as ``s3://bucket/folder``. By default
-        a folder beside the local file; for sessions without a name on a server, a temporary one.
+        a folder beside the local file; for sessions without a name, a temporary one.
     consistency : {"bounded", "strong", "eventually"}, default "bounded"
         How current a server's answers are. A strong one waits, some 0.2 seconds, for all that was written. The
         bank finds what it added itself at once, whichever it is.
@@ -131,8 +132,8 @@ class MilvusBank(MemoryBank):
                 place.objects, folder, readers=readers, lasting=self._session.named, facts=facts
             )
         super().__init__(dim, store=blocks, **bank_options)
-        self._engine = ENGINES.at(place.address, timeout=self._tuning.timeout, attempts=attempts)
-        self._engine.bury()
+        self._engine = Engine(HUBS.at(place.address), timeout=self._tuning.timeout, attempts=attempts)
+        self._engine.hub.bury()
         plan = CollectionPlan(name, dim, self._similarity, partitions, M, ef_construction)
         self._rows = SessionRows(
             self._engine, ready_collection(self._engine, plan), self._session, consistency
@@ -263,15 +264,15 @@ class MilvusBank(MemoryBank):
 
     def _claim(self) -> None:
         key = f"{self.collection}/{self._session.key}"
-        rows, table, store = self._rows, self._table, self._store
+        hub, rows, table, store = self._engine.hub, self._rows, self._table, self._store
 
         def end() -> None:
             rows.delete(table.ids)
             if isinstance(store, PayloadStore):
                 store.drop()
 
-        self._engine.claim(key, self._session.name, None if self._session.named else end)
-        weakref.finalize(self, self._engine.release, key).atexit = False
+        hub.claim(key, self._session.name, None if self._session.named else end)
+        weakref.finalize(self, hub.release, key).atexit = False
 
     def _begin(self, *, resume: bool, kv_device: torch.device) -> None:
         store = self._store

@@ -11,6 +11,7 @@ from pymilvus import DataType, MilvusClient
 
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.engine import Engine
+from memlong_milvus.sessions import LEAST_UNNAMED
 
 FIELDS = ("pk", "session", "chunk", "first", "last", "embedding")
 """Of a row: its key, the session's number, the chunk's id and span, and what is searched."""
@@ -83,8 +84,13 @@ def ready_collection(engine: Engine, plan: CollectionPlan) -> Collection:
     BackendError
         If Milvus does not answer.
     """
-    with engine.setting_up:
-        return Collection(plan.name, plan.dim, plan.metric, _ready(engine, plan))
+    with engine.hub.setting_up:
+        partitions = _ready(engine, plan)
+        if engine.address.is_local and plan.name not in engine.hub.opened:
+            # One process has the file, and no bank yet: whose rows have no name there, ended with another process.
+            engine.call("delete", plan.name, filter=f"session >= {LEAST_UNNAMED}")
+        engine.hub.opened.add(plan.name)
+        return Collection(plan.name, plan.dim, plan.metric, partitions)
 
 
 def find_collection(engine: Engine, name: str) -> Collection | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from memlong.errors import StorageError
 
 
@@ -34,8 +32,3 @@ def named(reasons: dict[int, str]) -> str:
     first = [f"chunk {chunk_id} ({reason})" for chunk_id, reason in list(reasons.items())[:3]]
     more = len(reasons) - len(first)
     return ", ".join(first) + (f" and {more} more" if more else "")
-
-
-def listed(names: Sequence[object]) -> str:
-    """Return text that lists names."""
-    return ", ".join(str(name) for name in names)

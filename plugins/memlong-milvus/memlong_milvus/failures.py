@@ -20,12 +20,17 @@ _PASSING = (
     "run out of",
 )
 _DENIED = ("auth check failure", "unauthenticated", "permission", "password", "privilege")
+_DENIED_CODES = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _PASSING_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def is_denied(error: BaseException) -> bool:
     """Whether Milvus refused whoever asks."""
-    return any(word in _text(error).lower() for word in _DENIED)
+    return any(
+        any(word in _text(each).lower() for word in _DENIED)
+        or (isinstance(each, grpc.RpcError) and each.code() in _DENIED_CODES)
+        for each in _chain(error)
+    )
 
 
 def is_passing(error: BaseException) -> bool:
@@ -57,8 +62,10 @@ def explained(what: str, error: BaseException, address: Address, attempts: int) 
     attempts : int
         How often.
     """
-    reason = _without(address.token, redacted(_text(error)))
-    if is_denied(error):
+    denied = is_denied(error)
+    told = _chain(error)[-1] if denied else error
+    reason = _without(address.token, redacted(_text(told)))
+    if denied:
         return BackendError(
             f"Milvus at {address.uri} refused to {what}: {reason}. Give a user and a password that may, as "
             "token='user:password', in the URI, or in the environment as MEMLONG_MILVUS_TOKEN"
@@ -72,6 +79,14 @@ def explained(what: str, error: BaseException, address: Address, attempts: int) 
     return BackendError(f"Milvus at {address.uri} could not {what}: {reason}")
 
 
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return an error and what led to it; pymilvus says of a refusal only that it could not connect."""
+    found = [error]
+    while (cause := found[-1].__cause__) is not None and cause not in found:
+        found.append(cause)
+    return found
+
+
 def _text(error: BaseException) -> str:
     text = error.message if isinstance(error, MilvusException) else ""
     if not text and isinstance(error, grpc.RpcError):
@@ -80,7 +95,7 @@ def _text(error: BaseException) -> str:
 
 
 def _without(token: str, text: str) -> str:
-    for secret in {token, *token.partition(":")[::2]} - {""}:
-        if len(secret) > 3:
-            text = text.replace(secret, "…")
+    for secret in (token, token.partition(":")[2]):
+        if secret:
+            text = text.replace(secret, "***")
     return text

@@ -78,17 +78,16 @@ def address_of(uri: str | None, token: str | None, database: str | None) -> Addr
 def _objects(store: str | None, address: Address | None, session: Session) -> Objects:
     if store is not None:
         return objects_at(store, synced=session.named)
-    if address is not None and address.is_local:
-        beside = Path(address.uri)
-        return objects_at(str(beside.with_name(f"{beside.stem}.kv")), synced=session.named)
-    if session.named and address is not None:
-        raise InvalidArgumentError(
-            f"the session {session.name!r} on {address.uri} lasts, so its keys and values must, too: say where, as "
-            "store='/a/folder' or store='s3://bucket/folder'"
-        )
-    if session.named:
+    if not session.named:
+        return TemporaryObjects()
+    if address is None:
         raise InvalidArgumentError(
             f"the session {session.name!r} is to last, but without uri all is in a file that goes when the process "
             "does: give uri='/a/folder/memory.db', or http://… of a server"
         )
-    return TemporaryObjects()
+    if not address.is_local:
+        raise InvalidArgumentError(
+            f"the session {session.name!r} on {address.uri} lasts, so its keys and values must, too: say where, as "
+            "store='/a/folder' or store='s3://bucket/folder'"
+        )
+    return objects_at(str(Path(address.uri).with_suffix(".kv")))

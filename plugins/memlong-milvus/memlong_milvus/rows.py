@@ -35,7 +35,7 @@ class StoredRows:
 class SessionRows:
     """What a bank asks of Milvus about its session.
 
-    A row's key is the session's 128-bit key and the chunk's id, and rows are only ever upserted: a write that is
+    A row's key is the session's key and the chunk's id, and rows are only ever upserted: a write that is
     done twice comes to the same as once. All rows of a session are in one partition, chosen by its number, so that
     a search looks at that one only. (A partition key would do the same, but upserts of Milvus 2.3 put rows into
     partitions by another rule than that key's, where searches do not find them.)

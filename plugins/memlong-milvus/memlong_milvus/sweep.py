@@ -11,7 +11,8 @@ import numpy as np
 
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import find_collection
-from memlong_milvus.engine import ENGINES, Engine
+from memlong_milvus.engine import Engine
+from memlong_milvus.hub import HUBS
 from memlong_milvus.objects import Listed, objects_at
 from memlong_milvus.payloads import chunk_id_of
 from memlong_milvus.place import address_of
@@ -93,7 +94,7 @@ def sweep(
     objects = objects_at(store)
     before = time.time() - grace
     listed = _by_session(objects.list())  # first: a row that comes later is not missed
-    engine = ENGINES.at(address, timeout=timeout, attempts=attempts)
+    engine = Engine(HUBS.at(address), timeout=timeout, attempts=attempts)
     orphans = young = living = 0
     passed_over = []
     for collection, sessions in listed.items():

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from memlong.errors import InvalidArgumentError
+from memlong.plugins.uri import without_credentials
 
 _SERVER_SCHEMES = ("http", "https", "tcp")
-_SECRET = re.compile(r"(?<=://)[^/@\s]*@")
 _NUMBER = re.compile(r"-?\d+")
 _FORMS = (
     "milvus://host:19530/database?session=NAME&store=s3://bucket/folder, milvus+https://host/database, or "
@@ -95,8 +95,8 @@ def parse_address(uri: str, token: str | None = None, database: str | None = Non
 
 
 def redacted(text: str) -> str:
-    """Return a text with user and password taken out of the URIs in it."""
-    return _SECRET.sub("…@", text)
+    """Return a text with user, password and other secrets taken out of the URIs in it."""
+    return without_credentials(text)
 
 
 def resolve(uri: str) -> tuple[str, dict[str, object]]:

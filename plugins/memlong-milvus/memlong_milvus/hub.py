@@ -1,0 +1,103 @@
+"""What the banks of a process share that are at one place, and where all such places are known."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from pymilvus import MilvusClient
+
+from memlong.errors import InvalidArgumentError, MemlongError
+from memlong_milvus.uri import Address
+
+
+class Hub:
+    """What the banks of a process share that are at one place.
+
+    Parameters
+    ----------
+    address : Address
+        Where.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.setting_up = threading.Lock()
+        self.client: MilvusClient | None = None
+        self.opened: set[str] = set()
+        self.is_ending = False
+        self._claims: dict[str, Callable[[], None] | None] = {}
+        self._doomed: deque[Callable[[], None]] = deque()
+
+    def claim(self, key: str, name: str, end: Callable[[], None] | None) -> None:
+        """Note that a bank has a session; ``end`` removes what nobody wants after it.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If another bank of this process has it.
+        """
+        with self.setting_up:
+            if key in self._claims:
+                raise InvalidArgumentError(
+                    f"the session {name!r} is in use by another bank of this process; a session is one bank's"
+                )
+            self._claims[key] = end
+
+    def release(self, key: str) -> None:
+        """Note that the bank is gone; safe in a finalizer, where nothing may be waited for."""
+        end = self._claims.pop(key, None)
+        if end is not None:
+            self._doomed.append(end)
+
+    def bury(self) -> None:
+        """Remove what is left of banks that are gone; what cannot be removed stays."""
+        while self._doomed:
+            with suppress(MemlongError, IndexError):
+                self._doomed.popleft()()
+
+    def bury_all(self) -> None:
+        """Remove what is left of all banks, as the process ends; where nobody answers, nothing more is asked."""
+        self.is_ending = True
+        with suppress(MemlongError):
+            for end in (*self._doomed, *self._claims.values()):
+                if end is not None:
+                    end()
+
+
+class Hubs:
+    """The places in use: Milvus Lite allows one engine a file in a process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hubs: dict[tuple[str, str, str], Hub] = {}
+        self._folder: Path | None = None
+
+    def at(self, address: Address | None) -> Hub:
+        """Return what is shared at an address; None is Milvus Lite on a file that goes when this process does."""
+        with self._lock:
+            address = address or Address(str(self._temporary_folder() / "lite.db"))
+            uri = str(Path(address.uri).resolve()) if address.is_local else address.uri
+            key = (uri, address.token, address.database)
+            hub = self._hubs.get(key)
+            if hub is None:
+                hub = self._hubs[key] = Hub(address)
+                if not address.is_local:  # whose engine has ended by then
+                    atexit.register(hub.bury_all)
+            return hub
+
+    def _temporary_folder(self) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="memlong-milvus-"))
+            atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder
+
+
+HUBS = Hubs()
+"""The one place that knows them."""

@@ -1,0 +1,164 @@
+"""Objects that go missing, are damaged or cannot be written."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from memlong.bank.layout import ChunkLayout
+from memlong.errors import InvalidArgumentError, StorageError
+from memlong.testing.harness import DIM, assert_same_state, random_chunks, state_of
+from memlong_milvus.bank import MilvusBank
+from memlong_milvus.block import decode, encode
+from memlong_milvus.errors import LostBlocksError, LostBlocksWarning
+from memlong_milvus.objects import LocalObjects, objects_at
+from memlong_milvus.payloads import Folder, PayloadStore
+from memlong_milvus.sessions import Session
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "its object is missing"),
+    "empty": (lambda path: path.write_bytes(b""), "cut off after 0 bytes"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-5]), "checksum differs"),
+    "a bit": (lambda path: path.write_bytes(_flipped(path.read_bytes())), "checksum differs"),
+    "another's": (lambda path: path.write_bytes(path.with_name("9.kv").read_bytes()), "it is chunk 9"),
+    "no block": (lambda path: path.write_bytes(b"x" * 100), "does not begin as a chunk"),
+}
+
+
+def _flipped(content: bytes) -> bytes:
+    changed = bytearray(content)
+    changed[-7] ^= 4
+    return bytes(changed)
+
+
+def _objects_of(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.rglob("*.kv") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_chunk_whose_object_is_lost_is_a_miss(kind: str, tmp_path: Path) -> None:
+    bank = MilvusBank(DIM, store=str(tmp_path))
+    chunks = random_chunks(10)
+    chunks.into(bank)
+    damage, reason = DAMAGE[kind]
+    damage(_objects_of(tmp_path)["3.kv"])
+    with pytest.warns(LostBlocksWarning, match=f"chunk 3 .*{reason}.*forgotten"):
+        got = bank.retrieve(chunks.embeddings[3:4], 5)
+    assert 3 not in got.ids
+    assert got.found.all()
+    assert (got.keys == got.ids.view(1, 5, 1, 1, 1, 1)).all()
+    assert bank.ids.tolist() == [0, 1, 2, *range(4, 10)]
+    assert bank.retrieve(chunks.embeddings, 1).found.all()
+
+
+def test_saving_leaves_out_what_is_lost(tmp_path: Path) -> None:
+    bank = MilvusBank(DIM, store=str(tmp_path / "kv"))
+    random_chunks(10).into(bank)
+    _objects_of(tmp_path)["3.kv"].unlink()
+    with pytest.warns(LostBlocksWarning, match="chunk 3"):
+        bank.save(tmp_path / "saved")
+    assert len(MilvusBank.load(tmp_path / "saved")) == 9
+
+
+def test_a_put_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = MilvusBank(DIM, store=str(tmp_path))
+    random_chunks(5).into(bank)
+    before = state_of(bank)
+    write = LocalObjects._write
+
+    def failing(self: LocalObjects, path: Path, content: bytes) -> None:
+        if path.name.startswith(".7."):
+            raise OSError(28, "No space left on device")
+        write(self, path, content)
+
+    monkeypatch.setattr(LocalObjects, "_write", failing)
+    with pytest.raises(
+        StorageError, match=r"7\.kv.* cannot be written: No space left.*store names another place"
+    ):
+        random_chunks(5, seed=1, first=5).into(bank)
+    assert_same_state(before, bank)
+    assert set(_objects_of(tmp_path)) == {f"{number}.kv" for number in range(5)}
+
+
+def test_what_cannot_be_deleted_now_is_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = MilvusBank(DIM, store=str(tmp_path))
+    random_chunks(5).into(bank)
+
+    def failing(self: LocalObjects, names: object) -> None:
+        raise OSError("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalObjects, "delete", failing)
+        bank.remove([0, 1])
+    assert len(bank) == 3
+    assert "0.kv" in _objects_of(tmp_path)
+    bank.remove([2])
+    assert set(_objects_of(tmp_path)) == {"3.kv", "4.kv"}
+
+
+def test_one_retrieval_reads_its_objects_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read waits for three others: one after the other they would wait in vain."""
+    bank = MilvusBank(DIM, store=str(tmp_path), readers=4)
+    chunks = random_chunks(8)
+    chunks.into(bank)
+    together, read = threading.Barrier(4, timeout=10), LocalObjects.read
+
+    def meeting(self: LocalObjects, name: str) -> bytes:
+        together.wait()
+        return read(self, name)
+
+    monkeypatch.setattr(LocalObjects, "read", meeting)
+    assert bank.retrieve(chunks.embeddings[:1], 4).found.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_block_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+    keys, values = torch.randn(2, 3, 2, 5, 4).to(dtype).transpose(1, 3).unbind(0)
+    layout = ChunkLayout.of(keys[None])
+    read = decode(encode("s", 7, keys, values), "s", 7, layout)
+    for states, content in zip((keys, values), read, strict=True):
+        assert torch.equal(torch.from_numpy(content.copy()).view(dtype).view(layout.shape), states)
+
+
+def test_a_block_of_another_kind_is_told() -> None:
+    states = torch.ones(1, 1, 2, 2)
+    content = encode("s", 7, states, states)
+    with pytest.raises(ValueError, match=r"of torch.float32 \[1, 1, 2, 2\], not torch.float16"):
+        decode(content, "s", 7, ChunkLayout.of(states[None].half()))
+
+
+def test_any_place_that_fsspec_knows_will_do(tmp_path: Path) -> None:
+    store = PayloadStore(
+        objects_at("memory://bucket/kv"),
+        Folder("c", Session.of("a")),
+        readers=2,
+        lasting=True,
+        facts={"dim": 4},
+    )
+    keys = torch.arange(24.0).view(3, 1, 2, 2, 2)
+    store.put([0, 1, 2], keys, -keys)
+    assert torch.equal(store.get([2, 0])[0], keys[[2, 0]])
+    assert store.stored_ids() == [0, 1, 2]
+    assert store.stored_facts()["newest"] == -1
+    store.remove([2, 1])
+    assert store.stored_ids() == [0]
+    assert store.stored_facts()["newest"] == 2
+    store._objects.delete(["c/none", store._folder.block(0)])
+    with pytest.raises(LostBlocksError, match="chunk 0"):
+        store.get([0])
+    store.drop()
+    assert store._objects.list() == []
+
+
+@pytest.mark.parametrize(
+    ("store", "message"), [("nope://x", "is no place that fsspec knows"), (7, "store must be")]
+)
+def test_odd_stores_are_refused(store: object, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        MilvusBank(DIM, store=store)  # type: ignore[arg-type]

@@ -1,0 +1,56 @@
+"""Two processes on one server, at the same time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from server import Server
+
+from memlong.testing.harness import DIM
+from memlong_milvus.bank import MilvusBank
+
+pytestmark = pytest.mark.server
+
+_STREAM = """
+import json, sys, torch
+from memlong.testing.harness import random_chunks
+from memlong_milvus.bank import MilvusBank
+place, session, offset = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+bank = MilvusBank(32, session=session, **place)
+seen = set()
+for turn in range(40):
+    chunks = random_chunks(5, seed=turn, first=offset + 5 * turn)  # the same embeddings in both, other numbers
+    chunks.into(bank)
+    got = bank.retrieve(chunks.embeddings, 20)
+    seen |= set(got.keys[got.found][:, 0, 0, 0, 0].long().tolist())
+    if turn % 10 == 9:
+        bank.remove(bank.ids[:7])
+print(json.dumps([sorted(seen), bank.ids.tolist()]))
+"""
+
+
+def test_two_sessions_of_two_processes_never_see_each_others_chunks(server: Server, tmp_path: Path) -> None:
+    """They begin together: both find no collection, and both write the same embeddings."""
+    place = {"uri": server.uri, "store": str(tmp_path), "collection": "both"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _STREAM, json.dumps(place), f"s{offset}", str(offset)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for offset in (0, 1000)
+    ]
+    for offset, process in zip((0, 1000), running, strict=True):
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0
+        seen, held = json.loads(said)
+        assert set(seen) <= set(range(offset, offset + 200))
+        assert len(seen) > 150
+        assert held == list(range(28, 200))
+        bank = MilvusBank.reopen(DIM, session=f"s{offset}", **place)
+        assert bank.ids.tolist() == held
+        assert bank.fetch(bank.ids).keys[:, 0, 0, 0, 0].tolist() == [offset + each for each in held]

@@ -1,0 +1,73 @@
+"""Orphans are collected, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from memlong.errors import InvalidArgumentError
+from memlong.testing.harness import DIM, random_chunks
+from memlong_milvus.__main__ import main
+from memlong_milvus.bank import MilvusBank
+from memlong_milvus.sweep import Swept, sweep
+
+HOUR = 3600
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    """A lasting local file."""
+    return str(tmp_path / "memory.db")
+
+
+def _with_orphans(uri: str, store: Path, **options: str) -> tuple[MilvusBank, dict[str, Path]]:
+    """A bank of ten chunks of which three have lost their rows, as if it had been killed; all an hour and more old."""
+    bank = MilvusBank(DIM, uri=uri, session="a", store=str(store), **options)
+    chunks = random_chunks(10)
+    chunks.into(bank)
+    bank._rows.delete(bank.ids.numpy()[:3])
+    objects = {path.name: path for path in store.rglob("*.kv")}
+    for path in objects.values():
+        os.utime(path, (time.time() - 2 * HOUR,) * 2)
+    return bank, objects
+
+
+def test_objects_without_a_row_are_removed_when_they_are_old(uri: str, tmp_path: Path) -> None:
+    _, objects = _with_orphans(uri, tmp_path / "kv")
+    os.utime(objects["2.kv"])
+    (tmp_path / "kv" / "readme.txt").write_text("not memlong's")
+    expected = Swept(orphans=2, young=1, living=7, passed_over=())
+    assert sweep(str(tmp_path / "kv"), uri=uri, dry_run=True) == expected
+    assert all(path.exists() for path in objects.values())
+    assert sweep(str(tmp_path / "kv"), uri=uri) == expected
+    assert {name for name, path in objects.items() if not path.exists()} == {"0.kv", "1.kv"}
+    assert (tmp_path / "kv" / "readme.txt").exists()
+    assert sweep(str(tmp_path / "kv"), uri=uri, grace=0).orphans == 1
+
+
+def test_collections_that_this_milvus_does_not_have_are_passed_over(uri: str, tmp_path: Path) -> None:
+    """They may be another's, whose rows cannot be seen from here."""
+    bank, objects = _with_orphans(uri, tmp_path / "kv", collection="mine")
+    swept = sweep(str(tmp_path / "kv"), uri=str(tmp_path / "other.db"))
+    assert swept == Swept(orphans=0, young=0, living=0, passed_over=("mine",))
+    assert all(path.exists() for path in objects.values())
+    assert len(bank) == 10
+
+
+def test_the_command_says_what_it_did(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _bank, _ = _with_orphans(uri, tmp_path / "kv")
+    assert main(["sweep", "--uri", uri, "--store", str(tmp_path / "kv"), "--dry-run"]) == 0
+    assert main(["sweep", "--uri", uri, "--store", str(tmp_path / "kv")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "3 orphans would be removed, 0 too young to tell, 7 in use"
+    assert said[1] == "3 orphans removed, 0 too young to tell, 7 in use"
+
+
+def test_a_sweep_without_a_milvus_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InvalidArgumentError, match="sweep needs the uri"):
+        sweep(str(tmp_path))
+    assert main(["sweep", "--uri", "nonsense", "--store", str(tmp_path)]) == 1
+    assert "expected the path of a file that ends in .db" in capsys.readouterr().err
