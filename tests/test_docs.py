@@ -267,3 +267,8 @@ def test_the_site_builds_without_the_network_or_a_warning(tmp_path):
     for path in built:
         loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"([^\"]+)", path.read_text())
         assert not [address for address in loaded if "://" in address or address.startswith("//")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_holds_a_placeholder(page):
+    assert not re.findall(r"^[A-Z]{4,}$", read(page), flags=re.MULTILINE)
