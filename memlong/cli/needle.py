@@ -16,7 +16,6 @@ from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers, writable
 from memlong.errors import InvalidArgumentError, MissingDependencyError
-from memlong.plugins.uri import without_credentials
 
 if TYPE_CHECKING:
     from memlong.evaluation.needle import Cell
@@ -91,7 +90,7 @@ def needle(
         _print(cells)
         typer.echo(f"\n{found:.0%} found")
     if plot is not None:
-        _draw(cells, f"{model or adapter}, memory: {without_credentials(memory.backend)}", plot)
+        _draw(cells, f"{model or adapter}, memory: {result['backend']}", plot)
 
 
 def _check_plot(plot: Path, json_file: Path | None) -> None:

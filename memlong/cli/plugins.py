@@ -50,7 +50,7 @@ def plugins(
         print_json({"plugins": [_as_json(report) for report in reports]})
         return
     print_table(
-        ("plugin", "status", "origin", "backends", "retrievers"),
+        ("plugin", "status", "origin", "backends", "retrievers", "eviction policies", "URI schemes"),
         [
             (
                 report.name,
@@ -58,6 +58,8 @@ def plugins(
                 report.origin,
                 ", ".join(report.backends),
                 ", ".join(report.retrievers),
+                ", ".join(report.eviction_policies),
+                ", ".join(report.uri_schemes),
             )
             for report in reports
         ],

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins.loading import fault, load_class, load_function
 from memlong.plugins.lookup import find
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.names import quoted
 from memlong.plugins.options import check_options
 from memlong.plugins.spec import Kind, Spec
-from memlong.plugins.uri import scheme_of
+from memlong.plugins.uri import scheme_of, without_credentials
 
 if TYPE_CHECKING:
     from memlong.bank.base import MemoryBank
@@ -111,7 +111,14 @@ class Registry:
         if scheme is None:
             return name, options
         spec = self._one("URI scheme", scheme)
-        found = load_function(spec)(name)
+        try:
+            found = load_function(spec)(name)
+        except MemlongError:
+            raise
+        except Exception as error:
+            raise fault(
+                spec, f"{spec.target!r} raises {type(error).__name__} for {without_credentials(name)!r}"
+            ) from error
         match found:
             case (str() as backend, dict() as held) if scheme_of(backend) is None:
                 pass

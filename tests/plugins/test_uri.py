@@ -17,7 +17,7 @@ def resolve(uri):
         return None
     if uri.endswith("again"):
         return uri, {}
-    return "torch", {"max_chunks": int(uri.rpartition("=")[2])}
+    return "torch", {"max_chunks": int(uri.rpartition("=")[2])}  # a ValueError for what is no number
 
 class Thing: ...
 """
@@ -76,6 +76,13 @@ def test_an_unknown_scheme_is_named_and_nothing_secret_is_shown(registry):
 def test_a_function_that_returns_something_else_is_its_authors_fault(registry, end):
     with pytest.raises(PluginError, match="no pair of a backend's name and a dict"):
         registry.create_bank(f"acme+db://{end}", 4)
+
+
+def test_a_function_that_raises_something_else_is_its_authors_fault(registry):
+    with pytest.raises(
+        PluginError, match=r"raises ValueError for 'acme\+db://\*\*\*@host/\?max_chunks=many'"
+    ):
+        registry.create_bank("acme+db://me:secret@host/?max_chunks=many", 4)
 
 
 def test_a_scheme_leads_to_a_function(registry):
