@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from memlong.plugins.hookspecs import Register, hookimpl
 
 
@@ -20,7 +18,7 @@ def memlong_register_backends(register: Register) -> None:
 
 
 @hookimpl
-def memlong_register_uri_schemes(register: Callable[..., None]) -> None:
+def memlong_register_uri_schemes(register: Register) -> None:
     """Offer the URIs that begin with milvus."""
     for scheme in ("milvus", "milvus+http", "milvus+https", "milvus+lite"):
         register(
