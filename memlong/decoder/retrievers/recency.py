@@ -31,8 +31,8 @@ class RecencyPrior:
 
     Notes
     -----
-    Features for shift-invariant kernels: Rahimi and Recht, "Random features for large-scale kernel machines", 2007; here
-    the frequencies are evenly spaced instead of random, which makes them exact for all distances that matter.
+    Features for shift-invariant kernels: Rahimi and Recht, "Random features for large-scale kernel machines", 2007.
+    Here the frequencies are evenly spaced instead of random, which makes them exact for all distances that matter.
     """
 
     def __init__(self, weight: float, scale: float) -> None:
