@@ -79,6 +79,18 @@ def explained(what: str, error: BaseException, address: Address, attempts: int) 
     return BackendError(f"Milvus at {address.uri} could not {what}: {reason}")
 
 
+def without_frames(error: BaseException) -> None:
+    """Take the frames from an error and what led to it: they hold the error again, and the bank that had it."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            left += (each.__cause__, each.__context__)
+
+
 def _chain(error: BaseException) -> list[BaseException]:
     """Return an error and what led to it; pymilvus says of a refusal only that it could not connect."""
     found = [error]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from memlong.bank import ChunkLayout, Floats, Ids
+from memlong.bank import ChunkLayout, Floats, Ids, KeyValueStore
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.payloads import PayloadStore
 from memlong_milvus.rows import SessionRows
@@ -34,28 +34,65 @@ class Kept:
     next_id: int
 
 
-def refuse_what_is_there(name: str, rows: SessionRows, store: PayloadStore) -> None:
-    """Raise InvalidArgumentError if a session of this name holds anything."""
+def kept_of(
+    name: str,
+    rows: SessionRows,
+    store: KeyValueStore,
+    *,
+    resume: bool,
+    dim: int,
+    metric: str,
+    kv_device: torch.device,
+) -> Kept:
+    """Return what a session with a name holds, for a bank to go on with.
+
+    Parameters
+    ----------
+    name : str
+        Of the session.
+    rows, store
+        Where it is; a `PayloadStore` adopts what it has of it.
+    resume : bool
+        Whether to go on with anything.
+    dim, metric, kv_device
+        Of the bank.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the session holds chunks that are not to be gone on with, or was made with another dim or metric.
+    """
+    if isinstance(store, PayloadStore):
+        if resume:
+            return _take_over(name, rows, store, dim, metric, kv_device)
+        _refuse_what_is_there(name, rows, store)
+    elif resume:
+        raise InvalidArgumentError(
+            f"resume needs keys and values where MilvusBank put them, and store is {store!r}: give the folder or URI "
+            "that the session began with"
+        )
+    return Kept(
+        np.empty(0, dtype=np.int64),
+        np.empty((0, dim), dtype=np.float32),
+        np.empty((0, 2), dtype=np.int64),
+        None,
+        0,
+    )
+
+
+def _refuse_what_is_there(name: str, rows: SessionRows, store: PayloadStore) -> None:
     stored = store.stored_ids()
-    if stored or store.stored_facts() or len(rows.some_ids()):
+    if stored or store.stored_facts() or not rows.is_empty():
         raise InvalidArgumentError(
             f"the session {name!r} is there already, with {len(stored)} chunks in {store.place!r}: resume=True goes on "
             "with it, and MilvusBank.reopen(...).drop() removes it"
         )
 
 
-def take_over(
-    name: str, rows: SessionRows, store: PayloadStore, *, dim: int, metric: str, kv_device: torch.device
+def _take_over(
+    name: str, rows: SessionRows, store: PayloadStore, dim: int, metric: str, kv_device: torch.device
 ) -> Kept:
-    """Have a store adopt what it has of a session, and return that.
-
-    An object without a row, or a row without an object, is what an interrupted change has left: it counts for nothing.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the session was made with another dim or metric.
-    """
+    """Return the chunks with both a row and an object: one without the other is left of a change that was cut short."""
     facts = store.stored_facts()
     for what, ours in (("dim", dim), ("metric", metric)):
         if facts.get(what, ours) != ours:

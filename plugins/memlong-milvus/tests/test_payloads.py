@@ -134,13 +134,8 @@ def test_a_block_of_another_kind_is_told() -> None:
 
 
 def test_any_place_that_fsspec_knows_will_do(tmp_path: Path) -> None:
-    store = PayloadStore(
-        objects_at("memory://bucket/kv"),
-        Folder("c", Session.of("a")),
-        readers=2,
-        lasting=True,
-        facts={"dim": 4},
-    )
+    store = PayloadStore(objects_at("memory://bucket/kv"), readers=2, lasting=True, facts={"dim": 4})
+    store.settle(Folder("c", "0", Session.of("a")))
     keys = torch.arange(24.0).view(3, 1, 2, 2, 2)
     store.put([0, 1, 2], keys, -keys)
     assert torch.equal(store.get([2, 0])[0], keys[[2, 0]])
