@@ -23,7 +23,7 @@ from memlong_milvus.index import SessionIndex
 from memlong_milvus.options import OtherOptions, Tuning
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.place import find_place
-from memlong_milvus.resume import Kept, kept_of
+from memlong_milvus.resume import kept_of
 from memlong_milvus.rows import Consistency, SessionRows
 from memlong_milvus.sessions import Session
 
@@ -123,8 +123,7 @@ class MilvusBank(MemoryBank):
             raise InvalidArgumentError("resume goes on with a session: name it, as session='…'")
         metric = bank_options.get("metric", "cosine")
         place = find_place(uri, token, database, store, self._session)
-        facts = {"dim": dim, "metric": metric}
-        blocks = place.store
+        blocks, facts = place.store, {"dim": dim, "metric": metric}
         if blocks is None:
             blocks = PayloadStore(place.objects, readers=readers, lasting=self._session.named, facts=facts)
         super().__init__(dim, store=blocks, **bank_options)
@@ -142,17 +141,7 @@ class MilvusBank(MemoryBank):
         )
         self._hold = Hold(self, self._engine.hub, self._session, self._rows, self._table, self._store)
         if self._session.named:
-            self._go_on(
-                kept_of(
-                    self.session,
-                    self._rows,
-                    self._store,
-                    resume=resume,
-                    dim=dim,
-                    metric=self.metric,
-                    kv_device=torch.device(kv_device),
-                )
-            )
+            self._go_on(facts, resume=resume, kv_device=torch.device(kv_device))
 
     @property
     def session(self) -> str:
@@ -223,9 +212,7 @@ class MilvusBank(MemoryBank):
             self._store.drop()
 
     def close(self) -> None:
-        """Let go of the session: one with a name stays as it is, of one without nothing is left.
-
-        The bank is of no use afterwards.
+        """Let go of the session; of one without a name nothing is left. The bank is of no use afterwards.
 
         Raises
         ------
@@ -269,7 +256,12 @@ class MilvusBank(MemoryBank):
         self._rebuild_index()
         super()._change_index(change, *arguments)
 
-    def _go_on(self, kept: Kept) -> None:
+    def _go_on(self, facts: dict[str, Any], *, resume: bool, kv_device: torch.device) -> None:
+        try:
+            kept = kept_of(self._rows, self._store, facts, resume=resume, kv_device=kv_device)
+        except BaseException:
+            self._hold.let_go()  # at once: whoever catches this may ask for the session again
+            raise
         count = len(kept.ids)
         with self._lock.write():
             self._table.fill(

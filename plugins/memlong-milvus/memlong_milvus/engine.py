@@ -45,9 +45,7 @@ class Engine:
         with hub.setting_up:
             if hub.client is None:
                 hub.client = self._tried("be connected to", self._connect)
-                atexit.register(
-                    hub.bury_all
-                )  # now: what is registered last comes first, before Lite's own end
+                atexit.register(hub.bury_all)
         self._client = hub.client
 
     @property

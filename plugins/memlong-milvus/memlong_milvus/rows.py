@@ -67,6 +67,16 @@ class SessionRows:
         """Name of the collection."""
         return self._collection.name
 
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return self._collection.dim
+
+    @property
+    def session(self) -> Session:
+        """Whose they are."""
+        return self._session
+
     def close(self) -> None:
         """Refuse all that is asked from now on."""
         self._is_closed = True

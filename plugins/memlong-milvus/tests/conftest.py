@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from server import INSTALL, Server, is_installed
+from milvus_server import INSTALL, Server, is_installed
 
 
 @pytest.fixture(autouse=True)

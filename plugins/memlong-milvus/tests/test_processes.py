@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from server import Server
+from milvus_server import Server
 
 from memlong.testing.harness import DIM
 from memlong_milvus.bank import MilvusBank

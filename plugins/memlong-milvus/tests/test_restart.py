@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from server import Server
+from milvus_server import Server
 
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.bank import MilvusBank
