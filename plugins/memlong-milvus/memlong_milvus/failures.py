@@ -76,6 +76,11 @@ def explained(what: str, error: BaseException, address: Address, attempts: int) 
             f"Milvus at {address.uri} did not {what} in {attempts} attempts: {reason}. Is {where} there, and may it be "
             "reached? attempts and timeout say how long to try; what is in the bank is as it was"
         )
+    if address.is_local and "open local milvus" in reason.lower():
+        return BackendError(
+            f"Milvus Lite cannot open {address.uri!r}; what it logged says why. Has another process the file? It "
+            "lets one at a time have it, where a server takes many"
+        )
     return BackendError(f"Milvus at {address.uri} could not {what}: {reason}")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pymilvus import MilvusClient
 from milvus_server import Server
+from pymilvus import MilvusClient
 
 from memlong.errors import InvalidArgumentError
 from memlong.testing.harness import DIM, random_chunks
