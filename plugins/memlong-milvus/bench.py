@@ -5,7 +5,7 @@ python bench.py --uri http://127.0.0.1:19530      a server of yours
 
 Each query is asked in four ways, in an order that changes from query to query. "pymilvus" is `MilvusClient.search` for
 the same eight hits of the same session at the same consistency; "reads" are the files of its hits, one after the other,
-stacked as a tensor, with nothing checked. Last, other sessions fill the collection, and a small one is asked.
+put together as one tensor, with nothing checked. Last, other sessions fill the collection, and a small one is asked.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ DIM, K, ADDED, SETTLING = 384, 8, 1000, 15
 SMALL = 100
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    given = _parser().parse_args()
+    given = _parser().parse_args(arguments)
     with (
         _place(given) as uri,
         tempfile.TemporaryDirectory(prefix="memlong-bench-", dir=given.folder) as folder,
@@ -111,11 +111,12 @@ def _fill(bank: MilvusBank, chunks: int, block_kib: int, draws: torch.Generator)
 
 
 def _settle(bank: MilvusBank) -> None:
-    """Wait until what was added is no longer young, and the server has built its index."""
-    if not bank._engine.address.is_local:  # noqa: SLF001
-        client = bank._engine._client  # noqa: SLF001
-        client.flush(bank.collection, timeout=300)
-        client.load_collection(bank.collection, timeout=300)
+    """Wait until what was added is no longer young, and a server has built its index."""
+    if bank._engine.address.is_local:  # noqa: SLF001
+        return
+    client = bank._engine._client  # noqa: SLF001
+    client.flush(bank.collection, timeout=300)
+    client.load_collection(bank.collection, timeout=300)
     time.sleep(SETTLING)
 
 
@@ -164,7 +165,7 @@ def _raw_search(bank: MilvusBank, consistency: str) -> Callable[[torch.Tensor], 
 def _read(bank: MilvusBank, store: Path, found: Any) -> torch.Tensor:
     names = map(bank._store._folder.block, bank._session.ids_of(found[0].ids))  # type: ignore[attr-defined] # noqa: SLF001
     blocks = [np.frombuffer((store / name).read_bytes(), dtype=np.uint8) for name in names]
-    return torch.from_numpy(np.stack(blocks))
+    return torch.from_numpy(np.concatenate(blocks))
 
 
 def _crowded(
