@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 from warnings import warn
 
@@ -13,6 +12,7 @@ import torch
 
 from memlong.bank import Chunks, Floats, Ids, KeyValueStore, MemoryBank, Retrieved
 from memlong.bank.arrays import FloatInput, IntInput
+from memlong.bank.snapshot.reader import StoredBank
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import CollectionPlan, ready_collection
 from memlong_milvus.engine import Engine
@@ -226,14 +226,11 @@ class MilvusBank(MemoryBank):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _index_options(self) -> dict[str, Any]:
-        # Where Milvus is, and who asks, is of this process: a snapshot must not lead another one, with its token, to
-        # a place of the snapshot's choice.
+        # Not where Milvus is: a snapshot must not lead another process, with its token, to a place of its choice.
         return self._tuning.as_options()
 
     def _index_add(self, ids: Ids, embeddings: Floats) -> None:
@@ -249,9 +246,9 @@ class MilvusBank(MemoryBank):
         self._index.reset(self.next_id)
 
     def _change_index(self, change: Callable[..., None], *arguments: Ids | Floats) -> None:
-        """Change the index as every bank does; what an earlier failure has left undone comes first.
+        """Change the index as every bank does, but first do what an earlier failure has left undone.
 
-        What was added is then in Milvus, for a process that goes on with the session, and not only in the table.
+        What was added is then in Milvus, too, for whoever goes on with the session.
         """
         self._rebuild_index()
         super()._change_index(change, *arguments)
@@ -276,6 +273,11 @@ class MilvusBank(MemoryBank):
             self._index.take_over()
             self._drop_index()  # rows that an interrupted change has left go before the first search
 
+    def _restore(self, stored: StoredBank, *, trust_index: bool) -> None:
+        super()._restore(stored, trust_index=trust_index)
+        with self._reading(searching=True):
+            pass  # the rows are in Milvus now, and not only before the first search: the session may be to stay
+
     def _without_lost(self, act: Callable[[], Got]) -> Got:
         while True:
             try:
@@ -291,8 +293,7 @@ class MilvusBank(MemoryBank):
             with self._contents.change(self._contents.layout):
                 self._discard(held)
         warn(
-            f"{named(lost)} of session {self.session!r}: keys and values are lost, so the bank has forgotten them and "
-            "goes on without",
+            f"{named(lost)} of session {self.session!r}: keys and values are lost, and the bank has forgotten them",
             LostBlocksWarning,
             stacklevel=4,
         )
