@@ -3,9 +3,9 @@
 python bench.py --start                           the server of ``pip install 'milvus==2.3.5'``, started for this
 python bench.py --uri http://127.0.0.1:19530      a server of yours
 
-Each query is asked in four ways, in an order that changes from query to query. "pymilvus" is `MilvusClient.search` for
-the same eight hits of the same session at the same consistency; "reads" are the files of its hits, one after the other,
-put together as one tensor, with nothing checked. Last, other sessions fill the collection, and a small one is asked.
+Each query is asked in four ways, in an order drawn anew for each. "pymilvus" is `MilvusClient.search` for the same eight
+hits of the same session at the same consistency; "reads" are the files of its hits, one after the other, put together as
+one tensor, with nothing checked. Last, other sessions fill the collection, and a small one is asked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import sys
 import tempfile
 import time
@@ -54,11 +53,9 @@ def measure(uri: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
     bank = MilvusBank(
         DIM, uri=uri, store=folder, collection="memlong_bench", consistency=given.consistency, timeout=60
     )
-    before = _resident_mib()
     began = time.perf_counter()
     _fill(bank, given.chunks, given.block_kib, draws)
     filled = time.perf_counter() - began
-    grown = _resident_mib() - before
     _settle(bank)
     asked = _vectors(given.queries, draws)
     times = _timed(bank, asked, given.consistency)
@@ -84,7 +81,7 @@ def measure(uri: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
         "k": K,
         "consistency": given.consistency,
         "filled_s": filled,
-        "client_mib": grown,
+        "client_bytes_per_chunk": bank.resident_bytes / given.chunks,
         "recall_at_8": float((found >= true.scores[:, -1:]).float().mean()),
         "times": _table(times),
         "ratios": _ratios(times),
@@ -133,9 +130,10 @@ def _timed(bank: MilvusBank, asked: torch.Tensor, consistency: str) -> dict[str,
         for _, way in ways:
             way(query[None])
     times: dict[str, list[float]] = {name: [] for name, _ in ways}
-    for turn, query in enumerate(asked):
-        for place in range(len(ways)):
-            name, way = ways[(turn + place) % len(ways)]
+    draws = torch.Generator().manual_seed(2)
+    for query in asked:
+        for place in torch.randperm(len(ways), generator=draws).tolist():
+            name, way = ways[place]
             began = time.perf_counter()
             way(query[None])
             times[name].append(1e3 * (time.perf_counter() - began))
@@ -210,10 +208,6 @@ def _ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def _resident_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
@@ -248,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--start", action="store_true", help="start a server for this")
     parser.add_argument("--chunks", type=int, default=100_000)
     parser.add_argument("--block-kib", type=int, default=128, help="keys and values of a chunk")
-    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--queries", type=int, default=3000)
     parser.add_argument("--consistency", default="bounded")
     parser.add_argument("--crowd", type=int, default=1000, help=f"other sessions, of {SMALL} chunks each")
     parser.add_argument(
