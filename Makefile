@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # There is one of these at a time: a finished installation, or one that was cut off.
 INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
-PLUGINS := plugins/memlong-usearch/pyproject.toml  # memlong-milvus is not finished
+PLUGINS := plugins/memlong-usearch/pyproject.toml plugins/memlong-milvus/pyproject.toml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help install demo test torture lint docs bench clean

@@ -1,13 +1,18 @@
 """How much a bank adds to Milvus: its searches and retrievals beside pymilvus and plain reads, in turns, in one run.
 
+python bench.py --start                           the server of ``pip install 'milvus==2.3.5'``, started for this
 python bench.py --uri http://127.0.0.1:19530      a server of yours
-python bench.py --start                           the one of ``pip install 'milvus==2.3.5'``, started for this
+
+Each query is asked in four ways, in an order drawn anew for each. "pymilvus" is `MilvusClient.search` for the same
+eight hits of the same session at the same consistency; "reads" are the files of its hits, one after the other, put
+together as one tensor, with nothing checked. Last, other sessions fill the collection, and a small one is asked.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -18,98 +23,129 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pymilvus
 import torch
 
 from memlong_milvus.bank import MilvusBank
-from memlong_milvus.block import decode
+from memlong_milvus.rows import SessionRows
+from memlong_milvus.sessions import Session
 
-DIM, K, BLOCK = 384, 8, (1, 1, 8, 32)
+DIM, K, ADDED, SETTLING = 384, 8, 1000, 15
+SMALL = 100
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    given = _parser().parse_args()
-    with _place(given) as uri, tempfile.TemporaryDirectory(prefix="memlong-bench-") as folder:
-        result = measure(uri, folder, given.chunks, given.queries, given.consistency)
+    given = _parser().parse_args(arguments)
+    with (
+        _place(given) as uri,
+        tempfile.TemporaryDirectory(prefix="memlong-bench-", dir=given.folder) as folder,
+    ):
+        result = measure(uri, folder, given)
     print(json.dumps(result, indent=2))
     if given.json:
-        Path(given.json).write_text(json.dumps(result, indent=2))
+        Path(given.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(uri: str, folder: str, chunks: int, queries: int, consistency: str) -> dict[str, Any]:
-    """Fill a bank, wait until it is settled, and time four ways to ask, one query at a time, in turns."""
-    bank = MilvusBank(
-        DIM, uri=uri, store=folder, collection="memlong_bench", consistency=consistency, timeout=60
-    )
+def measure(uri: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Fill a bank, wait until the server has settled, and ask; then with others' chunks beside it."""
     draws = torch.Generator().manual_seed(0)
-    centres = torch.randn(1000, DIM, generator=draws)
-    began = time.perf_counter()
-    for start in range(0, chunks, 1000):
-        count = min(1000, chunks - start)
-        near = centres[torch.randint(1000, (count,), generator=draws)]
-        vectors = near + 0.7 * torch.randn(count, DIM, generator=draws)
-        keys = torch.randn(count, *BLOCK, generator=draws).half()
-        spans = torch.stack(
-            [torch.arange(start, start + count), torch.arange(start, start + count) + 1], dim=1
-        )
-        bank.add(vectors, keys, keys, spans)
-    filled = time.perf_counter() - began
-    client, collection = bank._engine._client, bank.collection  # noqa: SLF001 - beside what it uses
-    if not bank._engine.address.is_local:  # noqa: SLF001
-        client.flush(collection, timeout=120)
-        client.load_collection(collection, timeout=120)
-    time.sleep(15)  # what was added is no longer young, and the server has built its index
-    asked = centres[torch.randint(1000, (queries,), generator=draws)] + 0.7 * torch.randn(
-        queries, DIM, generator=draws
+    bank = MilvusBank(
+        DIM, uri=uri, store=folder, collection="memlong_bench", consistency=given.consistency, timeout=60
     )
-    asked = torch.nn.functional.normalize(asked)
-    raw = _raw_search(bank, client, collection, consistency)
-    ways: dict[str, Callable[[torch.Tensor], Any]] = {
-        "pymilvus search": raw,
-        "bank.search": lambda query: bank.search(query, K),
-        "pymilvus search + reads": lambda query: _raw_reads(bank, raw(query)),
-        "bank.retrieve": lambda query: bank.retrieve(query, K),
+    began = time.perf_counter()
+    _fill(bank, given.chunks, given.block_kib, draws)
+    filled = time.perf_counter() - began
+    _settle(bank)
+    asked = _vectors(given.queries, draws)
+    times = _timed(bank, asked, given.consistency)
+    true, found = (
+        bank.exact_search(asked, K),
+        torch.cat([bank.search(each[None], K).scores for each in asked]),
+    )
+    result = {
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pymilvus": pymilvus.__version__,
+            "server": bank._engine.call("get_server_version"),  # noqa: SLF001 - a bench looks inside
+        },
+        "chunks": given.chunks,
+        "block_kib": given.block_kib,
+        "queries": given.queries,
+        "k": K,
+        "consistency": given.consistency,
+        "filled_s": filled,
+        "client_bytes_per_chunk": bank.resident_bytes / given.chunks,
+        "recall_at_8": float((found >= true.scores[:, -1:]).float().mean()),
+        "times": _table(times),
+        "ratios": _ratios(times),
     }
+    if given.crowd:
+        result["crowd"] = _crowded(uri, folder, bank, given, draws)
+    return result
+
+
+def _vectors(count: int, draws: torch.Generator) -> torch.Tensor:
+    """Vectors around a thousand centres, as embeddings of texts are around their topics; unit length."""
+    centres = torch.randn(1000, DIM, generator=torch.Generator().manual_seed(1))
+    near = centres[torch.randint(1000, (count,), generator=draws)]
+    return torch.nn.functional.normalize(near + 0.7 * torch.randn(count, DIM, generator=draws))
+
+
+def _fill(bank: MilvusBank, chunks: int, block_kib: int, draws: torch.Generator) -> None:
+    block = torch.randn(1, 1, 1, 8, block_kib * 32, generator=draws).half()  # keys are half of a block
+    for start in range(0, chunks, ADDED):
+        count = min(ADDED, chunks - start)
+        keys = block.expand(count, -1, -1, -1, -1)
+        spans = torch.arange(start, start + count)[:, None] + torch.tensor([0, 1])
+        bank.add(_vectors(count, draws), keys, keys, spans)
+
+
+def _settle(bank: MilvusBank) -> None:
+    """Wait until what was added is no longer young, and a server has built its index."""
+    if bank._engine.address.is_local:  # noqa: SLF001
+        return
+    client = bank._engine._client  # noqa: SLF001
+    client.flush(bank.collection, timeout=300)
+    client.load_collection(bank.collection, timeout=300)
+    time.sleep(SETTLING)
+
+
+def _timed(bank: MilvusBank, asked: torch.Tensor, consistency: str) -> dict[str, list[float]]:
+    """Return the milliseconds of each query in each way."""
+    raw, store = _raw_search(bank, consistency), Path(bank._store.place)  # type: ignore[attr-defined] # noqa: SLF001
+    ways: list[tuple[str, Callable[[torch.Tensor], Any]]] = [
+        ("pymilvus search", raw),
+        ("bank.search", lambda query: bank.search(query, K)),
+        ("pymilvus search + reads", lambda query: _read(bank, store, raw(query))),
+        ("bank.retrieve", lambda query: bank.retrieve(query, K)),
+    ]
     for query in asked[:50]:
-        for way in ways.values():
+        for _, way in ways:
             way(query[None])
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name, _ in ways}
+    draws = torch.Generator().manual_seed(2)
     for query in asked:
-        for name, way in ways.items():
+        for place in torch.randperm(len(ways), generator=draws).tolist():
+            name, way = ways[place]
             began = time.perf_counter()
             way(query[None])
             times[name].append(1e3 * (time.perf_counter() - began))
-    true = bank.exact_search(asked, K)
-    found = torch.cat([bank.search(query[None], K).scores for query in asked])
-    tables = {
-        name: {"p50_ms": float(np.percentile(each, 50)), "p99_ms": float(np.percentile(each, 99))}
-        for name, each in times.items()
-    }
-    return {
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "chunks": chunks,
-        "queries": queries,
-        "consistency": consistency,
-        "filled_s": filled,
-        "recall_at_8": float((found >= true.scores[:, -1:]).float().mean()),
-        "times": tables,
-        "ratios": {
-            "search": _ratios(tables, "bank.search", "pymilvus search"),
-            "retrieve": _ratios(tables, "bank.retrieve", "pymilvus search + reads"),
-        },
-    }
+    return times
 
 
-def _ratios(tables: dict[str, dict[str, float]], ours: str, theirs: str) -> dict[str, float]:
-    return {name: tables[ours][f"{name}_ms"] / tables[theirs][f"{name}_ms"] for name in ("p50", "p99")}
-
-
-def _raw_search(bank: MilvusBank, client: Any, collection: str, consistency: str) -> Callable[..., Any]:
-    rows = bank._rows  # noqa: SLF001
+def _raw_search(bank: MilvusBank, consistency: str) -> Callable[[torch.Tensor], Any]:
+    rows, client = bank._rows, bank._engine._client  # noqa: SLF001
 
     def search(query: torch.Tensor) -> Any:
         return client.search(
-            collection,
+            bank.collection,
             data=list(query.numpy()),
             anns_field="embedding",
             filter=rows._filter,  # noqa: SLF001
@@ -124,14 +160,60 @@ def _raw_search(bank: MilvusBank, client: Any, collection: str, consistency: str
     return search
 
 
-def _raw_reads(bank: MilvusBank, found: Any) -> torch.Tensor:
-    """Read, check and stack the objects of hits, one after the other."""
-    store: Any = bank._store  # noqa: SLF001
-    blocks = []
-    for chunk_id in bank._session.ids_of(found[0].ids):  # noqa: SLF001
-        content = Path(store.place, store._folder.block(chunk_id)).read_bytes()  # noqa: SLF001
-        blocks.append(np.concatenate(decode(content, store._folder.session.key, chunk_id, store._layout)))  # noqa: SLF001
-    return torch.from_numpy(np.stack(blocks))
+def _read(bank: MilvusBank, store: Path, found: Any) -> torch.Tensor:
+    names = map(bank._store._folder.block, bank._session.ids_of(found[0].ids))  # type: ignore[attr-defined] # noqa: SLF001
+    blocks = [np.frombuffer((store / name).read_bytes(), dtype=np.uint8) for name in names]
+    return torch.from_numpy(np.concatenate(blocks))
+
+
+def _crowded(
+    uri: str, folder: str, bank: MilvusBank, given: argparse.Namespace, draws: torch.Generator
+) -> dict[str, Any]:
+    """Ask a small session among many of its size."""
+    spans = np.stack([np.arange(SMALL), np.arange(SMALL) + 1], axis=1)
+    for number in range(given.crowd):
+        rows = SessionRows(bank._engine, bank._rows._collection, Session.of(f"crowd {number}"))  # noqa: SLF001
+        rows.upsert(np.arange(SMALL), _vectors(SMALL, draws).numpy(), spans)
+    small = MilvusBank(
+        DIM, uri=uri, store=folder, collection="memlong_bench", consistency=given.consistency, timeout=60
+    )
+    _fill(small, SMALL, given.block_kib, draws)
+    _settle(small)
+    times = _timed(small, _vectors(given.queries, draws), given.consistency)
+    return {
+        "sessions": given.crowd,
+        "chunks_each": SMALL,
+        "partitions": bank._rows._collection.partitions,  # noqa: SLF001
+        "times": _table(times),
+        "ratios": _ratios(times),
+    }
+
+
+def _table(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"p50_ms": float(np.percentile(each, 50)), "p99_ms": float(np.percentile(each, 99))}
+        for name, each in times.items()
+    }
+
+
+def _ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    table = _table(times)
+    pairs = {
+        "search": ("bank.search", "pymilvus search"),
+        "retrieve": ("bank.retrieve", "pymilvus search + reads"),
+    }
+    return {
+        name: {each: table[ours][f"{each}_ms"] / table[theirs][f"{each}_ms"] for each in ("p50", "p99")}
+        for name, (ours, theirs) in pairs.items()
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
 
 
 @contextmanager
@@ -140,9 +222,9 @@ def _place(given: argparse.Namespace) -> Iterator[str]:
         yield given.uri
         return
     sys.path.insert(0, str(Path(__file__).parent / "tests"))
-    from server import Server
+    from milvus_server import Server
 
-    with tempfile.TemporaryDirectory(prefix="memlong-milvus-server-") as folder:
+    with tempfile.TemporaryDirectory(prefix="memlong-milvus-server-", dir=given.folder) as folder:
         server = Server(Path(folder))
         try:
             server.start()
@@ -159,8 +241,13 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--uri", help="of a Milvus, or a file that ends in .db")
     place.add_argument("--start", action="store_true", help="start a server for this")
     parser.add_argument("--chunks", type=int, default=100_000)
-    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--block-kib", type=int, default=128, help="keys and values of a chunk")
+    parser.add_argument("--queries", type=int, default=3000)
     parser.add_argument("--consistency", default="bounded")
+    parser.add_argument("--crowd", type=int, default=1000, help=f"other sessions, of {SMALL} chunks each")
+    parser.add_argument(
+        "--folder", help="where the blocks and the server's files go; by default /tmp or the like"
+    )
     parser.add_argument("--json", help="file to write to")
     return parser
 

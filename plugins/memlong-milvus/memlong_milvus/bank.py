@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
@@ -13,21 +12,20 @@ import torch
 
 from memlong.bank import Chunks, Floats, Ids, KeyValueStore, MemoryBank, Retrieved
 from memlong.bank.arrays import FloatInput, IntInput
-from memlong.bank.exact import nearest_rows
+from memlong.bank.snapshot.reader import StoredBank
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import CollectionPlan, ready_collection
 from memlong_milvus.engine import Engine
 from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
+from memlong_milvus.hold import Hold
 from memlong_milvus.hub import HUBS
+from memlong_milvus.index import SessionIndex
 from memlong_milvus.options import OtherOptions, Tuning
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.place import find_place
-from memlong_milvus.recent import Recent
-from memlong_milvus.resume import refuse_what_is_there, take_over
-from memlong_milvus.rows import MOST_ROWS, Consistency, SessionRows
+from memlong_milvus.resume import kept_of
+from memlong_milvus.rows import Consistency, SessionRows
 from memlong_milvus.sessions import Session
-
-_SPARE = 8
 
 Got = TypeVar("Got")
 
@@ -39,7 +37,8 @@ class MilvusBank(MemoryBank):
     session in memory, scores what Milvus names by them, and so never returns what has left it or what is another's.
     What it added within the last `staleness` seconds, which Milvus may not show yet, it searches itself.
 
-    A session without a name ends with its bank; one with a name stays, and `resume=True` goes on with it.
+    A session without a name ends with its bank; one with a name stays, and `resume=True` goes on with it. A session is
+    one bank's at a time. `close`, or a `with` statement, lets go of it; so does a bank that nobody uses any more.
 
     Parameters
     ----------
@@ -124,26 +123,25 @@ class MilvusBank(MemoryBank):
             raise InvalidArgumentError("resume goes on with a session: name it, as session='…'")
         metric = bank_options.get("metric", "cosine")
         place = find_place(uri, token, database, store, self._session)
-        name = collection or f"memlong_{dim}_{'l2' if metric == 'l2' else 'ip'}"
-        blocks = place.store
+        blocks, facts = place.store, {"dim": dim, "metric": metric}
         if blocks is None:
-            folder, facts = Folder(name, self._session), {"dim": dim, "metric": metric}
-            blocks = PayloadStore(
-                place.objects, folder, readers=readers, lasting=self._session.named, facts=facts
-            )
+            blocks = PayloadStore(place.objects, readers=readers, lasting=self._session.named, facts=facts)
         super().__init__(dim, store=blocks, **bank_options)
         self._engine = Engine(HUBS.at(place.address), timeout=self._tuning.timeout, attempts=attempts)
         self._engine.hub.bury()
+        name = collection or f"memlong_{dim}_{'l2' if metric == 'l2' else 'ip'}"
         plan = CollectionPlan(name, dim, self._similarity, partitions, M, ef_construction)
-        self._rows = SessionRows(
-            self._engine, ready_collection(self._engine, plan), self._session, consistency
+        made = ready_collection(self._engine, plan)
+        if isinstance(self._store, PayloadStore):
+            self._store.settle(Folder(made.name, made.origin, self._session))
+        self._rows = SessionRows(self._engine, made, self._session, consistency)
+        is_current = self._engine.address.is_local or consistency == "strong"
+        self._index = SessionIndex(
+            self._rows, self._table, self._similarity, self._tuning, is_current=is_current
         )
-        always_current = self._engine.address.is_local or consistency == "strong"
-        self._recent = Recent(0.0 if always_current else self._tuning.staleness)
-        self._written = False
-        self._claim()
+        self._hold = Hold(self, self._engine.hub, self._session, self._rows, self._table, self._store)
         if self._session.named:
-            self._begin(resume=resume, kv_device=torch.device(kv_device))
+            self._go_on(facts, resume=resume, kv_device=torch.device(kv_device))
 
     @property
     def session(self) -> str:
@@ -189,14 +187,6 @@ class MilvusBank(MemoryBank):
             )
         return bank
 
-    def add(
-        self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput
-    ) -> torch.Tensor:
-        """Store chunks as `MemoryBank.add` does: their objects, then their rows."""
-        with self._reading(searching=True):
-            pass  # what an earlier failure left undone comes first: what is added must be in Milvus, too
-        return super().add(embeddings, keys, values, spans)
-
     def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
         """Find chunks as `MemoryBank.retrieve` does; one whose keys and values are lost leaves, with a warning."""
         retrieve = super().retrieve
@@ -221,74 +211,54 @@ class MilvusBank(MemoryBank):
         if isinstance(self._store, PayloadStore):
             self._store.drop()
 
+    def close(self) -> None:
+        """Let go of the session; of one without a name nothing is left. The bank is of no use afterwards.
+
+        Raises
+        ------
+        BackendError
+            If what a session without a name has left cannot be removed.
+        """
+        with self._lock.write():
+            self._hold.let_go()
+            self._rows.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _index_options(self) -> dict[str, Any]:
-        # Where Milvus is, and who asks, is of this process: a snapshot must not lead another one, with its token, to
-        # a place of the snapshot's choice.
+        # Not where Milvus is: a snapshot must not lead another process, with its token, to a place of its choice.
         return self._tuning.as_options()
 
     def _index_add(self, ids: Ids, embeddings: Floats) -> None:
-        self._written = True
-        self._rows.upsert(ids, embeddings, self._table.spans[self._table.rows_of(ids)])
-        self._recent.note_added(int(ids[0]))
+        self._index.add(ids, embeddings)
 
     def _index_search(self, queries: Floats, k: int) -> Ids:
-        limit = min(MOST_ROWS, k + _SPARE + self._recent.removed())
-        found = self._rows.search(queries, limit, self._tuning.ef)
-        lowest = self._recent.lowest_added()
-        if lowest is None:
-            return found
-        first = int(np.searchsorted(self._table.ids, lowest))
-        if first == len(self._table):
-            return found
-        rows = nearest_rows(
-            torch.from_numpy(queries),
-            torch.from_numpy(self._table.embeddings[first:]),
-            torch.from_numpy(self._table.squared_norms[first:]),
-            min(k, len(self._table) - first),
-            self._similarity,
-        ).numpy()
-        own: Ids = np.where(rows < 0, -1, self._table.ids[first:][rows])
-        return np.concatenate([found, own], axis=1)
+        return self._index.search(queries, k)
 
     def _index_remove(self, ids: Ids) -> None:
-        self._rows.delete(ids)
-        self._recent.note_removed(len(ids))
+        self._index.remove(ids)
 
     def _index_reset(self) -> None:
-        """Remove what is not in the table; what is, is written in place of what there may be."""
-        if self._written:
-            held = self._rows.held(self.next_id)
-            gone = held[self._table.rows_of(held) < 0]
-            self._rows.delete(gone)
-            self._recent.note_removed(len(gone))
+        self._index.reset(self.next_id)
 
-    def _claim(self) -> None:
-        key = f"{self.collection}/{self._session.key}"
-        hub, rows, table, store = self._engine.hub, self._rows, self._table, self._store
+    def _change_index(self, change: Callable[..., None], *arguments: Ids | Floats) -> None:
+        """Change the index as every bank does, but first do what an earlier failure has left undone.
 
-        def end() -> None:
-            rows.delete(table.ids)
-            if isinstance(store, PayloadStore):
-                store.drop()
+        What was added is then in Milvus, too, for whoever goes on with the session.
+        """
+        self._rebuild_index()
+        super()._change_index(change, *arguments)
 
-        hub.claim(key, self._session.name, None if self._session.named else end)
-        weakref.finalize(self, hub.release, key).atexit = False
-
-    def _begin(self, *, resume: bool, kv_device: torch.device) -> None:
-        store = self._store
-        if not isinstance(store, PayloadStore):
-            if resume:
-                raise InvalidArgumentError(
-                    f"resume needs keys and values where MilvusBank put them, and store is {store!r}: give the "
-                    "folder or URI that the session began with"
-                )
-            return
-        if not resume:
-            refuse_what_is_there(self.session, self._rows, store)
-            return
-        kept = take_over(
-            self.session, self._rows, store, dim=self.dim, metric=self.metric, kv_device=kv_device
-        )
+    def _go_on(self, facts: dict[str, Any], *, resume: bool, kv_device: torch.device) -> None:
+        try:
+            kept = kept_of(self._rows, self._store, facts, resume=resume, kv_device=kv_device)
+        except BaseException:
+            self._hold.let_go()  # at once: whoever catches this may ask for the session again
+            raise
         count = len(kept.ids)
         with self._lock.write():
             self._table.fill(
@@ -300,8 +270,13 @@ class MilvusBank(MemoryBank):
                 clock=count,
             )
             self._contents.fill(kept.layout, kept.next_id)
-        self._written = True
-        self._recent.note_added(0)  # the bank before may have added it just now
+            self._index.take_over()
+            self._drop_index()  # rows that an interrupted change has left go before the first search
+
+    def _restore(self, stored: StoredBank, *, trust_index: bool) -> None:
+        super()._restore(stored, trust_index=trust_index)
+        with self._reading(searching=True):
+            pass  # the rows are in Milvus now, and not only before the first search: the session may be to stay
 
     def _without_lost(self, act: Callable[[], Got]) -> Got:
         while True:
@@ -318,8 +293,7 @@ class MilvusBank(MemoryBank):
             with self._contents.change(self._contents.layout):
                 self._discard(held)
         warn(
-            f"{named(lost)} of session {self.session!r}: keys and values are lost, so the bank has forgotten them and "
-            "goes on without",
+            f"{named(lost)} of session {self.session!r}: keys and values are lost, and the bank has forgotten them",
             LostBlocksWarning,
             stacklevel=4,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ FIELDS = ("pk", "session", "chunk", "first", "last", "embedding")
 
 _METRICS = {"inner_product": "IP", "l2": "L2"}
 _KEY_LENGTH = 64
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+_ORIGIN = "origin_"
 _ELSE = "Name another as collection, or leave it out: then each dim and metric has one of its own"
 
 
@@ -29,6 +33,8 @@ class Collection:
     ----------
     name : str
         Its name.
+    origin : str
+        Hexadecimal; another Milvus has none of this name with the same.
     dim : int
         Width of the embeddings.
     metric : "IP" or "L2"
@@ -38,6 +44,7 @@ class Collection:
     """
 
     name: str
+    origin: str
     dim: int
     metric: str
     partitions: int
@@ -80,17 +87,21 @@ def ready_collection(engine: Engine, plan: CollectionPlan) -> Collection:
     Raises
     ------
     InvalidArgumentError
-        If it is there, and for other embeddings, or not memlong's.
+        If it can have no such name, or is there, and for other embeddings or not memlong's.
     BackendError
         If Milvus does not answer.
     """
+    if not _NAME.fullmatch(plan.name):
+        raise InvalidArgumentError(
+            f"collection is {plan.name!r}; expected up to 255 letters, digits and underscores, no digit first"
+        )
     with engine.hub.setting_up:
         partitions = _ready(engine, plan)
         if engine.address.is_local and plan.name not in engine.hub.opened:
             # One process has the file, and no bank yet: whose rows have no name there, ended with another process.
             engine.call("delete", plan.name, filter=f"session >= {LEAST_UNNAMED}")
         engine.hub.opened.add(plan.name)
-        return Collection(plan.name, plan.dim, plan.metric, partitions)
+        return Collection(plan.name, _origin(engine, plan.name), plan.dim, plan.metric, partitions)
 
 
 def find_collection(engine: Engine, name: str) -> Collection | None:
@@ -109,7 +120,7 @@ def find_collection(engine: Engine, name: str) -> Collection | None:
     if not partitions:
         return None
     engine.call("load_collection", name)
-    return Collection(name, dim, metric, partitions)
+    return Collection(name, _origin(engine, name), dim, metric, partitions)
 
 
 def _ready(engine: Engine, plan: CollectionPlan) -> int:
@@ -131,6 +142,14 @@ def _partitions(engine: Engine, name: str) -> int:
     return next(count for count in range(len(names) + 1) if f"p{count}" not in names)
 
 
+def _origin(engine: Engine, name: str) -> str:
+    """Return what sets this collection apart from those of that name elsewhere: its id, which Lite's have not."""
+    if not engine.address.is_local:
+        return f"{int(engine.call('describe_collection', name)['collection_id']):x}"
+    names = engine.call("list_partitions", name)
+    return next(str(each).removeprefix(_ORIGIN) for each in names if each.startswith(_ORIGIN))
+
+
 def _finish_collection(engine: Engine, plan: CollectionPlan) -> None:
     """Make index and partitions, p0 last: once it is there, nothing is missing."""
     index = MilvusClient.prepare_index_params()
@@ -142,7 +161,10 @@ def _finish_collection(engine: Engine, plan: CollectionPlan) -> None:
     )
     engine.call("create_index", plan.name, index)
     there = set(engine.call("list_partitions", plan.name))
-    for name in (f"p{number}" for number in reversed(range(plan.partitions))):
+    wanted = [f"p{number}" for number in reversed(range(plan.partitions))]
+    if engine.address.is_local and not any(name.startswith(_ORIGIN) for name in there):
+        wanted.insert(0, f"{_ORIGIN}{secrets.token_hex(8)}")
+    for name in wanted:
         if name not in there:
             engine.call("create_partition", plan.name, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import stamina
 from pymilvus import MilvusClient, MilvusException
 
 from memlong.errors import InvalidArgumentError
-from memlong_milvus.failures import explained, is_passing
+from memlong_milvus.failures import explained, is_passing, without_frames
 from memlong_milvus.hub import Hub
 from memlong_milvus.quiet import quietly
 from memlong_milvus.uri import Address
@@ -44,6 +45,7 @@ class Engine:
         with hub.setting_up:
             if hub.client is None:
                 hub.client = self._tried("be connected to", self._connect)
+                atexit.register(hub.bury_all)
         self._client = hub.client
 
     @property
@@ -94,6 +96,7 @@ class Engine:
                         return function()
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
             # The cause would show what pymilvus was given; the message says all that helps.
+            without_frames(error)
             raise explained(what, error, self.address, made) from None
         raise AssertionError("unreachable: the last attempt returns or raises")
 

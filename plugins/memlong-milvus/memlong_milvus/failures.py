@@ -76,7 +76,24 @@ def explained(what: str, error: BaseException, address: Address, attempts: int) 
             f"Milvus at {address.uri} did not {what} in {attempts} attempts: {reason}. Is {where} there, and may it be "
             "reached? attempts and timeout say how long to try; what is in the bank is as it was"
         )
+    if address.is_local and "open local milvus" in reason.lower():
+        return BackendError(
+            f"Milvus Lite cannot open {address.uri!r}; what it logged says why. Has another process the file? It "
+            "lets one at a time have it, where a server takes many"
+        )
     return BackendError(f"Milvus at {address.uri} could not {what}: {reason}")
+
+
+def without_frames(error: BaseException) -> None:
+    """Take the frames from an error and what led to it: they hold the error again, and the bank that had it."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            left += (each.__cause__, each.__context__)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import shutil
 import tempfile
 import threading
@@ -35,6 +36,11 @@ class Hub:
         self._claims: dict[str, Callable[[], None] | None] = {}
         self._doomed: deque[Callable[[], None]] = deque()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody answers any more: Milvus Lite ends before what a process registers for its end."""
+        return self.is_ending and self.address.is_local
+
     def claim(self, key: str, name: str, end: Callable[[], None] | None) -> None:
         """Note that a bank has a session; ``end`` removes what nobody wants after it.
 
@@ -45,8 +51,11 @@ class Hub:
         """
         with self.setting_up:
             if key in self._claims:
+                gc.collect()  # a bank that nobody can reach may be there still: in the frames of an error, say
+            if key in self._claims:
                 raise InvalidArgumentError(
-                    f"the session {name!r} is in use by another bank of this process; a session is one bank's"
+                    f"the session {name!r} is in use by another bank of this process; a session is one bank's: "
+                    "close() that one"
                 )
             self._claims[key] = end
 
@@ -56,6 +65,10 @@ class Hub:
         if end is not None:
             self._doomed.append(end)
 
+    def forget(self, key: str) -> None:
+        """Note that a bank has no session any more, and that nothing is left to remove."""
+        self._claims.pop(key, None)
+
     def bury(self) -> None:
         """Remove what is left of banks that are gone; what cannot be removed stays."""
         while self._doomed:
@@ -63,9 +76,9 @@ class Hub:
                 self._doomed.popleft()()
 
     def bury_all(self) -> None:
-        """Remove what is left of all banks, as the process ends; where nobody answers, nothing more is asked."""
+        """Remove what is left of all banks, as the process ends; after a failure nothing more is asked."""
         self.is_ending = True
-        with suppress(MemlongError):
+        with suppress(MemlongError, OSError, RuntimeError):  # threads that a store needs may have ended, too
             for end in (*self._doomed, *self._claims.values()):
                 if end is not None:
                     end()
@@ -88,8 +101,6 @@ class Hubs:
             hub = self._hubs.get(key)
             if hub is None:
                 hub = self._hubs[key] = Hub(address)
-                if not address.is_local:  # whose engine has ended by then
-                    atexit.register(hub.bury_all)
             return hub
 
     def _temporary_folder(self) -> Path:

@@ -84,6 +84,8 @@ class LocalObjects(Objects):
         try:
             self._write(beside, content)
             beside.replace(path)
+            if self._synced:
+                _sync_folder(path.parent)
         except OSError as error:
             with suppress(OSError):
                 beside.unlink()
@@ -150,13 +152,13 @@ class RemoteObjects(Objects):
             self._files, self._root = fsspec.core.url_to_fs(uri)
         except ImportError as error:
             raise MissingDependencyError(
-                f"store {self.place!r} needs a library that is not here: {error}"
-            ) from error
+                f"store {self.place!r} needs a library that is not here: {redacted(str(error))}"
+            ) from None  # the cause may show the URI as it was given
         except ValueError as error:
             raise InvalidArgumentError(
-                f"store {self.place!r} is no place that fsspec knows: {error}. Expected a folder, or a URI such as "
-                "s3://bucket/folder"
-            ) from error
+                f"store {self.place!r} is no place that fsspec knows: {redacted(str(error))}. Expected a folder, or a "
+                "URI such as s3://bucket/folder"
+            ) from None
 
     def write(self, name: str, content: bytes) -> None:
         """Send it."""
@@ -179,7 +181,8 @@ class RemoteObjects(Objects):
                     self._files.rm_file(path)
 
     def list(self, folder: str = "") -> list[Listed]:
-        """List them."""
+        """List them, as they are now."""
+        self._files.invalidate_cache()
         try:
             found = self._files.find(self._path(folder), detail=True)
         except FileNotFoundError:
@@ -210,6 +213,17 @@ class TemporaryObjects(LocalObjects):
         folder = Path(tempfile.gettempdir(), f"memlong-milvus-kv-{secrets.token_hex(8)}")
         super().__init__(folder, synced=False)
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk know the names in a folder, where a system lets folders be opened."""
+    if os.name == "nt":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _written(facts: dict[str, Any]) -> float:

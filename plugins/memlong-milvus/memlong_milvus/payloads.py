@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +16,12 @@ from memlong.errors import InvalidArgumentError, StorageError
 from memlong_milvus.block import Bytes, decode, encode, layout_of
 from memlong_milvus.errors import LostBlocksError
 from memlong_milvus.objects import Objects
+from memlong_milvus.parallel import Workers
 from memlong_milvus.sessions import Session
+from memlong_milvus.uri import redacted
 
 _FACTS = "session.json"
 _SUFFIX = ".kv"
-
-Given = TypeVar("Given")
-Got = TypeVar("Got")
 
 
 @dataclass(frozen=True)
@@ -33,19 +30,20 @@ class Folder:
 
     Attributes
     ----------
-    collection : str
-        That the session's rows are in.
+    collection, origin : str
+        Name and origin of the collection that the session's rows are in.
     session : Session
         Whose.
     """
 
     collection: str
+    origin: str
     session: Session
 
     @property
     def name(self) -> str:
         """Below the place of the objects."""
-        return f"{self.collection}/{self.session.key}"
+        return f"{self.collection}-{self.origin}/{self.session.key}"
 
     @property
     def facts(self) -> str:
@@ -71,9 +69,7 @@ class PayloadStore(KeyValueStore):
     Parameters
     ----------
     objects : Objects
-        Where they are.
-    folder : Folder
-        Whose they are.
+        Where they are; `settle` says in which folder.
     readers : int
         Threads.
     lasting : bool
@@ -82,18 +78,20 @@ class PayloadStore(KeyValueStore):
         What to note down of the session besides.
     """
 
-    def __init__(
-        self, objects: Objects, folder: Folder, *, readers: int, lasting: bool, facts: dict[str, Any]
-    ) -> None:
-        self._objects, self._folder, self._lasting = objects, folder, lasting
-        self._facts = facts
+    _folder: Folder
+
+    def __init__(self, objects: Objects, *, readers: int, lasting: bool, facts: dict[str, Any]) -> None:
+        self._objects, self._lasting, self._facts = objects, lasting, facts
         self._held: dict[int, int] = {}
         self._newest = -1
-        self._leftover: list[str] = []
+        self._is_noted = False
+        self._leftover: set[str] = set()
         self._layout: ChunkLayout | None = None
-        self._readers = readers
-        self._pool: ThreadPoolExecutor | None = None
-        self._starting = threading.Lock()
+        self._workers = Workers(readers)
+
+    def settle(self, folder: Folder) -> None:
+        """Say whose objects these are; before anything else."""
+        self._folder = folder
 
     @property
     def place(self) -> str:
@@ -111,9 +109,9 @@ class PayloadStore(KeyValueStore):
             self._objects.write(self._folder.block(ids[row]), content)
 
         try:
-            if self._lasting and self._newest < 0:
+            if self._lasting and not self._is_noted:
                 self._note_newest()
-            self._each(write, range(len(ids)))
+            self._workers.each(write, range(len(ids)))
         except BaseException as error:
             self._delete(ids)
             if isinstance(error, OSError) and not isinstance(error, StorageError):
@@ -122,6 +120,7 @@ class PayloadStore(KeyValueStore):
         layout = ChunkLayout.of(keys)
         self._layout = layout
         self._held.update(dict.fromkeys(ids, layout.nbytes))
+        self._leftover.difference_update(map(self._folder.block, ids))  # they are these chunks' now
         self._newest = max(self._newest, *ids)
 
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +141,11 @@ class PayloadStore(KeyValueStore):
                 lost[ids[row]] = str(error)
 
         try:
-            self._each(read, range(len(ids)))
+            self._workers.each(read, range(len(ids)))
+            if lost and self._lasting:
+                self._objects.read(
+                    self._folder.facts
+                )  # if this is not there either, it is the place that is missing
         except OSError as error:
             raise self._unusable("read", error) from error
         if lost:
@@ -168,6 +171,8 @@ class PayloadStore(KeyValueStore):
     def drop(self) -> None:
         """Remove the whole folder of the session."""
         self._held.clear()
+        self._leftover.clear()
+        self._is_noted = False
         self._objects.delete_folder(self._folder.name)
 
     def stored_ids(self) -> list[int]:
@@ -196,7 +201,7 @@ class PayloadStore(KeyValueStore):
                 )
                 self._layout = ChunkLayout(found.shape, found.dtype, device)
                 break
-        self._newest = newest
+        self._newest, self._is_noted = newest, True
         if self._layout is not None:
             self._held.update(dict.fromkeys(ids, self._layout.nbytes))
         return self._layout
@@ -230,30 +235,18 @@ class PayloadStore(KeyValueStore):
             raise
         except OSError as error:
             raise self._unusable("written", error) from error
+        self._is_noted = True
 
     def _delete(self, ids: Iterable[int]) -> None:
-        names = [*self._leftover, *map(self._folder.block, ids)]
-        self._leftover = names  # until they are gone
+        self._leftover.update(map(self._folder.block, ids))  # until they are gone
         with suppress(OSError):
-            self._objects.delete(names)
-            self._leftover = []
-
-    def _each(self, act: Callable[[Given], Got], given: Sequence[Given]) -> None:
-        if len(given) == 1:
-            act(given[0])
-            return
-        with self._starting:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="memlong-kv")
-        futures = [self._pool.submit(act, each) for each in given]
-        errors = [error for error in (future.exception() for future in futures) if error is not None]
-        if errors:
-            raise errors[0]
+            self._objects.delete(sorted(self._leftover))
+            self._leftover.clear()
 
     def _unusable(self, what: str, error: OSError) -> StorageError:
         return StorageError(
-            f"keys and values cannot be {what} in {self.place!r}: {error}. Is the place there, and may this process "
-            "use it? store names another"
+            f"keys and values cannot be {what} in {self.place!r}: {redacted(str(error))}. Is the place there, "
+            "and may this process use it? store names another"
         )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from memlong.bank import ChunkLayout, Floats, Ids
+from memlong.bank import ChunkLayout, Floats, Ids, KeyValueStore
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.payloads import PayloadStore
-from memlong_milvus.rows import SessionRows
+from memlong_milvus.rows import SessionRows, StoredRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,41 +35,72 @@ class Kept:
     next_id: int
 
 
-def refuse_what_is_there(name: str, rows: SessionRows, store: PayloadStore) -> None:
-    """Raise InvalidArgumentError if a session of this name holds anything."""
-    stored = store.stored_ids()
-    if stored or store.stored_facts() or len(rows.some_ids()):
-        raise InvalidArgumentError(
-            f"the session {name!r} is there already, with {len(stored)} chunks in {store.place!r}: resume=True goes on "
-            "with it, and MilvusBank.reopen(...).drop() removes it"
-        )
-
-
-def take_over(
-    name: str, rows: SessionRows, store: PayloadStore, *, dim: int, metric: str, kv_device: torch.device
+def kept_of(
+    rows: SessionRows, store: KeyValueStore, facts: dict[str, Any], *, resume: bool, kv_device: torch.device
 ) -> Kept:
-    """Have a store adopt what it has of a session, and return that.
+    """Return what a session with a name holds, for a bank to go on with.
 
-    An object without a row, or a row without an object, is what an interrupted change has left: it counts for nothing.
+    Parameters
+    ----------
+    rows, store
+        Where it is; a `PayloadStore` adopts what it has of it.
+    facts : dict
+        The bank's dim and metric, which the session must have been made with.
+    resume : bool
+        Whether to go on with anything.
+    kv_device : torch.device
+        Where its keys and values go.
 
     Raises
     ------
     InvalidArgumentError
-        If the session was made with another dim or metric.
+        If the session holds chunks that are not to be gone on with, or was made with another dim or metric.
     """
-    facts = store.stored_facts()
-    for what, ours in (("dim", dim), ("metric", metric)):
-        if facts.get(what, ours) != ours:
+    if isinstance(store, PayloadStore):
+        if resume:
+            return _take_over(rows, store, facts, kv_device)
+        _refuse_what_is_there(rows, store)
+    elif resume:
+        raise InvalidArgumentError(
+            f"resume needs keys and values where MilvusBank put them, and store is {store!r}: give the folder or URI "
+            "that the session began with"
+        )
+    none = _none(rows.dim)
+    return Kept(none.ids, none.embeddings, none.spans, None, 0)
+
+
+def _refuse_what_is_there(rows: SessionRows, store: PayloadStore) -> None:
+    stored = store.stored_ids()
+    if stored or store.stored_facts() or not rows.is_empty():
+        raise InvalidArgumentError(
+            f"the session {rows.session.name!r} is there already, with {len(stored)} chunks in {store.place!r}: "
+            "resume=True goes on with it, and MilvusBank.reopen(...).drop() removes it"
+        )
+
+
+def _take_over(
+    rows: SessionRows, store: PayloadStore, facts: dict[str, Any], kv_device: torch.device
+) -> Kept:
+    """Return the chunks with both a row and an object: one without the other is left of a change that was cut short."""
+    noted = store.stored_facts()
+    for name, ours in facts.items():
+        if noted.get(name, ours) != ours:
             raise InvalidArgumentError(
-                f"the session {name!r} was made with {what} {facts[what]!r}, but the bank has {ours!r}: give "
-                f"{what}={facts[what]!r}"
+                f"the session {rows.session.name!r} was made with {name} {noted[name]!r}, but the bank has {ours!r}: "
+                f"give {name}={noted[name]!r}"
             )
     stored = np.array(store.stored_ids(), dtype=np.int64)
-    newest = max([int(facts.get("newest", -1)), *stored[-1:].tolist()])
-    parts = list(rows.read(stored))
-    ids = np.concatenate([np.empty(0, dtype=np.int64), *(part.ids for part in parts)])
-    embeddings = np.concatenate([np.empty((0, dim), dtype=np.float32), *(part.embeddings for part in parts)])
-    spans = np.concatenate([np.empty((0, 2), dtype=np.int64), *(part.spans for part in parts)])
+    newest = max([int(noted.get("newest", -1)), *stored[-1:].tolist()])
+    parts = [_none(rows.dim), *rows.read(stored)]
+    ids = np.concatenate([part.ids for part in parts])
+    embeddings = np.concatenate([part.embeddings for part in parts])
+    spans = np.concatenate([part.spans for part in parts])
     layout = store.adopt(ids.tolist(), newest, kv_device)
     count = 0 if layout is None else len(ids)
     return Kept(ids[:count], embeddings[:count], spans[:count], layout, newest + 1)
+
+
+def _none(dim: int) -> StoredRows:
+    return StoredRows(
+        np.empty(0, dtype=np.int64), np.empty((0, dim), dtype=np.float32), np.empty((0, 2), dtype=np.int64)
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
 from memlong.bank import Floats, Ids
+from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import FIELDS, Collection
 from memlong_milvus.engine import Engine
 from memlong_milvus.sessions import Session
@@ -59,12 +59,27 @@ class SessionRows:
         self._consistency = consistency.capitalize()
         self._partition = f"p{session.partition(collection.partitions)}"
         self._filter = f"session == {session.number}"
+        self._is_closed = False
         self._batch = max(1, min(MOST_ROWS, _BATCH_BYTES // (4 * collection.dim + 128)))
 
     @property
     def collection(self) -> str:
         """Name of the collection."""
         return self._collection.name
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return self._collection.dim
+
+    @property
+    def session(self) -> Session:
+        """Whose they are."""
+        return self._session
+
+    def close(self) -> None:
+        """Refuse all that is asked from now on."""
+        self._is_closed = True
 
     def upsert(self, ids: Ids, embeddings: Floats, spans: Ids) -> None:
         """Write rows, in place of those of the same ids."""
@@ -119,33 +134,28 @@ class SessionRows:
 
     def held(self, next_id: int) -> Ids:
         """Return the ids of all rows there are now, ascending; few are of ``next_id`` or above."""
-        bounds = [*range(0, next_id, MOST_ROWS), next_id]
-        conditions = [f"chunk >= {low} and chunk < {high}" for low, high in pairwise(bounds)]
-        parts = [self._ids(f"{self._filter} and {each}") for each in (*conditions, f"chunk >= {next_id}")]
-        return np.sort(np.concatenate(parts))
+        rows = self._query(f"chunk >= {next_id}", ["pk"], MOST_ROWS)
+        for low in range(0, next_id, MOST_ROWS - 1):
+            rows += self._between(low, min(low + MOST_ROWS - 1, next_id), ["pk"], MOST_ROWS)
+        return np.array(sorted(self._session.ids_of([row["pk"] for row in rows])), dtype=np.int64)
 
-    def some_ids(self) -> Ids:
-        """Return the ids of rows there are now, as many as one answer may hold."""
-        return self._ids(self._filter)
-
-    def _ids(self, condition: str) -> Ids:
-        found = self._query(condition, ["pk"], MOST_ROWS)
-        return np.array(sorted(self._session.ids_of([row["pk"] for row in found])), dtype=np.int64)
+    def is_empty(self) -> bool:
+        """Whether there are no rows now."""
+        return not self._session.ids_of([row["pk"] for row in self._query("chunk >= 0", ["pk"], MOST_ROWS)])
 
     def read(self, ids: Ids) -> Iterator[StoredRows]:
         """Give the rows there are now of ids, which ascend, in batches."""
-        start, most = 0, max(1, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
+        start, most = 0, max(2, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
         while start < len(ids):
-            end = int(np.searchsorted(ids, ids[start] + most))
-            condition = f"{self._filter} and chunk >= {ids[start]} and chunk <= {ids[end - 1]}"
-            yield self._rows(condition, ids[start:end], most)
+            end = int(np.searchsorted(ids, ids[start] + most - 1))
+            yield self._rows(ids[start:end], most)
             start = end
 
-    def _rows(self, condition: str, ids: Ids, most: int) -> StoredRows:
+    def _rows(self, ids: Ids, most: int) -> StoredRows:
         wanted = set(ids.tolist())
         found = {
             row["chunk"]: row
-            for row in self._query(condition, list(FIELDS), most)
+            for row in self._between(int(ids[0]), int(ids[-1]) + 1, list(FIELDS), most)
             if row["chunk"] in wanted and self._session.ids_of([row["pk"]])
         }
         rows = [found[chunk_id] for chunk_id in sorted(found)]
@@ -155,11 +165,19 @@ class SessionRows:
             np.array([[row["first"], row["last"]] for row in rows], dtype=np.int64).reshape(-1, 2),
         )
 
+    def _between(self, low: int, high: int, fields: list[str], most: int) -> list[dict[str, Any]]:
+        """Return the rows of ids from low to below high, fewer than `most` ids."""
+        rows = self._query(f"chunk >= {low} and chunk < {high}", fields, most)
+        if len(rows) < most or high - low == 1:
+            return rows
+        middle = (low + high) // 2  # another session has the same number, and there may be more
+        return self._between(low, middle, fields, most) + self._between(middle, high, fields, most)
+
     def _query(self, condition: str, fields: list[str], limit: int) -> list[dict[str, Any]]:
         return list(
             self._call(
                 "query",
-                filter=condition,
+                filter=f"{self._filter} and {condition}",
                 output_fields=fields,
                 limit=limit,
                 consistency_level="Strong",
@@ -168,4 +186,9 @@ class SessionRows:
         )
 
     def _call(self, method: str, **options: Any) -> Any:
+        if self._is_closed:
+            raise InvalidArgumentError(
+                f"the bank of the session {self._session.name!r} is closed; another one can go on with a session that "
+                "has a name: MilvusBank.reopen"
+            )
         return self._engine.call(method, self._collection.name, **options)

@@ -7,10 +7,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
-import numpy as np
-
 from memlong.errors import InvalidArgumentError
-from memlong_milvus.collection import find_collection
+from memlong_milvus.collection import Collection, find_collection
 from memlong_milvus.engine import Engine
 from memlong_milvus.hub import HUBS
 from memlong_milvus.objects import Listed, objects_at
@@ -19,7 +17,9 @@ from memlong_milvus.place import address_of
 from memlong_milvus.rows import SessionRows
 from memlong_milvus.sessions import Session
 
-_BLOCK = re.compile(r"(?P<collection>[^/]+)/(?P<key>[0-9a-f]{32})/[0-9]+\.kv")
+_BLOCK = re.compile(
+    r"(?P<collection>[^/]+)-(?P<origin>[0-9a-f]+)/(?P<key>[0-9a-f]{32})/([0-9]+\.kv|\.[0-9]+\.kv\.[0-9]+\.part)"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Swept:
     living : int
         Objects that rows refer to.
     passed_over : tuple of str
-        Collections that this Milvus does not have: their objects are another's, and stay.
+        Collections, with their origin, that this Milvus does not have: their objects are another's, and stay.
     """
 
     orphans: int
@@ -97,11 +97,12 @@ def sweep(
     engine = Engine(HUBS.at(address), timeout=timeout, attempts=attempts)
     orphans = young = living = 0
     passed_over = []
-    for collection, sessions in listed.items():
-        found = _living(engine, collection, sessions)
-        if found is None:
-            passed_over.append(collection)
+    for (name, origin), sessions in listed.items():
+        collection = find_collection(engine, name)
+        if collection is None or collection.origin != origin:
+            passed_over.append(f"{name}-{origin}")
             continue
+        found = {key: _living(engine, collection, key, blocks) for key, blocks in sessions.items()}
         for key, blocks in sessions.items():
             lonely = [each for each in blocks if chunk_id_of(each.name) not in found[key]]
             old = [each.name for each in lonely if each.written <= before]
@@ -113,24 +114,16 @@ def sweep(
     return Swept(orphans, young, living, tuple(passed_over))
 
 
-def _by_session(listed: list[Listed]) -> dict[str, dict[str, list[Listed]]]:
-    found: dict[str, dict[str, list[Listed]]] = defaultdict(lambda: defaultdict(list))
+def _by_session(listed: list[Listed]) -> dict[tuple[str, str], dict[str, list[Listed]]]:
+    found: dict[tuple[str, str], dict[str, list[Listed]]] = defaultdict(lambda: defaultdict(list))
     for each in listed:
         parts = _BLOCK.fullmatch(each.name)
         if parts:
-            found[parts["collection"]][parts["key"]].append(each)
+            found[parts["collection"], parts["origin"]][parts["key"]].append(each)
     return found
 
 
-def _living(engine: Engine, name: str, sessions: dict[str, list[Listed]]) -> dict[str, set[int]] | None:
-    """Return the ids of the rows there are, by session; None if there is no such collection."""
-    collection = find_collection(engine, name)
-    if collection is None:
-        return None
-    found = {}
-    for key, blocks in sessions.items():
-        ids = np.array([chunk_id_of(each.name) for each in blocks], dtype=np.int64)
-        found[key] = set(
-            SessionRows(engine, collection, Session.of_key(key)).held(int(ids.max()) + 1).tolist()
-        )
-    return found
+def _living(engine: Engine, collection: Collection, key: str, blocks: list[Listed]) -> set[int]:
+    """Return the ids of the rows there are of a session."""
+    above = 1 + max((chunk_id_of(each.name) or 0 for each in blocks), default=0)
+    return set(SessionRows(engine, collection, Session.of_key(key)).held(above).tolist())

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from server import INSTALL, Server, is_installed
+from milvus_server import INSTALL, Server, is_installed
 
 
 @pytest.fixture(autouse=True)
@@ -21,27 +21,32 @@ def nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that all tests share."""
-    yield from _served(tmp_path_factory.mktemp("milvus"))
-
-
-@pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Server]:
-    """A server of the test's own, to be killed."""
-    yield from _served(tmp_path / "milvus")
-
-
-@pytest.fixture
-def secured_server(tmp_path: Path) -> Iterator[Server]:
-    """A server that asks for a password."""
-    yield from _served(tmp_path / "milvus", secured=True)
-
-
-def _served(folder: Path, *, secured: bool = False) -> Iterator[Server]:
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server's programs are unpacked, once."""
     if not is_installed():
         pytest.skip(f"no Milvus server is installed: {INSTALL}")
-    server = Server(folder, secured=secured)
+    return tmp_path_factory.mktemp("binaries")
+
+
+@pytest.fixture(scope="session")
+def server(binaries: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that all tests share."""
+    yield from _served(Server(tmp_path_factory.mktemp("milvus"), binaries=binaries))
+
+
+@pytest.fixture
+def own_server(binaries: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server of the test's own, to be killed."""
+    yield from _served(Server(tmp_path / "milvus", binaries=binaries))
+
+
+@pytest.fixture
+def secured_server(binaries: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server that asks for a password."""
+    yield from _served(Server(tmp_path / "milvus", binaries=binaries, secured=True))
+
+
+def _served(server: Server) -> Iterator[Server]:
     try:
         server.start()
         yield server

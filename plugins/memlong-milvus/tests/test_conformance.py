@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
-from server import Server
+from milvus_server import Server
 
 from memlong.bank import MemoryBank
 from memlong.testing import MemoryBankTests

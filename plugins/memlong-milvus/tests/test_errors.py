@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from milvus_server import Server
 from pymilvus import MilvusClient
-from server import Server
 
 from memlong.errors import InvalidArgumentError
 from memlong.testing.harness import DIM, random_chunks
@@ -53,6 +53,7 @@ def test_an_error_shows_no_secret(
         ({"M": 1}, "M must be an int >= 2"),
         ({"ef": 10**9}, "ef must be an int from 1 to 32768"),
         ({"partitions": 0}, "partitions must be an int >= 1"),
+        ({"collection": "../x"}, r"collection is '\.\./x'; expected up to 255 letters, digits"),
     ],
 )
 def test_odd_options_are_refused(options: dict[str, Any], message: str) -> None:

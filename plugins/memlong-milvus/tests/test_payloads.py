@@ -100,6 +100,39 @@ def test_what_cannot_be_deleted_now_is_deleted_later(tmp_path: Path, monkeypatch
     assert set(_objects_of(tmp_path)) == {"3.kv", "4.kv"}
 
 
+def test_what_was_left_over_and_is_written_anew_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id of an add that failed is the next one's: its object must not go with what the failure left."""
+    bank = MilvusBank(DIM, store=str(tmp_path), attempts=1)
+    random_chunks(5).into(bank)
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank._index, "add", failing)
+        patch.setattr(LocalObjects, "delete", failing)
+        with pytest.raises(OSError, match="busy"):
+            random_chunks(2, seed=1, first=5).into(bank)
+    assert "5.kv" in _objects_of(tmp_path)
+    random_chunks(1, seed=2, first=5).into(bank)
+    bank.remove([0])
+    assert set(_objects_of(tmp_path)) == {f"{number}.kv" for number in range(1, 6)}
+
+
+def test_a_place_that_is_away_costs_no_chunk(tmp_path: Path) -> None:
+    """A folder that is not mounted has no objects either, and they are not lost."""
+    bank = MilvusBank(DIM, uri=str(tmp_path / "memory.db"), session="a", store=str(tmp_path / "kv"))
+    chunks = random_chunks(5)
+    chunks.into(bank)
+    (tmp_path / "kv").rename(tmp_path / "away")
+    with pytest.raises(StorageError, match=r"cannot be read in .*Is the place there"):
+        bank.retrieve(chunks.embeddings, 1)
+    (tmp_path / "away").rename(tmp_path / "kv")
+    assert bank.retrieve(chunks.embeddings, 1).ids[:, 0].tolist() == list(range(5))
+
+
 def test_one_retrieval_reads_its_objects_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,13 +167,8 @@ def test_a_block_of_another_kind_is_told() -> None:
 
 
 def test_any_place_that_fsspec_knows_will_do(tmp_path: Path) -> None:
-    store = PayloadStore(
-        objects_at("memory://bucket/kv"),
-        Folder("c", Session.of("a")),
-        readers=2,
-        lasting=True,
-        facts={"dim": 4},
-    )
+    store = PayloadStore(objects_at("memory://bucket/kv"), readers=2, lasting=True, facts={"dim": 4})
+    store.settle(Folder("c", "0", Session.of("a")))
     keys = torch.arange(24.0).view(3, 1, 2, 2, 2)
     store.put([0, 1, 2], keys, -keys)
     assert torch.equal(store.get([2, 0])[0], keys[[2, 0]])

@@ -1,4 +1,4 @@
-"""Two processes on one server, at the same time."""
+"""Two processes at one place, at the same time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from server import Server
+from milvus_server import Server
 
 from memlong.testing.harness import DIM
 from memlong_milvus.bank import MilvusBank
-
-pytestmark = pytest.mark.server
 
 _STREAM = """
 import json, sys, torch
@@ -33,6 +31,7 @@ print(json.dumps([sorted(seen), bank.ids.tolist()]))
 """
 
 
+@pytest.mark.server
 def test_two_sessions_of_two_processes_never_see_each_others_chunks(server: Server, tmp_path: Path) -> None:
     """They begin together: both find no collection, and both write the same embeddings."""
     place = {"uri": server.uri, "store": str(tmp_path), "collection": "both"}
@@ -54,3 +53,13 @@ def test_two_sessions_of_two_processes_never_see_each_others_chunks(server: Serv
         bank = MilvusBank.reopen(DIM, session=f"s{offset}", **place)
         assert bank.ids.tolist() == held
         assert bank.fetch(bank.ids).keys[:, 0, 0, 0, 0].tolist() == [offset + each for each in held]
+
+
+def test_a_local_file_is_one_processs(tmp_path: Path) -> None:
+    place = {"uri": str(tmp_path / "memory.db"), "session": "a"}
+    bank = MilvusBank(DIM, **place)
+    script = f"from memlong_milvus.bank import MilvusBank; MilvusBank({DIM}, **{place!r})"
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert other.returncode == 1
+    assert "Has another process the file?" in other.stderr.splitlines()[-1]
+    assert len(bank) == 0

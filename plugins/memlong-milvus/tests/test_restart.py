@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from server import Server
+from milvus_server import Server
 
 from memlong.testing.harness import DIM, random_chunks
+from memlong_milvus.__main__ import main
 from memlong_milvus.bank import MilvusBank
 from memlong_milvus.errors import BackendError
+from memlong_milvus.rows import SessionRows
+from memlong_milvus.sessions import Session
+from memlong_milvus.sweep import sweep
 
 pytestmark = pytest.mark.server
 
@@ -97,6 +101,30 @@ def test_a_client_that_is_killed_leaves_what_it_was_told_is_there(own_server: Se
     assert len(bank) <= promised + 3
     _assert_all_there(bank, len(bank))
     assert random_chunks(1, first=bank.next_id).into(bank).tolist()[0] >= len(bank) - 1
+
+
+def test_what_a_killed_client_had_without_a_name_can_be_purged(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = {"uri": server.uri, "store": str(tmp_path / "kv"), "collection": "purged"}
+    named = MilvusBank(DIM, **place, session="stays")
+    random_chunks(4).into(named)
+    script = (
+        "import os; from memlong.testing.harness import random_chunks\n"
+        "from memlong_milvus.bank import MilvusBank\n"
+        f"bank = MilvusBank({DIM}, **{place!r})\n"
+        "random_chunks(3).into(bank)\n"
+        "print(bank._session.key, flush=True)\n"
+        "os._exit(1)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False).stdout
+    left = SessionRows(named._engine, named._rows._collection, Session.of_key(said.strip()))
+    assert left.held(3).tolist() == [0, 1, 2]
+    assert main(["purge", "--uri", server.uri]) == 0
+    assert "purged" in capsys.readouterr().out
+    assert left.is_empty()
+    assert named._rows.held(4).tolist() == list(range(4))
+    assert sweep(place["store"], uri=server.uri, grace=0).orphans == 3
 
 
 def _kill_and_start(server: Server, after: float) -> None:

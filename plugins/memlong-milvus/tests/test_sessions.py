@@ -87,6 +87,19 @@ def test_a_session_that_is_there_is_not_begun_again(place: dict[str, Any]) -> No
     assert len(MilvusBank(DIM, **place, session="a", resume=True)) == 6
 
 
+def test_rows_of_another_session_with_the_same_number_crowd_nothing_out(
+    place: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "number", property(lambda _: 5))
+    monkeypatch.setattr("memlong_milvus.rows.MOST_ROWS", 8)
+    one, other = (MilvusBank(DIM, **place, session=name) for name in ("one", "other"))
+    random_chunks(30).into(one)
+    random_chunks(30, first=100).into(other)
+    assert one._rows.held(30).tolist() == list(range(30))
+    one.close()
+    assert MilvusBank.reopen(DIM, **place, session="one").ids.tolist() == list(range(30))
+
+
 def test_a_session_of_another_kind_is_told(place: dict[str, Any]) -> None:
     random_chunks(2).into(MilvusBank(DIM, **place, session="a", collection="c"))
     with pytest.raises(
@@ -157,6 +170,18 @@ def test_a_loaded_snapshot_is_a_session_of_its_own(place: dict[str, Any], tmp_pa
     assert loaded._index_options()["ef"] == 99
     loaded.remove(range(5))
     assert bank.search(chunks.embeddings[:5], 1).ids[:, 0].tolist() == list(range(5))
+
+
+def test_a_snapshot_becomes_a_session_that_stays(place: dict[str, Any], tmp_path: Path) -> None:
+    bank = MilvusBank(DIM)
+    chunks = random_chunks(10)
+    chunks.into(bank)
+    bank.remove([3])
+    bank.save(tmp_path / "saved")
+    MilvusBank.load(tmp_path / "saved", **place, session="b").close()
+    again = MilvusBank.reopen(DIM, **place, session="b")
+    assert again.ids.tolist() == bank.ids.tolist()
+    assert again.retrieve(chunks.embeddings[5:6], 1).keys.unique().tolist() == [5]
 
 
 def test_a_session_that_is_to_last_needs_a_place_that_does(tmp_path: Path) -> None:

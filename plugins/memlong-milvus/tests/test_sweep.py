@@ -52,9 +52,31 @@ def test_collections_that_this_milvus_does_not_have_are_passed_over(uri: str, tm
     """They may be another's, whose rows cannot be seen from here."""
     bank, objects = _with_orphans(uri, tmp_path / "kv", collection="mine")
     swept = sweep(str(tmp_path / "kv"), uri=str(tmp_path / "other.db"))
-    assert swept == Swept(orphans=0, young=0, living=0, passed_over=("mine",))
+    assert swept == Swept(orphans=0, young=0, living=0, passed_over=(bank._store._folder.name.split("/")[0],))
     assert all(path.exists() for path in objects.values())
     assert len(bank) == 10
+
+
+def test_objects_of_another_milvus_stay(uri: str, tmp_path: Path) -> None:
+    """Two local files share a store, and the names of collection and session."""
+    bank, _ = _with_orphans(uri, tmp_path / "kv")
+    other = MilvusBank(DIM, uri=str(tmp_path / "other.db"), session="a", store=str(tmp_path / "kv"))
+    random_chunks(2).into(other)
+    swept = sweep(str(tmp_path / "kv"), uri=str(tmp_path / "other.db"), grace=0)
+    assert (swept.orphans, swept.living) == (0, 2)
+    assert swept.passed_over == (bank._store._folder.name.split("/")[0],)
+    assert bank.retrieve(random_chunks(10).embeddings[3:], 1).ids[:, 0].tolist() == list(range(3, 10))
+
+
+def test_objects_that_were_never_finished_are_removed(uri: str, tmp_path: Path) -> None:
+    bank, objects = _with_orphans(uri, tmp_path / "kv")
+    part = objects["9.kv"].with_name(".10.kv.123.part")
+    part.write_bytes(b"half")
+    assert sweep(str(tmp_path / "kv"), uri=uri).young == 1
+    os.utime(part, (time.time() - 2 * HOUR,) * 2)
+    sweep(str(tmp_path / "kv"), uri=uri)
+    assert not part.exists()
+    assert bank.retrieve(random_chunks(10).embeddings[3:], 1).ids[:, 0].tolist() == list(range(3, 10))
 
 
 def test_the_command_says_what_it_did(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

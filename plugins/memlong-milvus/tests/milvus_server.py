@@ -28,6 +28,16 @@ _COMPONENTS = (
     "dataCoord",
     "dataNode",
 )
+_ETCD = """\
+name: default
+listen-client-urls: http://127.0.0.1:{clients}
+advertise-client-urls: http://127.0.0.1:{clients}
+listen-peer-urls: http://127.0.0.1:{peers}
+initial-advertise-peer-urls: http://127.0.0.1:{peers}
+initial-cluster: default=http://127.0.0.1:{peers}
+"""
+# Without it the etcd inside takes ports 2379 and 2380, whatever Milvus's own settings say, so that a second server on
+# one machine, or one beside another etcd, ends as it starts.
 
 
 def is_installed() -> bool:
@@ -42,16 +52,23 @@ class Server:
     ----------
     folder : Path
         Where it keeps everything; it starts again with what is there.
+    binaries : Path, optional
+        Where its programs are unpacked, if they are not there; servers may share them. By default in its folder.
     secured : bool, default False
         Whether it asks for a user and a password, at first root:Milvus.
     """
 
-    def __init__(self, folder: Path, *, secured: bool = False) -> None:
+    def __init__(self, folder: Path, *, binaries: Path | None = None, secured: bool = False) -> None:
         self.folder = folder
+        self._binaries = binaries or folder
         self._secured = secured
         self._process: subprocess.Popen[bytes] | None = None
         self._ports: dict[str, int] = {}
         self._health_port = 0
+
+    @property
+    def _etcd(self) -> Path:
+        return self.folder / "configs" / "etcd.yaml"
 
     @property
     def uri(self) -> str:
@@ -68,10 +85,11 @@ class Server:
         """Start it, on the ports it had before if there were any, and wait until it is well."""
         if not self._ports:
             self._set_up()
-        binary = self.folder / "bin" / "milvus"
+        binary = self._binaries / "bin" / "milvus"
         environment: dict[str, Any] = {
             **os.environ,
             "DEPLOY_MODE": "STANDALONE",
+            "ETCD_CONFIG_PATH": str(self._etcd),
             "METRICS_PORT": str(self._health_port),
             "MILVUS_RUN_DIR": str(self.folder / "run"),
             "LD_LIBRARY_PATH": f"{binary.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}",
@@ -86,20 +104,22 @@ class Server:
         from milvus import MilvusServerConfig, _initialize_data_files
 
         names = [name for name in MilvusServerConfig().configurable_items if name.endswith("_port")]
-        *ports, self._health_port = _free_ports(len(names) + 1)
+        *ports, self._health_port, clients, peers = _free_ports(len(names) + 3)
         self._ports = dict(zip(names, ports, strict=True))
         config = MilvusServerConfig(data_dir=str(self.folder), **self._ports)
         for component in _COMPONENTS:
             config.set(f"{component}.ip", "127.0.0.1")
         config.set("authorization_enabled", self._secured)
         config.resolve()
-        _initialize_data_files(str(self.folder))
+        self._etcd.write_text(_ETCD.format(clients=clients, peers=peers))
+        _initialize_data_files(str(self._binaries))
 
     def kill(self) -> None:
         """End it as a power cut would."""
         assert self._process is not None
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+        Path(f"/tmp/milvus/server_id_{self.pid}").unlink(missing_ok=True)  # noqa: S108 - the server's choice
         self._process = None
 
     def stop(self) -> None:

@@ -1,0 +1,89 @@
+"""Workers: threads that help whoever has many small things to do."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Generic, TypeVar
+
+Given = TypeVar("Given")
+
+
+class Workers:
+    """Threads that help with what waits for a disk or a network.
+
+    Whoever asks begins at once and takes one thing after the other, and threads join in, each waking up the next. So
+    many slow things are done together, and a few quick ones do not wait for threads.
+
+    Parameters
+    ----------
+    count : int
+        How many things at most are done at a time.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pool: ThreadPoolExecutor | None = None
+        self._starting = threading.Lock()
+
+    def each(self, act: Callable[[Given], Any], given: Sequence[Given]) -> None:
+        """Do something with each thing given; nothing of it goes on afterwards.
+
+        The first error ends it and is raised; what was not begun by then is left out.
+        """
+        task = _Task(act, given)
+        try:
+            if len(given) > 1:
+                task.call_helper(self._threads(), self._count - 1)
+            task.work()
+        finally:
+            task.dismiss_helpers()
+        if task.errors:
+            try:
+                raise task.errors[0]
+            finally:
+                task.errors.clear()  # or the error would hold itself, and all that its frames do
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._starting:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="memlong-kv")
+            return self._pool
+
+
+class _Task(Generic[Given]):
+    """Things to do, by whoever asked and by helpers."""
+
+    def __init__(self, act: Callable[[Given], Any], given: Sequence[Given]) -> None:
+        self._act, self._todo = act, deque(given)
+        self._helpers: list[Future[None]] = []
+        self.errors: list[BaseException] = []
+
+    def call_helper(self, pool: ThreadPoolExecutor, most: int) -> None:
+        """Have one thread help, if that makes sense and it is at most so many."""
+        if self._todo and not self.errors and len(self._helpers) < most:
+            self._helpers.append(pool.submit(self._help, pool, most))
+
+    def _help(self, pool: ThreadPoolExecutor, most: int) -> None:
+        self.call_helper(pool, most)
+        self.work()
+
+    def work(self) -> None:
+        """Take one thing after the other until there are no more."""
+        while self._todo and not self.errors:
+            try:
+                one = self._todo.popleft()
+            except IndexError:  # another thread has the last
+                return
+            try:
+                self._act(one)
+            except BaseException as error:  # noqa: BLE001 - raised by whoever asked
+                self.errors.append(error)
+
+    def dismiss_helpers(self) -> None:
+        """Wait for those who are at work; a helper that one of them calls meanwhile is in the list by then."""
+        for helper in self._helpers:
+            if not helper.cancel():
+                wait([helper])
