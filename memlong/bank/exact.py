@@ -38,12 +38,10 @@ def true_scores(queries: Floats, vectors: Floats, similarity: Similarity) -> Flo
     wide = vectors.astype(np.float64)
     if similarity == "l2":
         wide -= queries[:, None, :]
-        np.multiply(wide, wide, out=wide)
-        np.negative(wide, out=wide)
+        scores = -np.einsum("qcd,qcd->qc", wide, wide)
     else:
-        wide *= queries[:, None, :]
-    scores: Floats = wide.sum(axis=-1).astype(np.float32)
-    return scores
+        scores = np.einsum("qcd,qd->qc", wide, queries.astype(np.float64))
+    return scores.astype(np.float32)
 
 
 def nearest_rows(
@@ -52,12 +50,14 @@ def nearest_rows(
     squared_norms: torch.Tensor,
     k: int,
     similarity: Similarity,
+    *,
+    longest: float | None = None,
 ) -> torch.Tensor:
     """Return rows among which the true k best of each query certainly are.
 
     One float32 product scores every row. Its error is bounded (Higham, Accuracy and Stability of Numerical
     Algorithms, section 3.1), so if the best k + 16 rows reach further down than that error can, they hold the
-    true k best, ties included. Where they do not (many equal or nearly equal rows), every row in doubt is
+    true k best, ties included, and those of them that lie within it are returned. Where they do not (many equal or nearly equal rows), every row in doubt is
     scored again in float64.
 
     Parameters
@@ -72,6 +72,8 @@ def nearest_rows(
         1 <= k <= n.
     similarity : "inner_product" or "l2"
         What to rank by.
+    longest : float, optional
+        A length that no vector exceeds, where it is known.
 
     Returns
     -------
@@ -80,7 +82,8 @@ def nearest_rows(
     """
     width = min(len(vectors), k + _MARGIN)
     block = max(1, _SCORES_PER_BLOCK // len(vectors))
-    longest = squared_norms.max().sqrt()
+    if longest is None:
+        longest = math.sqrt(squared_norms.max().item())
     pieces = []
     for start in range(0, len(queries), block):
         part = queries[start : start + block]
@@ -90,29 +93,38 @@ def nearest_rows(
         if width < len(vectors):
             doubt = 2 * _score_error(part, longest, similarity)
             lower = best.values[:, k - 1] - doubt
-            for unsure in (best.values[:, -1] >= lower).nonzero()[:, 0].tolist():
+            too_low = best.values < lower[:, None]
+            for unsure in (~too_low[:, -1]).nonzero()[:, 0].tolist():
                 in_doubt = (scores[unsure] >= lower[unsure]).nonzero()[:, 0]
                 rows[unsure] = -1
                 rows[unsure, :k] = _best_of(part[unsure], vectors, in_doubt, k, similarity)
+            rows.masked_fill_(too_low, -1)
         pieces.append(rows)
-    return torch.cat(pieces) if pieces else torch.empty(0, width, dtype=torch.int64, device=vectors.device)
+    if not pieces:
+        return torch.empty(0, width, dtype=torch.int64, device=vectors.device)
+    found = torch.cat(pieces)
+    return found[:, : int((found >= 0).sum(1).max())]
 
 
 def _coarse_scores(
     queries: torch.Tensor, vectors: torch.Tensor, squared_norms: torch.Tensor, similarity: Similarity
 ) -> torch.Tensor:
-    with torch.autocast(vectors.device.type, enabled=False):
-        products = torch.mv(vectors, queries[0])[None] if len(queries) == 1 else queries @ vectors.T
+    # Autocast leaves alone what has an `out`, and costs nothing so.
+    products = torch.empty(len(queries), len(vectors), dtype=torch.float32, device=vectors.device)
+    if len(queries) == 1:
+        torch.mv(vectors, queries[0], out=products[0])
+    else:
+        torch.mm(queries, vectors.T, out=products)
     if similarity == "l2":
         products.mul_(2).sub_(squared_norms)
     return products
 
 
-def _score_error(queries: torch.Tensor, longest: torch.Tensor, similarity: Similarity) -> torch.Tensor:
+def _score_error(queries: torch.Tensor, longest: float, similarity: Similarity) -> torch.Tensor:
     rounding = (queries.shape[1] + 8) * 2.0**-24
     relative = rounding / (1 - rounding) + 2 * _INPUT_ROUNDING[torch.get_float32_matmul_precision()]
     product = queries.norm(dim=1) * longest
-    size: torch.Tensor = product if similarity == "inner_product" else 2 * product + longest.square()
+    size: torch.Tensor = product if similarity == "inner_product" else 2 * product + longest**2
     return relative * size
 
 
