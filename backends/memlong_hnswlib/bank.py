@@ -165,7 +165,7 @@ class HnswlibBank(MemoryBank):
             if "contiguous 2D array" not in str(error):
                 raise
             return None
-        ids: Ids = labels.astype(np.int64)
+        ids: Ids = labels.view(np.int64)
         return ids
 
 

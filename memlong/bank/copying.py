@@ -37,6 +37,13 @@ def stack(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     return stacked
 
 
+def separate(blocks: torch.Tensor) -> list[torch.Tensor]:
+    """Return contiguous copies of the blocks in [n, *block], each in memory of its own, on their device."""
+    if blocks.device.type != "cpu":
+        return [stack([block])[0] for block in blocks]
+    return [torch.from_numpy(block.copy()).view(blocks.dtype) for block in _bits_of(blocks)]
+
+
 def keep_while_read(blocks: Iterable[torch.Tensor]) -> None:
     """Have the memory of blocks on a CUDA device stay theirs until the current stream has read them.
 

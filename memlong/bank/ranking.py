@@ -51,12 +51,12 @@ def rank(table: ChunkTable, similarity: Similarity, queries: Floats, candidates:
     """
     rows = table.rows_of(candidates)
     scores = _scores(table.embeddings, similarity, queries, rows)
-    scores, rows = _in_order(scores, rows)
-    repeats = (rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0)
-    if repeats.any():
-        rows[:, 1:][repeats] = -1
-        scores[:, 1:][repeats] = -np.inf
+    if not (scores[:, 1:] < scores[:, :-1]).all():  # or they are in order, and nothing is missing or there twice
         scores, rows = _in_order(scores, rows)
+        repeats = rows[:, 1:] == rows[:, :-1]
+        if repeats.any():
+            rows[:, 1:][repeats] = -1
+            scores, rows = _in_order(np.where(rows < 0, -np.inf, scores), rows)
     return _ranking(table.ids, scores[:, :k], rows[:, :k], k)
 
 
@@ -80,11 +80,12 @@ def missing(count: int, k: int) -> Ranking:
 
 
 def _scores(embeddings: Floats, similarity: Similarity, queries: Floats, rows: Ids) -> Floats:
-    scores = np.empty(rows.shape, dtype=np.float32)
     block = max(1, _VALUES_PER_BLOCK // max(1, rows.shape[1] * queries.shape[1]))
-    for start in range(0, len(queries), block):
-        part = slice(start, start + block)
-        scores[part] = true_scores(queries[part], embeddings[rows[part]], similarity)
+    parts = [
+        true_scores(queries[start : start + block], embeddings[rows[start : start + block]], similarity)
+        for start in range(0, len(queries), block)
+    ]
+    scores = np.concatenate(parts)
     scores[rows < 0] = -np.inf
     return scores
 
@@ -96,11 +97,13 @@ def _in_order(scores: Floats, rows: Ids) -> tuple[Floats, Ids]:
 
 
 def _ranking(ids: Ids, scores: Floats, rows: Ids, k: int) -> Ranking:
+    found = ids[rows]
+    found[rows < 0] = -1
     count, have = rows.shape
     if have == k:
-        return Ranking(scores, np.where(rows < 0, -1, ids[rows]), rows)
+        return Ranking(scores, found, rows)
     padded = missing(count, k)
     padded.scores[:, :have] = scores
-    padded.ids[:, :have] = np.where(rows < 0, -1, ids[rows])
+    padded.ids[:, :have] = found
     padded.rows[:, :have] = rows
     return padded

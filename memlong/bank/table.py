@@ -147,10 +147,11 @@ class ChunkTable:
 
     def rows_of(self, ids: Ids) -> Ids:
         """Return the row of each id, -1 where the table does not hold it; same shape as `ids`."""
-        if not len(self):
+        held = self.ids
+        if not len(held):
             return np.full_like(ids, -1)
-        rows = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
-        rows[self.ids[rows] != ids] = -1
+        rows = held.searchsorted(ids)
+        rows[held.take(rows, mode="clip") != ids] = -1
         return rows
 
     def append(self, ids: Ids, embeddings: Floats, spans: Ids) -> None:

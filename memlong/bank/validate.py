@@ -125,7 +125,7 @@ def _blocks(name: str, value: FloatInput, count: int) -> torch.Tensor:
 def _unit(name: str, wide: npt.NDArray[np.float64]) -> Floats:
     """Scale rows to unit length, each by its own values alone; zeros stay."""
     squares = np.einsum("nd,nd->n", wide, wide)
-    if not (squares.min(initial=1.0) > _SMALLEST_SQUARE and squares.max(initial=1.0) < np.inf):
+    if not all(_SMALLEST_SQUARE < square < math.inf for square in squares.tolist()):
         _check_finite(name, wide)
         odd = (squares <= _SMALLEST_SQUARE) | (squares == np.inf)
         largest = np.abs(wide[odd]).max(axis=1, keepdims=True, initial=0.0)
@@ -152,7 +152,7 @@ def _float_tensor(name: str, value: FloatInput) -> torch.Tensor:
 
 
 def _float64(name: str, value: FloatInput) -> npt.NDArray[np.float64]:
-    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         return np.array(value, dtype=np.float64, order="C")
     return _float_tensor(name, value).to("cpu", torch.float64, copy=True).contiguous().numpy()
 
