@@ -57,7 +57,7 @@ class TorchBank(MemoryBank):
             self._similarity,
             longest=table.longest,
         )
-        numbers = rows.cpu().numpy()
+        numbers = rows.numpy()
         return np.where(numbers < 0, -1, self._table.ids[numbers])
 
     def _index_remove(self, ids: Ids) -> None:

@@ -51,7 +51,9 @@ def rank(table: ChunkTable, similarity: Similarity, queries: Floats, candidates:
     """
     rows = table.rows_of(candidates)
     scores = _scores(table.embeddings, similarity, queries, rows)
-    if not (scores[:, 1:] < scores[:, :-1]).all():  # or they are in order, and nothing is missing or there twice
+    if not (
+        scores[:, 1:] < scores[:, :-1]
+    ).all():  # or they are in order, and nothing is missing or there twice
         scores, rows = _in_order(scores, rows)
         repeats = rows[:, 1:] == rows[:, :-1]
         if repeats.any():

@@ -132,8 +132,9 @@ def _unit(name: str, wide: npt.NDArray[np.float64]) -> Floats:
         wide[odd] /= np.where(largest > 0, largest, 1.0)
         squares[odd] = np.einsum("nd,nd->n", wide[odd], wide[odd])
         squares[squares == 0] = 1.0
-    vectors = np.empty(wide.shape, dtype=np.float32)
-    return np.divide(wide, np.sqrt(squares)[:, None], out=vectors, casting="same_kind")
+    vectors: Floats = np.empty(wide.shape, dtype=np.float32)
+    np.divide(wide, np.sqrt(squares)[:, None], out=vectors, casting="same_kind")
+    return vectors
 
 
 def _check_finite(name: str, wide: npt.NDArray[np.float64]) -> None:

@@ -108,3 +108,16 @@ def test_a_longest_vector_that_has_left_does_no_harm():
     found = ranking.rank_exactly(table, "inner_product", vectors[3:5], 3)
     scores = vectors[3:5].astype(np.float64) @ vectors[1:].T.astype(np.float64)
     assert found.rows.tolist() == np.argsort(-scores, axis=1)[:, :3].tolist()
+
+
+@pytest.mark.parametrize("columns", [2000, 2048, 2049, 9999])
+@pytest.mark.parametrize("count", [1, 7, 15, 40])
+def test_the_largest_scores_are_those_that_topk_finds(columns, count, monkeypatch):
+    monkeypatch.setattr(exact, "_SCORES_FOR_BLOCKS", 0)
+    scores = torch.randn(5, columns)
+    scores[1] = scores[1].round()  # many are equal
+    scores[2, -1] = 99.0
+    values, found = exact.largest(scores, count)
+    assert torch.equal(values, scores.topk(count).values)
+    assert torch.equal(values, scores.gather(1, found))
+    assert all(len(set(row)) == count for row in found.tolist())
