@@ -47,6 +47,9 @@ docs: $(INSTALLED) ## Build the documentation into out/docs, without the network
 
 bench: $(INSTALLED) ## Measure speed and memory against a plain window and full attention
 	mkdir -p out
+	$(BIN)/python bench/bank.py --json out/bank.json
+	$(BIN)/python bench/kv.py --json out/kv.json
+	$(BIN)/python bench/peers.py --json out/peers.json
 	$(BIN)/python bench/streaming.py --json out/streaming.json
 	$(BIN)/python bench/long_context.py
 	$(BIN)/python bench/long_stream.py

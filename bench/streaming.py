@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from ratios import Ratio, summary
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,9 +103,8 @@ def main(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    beyond = [row["system"] for row in rows if row["ratio"] > TARGET]
     typer.echo(
-        f"{len(rows) - 1} ratios measured; beyond the target of {TARGET}: {', '.join(beyond) or 'none'}"
+        summary([Ratio(row["system"], row["ratio"], TARGET) for row in rows if row["system"] != "plain"])
     )
 
 

@@ -24,6 +24,7 @@ WORDS = ["?", *(f"word{number}" for number in range(96))]
 
 
 def script(name: str) -> ModuleType:
+    sys.path[:] = dict.fromkeys([*sys.path, str((ROOT / name).parent)])  # where Python would look, too
     spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -273,3 +274,72 @@ def test_the_snapshot_bench_names_what_it_cannot_use(typed):
     result = invoke(script("bench/snapshots.py"), *typed)
     assert result.exit_code == 2
     assert typed[0] in result.output
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """The bank bench with few vectors and short turns."""
+    bench = script("bench/bank.py")
+    for name, value in {"QUERIES": 64, "NEW": 64, "ROUNDS": 1}.items():
+        monkeypatch.setattr(bench, name, value)
+    return bench
+
+
+def test_the_bank_bench_sets_each_backend_beside_its_library(brief, tmp_path):
+    out = tmp_path / "bank.json"
+    result = invoke(brief, "--sizes", 300, "--dims", 8, "--json", out, "--plot", tmp_path / "bank.png")
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert {row["setting"] for row in found["rows"]} > {"torch", "faiss Flat", "faiss HNSW32", "hnswlib"}
+    for row in found["rows"]:
+        assert row["recall"] >= (1.0 if row["setting"] in {"torch", "faiss Flat"} else 0.5)
+        assert set(row["bank"]) == set(row["raw"]) > {"build", "search 1", "retrieve 32", "add 32"}
+        assert row["index_bytes"] >= 300 * 8 * 4
+    assert (tmp_path / "bank.png").stat().st_size > 0
+    assert result.output.splitlines()[-1] == summary_of(found["ratios"], aimed=0)
+
+
+def summary_of(ratios, *, aimed):
+    return f"{len(ratios)} ratios measured, {aimed} with a target; beyond their target: 0"
+
+
+@pytest.mark.parametrize("typed", [["--sizes", "1,x"], ["--dims", "0"], ["--clock", "sun"]])
+def test_the_bank_bench_names_what_it_cannot_use(brief, typed):
+    result = invoke(brief, *typed)
+    assert result.exit_code == 2
+    assert typed[0] in result.output
+
+
+def test_the_block_bench_sets_gathering_beside_copying(tmp_path):
+    out = tmp_path / "kv.json"
+    sizes = ["--held", 4, "--layers", 1, "--heads", 1, "--chunk", 2, "--head-dim", 4, "--rounds", 1]
+    result = invoke(script("bench/kv.py"), "--k", 3, *sizes, "--folder", tmp_path, "--json", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["gathered_bytes"] == 3 * 2 * 2 * 4 * 2
+    assert {"host", "disk", "plain copy", "plain read"} < set(found["seconds"])
+    assert result.output.splitlines()[-1].startswith(
+        "5 ratios measured, 2 with a target; beyond their target"
+    )
+
+
+def test_the_peer_bench_leaves_out_what_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "memorizing_transformers_pytorch", None)
+    bench = script("bench/peers.py")
+    result = invoke(bench, "--chunks", 100, "--dim", 8, "--rounds", 1, "--json", tmp_path / "peers.json")
+    assert result.exit_code == 0, result.output
+    assert "is left out" in result.output
+    assert result.output.splitlines()[-1] == summary_of([], aimed=0)
+
+
+def test_a_last_line_names_what_is_beyond_its_target():
+    ratios = script("bench/ratios.py")
+    measured = [
+        ratios.Ratio("slow", 1.5, 1.1),
+        ratios.Ratio("quick", 1.0, 1.1),
+        ratios.Ratio("copy", 0.5, 0.7, at_least=True),
+        ratios.Ratio("any", 9.0),
+    ]
+    assert ratios.summary(measured) == (
+        "4 ratios measured, 3 with a target; beyond their target: 2: slow 1.50 (at most 1.1); copy 0.50 (at least 0.7)"
+    )

@@ -7,13 +7,13 @@ from typing import Any, Unpack
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from memlong.bank import BankOptions, Floats, Ids, MemoryBank
 from memlong.bank.validate import whole_number
 from memlong.errors import DeviceUnavailableError
 from memlong_faiss.gpu import require_gpu, warn_if_two_owners
+from memlong_faiss.numbering import RowNumbers
 from memlong_faiss.recipe import MOST_EFFORT, Recipe, core_of, is_lossy, training_points
 from memlong_faiss.rows import CpuRows, GpuRows, RowIndex
 
@@ -64,8 +64,7 @@ class FaissBank(MemoryBank):
     devices = ("cpu", "cuda")
 
     _rows: RowIndex | None
-    _row_ids: Ids
-    _alive: npt.NDArray[np.bool_]
+    _numbers: RowNumbers
 
     def __init__(
         self,
@@ -116,8 +115,7 @@ class FaissBank(MemoryBank):
             self._rows = self._trained_rows(self._table.embeddings)
             ids, embeddings = self._table.ids, self._table.embeddings
         self._rows.add(embeddings)
-        self._row_ids = np.concatenate([self._row_ids, ids])
-        self._alive = np.concatenate([self._alive, np.ones(len(ids), dtype=bool)])
+        self._numbers.append(ids)
 
     def _index_search(self, queries: Floats, k: int) -> Ids:
         if self._rows is None:
@@ -125,22 +123,22 @@ class FaissBank(MemoryBank):
             fetch = min(k + _TIE_MARGIN, len(table))
             rows = faiss.knn(queries, table.embeddings, fetch, metric=self._recipe.metric)[1]
             return np.where(rows < 0, -1, table.ids[rows])
-        fetch = min(k * self._refine, len(self._alive)) if self._is_lossy else k
-        rows = self._rows.search(queries, fetch, self._alive)
-        return np.where(rows < 0, -1, self._row_ids[rows])
+        numbers = self._numbers
+        fetch = min(k * self._refine, len(numbers)) if self._is_lossy else k
+        rows = self._rows.search(queries, fetch, numbers)
+        return np.where(rows < 0, -1, numbers.ids[rows])
 
     def _index_remove(self, ids: Ids) -> None:
         if self._rows is None:
             return
-        self._alive[np.searchsorted(self._row_ids, ids)] = False
-        dead = len(self._alive) - int(self._alive.sum())
-        if 5 * dead > len(self._alive) or dead > self._rows.most_dead:
+        numbers = self._numbers
+        numbers.bury(ids)
+        if 5 * numbers.dead > len(numbers) or numbers.dead > self._rows.most_dead:
             self._drop_index()
 
     def _index_reset(self) -> None:
         self._rows = None
-        self._row_ids = np.empty(0, dtype=np.int64)
-        self._alive = np.empty(0, dtype=bool)
+        self._numbers = RowNumbers(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
 
     def _index_options(self) -> dict[str, Any]:
         recipe = self._recipe
@@ -157,8 +155,9 @@ class FaissBank(MemoryBank):
     def _index_save(self) -> tuple[Mapping[str, Any], bytes] | None:
         if not isinstance(self._rows, CpuRows):
             return None
-        ends = np.flatnonzero(np.diff(self._row_ids) != 1) + 1
-        runs = [[int(run[0]), int(run[-1]) + 1] for run in np.split(self._row_ids, ends)]
+        row_ids = self._numbers.ids
+        ends = np.flatnonzero(np.diff(row_ids) != 1) + 1
+        runs = [[int(run[0]), int(run[-1]) + 1] for run in np.split(row_ids, ends)]
         return {"library": faiss.__version__, "row_ids": runs}, self._rows.to_bytes()
 
     def _index_load(self, facts: Mapping[str, Any], content: bytes) -> None:
@@ -171,7 +170,7 @@ class FaissBank(MemoryBank):
         if int(alive.sum()) != len(self._table):
             raise ValueError("it is the index of other chunks")
         self._rows = CpuRows.from_bytes(content, self._recipe, self._build_threads, len(row_ids))
-        self._row_ids, self._alive = row_ids, alive
+        self._numbers = RowNumbers(row_ids, alive)
 
     def _trained_rows(self, embeddings: Floats) -> RowIndex:
         index = self._recipe.build()

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
 from memlong.bank.arrays import Floats, Ids
 from memlong.errors import InvalidArgumentError
+from memlong_faiss.numbering import RowNumbers
 from memlong_faiss.recipe import Recipe, core_of
 
 
@@ -28,7 +28,7 @@ class RowIndex(ABC):
         """Append rows."""
 
     @abstractmethod
-    def search(self, queries: Floats, k: int, alive: npt.NDArray[np.bool_]) -> Ids:
+    def search(self, queries: Floats, k: int, numbers: RowNumbers) -> Ids:
         """Return int64 [q, c] row numbers, c >= k where there are so many rows; -1 is no row."""
 
 
@@ -46,7 +46,7 @@ class CpuRows(RowIndex):
     """
 
     def __init__(self, index: Any, recipe: Recipe, build_threads: int) -> None:
-        self._index = index
+        self._index, self._core = index, core_of(index)
         self._recipe = recipe
         self._build_threads = build_threads
         self.most_dead = int(np.iinfo(np.int64).max)
@@ -71,30 +71,30 @@ class CpuRows(RowIndex):
 
     def add(self, embeddings: Floats) -> None:
         """Append rows."""
-        if isinstance(core_of(self._index), faiss.IndexHNSW):
+        if isinstance(self._core, faiss.IndexHNSW):
             with openmp_threads(self._build_threads):
                 self._index.add(embeddings)
         else:
             self._index.add(embeddings)
 
-    def search(self, queries: Floats, k: int, alive: npt.NDArray[np.bool_]) -> Ids:
+    def search(self, queries: Floats, k: int, numbers: RowNumbers) -> Ids:
         """Search the living rows."""
-        rows: Ids = self._index.search(queries, k, params=self._parameters(k, alive))[1]
+        rows: Ids = self._index.search(queries, k, params=self._parameters(k, numbers))[1]
         return rows
 
-    def _parameters(self, k: int, alive: npt.NDArray[np.bool_]) -> Any:
+    def _parameters(self, k: int, numbers: RowNumbers) -> Any:
         library: Any = faiss  # its type stubs lack what its Python layer adds
         chosen: dict[str, Any] = {}
-        if not alive.all():
-            chosen["sel"] = library.IDSelectorBitmap(np.packbits(alive, bitorder="little"))
-        core = core_of(self._index)
+        if numbers.dead:
+            chosen["sel"] = library.IDSelectorBitmap(np.packbits(numbers.alive, bitorder="little"))
+        core = self._core
         if isinstance(core, faiss.IndexHNSW):
             parameters = library.SearchParametersHNSW(efSearch=max(self._recipe.ef_search, k), **chosen)
         elif isinstance(core, faiss.IndexIVF):
             parameters = library.SearchParametersIVF(nprobe=core.nprobe, **chosen)
         else:
             parameters = library.SearchParameters(**chosen)
-        if core is not self._index:
+        if isinstance(self._index, faiss.IndexPreTransform):
             parameters = library.SearchParametersPreTransform(index_params=parameters)
         return parameters
 
@@ -137,16 +137,16 @@ class GpuRows(RowIndex):
         with self._using:
             self._index.add(embeddings)
 
-    def search(self, queries: Floats, k: int, alive: npt.NDArray[np.bool_]) -> Ids:
+    def search(self, queries: Floats, k: int, numbers: RowNumbers) -> Ids:
         """Search all rows, for so many more that k living ones are among them where the limit allows it."""
         if k > self.k_limit:
             raise InvalidArgumentError(
                 f"k is {k}, but FAISS returns at most {self.k_limit} results on a GPU; ask for fewer, "
                 "or use device='cpu'"
             )
-        dead = len(alive) - int(alive.sum())
+        fetch = min(k + numbers.dead, len(numbers), self.k_limit)
         with self._using:
-            rows: Ids = self._index.search(queries, min(k + dead, len(alive), self.k_limit))[1]
+            rows: Ids = self._index.search(queries, fetch)[1]
         return rows
 
 

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import hnswlib
 import numpy as np
+import torch
 
 from memlong.bank import BankOptions, Floats, Ids, MemoryBank
 from memlong.bank.validate import whole_number
@@ -30,7 +31,8 @@ class HnswlibBank(MemoryBank):
     The graph doubles its capacity when it is full. Removed chunks are only marked in it, and still cost time
     when a search passes through; once a third of the graph is dead it is rebuilt. (hnswlib could put new
     chunks in dead ones' places, but repairing the graph around them took five times as long as rebuilding.)
-    Building is seeded and, with one thread, reproducible.
+    Building is seeded and, with one thread, reproducible. A search takes as many threads as torch does
+    (`torch.set_num_threads`), where hnswlib by itself would take all cores.
 
     Parameters
     ----------
@@ -160,12 +162,12 @@ class HnswlibBank(MemoryBank):
     def _nearest(self, queries: Floats, k: int) -> Ids | None:
         """Return ids [q, k], or None where hnswlib came by fewer than k for one of the queries."""
         try:
-            labels, _ = self._graph.knn_query(queries, k)
+            labels, _ = self._graph.knn_query(queries, k, num_threads=torch.get_num_threads())
         except RuntimeError as error:
             if "contiguous 2D array" not in str(error):
                 raise
             return None
-        ids: Ids = labels.astype(np.int64)
+        ids: Ids = labels.view(np.int64)
         return ids
 
 

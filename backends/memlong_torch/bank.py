@@ -47,16 +47,17 @@ class TorchBank(MemoryBank):
             self._mirror.append(embeddings)
 
     def _index_search(self, queries: Floats, k: int) -> Ids:
-        mirror = self._mirror
-        vectors = torch.from_numpy(self._table.embeddings) if mirror is None else mirror.rows
+        table, mirror = self._table, self._mirror
+        vectors = torch.from_numpy(table.embeddings) if mirror is None else mirror.rows
         rows = nearest_rows(
             torch.from_numpy(queries).to(vectors.device),
             vectors,
-            torch.from_numpy(self._table.squared_norms).to(vectors.device),
+            torch.from_numpy(table.squared_norms).to(vectors.device),
             k,
             self._similarity,
+            longest=table.longest,
         )
-        numbers = rows.cpu().numpy()
+        numbers = rows.numpy()
         return np.where(numbers < 0, -1, self._table.ids[numbers])
 
     def _index_remove(self, ids: Ids) -> None:

@@ -212,8 +212,9 @@ class MemoryBank(PersistentBank):
             if self._contents.layout is not None:
                 self._contents.layout.require_same(layout)
             ids = np.arange(self._contents.next_id, self._contents.next_id + count, dtype=np.int64)
-            victims = self._capacity.victims(self._table.usage_with(ids), self._capacity_for(layout))
-            before = len(self._table)
+            before, room = len(self._table), self._capacity_for(layout)
+            is_full = room is not None and before + count > room
+            victims = self._capacity.victims(self._table.usage_with(ids), room) if is_full else ids[:0]
             with self._contents.change(layout, ids):
                 self._store.put(ids.tolist(), key_blocks, value_blocks)
                 self._table.append(ids, vectors, positions)

@@ -70,7 +70,8 @@ class Capacity:
         if chunks is None or len(usage) <= chunks:
             return np.empty(0, dtype=np.int64)
         chosen = np.unique(np.asarray(self.policy.select(usage, chunks), dtype=np.int64))
-        strangers = np.setdiff1d(chosen, usage.ids)
+        places = np.searchsorted(usage.ids, chosen)
+        strangers = chosen[usage.ids[np.minimum(places, len(usage) - 1)] != chosen]
         if len(strangers) or len(usage) - len(chosen) > chunks:
             raise InvalidArgumentError(
                 f"eviction policy {type(self.policy).__name__} must choose at least {len(usage) - chunks} "

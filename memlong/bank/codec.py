@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 
+from memlong.bank.copying import stack
 from memlong.bank.layout import ChunkLayout
 from memlong.errors import InvalidArgumentError
 
@@ -42,8 +44,8 @@ class BlockCodec(ABC):
         """Return records [n, nbytes], uint8, of blocks [n, layers, kv_heads, chunk, head_dim]."""
 
     @abstractmethod
-    def decode(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values in the layout's dtype, on the device of the records."""
+    def decode(self, records: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and the values of n >= 1 records in the layout's dtype, on their device; fresh copies."""
 
 
 class PlainCodec(BlockCodec):
@@ -70,9 +72,10 @@ class PlainCodec(BlockCodec):
         """Put the values' bytes after the keys'."""
         return torch.cat([_bytes(keys.to(self._dtype)), _bytes(values.to(self._dtype))], dim=1)
 
-    def decode(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look at the bytes as keys and values; no copy, unless the dtype is another."""
-        keys, values = (_as(half, self._dtype, self.layout.shape) for half in records.tensor_split(2, dim=1))
+    def decode(self, records: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy each half to its place, once, unless the dtype is another."""
+        halves = zip(*(record.tensor_split(2) for record in records), strict=True)
+        keys, values = (_as(stack(half), self._dtype, self.layout.shape) for half in halves)
         return keys.to(self.layout.dtype), values.to(self.layout.dtype)
 
 
@@ -115,11 +118,11 @@ class ScaledCodec(BlockCodec):
             parts += [_bytes(scale), _bytes(scaled.to(self._dtype))]
         return torch.cat(parts, dim=1)
 
-    def decode(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, records: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale back."""
         count = math.prod(self.layout.shape)
         sizes = [2 * math.prod(self._key_scales), count, 2 * math.prod(self._value_scales), count]
-        key_scales, keys, value_scales, values = records.split(sizes, dim=1)
+        key_scales, keys, value_scales, values = stack(records).split(sizes, dim=1)
         return (
             self._scaled(keys, key_scales, self._key_scales),
             self._scaled(values, value_scales, self._value_scales),

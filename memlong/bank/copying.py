@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+_FEW = 8
+_GRAIN = 1 << 15  # torch copies as many numbers as this in one thread
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -32,9 +34,22 @@ def stack(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     if first.device.type != "cpu":
         return torch.stack(tuple(blocks))
     stacked = torch.empty(len(blocks), *first.shape, dtype=first.dtype, device=first.device)
-    for target, block in zip(_bits_of(stacked), blocks, strict=True):
-        np.copyto(target, _bits_of(block))
+    together = _GRAIN // max(first.numel(), 1)
+    if together < _FEW:
+        for target, block in zip(_bits_of(stacked), blocks, strict=True):
+            np.copyto(target, _bits_of(block))
+    else:  # small blocks, of which torch copies many at a call
+        for start in range(0, len(blocks), together):
+            part = slice(start, start + together)
+            torch.stack([block.detach() for block in blocks[part]], out=stacked[part])
     return stacked
+
+
+def separate(blocks: torch.Tensor) -> list[torch.Tensor]:
+    """Return contiguous copies of the blocks in [n, *block], each in memory of its own, on their device."""
+    if blocks.device.type != "cpu":
+        return [stack([block])[0] for block in blocks]
+    return [torch.from_numpy(block.copy()).view(blocks.dtype) for block in _bits_of(blocks)]
 
 
 def keep_while_read(blocks: Iterable[torch.Tensor]) -> None:

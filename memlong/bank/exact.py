@@ -14,6 +14,8 @@ Similarity = Literal["inner_product", "l2"]
 
 _MARGIN = 16
 _SCORES_PER_BLOCK = 1 << 24
+_BLOCK = 32
+_SCORES_FOR_BLOCKS = 1 << 19  # fewer are sooner sorted than the blocks found
 _VALUES_PER_BLOCK = 1 << 22
 _INPUT_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
@@ -38,12 +40,11 @@ def true_scores(queries: Floats, vectors: Floats, similarity: Similarity) -> Flo
     wide = vectors.astype(np.float64)
     if similarity == "l2":
         wide -= queries[:, None, :]
-        np.multiply(wide, wide, out=wide)
-        np.negative(wide, out=wide)
+        scores = -np.einsum("qcd,qcd->qc", wide, wide)
     else:
-        wide *= queries[:, None, :]
-    scores: Floats = wide.sum(axis=-1).astype(np.float32)
-    return scores
+        scores = np.einsum("qcd,qd->qc", wide, queries.astype(np.float64))
+    rounded: Floats = scores.astype(np.float32)
+    return rounded
 
 
 def nearest_rows(
@@ -52,13 +53,15 @@ def nearest_rows(
     squared_norms: torch.Tensor,
     k: int,
     similarity: Similarity,
+    *,
+    longest: float | None = None,
 ) -> torch.Tensor:
     """Return rows among which the true k best of each query certainly are.
 
     One float32 product scores every row. Its error is bounded (Higham, Accuracy and Stability of Numerical
     Algorithms, section 3.1), so if the best k + 16 rows reach further down than that error can, they hold the
-    true k best, ties included. Where they do not (many equal or nearly equal rows), every row in doubt is
-    scored again in float64.
+    true k best, ties included, and those of them that lie within it are returned. Where they do not (many
+    equal or nearly equal rows), every row in doubt is scored again in float64.
 
     Parameters
     ----------
@@ -72,48 +75,82 @@ def nearest_rows(
         1 <= k <= n.
     similarity : "inner_product" or "l2"
         What to rank by.
+    longest : float, optional
+        A length that no vector exceeds, where it is known.
 
     Returns
     -------
     torch.Tensor
-        int64 [q, c] row numbers in no particular order, c >= k; -1 is no row.
+        int64 [q, c] row numbers on the CPU, c >= k; -1 is no row.
     """
     width = min(len(vectors), k + _MARGIN)
     block = max(1, _SCORES_PER_BLOCK // len(vectors))
-    longest = squared_norms.max().sqrt()
+    if longest is None:
+        longest = math.sqrt(squared_norms.max().item())
     pieces = []
     for start in range(0, len(queries), block):
         part = queries[start : start + block]
         scores = _coarse_scores(part, vectors, squared_norms, similarity)
-        best = scores.topk(width, dim=1)
-        rows = best.indices
+        best, rows = (each.cpu().numpy() for each in largest(scores, width))
         if width < len(vectors):
-            doubt = 2 * _score_error(part, longest, similarity)
-            lower = best.values[:, k - 1] - doubt
-            for unsure in (best.values[:, -1] >= lower).nonzero()[:, 0].tolist():
-                in_doubt = (scores[unsure] >= lower[unsure]).nonzero()[:, 0]
+            lower = best[:, k - 1] - 2 * _score_error(part, longest, similarity)
+            too_low = best < lower[:, None]
+            rows[too_low] = -1
+            for unsure in np.flatnonzero(~too_low[:, -1]).tolist():
+                in_doubt = (scores[unsure] >= float(lower[unsure])).nonzero()[:, 0]
                 rows[unsure] = -1
-                rows[unsure, :k] = _best_of(part[unsure], vectors, in_doubt, k, similarity)
+                rows[unsure, :k] = _best_of(part[unsure], vectors, in_doubt, k, similarity).cpu().numpy()
         pieces.append(rows)
-    return torch.cat(pieces) if pieces else torch.empty(0, width, dtype=torch.int64, device=vectors.device)
+    found = np.concatenate(pieces) if pieces else np.empty((0, width), dtype=np.int64)
+    return torch.from_numpy(found[:, : np.count_nonzero((found >= 0).any(axis=0))])
+
+
+def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest of each row, in descending order, and their columns, as `Tensor.topk` does.
+
+    Where there are many, only those blocks of columns are looked through that have the largest maxima: as many as are
+    wanted certainly hold them all.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        float32 [q, n].
+    count : int
+        How many, <= n.
+    """
+    blocks = scores.shape[1] // _BLOCK
+    if scores.numel() < _SCORES_FOR_BLOCKS or blocks < 2 * count:
+        found = scores.topk(count, dim=1)
+        return found.values, found.indices
+    whole = scores[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+    promising = whole.amax(dim=2).topk(count, dim=1).indices
+    values = whole[torch.arange(len(scores), device=scores.device)[:, None], promising].flatten(1)
+    best = torch.cat([values, scores[:, blocks * _BLOCK :]], dim=1).topk(count, dim=1)
+    looked_through = torch.nn.functional.pad(
+        promising, (0, 1), value=blocks
+    )  # the last one is what is left over
+    return best.values, looked_through.gather(1, best.indices // _BLOCK) * _BLOCK + best.indices % _BLOCK
 
 
 def _coarse_scores(
     queries: torch.Tensor, vectors: torch.Tensor, squared_norms: torch.Tensor, similarity: Similarity
 ) -> torch.Tensor:
-    with torch.autocast(vectors.device.type, enabled=False):
-        products = torch.mv(vectors, queries[0])[None] if len(queries) == 1 else queries @ vectors.T
+    # Autocast leaves alone what has an `out`, and costs nothing so.
+    products = torch.empty(len(queries), len(vectors), dtype=torch.float32, device=vectors.device)
+    if len(queries) == 1:
+        torch.mv(vectors, queries[0], out=products[0])
+    else:
+        torch.mm(queries, vectors.T, out=products)
     if similarity == "l2":
         products.mul_(2).sub_(squared_norms)
     return products
 
 
-def _score_error(queries: torch.Tensor, longest: torch.Tensor, similarity: Similarity) -> torch.Tensor:
+def _score_error(queries: torch.Tensor, longest: float, similarity: Similarity) -> Floats:
     rounding = (queries.shape[1] + 8) * 2.0**-24
     relative = rounding / (1 - rounding) + 2 * _INPUT_ROUNDING[torch.get_float32_matmul_precision()]
-    product = queries.norm(dim=1) * longest
-    size: torch.Tensor = product if similarity == "inner_product" else 2 * product + longest.square()
-    return relative * size
+    product: Floats = torch.linalg.vector_norm(queries, dim=1).cpu().numpy() * longest
+    return relative * (product if similarity == "inner_product" else 2 * product + longest**2)
 
 
 def _best_of(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from memlong.bank.copying import keep_while_read, stack
+from memlong.bank.copying import keep_while_read, separate, stack
 from memlong.bank.layout import ChunkLayout
 from memlong.errors import InvalidArgumentError
 
@@ -113,11 +113,8 @@ class InMemoryStore(KeyValueStore):
         held = [chunk_id for chunk_id in ids if chunk_id in self._blocks]
         if held:
             raise InvalidArgumentError(f"the store already holds ids {held}; ids are never reused")
-        blocks = {
-            chunk_id: (stack([key])[0], stack([value])[0])
-            for chunk_id, key, value in zip(ids, keys.unbind(0), values.unbind(0), strict=True)
-        }
-        self._blocks.update(blocks)
+        pairs = zip(separate(keys), separate(values), strict=True)
+        self._blocks.update(dict(zip(ids, pairs, strict=True)))
 
     def take(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep a single block as it is; of several, copies, or one that stays would keep the memory of all."""
@@ -157,8 +154,10 @@ class InMemoryStore(KeyValueStore):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held."""
-        return sum(key.nbytes + value.nbytes for key, value in list(self._blocks.values()))
+        """Bytes of keys and values held; one block is as large as another."""
+        for key, value in self._blocks.values():
+            return len(self._blocks) * (key.nbytes + value.nbytes)
+        return 0
 
     def _check_held(self, ids: Sequence[int]) -> None:
         unknown = [chunk_id for chunk_id in ids if chunk_id not in self._blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 from memlong.bank.arrays import Floats, Ids
 from memlong.bank.eviction import Usage
+
+_IDS, _EMBEDDINGS, _SQUARED_NORMS, _SPANS, _RETRIEVALS, _LAST_USED = range(6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +25,14 @@ class TableRows:
         Ids, embeddings, squared norms, spans, retrievals and last uses, all of one capacity.
     first, last : int
         The window [first, last).
+    longest : float
+        No embedding in the window is longer; one that has left may have been this long.
     """
 
     columns: tuple[npt.NDArray[Any], ...]
     first: int
     last: int
+    longest: float
 
     @classmethod
     def empty(cls, capacity: int, dim: int) -> TableRows:
@@ -39,7 +45,7 @@ class TableRows:
             np.empty(capacity, dtype=np.int64),
             np.empty(capacity, dtype=np.int64),
         )
-        return cls(columns, 0, 0)
+        return cls(columns, 0, 0, 0.0)
 
     @property
     def window(self) -> slice:
@@ -50,6 +56,19 @@ class TableRows:
     def capacity(self) -> int:
         """How many rows the arrays have room for."""
         return len(self.columns[0])
+
+    @property
+    def usage(self) -> Usage:
+        """Ids, retrieval counts and last uses, not to be written to."""
+        views = [self.columns[number][self.window] for number in (_IDS, _RETRIEVALS, _LAST_USED)]
+        for view in views:
+            view.flags.writeable = False
+        return Usage(*views)
+
+    def measured(self) -> TableRows:
+        """Return these rows with `longest` taken anew."""
+        longest = math.sqrt(self.columns[_SQUARED_NORMS][self.window].max(initial=0.0))
+        return replace(self, longest=longest)
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -86,38 +105,40 @@ class ChunkTable:
     @property
     def ids(self) -> Ids:
         """int64 [n], ascending."""
-        return self._rows.columns[0][self._rows.window]
+        return self._rows.columns[_IDS][self._rows.window]
 
     @property
     def embeddings(self) -> Floats:
         """float32 [n, dim], C-contiguous."""
-        return self._rows.columns[1][self._rows.window]
+        return self._rows.columns[_EMBEDDINGS][self._rows.window]
 
     @property
     def squared_norms(self) -> Floats:
         """float32 [n], the squared length of each embedding."""
-        return self._rows.columns[2][self._rows.window]
+        return self._rows.columns[_SQUARED_NORMS][self._rows.window]
+
+    @property
+    def longest(self) -> float:
+        """A length that no embedding exceeds."""
+        return self._rows.longest
 
     @property
     def spans(self) -> Ids:
         """int64 [n, 2], token positions [start, end)."""
-        return self._rows.columns[3][self._rows.window]
+        return self._rows.columns[_SPANS][self._rows.window]
 
     @property
     def usage(self) -> Usage:
         """Ids, retrieval counts and last uses, oldest chunk first."""
-        ids, _, _, _, retrievals, last_used = self._rows.columns
-        window = self._rows.window
-        return Usage(ids[window], retrievals[window], last_used[window])
+        return self._rows.usage
 
     def usage_with(self, ids: Ids) -> Usage:
-        """Return the usage as it would be with new chunks `ids` appended now."""
-        usage = self.usage
-        return Usage(
-            np.concatenate([usage.ids, ids]),
-            np.concatenate([usage.retrievals, np.zeros_like(ids)]),
-            np.concatenate([usage.last_used, np.full_like(ids, self.clock + 1)]),
-        )
+        """Return the usage as it would be with new chunks `ids` appended now; they are noted behind the window."""
+        self._rows = roomy = self._with_room(len(ids))
+        longer = replace(roomy, last=roomy.last + len(ids))
+        for number, given in ((_IDS, ids), (_RETRIEVALS, 0), (_LAST_USED, self.clock + 1)):
+            longer.columns[number][roomy.last : longer.last] = given
+        return longer.usage
 
     @property
     def nbytes(self) -> int:
@@ -126,10 +147,11 @@ class ChunkTable:
 
     def rows_of(self, ids: Ids) -> Ids:
         """Return the row of each id, -1 where the table does not hold it; same shape as `ids`."""
-        if not len(self):
+        held = self.ids
+        if not len(held):
             return np.full_like(ids, -1)
-        rows = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
-        rows[self.ids[rows] != ids] = -1
+        rows = held.searchsorted(ids)
+        rows[held.take(rows, mode="clip") != ids] = -1
         return rows
 
     def append(self, ids: Ids, embeddings: Floats, spans: Ids) -> None:
@@ -141,7 +163,8 @@ class ChunkTable:
         norms = np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64)
         for column, given in zip(roomy.columns, (ids, embeddings, norms, spans, 0, self.clock), strict=True):
             column[new] = given
-        self._rows = replace(roomy, last=roomy.last + count)
+        longest = max(roomy.longest, math.sqrt(norms.max(initial=0.0)))
+        self._rows = replace(roomy, last=roomy.last + count, longest=longest)
 
     def fill(
         self, ids: Ids, embeddings: Floats, spans: Ids, retrievals: Ids, last_used: Ids, clock: int
@@ -154,14 +177,16 @@ class ChunkTable:
         ):
             column[:] = given
         self.clock = clock
-        self._rows = replace(fresh, last=len(ids))
+        self._rows = replace(fresh, last=len(ids)).measured()
 
     def mark_retrieved(self, rows: Ids) -> None:
         """Count one retrieval for every row number in `rows`; a row may come more than once."""
         self.clock += 1
-        usage = self.usage
-        np.add.at(usage.retrievals, rows, 1)
-        usage.last_used[rows] = self.clock
+        retrievals, last_used = (
+            self._rows.columns[each][self._rows.window] for each in (_RETRIEVALS, _LAST_USED)
+        )
+        np.add.at(retrievals, rows, 1)
+        last_used[rows] = self.clock
 
     def restore(self, rows: TableRows) -> None:
         """Go back to rows that there were before the last append and what followed it."""
@@ -169,17 +194,17 @@ class ChunkTable:
 
     def remove(self, rows: Ids) -> None:
         """Forget the rows with these distinct numbers."""
-        if not len(rows):
+        count, now = len(rows), self._rows
+        if not count:
             return
-        keep = np.ones(len(self), dtype=bool)
-        keep[rows] = False
-        kept = np.flatnonzero(keep)
-        now = self._rows
-        if not len(kept):
-            self._rows = replace(now, first=now.last)
-        elif kept[-1] - kept[0] + 1 == len(kept):
-            self._rows = replace(now, first=now.first + int(kept[0]), last=now.first + int(kept[-1]) + 1)
+        if rows.max() == count - 1:  # the oldest
+            self._rows = replace(now, first=now.first + count)
+        elif rows.min() == len(self) - count:  # the newest
+            self._rows = replace(now, last=now.last - count)
         else:
+            keep = np.ones(len(self), dtype=bool)
+            keep[rows] = False
+            kept = np.flatnonzero(keep)
             self._rows = self._copied(kept, max(2 * len(kept), 64))
 
     def clear(self) -> None:
@@ -195,10 +220,10 @@ class ChunkTable:
             return self._copied(np.arange(length), max(2 * (length + count), 64))
         for column in now.columns:  # the window lies in the upper half, and stays as it is
             column[:length] = column[now.window]
-        return replace(now, first=0, last=length)
+        return replace(now, first=0, last=length).measured()
 
     def _copied(self, rows: Ids, capacity: int) -> TableRows:
         fresh = TableRows.empty(capacity, self._dim)
         for old, new in zip(self._rows.columns, fresh.columns, strict=True):
             np.take(old[self._rows.window], rows, axis=0, out=new[: len(rows)], mode="clip")
-        return replace(fresh, last=len(rows))
+        return replace(fresh, last=len(rows)).measured()

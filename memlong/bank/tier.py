@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from memlong.bank.copying import keep_while_read, stack
+from memlong.bank.copying import keep_while_read, separate
 from memlong.bank.disk import DiskSlots
 from memlong.errors import StorageError
 
@@ -45,7 +45,7 @@ class MemoryTier(Tier):
         """Store copies of those that are not held yet."""
         for chunk_id, record in zip(ids, records, strict=True):
             if chunk_id not in self._records:
-                own = stack([record.to(self._device)])[0]  # not a view of all the others
+                (own,) = separate(record[None].to(self._device))  # not a view of all the others
                 self._records[chunk_id] = own.pin_memory() if self._pinned else own
             self._records.move_to_end(chunk_id)
 

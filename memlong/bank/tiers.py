@@ -144,7 +144,7 @@ class TieredStore(KeyValueStore):
                 fresh = [chunk_id for chunk_id in records if chunk_id not in self._near[0]]
                 if fresh:
                     self._keep_near(fresh, stack([records[chunk_id] for chunk_id in fresh]))
-        return codec.decode(stack([records[chunk_id] for chunk_id in ids]))
+        return codec.decode([records[chunk_id] for chunk_id in ids])
 
     def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Read from the farthest tier, which holds everything, and leave the nearer ones to those that search."""
@@ -152,7 +152,7 @@ class TieredStore(KeyValueStore):
             with self._lock:
                 codec, whole = self._holding([chunk_id])
                 (record,) = whole.get([chunk_id])
-            keys, values = codec.decode(record[None].to(codec.layout.device))
+            keys, values = codec.decode([record.to(codec.layout.device)])
             yield keys[0], values[0]
 
     def remove(self, ids: Sequence[int]) -> None:

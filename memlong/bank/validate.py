@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -13,6 +14,7 @@ from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
 from memlong.errors import InvalidArgumentError
 
 _LARGEST_NORM = 1e18
+_SMALLEST_SQUARE = 1e-200  # what underflows in a sum of squares above this is nothing beside it
 
 
 def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> int:
@@ -65,16 +67,11 @@ def embeddings_of(name: str, value: FloatInput, dim: int, *, unit: bool) -> Floa
     wide = _float64(name, value)
     if wide.ndim != 2 or wide.shape[1] != dim:
         raise InvalidArgumentError(f"{name} must have shape [n, {dim}], got {list(wide.shape)}")
-    finite = np.isfinite(wide)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        raise InvalidArgumentError(f"{name}[{row}, {column}] is {wide[row, column]}, expected finite values")
     if unit:
-        largest = np.abs(wide).max(axis=1, keepdims=True, initial=0.0)
-        np.divide(wide, largest, out=wide, where=largest > 0)
-        lengths = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
-        np.divide(wide, lengths, out=wide, where=lengths > 0)
-    elif wide.size and (largest := np.abs(wide).max()) * dim**0.5 > _LARGEST_NORM:
+        return _unit(name, wide)
+    largest = max(wide.max(initial=0.0), -wide.min(initial=0.0))
+    if not largest * dim**0.5 <= _LARGEST_NORM:
+        _check_finite(name, wide)
         raise InvalidArgumentError(
             f"{name} holds a value of size {largest:g}, expected vectors no longer than {_LARGEST_NORM:g}: "
             "their products would overflow float32"
@@ -131,13 +128,33 @@ def _blocks(name: str, value: FloatInput, count: int) -> torch.Tensor:
             f"got {list(block.shape)}"
         )
     if block.numel():
-        low, high = torch.aminmax(block if block.element_size() > 1 else block.float())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        low, high = map(float, torch.aminmax(block if block.element_size() > 1 else block.float()))
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise InvalidArgumentError(
-                f"{name} runs from {low.item()} to {high.item()}, expected finite values: one that is not "
+                f"{name} runs from {low} to {high}, expected finite values: one that is not "
                 "would spoil every attention that reads it"
             )
     return block
+
+
+def _unit(name: str, wide: npt.NDArray[np.float64]) -> Floats:
+    """Scale rows to unit length, each by its own values alone; zeros stay."""
+    squares = np.einsum("nd,nd->n", wide, wide)
+    if not all(_SMALLEST_SQUARE < square < math.inf for square in squares.tolist()):
+        _check_finite(name, wide)
+        odd = (squares <= _SMALLEST_SQUARE) | (squares == np.inf)
+        largest = np.abs(wide[odd]).max(axis=1, keepdims=True, initial=0.0)
+        wide[odd] /= np.where(largest > 0, largest, 1.0)
+        squares[odd] = np.einsum("nd,nd->n", wide[odd], wide[odd])
+        squares[squares == 0] = 1.0
+    vectors: Floats = np.empty(wide.shape, dtype=np.float32)
+    np.divide(wide, np.sqrt(squares)[:, None], out=vectors, casting="same_kind")
+    return vectors
+
+
+def _check_finite(name: str, wide: npt.NDArray[np.float64]) -> None:
+    for row, column in np.argwhere(~np.isfinite(wide))[:1]:
+        raise InvalidArgumentError(f"{name}[{row}, {column}] is {wide[row, column]}, expected finite values")
 
 
 def _float_tensor(name: str, value: FloatInput) -> torch.Tensor:
@@ -151,9 +168,9 @@ def _float_tensor(name: str, value: FloatInput) -> torch.Tensor:
 
 
 def _float64(name: str, value: FloatInput) -> npt.NDArray[np.float64]:
-    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         return np.array(value, dtype=np.float64, order="C")
-    return np.array(_float_tensor(name, value).to("cpu", torch.float64).numpy(), order="C")
+    return _float_tensor(name, value).to("cpu", torch.float64, copy=True).contiguous().numpy()
 
 
 def _int64(name: str, value: IntInput) -> Ids:

@@ -109,10 +109,10 @@ def test_the_index_is_rebuilt_once_a_fifth_is_dead(index, train_size, fill):
     fill(bank, torch.randn(100, 16))
     bank.remove(range(20))
     bank.search(torch.randn(1, 16), 1)
-    assert len(bank._alive) == 100
+    assert len(bank._numbers) == 100
     bank.remove([20])
     bank.search(torch.randn(1, 16), 1)
-    assert len(bank._alive) == len(bank) == 79
+    assert len(bank._numbers) == len(bank) == 79
 
 
 @pytest.mark.parametrize("index", ["HNSW16", "IVF16,Flat", "IVF16,SQ8", "SQ8", "PCA16,IVF16,Flat"])

@@ -78,7 +78,7 @@ def test_other_errors_of_the_library_are_not_hidden(fill, monkeypatch):
     fill(bank, torch.randn(3, 8))
 
     class Broken:
-        def knn_query(self, *_):
+        def knn_query(self, *_, **__):
             raise RuntimeError("Index not loaded")
 
     monkeypatch.setattr(bank, "_graph", Broken())

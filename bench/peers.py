@@ -1,0 +1,174 @@
+"""Storing and retrieving beside the memory of another package, on the same vectors.
+
+The peer is the k-nearest-neighbours memory of memorizing-transformers-pytorch: one FAISS graph (HNSW, 15 links,
+FAISS's own efforts), keys and values in a file that is mapped into memory. Beside it a bank of the same graph
+(`HNSW15`, the same efforts), and the exact one; each vector has a key and a value of its own width, as the peer's
+have. Single thread, in turns, wall-clock time; recall by score.
+
+The peer is left out, with a message, where it is not installed:
+
+    pip install --no-deps memorizing-transformers-pytorch einops einops-exts filelock joblib
+    python bench/peers.py --chunks 10000 --json out/peers.json
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from ratios import Clock, Ratio, best_times, summary
+from torch import Tensor
+from vectors import PART, Data, K
+
+from memlong import MemlongError, Registry
+from memlong.evaluation.environment import versions
+
+PEER = "memorizing-transformers-pytorch"
+BATCHES = (1, 32)
+QUERIES = 256
+NEW = 4096
+BANKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "memlong, the same graph": ("faiss", {"index": "HNSW15", "ef_construction": 40, "ef_search": 16}),
+    "memlong, exact": ("torch", {}),
+}
+
+
+class Memory(ABC):
+    """Vectors that are found, each the key of a pair that is stored."""
+
+    @abstractmethod
+    def store(self, vectors: Tensor) -> None:
+        """Store vectors [n, dim], each as key and as value."""
+
+    @abstractmethod
+    def retrieve(self, queries: Tensor) -> Tensor:
+        """Return the keys [q, K, dim] of what is nearest, having fetched the values as well."""
+
+
+class Bank(Memory):
+    """A bank of memlong's."""
+
+    def __init__(self, dim: int, backend: str, options: dict[str, Any]) -> None:
+        self._bank = Registry().create_bank(backend, dim, metric="inner_product", **options)
+
+    def store(self, vectors: Tensor) -> None:
+        """Add chunks of one token."""
+        pairs = vectors[:, None, None, None]
+        self._bank.add(vectors, pairs, pairs, [(0, 1)] * len(vectors))
+
+    def retrieve(self, queries: Tensor) -> Tensor:
+        """Retrieve."""
+        return self._bank.retrieve(queries, K).keys.flatten(2)
+
+
+class Peer(Memory):
+    """The memory of memorizing-transformers-pytorch, of one row, in this process."""
+
+    def __init__(self, dim: int, room: int, file: Path) -> None:
+        module = importlib.import_module("memorizing_transformers_pytorch.knn_memory")
+        self._memory = module.KNNMemory(
+            dim, max_memories=room, memmap_filename=str(file), multiprocessing=False
+        )
+
+    def store(self, vectors: Tensor) -> None:
+        """Add pairs [1, n, 2, dim]."""
+        self._memory.add(torch.stack([vectors, vectors], dim=1)[None])
+
+    def retrieve(self, queries: Tensor) -> Tensor:
+        """Search."""
+        return self._memory.search(queries[None], K)[0][0, :, :, 0]
+
+
+@contextmanager
+def memories(dim: int, room: int) -> Iterator[dict[str, Memory]]:
+    """Give the empty memories by name; the peer's if it is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Memory] = {name: Bank(dim, *bank) for name, bank in BANKS.items()}
+        try:
+            found = {PEER: Peer(dim, room, Path(folder, "peer")), **found}
+        except ImportError as error:
+            print(
+                f"{PEER} is left out ({error}): pip install --no-deps {PEER} einops einops-exts filelock joblib"
+            )
+        yield found
+
+
+def main(
+    chunks: Annotated[int, typer.Option(min=K, help="Vectors in each memory.")] = 10_000,
+    dim: Annotated[int, typer.Option(min=1, help="Their width.")] = 384,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn; the best counts.")] = 5,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Set banks beside the memory of another package.
+
+    \b
+    Examples:
+      python bench/peers.py --chunks 10000 --json out/peers.json
+    """  # noqa: D301
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    data = Data.drawn(chunks, dim, NEW, QUERIES)
+    stored, new, queries = (torch.from_numpy(each) for each in (data.stored, data.new, data.queries))
+    seconds: dict[str, dict[str, float]] = {}
+    with memories(dim, chunks + NEW) as systems:
+        recalls = {}
+        for name, memory in systems.items():
+            for part in stored.split(PART):
+                memory.store(part)
+            scores = torch.einsum("qd,qkd->qk", queries, memory.retrieve(queries))
+            recalls[name] = (scores >= torch.from_numpy(data.least)[:, None] - 1e-6).float().mean().item()
+        for batch in BATCHES:
+            asked, added = queries.split(batch), new.split(batch)
+            calls = {
+                "retrieve": lambda memory, number, asked=asked: memory.retrieve(asked[number % len(asked)]),
+                "store": lambda memory, number, added=added: memory.store(added[number % len(added)]),
+            }
+            for act, call in calls.items():
+                seconds[f"{act} {batch}"] = best_times(
+                    {
+                        name: lambda number, memory=memory, call=call: call(memory, number)
+                        for name, memory in systems.items()
+                    },
+                    clock=Clock.WALL,
+                    rounds=rounds,
+                    most_calls=max(64 // batch, 2),
+                )
+    ratios = [
+        Ratio(f"{act} by {name} to {PEER}", times[name] / times[PEER], None if "exact" in name else 1.0)
+        for act, times in seconds.items()
+        if PEER in times
+        for name in BANKS
+    ]
+    for name, recall in recalls.items():
+        each = ", ".join(f"{act} {1000 * times[name]:.3f} ms" for act, times in seconds.items())
+        print(f"{name}: recall@{K} {recall:.3f}, {each}")
+    if out is not None:
+        figures = {
+            "machine": {"cores": os.cpu_count(), "threads": 1, "clock": "wall"},
+            "chunks": chunks,
+            "dim": dim,
+            "versions": versions(),
+            "recall": recalls,
+            "seconds": seconds,
+            "ratios": [asdict(ratio) | {"beyond": ratio.is_beyond} for ratio in ratios],
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(summary(ratios))
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except MemlongError as error:
+        raise SystemExit(f"peers: {error}") from error

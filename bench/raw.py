@@ -1,0 +1,116 @@
+"""The index libraries by themselves, each doing what its backend has it do: the measure of what a bank adds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import faiss
+import hnswlib
+import numpy as np
+import torch
+
+
+class Raw(ABC):
+    """An index of float32 vectors of unit length, by inner product, in one thread, without ids of its own."""
+
+    @abstractmethod
+    def add(self, vectors: np.ndarray) -> None:
+        """Take up vectors [n, dim]."""
+
+    @abstractmethod
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Return the numbers [q, k] of the nearest vectors."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the index as the library saves it, vectors included."""
+
+
+class RawTorch(Raw):
+    """One product and `topk`; vectors are written into a matrix that was large enough from the beginning."""
+
+    def __init__(self, dim: int, room: int) -> None:
+        self._matrix = torch.empty(room, dim)
+        self._count = 0
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Write into the matrix."""
+        self._matrix[self._count : self._count + len(vectors)] = torch.from_numpy(vectors)
+        self._count += len(vectors)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Multiply, and take the largest."""
+        products = torch.from_numpy(queries) @ self._matrix[: self._count].T
+        return products.topk(k, dim=1).indices.numpy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+        return self._matrix[: self._count].nbytes
+
+
+class RawFaiss(Raw):
+    """An index of FAISS's factory, with the settings that FaissBank gives it."""
+
+    def __init__(
+        self, dim: int, index: str, sample: np.ndarray, ef_search: int = 64, nprobe: int = 16
+    ) -> None:
+        self._index = faiss.index_factory(dim, index, faiss.METRIC_INNER_PRODUCT)
+        if isinstance(self._index, faiss.IndexHNSW):
+            self._index.hnsw.efConstruction = 200
+            self._index.hnsw.efSearch = ef_search
+        if isinstance(self._index, faiss.IndexIVF):
+            self._index.train(sample)
+            self._index.nprobe = nprobe
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Add."""
+        self._index.add(vectors)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Search."""
+        return self._index.search(queries, k)[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of FAISS's own file."""
+        return faiss.serialize_index(self._index).nbytes
+
+
+class RawHnswlib(Raw):
+    """hnswlib with the settings that HnswlibBank gives it, and all the room it needs from the beginning."""
+
+    def __init__(self, dim: int, room: int, ef: int = 64) -> None:
+        self._index = hnswlib.Index("ip", dim)
+        self._index.init_index(room, M=16, ef_construction=200, random_seed=100)
+        self._index.set_ef(ef)
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Add, with the numbers that follow as labels."""
+        first = self._index.element_count
+        self._index.add_items(vectors, np.arange(first, first + len(vectors)), num_threads=1)
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Search."""
+        return self._index.knn_query(queries, k, num_threads=1)[0].astype(np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of hnswlib's own file."""
+        return self._index.index_file_size()
+
+
+RAW: Mapping[str, Callable[..., Raw]] = {
+    "torch": lambda sample, room: RawTorch(sample.shape[1], room),
+    "faiss": lambda sample, room, **options: RawFaiss(sample.shape[1], sample=sample, **options),  # noqa: ARG005
+    "hnswlib": lambda sample, room, **options: RawHnswlib(sample.shape[1], room, **options),
+}
+"""By backend: makes its library's index of vectors [n, dim] like a sample, with room for so many."""
+
+
+def make_raw(backend: str, options: Mapping[str, Any], sample: np.ndarray, room: int) -> Raw:
+    """Return the empty index of the library behind a backend with these options."""
+    return RAW[backend](sample, room, **options)

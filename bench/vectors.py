@@ -1,0 +1,38 @@
+"""Vectors to measure with, drawn at random about centres."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+K = 8
+PART = 512  # vectors that are added at once while an index is built
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Vectors of unit length, float32: [n, dim] to begin with, others to add, queries, and their K-th best score."""
+
+    stored: np.ndarray
+    new: np.ndarray
+    queries: np.ndarray
+    least: np.ndarray
+
+    @classmethod
+    def drawn(cls, count: int, dim: int, new: int, queries: int) -> Data:
+        """Draw so many of each about centres."""
+        rng = np.random.default_rng(0)
+        centres = rng.standard_normal((max(count // 50, 16), dim), dtype=np.float32)
+        vectors = rng.standard_normal((count + new + queries, dim), dtype=np.float32)
+        for part in np.array_split(vectors, max(len(vectors) // PART, 1)):
+            part += centres[rng.integers(0, len(centres), len(part))]
+            part /= np.linalg.norm(part, axis=1, keepdims=True)
+        stored, added, asked = np.split(vectors, [count, count + new])
+        best = [np.partition(query @ stored.T, -min(K, count))[-min(K, count)] for query in asked]
+        return cls(stored, added, asked, np.array(best))
+
+    def recall(self, ids: np.ndarray) -> float:
+        """Return the share of what was found [queries, K] that is as good as the true K best, by score."""
+        scores = np.einsum("qd,qkd->qk", self.queries, self.stored[ids])
+        return float(((ids >= 0) & (scores >= self.least[:, None] - 1e-6)).mean())
