@@ -44,15 +44,21 @@ def main(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
     text: Annotated[Path, typer.Option(help="UTF-8 text; by default Python's own typing.py.")] = TEXT,
     backend: Annotated[
-        list[str] | None, typer.Option(help="Memory backend; may come again. By default torch, faiss, hnswlib.")
+        list[str] | None,
+        typer.Option(help="Memory backend; may come again. By default torch, faiss, hnswlib."),
     ] = None,
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     tokens: Annotated[int, typer.Option(help="Tokens that are timed, once memory is full.")] = 4096,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated, in each of two rounds.")] = 96,
     training_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 1024,
-    skip: Annotated[list[str] | None, typer.Option(help="Leave out 'parts', 'decoding' or 'training'.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Leave out 'parts', 'decoding' or 'training'.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    cpu_time: Annotated[
+        bool, typer.Option(help="Count this process alone, where a machine does other work.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
     """Time streaming, generating and training with a memory beside the plain window of equal budget."""
@@ -67,7 +73,12 @@ def main(
     warm = budget + step
     count = warm + -(-max(tokens, training_tokens) // step) * step + PROMPT
     ids = token_ids(language_model, tokenizer, text, count).to(device)
-    found: dict[str, Any] = {"model": model, "dtype": dtype, "retriever": retriever, "attention_budget": budget}
+    found: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "retriever": retriever,
+        "attention_budget": budget,
+    }
     ratios: list[Ratio] = []
     parts = ids[:, warm : warm + tokens].split(step, dim=1)
     found["streaming"] = _streaming(decoders, ids[:, :warm], parts, ratios)
@@ -101,7 +112,9 @@ def _wait(device: torch.device) -> None:
 
 
 def _in_turns(
-    systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...], use: Callable[[MemoryDecoder, Tensor], object]
+    systems: dict[str, MemoryDecoder],
+    parts: tuple[Tensor, ...],
+    use: Callable[[MemoryDecoder, Tensor], object],
 ) -> dict[str, list[float]]:
     """Seconds of each system for each part; who is first changes."""
     times: dict[str, list[float]] = {name: [] for name in systems}
@@ -168,7 +181,9 @@ def _decoding(
         for name, runs in rounds.items()
     }
     for name, row in found.items():
-        typer.echo(f"generating, {name}: median {row['median_ms']:.1f} ms a token, mean {row['mean_ms']:.1f} ms")
+        typer.echo(
+            f"generating, {name}: median {row['median_ms']:.1f} ms a token, mean {row['mean_ms']:.1f} ms"
+        )
     memory = list(systems)[-1]
     for baseline in (PLAIN, "transformers"):
         value = found[memory]["mean_ms"] / found[baseline]["mean_ms"]
@@ -218,7 +233,9 @@ def _training(
 
     times = _in_turns(systems, ids.split(step, dim=1), learn)
     model = systems[memory].model
-    whole = _seconds(model.device, lambda: _loss(model(input_ids=ids, use_cache=False).logits, ids).backward())
+    whole = _seconds(
+        model.device, lambda: _loss(model(input_ids=ids, use_cache=False).logits, ids).backward()
+    )
     found = {name: sum(mine) for name, mine in times.items()} | {"one plain pass": whole}
     for name, seconds in found.items():
         typer.echo(f"training, {name}: {seconds:.2f} s for {ids.shape[1]:,} tokens")

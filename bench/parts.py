@@ -38,10 +38,13 @@ class PartClock:
     ----------
     device
         Where the model is; a CUDA device is waited for at every seam, so that work counts where it was asked for.
+    cpu_time
+        Count what this process computed, instead of what a clock on the wall shows: for a machine that does other work.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, cpu_time: bool = False) -> None:
         self._device = device
+        self._clock = time.process_time if cpu_time else time.perf_counter
         self._part = "rest"
         self.reset()
 
@@ -76,13 +79,13 @@ class PartClock:
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._clock()
 
 
 @contextmanager
-def watched(decoder: MemoryDecoder) -> Iterator[PartClock]:
-    """Time the parts of what an attached decoder does."""
-    clock = PartClock(decoder.model.device)
+def watched(decoder: MemoryDecoder, *, cpu_time: bool = False) -> Iterator[PartClock]:
+    """Time the parts of what an attached decoder does; arguments as :class:`PartClock` has them."""
+    clock = PartClock(decoder.model.device, cpu_time=cpu_time)
     attend = AttentionSlot.attend
 
     def joined(slot: AttentionSlot, base: Callable[..., Any], *args: Any, **options: Any) -> Any:

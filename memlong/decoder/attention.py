@@ -120,22 +120,17 @@ class AttentionPass:
         return torch.cat([mask[..., :width] + bias, local], dim=-1)
 
     def _build(self, sliding_window: int | None, with_memory: bool, dtype: torch.dtype) -> Tensor:
-        queries = self.query_positions[:, :, None]
-        visible = self._visible(queries, self.key_positions, self.key_valid, sliding_window)
-        count = queries.shape[1]
-        itself = torch.eye(count, dtype=torch.bool, device=visible.device)
-        visible[:, :, -count:] |= itself
+        positions, valid = self.key_positions, self.key_valid
         if with_memory and self.memory is not None:
-            seen = self._visible(queries, self.memory.positions, self.memory.valid, sliding_window)
-            visible = torch.cat([seen, visible], dim=-1)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-    @staticmethod
-    def _visible(queries: Tensor, positions: Tensor, valid: Tensor, sliding_window: int | None) -> Tensor:
-        distance = queries - positions[:, None, :]
-        visible = valid[:, None, :] & (distance >= 0)
-        return visible if sliding_window is None else visible & (distance < sliding_window)
+            positions = torch.cat([self.memory.positions, positions], dim=1)
+            valid = torch.cat([self.memory.valid, valid], dim=1)
+        queries = self.query_positions[:, :, None]
+        visible = (queries >= positions[:, None]) & valid[:, None]
+        if sliding_window is not None:
+            visible &= queries - positions[:, None] < sliding_window
+        visible[:, :, -queries.shape[1] :].diagonal(dim1=1, dim2=2).fill_(True)  # a token sees itself
+        hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=visible.device)
+        return torch.where(visible, torch.zeros_like(hidden), hidden)[:, None]
 
 
 Attend = Callable[..., Output]
