@@ -15,6 +15,7 @@ import time
 import typing
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
@@ -47,6 +48,7 @@ def main(
         list[str] | None,
         typer.Option(help="Memory backend; may come again. By default torch, faiss, hnswlib."),
     ] = None,
+    index_device: Annotated[str, typer.Option(help="Where the backend searches.")] = "cpu",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     tokens: Annotated[int, typer.Option(help="Tokens that are timed, once memory is full.")] = 4096,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated, in each of two rounds.")] = 96,
@@ -56,15 +58,13 @@ def main(
     ] = None,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
-    cpu_time: Annotated[
-        bool, typer.Option(help="Count this process alone, where a machine does other work.")
-    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
     """Time streaming, generating and training with a memory beside the plain window of equal budget."""
     language_model, tokenizer = load(model, dtype=dtype, device=device)
     names = backend or ["torch", "faiss", "hnswlib"]
-    configs = {name: MemoryConfig(backend=name, retriever=retriever) for name in names}
+    where = {} if index_device == "cpu" else {"device": index_device}
+    configs = {name: MemoryConfig(backend=name, backend_options=where, retriever=retriever) for name in names}
     usual = MemoryConfig()
     budget = usual.local_window + usual.top_k * usual.chunk_size
     configs = {PLAIN: MemoryConfig(backend=None, local_window=budget)} | configs
@@ -177,7 +177,7 @@ def _decoding(
                 rounds[name].append(_token_times(decoder, prompt, count, remember=False))
         rounds["transformers"].append(_token_times(model, everything, count))
     found = {
-        name: {"median_ms": 1000 * median(sum(runs, [])), "mean_ms": 1000 * min(map(fmean, runs))}
+        name: {"median_ms": 1000 * median(chain.from_iterable(runs)), "mean_ms": 1000 * min(map(fmean, runs))}
         for name, runs in rounds.items()
     }
     for name, row in found.items():
@@ -210,7 +210,7 @@ def _token_times(
         stopping_criteria=[mark],
         **options,
     )
-    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return [after - before for before, after in pairwise(marks)]
 
 
 def _training(

@@ -106,11 +106,10 @@ def watched(decoder: MemoryDecoder, *, cpu_time: bool = False) -> Iterator[PartC
         (MemoryBank, "_rank", "search"),
     ):
         seams.append((owner, name, getattr(owner, name), part))
-    if decoder.retriever is not None:
-        for name in ("embed_chunks", "embed_queries"):
-            seams.append((decoder.retriever, name, getattr(decoder.retriever, name), "retriever"))
-    for layer in _lower_layers(decoder):
-        seams.append((layer, "forward", layer.forward, "lower layers"))
+    retriever = decoder.retriever
+    embedding = ("embed_chunks", "embed_queries") if retriever is not None else ()
+    seams += [(retriever, name, getattr(retriever, name), "retriever") for name in embedding]
+    seams += [(layer, "forward", layer.forward, "lower layers") for layer in _lower_layers(decoder)]
     with ExitStack() as stack:
         for owner, name, function, part in seams:
             stack.enter_context(patch.object(owner, name, clock.timed(function, part)))

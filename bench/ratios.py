@@ -1,6 +1,8 @@
-"""What a benchmark's result is: ratios to a baseline of the same run, each with its target, and a last line that counts.
+"""What a benchmark's result is: ratios to a baseline of the same run, each with its target, and a last line.
 
 A result file holds where it was measured beside what was.
+
+    python bench/ratios.py out/gpu/*.json     a table of them all
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,3 +68,18 @@ def write(path: Path | None, facts: Mapping[str, Any], ratios: Sequence[Ratio], 
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {**facts, "machine": machine(device), "ratios": [asdict(ratio) for ratio in ratios]}
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def table(files: Sequence[Path]) -> str:
+    """The ratios of several result files, a line each, and the last line over all of them."""
+    ratios: list[Ratio] = []
+    lines: list[str] = []
+    for file in files:
+        mine = [Ratio(**each) for each in json.loads(file.read_text(encoding="utf-8")).get("ratios", [])]
+        lines += [f"{file.stem:14s} {ratio}" for ratio in mine]
+        ratios += mine
+    return "\n".join([*lines, last_line(ratios)])
+
+
+if __name__ == "__main__":
+    print(table([Path(name) for name in sys.argv[1:]]))
