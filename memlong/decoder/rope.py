@@ -97,11 +97,12 @@ class AngleCache:
         self._positions = positions
         self._angles: dict[tuple[object, ...], Angles] = {}
 
-    def of(self, rope: LayerRope) -> Angles | None:
-        """Angles for this layer, or None if it has no positions."""
+    def of(self, rope: LayerRope, start: int = 0) -> Angles | None:
+        """Angles for this layer, from column ``start`` on, or None if it has no positions."""
         if rope.call is None:
             return None
         key = rope.call.key
         if key not in self._angles:
             self._angles[key] = rope.call.angles(self._positions)
-        return self._angles[key]
+        cos, sin = self._angles[key]
+        return cos[:, start:], sin[:, start:]
