@@ -23,7 +23,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from parts import PARTS, watched
-from ratios import Ratio, last_line, write
+from ratios import Ratio, summary
+from results import write
 from shapes import MODEL_HELP, load, token_ids
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -95,7 +96,7 @@ def main(
     write(json_file, found, ratios, device)
     for ratio in ratios:
         typer.echo(str(ratio))
-    typer.echo(last_line(ratios))
+    typer.echo(summary(ratios))
 
 
 def _seconds(device: torch.device, action: Callable[[], object]) -> float:

@@ -28,7 +28,8 @@ from typing import Annotated
 import psutil
 import torch
 import typer
-from ratios import Ratio, last_line, write
+from ratios import Ratio, summary
+from results import write
 from shapes import MODEL_HELP, SHAPES, load, token_ids
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -105,7 +106,7 @@ def main(
         f"At {memory.length:,} tokens full attention takes {full.seconds / memory.seconds:.1f} times the time of "
         f"memory, and {full.device_kv_bytes / memory.device_kv_bytes:.1f} times its K-V on the device."
     )
-    typer.echo(last_line(ratios))
+    typer.echo(summary(ratios))
 
 
 def _measured_apart(command: list[str], what: str) -> Measured:

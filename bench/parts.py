@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from ratios import Clock
 
 from memlong import MemoryBank, MemoryDecoder
 from memlong.decoder import row
@@ -38,13 +38,13 @@ class PartClock:
     ----------
     device
         Where the model is; a CUDA device is waited for at every seam, so that work counts where it was asked for.
-    cpu_time
-        Count what this process computed, instead of what a clock on the wall shows: for a machine that does other work.
+    clock
+        What time is told.
     """
 
-    def __init__(self, device: torch.device, *, cpu_time: bool = False) -> None:
+    def __init__(self, device: torch.device, clock: Clock = Clock.WALL) -> None:
         self._device = device
-        self._clock = time.process_time if cpu_time else time.perf_counter
+        self._clock = clock
         self._part = "rest"
         self.reset()
 
@@ -79,17 +79,17 @@ class PartClock:
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return self._clock()
+        return self._clock.now()
 
 
 @contextmanager
-def watched(decoder: MemoryDecoder, *, cpu_time: bool = False) -> Iterator[PartClock]:
+def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartClock]:
     """Time the parts of what an attached decoder does; arguments as :class:`PartClock` has them."""
-    clock = PartClock(decoder.model.device, cpu_time=cpu_time)
+    watch = PartClock(decoder.model.device, clock)
     attend = AttentionSlot.attend
 
     def joined(slot: AttentionSlot, base: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        return attend(slot, clock.timed(base, "attention"), *args, **options)
+        return attend(slot, watch.timed(base, "attention"), *args, **options)
 
     seams: list[tuple[Any, str, Callable[..., Any], str]] = [
         (AttentionSlot, "attend", joined, "joining"),
@@ -112,8 +112,8 @@ def watched(decoder: MemoryDecoder, *, cpu_time: bool = False) -> Iterator[PartC
     seams += [(layer, "forward", layer.forward, "lower layers") for layer in _lower_layers(decoder)]
     with ExitStack() as stack:
         for owner, name, function, part in seams:
-            stack.enter_context(patch.object(owner, name, clock.timed(function, part)))
-        yield clock
+            stack.enter_context(patch.object(owner, name, watch.timed(function, part)))
+        yield watch
 
 
 def _lower_layers(decoder: MemoryDecoder) -> list[torch.nn.Module]:

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from parts import PARTS, watched
-from ratios import Ratio, last_line, write
+from ratios import Clock, Ratio, summary
+from results import write
 from shapes import MODEL_HELP, load
 from torch import Tensor
 from tqdm import tqdm
@@ -44,9 +45,10 @@ def main(
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
-    cpu_time: Annotated[
-        bool, typer.Option(help="Count this process alone, where a machine does other work.")
-    ] = False,
+    clock: Annotated[
+        Clock,
+        typer.Option(help="'wall'; or 'cpu', the time of this process, which other work does not spoil."),
+    ] = Clock.WALL,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
     """Time the parts of a stream's segments at two lengths."""
@@ -63,10 +65,10 @@ def main(
             if not near:
                 decoder.read(part)
                 continue
-            with watched(decoder, cpu_time=cpu_time) as clock:
-                clock.reset()
+            with watched(decoder, clock) as watch:
+                watch.reset()
                 decoder.read(part)
-                at[near[0]].append(clock.read())
+                at[near[0]].append(watch.read())
     rows = {
         length: {part: median(row[part] for row in found) for part in PARTS} for length, found in at.items()
     }
@@ -76,12 +78,12 @@ def main(
         part = ratio.name
         first, last = (1000 * _of(rows[length], part) for length in (early, late))
         typer.echo(f"{part:14s}{first:12.3f}{last:12.3f}{ratio.value:12.3f}")
-    facts = {"model": model, "backend": backend, "retriever": retriever, "dtype": dtype, "cpu_time": cpu_time}
+    facts = {"model": model, "backend": backend, "retriever": retriever, "dtype": dtype, "clock": clock}
     milliseconds = {
         str(length): {part: 1000 * spent for part, spent in row.items()} for length, row in rows.items()
     }
     write(json_file, {**facts, "ms_per_segment": milliseconds}, ratios, device)
-    typer.echo(last_line(ratios))
+    typer.echo(summary(ratios))
 
 
 def _ratios(early: dict[str, float], late: dict[str, float]) -> list[Ratio]:

@@ -1,29 +1,39 @@
-"""What a benchmark's result is: ratios to a baseline of the same run, each with its target, and a last line.
-
-A result file holds where it was measured beside what was.
-
-    python bench/ratios.py out/gpu/*.json     a table of them all
-"""
+"""What the benchmarks share: systems timed in turns, ratios with their targets, and the line that sums them up."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 
-import torch
 
-from memlong.evaluation.environment import versions
+class Clock(StrEnum):
+    """What time is told."""
+
+    WALL = "wall"
+    CPU = "cpu"
+
+    def now(self) -> float:
+        """Seconds by this clock."""
+        return time.perf_counter() if self is Clock.WALL else time.process_time()
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """What was measured over its baseline; ``target`` is the most (or ``at_least``: the least) that it should be."""
+    """What was measured of something beside something else.
+
+    Attributes
+    ----------
+    name : str
+        Of what to what.
+    value : float
+        The ratio.
+    target : float or None
+        Where it is to be; None where nothing is asked of it.
+    at_least : bool
+        Whether the target is the least, as for speeds, and not the most, as for times.
+    """
 
     name: str
     value: float
@@ -32,54 +42,60 @@ class Ratio:
 
     @property
     def is_beyond(self) -> bool:
-        """Whether the target is missed."""
+        """Whether it has missed its target."""
         if self.target is None:
             return False
         return self.value < self.target if self.at_least else self.value > self.target
 
     def __str__(self) -> str:
-        side = "at least" if self.at_least else "at most"
-        target = "" if self.target is None else f" (target: {side} {self.target:g})"
-        return f"{self.name}: {self.value:.3f}{target}"
+        """Name, value and target."""
+        bound = "at least" if self.at_least else "at most"
+        return f"{self.name} {self.value:.2f}" + (f" ({bound} {self.target})" if self.target else "")
 
 
-def last_line(ratios: Sequence[Ratio]) -> str:
-    """How many ratios there are, and which miss their targets."""
-    beyond = ", ".join(ratio.name for ratio in ratios if ratio.is_beyond)
-    return f"{len(ratios)} ratios measured; beyond their target: {beyond or 'none'}"
+def summary(ratios: Sequence[Ratio]) -> str:
+    """Return a benchmark's last line: how many ratios were measured, and which are beyond their target."""
+    aimed = sum(ratio.target is not None for ratio in ratios)
+    beyond = [str(ratio) for ratio in ratios if ratio.is_beyond]
+    return f"{len(ratios)} ratios measured, {aimed} with a target; beyond their target: {len(beyond)}" + (
+        f": {'; '.join(beyond)}" if beyond else ""
+    )
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, threads and device of this process, and the versions of what it uses."""
-    found: dict[str, Any] = {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "versions": versions(),
-    }
-    return found
+def best_times(
+    systems: Mapping[str, Callable[[int], object]],
+    *,
+    clock: Clock = Clock.WALL,
+    rounds: int = 5,
+    most_calls: int = 64,
+    seconds: float = 0.06,
+) -> dict[str, float]:
+    """Return the best seconds a call of each system, all of which run in turns.
 
-
-def write(path: Path | None, facts: Mapping[str, Any], ratios: Sequence[Ratio], device: str = "cpu") -> None:
-    """Write a result file, if there is to be one."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {**facts, "machine": machine(device), "ratios": [asdict(ratio) for ratio in ratios]}
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-
-def table(files: Sequence[Path]) -> str:
-    """The ratios of several result files, a line each, and the last line over all of them."""
-    ratios: list[Ratio] = []
-    lines: list[str] = []
-    for file in files:
-        mine = [Ratio(**each) for each in json.loads(file.read_text(encoding="utf-8")).get("ratios", [])]
-        lines += [f"{file.stem:14s} {ratio}" for ratio in mine]
-        ratios += mine
-    return "\n".join([*lines, last_line(ratios)])
-
-
-if __name__ == "__main__":
-    print(table([Path(name) for name in sys.argv[1:]]))
+    Parameters
+    ----------
+    systems : mapping
+        By name, what to call; it is given the number of the call, from 0.
+    clock : Clock
+        What time is told.
+    rounds : int
+        How many turns each has; the best counts.
+    most_calls : int
+        How many calls a turn has, at most.
+    seconds : float
+        About how long a turn is to take.
+    """
+    slowest = 0.0
+    for call in systems.values():
+        started = clock.now()
+        call(0)
+        slowest = max(slowest, clock.now() - started)
+    calls = max(1, min(most_calls, int(seconds / max(slowest, 1e-6))))
+    best = dict.fromkeys(systems, float("inf"))
+    for turn in range(rounds):
+        for name, call in systems.items():
+            started = clock.now()
+            for number in range(1 + turn * calls, 1 + (turn + 1) * calls):
+                call(number)
+            best[name] = min(best[name], (clock.now() - started) / calls)
+    return best

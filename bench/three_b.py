@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-from ratios import Ratio, last_line, write
+from ratios import Ratio, summary
+from results import write
 from shapes import SHAPES, load
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -103,7 +104,7 @@ def main(
     write(json_file, {**facts, "rows": [asdict(row) for row in rows]}, ratios, device)
     for ratio in ratios:
         typer.echo(str(ratio))
-    typer.echo(last_line(ratios))
+    typer.echo(summary(ratios))
 
 
 def _common(device: str, segment_size: int) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-_SPARE = 64
+_SPARE, _FEW = 64, 4
 
 
 def few(states: Tensor) -> bool:
     """Whether so few columns [rows, kv_heads, columns, head_dim] come, without gradients, that room for more pays."""
-    return states.shape[2] < _SPARE and not torch.is_grad_enabled()
+    return states.shape[2] <= _FEW and not torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)
