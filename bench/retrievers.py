@@ -305,7 +305,8 @@ def _rows(model: Any, tokenizer: Any, input_ids: Tensor) -> dict[str, Callable[[
     return {
         "sentence-transformers": lambda: named("sentence-transformers"),
         "lm": lambda: named("lm"),
-        "lm, tokens alone": lambda: named("lm", pairs=0),
+        "lm without recency": lambda: named("lm", recency=0),
+        "lm, tokens alone": lambda: named("lm", pairs=0, recency=0),
         "random": lambda: named("random"),
         "recent": lambda: named("recent"),
         "BM25": lambda: Scored(bm25, most),
@@ -316,10 +317,10 @@ def _rows(model: Any, tokenizer: Any, input_ids: Tensor) -> dict[str, Callable[[
         "hidden states, last layer": of_states(lambda made: pooled(made.hidden(last))),
         "keys and queries, middle layer": of_states(lambda made: attention(*made.keys_and_queries(middle))),
         "mixed: lm and sentence-transformers": lambda: Scored(
-            mixed(embedding(named("lm")), embedding(named("sentence-transformers"))), most
+            mixed(embedding(named("lm", recency=0)), embedding(named("sentence-transformers"))), most
         ),
         "mixed: lm and last hidden states": of_states(
-            lambda made: mixed(embedding(named("lm")), pooled(made.hidden(last)))
+            lambda made: mixed(embedding(named("lm", recency=0)), pooled(made.hidden(last)))
         ),
     }
 

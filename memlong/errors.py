@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "DeviceUnavailableError",
+    "InvalidArgumentError",
+    "InvalidTextError",
+    "MemlongError",
+    "MissingDependencyError",
+    "PluginError",
+    "SnapshotError",
+    "StorageError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+]
+
 
 class MemlongError(Exception):
     """Base of every error that memlong raises on purpose."""

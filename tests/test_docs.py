@@ -31,7 +31,14 @@ from memlong.plugins import hookspecs
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-API = ("memlong", "memlong.bank", "memlong.plugins", "memlong.testing", "memlong.evaluation")
+API = (
+    "memlong",
+    "memlong.errors",
+    "memlong.bank",
+    "memlong.plugins",
+    "memlong.testing",
+    "memlong.evaluation",
+)
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 

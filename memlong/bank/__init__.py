@@ -9,6 +9,7 @@ from memlong.bank.pool import BankPool
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.store import InMemoryStore, KeyValueStore
 from memlong.bank.tiers import TieredStore
+from memlong.bank.validate import whole_number
 
 __all__ = [
     "BankOptions",
@@ -29,4 +30,5 @@ __all__ = [
     "TieredStore",
     "Usage",
     "eviction_policy",
+    "whole_number",
 ]

@@ -16,7 +16,22 @@ _LARGEST_NORM = 1e18
 
 
 def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> int:
-    """Return `value` as an int; floats, bools and text are not whole numbers."""
+    """Return the value of an option as an int; floats, bools and text are not whole numbers.
+
+    Parameters
+    ----------
+    name : str
+        What the option is called.
+    value
+        What was given for it.
+    at_least, at_most : int
+        The bounds, both included.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is not such a number; the message names the option, the value and the bounds.
+    """
     try:
         number = operator.index(value)
     except TypeError:

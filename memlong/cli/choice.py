@@ -9,6 +9,7 @@ import typer
 
 from memlong.cli.loading import load
 from memlong.errors import InvalidArgumentError
+from memlong.plugins.registry import Registry
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryConfig, MemoryDecoder
@@ -46,9 +47,11 @@ class DecoderChoice:
     device: str
 
     def open(self) -> MemoryDecoder:
-        """Load the model and give it its memory."""
+        """Load the model and give it its memory; a backend that cannot be had is told before the model is loaded."""
         from memlong.decoder import MemoryDecoder
 
+        if self.config.backend is not None:
+            Registry().load_backend_class(self.config.backend)
         model, tokenizer = None, None
         if self.model is not None:
             model, tokenizer = load(self.model, dtype=self.dtype, device=self.device)

@@ -23,7 +23,7 @@ class Memory:
 
     backend: options.Backend = "torch"
     backend_option: options.BackendOption = None
-    retriever: options.RetrieverName = "sentence-transformers"
+    retriever: options.RetrieverName = "lm"
     retriever_option: options.RetrieverOption = None
     store: options.StoreOption = None
     kv_source: options.KvSource = "layer"

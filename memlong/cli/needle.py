@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memlong.evaluation.needle import Cell
 
 
-@with_memory(position_mode="before-window")
+@with_memory(retriever="sentence-transformers", position_mode="before-window")
 def needle(
     ctx: typer.Context,
     *,
@@ -43,7 +43,8 @@ def needle(
     """Hide a pass key in a long text, at several depths, and ask for it.
 
     Retrieved chunks stand before the window, in order: where all stand at one position, as --position-mode zero has it,
-    small models mix up the digits. A model must find the key without memory, too: try --backend none with a length
+    small models mix up the digits; and the retriever is one that sees meaning, not the tokens that a question shares
+    with all the filler, as 'lm' does. A model must find the key without memory, too: try --backend none with a length
     that fits into --local-window.
 
     \b

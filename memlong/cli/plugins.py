@@ -50,22 +50,21 @@ def plugins(
         print_json({"plugins": [_as_json(report) for report in reports]})
         return
     print_table(
-        ("plugin", "status", "origin", "backends", "retrievers", "eviction policies", "URI schemes"),
-        [
-            (
-                report.name,
-                report.status,
-                report.origin,
-                ", ".join(report.backends),
-                ", ".join(report.retrievers),
-                ", ".join(report.eviction_policies),
-                ", ".join(report.uri_schemes),
-            )
-            for report in reports
-        ],
+        ("plugin", "status", "origin", "what it brings"),
+        [(report.name, report.status, report.origin, _brought(report)) for report in reports],
     )
     print_section("Why not", [f"{report.name}: {report.reason}" for report in reports if report.reason])
     print_section("Conflicts", [f"{report.name}: {line}" for report in reports for line in report.conflicts])
+
+
+def _brought(report: PluginReport) -> str:
+    kinds = {
+        "backend": report.backends,
+        "retriever": report.retrievers,
+        "eviction policy": report.eviction_policies,
+        "URI scheme": report.uri_schemes,
+    }
+    return "; ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
 
 
 def _as_json(report: PluginReport) -> dict[str, object]:

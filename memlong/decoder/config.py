@@ -107,7 +107,7 @@ class MemoryConfig:
 
     backend: str | None = "torch"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
-    retriever: str = "sentence-transformers"
+    retriever: str = "lm"
     retriever_options: Mapping[str, Any] = field(default_factory=dict)
     kv_source: KvSourceName = "layer"
     memory_layer: int | None = None

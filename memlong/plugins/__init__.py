@@ -1,6 +1,6 @@
 """How backends and retrievers get in: the hooks, the plugins that implement them and the registry."""
 
-from memlong.plugins.hookspecs import hookimpl
+from memlong.plugins.hookspecs import Register, hookimpl
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.registry import Registry, create_bank, list_backends, load_bank
 from memlong.plugins.report import PluginReport
@@ -9,6 +9,7 @@ from memlong.plugins.spec import Spec
 __all__ = [
     "PluginManager",
     "PluginReport",
+    "Register",
     "Registry",
     "Spec",
     "create_bank",

@@ -39,7 +39,7 @@ def _unknown(
             return error
     failures = [_why(report) for report in unavailable if report.status == "failed"]
     return UnknownNameError(
-        f"there is no {kind} {name!r}.{did_you_mean(name, known)} Known: {quoted(known)}."
+        f"there is no {kind} {_shown(name)!r}.{did_you_mean(name, known)} Known: {quoted(dict.fromkeys(known))}."
         + "".join(f"\nIt may belong to this: {failure}" for failure in failures)
     )
 
@@ -51,6 +51,12 @@ def _contested(manager: PluginManager, specs: list[Spec]) -> PluginError:
         f"{', '.join(owner.label for owner in owners)}. "
         f"Turn all but one off, for example with {manager.switch_off(owners[-1])}"
     )
+
+
+def _shown(name: str) -> str:
+    # No name holds an "@": this is a URI without its "://", and what stands before may be a password.
+    _, at, rest = name.rpartition("@")
+    return f"***@{rest}" if at else name
 
 
 def _namesake(report: PluginReport, name: str) -> bool:

@@ -140,7 +140,11 @@ class PluginManager:
     def _register(self, plugin: object, key: str) -> None:
         if self._pluggy.is_registered(plugin):
             raise PluginError("its hooks are those of a plugin that is loaded under another name")
-        self._pluggy.register(plugin, name=key)
+        try:
+            self._pluggy.register(plugin, name=key)
+        except pluggy.PluginValidationError as error:
+            said = " ".join(str(error).splitlines()[1:])  # the first line holds only the key
+            raise PluginError(f"it has a hook that is not as memlong calls it: {said}") from error
         callers = self._pluggy.get_hookcallers(plugin) or []
         known = [name for name in dir(hookspecs) if name.startswith("memlong_")]
         for caller in callers:
@@ -152,7 +156,7 @@ class PluginManager:
         if not callers:
             raise PluginError(
                 f"it implements none of memlong's hooks ({', '.join(known)}): "
-                "mark them with @memlong.plugins.hookspecs.hookimpl"
+                "mark them with @memlong.hookimpl"
             )
 
     def _report(self, record: _Record) -> PluginReport:

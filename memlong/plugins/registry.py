@@ -113,8 +113,11 @@ class Registry:
         spec = self._one("URI scheme", scheme)
         try:
             found = load_function(spec)(name)
-        except MemlongError:
-            raise
+        except MemlongError as error:
+            if name not in str(error) or name == without_credentials(name):
+                raise
+            # Not from the error: its text, which a traceback shows, holds what is secret.
+            raise InvalidArgumentError(str(error).replace(name, without_credentials(name))) from None
         except Exception as error:
             raise fault(
                 spec, f"{spec.target!r} raises {type(error).__name__} for {without_credentials(name)!r}"

@@ -6,7 +6,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_SECRET = ("token", "password", "secret", "key", "user")
+_SECRET = (
+    "token",
+    "password",
+    "passwd",
+    "pwd",
+    "secret",
+    "key",
+    "auth",
+    "credential",
+    "credentials",
+    "user",
+    "username",
+)
 _USER = re.compile(r"(?<=://)[^/?#]*@")  # up to the last one before the path, for a password may hold another
 _QUERY = re.compile(rf"(?i)(?<=[?&])([^=&#]*(?:{'|'.join(_SECRET)}))=[^&#]*")
 

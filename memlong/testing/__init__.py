@@ -22,6 +22,7 @@ _PARTS = (
     "capacity",
     "inputs",
     "faults",
+    "index",
     "threads",
     "persistence",
     "devices",
@@ -34,7 +35,7 @@ from memlong.testing.backend import BackendPluginTests  # noqa: E402 -- after th
 from memlong.testing.models import ARCHITECTURES, VOCABULARY, tiny_model  # noqa: E402
 from memlong.testing.suite import MemoryBankTests  # noqa: E402
 
-CONTRACT = 1
+CONTRACT = 2
 """Version of the contract that the suites hold."""
 
 __all__ = ["ARCHITECTURES", "CONTRACT", "VOCABULARY", "BackendPluginTests", "MemoryBankTests", "tiny_model"]

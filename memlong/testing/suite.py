@@ -5,6 +5,7 @@ from __future__ import annotations
 from memlong.testing.capacity import CapacityTests
 from memlong.testing.devices import DeviceTests
 from memlong.testing.faults import FaultTests
+from memlong.testing.index import IndexTests
 from memlong.testing.inputs import InputTests
 from memlong.testing.lifecycle import LifecycleTests
 from memlong.testing.persistence import PersistenceTests
@@ -15,6 +16,7 @@ from memlong.testing.threads import ThreadTests
 
 class MemoryBankTests(
     SearchTests,
+    IndexTests,
     RetrievalTests,
     LifecycleTests,
     CapacityTests,
@@ -33,7 +35,8 @@ class MemoryBankTests(
     options : dict
         Keyword options for every bank made, such as an index's settings.
     recall_floor : float, default 0.95
-        The least share of the true best ten that searches must find among 600 random vectors of 32 numbers.
+        The least share of the true best ten that searches must find among 600 random vectors of 32 numbers, and that
+        the index must name by itself, without the base's brute force.
     exact : bool, default False
         The bank always finds the true best, and keeps the lowest ids among equal scores.
 

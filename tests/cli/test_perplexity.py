@@ -54,6 +54,13 @@ def test_the_json_holds_what_was_asked_and_what_was_measured(run, tmp_path):
     assert {"model", "text"} <= set(found)
 
 
+def test_a_backend_that_cannot_be_had_is_told_before_the_model_is_loaded(run):
+    result = run(backend="torhc")
+    assert isinstance(result.exception, UnknownNameError)
+    assert "loading the model" not in result.output
+    assert "loading the model" in run().output
+
+
 def test_recall_is_at_as_many_chunks_as_are_retrieved(run, tmp_path):
     file = tmp_path / "result.json"
     assert "recall@5" in run(memory_tokens=20, json=file).stdout

@@ -79,6 +79,13 @@ def test_the_table_says_why_a_plugin_is_not_loaded(site):
     assert "typo: MEMLONG_DISABLE_PLUGINS names it, and no installed plugin has this name" in result.stdout
 
 
+def test_the_table_can_be_read_on_a_narrow_terminal(site):
+    said = memlong("plugins", site=site, COLUMNS="80").stdout
+    assert {"memlong_retrievers", "sentence-transformers,", "retrieval_frequency", "acme-memory"} <= set(
+        said.split()
+    )
+
+
 def test_the_table_shows_conflicts(site):
     put(site, "zeta", GOOD)
     result = memlong("plugins", site=site)

@@ -73,6 +73,7 @@ def test_a_whole_package_is_written(folder):
         "memlong_my_index/__init__.py",
         "memlong_my_index/bank.py",
         "memlong_my_index/py.typed",
+        "tests/conftest.py",
         "tests/test_bank.py",
     }
 

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from memlong.decoder import Passage, create_retriever
+from memlong.decoder.retrievers.recency import RecencyPrior
 from memlong.errors import InvalidArgumentError
 
 
@@ -48,10 +49,10 @@ def lm_score(retriever, query, chunk):
 
 def test_lm_tells_passages_of_the_same_tokens_apart_by_their_order(llama):
     there, back = (5, 6, 7, 8, 9, 10), (10, 9, 8, 7, 6, 5)
-    retriever = create_retriever("lm", llama, Words(), {"pairs": 0.5, "dim": 4096})
+    retriever = create_retriever("lm", llama, Words(), {"pairs": 0.5, "dim": 4096, "recency": 0})
     assert lm_score(retriever, there, there) == pytest.approx(1)
     assert lm_score(retriever, there, back) < 0.8
-    without = create_retriever("lm", llama, Words(), {"pairs": 0})
+    without = create_retriever("lm", llama, Words(), {"pairs": 0, "recency": 0})
     assert lm_score(without, there, back) == pytest.approx(1)
 
 
@@ -66,6 +67,27 @@ def test_lm_weighs_a_token_by_what_it_tells_the_model(llama):
         chances = llama(torch.tensor([[llama.config.bos_token_id or 0]])).logits[0, -1]
     likely, rare = (int(token) for token in (chances.argmax(), chances.argmin()))
     assert lm_score(retriever, (likely, rare), (rare,)) > lm_score(retriever, (likely, rare), (likely,))
+
+
+def test_lm_prefers_the_later_of_two_passages_of_the_same_tokens(llama):
+    earlier, later, query = (Passage((5, 6, 7), start) for start in (0, 4000, 9000))
+    for recency, same in ((0.3, False), (0, True)):
+        retriever = create_retriever("lm", llama, Words(), {"recency": recency})
+        scores = retriever.embed_queries([query]) @ retriever.embed_chunks([earlier, later]).T
+        assert torch.equal(scores[0, 0], scores[0, 1]) == same
+        assert scores[0, 1] >= scores[0, 0]
+
+
+@pytest.mark.parametrize("query", [20_000, 1_500_000])
+def test_the_recency_prior_is_a_gaussian_of_the_distance(query):
+    prior = RecencyPrior(0.3, 6000)
+    distances = torch.arange(0, min(query, 220 * 6000), 64)
+    chunks = [Passage((1,), query - int(distance)) for distance in distances]
+    places = [prior.extend(torch.ones(len(some), 1), some) for some in (chunks, [Passage((1,), query)])]
+    assert places[0].shape == (len(chunks), 1 + prior.width)
+    gains = places[0] @ places[1][0] - 1
+    expected = 0.3 * (-(distances / 6000).square() / 2).exp()
+    torch.testing.assert_close(gains, expected, rtol=0, atol=3e-4)
 
 
 def test_recent_prefers_the_latest(llama):
@@ -100,6 +122,8 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
         ("sentence-transformers", {"device": 5}, "device is 5; expected text such as 'cpu'"),
         ("lm", {"sharpness": "high"}, "sharpness is 'high'; expected a number from 0 to 8"),
         ("lm", {"pairs": float("nan")}, "pairs is nan; expected a number from 0 to 8"),
+        ("lm", {"recency": -1}, "recency is -1; expected a number from 0 to 8"),
+        ("lm", {"recency_scale": 0.5}, "recency_scale must be an int >= 1, got 0.5"),
         ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an int >= 1"),
     ],
 )

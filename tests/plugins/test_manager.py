@@ -79,6 +79,20 @@ def test_an_object_without_hooks_is_refused(manager):
         manager.register(SimpleNamespace(), name="mine")
 
 
+def test_a_hook_with_another_signature_is_refused(manager):
+    class Plugin:
+        @hookimpl
+        def memlong_register_backends(self, registry):
+            """Take what nobody gives."""
+
+    with pytest.raises(
+        PluginError, match=r"not as memlong calls it: .*\{'registry'\} are declared"
+    ) as caught:
+        manager.register(Plugin(), name="mine")
+    assert "\n" not in str(caught.value)
+    assert manager.specs("backend") == PluginManager().specs("backend")
+
+
 def test_the_environment_can_disable_an_object(site):
     manager = PluginManager(environ={"MEMLONG_DISABLE_PLUGINS": "mine"})
     assert manager.register(plugin("a"), name="mine").status == "disabled"

@@ -12,7 +12,11 @@ from memlong.plugins import PluginManager, Registry, hookimpl
 from memlong.plugins.uri import hide_credentials, without_credentials
 
 SOURCE = """
+from memlong.errors import InvalidArgumentError
+
 def resolve(uri):
+    if uri.endswith("refused"):
+        raise InvalidArgumentError(f"{uri} has no database")
     if uri.endswith("nothing"):
         return None
     if uri.endswith("again"):
@@ -85,6 +89,21 @@ def test_a_function_that_raises_something_else_is_its_authors_fault(registry):
         registry.create_bank("acme+db://me:secret@host/?max_chunks=many", 4)
 
 
+def test_a_plugins_own_error_is_told_without_what_is_secret(registry):
+    with pytest.raises(
+        InvalidArgumentError, match=r"^acme\+db://\*\*\*@host/refused has no database$"
+    ) as caught:
+        registry.create_bank("acme+db://me:secret@host/refused", 4)
+    assert caught.value.__suppress_context__  # a traceback would show the plugin's own text
+
+
+@pytest.mark.parametrize("name", ["me:secret@host", "acme+db:/me:secret@host"])
+def test_what_was_to_be_a_uri_is_shown_without_what_may_be_secret(registry, name):
+    with pytest.raises(UnknownNameError, match=r"no backend '\*\*\*@host'") as caught:
+        registry.create_bank(name, 4)
+    assert "secret" not in str(caught.value)
+
+
 def test_a_scheme_leads_to_a_function(registry):
     with pytest.raises(PluginError, match="is not a function but type"):
         with_target("fake_uri_target:Thing").create_bank("acme+db://host", 4)
@@ -113,6 +132,7 @@ def test_a_scheme_is_one_that_a_uri_can_have(registry, name):
             "milvus://host?token=***&session=b&Password=***#d",
         ),
         ("s3://bucket?aws_secret_key=abc", "s3://bucket?aws_secret_key=***"),
+        ("db://host?username=a&pwd=b&auth=c", "db://host?username=***&pwd=***&auth=***"),
     ],
 )
 def test_a_uri_is_shown_without_its_credentials(uri, shown):

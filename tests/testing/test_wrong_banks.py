@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from memlong.testing import MemoryBankTests
+from memlong.testing.index import IndexTests
 
 HERE = Path(__file__).parent
-WRONG = runpy.run_path(str(HERE / "wrong_banks.py"))["WRONG"]
+WRONG = {
+    bank: test
+    for file in ("wrong_banks.py", "wrong_indexes.py")
+    for bank, test in runpy.run_path(str(HERE / file))["WRONG"].items()
+}
 CLAUSE = "Clause of memlong's contract"
 
 
@@ -22,6 +27,9 @@ CLAUSE = "Clause of memlong's contract"
 def failures() -> dict[str, str]:
     """What pytest says of each test that failed, by "TestClass.test_name", its parameters left out."""
     chosen = [f"wrong_suites.py::Test{bank.__name__}::{test}" for bank, test in WRONG.items()]
+    chosen += [
+        f"wrong_suites.py::TestRightIndex::{test}" for test in vars(IndexTests) if test.startswith("test_")
+    ]
     said = subprocess.run(
         [
             sys.executable,
@@ -55,6 +63,10 @@ def test_the_suite_finds_a_wrong_bank_and_names_the_clause(failures, bank):
     clause = " ".join(getattr(MemoryBankTests, test).__doc__.split())
     assert CLAUSE in said, f"{bank.__name__} passed {test}"
     assert clause in said
+
+
+def test_what_the_wrong_indexes_derive_from_is_right(failures):
+    assert not [said for name, said in failures.items() if name.startswith("TestRightIndex.")]
 
 
 def test_there_are_enough_of_them():

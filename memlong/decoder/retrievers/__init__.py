@@ -18,7 +18,7 @@ def memlong_register_retrievers(register: Register) -> None:
     register(
         "lm",
         "memlong.decoder.retrievers.lm:LanguageModelRetriever",
-        description="shared tokens, weighed by the language model: no second model",
+        description="recent chunks with shared tokens, weighed by the language model: no second model",
     )
     register(
         "random",

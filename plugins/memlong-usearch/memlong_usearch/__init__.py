@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memlong.plugins.hookspecs import Register, hookimpl
+from memlong.plugins import Register, hookimpl
 
 
 @hookimpl

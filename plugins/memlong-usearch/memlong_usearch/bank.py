@@ -9,8 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 from usearch.index import BatchMatches, Index
 
-from memlong.bank import BankOptions, Floats, Ids, MemoryBank
-from memlong.bank.validate import whole_number
+from memlong.bank import BankOptions, Floats, Ids, MemoryBank, whole_number
 
 # Options may come from a stranger's snapshot, and a graph of a million links a chunk takes gigabytes when empty.
 _MOST_LINKS = 512

@@ -1,4 +1,4 @@
-"""UsearchBank meets the contract of every memory bank; then, what is particular to it."""
+"""UsearchBank and its plugin meet the contracts of all of them; then, what is particular to this index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from memlong import Registry
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
-from memlong.testing import MemoryBankTests
+from memlong.testing import BackendPluginTests, MemoryBankTests
 from memlong_usearch.bank import UsearchBank
 
 OPTIONS = ["connectivity", "expansion_add", "expansion_search"]
@@ -16,6 +16,11 @@ OPTIONS = ["connectivity", "expansion_add", "expansion_search"]
 class TestUsearch(MemoryBankTests):
     bank_class = UsearchBank
     options = {"expansion_search": 96}
+
+
+class TestPlugin(BackendPluginTests):
+    backend = "usearch"
+    options = {"connectivity": 24}
 
 
 def fill(bank: UsearchBank, embeddings: torch.Tensor) -> torch.Tensor:
