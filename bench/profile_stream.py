@@ -1,7 +1,8 @@
-"""Does anything in the streaming loop grow with the length of the text? Its parts at two lengths of one stream.
+"""Does anything in the streaming loop grow with the length of the text? Its parts at two lengths.
 
-The loop's own work shows best under a tiny model of random weights, which takes a minute; with a real one it is small
-beside the model's.
+Two streams of one text, one shorter than the other, read their last segments in turns, so that other work on the
+machine falls on both. The loop's own work shows best under a tiny model of random weights, which takes a minute; with a
+real one it is small beside the model's.
 
     python bench/profile_stream.py
     python bench/profile_stream.py --model demo --lengths 8192,65536 --json out/profile_demo.json
@@ -57,18 +58,21 @@ def main(
     config = MemoryConfig(backend=backend, retriever=retriever)
     step = config.segment_size
     ids = _tokens(language_model, tokenizer, late)
+    decoders = {length: MemoryDecoder(language_model, tokenizer, config) for length in (late, early)}
     at: dict[int, list[dict[str, float]]] = {early: [], late: []}
-    with MemoryDecoder(language_model, tokenizer, config) as decoder:
-        for start in tqdm(range(0, late, step), unit_scale=step, unit="tok"):
-            near = [length for length in at if length - segments * step <= start < length]
-            part = ids[:, start : start + step]
-            if not near:
+    for length, decoder in decoders.items():
+        with decoder:
+            for part in tqdm(
+                ids[:, : length - segments * step].split(step, dim=1), unit="segment", leave=False
+            ):
                 decoder.read(part)
-                continue
-            with watched(decoder, clock) as watch:
+    for number in range(-segments, 0):
+        for length, decoder in decoders.items():
+            part = ids[:, length + number * step : length + (number + 1) * step]
+            with decoder, watched(decoder, clock) as watch:
                 watch.reset()
                 decoder.read(part)
-                at[near[0]].append(watch.read())
+                at[length].append(watch.read())
     rows = {
         length: {part: median(row[part] for row in found) for part in PARTS} for length, found in at.items()
     }

@@ -2,7 +2,8 @@
 
 The weights are random, in OpenLLaMA-3B's shape; the device's allocator is held to the limit. A token's keys and values
 take 333 kB in all 26 layers: 26.6 GB for the first stream, which stores every layer's own. The second stores one
-layer's, which serves four layers (the MemLong paper's form): 12.8 kB a token, 12.8 GB in all.
+layer's, which serves four layers (the MemLong paper's form): 12.8 kB a token, 12.8 GB in all. Pinned memory comes in
+powers of two, so that the host gives 42 and 16 GB for these.
 
     python bench/three_b.py --device cuda
     python bench/three_b.py --model random-tiny --tokens 8192,16384 --limit-gb 0

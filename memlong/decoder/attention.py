@@ -63,8 +63,8 @@ class Memory:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        held = (*self.keys.values(), *self.values.values(), *self.rooms.values())
-        return sum(states.nbytes for states in held)
+        states = sum(each.nbytes for each in (*self.keys.values(), *self.values.values()))
+        return states + sum(room.nbytes for room in self.rooms.values())
 
     def beside(self, layer: int, key: Tensor, value: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """Put a layer's memory to the left of the window's K-V, of which the last ``new`` columns are new."""
