@@ -11,9 +11,9 @@ of one system's time over the other's, its retriever included.
 from __future__ import annotations
 
 import inspect
-import time
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from parts import PARTS, watched
-from ratios import Ratio, summary
+from ratios import Clock, Ratio, summary
 from results import write
 from shapes import MODEL_HELP, load, token_ids
 from torch import Tensor
@@ -40,6 +40,14 @@ TARGET = 1.15
 TEXT = Path(inspect.getfile(typing))
 PLAIN = "plain window"
 PROMPT = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """How time is told, and what came of it."""
+
+    clock: Clock
+    ratios: list[Ratio] = field(default_factory=list)
 
 
 def main(
@@ -59,6 +67,10 @@ def main(
     ] = None,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    clock: Annotated[
+        Clock,
+        typer.Option(help="'wall'; or 'cpu', the time of this process, which other work does not spoil."),
+    ] = Clock.WALL,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
     """Time streaming, generating and training with a memory beside the plain window of equal budget."""
@@ -79,32 +91,32 @@ def main(
         "dtype": dtype,
         "retriever": retriever,
         "attention_budget": budget,
+        "clock": clock,
     }
-    ratios: list[Ratio] = []
+    run = Run(clock)
+    ratios = run.ratios
     parts = ids[:, warm : warm + tokens].split(step, dim=1)
-    found["streaming"] = _streaming(decoders, ids[:, :warm], parts, ratios)
+    found["streaming"] = _streaming(decoders, ids[:, :warm], parts, run)
     left_out = set(skip or ())
     pair = {name: decoders[name] for name in (PLAIN, names[0])}
     if "parts" not in left_out:
-        found["parts"] = _parts(pair, parts[-8:])
+        found["parts"] = _parts(pair, parts[-8:], clock)
     if "decoding" not in left_out:
-        found["decoding"] = _decoding(pair, ids[:, :budget], ids[:, -PROMPT:], new_tokens, ratios)
+        found["decoding"] = _decoding(pair, ids[:, :budget], ids[:, -PROMPT:], new_tokens, run)
     if "training" not in left_out:
-        found["training"] = _training(
-            pair, ids[:, :warm], ids[:, warm : warm + training_tokens], step, ratios
-        )
+        found["training"] = _training(pair, ids[:, :warm], ids[:, warm : warm + training_tokens], step, run)
     write(json_file, found, ratios, device)
     for ratio in ratios:
         typer.echo(str(ratio))
     typer.echo(summary(ratios))
 
 
-def _seconds(device: torch.device, action: Callable[[], object]) -> float:
+def _seconds(device: torch.device, action: Callable[[], object], clock: Clock) -> float:
     _wait(device)
-    started = time.perf_counter()
+    started = clock.now()
     action()
     _wait(device)
-    return time.perf_counter() - started
+    return clock.now() - started
 
 
 def _wait(device: torch.device) -> None:
@@ -116,6 +128,7 @@ def _in_turns(
     systems: dict[str, MemoryDecoder],
     parts: tuple[Tensor, ...],
     use: Callable[[MemoryDecoder, Tensor], object],
+    clock: Clock,
 ) -> dict[str, list[float]]:
     """Seconds of each system for each part; who is first changes."""
     times: dict[str, list[float]] = {name: [] for name in systems}
@@ -123,7 +136,7 @@ def _in_turns(
         order = list(systems) if number % 2 else list(reversed(systems))
         for name in order:
             with systems[name] as decoder:
-                times[name].append(_seconds(decoder.model.device, lambda: use(decoder, part)))  # noqa: B023
+                times[name].append(_seconds(decoder.model.device, lambda: use(decoder, part), clock))  # noqa: B023
     return times
 
 
@@ -132,31 +145,33 @@ def _beside(times: dict[str, list[float]], name: str, baseline: str) -> float:
 
 
 def _streaming(
-    systems: dict[str, MemoryDecoder], first: Tensor, parts: tuple[Tensor, ...], ratios: list[Ratio]
+    systems: dict[str, MemoryDecoder], first: Tensor, parts: tuple[Tensor, ...], run: Run
 ) -> dict[str, float]:
     """Tokens per second of each system, once its window and its memory are full."""
     for decoder in systems.values():
         with decoder:
             decoder.read(first)
-    times = _in_turns(systems, parts, lambda decoder, part: decoder.read(part))
+    times = _in_turns(systems, parts, lambda decoder, part: decoder.read(part), run.clock)
     speeds = {name: parts[0].shape[1] / median(mine) for name, mine in times.items()}
     for name, speed in speeds.items():
         typer.echo(f"streaming, {name}: {speed:.0f} tokens/s")
         if name != PLAIN:
-            ratios.append(Ratio(f"streaming, {name}", _beside(times, name, PLAIN), TARGET))
+            run.ratios.append(Ratio(f"streaming, {name}", _beside(times, name, PLAIN), TARGET))
     return speeds
 
 
-def _parts(systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...]) -> dict[str, dict[str, float]]:
+def _parts(
+    systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...], clock: Clock
+) -> dict[str, dict[str, float]]:
     """Milliseconds of a segment that each part takes."""
     found: dict[str, dict[str, float]] = {}
     for name, decoder in systems.items():
         rows = []
-        with decoder, watched(decoder) as clock:
+        with decoder, watched(decoder, clock) as watch:
             for part in parts:
-                clock.reset()
+                watch.reset()
                 decoder.read(part)
-                rows.append(clock.read())
+                rows.append(watch.read())
         found[name] = {part: 1000 * median(row[part] for row in rows) for part in PARTS}
     typer.echo(f"{'ms a segment':14s}" + "".join(f"{name:>14s}{'share':>8s}" for name in found))
     for part in PARTS:
@@ -166,7 +181,7 @@ def _parts(systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...]) -> dict
 
 
 def _decoding(
-    systems: dict[str, MemoryDecoder], context: Tensor, prompt: Tensor, count: int, ratios: list[Ratio]
+    systems: dict[str, MemoryDecoder], context: Tensor, prompt: Tensor, count: int, run: Run
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of each new token after the first; transformers' own cache holds as much as the plain window."""
     model = next(iter(systems.values())).model
@@ -175,8 +190,8 @@ def _decoding(
     for _ in range(2):
         for name, decoder in systems.items():
             with decoder:
-                rounds[name].append(_token_times(decoder, prompt, count, remember=False))
-        rounds["transformers"].append(_token_times(model, everything, count))
+                rounds[name].append(_token_times(decoder, prompt, count, run.clock, remember=False))
+        rounds["transformers"].append(_token_times(model, everything, count, run.clock))
     found = {
         name: {"median_ms": 1000 * median(chain.from_iterable(runs)), "mean_ms": 1000 * min(map(fmean, runs))}
         for name, runs in rounds.items()
@@ -188,18 +203,18 @@ def _decoding(
     memory = list(systems)[-1]
     for baseline in (PLAIN, "transformers"):
         value = found[memory]["mean_ms"] / found[baseline]["mean_ms"]
-        ratios.append(Ratio(f"generating, {memory} to {baseline}", value))
+        run.ratios.append(Ratio(f"generating, {memory} to {baseline}", value))
     return found
 
 
 def _token_times(
-    speaker: MemoryDecoder | PreTrainedModel, prompt: Tensor, count: int, **options: Any
+    speaker: MemoryDecoder | PreTrainedModel, prompt: Tensor, count: int, clock: Clock, **options: Any
 ) -> list[float]:
     marks: list[float] = []
 
     def mark(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         _wait(ids.device)
-        marks.append(time.perf_counter())
+        marks.append(clock.now())
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     speaker.generate(
@@ -215,7 +230,7 @@ def _token_times(
 
 
 def _training(
-    systems: dict[str, MemoryDecoder], first: Tensor, ids: Tensor, step: int, ratios: list[Ratio]
+    systems: dict[str, MemoryDecoder], first: Tensor, ids: Tensor, step: int, run: Run
 ) -> dict[str, float]:
     """Seconds of forward and backward passes (LoRA of rank 16), segment by segment, and in one plain pass."""
     if find_spec("peft") is None:
@@ -232,16 +247,16 @@ def _training(
         for segment in decoder.stream(part, gradients=True):
             _loss(segment.logits, part).backward()
 
-    times = _in_turns(systems, ids.split(step, dim=1), learn)
+    times = _in_turns(systems, ids.split(step, dim=1), learn, run.clock)
     model = systems[memory].model
     whole = _seconds(
-        model.device, lambda: _loss(model(input_ids=ids, use_cache=False).logits, ids).backward()
+        model.device, lambda: _loss(model(input_ids=ids, use_cache=False).logits, ids).backward(), run.clock
     )
     found = {name: sum(mine) for name, mine in times.items()} | {"one plain pass": whole}
     for name, seconds in found.items():
         typer.echo(f"training, {name}: {seconds:.2f} s for {ids.shape[1]:,} tokens")
-    ratios.append(Ratio(f"training, {memory} to {PLAIN}", _beside(times, memory, PLAIN)))
-    ratios.append(Ratio(f"training, {memory} to one plain pass", found[memory] / whole))
+    run.ratios.append(Ratio(f"training, {memory} to {PLAIN}", _beside(times, memory, PLAIN)))
+    run.ratios.append(Ratio(f"training, {memory} to one plain pass", found[memory] / whole))
     return found
 
 
