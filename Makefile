@@ -45,15 +45,17 @@ lint: $(INSTALLED) ## Check style, format and types
 docs: $(INSTALLED) ## Build the documentation into out/docs, without the network, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(INSTALLED) ## Measure speed and memory against a plain window and full attention
+bench: $(INSTALLED) ## Measure speed and memory, each beside a baseline (under 15 minutes)
 	mkdir -p out
 	$(BIN)/python bench/bank.py --json out/bank.json
 	$(BIN)/python bench/kv.py --json out/kv.json
 	$(BIN)/python bench/peers.py --json out/peers.json
-	$(BIN)/python bench/streaming.py --json out/streaming.json
-	$(BIN)/python bench/long_context.py
-	$(BIN)/python bench/long_stream.py
+	$(BIN)/python bench/decoder.py --json out/decoder.json
+	$(BIN)/python bench/profile_stream.py --json out/profile_stream.json
+	$(BIN)/python bench/long_context.py --lengths 2048,8192
+	$(BIN)/python bench/long_stream.py --tokens 20000 --places 5000 --points 20
 	$(BIN)/python bench/snapshots.py --json out/snapshots.json
+	$(BIN)/python bench/results.py out/bank.json out/kv.json out/peers.json out/decoder.json out/profile_stream.json
 
 clean: ## Remove caches and build outputs; .venv stays
 	rm -rf build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,12 @@
 """Reading a long text: streaming with memory beside full attention, in time and in memory.
 
-Each measurement runs in a process of its own, so that its resident memory is its own; both read the same
-tokens, in segments, and predict the next one. The memory's blocks are on disk.
+Both read the same tokens, in segments, and predict the next one. On the CPU, each measurement runs in a process of its
+own, so that its resident memory is its own, and the memory's blocks are on disk; on a CUDA device the blocks are in the
+host's memory.
 
     python bench/long_context.py
     python bench/long_context.py --lengths 2048,8192 --out out
+    python bench/long_context.py --model random-135m --device cuda --lengths 8192,32768,131072
 """
 
 from __future__ import annotations
@@ -13,27 +15,29 @@ import ctypes
 import gc
 import inspect
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import typing
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import psutil
 import torch
 import typer
+from ratios import Ratio, summary
+from results import write
+from shapes import MODEL_HELP, SHAPES, load, token_ids
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong import MemoryConfig, MemoryDecoder
 from memlong.cli.values import numbers
-from memlong.errors import InvalidTextError, MemlongError
-from memlong.evaluation import read_text, tokenize
-from memlong.evaluation.environment import versions
+from memlong.errors import MemlongError
+from memlong.evaluation import read_text
 
 TEXT = Path(inspect.getfile(typing)).with_name("_pydecimal.py")
 SYSTEMS = ("full attention", "memory")
@@ -41,7 +45,7 @@ SYSTEMS = ("full attention", "memory")
 
 @dataclass(frozen=True)
 class Measured:
-    """One system at one length; the peak is of resident memory, beyond that of the loaded model."""
+    """One system at one length; the peak is of resident or device memory, beyond that of the loaded model."""
 
     system: str
     length: int
@@ -51,11 +55,12 @@ class Measured:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
     text: Annotated[Path, typer.Option(help="UTF-8 text; by default Python's own _pydecimal.py.")] = TEXT,
-    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,8192,16384,32768",
+    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,8192,16384",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("out"),
     one: Annotated[
         str | None, typer.Option(help="Measure 'SYSTEM:LENGTH' in this process.", hidden=True)
@@ -64,82 +69,118 @@ def main(
     """Set streaming with memory beside full attention."""
     if one is not None:
         system, length = one.rsplit(":", 1)
-        print(json.dumps(asdict(_measure(system, int(length), model, text, retriever, dtype))))
+        print(json.dumps(asdict(_measure(system, int(length), model, text, retriever, dtype, device))))
         return
     out.mkdir(parents=True, exist_ok=True)
-    read_text(text)
+    if model not in SHAPES:
+        read_text(text)
+    command = [sys.executable, __file__, "--model", model, "--text", str(text), "--retriever", retriever]
+    command += ["--dtype", dtype]
     rows: list[Measured] = []
+    ratios: list[Ratio] = []
     for length in numbers("--lengths", lengths, int):
         for system in SYSTEMS:
-            command = [sys.executable, __file__, "--one", f"{system}:{length}", "--model", model]
-            command += ["--text", str(text), "--retriever", retriever, "--dtype", dtype]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
-            if done.returncode < 0:
-                raise SystemExit(
-                    f"bench: {system} at {length:,} tokens was ended by signal {-done.returncode}, as happens where "
-                    "memory runs out. Use smaller --lengths."
+            if device == "cpu":
+                row = _measured_apart(
+                    [*command, "--one", f"{system}:{length}"], f"{system} at {length:,} tokens"
                 )
-            if done.returncode:
-                raise SystemExit(done.returncode)  # and the process has said why
-            rows.append(Measured(**json.loads(done.stdout.splitlines()[-1])))
-            row = rows[-1]
+            else:
+                row = _measure(system, length, model, text, retriever, dtype, device)
+            rows.append(row)
             typer.echo(
                 f"{row.length:7,} tokens, {row.system:14s} {row.seconds:8.1f} s, K-V on the device "
                 f"{row.device_kv_bytes / 2**20:7.1f} MiB, peak {row.peak_bytes / 2**20:7.1f} MiB"
             )
-    result = {
-        "model": model,
-        "text": text.name,
-        "retriever": retriever,
-        "dtype": dtype,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": versions(),
-        "rows": [asdict(row) for row in rows],
-    }
-    (out / "long_context.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _draw(rows, f"{model} on {text.name}", out / "long_context.png")
-    full, memory = rows[-2], rows[-1]
+        full, memory = rows[-2:]
+        ratios.append(
+            Ratio(f"time, memory to full attention, {length:,} tokens", memory.seconds / full.seconds)
+        )
+    facts = {"model": model, "retriever": retriever, "dtype": dtype, "rows": [asdict(row) for row in rows]}
+    if model not in SHAPES:
+        facts["text"] = text.name
+    write(out / "long_context.json", facts, ratios, device)
+    if find_spec("matplotlib") is not None:
+        _draw(rows, model, out / "long_context.png")
+    full, memory = rows[-2:]
     typer.echo(
         f"At {memory.length:,} tokens full attention takes {full.seconds / memory.seconds:.1f} times the time of "
         f"memory, and {full.device_kv_bytes / memory.device_kv_bytes:.1f} times its K-V on the device."
     )
+    typer.echo(summary(ratios))
 
 
-def _measure(system: str, length: int, name: str, text: Path, retriever: str, dtype: str) -> Measured:
-    model, tokenizer = load_model(name, dtype=dtype)
-    input_ids = tokenize(tokenizer, read_text(text), length)
-    if input_ids.shape[1] < length:
-        raise InvalidTextError(
-            f"The text has {input_ids.shape[1]:,} tokens, fewer than {length:,}: give a longer one."
+def _measured_apart(command: list[str], what: str) -> Measured:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    if done.returncode < 0:
+        raise SystemExit(
+            f"bench: {what} was ended by signal {-done.returncode}, as happens where memory runs out. Use smaller "
+            "--lengths."
         )
-    folder = tempfile.TemporaryDirectory()  # blocks on disk: what is resident is what attention works on
-    config = MemoryConfig(retriever=retriever, store={"disk": folder.name})
+    if done.returncode:
+        raise SystemExit(done.returncode)  # and the process has said why
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+class _Peak:
+    """The most memory since the beginning, beyond what there was: resident, or allocated on a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._process = psutil.Process()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        if sys.platform == "linux":  # what loading took and gave back is still resident otherwise
+            ctypes.CDLL(None).malloc_trim(0)
+        self._before = self._most = self._process.memory_info().rss
+
+    def note(self) -> None:
+        """Look at how much it is now."""
+        if self._device.type != "cuda":
+            self._most = max(self._most, self._process.memory_info().rss)
+
+    @property
+    def extra(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return self._most - self._before
+
+
+def _measure(
+    system: str, length: int, name: str, text: Path, retriever: str, dtype: str, device: str
+) -> Measured:
+    model, tokenizer = load(name, dtype=dtype, device=device)
+    input_ids = token_ids(model, tokenizer, text, length).to(device)
+    folder = tempfile.TemporaryDirectory()  # blocks elsewhere: what is counted is what attention works on
+    store = {"disk": folder.name} if device == "cpu" else {"host": "all"}
+    config = MemoryConfig(retriever=retriever, store=store)
     decoder = MemoryDecoder(model, tokenizer, config)
-    gc.collect()
-    if sys.platform == "linux":  # what loading took and gave back is still resident otherwise
-        ctypes.CDLL(None).malloc_trim(0)
+    peak = _Peak(model.device)
     bar = tqdm(total=length, unit="tok", desc=f"{system}, {length:,} tokens", leave=False)
-    process = psutil.Process()
-    before = peak = process.memory_info().rss
     started = time.perf_counter()
     if system == "full attention":
         cache = DynamicCache()
         with torch.no_grad():
             for part in input_ids.split(config.segment_size, dim=1):
                 model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                peak = max(peak, process.memory_info().rss)
+                peak.note()
                 bar.update(part.shape[1])
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
     else:
         with decoder:
             for segment in decoder.stream(input_ids, logits="last"):
-                peak = max(peak, process.memory_info().rss)
+                peak.note()
                 bar.update(segment.tokens.shape[1])
             held = decoder.device_kv_bytes
+    if device != "cpu":
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     bar.close()
     folder.cleanup()
-    return Measured(system, length, seconds, peak - before, held)
+    return Measured(system, length, seconds, peak.extra, held)
 
 
 def _draw(rows: list[Measured], title: str, path: Path) -> None:
@@ -157,7 +198,7 @@ def _draw(rows: list[Measured], title: str, path: Path) -> None:
         axes[2].plot(lengths, [row.peak_bytes / 2**20 for row in mine], "o-", label=system)
     axes[0].set(title="time to read", xlabel="tokens", ylabel="seconds")
     axes[1].set(title="K-V on the device", xlabel="tokens", ylabel="MiB")
-    axes[2].set(title="peak resident memory beyond the model's", xlabel="tokens", ylabel="MiB")
+    axes[2].set(title="peak memory beyond the model's", xlabel="tokens", ylabel="MiB")
     axes[0].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from memlong import MemoryDecoder
 from memlong.errors import InvalidArgumentError, InvalidTextError
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +151,95 @@ def test_the_long_context_bench_names_a_text_that_is_too_short(folder, book):
     typed = ["--model", folder, "--text", book, "--dtype", "float32", "--one", "memory:2000"]
     with pytest.raises(InvalidTextError, match="1,500 tokens, fewer than 2,000: give a longer one"):
         raise invoke(script("bench/long_context.py"), *typed).exception
+
+
+def test_the_decoder_bench_sets_memory_beside_the_plain_window(tmp_path):
+    out = tmp_path / "decoder.json"
+    typed = ["--model", "random-tiny", "--backend", "torch", "--tokens", 512, "--new-tokens", 3]
+    result = invoke(script("bench/decoder.py"), *typed, "--training-tokens", 256, "--json", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [ratio["name"] for ratio in found["ratios"]] == [
+        "streaming, torch",
+        "generating, torch to plain window",
+        "generating, torch to transformers",
+        "training, torch to plain window",
+        "training, torch to one plain pass",
+    ]
+    assert [ratio["target"] for ratio in found["ratios"]] == [1.15, None, None, None, None]
+    parts = found["parts"]["torch"]
+    assert min(parts[part] for part in parts if part != "lower layers") > 0
+    assert found["parts"]["plain window"]["search"] == 0
+    assert "5 ratios measured" in result.stdout.splitlines()[-1]
+
+
+def test_the_parts_of_a_stream_are_timed_at_two_lengths(tmp_path):
+    out = tmp_path / "profile.json"
+    typed = ["--lengths", "2560,3072", "--segments", 2, "--json", out]
+    result = invoke(script("bench/profile_stream.py"), *typed)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert list(found["ms_per_segment"]) == ["2560", "3072"]
+    targets = {ratio["name"]: ratio["target"] for ratio in found["ratios"]}
+    assert targets["attention"] == targets["all but search"] == 1.1
+    assert targets["search"] is None
+
+
+def test_parts_below_the_first_retrieval_layer_are_told_apart(llama, small, text):
+    watched = script("bench/parts.py").watched
+    with MemoryDecoder(llama, None, small(retrieval_layers="2-3")) as decoder, watched(decoder) as watch:
+        decoder.read(text(60))
+    spent = watch.read()
+    assert spent["lower layers"] > 0
+    assert not any("forward" in vars(module) for module in llama.modules())  # the stopwatches are gone
+
+
+def test_a_stream_of_a_3b_shape_says_how_far_it_came(tmp_path):
+    out = tmp_path / "three_b.json"
+    typed = [
+        "--model",
+        "random-tiny",
+        "--tokens",
+        "2048,4096",
+        "--limit-gb",
+        0,
+        "--seconds",
+        0,
+        "--json",
+        out,
+    ]
+    result = invoke(script("bench/three_b.py"), *typed)
+    assert result.exit_code == 0, result.output
+    assert "512 tokens of 2,048, and then the time was out" in result.stdout
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["kv_source"] for row in rows] == ["layer", "shared"]
+
+
+def test_a_table_of_result_files_ends_with_what_is_beyond_its_target(tmp_path):
+    from ratios import Ratio, summary
+    from results import table, write
+
+    ratios = [
+        Ratio("a", 1.2, 1.1),
+        Ratio("b", 0.8, 0.9, at_least=True),
+        Ratio("c", 1.0, 1.0),
+        Ratio("d", 9.0),
+    ]
+    assert "beyond their target: 2: a 1.20 (at most 1.1); b 0.80 (at least 0.9)" in summary(ratios)
+    write(tmp_path / "one.json", {}, ratios)
+    assert table([tmp_path / "one.json"]).splitlines()[-1] == summary(ratios)
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_a_cpu(tmp_path):
+    environment = {**os.environ, "DEVICE": "cpu", "SMALL": "1", "PYTHON": sys.executable}
+    command = ["bash", ROOT / "bench/gpu.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "beyond their target:" in done.stdout.splitlines()[-1]
+    assert {"decoder.json", "long_context.json", "three_b.json", "table.txt"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
 
 @pytest.fixture

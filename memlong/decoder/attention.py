@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.overlap import Arrival
+from memlong.decoder.room import Room, few
 from memlong.errors import UnsupportedModelError
 
 BASES = ("sdpa", "eager")
@@ -48,6 +49,8 @@ class Memory:
         [rows, tokens], bool; False where a row has retrieved fewer tokens than another.
     arrival
         When all of these are there, if they are still on their way to a CUDA device.
+    rooms
+        By retrieval layer: memory and window side by side, where tokens come one by one. A memory's window only grows.
     """
 
     keys: dict[int, Tensor]
@@ -55,16 +58,34 @@ class Memory:
     positions: Tensor
     valid: Tensor
     arrival: Arrival | None = None
+    rooms: dict[int, Room] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(states.nbytes for states in (*self.keys.values(), *self.values.values()))
+        states = sum(each.nbytes for each in (*self.keys.values(), *self.values.values()))
+        return states + sum(room.nbytes for room in self.rooms.values())
+
+    def beside(self, layer: int, key: Tensor, value: Tensor, new: int) -> tuple[Tensor, Tensor]:
+        """Put a layer's memory to the left of the window's K-V, of which the last ``new`` columns are new."""
+        width, count = self.positions.shape[1], key.shape[2] - new
+        fresh, fresh_values = key[:, :, count:], value[:, :, count:]
+        if not few(fresh):
+            self.rooms.pop(layer, None)
+            return torch.cat([self.keys[layer], key], dim=2), torch.cat([self.values[layer], value], dim=2)
+        room = self.rooms.get(layer)
+        if room is None or not room.has_space(width + key.shape[2]):
+            self.rooms[layer] = room = Room.around(self.keys[layer], self.values[layer], key, value)
+        return room.put(width + count, fresh, fresh_values)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors of the memory."""
         return (*self.keys.values(), *self.values.values(), self.positions, self.valid)
+
+    def beside_another(self) -> Memory:
+        """Return the same memory, to stand beside a window in which columns have moved."""
+        return replace(self, rooms={})
 
     def wait(self) -> None:
         """Let what the device computes from here on come after the memory's arrival."""
@@ -75,7 +96,7 @@ class Memory:
         """Return the same memory, as a constant."""
         keys = {layer: states.detach() for layer, states in self.keys.items()}
         values = {layer: states.detach() for layer, states in self.values.items()}
-        return replace(self, keys=keys, values=values)
+        return replace(self, keys=keys, values=values, rooms={})
 
     def of_rows(self, rows: Tensor) -> Memory:
         """Return the memory of these rows [n], which may come more than once."""
@@ -120,22 +141,17 @@ class AttentionPass:
         return torch.cat([mask[..., :width] + bias, local], dim=-1)
 
     def _build(self, sliding_window: int | None, with_memory: bool, dtype: torch.dtype) -> Tensor:
-        queries = self.query_positions[:, :, None]
-        visible = self._visible(queries, self.key_positions, self.key_valid, sliding_window)
-        count = queries.shape[1]
-        itself = torch.eye(count, dtype=torch.bool, device=visible.device)
-        visible[:, :, -count:] |= itself
+        positions, valid = self.key_positions, self.key_valid
         if with_memory and self.memory is not None:
-            seen = self._visible(queries, self.memory.positions, self.memory.valid, sliding_window)
-            visible = torch.cat([seen, visible], dim=-1)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-    @staticmethod
-    def _visible(queries: Tensor, positions: Tensor, valid: Tensor, sliding_window: int | None) -> Tensor:
-        distance = queries - positions[:, None, :]
-        visible = valid[:, None, :] & (distance >= 0)
-        return visible if sliding_window is None else visible & (distance < sliding_window)
+            positions = torch.cat([self.memory.positions, positions], dim=1)
+            valid = torch.cat([self.memory.valid, valid], dim=1)
+        queries = self.query_positions[:, :, None]
+        visible = (queries >= positions[:, None]) & valid[:, None]
+        if sliding_window is not None:
+            visible &= queries - positions[:, None] < sliding_window
+        visible[:, :, -queries.shape[1] :].diagonal(dim1=1, dim2=2).fill_(True)  # a token sees itself
+        hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=visible.device)
+        return torch.where(visible, torch.zeros_like(hidden), hidden)[:, None]
 
 
 Attend = Callable[..., Output]
@@ -169,8 +185,7 @@ class AttentionSlot:
         if memory is not None:
             memory.wait()
             layer = cast("int", module.layer_idx)
-            key = torch.cat([memory.keys[layer], key], dim=2)
-            value = torch.cat([memory.values[layer], value], dim=2)
+            key, value = memory.beside(layer, key, value, query.shape[2])
         mask = now.mask(options.get("sliding_window"), with_memory=memory is not None, dtype=query.dtype)
         if memory is not None:
             mask = now.gated(mask, cast("int", module.layer_idx))

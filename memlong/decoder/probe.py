@@ -202,7 +202,7 @@ def _layer(
     for rope in _rotations(module, first.call_of(index), one.shape[3]):
         try:
             raw = [rope.unrotate(seen.keys[index].float(), seen.angles(rope)) for seen in (first, second)]
-        except RuntimeError:  # this width does not fit the angles: not how this model rotates
+        except RuntimeError:  # this width does not fit the angles, or no query is one too few
             continue
         if _alike(raw[0], raw[1], one.dtype):
             return layer(rope)
@@ -218,7 +218,8 @@ def _rotations(module: nn.Module, call: RotaryCall | None, head_dim: int) -> lis
         return []
     given: Tensor = call.arguments["position_ids"]
     width = call.angles(given)[0].shape[-1]
-    return [LayerRope(call, apply, size) for size in (width, 2 * width) if size <= head_dim]
+    widths = [size for size in (width, 2 * width) if size <= head_dim]
+    return [LayerRope(call, apply, size, stand_ins) for size in widths for stand_ins in (0, 1)]
 
 
 def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -95,8 +95,7 @@ def recall(
     # Chunks leave the window in the order of the text, so that is the order of ids.
     order = torch.arange(near).flip(0) if config.chunk_order == "score" else retrieval.ids[:near].argsort()
     keys, values = (
-        _in_line(states[0].index_select(0, to_device(order, states.device)))
-        for states in (found.keys, found.values)
+        _in_line(states[0], to_device(order, states.device)) for states in (found.keys, found.values)
     )
     return retrieval, RowMemory(keys, values, found.spans[0, order])
 
@@ -141,6 +140,7 @@ def _near(retrieval: Retrieval, config: MemoryConfig) -> int:
     return int((retrieval.scores >= config.min_score).sum())
 
 
-def _in_line(blocks: Tensor) -> Tensor:
-    """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim]."""
-    return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
+def _in_line(blocks: Tensor, order: Tensor | None = None) -> Tensor:
+    """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim], in one copy."""
+    side_by_side = blocks.permute(1, 2, 0, 3, 4)
+    return (side_by_side if order is None else side_by_side.index_select(2, order)).flatten(2, 3)

@@ -57,12 +57,14 @@ class LayerRope:
     """How one layer rotates its keys; ``call`` is None for a layer without positions.
 
     ``apply`` is the ``apply_rotary_pos_emb`` of the model's own module, so half-split and interleaved rotations come
-    out as the model means them; it turns the first ``width`` dimensions of a head.
+    out as the model means them; it turns the first ``width`` dimensions of a head. Its first argument is a query, for
+    which ``stand_ins`` heads of the keys are given: none, or one to functions that cannot do with none.
     """
 
     call: RotaryCall | None
     apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     width: int = 0
+    stand_ins: int = 1
 
     def rotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
         """Put un-rotated keys [rows, kv_heads, tokens, head_dim] at the positions of ``angles``."""
@@ -80,10 +82,8 @@ class LayerRope:
 
     def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         assert self.apply is not None  # noqa: S101 - a layer with angles has a rotation
-        # The first argument of the model's function is a query; one head of the keys stands in for it.
-        _, turned = self.apply(
-            keys[:, :1, :, : self.width].float(), keys[..., : self.width].float(), cos, sin
-        )
+        wide = keys[..., : self.width].float()
+        _, turned = self.apply(wide[:, : self.stand_ins], wide, cos, sin)
         turned = turned.to(keys.dtype)
         return (
             turned if self.width == keys.shape[-1] else torch.cat([turned, keys[..., self.width :]], dim=-1)
@@ -97,11 +97,12 @@ class AngleCache:
         self._positions = positions
         self._angles: dict[tuple[object, ...], Angles] = {}
 
-    def of(self, rope: LayerRope) -> Angles | None:
-        """Angles for this layer, or None if it has no positions."""
+    def of(self, rope: LayerRope, start: int = 0) -> Angles | None:
+        """Angles for this layer, from column ``start`` on, or None if it has no positions."""
         if rope.call is None:
             return None
         key = rope.call.key
         if key not in self._angles:
             self._angles[key] = rope.call.angles(self._positions)
-        return self._angles[key]
+        cos, sin = self._angles[key]
+        return cos[:, start:], sin[:, start:]

@@ -247,6 +247,7 @@ class Streams:
         if placements != self._placements or not torch.equal(wanted, self._window.valid):
             window = self._window.keeping(wanted)
             window.place(self._positions(window.tokens))
+            self._memory = self._memory and self._memory.beside_another()
             self._window = window
             self._placements = placements
 

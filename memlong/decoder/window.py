@@ -1,7 +1,8 @@
 """The local window: sink tokens and the latest tokens of every row, as a cache for transformers.
 
 Keys are held twice: un-rotated, as the bank wants them and as moving the window needs them, and rotated to where they
-stand now, as attention wants them. The window is small and bounded, and no rounding ever adds up.
+stand now, as attention wants them. The window is small and bounded, and no rounding ever adds up. Tokens that come one
+by one are un-rotated together, when the window moves, and written behind the others, without copying those.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from memlong.decoder.probe import ModelLayout
+from memlong.decoder.room import Room, few
 from memlong.decoder.rope import AngleCache, LayerRope
 from memlong.decoder.stored import tensor_of
 
@@ -27,41 +29,72 @@ class WindowLayer(DynamicLayer):
 
     keys: Tensor
     values: Tensor
-    raw_keys: Tensor
 
     def __init__(self, rope: LayerRope) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rope = rope
-        self.incoming: AngleCache | None = None
+        self.angles: AngleCache | None = None
+        self._raw_keys: Tensor | None = (
+            None  # of the first columns; the others' are made when they are wanted
+        )
+        self._room: Room | None = None
+
+    @property
+    def raw_keys(self) -> Tensor:
+        """Un-rotated keys."""
+        raw = self._raw_keys
+        known = 0 if raw is None else raw.shape[2]
+        if raw is None or known < self.keys.shape[2]:
+            assert self.angles is not None  # noqa: S101 - LocalWindow.expecting comes first
+            angles = self.angles.of(self.rope, known)
+            # What the window holds is a constant to later segments: no gradient goes back into this one.
+            fresh = self.rope.unrotate(self.keys[:, :, known:].detach(), angles)
+            self._raw_keys = raw = fresh if raw is None else torch.cat([raw, fresh], dim=2)
+        return raw
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, rotated and not, and values."""
+        raw = 0 if self._raw_keys is None else self._raw_keys.nbytes
+        return self.keys.nbytes + self.values.nbytes + raw if self.is_initialized else 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take in the K-V of a segment, as transformers calls it, and give that of the whole window."""
-        assert self.incoming is not None  # noqa: S101 - LocalWindow.expecting comes first
-        # What the window holds is a constant to later segments: no gradient goes back into this one.
-        raw = self.rope.unrotate(key_states.detach(), self.incoming.of(self.rope))
-        self.raw_keys = torch.cat([self.raw_keys, raw], dim=2) if self.is_initialized else raw
-        keys, values = super().update(key_states, value_states)
-        return keys, values
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if few(key_states) and self.keys.numel():
+            count = self.keys.shape[2]
+            if self._room is None or not self._room.has_space(count + key_states.shape[2]):
+                self._room = Room.around(self.keys, self.values)
+            self.keys, self.values = self._room.put(count, key_states, value_states)
+        else:
+            self.keys = torch.cat([self.keys, key_states], dim=2)
+            self.values = torch.cat([self.values, value_states], dim=2)
+            self._room = None
+        return self.keys, self.values
+
+    def hold(self, keys: Tensor, raw_keys: Tensor, values: Tensor) -> None:
+        """Hold these columns, and no others."""
+        self.lazy_initialization(keys, values)
+        self.keys, self._raw_keys, self.values, self._room = keys, raw_keys, values, None
 
     def keeping(self, columns: Tensor) -> WindowLayer:
         """Return a layer of these columns [rows or 1, kept] alone; its ``keys`` must be placed anew."""
-        other = copy(self)
         if columns.shape[0] == 1:
-            other.raw_keys = self.raw_keys.index_select(2, columns[0])
-            other.values = self.values.index_select(2, columns[0])
+            raw, values = (states.index_select(2, columns[0]) for states in (self.raw_keys, self.values))
         else:
             index = columns[:, None, :, None]
-            other.raw_keys = self.raw_keys.take_along_dim(index, dim=2)
-            other.values = self.values.take_along_dim(index, dim=2)
+            raw, values = (states.take_along_dim(index, dim=2) for states in (self.raw_keys, self.values))
+        other = copy(self)
+        other.hold(raw, raw, values)
         return other
 
     def of_rows(self, rows: Tensor) -> WindowLayer:
         """Return a layer of these rows."""
         other = copy(self)
         if self.is_initialized:
-            other.keys, other.values, other.raw_keys = (
-                states.index_select(0, rows) for states in (self.keys, self.values, self.raw_keys)
-            )
+            states = (self.keys, self.raw_keys, self.values)
+            other.hold(*(state.index_select(0, rows) for state in states))
         return other
 
     def detach(self) -> None:
@@ -90,21 +123,22 @@ class LocalWindow(Cache):
     def __init__(self, layout: ModelLayout, rows: int, device: torch.device) -> None:
         self._hold([WindowLayer(layer.rope) for layer in layout.layers])
         self.tokens = torch.empty(rows, 0, dtype=torch.long, device=device)
+        self._positions = self.tokens
 
     def _hold(self, layers: list[WindowLayer]) -> None:
         self._window_layers = layers
         super().__init__(layers=list(layers))
 
-    def _of(self, layers: list[WindowLayer], tokens: Tensor) -> LocalWindow:
+    def _of(self, layers: list[WindowLayer], tokens: Tensor, positions: Tensor) -> LocalWindow:
         other = copy(self)
         other._hold(layers)  # noqa: SLF001 - its own
-        other.tokens = tokens
+        other.tokens, other._positions = tokens, positions  # noqa: SLF001
         return other
 
     def of_rows(self, rows: Tensor) -> LocalWindow:
         """Return a window of these rows [n], which may come more than once."""
         layers = [layer.of_rows(rows) for layer in self._window_layers]
-        return self._of(layers, self.tokens.index_select(0, rows))
+        return self._of(layers, self.tokens.index_select(0, rows), self._positions.index_select(0, rows))
 
     @property
     def valid(self) -> Tensor:
@@ -114,8 +148,7 @@ class LocalWindow(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys, rotated and not, and values."""
-        layers = [layer for layer in self._window_layers if layer.is_initialized]
-        return sum(layer.keys.nbytes + layer.raw_keys.nbytes + layer.values.nbytes for layer in layers)
+        return sum(layer.nbytes for layer in self._window_layers)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that the window holds, for :meth:`of_tensors`."""
@@ -123,7 +156,7 @@ class LocalWindow(Cache):
         for index, layer in enumerate(self._window_layers):
             if layer.is_initialized:
                 states = {"keys": layer.keys, "raw_keys": layer.raw_keys, "values": layer.values}
-                found |= {f"window.{index}.{name}": state for name, state in states.items()}
+                found |= {f"window.{index}.{name}": state.contiguous() for name, state in states.items()}
         return found
 
     def of_tensors(
@@ -138,17 +171,18 @@ class LocalWindow(Cache):
                 tensor_of(tensors, f"window.{index}.{name}", *shape, like=like)
                 for name in ("keys", "raw_keys", "values")
             )
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.raw_keys, layer.values = keys, raw_keys, values
-        return self._of(layers, tokens.to(like.device))
+            layer.hold(keys, raw_keys, values)
+        tokens = tokens.to(like.device)
+        return self._of(layers, tokens, torch.zeros_like(tokens))  # where they stand, raw keys need not know
 
     def expecting(self, tokens: Tensor, positions: Tensor) -> LocalWindow:
         """Return a window that a forward call fills with the tokens [rows, new], which stand at ``positions``."""
-        angles = AngleCache(positions)
+        everywhere = torch.cat([self._positions, positions], dim=1)
+        angles = AngleCache(everywhere)
         layers = [copy(layer) for layer in self._window_layers]
         for layer in layers:
-            layer.incoming = angles
-        return self._of(layers, torch.cat([self.tokens, tokens], dim=1))
+            layer.angles = angles
+        return self._of(layers, torch.cat([self.tokens, tokens], dim=1), everywhere)
 
     def columns_of(self, row: int, start: int, end: int) -> Tensor:
         """Columns that hold the tokens ``start`` to ``end`` of a row, in order."""
@@ -174,13 +208,14 @@ class LocalWindow(Cache):
             columns = order[:, order.shape[1] - width :]
             kept = wanted.take_along_dim(columns, dim=1)
             tokens = self.tokens.take_along_dim(columns, dim=1).masked_fill(~kept, _PADDING)
-        return self._of([layer.keeping(columns) for layer in self._window_layers], tokens)
+        return self._of([layer.keeping(columns) for layer in self._window_layers], tokens, tokens)
 
     def place(self, positions: Tensor) -> None:
         """Put the columns at these positions [rows, columns]."""
         angles = AngleCache(positions)
         for layer in self._window_layers:
             layer.place(angles)
+        self._positions = positions
 
     def detach(self) -> None:
         """Make what the window holds a constant to what follows (truncated backpropagation)."""

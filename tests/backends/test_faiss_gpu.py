@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import faiss
 import pytest
 
 from memlong.testing import MemoryBankTests
-from memlong_faiss.bank import FaissBank
 
 pytestmark = pytest.mark.gpu
+faiss = pytest.importorskip("faiss")
 
 if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
     pytest.skip("FAISS has no GPU code or sees no GPU", allow_module_level=True)
+
+from memlong_faiss.bank import FaissBank  # noqa: E402 - its library first
 
 
 class TestFaissGpuFlat(MemoryBankTests):

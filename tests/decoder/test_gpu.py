@@ -1,4 +1,4 @@
-"""Streaming on a CUDA device, against the CPU."""
+"""Streaming on a CUDA device, against the CPU; the oracles there are in test_oracles_on_devices.py."""
 
 from __future__ import annotations
 
@@ -25,15 +25,6 @@ def test_streaming_on_cuda_gives_what_the_cpu_gives(tiny_model, architecture, at
     with MemoryDecoder(model, None, small(backend_options={"device": device})) as decoder:
         found = decoder.read(ids.to("cuda"))
     torch.testing.assert_close(found.cpu(), expected, rtol=0.0, atol=1e-3)
-
-
-def test_the_prefix_oracle_holds_on_cuda(tiny_model, small, text):
-    model = tiny_model("Llama").to("cuda")
-    ids = text(150).to("cuda")
-    with torch.no_grad():
-        expected = model(ids).logits[:, -1]
-    with MemoryDecoder(model, None, small(position_mode="original", top_k=64)) as decoder:
-        torch.testing.assert_close(decoder.read(ids), expected, rtol=0.0, atol=1e-3)
 
 
 def test_memory_that_comes_late_is_waited_for(tiny_model, small, text, monkeypatch):

@@ -12,7 +12,8 @@ import memlong.decoder
 from memlong import MemoryDecoder
 
 FOLDER = Path(memlong.decoder.__file__).parent
-FILES = {str(FOLDER / name) for name in ("streams.py", "row.py", "window.py", "recall.py", "placement.py")}
+NAMES = ("streams.py", "row.py", "window.py", "room.py", "recall.py", "placement.py")
+FILES = {str(FOLDER / name) for name in NAMES}
 
 
 class Interrupter:

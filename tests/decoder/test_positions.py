@@ -84,3 +84,17 @@ def test_the_same_text_costs_the_same_wherever_it_is_cut_into_calls(llama, small
             for piece in ids.split(size, dim=1):
                 in_pieces = decoder.read(piece)
             torch.testing.assert_close(in_pieces, at_once, rtol=0.0, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_tokens_may_come_one_by_one_and_many_at_a_time_in_turns(llama, small, text, rows):
+    ids = text(200, rows=rows)
+    mask = torch.ones_like(ids)
+    mask[1:, :11] = 0  # rows begin their segments at different columns
+    with MemoryDecoder(llama, None, small()) as decoder:
+        at_once = decoder.read(ids, mask)
+        decoder.reset()
+        sizes = [13, 60, 1, 1, 2, 20, 1, 3, 1, 5, 1, 1, 90, 1]
+        for part, known in zip(ids.split(sizes, dim=1), mask.split(sizes, dim=1), strict=True):
+            in_turns = decoder.read(part, known)
+    torch.testing.assert_close(in_turns, at_once, rtol=0.0, atol=2e-5)

@@ -1,0 +1,122 @@
+"""Where the time of a stream goes: stopwatches at the seams of the decoder, put there from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from ratios import Clock
+
+from memlong import MemoryBank, MemoryDecoder
+from memlong.decoder import row
+from memlong.decoder.attention import AttentionSlot
+from memlong.decoder.streams import Streams
+from memlong.decoder.window import LocalWindow, WindowLayer
+
+PARTS = {
+    "lower layers": "below the first retrieval layer, attention apart",
+    "upper layers": "from the first retrieval layer up, with embedding and head, attention apart",
+    "attention": "the kernel, in all layers",
+    "joining": "memory and window put side by side, and their mask",
+    "window": "taking in K-V, letting columns go, rotating the rest",
+    "retriever": "embeddings of chunks and queries",
+    "storing": "chunks into the bank",
+    "search": "the index",
+    "gather": "K-V of what was found, from the store",
+    "placing": "their batch, keys rotated",
+    "rest": "bookkeeping",
+}
+
+
+class PartClock:
+    """Seconds by part; what one part calls of another counts for the other alone.
+
+    Parameters
+    ----------
+    device
+        Where the model is; a CUDA device is waited for at every seam, so that work counts where it was asked for.
+    clock
+        What time is told.
+    """
+
+    def __init__(self, device: torch.device, clock: Clock = Clock.WALL) -> None:
+        self._device = device
+        self._clock = clock
+        self._part = "rest"
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._since = self._now()
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part until now."""
+        self._switch(self._part)
+        return dict(self._seconds)
+
+    def timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """Return the function, with what it takes counted for a part."""
+
+        def call(*args: Any, **options: Any) -> Any:
+            outer = self._switch(part)
+            try:
+                return function(*args, **options)
+            finally:
+                self._switch(outer)
+
+        return call
+
+    def _switch(self, part: str) -> str:
+        now = self._now()
+        self._seconds[self._part] += now - self._since
+        self._since, outer, self._part = now, self._part, part
+        return outer
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._clock.now()
+
+
+@contextmanager
+def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartClock]:
+    """Time the parts of what an attached decoder does; arguments as :class:`PartClock` has them."""
+    watch = PartClock(decoder.model.device, clock)
+    attend = AttentionSlot.attend
+
+    def joined(slot: AttentionSlot, base: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return attend(slot, watch.timed(base, "attention"), *args, **options)
+
+    seams: list[tuple[Any, str, Callable[..., Any], str]] = [
+        (AttentionSlot, "attend", joined, "joining"),
+        (decoder.model, "forward", decoder.model.forward, "upper layers"),
+        (row, "recall", row.recall, "gather"),
+    ]
+    for owner, name, part in (
+        (WindowLayer, "update", "window"),
+        (LocalWindow, "expecting", "window"),
+        (LocalWindow, "keeping", "window"),
+        (LocalWindow, "place", "window"),
+        (Streams, "_store", "storing"),
+        (Streams, "_bring", "placing"),
+        (MemoryBank, "_rank", "search"),
+    ):
+        seams.append((owner, name, getattr(owner, name), part))
+    retriever = decoder.retriever
+    embedding = ("embed_chunks", "embed_queries") if retriever is not None else ()
+    seams += [(retriever, name, getattr(retriever, name), "retriever") for name in embedding]
+    seams += [(layer, "forward", layer.forward, "lower layers") for layer in _lower_layers(decoder)]
+    with ExitStack() as stack:
+        for owner, name, function, part in seams:
+            stack.enter_context(patch.object(owner, name, watch.timed(function, part)))
+        yield watch
+
+
+def _lower_layers(decoder: MemoryDecoder) -> list[torch.nn.Module]:
+    names = {id(module): name for name, module in decoder.model.named_modules()}
+    below = decoder.model_layout.modules[: min(decoder.retrieval_layers)]
+    return [decoder.model.get_submodule(names[id(module)].rpartition(".")[0]) for module in below]

@@ -1,0 +1,159 @@
+"""A 3B-shaped model on a 24 GB device: 80,000 tokens, and then a million, with keys and values in the host's memory.
+
+The weights are random, in OpenLLaMA-3B's shape; the device's allocator is held to the limit. A token's keys and values
+take 333 kB in all 26 layers: 26.6 GB for the first stream, which stores every layer's own. The second stores one
+layer's, which serves four layers (the MemLong paper's form): 12.8 kB a token, 12.8 GB in all. Pinned memory comes in
+powers of two, so that the host gives 42 and 16 GB for these.
+
+    python bench/three_b.py --device cuda
+    python bench/three_b.py --model random-tiny --tokens 8192,16384 --limit-gb 0
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from ratios import Ratio, summary
+from results import write
+from shapes import SHAPES, load
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from memlong import MemoryConfig, MemoryDecoder
+from memlong.cli.values import numbers
+from memlong.errors import MemlongError
+
+GB = 10**9
+EVEN_SPEED = 0.9
+"""Least speed in the last tenth of a stream, over that in the second."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One stream, as far as it came."""
+
+    kv_source: str
+    wanted: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    late_to_early: float
+    device_peak_bytes: int
+    host_bytes: int
+    resident_bytes: int
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"Random weights: {', '.join(SHAPES)}.")] = "random-3b",
+    tokens: Annotated[
+        str, typer.Option(help="Lengths of both streams, separated by a comma.")
+    ] = "80000,1000000",
+    limit_gb: Annotated[float, typer.Option(help="Most device memory in GB; 0 is no limit.")] = 24.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time for both streams; one that is out of time says so.")
+    ] = 170.0,
+    segment_size: Annotated[int, typer.Option(help="Tokens of a forward call.")] = 512,
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+) -> None:
+    """Stream long texts of random tokens through a model of 3B parameters."""
+    if limit_gb and device != "cpu":
+        number = torch.device(device).index or 0
+        total = torch.cuda.get_device_properties(number).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * GB / total), number)
+    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    first, second = numbers("--tokens", tokens, int)
+    own = MemoryConfig(**_common(device, segment_size))
+    middle = language_model.config.num_hidden_layers // 2
+    readers = range(middle, language_model.config.num_hidden_layers, 4)
+    shared = MemoryConfig(
+        kv_source="shared",
+        memory_layer=middle,
+        retrieval_layers=",".join(map(str, readers)),
+        **_common(device, segment_size),
+    )
+    end = time.perf_counter() + seconds
+    rows = []
+    for config, length in ((own, first), (shared, second)):
+        with MemoryDecoder(language_model, tokenizer, config) as decoder:
+            rows.append(_stream(decoder, language_model, length, end))
+        row = rows[-1]
+        short = "" if row.tokens == row.wanted else f" of {row.wanted:,}, and then the time was out"
+        typer.echo(
+            f"K-V source {row.kv_source}: {row.tokens:,} tokens{short}, {row.tokens_per_second:,.0f} tokens/s, device "
+            f"peak {row.device_peak_bytes / GB:.1f} GB, {row.host_bytes / GB:.1f} GB of K-V in the bank"
+        )
+    ratios = [
+        Ratio(f"speed late to early, {row.kv_source}", row.late_to_early, EVEN_SPEED, at_least=True)
+        for row in rows
+    ]
+    if limit_gb:
+        peak = max(row.device_peak_bytes for row in rows)
+        ratios.append(Ratio(f"device memory to {limit_gb:g} GB", peak / (limit_gb * GB), 1.0))
+    ratios += [
+        Ratio(f"tokens read to wanted, {row.kv_source}", row.tokens / row.wanted, 1.0, at_least=True)
+        for row in rows
+    ]
+    facts = {"model": model, "dtype": dtype, "segment_size": segment_size, "limit_gb": limit_gb}
+    write(json_file, {**facts, "rows": [asdict(row) for row in rows]}, ratios, device)
+    for ratio in ratios:
+        typer.echo(str(ratio))
+    typer.echo(summary(ratios))
+
+
+def _common(device: str, segment_size: int) -> dict[str, Any]:
+    return {
+        "retriever": "lm",
+        "segment_size": segment_size,
+        "store": {"host": "all"},
+        "backend_options": {"device": device},
+    }
+
+
+def _stream(decoder: MemoryDecoder, model: PreTrainedModel, length: int, end: float) -> Streamed:
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step = decoder.config.segment_size
+    generator = torch.Generator().manual_seed(0)
+    marks = [time.perf_counter()]
+    read = 0
+    for start in tqdm(range(0, length, step), unit_scale=step, unit="tok", leave=False):
+        count = min(step, length - start)
+        ids = torch.randint(3, model.config.vocab_size, (1, count), generator=generator)
+        decoder.read(ids.to(device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        marks.append(time.perf_counter())
+        read += count
+        if marks[-1] > end:
+            break
+    segments = len(marks) - 1
+    tenth = max(1, segments // 10)
+    last = marks[-1] - marks[-1 - tenth]
+    second = marks[min(2 * tenth, segments)] - marks[min(2 * tenth, segments) - tenth]
+    return Streamed(
+        decoder.config.kv_source,
+        length,
+        read,
+        marks[-1] - marks[0],
+        read / (marks[-1] - marks[0]),
+        second / last,
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        sum(bank.nbytes for bank in decoder.banks),
+        psutil.Process().memory_info().rss,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except MemlongError as error:
+        raise SystemExit(f"bench: {error}") from error
