@@ -338,6 +338,7 @@ def test_candidates_stand_beside_the_retrievers(folder, book, tmp_path):
     found = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["retriever"] for row in found] == [
         "lm",
+        "lm without recency",
         "lm, tokens alone",
         "random",
         "token embeddings",
