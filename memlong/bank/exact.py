@@ -15,7 +15,7 @@ Similarity = Literal["inner_product", "l2"]
 _MARGIN = 16
 _SCORES_PER_BLOCK = 1 << 24
 _BLOCK = 32
-_SCORES_FOR_BLOCKS = 1 << 19  # fewer are sooner sorted than the blocks found
+_SCORES_FOR_BLOCKS = 1 << 18  # fewer are sooner sorted than the blocks found
 _VALUES_PER_BLOCK = 1 << 22
 _INPUT_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
