@@ -19,6 +19,7 @@ _EIGHT_BITS: dict[str, tuple[torch.dtype, float]] = {
     "float8": (torch.float8_e4m3fn, 448.0),
     "int8": (torch.int8, 127.0),
 }
+_MOST_HALF = torch.finfo(torch.float16).max
 _CHUNK, _HEAD_DIM = -2, -1
 
 
@@ -110,8 +111,9 @@ class ScaledCodec(BlockCodec):
         parts = []
         for states, axis in ((keys, _CHUNK), (values, _HEAD_DIM)):
             wide = states.float()
-            # Never zero, nor so small that float16 loses it.
-            scale = (wide.abs().amax(dim=axis, keepdim=True) / self._limit).clamp_(min=2.0**-14).half()
+            largest = wide.abs().amax(dim=axis, keepdim=True)
+            # Never zero, nor so small or so large that float16 loses it.
+            scale = (largest / self._limit).clamp_(2.0**-14, _MOST_HALF).half()
             scaled = (wide / scale.float()).clamp_(-self._limit, self._limit)
             if self._dtype == torch.int8:
                 scaled.round_()
@@ -130,7 +132,8 @@ class ScaledCodec(BlockCodec):
 
     def _scaled(self, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         wide = _as(numbers, self._dtype, self.layout.shape).float()
-        return wide.mul_(_as(scales, torch.float16, shape).float()).to(self.layout.dtype)
+        aligned = scales.clone()  # in one record they may begin at an odd byte
+        return wide.mul_(_as(aligned, torch.float16, shape).float()).to(self.layout.dtype)
 
 
 def make_codec(layout: ChunkLayout, dtype: StorageDtype | None) -> BlockCodec:

@@ -99,6 +99,24 @@ def test_fewer_bits_cost_little(tmp_path, dtype, tolerance, share):
     assert torch.equal(store.get([5])[0], zeros)
 
 
+@pytest.mark.parametrize("dtype", ["float8", "int8"])
+def test_eight_bits_hold_a_block_of_an_odd_number_of_numbers(dtype):
+    store = TieredStore(host="all", dtype=dtype)
+    keys = torch.arange(15.0).view(1, 1, 1, 3, 5)
+    store.put([0], keys, keys + 1)
+    for found, given in zip(store.get([0]), (keys, keys + 1), strict=True):
+        torch.testing.assert_close(found, given, atol=0.1, rtol=0.07)
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8"])
+def test_eight_bits_of_huge_numbers_stay_finite(dtype):
+    store = TieredStore(host="all", dtype=dtype)
+    store.put([0], *[torch.full((1, 1, 1, 2, 2), 1e30)] * 2)
+    for found in store.get([0]):
+        assert bool(found.isfinite().all())
+        assert float(found.min()) > 1e6
+
+
 def test_near_tiers_keep_to_their_budget_and_hold_what_was_wanted_lately(tmp_path):
     store = TieredStore(host=2 * BLOCK, disk=tmp_path)
     store.put(range(5), *blocks(5))
