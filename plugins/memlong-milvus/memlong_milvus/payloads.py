@@ -169,11 +169,14 @@ class PayloadStore(KeyValueStore):
         self._layout = None
 
     def drop(self) -> None:
-        """Remove the whole folder of the session."""
+        """Remove the whole folder of the session; StorageError if the place does not let it go."""
         self._held.clear()
         self._leftover.clear()
         self._is_noted = False
-        self._objects.delete_folder(self._folder.name)
+        try:
+            self._objects.delete_folder(self._folder.name)
+        except OSError as error:
+            raise self._unusable("removed", error) from error
 
     def stored_ids(self) -> list[int]:
         """Return the ids of all objects in the folder, whoever wrote them, ascending."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_what_was_left_over_and_is_written_anew_is_not_deleted(
     random_chunks(1, seed=2, first=5).into(bank)
     bank.remove([0])
     assert set(_objects_of(tmp_path)) == {f"{number}.kv" for number in range(1, 6)}
+
+
+def test_a_session_that_cannot_be_removed_does_not_keep_others_from_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = MilvusBank(DIM, store=str(tmp_path))
+    random_chunks(2).into(bank)
+
+    def failing(*_: object) -> None:
+        raise PermissionError("access denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalObjects, "delete_folder", failing)
+        with pytest.raises(StorageError, match=r"cannot be removed in .*access denied"):
+            bank.close()
+        del bank
+        gc.collect()
+        assert len(MilvusBank(DIM)) == 0
 
 
 def test_a_place_that_is_away_costs_no_chunk(tmp_path: Path) -> None:
