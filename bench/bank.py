@@ -4,7 +4,8 @@ Each backend and its library hold the same vectors with the same settings, in on
 the result: at 10,000 chunks searching and adding are to take at most 1.1 times as long as by the library itself in
 batches of 32, and 1.3 times one by one. What the library does is in raw.py; it keeps no ids, spans, keys or values, is
 never evicted from, and checks nothing. Keys and values are as small as can be, so that the index is what is measured
-(kv.py measures the rest).
+(kv.py measures the rest), and stay on the CPU. With `--device cuda` torch and FAISS search there, and what cannot is
+left out.
 
 The vectors are drawn at random about centres, as many as a fiftieth of them: recall on such clusters is not that on
 embeddings of text, which bench/backends.py measures.
@@ -13,100 +14,34 @@ embeddings of text, which bench/backends.py measures.
     python bench/bank.py --sizes 10000 --dims 384 --backend torch --backend hnswlib
     python bench/bank.py --sizes 1000000 --dims 384 --graphs-up-to 1000000 --json out/bank.json     # hours
     python bench/bank.py --sizes 10000 --dims 384 --plot out/bank.png
+    python bench/bank.py --sizes 1000,100000 --device cuda
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import torch
 import typer
-from ratios import Clock, Ratio, best_times, summary
-from raw import Raw, make_raw
+from beside import BATCHES, SETTINGS, SWEEP, Row, Setting, measure
+from ratios import Clock, Ratio, summary
+from raw import use_one_thread
+from results import write
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from vectors import PART, Data, K
+from vectors import Data, K
 
-from memlong import MemlongError, MemoryBank, Registry
-from memlong.evaluation.environment import versions
+from memlong import MemlongError, Registry
+from memlong.errors import DeviceUnavailableError
 
 QUERIES = 256
-BATCHES = {1: 1.3, 32: 1.1}  # and their targets
-TARGET_CHUNKS = 10_000
 ROUNDS = 5
-ROOM = 4096  # chunks that the measuring may add
 NEW = 4096  # vectors to add when the index is built
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A backend and its options, which its library takes as well."""
-
-    backend: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """How tables call it."""
-        options = ", ".join(
-            f"{option}={value}" for option, value in self.options.items() if option != "index"
-        )
-        kind = f"{self.backend} {self.options.get('index', '')}".strip()
-        return f"{kind}, {options}" if options else kind
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether it finds the true best."""
-        return self.backend == "torch" or self.options.get("index") == "Flat"
-
-
-SETTINGS = (
-    Setting("torch"),
-    Setting("faiss", {"index": "Flat"}),
-    Setting("faiss", {"index": "HNSW32"}),
-    Setting("hnswlib"),
-)
-SWEEP = (
-    *(Setting("hnswlib", {"ef": ef}) for ef in (8, 16, 32, 128, 256)),
-    *(Setting("faiss", {"index": "HNSW32", "ef_search": ef}) for ef in (8, 16, 32, 128, 256)),
-    *(Setting("faiss", {"index": "IVF64,Flat", "nprobe": lists}) for lists in (1, 4, 16)),
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of a setting: seconds of the bank and of the library by what was done."""
-
-    setting: str
-    dim: int
-    chunks: int
-    recall: float
-    raw_recall: float
-    index_bytes: int
-    bank: dict[str, float]
-    raw: dict[str, float]
-
-    @property
-    def ratios(self) -> list[Ratio]:
-        """The bank's times to the library's."""
-        place = f"{self.setting}, {self.chunks:,} x {self.dim}"
-        return [
-            Ratio(f"{what} of {place}", seconds / self.raw[what], self._target(what))
-            for what, seconds in self.bank.items()
-        ]
-
-    def _target(self, what: str) -> float | None:
-        aimed = {f"{act} {batch}": most for batch, most in BATCHES.items() for act in ("search", "add")}
-        is_aimed_at = self.chunks == TARGET_CHUNKS and self.setting in {each.name for each in SETTINGS}
-        return aimed.get(what) if is_aimed_at else None
 
 
 def main(
@@ -118,10 +53,16 @@ def main(
     graphs_up_to: Annotated[
         int, typer.Option(min=1, help="The largest bank that graphs are built for.")
     ] = 10_000,
+    device: Annotated[
+        str, typer.Option(help="Where the indexes compute: 'cpu', 'cuda' or 'cuda:N'.")
+    ] = "cpu",
     clock: Annotated[
-        Clock,
-        typer.Option(help="'cpu', the time of this process, which other work does not spoil; or 'wall'."),
-    ] = Clock.CPU,
+        Clock | None,
+        typer.Option(
+            help="'cpu', the time of this process, which other work does not spoil; or 'wall'.  [default: cpu; wall "
+            "where the device is not the CPU]"
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -137,16 +78,19 @@ def main(
       python bench/bank.py --sizes 10000 --dims 384 --backend torch
       python bench/bank.py --sizes 10000 --dims 384 --plot out/bank.png
     """  # noqa: D301
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    use_one_thread()
     counts, widths = _numbers("--sizes", sizes), _numbers("--dims", dims)
     drawn = (widths[0], max((count for count in counts if count <= graphs_up_to), default=counts[0]))
+    where = _device(device)
+    told = clock or (Clock.CPU if where.type == "cpu" else Clock.WALL)
+    settings = _able([each for each in (*SETTINGS, *SWEEP) if not backend or each.backend in backend], where)
     jobs = [
         (dim, count, setting)
         for dim in widths
         for count in counts
-        for setting in (*SETTINGS, *(SWEEP if plot is not None and (dim, count) == drawn else ()))
-        if (not backend or setting.backend in backend) and (setting.is_exact or count <= graphs_up_to)
+        for setting in settings
+        if setting in SETTINGS or (plot is not None and (dim, count) == drawn)
+        if setting.is_exact or count <= graphs_up_to
     ]
     rows: list[Row] = []
     data: tuple[int, int, Data] | None = None
@@ -155,71 +99,39 @@ def main(
             bar.set_postfix_str(f"{setting.name}, {count:,} x {dim}")
             if data is None or data[:2] != (dim, count):
                 data = dim, count, Data.drawn(count, dim, NEW, QUERIES)
-            rows.append(measure(setting, data[2], clock))
-            _write(rows, clock, out)
+            rows.append(measure(setting, data[2], told, where, ROUNDS))
+            _write(rows, told, device, out)
     _show(rows)
     if plot is not None:
         _draw([row for row in rows if (row.dim, row.chunks) == drawn], plot)
     print(summary(_ratios(rows)))
 
 
-def measure(setting: Setting, data: Data, clock: Clock) -> Row:
-    """Build bank and index, and do the same with both in turns."""
-    bank = Registry().create_bank(setting.backend, data.stored.shape[1], **setting.options)
-    library = make_raw(setting.backend, setting.options, data.stored, len(data.stored) + ROOM)
-    seconds = {
-        "build": {"bank": _timed(clock, _filling(bank, data)), "raw": _timed(clock, _filling(library, data))}
-    }
-    recalls = (
-        data.recall(np.concatenate([bank.search(each[None], K).ids.numpy() for each in data.queries])),
-        data.recall(library.search(data.queries, K)),
-    )
-    index_bytes = library.nbytes
-    slab = torch.zeros(len(data.stored) + ROOM, 1, 1, 1, 1)
-    for batch in BATCHES:
-        queries = [data.queries[at : at + batch] for at in range(0, QUERIES, batch)]
-        new = [data.new[at : at + batch] for at in range(0, NEW, batch)]
-        searches: dict[str, Callable[[int], object]] = {
-            "bank": lambda number, queries=queries: bank.search(queries[number % len(queries)], K),
-            "raw": lambda number, queries=queries: library.search(queries[number % len(queries)], K),
-        }
-        retrievals: dict[str, Callable[[int], object]] = {
-            "bank": lambda number, queries=queries: bank.retrieve(queries[number % len(queries)], K),
-            "raw": lambda number, queries=queries: [
-                slab[found] for found in [library.search(queries[number % len(queries)], K)] * 2
-            ],
-        }
-        block, spans = torch.zeros(batch, 1, 1, 1, 1), [(0, 1)] * batch
-        adds: dict[str, Callable[[int], object]] = {
-            "bank": lambda number, new=new, block=block, spans=spans: bank.add(
-                new[number % len(new)], block, block, spans
-            ),
-            "raw": lambda number, new=new: library.add(new[number % len(new)]),
-        }
-        seconds[f"search {batch}"] = best_times(searches, clock=clock, rounds=ROUNDS)
-        seconds[f"retrieve {batch}"] = best_times(retrievals, clock=clock, rounds=ROUNDS)
-        seconds[f"add {batch}"] = best_times(adds, clock=clock, rounds=ROUNDS, most_calls=max(64 // batch, 4))
-    of_bank, of_raw = ({what: each[whose] for what, each in seconds.items()} for whose in ("bank", "raw"))
-    return Row(setting.name, data.stored.shape[1], len(data.stored), *recalls, index_bytes, of_bank, of_raw)
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name!r} is not 'cpu', 'cuda' or 'cuda:N'", param_hint="--device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise typer.BadParameter(f"{name!r}, but torch sees {found} CUDA devices", param_hint="--device")
+    return device
 
 
-def _filling(index: MemoryBank | Raw, data: Data) -> Callable[[], None]:
-    def fill() -> None:
-        for at in range(0, len(data.stored), PART):
-            part = data.stored[at : at + PART]
-            if isinstance(index, MemoryBank):
-                block = torch.zeros(len(part), 1, 1, 1, 1)
-                index.add(part, block, block, [(0, 1)] * len(part))
-            else:
-                index.add(part)
-
-    return fill
-
-
-def _timed(clock: Clock, act: Callable[[], None]) -> float:
-    started = clock.now()
-    act()
-    return clock.now() - started
+def _able(settings: Sequence[Setting], device: torch.device) -> list[Setting]:
+    """Return those that can compute on the device, and say why the others cannot."""
+    able = []
+    for setting in settings:
+        try:
+            Registry().create_bank(setting.backend, 64, device=str(device), **setting.options)
+        except DeviceUnavailableError as error:
+            if setting in SETTINGS:
+                print(f"{setting.name} is left out: {error}")
+        else:
+            able.append(setting)
+    return able
 
 
 def _ratios(rows: list[Row]) -> list[Ratio]:
@@ -254,20 +166,14 @@ def _show(rows: list[Row]) -> None:
     Console(width=240).print(table)
 
 
-def _write(rows: list[Row], clock: Clock, out: Path | None) -> None:
-    if out is None:
-        return
-    ratios = [asdict(ratio) | {"beyond": ratio.is_beyond} for ratio in _ratios(rows)]
-    figures = {
-        "machine": {"cores": os.cpu_count(), "threads": 1, "clock": clock},
+def _write(rows: list[Row], clock: Clock, device: str, out: Path | None) -> None:
+    facts = {
         "vectors": "about random centres, a fiftieth as many",
         "k": K,
-        "versions": versions(),
+        "clock": clock,
         "rows": [asdict(row) for row in rows],
-        "ratios": ratios,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write(out, facts, _ratios(rows), device)
 
 
 def _draw(rows: list[Row], path: Path) -> None:

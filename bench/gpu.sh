@@ -95,11 +95,7 @@ cd -- "$ROOT"
 if [[ -z $(missing "${FOR_TESTS[@]}") ]]; then
     part tests 110 "$PYTHON" -m pytest -q -p no:cacheprovider --continue-on-collection-errors "${TESTS[@]}"
 fi
-if grep -qs 'device:' bench/bank.py; then
-    part bank 50 "$PYTHON" bench/bank.py --device "$DEVICE" "${BACKENDS[@]}" "${BANK[@]}" --json "$OUT/bank.json"
-else
-    echo "bench/bank.py takes no --device: indexes by themselves are not measured"
-fi
+part bank 50 "$PYTHON" bench/bank.py --device "$DEVICE" "${BACKENDS[@]}" "${BANK[@]}" --json "$OUT/bank.json"
 part decoder 60 "$PYTHON" bench/decoder.py --device "$DEVICE" --index-device "$DEVICE" "${BACKENDS[@]}" \
     "${DECODER[@]}" --json "$OUT/decoder.json"
 part long_context 70 "$PYTHON" bench/long_context.py --device "$DEVICE" "${LONG[@]}" --out "$OUT"

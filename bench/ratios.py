@@ -69,6 +69,7 @@ def best_times(
     rounds: int = 5,
     most_calls: int = 64,
     seconds: float = 0.06,
+    settle: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Return the best seconds a call of each system, all of which run in turns.
 
@@ -84,18 +85,24 @@ def best_times(
         How many calls a turn has, at most.
     seconds : float
         About how long a turn is to take.
+    settle : callable
+        Waits until a device has done what it was told; before and at the end of what is timed.
     """
     slowest = 0.0
     for call in systems.values():
+        settle()
         started = clock.now()
         call(0)
+        settle()
         slowest = max(slowest, clock.now() - started)
     calls = max(1, min(most_calls, int(seconds / max(slowest, 1e-6))))
     best = dict.fromkeys(systems, float("inf"))
     for turn in range(rounds):
         for name, call in systems.items():
+            settle()
             started = clock.now()
             for number in range(1 + turn * calls, 1 + (turn + 1) * calls):
                 call(number)
+            settle()
             best[name] = min(best[name], (clock.now() - started) / calls)
     return best

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
-import faiss
-import hnswlib
 import numpy as np
 import torch
 
@@ -32,8 +31,8 @@ class Raw(ABC):
 class RawTorch(Raw):
     """One product and `topk`; vectors are written into a matrix that was large enough from the beginning."""
 
-    def __init__(self, dim: int, room: int) -> None:
-        self._matrix = torch.empty(room, dim)
+    def __init__(self, dim: int, room: int, device: torch.device) -> None:
+        self._matrix = torch.empty(room, dim, device=device)
         self._count = 0
 
     def add(self, vectors: np.ndarray) -> None:
@@ -43,8 +42,8 @@ class RawTorch(Raw):
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Multiply, and take the largest."""
-        products = torch.from_numpy(queries) @ self._matrix[: self._count].T
-        return products.topk(k, dim=1).indices.numpy()
+        products = torch.from_numpy(queries).to(self._matrix.device) @ self._matrix[: self._count].T
+        return products.topk(k, dim=1).indices.cpu().numpy()
 
     @property
     def nbytes(self) -> int:
@@ -53,11 +52,20 @@ class RawTorch(Raw):
 
 
 class RawFaiss(Raw):
-    """An index of FAISS's factory, with the settings that FaissBank gives it."""
+    """An index of FAISS's factory, on the CPU or a GPU, with the settings that FaissBank gives it."""
 
     def __init__(
-        self, dim: int, index: str, sample: np.ndarray, ef_search: int = 64, nprobe: int = 16
+        self,
+        dim: int,
+        device: torch.device,
+        index: str,
+        sample: np.ndarray,
+        ef_search: int = 64,
+        nprobe: int = 16,
     ) -> None:
+        import faiss
+
+        self._on_gpu = device.type == "cuda"
         self._index = faiss.index_factory(dim, index, faiss.METRIC_INNER_PRODUCT)
         if isinstance(self._index, faiss.IndexHNSW):
             self._index.hnsw.efConstruction = 200
@@ -65,6 +73,9 @@ class RawFaiss(Raw):
         if isinstance(self._index, faiss.IndexIVF):
             self._index.train(sample)
             self._index.nprobe = nprobe
+        if self._on_gpu:
+            self._resources = faiss.StandardGpuResources()
+            self._index = faiss.index_cpu_to_gpu(self._resources, device.index or 0, self._index)
 
     def add(self, vectors: np.ndarray) -> None:
         """Add."""
@@ -77,13 +88,18 @@ class RawFaiss(Raw):
     @property
     def nbytes(self) -> int:
         """Bytes of FAISS's own file."""
-        return faiss.serialize_index(self._index).nbytes
+        import faiss
+
+        index = faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
+        return faiss.serialize_index(index).nbytes
 
 
 class RawHnswlib(Raw):
     """hnswlib with the settings that HnswlibBank gives it, and all the room it needs from the beginning."""
 
     def __init__(self, dim: int, room: int, ef: int = 64) -> None:
+        import hnswlib
+
         self._index = hnswlib.Index("ip", dim)
         self._index.init_index(room, M=16, ef_construction=200, random_seed=100)
         self._index.set_ef(ef)
@@ -104,13 +120,24 @@ class RawHnswlib(Raw):
 
 
 RAW: Mapping[str, Callable[..., Raw]] = {
-    "torch": lambda sample, room: RawTorch(sample.shape[1], room),
-    "faiss": lambda sample, room, **options: RawFaiss(sample.shape[1], sample=sample, **options),  # noqa: ARG005
-    "hnswlib": lambda sample, room, **options: RawHnswlib(sample.shape[1], room, **options),
+    "torch": lambda sample, room, device: RawTorch(sample.shape[1], room, device),
+    "faiss": lambda sample, _, device, **options: RawFaiss(sample.shape[1], device, sample=sample, **options),
+    "hnswlib": lambda sample, room, _, **options: RawHnswlib(sample.shape[1], room, **options),
 }
-"""By backend: makes its library's index of vectors [n, dim] like a sample, with room for so many."""
+"""By backend: makes its library's index of vectors [n, dim] like a sample, with room for so many, on a device."""
 
 
-def make_raw(backend: str, options: Mapping[str, Any], sample: np.ndarray, room: int) -> Raw:
+def make_raw(
+    backend: str, options: Mapping[str, Any], sample: np.ndarray, room: int, device: torch.device
+) -> Raw:
     """Return the empty index of the library behind a backend with these options."""
-    return RAW[backend](sample, room, **options)
+    return RAW[backend](sample, room, device, **options)
+
+
+def use_one_thread() -> None:
+    """Have this thread's calls of the libraries use no others on the CPU; FAISS may have an OpenMP of its own."""
+    torch.set_num_threads(1)
+    if find_spec("faiss") is not None:
+        import faiss
+
+        faiss.omp_set_num_threads(1)

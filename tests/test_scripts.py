@@ -216,18 +216,17 @@ def test_a_stream_of_a_3b_shape_says_how_far_it_came(tmp_path):
 
 
 def test_a_table_of_result_files_ends_with_what_is_beyond_its_target(tmp_path):
-    from ratios import Ratio, summary
-    from results import table, write
-
+    results = script("bench/results.py")
     ratios = [
-        Ratio("a", 1.2, 1.1),
-        Ratio("b", 0.8, 0.9, at_least=True),
-        Ratio("c", 1.0, 1.0),
-        Ratio("d", 9.0),
+        results.Ratio("a", 1.2, 1.1),
+        results.Ratio("b", 0.8, 0.9, at_least=True),
+        results.Ratio("c", 1.0, 1.0),
+        results.Ratio("d", 9.0),
     ]
-    assert "beyond their target: 2: a 1.20 (at most 1.1); b 0.80 (at least 0.9)" in summary(ratios)
-    write(tmp_path / "one.json", {}, ratios)
-    assert table([tmp_path / "one.json"]).splitlines()[-1] == summary(ratios)
+    summary = results.summary(ratios)
+    assert "beyond their target: 2: a 1.20 (at most 1.1); b 0.80 (at least 0.9)" in summary
+    results.write(tmp_path / "one.json", {}, ratios)
+    assert results.table([tmp_path / "one.json"]).splitlines()[-1] == summary
 
 
 @pytest.mark.slow
@@ -237,7 +236,7 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "beyond their target:" in done.stdout.splitlines()[-1]
-    assert {"decoder.json", "long_context.json", "three_b.json", "table.txt"} <= {
+    assert {"bank.json", "decoder.json", "long_context.json", "three_b.json", "table.txt"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
 
@@ -395,7 +394,50 @@ def summary_of(ratios, *, aimed):
     return f"{len(ratios)} ratios measured, {aimed} with a target; beyond their target: 0"
 
 
-@pytest.mark.parametrize("typed", [["--sizes", "1,x"], ["--dims", "0"], ["--clock", "sun"]])
+@pytest.mark.parametrize(
+    ("device", "clock"),
+    [
+        ("cpu", "cpu"),
+        pytest.param(
+            "cuda",
+            "wall",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_the_bank_bench_sets_torch_beside_itself_on_a_device(brief, tmp_path, device, clock):
+    out = tmp_path / "bank.json"
+    sizes = ["--sizes", 300, "--dims", 8, "--backend", "torch", "--backend", "hnswlib"]
+    result = invoke(brief, *sizes, "--device", device, "--json", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["setting"] for row in found["rows"]] == ["torch", "hnswlib"][: 1 if device == "cuda" else 2]
+    assert found["rows"][0]["recall"] == found["rows"][0]["raw_recall"] == 1.0
+    assert (found["clock"], found["machine"]["threads"]) == (clock, 1)
+
+
+def test_the_bank_bench_leaves_out_what_cannot_compute_on_a_device(brief, capsys):
+    graphs = [each for each in brief.SETTINGS if not each.is_exact]
+    assert brief._able(graphs, torch.device("cuda")) == []
+    said = capsys.readouterr().out
+    assert "hnswlib is left out: HnswlibBank cannot compute on cuda" in said
+    assert "faiss HNSW32 is left out: " in said
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--sizes", "1,x"],
+        ["--dims", "0"],
+        ["--clock", "sun"],
+        ["--device", "sun"],
+        ["--device", "meta"],
+        ["--device", "cuda:99"],
+    ],
+)
 def test_the_bank_bench_names_what_it_cannot_use(brief, typed):
     result = invoke(brief, *typed)
     assert result.exit_code == 2
