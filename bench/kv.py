@@ -13,11 +13,9 @@ measured beside them.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -25,11 +23,11 @@ import numpy as np
 import torch
 import typer
 from ratios import Clock, Ratio, best_times, summary
+from results import write
 from torch import Tensor
 
 from memlong import MemlongError
 from memlong.bank import InMemoryStore, TieredStore
-from memlong.evaluation.environment import versions
 
 TARGET = 0.7
 
@@ -96,17 +94,7 @@ def main(
         print(f"{name:14s} {1000 * seconds:8.2f} ms, {nbytes / seconds / 1e9:6.2f} GB/s")
     for ratio in ratios:
         print(ratio)
-    if out is not None:
-        figures = {
-            "machine": {"cores": os.cpu_count(), "threads": 1, "clock": "wall"},
-            "gathered_bytes": nbytes,
-            "k": k,
-            "versions": versions(),
-            "seconds": best,
-            "ratios": [asdict(ratio) | {"beyond": ratio.is_beyond} for ratio in ratios],
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write(out, {"gathered_bytes": nbytes, "k": k, "clock": Clock.WALL, "seconds": best}, ratios)
     print(summary(ratios))
 
 

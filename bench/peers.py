@@ -14,24 +14,22 @@ The peer is left out, with a message, where it is not installed:
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from ratios import Clock, Ratio, best_times, summary
+from raw import use_one_thread
+from results import write
 from torch import Tensor
 from vectors import PART, Data, K
 
 from memlong import MemlongError, Registry
-from memlong.evaluation.environment import versions
 
 PEER = "memorizing-transformers-pytorch"
 BATCHES = (1, 32)
@@ -115,8 +113,7 @@ def main(
     Examples:
       python bench/peers.py --chunks 10000 --json out/peers.json
     """  # noqa: D301
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    use_one_thread()
     data = Data.drawn(chunks, dim, NEW, QUERIES)
     stored, new, queries = (torch.from_numpy(each) for each in (data.stored, data.new, data.queries))
     seconds: dict[str, dict[str, float]] = {}
@@ -152,18 +149,8 @@ def main(
     for name, recall in recalls.items():
         each = ", ".join(f"{act} {1000 * times[name]:.3f} ms" for act, times in seconds.items())
         print(f"{name}: recall@{K} {recall:.3f}, {each}")
-    if out is not None:
-        figures = {
-            "machine": {"cores": os.cpu_count(), "threads": 1, "clock": "wall"},
-            "chunks": chunks,
-            "dim": dim,
-            "versions": versions(),
-            "recall": recalls,
-            "seconds": seconds,
-            "ratios": [asdict(ratio) | {"beyond": ratio.is_beyond} for ratio in ratios],
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    facts = {"chunks": chunks, "dim": dim, "clock": Clock.WALL, "recall": recalls, "seconds": seconds}
+    write(out, facts, ratios)
     print(summary(ratios))
 
 
