@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from memlong.errors import MemlongError
+from memlong_milvus.uri import redacted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,8 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
-    except MemlongError as error:
-        print(f"Error: {error}", file=sys.stderr)
+    except (MemlongError, OSError) as error:  # an OSError is of the place of the objects
+        print(f"Error: {redacted(str(error))}", file=sys.stderr)
         return 1
     return 0
 

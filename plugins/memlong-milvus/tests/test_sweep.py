@@ -12,6 +12,7 @@ from memlong.errors import InvalidArgumentError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.__main__ import main
 from memlong_milvus.bank import MilvusBank
+from memlong_milvus.objects import LocalObjects
 from memlong_milvus.sweep import Swept, sweep
 
 HOUR = 3600
@@ -86,6 +87,19 @@ def test_the_command_says_what_it_did(uri: str, tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "3 orphans would be removed, 0 too young to tell, 7 in use"
     assert said[1] == "3 orphans removed, 0 too young to tell, 7 in use"
+
+
+def test_the_command_says_that_a_store_cannot_be_read(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: object) -> None:
+        raise PermissionError("access denied to s3://me:secret@bucket/memory")
+
+    monkeypatch.setattr(LocalObjects, "list", failing)
+    assert main(["sweep", "--uri", uri, "--store", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: access denied to s3://")
+    assert "secret" not in said
 
 
 def test_a_sweep_without_a_milvus_removes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
