@@ -124,6 +124,8 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
         ("lm", {"pairs": float("nan")}, "pairs is nan; expected a number from 0 to 8"),
         ("lm", {"recency": -1}, "recency is -1; expected a number from 0 to 8"),
         ("lm", {"recency_scale": 0.5}, "recency_scale must be an int >= 1, got 0.5"),
+        ("lm", {"recency_scale": 10**400}, "recency_scale must be an int from 1 to"),
+        ("lm", {"dim": 10**21}, "dim must be an int from 1 to 1048576"),
         ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an int >= 1"),
     ],
 )

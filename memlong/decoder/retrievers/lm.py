@@ -17,6 +17,8 @@ from memlong.errors import InvalidArgumentError
 
 _HASHES = 8
 _LARGEST = 8
+_WIDEST = 2**20
+_FARTHEST = 2**40
 
 
 class LanguageModelRetriever(Retriever):
@@ -59,12 +61,13 @@ class LanguageModelRetriever(Retriever):
         recency_scale: int = 6000,
     ) -> None:
         super().__init__(model, tokenizer)
-        self._tokens_dim = whole_number("dim", dim, at_least=1)
+        self._tokens_dim = whole_number("dim", dim, at_least=1, at_most=_WIDEST)
         for name, value in (("sharpness", sharpness), ("pairs", pairs), ("recency", recency)):
             if not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
                 raise InvalidArgumentError(f"{name} is {value!r}; expected a number from 0 to {_LARGEST}.")
         self._pairs = pairs
-        self._recency = RecencyPrior(recency, whole_number("recency_scale", recency_scale, at_least=1))
+        scale = whole_number("recency_scale", recency_scale, at_least=1, at_most=_FARTHEST)
+        self._recency = RecencyPrior(recency, scale)
         start = getattr(model.config, "bos_token_id", None) or 0
         device = model.get_input_embeddings().weight.device
         with torch.no_grad(), evaluating(model):
