@@ -16,7 +16,7 @@ from memlong.errors import InvalidArgumentError, UnknownNameError
 
 @dataclass(frozen=True, eq=False)
 class Usage:
-    """How each chunk of a bank was used, oldest chunk first.
+    """How each chunk of a bank was used, oldest chunk first; a policy gets views that it cannot write to.
 
     Attributes
     ----------
