@@ -139,6 +139,17 @@ class SessionRows:
             rows += self._between(low, min(low + MOST_ROWS - 1, next_id), ["pk"], MOST_ROWS)
         return np.array(sorted(self._session.ids_of([row["pk"] for row in rows])), dtype=np.int64)
 
+    def among(self, ids: Ids) -> Ids:
+        """Return those of some ids, ascending and distinct, that have a row now; it takes as long as they are many."""
+        start, rows = 0, []
+        while start < len(ids):
+            end = int(np.searchsorted(ids, ids[start] + MOST_ROWS - 1))
+            rows += self._between(int(ids[start]), int(ids[end - 1]) + 1, ["pk"], MOST_ROWS)
+            start = end
+        return np.intersect1d(
+            ids, np.array(self._session.ids_of([row["pk"] for row in rows]), dtype=np.int64)
+        )
+
     def is_empty(self) -> bool:
         """Whether there are no rows now."""
         return not self._session.ids_of([row["pk"] for row in self._query("chunk >= 0", ["pk"], MOST_ROWS)])

@@ -7,6 +7,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
+import numpy as np
+
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import Collection, find_collection
 from memlong_milvus.engine import Engine
@@ -18,7 +20,7 @@ from memlong_milvus.rows import SessionRows
 from memlong_milvus.sessions import Session
 
 _BLOCK = re.compile(
-    r"(?P<collection>[^/]+)-(?P<origin>[0-9a-f]+)/(?P<key>[0-9a-f]{32})/([0-9]+\.kv|\.[0-9]+\.kv\.[0-9]+\.part)"
+    r"(?P<collection>[^/]+)-(?P<origin>[0-9a-f]+)/(?P<key>[0-9a-f]{32})/([0-9]{1,18}\.kv|\.[0-9]+\.kv\.[0-9]+\.part)"
 )
 
 
@@ -124,6 +126,7 @@ def _by_session(listed: list[Listed]) -> dict[tuple[str, str], dict[str, list[Li
 
 
 def _living(engine: Engine, collection: Collection, key: str, blocks: list[Listed]) -> set[int]:
-    """Return the ids of the rows there are of a session."""
-    above = 1 + max((chunk_id_of(each.name) or 0 for each in blocks), default=0)
-    return set(SessionRows(engine, collection, Session.of_key(key)).held(above).tolist())
+    """Return the ids of a session's rows, of those that there are objects of."""
+    ids = np.unique([i for i in (chunk_id_of(each.name) for each in blocks) if i is not None])
+    rows = SessionRows(engine, collection, Session.of_key(key))
+    return set(rows.among(ids.astype(np.int64)).tolist())

@@ -49,6 +49,15 @@ def test_objects_without_a_row_are_removed_when_they_are_old(uri: str, tmp_path:
     assert sweep(str(tmp_path / "kv"), uri=uri, grace=0).orphans == 1
 
 
+@pytest.mark.timeout(60)
+def test_an_object_named_with_a_huge_number_costs_no_more_than_another(uri: str, tmp_path: Path) -> None:
+    _, objects = _with_orphans(uri, tmp_path / "kv")
+    huge = objects["0.kv"].with_name(f"{10**18 - 1}.kv")
+    objects["0.kv"].rename(huge)
+    assert sweep(str(tmp_path / "kv"), uri=uri) == Swept(orphans=3, young=0, living=7, passed_over=())
+    assert not huge.exists()
+
+
 def test_collections_that_this_milvus_does_not_have_are_passed_over(uri: str, tmp_path: Path) -> None:
     """They may be another's, whose rows cannot be seen from here."""
     bank, objects = _with_orphans(uri, tmp_path / "kv", collection="mine")
