@@ -1,8 +1,8 @@
 """Test the core with the lowest versions that pyproject.toml names, and on other Pythons: ``make test-versions``.
 
-Every setting gets an environment of its own in out/versions, made by uv, which keeps what it downloads in its cache. An
-interpreter that is not on this machine is skipped, and the last lines say so. Where PyPI has torch for CUDA alone that is
-some 3 GB the first time; ``UV_TORCH_BACKEND=cpu`` takes the small build instead, from an index of torch's own.
+Every setting gets an environment of its own in out/versions, made by uv, which keeps what it downloads in its cache.
+An interpreter that is not on this machine is skipped, and the last lines say so. Where PyPI has torch for CUDA alone
+that is some 3 GB the first time; ``UV_TORCH_BACKEND=cpu`` takes the small build instead, from an index of torch's own.
 """
 
 from __future__ import annotations
