@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,69 +54,58 @@ class Setting:
 SETTINGS = (Setting("3.11", lowest=True), Setting("3.12"), Setting("3.13"))
 
 
-def uv(*arguments: object, **options: object) -> str:
-    """Run uv and return what it printed; what it complains of goes to the terminal."""
-    program = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        sys.exit("uv is not installed: pip install uv")
-    found = Path.home().glob(
-        ".pyenv/versions/*/bin"
-    )  # where pyenv keeps those that it does not put on the path
-    path = os.pathsep.join([os.environ["PATH"], *map(str, found)])
-    command = [program, "--quiet", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True, **options
-    ).stdout.strip()
+def uv(*arguments: object) -> str:
+    """Run uv and return what it printed; where it fails, end with what it complains of."""
+    done = _uv(*arguments)
+    if done.returncode:
+        sys.exit(f"uv {' '.join(map(str, arguments))}\n{done.stderr}")
+    return done.stdout.strip()
 
 
 def interpreter(version: str) -> str | None:
     """The path of a Python of this version, or None."""
-    found = uv(
-        "python",
-        "find",
-        "--no-project",
-        "--no-python-downloads",
-        version,
+    return _uv("python", "find", "--no-project", "--no-python-downloads", version).stdout.strip() or None
+
+
+def _uv(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        sys.exit("uv is not installed: pip install uv")
+    found = Path.home().glob(".pyenv/versions/*/bin")  # where pyenv keeps those that it does not put on the path
+    path = os.pathsep.join([*map(str, found), os.environ["PATH"]])
+    return subprocess.run(
+        [program, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
         check=False,
-        stderr=subprocess.DEVNULL,
     )
-    return found or None
 
 
-def pins(names: tuple[str, ...]) -> list[str]:
-    """What constraints.txt says of these packages."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.partition("==")[0] in names]
+def tools() -> list[str]:
+    """What pyproject.toml asks for of the packages that the tests need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [line for line in project["optional-dependencies"]["dev"] if line.partition(">=")[0] in TOOLS]
 
 
 def make(setting: Setting, python: str) -> Path:
     """Make the environment of a setting, and return its Python."""
     place = FOLDER / setting.name
-    uv("venv", "--clear", "--python", python, place, check=True)
-    ours = place / "bin" / "python"
-    extras = [part for extra in EXTRAS for part in ("--extra", extra)]
-    listed = place / "requirements.txt"
-    how = ["--resolution", "lowest-direct"] if setting.lowest else ["--constraint", "constraints.txt"]
-    uv(
-        "pip",
-        "compile",
-        "--python",
-        ours,
-        *extras,
-        *how,
-        "--output-file",
-        listed,
-        "pyproject.toml",
-        check=True,
-    )
-    uv("pip", "install", "--python", ours, "--requirement", listed, *pins(TOOLS), check=True)
-    uv("pip", "install", "--python", ours, "--no-deps", "--editable", ".", check=True)
+    uv("venv", "--clear", "--python", python, place)
+    ours, wanted, chosen = place / "bin" / "python", place / "tools.in", place / "requirements.txt"
+    wanted.write_text("\n".join(tools()), encoding="utf-8")
+    how = ["--resolution=lowest-direct"] if setting.lowest else ["--constraint=constraints.txt"]
+    how += [f"--extra={extra}" for extra in EXTRAS]
+    uv("pip", "compile", "--python", ours, *how, "--output-file", chosen, "pyproject.toml", wanted)
+    uv("pip", "install", "--python", ours, "--requirement", chosen)
+    uv("pip", "install", "--python", ours, "--no-deps", "--editable", ".")
     return ours
 
 
 def versions(python: Path) -> str:
     """The versions of the libraries that are installed there, in a line."""
-    lines = uv("pip", "freeze", "--python", python, check=True).splitlines()
+    lines = uv("pip", "freeze", "--python", python).splitlines()
     found = dict(line.split("==") for line in lines if "==" in line)
     return ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
 
