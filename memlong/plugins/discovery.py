@@ -91,7 +91,7 @@ def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[st
     try:
         metadata = distribution.metadata
         # From Python 3.12 on it is deprecated to ask for a key that is not there.
-        name, version = (metadata[key] if key in metadata else "" for key in ("Name", "Version"))
+        name, version = ((metadata.get_all(key) or [""])[0] for key in ("Name", "Version"))
         return name or "", version or ""
     except (FileNotFoundError, KeyError):  # half removed: no METADATA is left
         return "", ""
