@@ -136,6 +136,7 @@ def assert_nothing_is_lost_sight_of(store, ids):
             assert set(tier._records) <= ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_at_any_line_of_a_change(make, change):
     at = 0

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 # A shell that starts a program in the background has it ignore the signal: take it up again, as a terminal would.
 PROGRAM = """
 import signal
@@ -15,6 +17,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_text_is_read(arguments, tmp_path):
     book, tier = tmp_path / "book.txt", tmp_path / "tier"
     book.write_text("word1 word2 word3 word4 " * 20_000, encoding="utf-8")
