@@ -43,6 +43,9 @@ class MemoryBank(PersistentBank):
     rebuilt from the base at any time: the four methods of `IndexHost`. Many threads may search while one
     writes.
 
+    With CUDA, a bank gives work to the current stream of whoever calls it; who calls it from several streams orders
+    them, as for any tensor. A forked process cannot use a bank with anything on a device: CUDA does not survive it.
+
     Parameters
     ----------
     dim : int
@@ -221,7 +224,7 @@ class MemoryBank(PersistentBank):
         key_blocks, value_blocks = blocks_of(keys, values, count)
         positions = spans_of(spans, count)
         if not count:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         layout = ChunkLayout.of(key_blocks)
         finiteness = Finiteness(key_blocks, value_blocks)
         if check_first or not key_blocks.is_cuda:

@@ -110,7 +110,7 @@ class Draft:
         similarity: Similarity = "l2" if self.metric == "l2" else "inner_product"
         own = torch.from_numpy(true_scores(query, vectors, similarity))
         scores, order = torch.cat([below.scores, own], dim=1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([below.ids[0], torch.arange(self._bank.next_id, self.next_id)])
+        ids = torch.cat([below.ids[0], torch.arange(self._bank.next_id, self.next_id, device="cpu")])
         return SearchResult(scores[:, :k], ids[order[:, :k]])
 
     def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
@@ -154,4 +154,4 @@ class Draft:
             for each in held
         ]
         keys, values, spans = (stack([part[side] for part in parts]) for side in range(3))
-        return Chunks(torch.tensor(held), keys, values, spans)
+        return Chunks(torch.tensor(held, dtype=torch.int64, device="cpu"), keys, values, spans)

@@ -138,7 +138,7 @@ class BlocksFile:
     def read(self, row: int) -> torch.Tensor:
         """Return keys and values [2, *layout.shape] of a row; SnapshotError if they are not what was saved."""
         layout = self._layout
-        block = torch.empty(2, *layout.shape, dtype=layout.dtype)
+        block = torch.empty(2, *layout.shape, dtype=layout.dtype, device="cpu")
         content = bytes_of(block)
         self._read_at(self._start + row * layout.nbytes, content)
         if row not in self._proven:
