@@ -262,8 +262,8 @@ class Streams:
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
         embeddings = self._retriever.embed_chunks(leaving)
         row.storing_from = bank.next_id
-        blocks = (_in_chunks(states, size) for states in (keys, values))
-        bank.add(embeddings, *blocks, spans, check_first=False)
+        keys, values = _in_chunks(keys, size), _in_chunks(values, size)
+        bank.add(embeddings, keys, values, spans, check_first=False)
 
     def _retrieve(self, starting: Sequence[Row]) -> None:
         # A bank that was given may hold something before the stream has any text to ask with.
