@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from memlong.bank import BankOptions, Floats, Ids, MemoryBank
-from memlong.bank.copying import to_device
+from memlong.bank.copying import keep_while_read, to_device
 from memlong.bank.exact import nearest_rows
+from memlong.bank.traffic import Traffic, note
 from memlong.errors import DeviceUnavailableError
 
 
@@ -94,23 +95,33 @@ class DeviceMatrix:
         self._device = device
         self._count = 0
         self._data = torch.empty(0, dim, dtype=torch.float32, device=device)
+        self._traffic = (
+            Traffic()
+        )  # a search may rebuild the index: those on other streams know nothing of that
 
     @property
     def rows(self) -> torch.Tensor:
-        """The matrix, [n, dim]; a view that is valid until the next change."""
+        """The matrix, [n, dim], for the current stream; a view that is valid until the next change.
+
+        Changes heed one another. Whoever reads it must have waited for what came of that before the next one.
+        """
+        if self._device.type == "cuda":
+            self._traffic.hold_back(torch.cuda.current_stream(self._device), writing=False)
         return self._data[: self._count]
 
     def append(self, embeddings: Floats) -> None:
         """Add rows at the end."""
-        count = self._count + len(embeddings)
+        held = self.rows
+        count = len(held) + len(embeddings)
         with torch.inference_mode(False), torch.no_grad():
             if count > len(self._data):
                 room = max(2 * count, 64)
                 grown = torch.empty(room, self._dim, dtype=torch.float32, device=self._device)
-                grown[: self._count] = self.rows
+                grown[: len(held)] = held
+                keep_while_read([self._data])
                 self._data = grown
-            self._data[self._count : count] = to_device(torch.from_numpy(embeddings), self._device)
-        self._count = count
+            self._data[len(held) : count] = to_device(torch.from_numpy(embeddings), self._device)
+        self._note(count)
 
     def remove(self, rows: Ids) -> None:
         """Drop the rows with these numbers; later rows move up."""
@@ -119,9 +130,14 @@ class DeviceMatrix:
         with torch.inference_mode(False), torch.no_grad():
             kept = self.rows[to_device(torch.from_numpy(np.flatnonzero(keep)), self._device)]
             self._data[: len(kept)] = kept
-        self._count = len(kept)
+        self._note(len(kept))
 
     def clear(self) -> None:
         """Drop every row and give the memory back."""
         self._count = 0
         self._data = torch.empty(0, self._dim, dtype=torch.float32, device=self._device)
+
+    def _note(self, count: int) -> None:
+        if self._device.type == "cuda":
+            note([self._traffic], torch.cuda.current_stream(self._device), writing=True)
+        self._count = count

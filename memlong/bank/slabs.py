@@ -9,6 +9,7 @@ from itertools import islice
 
 import torch
 
+from memlong.bank.traffic import Traffic, note
 from memlong.errors import StorageError
 
 _SLAB_BYTES = 256 << 20
@@ -32,36 +33,6 @@ class Slot:
     def __init__(self, record: torch.Tensor, traffic: Traffic) -> None:
         self.record = record
         self.traffic = traffic
-
-
-class Traffic:
-    """Copies that a device has been told to make from and to one place, and may not have made yet.
-
-    They outlive the slot: the next one in this place has to heed them.
-    """
-
-    __slots__ = ("read", "written")
-
-    def __init__(self) -> None:
-        self.written: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self.read: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-
-    def hold_back(self, stream: torch.cuda.Stream, *, writing: bool) -> None:
-        """Let a stream read the place, or write to it, only after the copies that this could disturb."""
-        for copies in (self.written, self.read) if writing else (self.written,):
-            for other, event in list(copies.items()):
-                if event.query():
-                    copies.pop(other, None)
-                elif other != stream:
-                    stream.wait_event(event)
-
-    def wait(self, *, writing: bool) -> None:
-        """Have the host wait, likewise, before it reads the place or writes to it."""
-        for copies in (self.written, self.read) if writing else (self.written,):
-            for other, event in list(copies.items()):
-                if not event.query():
-                    event.synchronize()
-                copies.pop(other, None)
 
 
 class Slabs:
@@ -102,14 +73,11 @@ class Slabs:
         stream = torch.cuda.current_stream(self._device)
         for slot in slots:
             slot.traffic.hold_back(stream, writing=True)
-        event = torch.cuda.Event()
         try:
             for slot, record in zip(slots, records, strict=True):
                 slot.record.copy_(record, non_blocking=True)
         finally:
-            event.record(stream)
-            for slot in slots:
-                slot.traffic.written[stream] = event
+            note([slot.traffic for slot in slots], stream, writing=True)
         return slots
 
     def send(self, slots: Sequence[Slot]) -> list[torch.Tensor]:
@@ -117,13 +85,10 @@ class Slabs:
         stream = torch.cuda.current_stream(self._device)
         for slot in slots:
             slot.traffic.hold_back(stream, writing=False)
-        event = torch.cuda.Event()
         try:
             return [slot.record.to(self._device, non_blocking=True) for slot in slots]
         finally:
-            event.record(stream)
-            for slot in slots:
-                slot.traffic.read[stream] = event
+            note([slot.traffic for slot in slots], stream, writing=False)
 
     def settle(self, slots: Iterable[Slot], *, writing: bool = False) -> None:
         """Have the host wait until it may read slots, or write to them."""

@@ -14,6 +14,7 @@ from memlong.bank.copying import keep_while_read
 from memlong.bank.disk import DiskSlots
 from memlong.bank.records import Records
 from memlong.bank.slabs import Slabs, Slot
+from memlong.bank.traffic import Traffic, note
 from memlong.errors import StorageError
 
 _HOST = torch.device("cpu")
@@ -77,6 +78,7 @@ class TensorTier(MemoryTier[torch.Tensor]):
         super().__init__(budget)
         self._device = device
         self._slabs = slabs
+        self._traffic = Traffic()  # a `get` puts, too: whoever reads on other streams knows nothing of that
 
     def put(self, ids: Sequence[int], records: Records) -> None:
         """Keep those that are not held yet."""
@@ -84,10 +86,14 @@ class TensorTier(MemoryTier[torch.Tensor]):
             if chunk_id not in self._records:
                 self._records[chunk_id] = records.own(row, self._device)
             self._records.move_to_end(chunk_id)
+        if self._device.type == "cuda":
+            note([self._traffic], torch.cuda.current_stream(self._device), writing=True)
 
     def get(self, ids: Sequence[int]) -> Records:
         """Return the records, now the ones wanted last."""
         rows = self._wanted(ids)
+        if self._device.type == "cuda" and rows:
+            self._traffic.hold_back(torch.cuda.current_stream(self._device), writing=False)
         keep_while_read(rows)  # `trim` may let go of them before the device has come to the copy
         return Records(rows, apart=True, slabs=self._slabs)
 
