@@ -227,7 +227,7 @@ class MemoryBank(PersistentBank):
             return torch.empty(0, dtype=torch.int64, device="cpu")
         layout = ChunkLayout.of(key_blocks)
         finiteness = Finiteness(key_blocks, value_blocks)
-        if check_first or not key_blocks.is_cuda:
+        if check_first or finiteness.is_known:
             # Only the device knows what its numbers are, so to refuse them before anything is stored takes one wait:
             # less is not possible, and with a store on the host it would be no less, as the copies there need none.
             finiteness.require()
@@ -245,7 +245,7 @@ class MemoryBank(PersistentBank):
                 self._table.append(ids, vectors, positions)
                 self._change_index(self._index_add, ids, self._table.embeddings[before:])
                 self._discard(victims)
-            if not check_first and key_blocks.is_cuda:
+            if not check_first and not finiteness.is_known:
                 self._unproven.append((ids, finiteness))
         return torch.from_numpy(ids)
 

@@ -90,7 +90,7 @@ class Draft:
         key_blocks, value_blocks = blocks_of(keys, values, len(vectors))
         places = torch.from_numpy(spans_of(spans, len(vectors)))
         finiteness = Finiteness(key_blocks, value_blocks)
-        if check_first or not key_blocks.is_cuda:
+        if check_first or finiteness.is_known:
             finiteness.require()
         else:
             self._unproven = finiteness

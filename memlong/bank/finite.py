@@ -37,6 +37,11 @@ class Finiteness:
         else:
             self._bounds = bounds
 
+    @property
+    def is_known(self) -> bool:
+        """Whether `require` need not wait for a device."""
+        return self._event is None
+
     def require(self) -> None:
         """Raise InvalidArgumentError if a number is not finite; the host waits for the device, if it must."""
         if self._event is not None and not self._event.query():

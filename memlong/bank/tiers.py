@@ -137,18 +137,19 @@ class TieredStore(KeyValueStore):
         """Fetch blocks from the nearest tiers that hold them, and keep copies near."""
         with self._lock:
             codec, whole = self._holding(ids)
-            found: dict[int, torch.Tensor] = {}
-            parts: list[tuple[list[int], Records]] = []
+            parts: list[tuple[Tier, list[int], Records]] = []
             far = list(dict.fromkeys(ids))
             for tier in self._near:
                 here = [chunk_id for chunk_id in far if chunk_id in tier]
-                parts.append((here, tier.get(here)))
+                parts.append((tier, here, tier.get(here)))
                 far = [chunk_id for chunk_id in far if chunk_id not in tier]
-            parts.append((far, whole.get(far)))
-            for there, records in parts:
+            if far:
+                parts.append((whole, far, whole.get(far)))
+            found: dict[int, torch.Tensor] = {}
+            for _, there, records in parts:
                 found.update(zip(there, records.at(codec.layout.device), strict=True))
-            for there, records in parts[1:]:
-                if there:
+            for source, there, records in parts:
+                if source not in self._near[:1]:
                     self._keep_near(there, records)
         return codec.decode([found[chunk_id] for chunk_id in ids])
 
