@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from memlong.bank.copying import stack
+from memlong.bank.copying import stack, to_device
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.files import damaged, open_plain, read_fully
 from memlong.bank.snapshot.manifest import SegmentRecord
@@ -146,7 +146,7 @@ class BlocksFile:
                 raise damaged(self._path, f"is not what the checksum of block {row} says")
             check_finite(self._path, block)
             self._proven.add(row)
-        return block.to(layout.device)
+        return to_device(block, layout.device)
 
     def _read_at(self, offset: int, buffer: bytearray | memoryview) -> None:
         with self._lock:
