@@ -285,7 +285,8 @@ class Streams:
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
         embeddings = self._retriever.embed_chunks(leaving)
         row.storing_from = bank.next_id
-        bank.add(embeddings, _in_chunks(keys, size), _in_chunks(values, size), spans)
+        keys, values = _in_chunks(keys, size), _in_chunks(values, size)
+        bank.add(embeddings, keys, values, spans, check_first=False)
 
     def _retrieve(self, starting: Sequence[Row]) -> None:
         # A bank that was given may hold something before the stream has any text to ask with.
