@@ -70,7 +70,7 @@ def main(
         ),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Begin no setting after this time, and say which are left out.")
+        float | None, typer.Option(help="Begin no further setting after this time; name those left out.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
@@ -103,7 +103,7 @@ def main(
         for dim, count, setting in bar:
             what = f"{setting.name}, {count:,} x {dim}"
             bar.set_postfix_str(what)
-            if report.budget.is_spent:
+            if rows and report.budget.is_spent:
                 report.leave_out(what)
                 continue
             if data is None or data[:2] != (dim, count):

@@ -58,7 +58,9 @@ def waits():
             yield places
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    lines = [f"{each.filename}:{each.lineno}" for each in seen if "called a synchronizing" in str(each.message)]
+    lines = [
+        f"{each.filename}:{each.lineno}" for each in seen if "called a synchronizing" in str(each.message)
+    ]
     places.update(line for line in lines if "/transformers/" not in line)
 
 

@@ -1,4 +1,4 @@
-"""The loss of a segment is the plain formula over tokens that have a successor, and nothing in it waits for a device."""
+"""A segment's loss is the plain formula over tokens that have a successor, and nothing in it waits for a device."""
 
 from __future__ import annotations
 
