@@ -212,9 +212,10 @@ def _gradients(
     found = []
     least = shape.keys // 128 * 128
     for keys in (least, least + 64):
-        query, key, value = (
-            states.mul_(8).requires_grad_() for states in _states(shape, keys, dtype, device)
-        )
+        query, key, value = _states(shape, keys, dtype, device)
+        query, key = 5 * query.abs(), -5 * key.abs()  # sums of exponentials that are nearly nothing
+        for states in (query, key, value):
+            states.requires_grad_()
 
         def odd(states: tuple[Tensor, ...] = (query, key, value), keys: int = keys) -> str:
             _attend(states[0], states[1], states[2], _additive(states[0], keys)).sum().backward()
@@ -265,9 +266,9 @@ class Kernel(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the operation run, and keep its name if it is a kernel of attention."""
-        name = operation._schema.name.removeprefix("aten::_scaled_dot_product_")  # noqa: SLF001
-        if not name.startswith("aten::"):
-            self.name = name.removesuffix("_attention").removesuffix("_attention_for_cpu")
+        for kind in ("flash", "efficient", "cudnn", "fused"):
+            if f"_{kind}_attention" in operation._schema.name:  # noqa: SLF001
+                self.name = kind
         return operation(*args, **(kwargs or {}))
 
 

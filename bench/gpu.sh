@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests marked `gpu`, and then the benchmarks, on a machine with a CUDA device; a part at a time, at most 14 minutes.
+# The tests marked `gpu`, and then the benchmarks, on a machine with a CUDA device; a part at a time, at most 15 minutes.
 #
 #     bash bench/gpu.sh [OUT]                         results go to OUT, by default out/gpu
 #     PARTS="kernels oracles bank" bash bench/gpu.sh  these parts alone; `machine` comes with every run

@@ -129,8 +129,9 @@ def _ratios(rows: list[Streamed], limit_gb: float) -> list[Ratio]:
 def _give_back_pinned() -> None:
     """Let the host have the pinned memory of the stream before, which torch keeps for the next one."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch._C._host_emptyCache()  # noqa: SLF001 - torch has no public name for it
+    empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001 - torch has no public name for it
+    if torch.cuda.is_available() and empty is not None:
+        empty()
 
 
 def _common(device: str, segment_size: int) -> dict[str, Any]:
