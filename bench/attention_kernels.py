@@ -28,10 +28,11 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memlong.decoder.kernels import steady_kernels
 from memlong.decoder.loading import DTYPES
 
-MEMLONG = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""What memlong lets torch choose from on CUDA."""
+Kernels = Callable[[], AbstractContextManager[None]]
+"""Within what torch is to choose."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,6 @@ class Row:
     error: float | None = None
 
 
-def same_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """Let transformers without a memory have the kernels that memlong has, so that the memory is what is measured."""
-    return sdpa_kernel(MEMLONG) if device.type == "cuda" else nullcontext()
-
-
 def main(
     dtype: Annotated[str, typer.Option(help="Numbers, separated by commas.")] = "bfloat16,float32",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
@@ -88,28 +84,31 @@ def main(
 ) -> None:
     """Name the kernels that attention takes, and time them."""
     report = Report(json_file, {}, device, Budget(seconds))
-    settings: dict[str, list[SDPBackend] | None] = {"torch's choice": None, "memlong's": MEMLONG}
+    settings: dict[str, Kernels] = {
+        "torch's choice": nullcontext,
+        "memlong's": lambda: steady_kernels(torch.device(device)),
+    }
     if device != "cpu":
-        settings["cuDNN"] = [SDPBackend.CUDNN_ATTENTION]
+        settings["cuDNN"] = lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
     shapes = TINY if small else SHAPES
     rows: list[Row] = []
     gradients: list[dict[str, Any]] = []
     for name in dtype.split(","):
-        for kernels, backends in settings.items():
+        for kernels, within in settings.items():
             what = f"gradients in {name} by {kernels}"
             if report.budget.is_spent:
                 report.leave_out(what)
                 continue
-            gradients += _gradients(shapes[0], DTYPES[name], device, kernels, backends)
+            gradients += _gradients(shapes[0], DTYPES[name], device, kernels, within)
             report.add({"gradients": gradients})
             typer.echo(f"{what}: " + "; ".join(f"{each['what']}: {each['found']}" for each in gradients[-3:]))
         for shape in shapes:
             for mask in ("additive", "lower right"):
-                for kernels, backends in settings.items():
+                for kernels, within in settings.items():
                     if report.budget.is_spent:
                         report.leave_out(f"{shape.name}, {name}, {mask}, {kernels}")
                         continue
-                    row = _measured(shape, name, mask, kernels, backends, device)
+                    row = _measured(shape, name, mask, kernels, within, device)
                     rows.append(row)
                     report.ratios = _ratios(rows)
                     report.add({"rows": [asdict(each) for each in rows]})
@@ -139,9 +138,7 @@ def _ratios(rows: list[Row]) -> list[Ratio]:
     return found
 
 
-def _measured(
-    shape: Shape, dtype: str, mask: str, kernels: str, backends: list[SDPBackend] | None, device: str
-) -> Row:
+def _measured(shape: Shape, dtype: str, mask: str, kernels: str, within: Kernels, device: str) -> Row:
     facts = (shape.name, dtype, mask, kernels)
     query, key, value = _states(shape, shape.keys, DTYPES[dtype], device)
     lengths = [shape.keys - number for number in range(6)]
@@ -162,7 +159,7 @@ def _measured(
         return 1000 * (time.perf_counter() - started)
 
     try:
-        with torch.no_grad(), _within(backends):
+        with torch.no_grad(), within():
             first = timed(1)
             new = median(timed(number) for number in range(2, len(lengths)))
             with Kernel() as kernel:
@@ -206,7 +203,7 @@ def _states(shape: Shape, keys: int, dtype: torch.dtype, device: str) -> list[Te
 
 
 def _gradients(
-    shape: Shape, dtype: torch.dtype, device: str, kernels: str, backends: list[SDPBackend] | None
+    shape: Shape, dtype: torch.dtype, device: str, kernels: str, within: Kernels
 ) -> list[dict[str, Any]]:
     """Gradients that are not numbers at two key lengths, and whether a bias over the memory's columns gets one."""
     found = []
@@ -222,7 +219,7 @@ def _gradients(
             count = sum(int((~each.grad.isfinite()).sum()) for each in states if each.grad is not None)
             return f"{count} that are no numbers" if count else "all are numbers"
 
-        found.append({"what": f"{keys} keys", "found": _tried(odd, backends)})
+        found.append({"what": f"{keys} keys", "found": _tried(odd, within)})
     query, key, value = _states(shape, least, dtype, device)
     grouped = shape.heads // shape.kv_heads
     key, value = (states.repeat_interleave(grouped, dim=1) for states in (key, value))
@@ -235,21 +232,17 @@ def _gradients(
         scaled_dot_product_attention(query, key, value, attn_mask=gated).sum().backward()
         return "learns" if bias.grad is not None and bool(bias.grad.isfinite().all()) else "does not learn"
 
-    found.append({"what": "a bias", "found": _tried(learn, backends)})
+    found.append({"what": "a bias", "found": _tried(learn, within)})
     dtype_name = str(dtype).removeprefix("torch.")
     return [{"dtype": dtype_name, "kernels": kernels, **each} for each in found]
 
 
-def _tried(act: Callable[[], str], backends: list[SDPBackend] | None) -> str:
+def _tried(act: Callable[[], str], within: Kernels) -> str:
     try:
-        with _within(backends):
+        with within():
             return act()
     except RuntimeError as error:
         return f"error: {str(error).splitlines()[0][:80]}"
-
-
-def _within(backends: list[SDPBackend] | None) -> AbstractContextManager[None]:
-    return nullcontext() if backends is None else sdpa_kernel(backends)
 
 
 def _wait(device: str) -> None:

@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from attention_kernels import same_kernels
 from parts import PARTS, watched
 from ratios import Clock, Ratio
 from results import Budget, Report
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, MemoryDecoder
+from memlong.decoder.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.training import TrainingConfig
 from memlong.training.parts import LearningParts
@@ -114,7 +114,7 @@ def main(
         if number and budget.is_spent:
             report.leave_out(name)
             continue
-        with same_kernels(language_model.device):
+        with steady_kernels(language_model.device):  # for transformers alone, too
             act(Run(clock, report, budget.share(len(acts) - number)))
     for ratio in report.ratios:
         typer.echo(str(ratio))

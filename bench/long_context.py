@@ -28,7 +28,6 @@ from typing import Annotated
 import psutil
 import torch
 import typer
-from attention_kernels import same_kernels
 from ratios import Ratio
 from results import Budget, Report
 from shapes import MODEL_HELP, SHAPES, load, token_ids
@@ -37,6 +36,7 @@ from transformers import DynamicCache
 
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.cli.values import numbers
+from memlong.decoder.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text
 
@@ -181,7 +181,7 @@ def _measure(
     bar = tqdm(total=length, unit="tok", desc=f"{system}, {length:,} tokens", leave=False)
     cache, read = DynamicCache(), 0
     started = time.perf_counter()
-    with decoder if system == "memory" else torch.no_grad(), same_kernels(model.device):
+    with decoder if system == "memory" else torch.no_grad(), steady_kernels(model.device):
         for part in input_ids.split(config.segment_size, dim=1):
             if system == "memory":
                 decoder.read(part)

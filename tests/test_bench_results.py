@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import typer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -74,15 +75,16 @@ def test_kernels_are_named_and_their_gradients_looked_at(tmp_path):
     assert found["complete"]
 
 
-def test_a_kernel_that_does_not_take_a_shape_is_named_so(tmp_path):
+@pytest.mark.parametrize(("kernel", "taken"), [("CUDNN_ATTENTION", "none: "), ("MATH", "math")])
+def test_a_kernel_that_does_not_take_a_shape_is_named_so(kernel, taken):
     bench = script("attention_kernels")
-    from torch.nn.attention import SDPBackend
 
-    row = bench._measured(bench.TINY[0], "float32", "additive", "cuDNN", [SDPBackend.CUDNN_ATTENTION], "cpu")
-    assert row.taken.startswith("none: ")
-    assert row.warm_ms is None
-    math = bench._measured(bench.TINY[0], "float32", "additive", "math", [SDPBackend.MATH], "cpu")
-    assert math.taken == "math"
+    def within():
+        return sdpa_kernel(getattr(SDPBackend, kernel))
+
+    row = bench._measured(bench.TINY[0], "float32", "additive", "it alone", within, "cpu")
+    assert row.taken.startswith(taken)
+    assert (row.warm_ms is None) == (taken != "math")
 
 
 def test_benches_that_are_out_of_time_keep_what_they_have(tmp_path):
