@@ -125,7 +125,9 @@ def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
         return found.values, found.indices
     whole = scores[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
     promising = whole.amax(dim=2).topk(count, dim=1).indices
-    values = whole[torch.arange(len(scores), device=scores.device)[:, None], promising].flatten(1)
+    values = whole[
+        torch.arange(len(scores), dtype=torch.long, device=scores.device)[:, None], promising
+    ].flatten(1)
     best = torch.cat([values, scores[:, blocks * _BLOCK :]], dim=1).topk(count, dim=1)
     looked_through = torch.nn.functional.pad(
         promising, (0, 1), value=blocks

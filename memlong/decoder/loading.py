@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -49,7 +50,7 @@ def load_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> tuple[Pre
     """
     machine = choose_machine(dtype, device)
     source, options = _source(name)
-    with quiet_loading():
+    with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -78,7 +78,7 @@ def choose_machine(
         If the device is not there, or does not compute what memlong needs.
     """
     if dtype not in (AUTO, *DTYPES):
-        raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join((AUTO, *DTYPES))}.")
+        raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join((*DTYPES, AUTO))}.")
     if device != AUTO:
         target = _named(device)
         chosen, why, problem = _try(target, dtype, trained, trains=trains)
@@ -187,7 +187,7 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def _named(name: str) -> torch.device:
-    expected = "expected 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'"
+    expected = "expected 'cpu', 'cuda', 'cuda:<number>', 'mps' or 'auto'"
     try:
         device = torch.device(name)
     except RuntimeError as error:

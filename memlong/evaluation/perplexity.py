@@ -153,7 +153,7 @@ def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.
     else:
         predicting = torch.cat([previous[0], logits[:-1]])[skip:]
     losses = torch.nn.functional.cross_entropy(predicting.float(), targets[skip:], reduction="none")
-    return losses.double().cpu().numpy()
+    return losses.cpu().double().numpy()  # there, as not every device has float64
 
 
 def _recalls(decoder: MemoryDecoder, segment: Segment) -> list[float]:

@@ -71,8 +71,11 @@ class SentenceTransformersRetriever(Retriever):
         self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:
-            with quiet_loading():
-                self._encoder = SentenceTransformer(str(source), device=device or str(model.device))
+            with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
+                # In its own dtype, not in torch's default one, which may be a caller's.
+                self._encoder = SentenceTransformer(
+                    str(source), device=device or str(model.device), model_kwargs={"dtype": "auto"}
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
                 f"The retriever {name!r} could not be loaded on {device or model.device}: {error}. Name a "
