@@ -105,6 +105,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def loading_in(name: str) -> str:
+    """Say, for a message, how to load a model in a dtype."""
+    return f"load the model in {name}: load_model(..., dtype={name!r}), or --dtype {name}"
+
+
 def _try(
     device: torch.device, asked: str, trained: tuple[str, str] | None, *, trains: bool
 ) -> tuple[torch.dtype, str, str]:
