@@ -36,6 +36,7 @@ from transformers import DynamicCache
 
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.cli.values import numbers
+from memlong.decoder import choose_machine
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text
 
@@ -59,14 +60,15 @@ def main(
     text: Annotated[Path, typer.Option(help="UTF-8 text; by default Python's own _pydecimal.py.")] = TEXT,
     lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,8192,16384",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("out"),
     one: Annotated[
         str | None, typer.Option(help="Measure 'SYSTEM:LENGTH' in this process.", hidden=True)
     ] = None,
 ) -> None:
     """Set streaming with memory beside full attention."""
+    dtype, device = choose_machine(dtype, device).names
     if one is not None:
         system, length = one.rsplit(":", 1)
         print(json.dumps(asdict(_measure(system, int(length), model, text, retriever, dtype, device))))
@@ -75,7 +77,7 @@ def main(
     if model not in SHAPES:
         read_text(text)
     command = [sys.executable, __file__, "--model", model, "--text", str(text), "--retriever", retriever]
-    command += ["--dtype", dtype]
+    command += ["--dtype", dtype, "--device", device]
     rows: list[Measured] = []
     ratios: list[Ratio] = []
     for length in numbers("--lengths", lengths, int):
@@ -175,7 +177,7 @@ def _measure(
                 peak.note()
                 bar.update(segment.tokens.shape[1])
             held = decoder.device_kv_bytes
-    if device != "cpu":
+    if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     bar.close()

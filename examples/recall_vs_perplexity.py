@@ -28,7 +28,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from memlong import MemoryBank, MemoryConfig, MemoryDecoder, PluginManager, Registry, hookimpl, load_model
-from memlong.decoder import create_retriever
+from memlong.decoder import choose_machine, create_retriever
 from memlong.errors import MemlongError
 from memlong.evaluation import Perplexity, Ratio, evaluate_perplexity, perplexity_ratio, read_text, tokenize
 from memlong.evaluation.environment import versions
@@ -145,12 +145,15 @@ def main(
     chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 128,
     top_k: Annotated[int, typer.Option(help="Chunks retrieved for a segment.")] = 8,
     local_window: Annotated[int, typer.Option(help="Local tokens attended to, the segment included.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("out"),
 ) -> None:
     """Set perplexity against the recall of the memory's index."""
     out.mkdir(parents=True, exist_ok=True)
+    machine = choose_machine(dtype, device)
+    dtype, device = machine.names
+    typer.echo(f"loading the model… {machine}", err=True)
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     input_ids = tokenize(tokenizer, read_text(text), max_tokens)
     memory = MemoryConfig(retriever=retriever, chunk_size=chunk_size, top_k=top_k, local_window=local_window)
@@ -199,6 +202,7 @@ def main(
         "top_k": top_k,
         "local_window": local_window,
         "dtype": dtype,
+        "device": device,
         "versions": versions(),
     }
     result = {**about, "systems": [asdict(system) for system in systems]}

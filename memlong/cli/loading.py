@@ -28,7 +28,8 @@ def load(
 
     machine = choose_machine(dtype, device, trained=trained, trains=trains)
     typer.echo(f"loading the model… {machine}", err=True)
-    return load_model(name, dtype=machine.dtype_name, device=str(machine.device))
+    dtype, device = machine.names
+    return load_model(name, dtype=dtype, device=device)
 
 
 def runs_on(model: Any) -> dict[str, str]:

@@ -119,10 +119,8 @@ class MemoryDecoder(SavingDecoder):
                 raise InvalidArgumentError(
                     f"{str(name)!r} does not say for which model it was trained: give `model` and `tokenizer`."
                 )
-            machine = choose_machine(dtype, device, trained=found.trained_in)
-            model, tokenizer = load_model(
-                found.base_model, dtype=machine.dtype_name, device=str(machine.device)
-            )
+            dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
+            model, tokenizer = load_model(found.base_model, dtype=dtype, device=device)
         # Before the adapter: a retriever that asks the model is then the one of the training.
         decoder = cls(model, tokenizer, found.config, retriever=retriever, registry=registry)
         if found.has_adapter:

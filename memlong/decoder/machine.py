@@ -40,12 +40,12 @@ class Machine:
     why: str
 
     @property
-    def dtype_name(self) -> str:
-        """The dtype as :func:`load_model` takes it."""
-        return dtype_name(self.dtype)
+    def names(self) -> tuple[str, str]:
+        """Dtype and device as :func:`load_model` takes them."""
+        return dtype_name(self.dtype), str(self.device)
 
     def __str__(self) -> str:
-        return f"{self.dtype_name} on {self.device} ({self.why})"
+        return f"{' on '.join(self.names)} ({self.why})"
 
 
 def choose_machine(

@@ -75,9 +75,9 @@ class LanguageModelRetriever(Retriever):
         self._weights = (-logits.float().log_softmax(dim=0)).to("cpu") ** sharpness
         generator = torch.Generator("cpu").manual_seed(0)
         shape = (len(self._weights), _HASHES)
-        drawn = {"generator": generator, "dtype": torch.long, "device": "cpu"}
-        self._places = torch.randint(dim, shape, **drawn)
-        self._signs = torch.randint(2, shape, **drawn).float() * 2 - 1
+        self._places = torch.randint(dim, shape, generator=generator, dtype=torch.long, device="cpu")
+        signs = torch.randint(2, shape, generator=generator, dtype=torch.long, device="cpu")
+        self._signs = signs.float() * 2 - 1
 
     @property
     def dim(self) -> int:
