@@ -3,7 +3,8 @@
 Streams one text through a model with memories from random to exact, over the same tokens, and sets perplexity against
 recall@k. Two plain windows stand beside them: the same local window without memory, and a window as long as local and
 retrieved tokens together (the baseline to beat). Random chunks are the control: what is gained over them is what
-retrieving the right ones earns.
+retrieving the right ones earns. Systems whose indexes find the same chunks throughout are one to the model, which runs
+once for them.
 
     python examples/recall_vs_perplexity.py
     python examples/recall_vs_perplexity.py --text book.txt --max-tokens 32768 --score-from 8192 --out out
@@ -25,6 +26,7 @@ from matplotlib import pyplot as plt
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from same_chunks import Asked, Found, RememberingRetriever, chunks_found
 from tqdm import tqdm
 
 from memlong import MemoryBank, MemoryConfig, MemoryDecoder, PluginManager, Registry, hookimpl, load_model
@@ -171,24 +173,34 @@ def main(
         },
     }
     registry = Registry(_plugins())
-    encoder = create_retriever(retriever, language_model, tokenizer, registry=registry)
+    encoder = RememberingRetriever(create_retriever(retriever, language_model, tokenizer, registry=registry))
+    asked: Asked = []
+    known: dict[Found, Perplexity] = {}
     runs: dict[str, list[Perplexity]] = {name: [] for name in configs}
     turns = [(name, config) for name, group in configs.items() for config in group]
-    with tqdm(total=len(turns) * input_ids.shape[1], unit="tok") as bar:
+    with tqdm(total=len(turns) * input_ids.shape[1], unit="tok", postfix=f"{device}, {dtype}") as bar:
         for name, config in turns:
             bar.set_description(name)
+            found = chunks_found(config, asked, encoder, registry) if config.backend and asked else None
+            if found in known:
+                runs[name].append(known[found])
+                bar.update(input_ids.shape[1])
+                continue
+            encoder.asked = []
             with MemoryDecoder(
                 language_model, tokenizer, config, retriever=encoder, registry=registry
             ) as decoder:
-                runs[name].append(
-                    evaluate_perplexity(
-                        decoder,
-                        input_ids,
-                        score_from=score_from,
-                        long_range_distance=local_window,
-                        progress=bar.update,
-                    )
+                run = evaluate_perplexity(
+                    decoder,
+                    input_ids,
+                    score_from=score_from,
+                    long_range_distance=local_window,
+                    progress=bar.update,
                 )
+            runs[name].append(run)
+            if config.backend:
+                asked = encoder.asked
+                known[found or chunks_found(config, asked, encoder, registry)] = run
     systems = [_system(name, group, runs) for name, group in configs.items()]
     marked = runs[WINDOW][0].long_range
     about = {

@@ -7,7 +7,7 @@ is made of tokens before it (the decoder sees to that).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,7 +103,7 @@ def evaluate_perplexity(
     started = time.perf_counter()
     aside = 0.0
     previous: Tensor | None = None  # the logits that predict the next segment's first token
-    for segment in decoder.stream(input_ids):
+    for segment in _segments(decoder, input_ids, score_from):
         first = int(segment.tokens[0, 0])
         if first + segment.tokens.shape[1] > score_from:
             losses.append(_losses(segment, previous, max(0, score_from - first)))
@@ -142,6 +142,14 @@ def _check(input_ids: Tensor, score_from: int, distance: int, segment_size: int)
             f"The text has {count} tokens, and scoring starts at token {score_from}: nothing to score. Give a "
             "longer text or a smaller score_from."
         )
+
+
+def _segments(decoder: MemoryDecoder, input_ids: Tensor, score_from: int) -> Iterator[Segment]:
+    """Stream, without the logits of segments that hold no scored token: they take a fifth of a small model's time."""
+    unscored = score_from // decoder.config.segment_size * decoder.config.segment_size
+    if unscored:
+        yield from decoder.stream(input_ids[:, :unscored], logits="last")
+    yield from decoder.stream(input_ids[:, unscored:])
 
 
 def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.float64]:
