@@ -118,10 +118,7 @@ class Speaker:
             logits = self._begin(input_ids.shape[0])
         else:
             self._steps += 1
-            tokens: list[int] = input_ids[:, -1].tolist()
-            logits = self._draft.advance(
-                [[token] for token in tokens], self._slot, 1, retrieve=self._is_due
-            ).logits
+            logits = self._draft.step(input_ids[:, -1:], self._slot, retrieve=self._is_due)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
 
     def _begin(self, wanted: int) -> Tensor:

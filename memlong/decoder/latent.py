@@ -65,13 +65,19 @@ class LatentMaps(nn.Module):
         states = torch.stack([keys, values]) - self.mean[:, :, :, None]
         return states.permute(3, 0, 1, 2, 4).flatten(1) @ self.encode.flatten(0, 3)
 
-    def from_latent(self, latent: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Return un-rotated keys, and values, [kv_heads, tokens, head_dim], of a layer for vectors [tokens, dim]."""
-        place = self.layers.index(layer)
-        mean = self.mean[:, place]
-        decode = self.decode[:, place].flatten(1, 2).to(latent.dtype)  # training keeps it in float32
-        keys, values = ((latent @ decode[side].T).view(-1, *mean[side].shape) + mean[side] for side in (0, 1))
-        return keys.transpose(0, 1), values.transpose(0, 1)
+    def from_latent(self, latent: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return un-rotated keys, and values, [layers, kv_heads, tokens, head_dim], for vectors [tokens, dim]."""
+        mean: Tensor = self.mean
+        decode: Tensor = self.decode
+        if layers != self.layers:
+            places = [self.layers.index(layer) for layer in layers]
+            mean, decode = (
+                torch.stack([each[:, place] for place in places], dim=1) for each in (mean, decode)
+            )
+        decode = decode.flatten(0, 3).to(latent.dtype)  # training keeps it in float32
+        states = (latent @ decode.T).view(-1, *mean.shape) + mean
+        keys, values = states.permute(1, 2, 3, 0, 4)
+        return keys, values
 
     def round_to_saved(self) -> None:
         """Make the maps what :meth:`save` writes, which has fewer digits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _side_stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -71,6 +72,12 @@ class SideStream:
         event = torch.cuda.Event()
         event.record(self._stream)
         return Arrival(event, self._device)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one side stream of a device: torch keeps memory apart for each stream that there ever was."""
+    return torch.cuda.Stream(device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from memlong.decoder.arrays import Ints
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.probe import ModelLayout
 from memlong.errors import InvalidArgumentError
@@ -30,10 +31,6 @@ class Placement:
     offset: int
     window_start: int
 
-    def positions(self, tokens: Tensor) -> Tensor:
-        """Positions of tokens, given by their index in the stream; padding (−1) stands at 0."""
-        return torch.where(tokens < self.sinks, tokens, tokens + self.offset).clamp_(min=0)
-
 
 def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Placement:
     """Place the window of a row, whose first token after the sinks is ``first_token``, behind its memory.
@@ -46,17 +43,23 @@ def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Plac
     return Placement(config.sink_tokens, start - first_token, start)
 
 
-def memory_positions(config: MemoryConfig, placement: Placement, spans: Tensor) -> Tensor:
+def positions_of(tokens: Ints, placements: Sequence[Placement]) -> Ints:
+    """Where tokens [rows, columns], given by their index in the stream, stand; padding (−1) stands at 0."""
+    sinks, offsets = np.array([(row.sinks, row.offset) for row in placements]).T[:, :, None]
+    return np.maximum(np.where(tokens < sinks, tokens, tokens + offsets), 0)
+
+
+def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) -> Ints:
     """Positions [chunks * chunk_size] of a row's retrieved chunks, whose ``spans`` [chunks, 2] are in order."""
-    steps = torch.arange(config.chunk_size)
+    steps = np.arange(config.chunk_size)
     if config.position_mode == "original":
-        return (spans[:, :1] + steps).flatten()
-    count = spans.shape[0] * config.chunk_size
+        return (spans[:, :1] + steps).ravel()
+    count = len(spans) * config.chunk_size
     if config.position_mode == "zero":
-        return torch.full((count,), placement.window_start - 1)
+        return np.full(count, placement.window_start - 1)
     if config.position_mode == "overlaid":
-        return (placement.window_start - config.chunk_size + steps).repeat(spans.shape[0])
-    return torch.arange(placement.window_start - count, placement.window_start)
+        return np.tile(placement.window_start - config.chunk_size + steps, len(spans))
+    return np.arange(placement.window_start - count, placement.window_start)
 
 
 def check_positions(config: MemoryConfig, model: ModelLayout) -> None:

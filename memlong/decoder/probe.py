@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from memlong.decoder import attention
+from memlong.decoder.kernels import Attend, Output
 from memlong.decoder.rope import AngleCache, Angles, LayerRope, RotaryCall
 from memlong.errors import UnsupportedModelError
 
@@ -68,6 +69,11 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     UnsupportedModelError
         If it is no such model, saying what is missing.
     """
+    if isinstance(model, nn.Module) and any(map(_is_compiled, model.modules())):
+        raise UnsupportedModelError(
+            "The model is compiled (torch.compile), and what memory does between calls would have torch compile it "
+            "again and again. Give the model as it was before it was compiled."
+        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is no transformers model. Load one with AutoModelForCausalLM.from_pretrained(...)."
@@ -77,6 +83,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         raise _unsupported(
             model, "it is not a decoder-only language model; load it with AutoModelForCausalLM"
         )
+    _check_device(model)
     odd = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if odd:
         raise _unsupported(model, f"it has layers of type {', '.join(sorted(odd))}")
@@ -95,6 +102,36 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         raise _unsupported(model, "its layers differ in the number or the size of their K-V heads")
     vocabulary = cast("Tensor", model.get_input_embeddings().weight).shape[0]
     return ModelLayout(layers, max_positions, vocabulary)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        "_orig_mod" in module._modules  # noqa: SLF001 - a wrapper that torch.compile() made
+        or getattr(module, "_compiled_call_impl", None) is not None  # by module.compile()
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
+
+
+def _check_device(model: PreTrainedModel) -> None:
+    """Refuse a model that computes on several devices; accelerate may fetch the weights of some layers to the one."""
+    mapped = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {
+        "cpu",
+        "disk",
+    }
+    held = {str(parameter.device) for parameter in model.parameters()} - {"meta"}
+    embeddings = cast("Tensor", model.get_input_embeddings().weight)
+    if len(mapped) <= 1 and len(held) <= 1 and not embeddings.is_meta:
+        return
+    found = (
+        f"on {', '.join(sorted(mapped if len(mapped) > 1 else held))}"
+        if len(mapped | held) > 1
+        else "offloaded"
+    )
+    raise _unsupported(
+        model,
+        f"not all of it is on one device (it is {found}), and memory must be where all layers and the token embeddings "
+        "are; load it with device_map={'': 'cuda:0'}, or in a smaller dtype",
+    )
 
 
 def _trained_positions(config: PreTrainedConfig) -> int | None:
@@ -149,14 +186,14 @@ class _SingleTokenPass(attention.AttentionSlot):
 
     def attend(
         self,
-        base: attention.Attend,
+        base: Attend,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
         **options: Any,
-    ) -> attention.Output:
+    ) -> Output:
         self.layers[module.layer_idx] = (module, options.get("sliding_window"))  # type: ignore[index]
         self.keys[module.layer_idx] = key  # type: ignore[index]
         self.heads[module.layer_idx] = query.shape[1]  # type: ignore[index]

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memlong.bank import ChunkLayout, Draft, MemoryBank
+from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.placement import Placement, memory_positions, place
 from memlong.decoder.recall import RandomChunks, Retrieval, RowMemory, recall
@@ -30,6 +32,8 @@ class Row:
         What the next query is, if not the text just before the coming segment.
     storing_from
         The bank's next id when chunks were last given to it, until they have left the window.
+    ahead
+        Tokens taken in whose ids are still to be noted.
     """
 
     def __init__(
@@ -46,13 +50,14 @@ class Row:
         self.retrieval: Retrieval | None = None
         self.asked: Passage | None = None
         self.storing_from: int | None = None
+        self.ahead = 0
         self._departed = 0  # chunks that have left the window
         self._recent = Passage((), 0)  # the latest tokens, as far back as a chunk or a query may reach
 
     @property
     def seen(self) -> int:
         """Tokens taken in so far."""
-        return self._recent.end
+        return self._recent.end + self.ahead
 
     @property
     def first_token(self) -> int:
@@ -73,16 +78,16 @@ class Row:
         """Where the window stands now."""
         return place(self.config, self.first_token, self.memory.tokens if self.memory else 0)
 
-    def keeps(self, tokens: Tensor) -> Tensor:
-        """Which tokens [columns], by index and −1 for padding, belong in the window; bool."""
+    def keeps(self, tokens: Ints) -> Bools:
+        """Which tokens [columns], by index and −1 for padding, belong in the window."""
         kept = ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
         return kept & (tokens < self.seen)
 
-    def check_window(self, tokens: Tensor) -> None:
+    def check_window(self, tokens: Ints) -> None:
         """Raise ValueError unless a window of these tokens [columns], −1 for padding, holds all that the row keeps."""
         held = tokens[tokens != -1]
         needed = [*range(min(self.config.sink_tokens, self.seen)), *range(self.first_token, self.seen)]
-        if (held < 0).any() or (held.diff() <= 0).any() or held[self.keeps(held)].tolist() != needed:
+        if (held < 0).any() or (np.diff(held) <= 0).any() or held[self.keeps(held)].tolist() != needed:
             raise ValueError(f"its window does not hold, in order, what precedes token {self.seen}")
 
     def fork(self) -> Row:
@@ -94,8 +99,9 @@ class Row:
         return other
 
     def take(self, token_ids: Sequence[int]) -> None:
-        """Note the tokens of a forward call."""
+        """Note the tokens of a forward call, or ids of tokens taken in before."""
         self._recent = Passage((*self._recent.token_ids, *token_ids), self._recent.start)
+        self.ahead = 0
 
     @property
     def is_full(self) -> bool:
@@ -155,11 +161,11 @@ class Row:
         else:
             self.retrieval, self.memory = recall(self.bank, query, self.config)
 
-    def memory_positions(self) -> Tensor:
+    def memory_positions(self) -> Ints:
         """Positions [tokens] of the retrieved chunks."""
         if self.memory is None:
-            return torch.empty(0, dtype=torch.long)
-        return memory_positions(self.config, self.placement, self.memory.spans)
+            return np.empty(0, dtype=np.int64)
+        return memory_positions(self.config, self.placement, self.memory.spans.numpy())
 
     def facts(self) -> dict[str, int | bool | None]:
         """Return what JSON can hold of where the stream stands, for :meth:`go_on`."""

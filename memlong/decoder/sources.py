@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memlong.bank import ChunkLayout
+from memlong.decoder.arrays import Ints
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.latent import LatentMaps
 from memlong.decoder.probe import ModelLayout
@@ -32,12 +33,12 @@ class KvSource(ABC):
         """Of what kind the blocks are that :meth:`collect` makes for a chunk."""
 
     @abstractmethod
-    def collect(self, window: LocalWindow, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def collect(self, window: LocalWindow, row: int, columns: Ints) -> tuple[Tensor, Tensor]:
         """Keys and values to be stored for some columns of a row's window: [layers, kv_heads, columns, width] each."""
 
     @abstractmethod
-    def supply(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys, and values, [kv_heads, tokens, head_dim], of a retrieval layer.
+    def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys, and values, [layers, kv_heads, tokens, head_dim], of some retrieval layers.
 
         ``keys`` and ``values`` are what was collected, [layers, kv_heads, tokens, width].
         """
@@ -66,14 +67,21 @@ class LayerSource(KvSource):
         shape = (len(self.memory_layers), self._kv_heads, chunk_size, self._head_dim)
         return ChunkLayout(shape, dtype, device)
 
-    def collect(self, window: LocalWindow, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def collect(self, window: LocalWindow, row: int, columns: Ints) -> tuple[Tensor, Tensor]:
         """The memory layers' K-V."""
         return window.keys_and_values(row, columns, self.memory_layers)
 
-    def supply(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The K-V of the memory layer that this layer reads."""
-        place = self._place[layer]
-        return keys[place], values[place]
+    def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The K-V of the memory layers that these layers read."""
+        places = [self._place[layer] for layer in layers]
+        if places == list(range(keys.shape[0])):
+            return keys, values
+        if len(set(places)) == 1:
+            one = slice(places[0], places[0] + 1)
+            return keys[one].expand(len(layers), -1, -1, -1), values[one].expand(len(layers), -1, -1, -1)
+        return torch.stack([keys[place] for place in places]), torch.stack(
+            [values[place] for place in places]
+        )
 
 
 class LatentSource(KvSource):
@@ -95,15 +103,15 @@ class LatentSource(KvSource):
         """One layer with one head of half the latent width."""
         return ChunkLayout((1, 1, chunk_size, self.maps.dim // 2), dtype, device)
 
-    def collect(self, window: LocalWindow, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def collect(self, window: LocalWindow, row: int, columns: Ints) -> tuple[Tensor, Tensor]:
         """The latent vectors' halves."""
         latent = self.maps.to_latent(*window.keys_and_values(row, columns, self.retrieval_layers))
         first, second = latent[None, None].chunk(2, dim=-1)
         return first, second
 
-    def supply(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's K-V, made anew."""
-        return self.maps.from_latent(torch.cat([keys[0, 0], values[0, 0]], dim=-1), layer)
+    def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The layers' own K-V, made from the vectors."""
+        return self.maps.from_latent(torch.cat([keys[0, 0], values[0, 0]], dim=-1), layers)
 
 
 def make_source(

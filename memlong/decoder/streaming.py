@@ -216,9 +216,7 @@ class StreamingDecoder:
         if logits not in ("all", "last"):
             raise InvalidArgumentError(f"logits is {logits!r}; expected 'all' or 'last'.")
         pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
-        self._streams = self._streams_for(len(pending))
-        self._call = object()
-        return self._segments(self._streams, pending, 0 if logits == "all" else 1, gradients=gradients)
+        return self._begun(pending, 0 if logits == "all" else 1, gradients=gradients)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read text in, and return the logits [rows, vocabulary] that follow each row's last token.
@@ -228,16 +226,22 @@ class StreamingDecoder:
         InvalidArgumentError
             If a row holds no token, or as :meth:`stream` does.
         """
-        if not all(token_lists(input_ids, attention_mask, self._layout.vocabulary)):
+        pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
+        if not all(pending):
             raise InvalidArgumentError(
                 "A row of input_ids holds no token; expected at least one in every row."
             )
         last: Tensor | None = None
-        for segment in self.stream(input_ids, attention_mask, logits="last"):
+        for segment in self._begun(pending, 1, gradients=False):
             fresh = segment.logits[:, -1]
             spoke = segment.tokens[:, -1:].to(fresh.device) >= 0
             last = fresh if last is None else torch.where(spoke, fresh, last)
         return cast("Tensor", last)
+
+    def _begun(self, pending: list[list[int]], logits_to_keep: int, *, gradients: bool) -> Iterator[Segment]:
+        self._streams = self._streams_for(len(pending))
+        self._call = object()
+        return self._segments(self._streams, pending, logits_to_keep, gradients=gradients)
 
     def _segments(
         self, streams: Streams, pending: list[list[int]], logits_to_keep: int, *, gradients: bool

@@ -7,17 +7,21 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
-from memlong.decoder.attention import AttentionPass, AttentionSlot, Memory
+from memlong.decoder.arrays import Bools, Ints
+from memlong.decoder.attention import AttentionSlot
+from memlong.decoder.buffers import all_turned, layer_groups
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.forward import AttentionPass, Memory
 from memlong.decoder.gates import MemoryGates
+from memlong.decoder.kernels import steady_kernels
 from memlong.decoder.overlap import SideStream, to_device
-from memlong.decoder.placement import check_reach
+from memlong.decoder.placement import check_reach, positions_of
 from memlong.decoder.probe import ModelLayout
 from memlong.decoder.recall import RandomChunks, Retrieval
 from memlong.decoder.retrievers.base import Passage, Retriever
@@ -88,10 +92,14 @@ class Streams:
         self._config = config
         self._retriever = retriever
         self._source = source
-        self._device = cast("torch.device", model.get_input_embeddings().weight.device)
-        self._window = LocalWindow(layout, len(self.rows), self._device)
+        embeddings = cast("Tensor", model.get_input_embeddings().weight)
+        self._device = embeddings.device
+        self._groups = layer_groups(layout, source.retrieval_layers)
+        capacity = config.sink_tokens + config.local_window
+        self._window = LocalWindow(self._groups, len(self.rows), capacity, embeddings.detach())
         self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
+        self._unread: list[Tensor] = []  # ids [rows, new] of tokens that no row has noted yet
         self._side = SideStream(self._device)
 
     @property
@@ -109,14 +117,17 @@ class Streams:
         return other
 
     def _go_on_from(self, rows: Sequence[int]) -> None:
-        chosen = torch.tensor(list(rows), device=self._device)
+        if self._memory is not None and self._memory.keys:
+            self._memory = self._memory.given_to(self._window)
         self.rows = tuple(self.rows[row].fork() for row in rows)
-        self._window = self._window.of_rows(chosen)
+        self._window = self._window.of_rows(rows)
         self._placements = tuple(self._placements[row] for row in rows)
-        self._memory = None if self._memory is None else self._memory.of_rows(chosen)
+        self._memory = None if self._memory is None else self._memory.of_rows(rows)
+        self._unread = [torch.cat([tokens[row : row + 1] for row in rows]) for tokens in self._unread]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that the streams go on from, for :meth:`go_on`; the rest is each row's facts."""
+        self._catch_up()
         found = self._window.tensors()
         for index, row in enumerate(self.rows):
             found |= {f"row.{index}.{name}": tensor for name, tensor in row.tensors().items()}
@@ -133,20 +144,18 @@ class Streams:
             row.go_on(mine, own, blocks)
             if not all(0 <= token < self._layout.vocabulary for token in own["recent"].tolist()):
                 raise ValueError(f"tokens of row {index} are not the model's")
-        first = self._layout.layers[0]
-        like = torch.empty(0, dtype=self._model.dtype, device=self._device)
-        self._window = self._window.of_tensors(tensors, like, first.kv_heads, first.head_dim)
-        latest = (
-            self._window.tokens.amax(dim=1).tolist()
-            if self._window.tokens.shape[1]
-            else [-1] * len(self.rows)
+        placements = tuple(row.placement for row in self.rows)
+        memory = self._bring(gradients=False)
+        window = self._window.of_tensors(
+            tensors, lambda tokens: positions_of(tokens, placements), memory.tokens if memory else 0
         )
+        latest = window.tokens.max(axis=1, initial=-1).tolist()
         if latest != [row.seen - 1 for row in self.rows]:
             raise ValueError("window and rows do not end at the same token")
-        for row, tokens in zip(self.rows, self._window.tokens.cpu(), strict=True):
-            row.check_window(tokens)
-        self._placements = tuple(row.placement for row in self.rows)
-        self._memory = self._assemble()
+        for row, held in zip(self.rows, window.tokens, strict=True):
+            row.check_window(held)
+        self._memory = memory and memory.given_to(window)
+        self._window, self._placements = window, placements
 
     def read(
         self,
@@ -191,65 +200,79 @@ class Streams:
         starting = [row for row, new in zip(self.rows, upcoming, strict=True) if new and retrieve(row)]
         self._turn_over(starting, gradients=gradients)
         indices = [range(row.seen, row.seen + len(new)) for row, new in zip(self.rows, upcoming, strict=True)]
-        input_ids, tokens = self._left_padded(upcoming, 0), self._left_padded(indices, -1)
+        input_ids, tokens = _left_padded(upcoming, 0), _left_padded(indices, -1)
+        on_device = to_device(torch.from_numpy(input_ids), self._device)
         try:
             with torch.set_grad_enabled(gradients):
-                logits = self._forward(input_ids, tokens, slot, logits_to_keep)
+                logits = self._forward(on_device, tokens, slot, logits_to_keep)
         finally:
             if gradients:
-                self._window.detach()
                 self._memory = self._memory and self._memory.detach()
         for row, new in zip(self.rows, upcoming, strict=True):
             row.take(new)
         retrievals = tuple(row.retrieval if row in starting else None for row in self.rows)
-        return Segment(input_ids, tokens, logits, retrievals)
+        return Segment(on_device, to_device(torch.from_numpy(tokens), self._device), logits, retrievals)
 
-    def _forward(self, input_ids: Tensor, tokens: Tensor, slot: AttentionSlot, logits_to_keep: int) -> Tensor:
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, slot: AttentionSlot, *, retrieve: Callable[[Row], bool]) -> Tensor:
+        """Take one more token of each row [rows, 1], on the model's device, through the model; return its logits.
+
+        Which tokens they are is not asked before the next retrieval, so that the host need not wait for it. Rows for
+        which ``retrieve`` holds retrieve first.
+        """
+        self._turn_over([row for row in self.rows if retrieve(row)], gradients=False)
+        tokens = np.array([[row.seen] for row in self.rows])
+        logits = self._forward(input_ids, tokens, slot, 1)
+        self._unread.append(input_ids)
+        for row in self.rows:
+            row.ahead += 1
+        return logits
+
+    def _catch_up(self) -> None:
+        """Let each row note the tokens that it has taken in."""
+        if self._unread:
+            for row, token_ids in zip(self.rows, torch.cat(self._unread, dim=1).tolist(), strict=True):
+                row.take(token_ids)
+            self._unread = []
+
+    def _forward(self, input_ids: Tensor, tokens: Ints, slot: AttentionSlot, logits_to_keep: int) -> Tensor:
         width = tokens.shape[1]
-        incoming = self._positions(tokens)
+        incoming = positions_of(tokens, self._placements)
         check_reach(int(incoming.max()), self._layout)
         window = self._window.expecting(tokens, incoming)
-        positions = self._positions(window.tokens)
-        slot.current = AttentionPass(
-            positions[:, -width:], positions, window.valid, self._memory, self._gates
-        )
+        slot.current = now = AttentionPass(window, width, self._memory, self._gates, self._device)
         try:
-            logits: Tensor = self._model(
-                input_ids=input_ids,
-                position_ids=positions[:, -width:],
-                past_key_values=window,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-            ).logits
+            with steady_kernels(self._device):
+                logits: Tensor = self._model(
+                    input_ids=input_ids,
+                    position_ids=to_device(torch.from_numpy(incoming), self._device),
+                    past_key_values=window,
+                    use_cache=True,
+                    logits_to_keep=logits_to_keep,
+                ).logits
         finally:
             slot.current = None
             if self._memory is not None:
                 self._memory.wait()  # where no retrieval layer was reached
-        self._window = window
+        window.complete(width)
+        self._window, self._memory = window, now.memory
         return logits
 
     def _turn_over(self, starting: Sequence[Row], *, gradients: bool) -> None:
         """Between segments: old chunks leave into the banks, the text at hand retrieves, the window moves."""
+        if starting:
+            self._catch_up()
         for index, row in enumerate(self.rows):
             leaving = row.departing() if row in starting else []
             if leaving:
                 self._store(index, leaving)
                 row.depart(len(leaving))
         self._retrieve(starting)
-        if starting or gradients:  # gradients reach what made the memory of this very call
-            self._bring(gradients=gradients)
         for row in starting:
             row.asked = None
         # What the window must be follows from the rows alone, so that a failure above is made good the next time.
-        tokens = self._window.tokens
-        wanted = torch.stack([row.keeps(mine) for row, mine in zip(self.rows, tokens, strict=True)])
-        placements = tuple(row.placement for row in self.rows)
-        if placements != self._placements or not torch.equal(wanted, self._window.valid):
-            window = self._window.keeping(wanted)
-            window.place(self._positions(window.tokens))
-            self._memory = self._memory and self._memory.beside_another()
-            self._window = window
-            self._placements = placements
+        if starting or gradients or not self._is_in_place():
+            self._move(gradients=gradients)
 
     def _store(self, index: int, leaving: Sequence[Passage]) -> None:
         row = self.rows[index]
@@ -275,48 +298,66 @@ class Streams:
                 for row, query in zip(asking, queries, strict=True):
                     row.recall(query)
 
-    def _bring(self, *, gradients: bool) -> None:
+    def _is_in_place(self) -> bool:
+        """Whether the window holds what the rows keep, and stands where they say."""
+        placements = tuple(row.placement for row in self.rows)
+        return placements == self._placements and np.array_equal(self._wanted(), self._window.valid)
+
+    def _wanted(self) -> Bools:
+        return np.stack([row.keeps(mine) for row, mine in zip(self.rows, self._window.tokens, strict=True)])
+
+    def _move(self, *, gradients: bool) -> None:
+        """Bring what was retrieved, and drop and place the window's columns as the rows say."""
+        placements = tuple(row.placement for row in self.rows)
+        memory = self._bring(gradients=gradients)
+        columns = memory.tokens if memory and not gradients else 0
+        wanted, window = self._wanted(), self._window
+        if columns != window.memory or columns or placements != self._placements or not wanted.all():
+            kept, tokens = window.kept(wanted)
+            window = window.moved(kept, tokens, positions_of(tokens, placements), columns)
+        if columns and memory and memory.arrival is None:  # else when the first layer wants it
+            memory = memory.given_to(window)
+        self._window, self._placements, self._memory = window, placements, memory
+
+    def _bring(self, *, gradients: bool) -> Memory | None:
         if gradients:  # where the rest of the model is: gradients of one leaf are best made on one stream
             self._side.join()
             with torch.enable_grad():
-                self._memory = self._assemble()
-            return
+                return self._assemble()
         with self._side.beside():
             memory = self._assemble()
-        self._memory = memory and replace(memory, arrival=self._side.hand_over(memory.tensors))
+        if memory is None:
+            return None
+        return replace(memory, arrival=self._side.hand_over((*memory.keys, *memory.values)))
 
     def _assemble(self) -> Memory | None:
         """Bring the rows' retrieved K-V into one batch, shorter ones padded, keys rotated to where they stand."""
         memories = [row.memory for row in self.rows]
         if not any(memories):
             return None
-        positions = [row.memory_positions() for row in self.rows]
-        valid = [torch.ones_like(p, dtype=torch.bool) for p in positions]
-        placed = to_device(pad_sequence(positions, batch_first=True), self._device)
-        angles = AngleCache(placed)
-        keys: dict[int, Tensor] = {}
-        values: dict[int, Tensor] = {}
-        for layer in self._source.retrieval_layers:
-            rope = self._layout.layers[layer].rope
+        each = [row.memory_positions() for row in self.rows]
+        width = max(map(len, each))
+        positions = np.stack([np.pad(mine, (0, width - len(mine))) for mine in each])
+        valid = np.arange(width) < np.array([[len(mine)] for mine in each])
+        angles = AngleCache(to_device(torch.from_numpy(positions), self._device))
+        keys, values = [], []
+        groups = [group for group in self._groups if group.has_memory]
+        for group in groups:
             supplied = [
-                self._source.supply(layer, memory.keys, memory.values) if memory else (None, None)
+                self._source.supply(group.layers, memory.keys, memory.values) if memory else (None, None)
                 for memory in memories
             ]
             raw, mine = (_batch(states).to(self._device) for states in zip(*supplied, strict=True))
-            keys[layer] = rope.rotate(raw, angles.of(rope))
-            values[layer] = mine
-        return Memory(keys, values, placed, to_device(pad_sequence(valid, batch_first=True), self._device))
+            keys.append(all_turned(raw, angles.of(group.rope), group.rope.rotate))
+            values.append(mine)
+        return Memory(positions, valid, tuple(group.layers for group in groups), tuple(keys), tuple(values))
 
-    def _positions(self, tokens: Tensor) -> Tensor:
-        """Where the tokens [rows, columns], given by index in their stream, stand now."""
-        return torch.stack(
-            [row.placement.positions(mine) for row, mine in zip(self.rows, tokens, strict=True)]
-        )
 
-    def _left_padded(self, rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-        tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
-        padded = pad_sequence(tensors, batch_first=True, padding_value=padding, padding_side="left")
-        return to_device(padded, self._device)
+def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> Ints:
+    padded = np.full((len(rows), max(map(len, rows))), padding, dtype=np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[len(target) - len(row) :] = row
+    return padded
 
 
 def _in_chunks(states: Tensor, size: int) -> Tensor:
@@ -326,13 +367,13 @@ def _in_chunks(states: Tensor, size: int) -> Tensor:
 
 
 def _batch(states: Sequence[Tensor | None]) -> Tensor:
-    """Stack [kv_heads, tokens, head_dim] of the rows, those with fewer tokens (or None) padded with zeros."""
+    """Stack [layers, kv_heads, tokens, head_dim] of the rows, those with fewer tokens (or None) padded with zeros."""
     given = [state for state in states if state is not None]
     if len(states) == 1:
         return given[0][None]
-    width = max(state.shape[1] for state in given)
-    batch = given[0].new_zeros(len(states), given[0].shape[0], width, given[0].shape[2])
+    layers, heads, _, width = given[0].shape
+    batch = given[0].new_zeros(len(states), layers, heads, max(state.shape[2] for state in given), width)
     for row, state in enumerate(states):
         if state is not None:
-            batch[row, :, : state.shape[1]] = state
+            batch[row, :, :, : state.shape[2]] = state
     return batch

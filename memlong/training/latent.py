@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlong.decoder.attention import Attend, AttentionSlot, Output, evaluating, installed, replaced_attention
+from memlong.decoder.attention import AttentionSlot, evaluating, installed, replaced_attention
 from memlong.decoder.config import parse_layers
+from memlong.decoder.kernels import Attend, Output
 from memlong.decoder.latent import LatentMaps
 from memlong.decoder.probe import ModelLayout, probe
 from memlong.decoder.rope import AngleCache

@@ -1,0 +1,12 @@
+"""The array types of a stream's bookkeeping, which stays on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+"""Token numbers, positions or columns."""
+
+Bools = npt.NDArray[np.bool_]
+"""Which of them count."""

@@ -1,0 +1,128 @@
+"""Keys and values of alike layers in one buffer: retrieved chunks on the left, the local window on their right.
+
+What attention reads of a layer is a slice of the buffer, so nothing is copied for it; what moves the window (rotating,
+dropping columns, bringing in memory) is done for all layers of a buffer at once, in a few operations on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from memlong.decoder.probe import ModelLayout
+from memlong.decoder.rope import Angles, LayerRope
+
+_SPARE = 64
+# Numbers that are rotated at a time: on a CPU what fits its caches, on a device what bounds float32 temporaries.
+_PIECE = {"cpu": 1 << 17}
+_LARGE_PIECE = 1 << 25
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose K-V have one shape and one rotation, and that all attend to memory or all do not."""
+
+    layers: tuple[int, ...]
+    rope: LayerRope
+    kv_heads: int
+    head_dim: int
+    has_memory: bool
+
+
+def layer_groups(layout: ModelLayout, retrieval_layers: Sequence[int]) -> tuple[LayerGroup, ...]:
+    """Sort the layers of a model into groups, each ascending."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, layer in enumerate(layout.layers):
+        turn = layer.rope.call and layer.rope.call.key
+        kind = (index in retrieval_layers, layer.kv_heads, layer.head_dim, turn, layer.rope.width)
+        groups.setdefault(kind, []).append(index)
+    found = []
+    for layers in groups.values():
+        one = layout.layers[layers[0]]
+        found.append(
+            LayerGroup(tuple(layers), one.rope, one.kv_heads, one.head_dim, layers[0] in retrieval_layers)
+        )
+    return tuple(found)
+
+
+def turned(
+    states: Tensor, angles: Angles | None, turn: Callable[[Tensor, Angles | None], Tensor]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rotate keys [rows, layers, kv_heads, tokens, head_dim] with ``turn``, some layers at a time."""
+    rows, layers, heads, tokens, width = states.shape
+    most = _PIECE.get(states.device.type, _LARGE_PIECE)
+    step = max(1, most // max(1, rows * heads * tokens * width))
+    for start in range(0, layers, step):
+        part = slice(start, min(start + step, layers))
+        yield part, turn(states[:, part].flatten(1, 2), angles).unflatten(1, (-1, heads))
+
+
+def all_turned(
+    states: Tensor, angles: Angles | None, turn: Callable[[Tensor, Angles | None], Tensor]
+) -> Tensor:
+    """Rotate keys as :func:`turned` does, and return them in one tensor."""
+    if angles is None:
+        return states
+    parts = [part for _, part in turned(states, angles, turn)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class LayerBuffer:
+    """Keys and values [rows, layers, kv_heads, columns, head_dim] each, of which the first columns are in use.
+
+    The first ``memory`` columns are for retrieved tokens. What is written behind the columns that a window knows
+    changes nothing for it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    memory: int
+
+    @classmethod
+    def like(cls, states: Tensor, layers: int, columns: int, memory: int) -> Self:
+        """Make a buffer for states such as ``states`` [rows, kv_heads, tokens, head_dim]."""
+        rows, heads, _, width = states.shape
+        shape = (rows, layers, heads, memory + columns, width)
+        with torch.inference_mode(False):  # it is written to later, whatever the mode is then
+            keys, values = (torch.empty(shape, dtype=states.dtype, device=states.device) for _ in range(2))
+        return cls(keys, values, memory)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def has_space(self, columns: int) -> bool:
+        """Whether the window may have so many columns."""
+        return self.memory + columns <= self.keys.shape[3]
+
+    def grown(self, columns: int, used: int) -> LayerBuffer:
+        """Return a buffer for so many columns and some more, which holds the memory and the first ``used`` of these."""
+        with torch.no_grad():
+            other = self.like(self.keys[:, 0], self.keys.shape[1], columns + _SPARE, self.memory)
+            end = self.memory + used
+            other.keys[:, :, :, :end] = self.keys[:, :, :, :end]
+            other.values[:, :, :, :end] = self.values[:, :, :, :end]
+        return other
+
+    def of_rows(self, rows: Tensor) -> LayerBuffer:
+        """Return the buffer of these rows."""
+        with torch.inference_mode(False), torch.no_grad():
+            return LayerBuffer(
+                self.keys.index_select(0, rows), self.values.index_select(0, rows), self.memory
+            )
+
+    def window(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the window's first ``count`` columns, of all layers."""
+        columns = slice(self.memory, self.memory + count)
+        return self.keys[:, :, :, columns], self.values[:, :, :, columns]
+
+    def hold_memory(self, keys: Tensor, values: Tensor) -> None:
+        """Take in the K-V of all retrieved tokens."""
+        self.keys[:, :, :, : self.memory] = keys
+        self.values[:, :, :, : self.memory] = values

@@ -1,0 +1,205 @@
+"""Retrieval attention: one softmax over sink tokens, retrieved chunks and the local window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memlong.decoder import kernels
+from memlong.decoder.arrays import Bools, Ints
+from memlong.decoder.gates import MemoryGates
+from memlong.decoder.kernels import Attend, Output
+from memlong.decoder.overlap import Arrival, to_device
+from memlong.decoder.window import LocalWindow
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the rows of a batch have retrieved, rotated and ready to be attended to.
+
+    Attributes
+    ----------
+    positions
+        [rows, tokens], on the host.
+    valid
+        [rows, tokens], on the host; False where a row has retrieved fewer tokens than another.
+    layers
+        By group of retrieval layers, the layers.
+    keys, values
+        By group of retrieval layers: [rows, layers, kv_heads, tokens, head_dim]. Empty once the window holds them.
+    arrival
+        When all of these are there, if they are still on their way to a CUDA device.
+    """
+
+    positions: Ints
+    valid: Bools
+    layers: tuple[tuple[int, ...], ...]
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    arrival: Arrival | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Retrieved tokens of a row, padding included."""
+        return int(self.positions.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that are not in the window yet."""
+        return sum(states.nbytes for states in (*self.keys, *self.values))
+
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """By retrieval layer: its group, and its place there."""
+        return {
+            layer: (number, place)
+            for number, group in enumerate(self.layers)
+            for place, layer in enumerate(group)
+        }
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, kv_heads, tokens, head_dim] of a retrieval layer, if the window does not hold them."""
+        number, place = self.places[layer]
+        return self.keys[number][:, place], self.values[number][:, place]
+
+    def wait(self) -> None:
+        """Let what the device computes from here on come after the memory's arrival."""
+        if self.arrival is not None:
+            self.arrival.wait()
+
+    def given_to(self, window: LocalWindow) -> Memory:
+        """Put keys and values into the window's buffers, and return what is left to know."""
+        self.wait()
+        window.hold_memory(self.keys, self.values)
+        return replace(self, keys=(), values=(), arrival=None)
+
+    def detach(self) -> Memory:
+        """Return the same memory, as a constant."""
+        keys, values = (tuple(states.detach() for states in each) for each in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
+    def of_rows(self, rows: Sequence[int]) -> Memory:
+        """Return the memory of these rows, which may come more than once; the window must hold its keys and values."""
+        numbers = np.asarray(rows, dtype=np.int64)
+        return replace(self, positions=self.positions[numbers], valid=self.valid[numbers])
+
+
+@dataclass
+class AttentionPass:
+    """What one forward call may see: the window, of which the last columns are its own tokens, and the memory.
+
+    One rule covers sinks, memory and window alike: a token sees a key that is valid, not ahead of it and, in a
+    sliding-window layer, nearer than that layer's window. A token always sees itself, so that padding yields no NaN.
+
+    Parameters
+    ----------
+    window
+        Which tokens its columns hold, and where they stand.
+    queries
+        Columns of the call itself.
+    memory
+        What was retrieved, if anything was.
+    gates
+        What each head adds to its logits of memory, if anything.
+    device
+        Where the model is.
+    """
+
+    window: LocalWindow
+    queries: int
+    memory: Memory | None
+    gates: MemoryGates | None
+    device: torch.device
+    _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
+    _sees_all: dict[tuple[int | None, bool], bool] = field(default_factory=dict, repr=False)
+
+    def attend(
+        self,
+        base: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: dict[str, Any],
+    ) -> Output:
+        """Attend to the window [rows, kv_heads, keys, head_dim], and to the memory of this layer, if there is one."""
+        layer = cast("int", module.layer_idx)
+        has_memory = self.memory is not None and layer in self.memory.places
+        if has_memory:
+            key, value = self._with_memory(layer, key, value)
+        sliding_window = options.get("sliding_window")
+        gated = has_memory and self.gates is not None
+        if not gated and self.sees_all(sliding_window, with_memory=has_memory):
+            plain = kernels.is_plain(base, options)
+            if plain and (self.queries == 1 or kernels.prefers_no_mask(query)):
+                return kernels.attend_to_all_before(query, key, value, options.get("scaling"))
+            if self.queries == 1:
+                return base(module, query, key, value, None, **{**options, "is_causal": False})
+        mask = self.mask(sliding_window, with_memory=has_memory, dtype=query.dtype)
+        if gated:
+            mask = self._gated(mask, layer)
+        return kernels.attend_with_mask(base, module, query, key, value, mask, options)
+
+    def _with_memory(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        memory = cast("Memory", self.memory)
+        if torch.is_grad_enabled():  # what has gradients is not written over
+            memory.wait()
+            keys, values = memory.of(layer)
+            return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        if memory.keys:
+            self.memory = memory.given_to(self.window)
+        return self.window.with_memory(layer, key, value)
+
+    def sees_all(self, sliding_window: int | None, *, with_memory: bool) -> bool:
+        """Whether each token of the call sees every key of memory and window up to its own, in every row."""
+        kind = (sliding_window, with_memory)
+        if kind not in self._sees_all:
+            self._sees_all[kind] = self._is_lower_right(sliding_window, with_memory=with_memory)
+        return self._sees_all[kind]
+
+    def _is_lower_right(self, sliding_window: int | None, *, with_memory: bool) -> bool:
+        window, memory = self.window, self.memory
+        if not window.valid.all():
+            return False
+        farthest = window.positions.min()
+        if with_memory and memory is not None:
+            first = window.positions[:, -self.queries]
+            if not memory.valid.all() or (memory.positions.max(axis=1) > first).any():
+                return False
+            farthest = min(farthest, memory.positions.min())
+        return sliding_window is None or int(window.positions.max() - farthest) < sliding_window
+
+    def mask(self, sliding_window: int | None, *, with_memory: bool, dtype: torch.dtype) -> Tensor:
+        """Additive mask [rows, 1, queries, (memory +) keys], the same object for all layers that need the same."""
+        kind = (sliding_window, with_memory, dtype)
+        if kind not in self._masks:
+            self._masks[kind] = self._build(sliding_window, with_memory, dtype)
+        return self._masks[kind]
+
+    def _gated(self, mask: Tensor, layer: int) -> Tensor:
+        """Add a layer's gates to the memory's columns of a mask: [rows, heads, queries, memory + keys]."""
+        gates, memory = cast("MemoryGates", self.gates), cast("Memory", self.memory)
+        bias = gates.of(layer).to(mask.dtype)[None, :, None, None]
+        local = mask[..., memory.tokens :].expand(-1, bias.shape[1], -1, -1)
+        return torch.cat([mask[..., : memory.tokens] + bias, local], dim=-1)
+
+    def _build(self, sliding_window: int | None, with_memory: bool, dtype: torch.dtype) -> Tensor:
+        positions, valid = self.window.positions, self.window.valid
+        if with_memory and self.memory is not None:
+            positions = np.concatenate([self.memory.positions, positions], axis=1)
+            valid = np.concatenate([self.memory.valid, valid], axis=1)
+        keys = to_device(torch.from_numpy(positions), self.device)
+        queries = keys[:, -self.queries :, None]
+        visible = queries >= keys[:, None]
+        if not valid.all():
+            visible &= to_device(torch.from_numpy(valid), self.device)[:, None]
+        if sliding_window is not None:
+            visible &= queries - keys[:, None] < sliding_window
+        visible[:, :, -self.queries :].diagonal(dim1=1, dim2=2).fill_(True)  # a token sees itself
+        return kernels.additive_mask(visible, dtype)
