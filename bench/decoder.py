@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, MemoryDecoder
+from memlong.decoder import choose_machine
 from memlong.decoder.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.training import TrainingConfig
@@ -68,8 +69,8 @@ def main(
     skip: Annotated[
         list[str] | None, typer.Option(help="Leave out 'parts', 'decoding' or 'training'.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     clock: Annotated[
         Clock,
         typer.Option(help="'wall'; or 'cpu', the time of this process, which other work does not spoil."),
@@ -80,6 +81,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
     """Time streaming, generating and training with a memory beside the plain window of equal budget."""
+    dtype, device = choose_machine(dtype, device).names
     budget = Budget(seconds)
     language_model, tokenizer = load(model, dtype=dtype, device=device)
     names = backend or ["torch", "faiss", "hnswlib"]

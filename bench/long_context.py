@@ -36,6 +36,7 @@ from transformers import DynamicCache
 
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.cli.values import numbers
+from memlong.decoder import choose_machine
 from memlong.decoder.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text
@@ -62,8 +63,8 @@ def main(
     text: Annotated[Path, typer.Option(help="UTF-8 text; by default Python's own _pydecimal.py.")] = TEXT,
     lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,8192,16384",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     seconds: Annotated[
         float | None, typer.Option(help="About how long to measure; what is not reached is named.")
     ] = None,
@@ -73,6 +74,7 @@ def main(
     ] = None,
 ) -> None:
     """Set streaming with memory beside full attention."""
+    dtype, device = choose_machine(dtype, device).names
     budget = Budget(seconds)
     if one is not None:
         system, length = one.rsplit(":", 1)
@@ -83,7 +85,7 @@ def main(
     if model not in SHAPES:
         read_text(text)
     command = [sys.executable, __file__, "--model", model, "--text", str(text), "--retriever", retriever]
-    command += ["--dtype", dtype]
+    command += ["--dtype", dtype, "--device", device]
     facts = {"model": model, "retriever": retriever, "dtype": dtype}
     if model not in SHAPES:
         facts["text"] = text.name
@@ -192,12 +194,12 @@ def _measure(
             peak.note()
             read += part.shape[1]
             bar.update(part.shape[1])
-            if read % _LOOKED == 0 and device != "cpu":
+            if read % _LOOKED == 0 and device.startswith("cuda"):
                 torch.cuda.synchronize(device)  # else the host is far ahead of what it times
             if budget.is_spent:
                 break
         held = decoder.device_kv_bytes if system == "memory" else _bytes(cache)
-    if device != "cpu":
+    if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     bar.close()

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.cli.values import numbers
+from memlong.decoder import choose_machine
 from memlong.errors import MemlongError
 
 GB = 10**9
@@ -63,12 +64,13 @@ def main(
         typer.Option(help="Time for loading and for both streams; one that is out of time says so."),
     ] = 170.0,
     segment_size: Annotated[int, typer.Option(help="Tokens of a forward call.")] = 512,
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
     """Stream long texts of random tokens through a model of 3B parameters."""
-    if limit_gb and device != "cpu":
+    dtype, device = choose_machine(dtype, device).names
+    if limit_gb and device.startswith("cuda"):
         number = torch.device(device).index or 0
         total = torch.cuda.get_device_properties(number).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * GB / total), number)

@@ -18,7 +18,8 @@ _SCORES_PER_BLOCK = 1 << 24
 _BLOCK = 32
 _SCORES_FOR_BLOCKS = 1 << 18  # fewer are sooner sorted than the blocks found
 _VALUES_PER_BLOCK = 1 << 22
-_INPUT_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+_COARSEST = 2.0**-7
+_INPUT_ROUNDING = {"none": 0.0, "ieee": 0.0, "tf32": 2.0**-10, "bf16": _COARSEST}
 
 
 def true_scores(queries: Floats, vectors: Floats, similarity: Similarity) -> Floats:
@@ -126,7 +127,9 @@ def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
         return found.values, found.indices
     whole = scores[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
     promising = whole.amax(dim=2).topk(count, dim=1).indices
-    values = whole[torch.arange(len(scores), device=scores.device)[:, None], promising].flatten(1)
+    values = whole[
+        torch.arange(len(scores), dtype=torch.long, device=scores.device)[:, None], promising
+    ].flatten(1)
     best = torch.cat([values, scores[:, blocks * _BLOCK :]], dim=1).topk(count, dim=1)
     looked_through = torch.nn.functional.pad(
         promising, (0, 1), value=blocks
@@ -158,9 +161,18 @@ def _coarse_scores(
 
 def _score_error(queries: torch.Tensor, longest: float, similarity: Similarity) -> Floats:
     rounding = (queries.shape[1] + 8) * 2.0**-24
-    relative = rounding / (1 - rounding) + 2 * _INPUT_ROUNDING[torch.get_float32_matmul_precision()]
+    relative = rounding / (1 - rounding) + 2 * input_rounding(queries.device)
     product: Floats = torch.linalg.vector_norm(queries, dim=1).cpu().numpy() * longest
     return relative * (product if similarity == "inner_product" else 2 * product + longest**2)
+
+
+def input_rounding(device: torch.device) -> float:
+    """Return how much torch, as it is set now, may round what it multiplies on a device, relative to its size."""
+    # Not by get_float32_matmul_precision: it raises once anyone has set these.
+    backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
+    if device.type not in backends:
+        return _COARSEST
+    return _INPUT_ROUNDING.get(backends[device.type].matmul.fp32_precision, _COARSEST)
 
 
 def _best_of(
