@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
+from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.buffers import all_turned, layer_groups
@@ -20,7 +21,7 @@ from memlong.decoder.config import MemoryConfig
 from memlong.decoder.forward import AttentionPass, Memory
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.kernels import steady_kernels
-from memlong.decoder.overlap import SideStream, to_device
+from memlong.decoder.overlap import SideStream
 from memlong.decoder.placement import check_reach, positions_of
 from memlong.decoder.probe import ModelLayout
 from memlong.decoder.recall import RandomChunks, Retrieval
