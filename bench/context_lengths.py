@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
 from memlong.cli.values import numbers
+from memlong.decoder import choose_machine
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
 from memlong.evaluation import evaluate_perplexity, long_range_tokens, perplexity_ratio, read_text, tokenize
 from memlong.evaluation.environment import versions
@@ -75,14 +76,15 @@ def main(
     score_from: Annotated[
         int, typer.Option(help="First token that counts in ratios over a whole text.")
     ] = 4096,
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the JSON file, the picture and what was run.")] = Path(
         "out/context_lengths"
     ),
 ) -> None:
     """Measure perplexity by length of text."""
     out.mkdir(parents=True, exist_ok=True)
+    dtype, device = choose_machine(dtype, device).names
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     memory = MemoryConfig(local_window=local_window)
     retrievers = retriever or ["lm"]
@@ -107,6 +109,7 @@ def main(
         about = {
             "model": model,
             "dtype": dtype,
+            "device": device,
             "text": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(),
         }
         nll = {each.name: _losses(each, input_ids, about, path.name, out) for each in chosen}

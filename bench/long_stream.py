@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from memlong import MemoryBank, MemoryConfig, MemoryDecoder, create_bank, load_model
 from memlong.cli.values import numbers
+from memlong.decoder import choose_machine
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text, tokenize
 from memlong.evaluation.environment import versions
@@ -67,7 +68,7 @@ def main(
     places: Annotated[str, typer.Option(help="Where the passage is scored, too.")] = "10000,100000",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     backend: Annotated[str, typer.Option(help="Memory backend.")] = "torch",
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     folder: Annotated[
         Path | None, typer.Option(help="Where the disk tier is; by default a temporary one.")
     ] = None,
@@ -76,7 +77,8 @@ def main(
 ) -> None:
     """Stream a very long text and watch speed, memory and perplexity."""
     out.mkdir(parents=True, exist_ok=True)
-    language_model, tokenizer = load_model(model, dtype=dtype)
+    dtype, device = choose_machine(dtype).names
+    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     library = Path(inspect.getfile(typing)).parent
     others = [file for file in sorted(library.glob("*.py")) if file.name != STORY]
     files = [library / STORY, *others] if text is None else [text]
@@ -120,6 +122,7 @@ def main(
         "backend": backend,
         "retriever": retriever,
         "dtype": dtype,
+        "device": device,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": versions(),
         "curve": [asdict(point) for point in curve],

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.cli.values import numbers
+from memlong.decoder import choose_machine
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text, tokenize
 
@@ -44,8 +45,8 @@ def main(
     segments: Annotated[int, typer.Option(help="Segments that are timed up to each length.")] = 24,
     backend: Annotated[str, typer.Option(help="Memory backend.")] = "torch",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     clock: Annotated[
         Clock,
         typer.Option(help="'wall'; or 'cpu', the time of this process, which other work does not spoil."),
@@ -54,6 +55,7 @@ def main(
 ) -> None:
     """Time the parts of a stream's segments at two lengths."""
     early, late = sorted(numbers("--lengths", lengths, int))
+    dtype, device = choose_machine(dtype, device).names
     language_model, tokenizer = load(model, dtype=dtype, device=device)
     config = MemoryConfig(backend=backend, retriever=retriever)
     step = config.segment_size

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, Passage, Retriever, load_model
-from memlong.decoder import create_retriever
+from memlong.decoder import choose_machine, create_retriever
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
 from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 from memlong.evaluation.environment import versions
@@ -73,17 +73,19 @@ def main(
     row: Annotated[list[str] | None, typer.Option(help="Only rows whose names begin so; repeatable.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Use the first N tokens.")] = 12288,
     score_from: Annotated[int, typer.Option(help="First token that is scored.")] = 4096,
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     out: Annotated[Path, typer.Option(help="JSON file.")] = Path("out/retrievers.json"),
 ) -> None:
     """Compare retrievers by perplexity and cost."""
-    language_model, tokenizer = load_model(model, dtype=dtype)
+    dtype, device = choose_machine(dtype).names
+    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     input_ids = tokenize(tokenizer, read_text(text), max_tokens)
     rows = _rows(language_model, tokenizer, input_ids)
     chosen = {name: make for name, make in rows.items() if not row or name.startswith(tuple(row))}
     if not chosen:
         raise InvalidArgumentError(f"--row is {row}, but the rows are {', '.join(rows)}.")
     about = {"model": model, "text": text.name, "tokens": input_ids.shape[1], "score_from": score_from}
+    about |= {"dtype": dtype, "device": device}
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     for name, make in chosen.items():

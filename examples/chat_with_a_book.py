@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
 from memlong.cli.values import key_values
-from memlong.decoder import text_streamer
+from memlong.decoder import choose_machine, text_streamer
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import chat_turn, read_text, tokenize
 
@@ -42,8 +42,8 @@ def main(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 120,
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
 ) -> None:
     """Talk about a book."""
     if not all(asked.strip() for asked in question or []):
@@ -55,12 +55,14 @@ def main(
         store=key_values("--store", store or [], example="host=1GB", as_text={"disk", "dtype"}),
         position_mode="before-window",
     )
-    typer.echo("loading the model…", err=True)
+    machine = choose_machine(dtype, device)
+    dtype, device = machine.names
+    typer.echo(f"loading the model… {machine}", err=True)
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     streamer = text_streamer(tokenizer)
     with MemoryDecoder(language_model, tokenizer, config) as decoder:
         pages = tokenize(tokenizer, text)
-        with tqdm(total=pages.shape[1], unit="tok", desc=book.name) as bar:
+        with tqdm(total=pages.shape[1], unit="tok", desc=f"{book.name} ({device}, {dtype})") as bar:
             for segment in decoder.stream(pages, logits="last"):
                 bar.update(segment.tokens.shape[1])
         for asked in question or _typed():

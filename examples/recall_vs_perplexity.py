@@ -3,7 +3,8 @@
 Streams one text through a model with memories from random to exact, over the same tokens, and sets perplexity against
 recall@k. Two plain windows stand beside them: the same local window without memory, and a window as long as local and
 retrieved tokens together (the baseline to beat). Random chunks are the control: what is gained over them is what
-retrieving the right ones earns.
+retrieving the right ones earns. Systems whose indexes find the same chunks throughout are one to the model, which runs
+once for them.
 
     python examples/recall_vs_perplexity.py
     python examples/recall_vs_perplexity.py --text book.txt --max-tokens 32768 --score-from 8192 --out out
@@ -25,10 +26,11 @@ from matplotlib import pyplot as plt
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from same_chunks import Asked, Found, RememberingRetriever, chunks_found
 from tqdm import tqdm
 
 from memlong import MemoryBank, MemoryConfig, MemoryDecoder, PluginManager, Registry, hookimpl, load_model
-from memlong.decoder import create_retriever
+from memlong.decoder import choose_machine, create_retriever
 from memlong.errors import MemlongError
 from memlong.evaluation import Perplexity, Ratio, evaluate_perplexity, perplexity_ratio, read_text, tokenize
 from memlong.evaluation.environment import versions
@@ -145,12 +147,15 @@ def main(
     chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 128,
     top_k: Annotated[int, typer.Option(help="Chunks retrieved for a segment.")] = 8,
     local_window: Annotated[int, typer.Option(help="Local tokens attended to, the segment included.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("out"),
 ) -> None:
     """Set perplexity against the recall of the memory's index."""
     out.mkdir(parents=True, exist_ok=True)
+    machine = choose_machine(dtype, device)
+    dtype, device = machine.names
+    typer.echo(f"loading the model… {machine}", err=True)
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     input_ids = tokenize(tokenizer, read_text(text), max_tokens)
     memory = MemoryConfig(retriever=retriever, chunk_size=chunk_size, top_k=top_k, local_window=local_window)
@@ -168,24 +173,34 @@ def main(
         },
     }
     registry = Registry(_plugins())
-    encoder = create_retriever(retriever, language_model, tokenizer, registry=registry)
+    encoder = RememberingRetriever(create_retriever(retriever, language_model, tokenizer, registry=registry))
+    asked: Asked = []
+    known: dict[Found, Perplexity] = {}
     runs: dict[str, list[Perplexity]] = {name: [] for name in configs}
     turns = [(name, config) for name, group in configs.items() for config in group]
-    with tqdm(total=len(turns) * input_ids.shape[1], unit="tok") as bar:
+    with tqdm(total=len(turns) * input_ids.shape[1], unit="tok", postfix=f"{device}, {dtype}") as bar:
         for name, config in turns:
             bar.set_description(name)
+            found = chunks_found(config, asked, encoder, registry) if config.backend and asked else None
+            if found in known:
+                runs[name].append(known[found])
+                bar.update(input_ids.shape[1])
+                continue
+            encoder.asked = []
             with MemoryDecoder(
                 language_model, tokenizer, config, retriever=encoder, registry=registry
             ) as decoder:
-                runs[name].append(
-                    evaluate_perplexity(
-                        decoder,
-                        input_ids,
-                        score_from=score_from,
-                        long_range_distance=local_window,
-                        progress=bar.update,
-                    )
+                run = evaluate_perplexity(
+                    decoder,
+                    input_ids,
+                    score_from=score_from,
+                    long_range_distance=local_window,
+                    progress=bar.update,
                 )
+            runs[name].append(run)
+            if config.backend:
+                asked = encoder.asked
+                known[found or chunks_found(config, asked, encoder, registry)] = run
     systems = [_system(name, group, runs) for name, group in configs.items()]
     marked = runs[WINDOW][0].long_range
     about = {
@@ -199,6 +214,7 @@ def main(
         "top_k": top_k,
         "local_window": local_window,
         "dtype": dtype,
+        "device": device,
         "versions": versions(),
     }
     result = {**about, "systems": [asdict(system) for system in systems]}

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from memlong.bank.arrays import Floats
+from memlong.bank.arrays import Floats, Ids
+from memlong.bank.copying import to_device
 
 Similarity = Literal["inner_product", "l2"]
 
@@ -17,7 +18,8 @@ _SCORES_PER_BLOCK = 1 << 24
 _BLOCK = 32
 _SCORES_FOR_BLOCKS = 1 << 18  # fewer are sooner sorted than the blocks found
 _VALUES_PER_BLOCK = 1 << 22
-_INPUT_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+_COARSEST = 2.0**-7
+_INPUT_ROUNDING = {"none": 0.0, "ieee": 0.0, "tf32": 2.0**-10, "bf16": _COARSEST}
 
 
 def true_scores(queries: Floats, vectors: Floats, similarity: Similarity) -> Floats:
@@ -66,11 +68,11 @@ def nearest_rows(
     Parameters
     ----------
     queries : torch.Tensor
-        float32 [q, dim].
+        float32 [q, dim], on the device of the vectors or, which spares a wait for it, on the CPU.
     vectors : torch.Tensor
-        float32 [n, dim], on the same device.
+        float32 [n, dim].
     squared_norms : torch.Tensor
-        float32 [n], the squared length of each vector.
+        float32 [n], the squared length of each vector, on its device. Only "l2" reads them, if `longest` is known.
     k : int
         1 <= k <= n.
     similarity : "inner_product" or "l2"
@@ -89,11 +91,12 @@ def nearest_rows(
         longest = math.sqrt(squared_norms.max().item())
     pieces = []
     for start in range(0, len(queries), block):
-        part = queries[start : start + block]
+        given = queries[start : start + block]
+        part = to_device(given, vectors.device)
         scores = _coarse_scores(part, vectors, squared_norms, similarity)
-        best, rows = (each.cpu().numpy() for each in largest(scores, width))
+        best, rows = _on_cpu(*largest(scores, width))
         if width < len(vectors):
-            lower = best[:, k - 1] - 2 * _score_error(part, longest, similarity)
+            lower = best[:, k - 1] - 2 * _score_error(given, longest, similarity)
             too_low = best < lower[:, None]
             rows[too_low] = -1
             for unsure in np.flatnonzero(~too_low[:, -1]).tolist():
@@ -124,12 +127,22 @@ def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
         return found.values, found.indices
     whole = scores[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
     promising = whole.amax(dim=2).topk(count, dim=1).indices
-    values = whole[torch.arange(len(scores), device=scores.device)[:, None], promising].flatten(1)
+    values = whole[
+        torch.arange(len(scores), dtype=torch.long, device=scores.device)[:, None], promising
+    ].flatten(1)
     best = torch.cat([values, scores[:, blocks * _BLOCK :]], dim=1).topk(count, dim=1)
     looked_through = torch.nn.functional.pad(
         promising, (0, 1), value=blocks
     )  # the last one is what is left over
     return best.values, looked_through.gather(1, best.indices // _BLOCK) * _BLOCK + best.indices % _BLOCK
+
+
+def _on_cpu(scores: torch.Tensor, columns: torch.Tensor) -> tuple[Floats, Ids]:
+    """Return float32 scores and int64 columns in one copy: each waits for the device."""
+    if scores.device.type == "cpu":
+        return scores.numpy(), columns.numpy()
+    both = torch.stack([scores.contiguous().view(torch.int32).long(), columns]).cpu().numpy()
+    return both[0].astype(np.int32).view(np.float32), both[1]
 
 
 def _coarse_scores(
@@ -148,9 +161,18 @@ def _coarse_scores(
 
 def _score_error(queries: torch.Tensor, longest: float, similarity: Similarity) -> Floats:
     rounding = (queries.shape[1] + 8) * 2.0**-24
-    relative = rounding / (1 - rounding) + 2 * _INPUT_ROUNDING[torch.get_float32_matmul_precision()]
+    relative = rounding / (1 - rounding) + 2 * input_rounding(queries.device)
     product: Floats = torch.linalg.vector_norm(queries, dim=1).cpu().numpy() * longest
     return relative * (product if similarity == "inner_product" else 2 * product + longest**2)
+
+
+def input_rounding(device: torch.device) -> float:
+    """Return how much torch, as it is set now, may round what it multiplies on a device, relative to its size."""
+    # Not by get_float32_matmul_precision: it raises once anyone has set these.
+    backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
+    if device.type not in backends:
+        return _COARSEST
+    return _INPUT_ROUNDING.get(backends[device.type].matmul.fp32_precision, _COARSEST)
 
 
 def _best_of(

@@ -49,18 +49,21 @@ class DecoderChoice:
     def open(self) -> MemoryDecoder:
         """Load the model and give it its memory; a backend that cannot be had is told before the model is loaded."""
         from memlong.decoder import MemoryDecoder
+        from memlong.decoder.pretrained import read_pretrained
 
         if self.config.backend is not None:
             Registry().load_backend_class(self.config.backend)
+        found = None if self.adapter is None else read_pretrained(self.adapter, self.changes)
+        name, trained = self.model, None
+        if found is not None:
+            name, trained = name or found.base_model, found.trained_in
         model, tokenizer = None, None
-        if self.model is not None:
-            model, tokenizer = load(self.model, dtype=self.dtype, device=self.device)
+        if name is not None:
+            model, tokenizer = load(name, dtype=self.dtype, device=self.device, trained=trained)
         if self.adapter is None:
             assert model is not None  # noqa: S101 - choose_decoder saw to it
             return MemoryDecoder(model, tokenizer, self.config)
-        return MemoryDecoder.from_pretrained(
-            self.adapter, model, tokenizer, changes=self.changes, dtype=self.dtype, device=self.device
-        )
+        return MemoryDecoder.from_pretrained(self.adapter, model, tokenizer, changes=self.changes)
 
 
 def choose_decoder(

@@ -9,7 +9,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.loading import load
+from memlong.cli.loading import load, told
 from memlong.cli.values import writable
 from memlong.errors import InvalidTextError
 
@@ -22,8 +22,8 @@ def fit(
     retrieval_layers: options.RetrievalLayers = "all",
     passages: Annotated[int, typer.Option(min=1, help="Passages read of each text, spread over it.")] = 8,
     passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a passage.")] = 1024,
-    dtype: options.Dtype = "bfloat16",
-    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
 ) -> None:
     """Find the vector of few numbers that keeps most of what a token's keys and values do, in closed form.
@@ -55,9 +55,14 @@ def fit(
             )
         places = torch.linspace(0, len(whole) - 1, min(passages, len(whole))).round().long().tolist()
         chosen += [whole[place].to(language_model.device) for place in places]
-    with tqdm(total=len(chosen) * passage_tokens, unit="tok", desc="reading") as bar:
+    with tqdm(
+        total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({told(language_model)})"
+    ) as bar:
         maps = fit_latent_maps(
             language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed
         )
     maps.save(out)
-    typer.echo(f"{out}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers")
+    typer.echo(
+        f"{out}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers "
+        f"({told(language_model)})"
+    )

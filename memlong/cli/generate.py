@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.choice import choose_decoder
+from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.errors import InvalidArgumentError
@@ -43,8 +44,8 @@ def generate(
     beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1 is none.")] = 1,
     memory: Memory,
     retrieve_every: options.RetrieveEvery = None,
-    dtype: options.Dtype = "bfloat16",
-    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -135,7 +136,7 @@ def _prompt(tokenizer: Any, prompt: str, *, chat: bool, begins: bool) -> Any:
 
 
 def _read(decoder: Any, input_ids: Any) -> int:
-    with tqdm(total=input_ids.shape[1], unit="tok", desc="reading") as bar:
+    with tqdm(total=input_ids.shape[1], unit="tok", desc=f"reading ({told(decoder.model)})") as bar:
         for segment in decoder.stream(input_ids, logits="last"):
             bar.update(segment.tokens.shape[1])
     return int(input_ids.shape[1])

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.choice import choose_decoder
+from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
@@ -49,8 +50,8 @@ def icl(
         bool, typer.Option("--calibrate", help="Divide by each word's probability where the text is N/A.")
     ] = False,
     memory: Memory,
-    dtype: options.Dtype = "bfloat16",
-    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -81,7 +82,7 @@ def icl(
     decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
     with (
         decoder,
-        tqdm(total=len(counts) * len(task.tests), unit="test", desc="asking") as bar,
+        tqdm(total=len(counts) * len(task.tests), unit="test", desc=f"asking ({told(decoder.model)})") as bar,
     ):
         found = evaluate_icl(
             decoder,
@@ -103,8 +104,6 @@ def icl(
             "words": list(task.words),
             "template": template,
             "calibrate": calibrate,
-            "dtype": dtype,
-            "device": device,
             "seed": seed,
         },
         "shots": [_record(each) for each in found],
@@ -113,7 +112,7 @@ def icl(
     }
     if output.write(result):
         _print(found)
-        typer.echo(f"\n{floor:.1%} if the answer were always {majority!r}")
+        typer.echo(f"\n{floor:.1%} if the answer were always {majority!r} ({told(decoder.model)})")
 
 
 def _words(labels: str) -> dict[str, str]:

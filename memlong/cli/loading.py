@@ -7,15 +7,38 @@ from typing import Any
 import typer
 
 
-def load(name: str, *, dtype: str, device: str) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, and say so, as it takes some seconds.
+def load(
+    name: str, *, dtype: str, device: str, trained: tuple[str, str] | None = None, trains: bool = False
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, and say so, and in which dtype and where, as it takes some seconds.
+
+    Parameters
+    ----------
+    name
+        Of the model.
+    dtype, device, trained, trains
+        As :func:`~memlong.decoder.choose_machine` takes them.
 
     Raises
     ------
     MemlongError
         If it cannot be loaded, as :func:`~memlong.load_model` explains.
     """
-    from memlong.decoder import load_model
+    from memlong.decoder import choose_machine, load_model
 
-    typer.echo("loading the model…", err=True)
+    machine = choose_machine(dtype, device, trained=trained, trains=trains)
+    typer.echo(f"loading the model… {machine}", err=True)
+    dtype, device = machine.names
     return load_model(name, dtype=dtype, device=device)
+
+
+def runs_on(model: Any) -> dict[str, str]:
+    """Return device and dtype of a model, for JSON."""
+    from memlong.decoder.machine import dtype_name
+
+    return {"device": str(model.device), "dtype": dtype_name(model.dtype)}
+
+
+def told(model: Any) -> str:
+    """Return device and dtype of a model, for people."""
+    return ", ".join(runs_on(model).values())

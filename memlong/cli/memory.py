@@ -9,6 +9,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from memlong.cli import options
+from memlong.cli.loading import runs_on
 from memlong.plugins.uri import hide_credentials, without_credentials
 
 if TYPE_CHECKING:
@@ -90,10 +91,11 @@ def with_memory(**defaults: Any) -> Callable[[Command], Command]:
 
 
 def described(decoder: MemoryDecoder) -> dict[str, Any]:
-    """Return the settings of a decoder for JSON."""
+    """Return the settings of a decoder for JSON, and what its model runs on."""
     config = decoder.config
     remembers = config.backend is not None
     return {
+        **runs_on(decoder.model),
         "backend": without_credentials(config.backend or "none"),
         "backend_options": hide_credentials(config.backend_options),
         "retriever": config.retriever if remembers else None,

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.choice import choose_decoder
+from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers, writable
@@ -34,8 +35,8 @@ def needle(
         Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few dull sentences]")
     ] = None,
     memory: Memory,
-    dtype: options.Dtype = "bfloat16",
-    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a heat-map, PNG or SVG.")] = None,
     json_file: options.JsonFile = None,
@@ -70,7 +71,7 @@ def needle(
     total = sum(wanted) * len(places) * trials
     with (
         decoder,
-        tqdm(total=total, unit="tok", desc="reading") as bar,
+        tqdm(total=total, unit="tok", desc=f"reading ({told(decoder.model)})") as bar,
     ):
         cells = evaluate_needle(
             decoder, wanted, places, trials=trials, filler=hay, seed=seed, progress=bar.update
@@ -81,7 +82,6 @@ def needle(
         "adapter": adapter,
         **described(decoder),
         "filler": None if filler is None else str(filler),
-        "dtype": dtype,
         "seed": seed,
         "accuracy": found,
         "cells": [asdict(cell) for cell in cells],
@@ -89,7 +89,7 @@ def needle(
     }
     if output.write(result):
         _print(cells)
-        typer.echo(f"\n{found:.0%} found")
+        typer.echo(f"\n{found:.0%} found ({told(decoder.model)})")
     if plot is not None:
         _draw(cells, f"{model or adapter}, memory: {result['backend']}", plot)
 

@@ -91,8 +91,12 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is ra
 RetrieveEvery = Annotated[
     int | None, typer.Option(help="Tokens generated between retrievals  [default: half a chunk]")
 ]
-Dtype = Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'.")]
-Device = Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")]
+Dtype = Annotated[
+    str, typer.Option(help="'float32', 'bfloat16', 'float16', or 'auto': what the device computes faster.")
+]
+Device = Annotated[
+    str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps', or 'auto': a GPU where there is one.")
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' prints it.")
 ]

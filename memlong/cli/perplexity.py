@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.choice import choose_decoder
+from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 
@@ -31,8 +32,8 @@ def perplexity(
     long_range_distance: Annotated[
         int | None, typer.Option(help="A token last met farther back is long-range  [default: local window]")
     ] = None,
-    dtype: options.Dtype = "bfloat16",
-    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -59,7 +60,7 @@ def perplexity(
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
         decoder,
-        tqdm(total=input_ids.shape[1], unit="tok", desc=text.name) as bar,
+        tqdm(total=input_ids.shape[1], unit="tok", desc=f"{text.name} ({told(decoder.model)})") as bar,
     ):
         result = evaluate_perplexity(
             decoder,
@@ -68,9 +69,7 @@ def perplexity(
             long_range_distance=long_range_distance,
             progress=bar.update,
         )
-    summary = _summary(
-        decoder, result, model=model, adapter=adapter, text=str(text), dtype=dtype, device=device, seed=seed
-    )
+    summary = _summary(decoder, result, model=model, adapter=adapter, text=str(text), seed=seed)
     distance = decoder.config.local_window if long_range_distance is None else long_range_distance
     summary |= {"score_from": score_from, "long_range_distance": distance}
     if output.write(summary):
@@ -112,6 +111,7 @@ def _print(summary: dict[str, Any]) -> None:
     ]
     if summary["recall_at_k"] is not None:
         rows.append((f"recall@{summary['recall_k']}", f"{summary['recall_at_k']:.4f}"))
+    rows.append(("device", f"{summary['device']}, {summary['dtype']}"))
     rows.append(("speed", f"{summary['tokens_per_second']:.0f} tokens/s, {summary['seconds']:.1f} s"))
     if summary["peak_rss_bytes"] is not None:
         rows.append(("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB"))

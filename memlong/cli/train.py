@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +12,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.loading import load, told
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -86,8 +89,8 @@ def train(
     segment_size: options.SegmentSize = 256,
     query_tokens: options.QueryTokens = None,
     position_mode: options.PositionMode = "zero",
-    dtype: options.Dtype = "bfloat16",
-    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     seed: options.Seed = 0,
 ) -> None:
     """Train a model to read a memory: LoRA on the layers above it, the maps of 'latent', and gates.
@@ -132,7 +135,7 @@ def train(
         query_tokens=query_tokens,
         position_mode=position_mode,
     )
-    from memlong.decoder import MemoryDecoder, load_model
+    from memlong.decoder import MemoryDecoder
     from memlong.evaluation import tokenize
     from memlong.training import Trainer, TrainingConfig, read_dataset, read_documents, usual_retrieval_layers
     from memlong.training.trainer import check_settings
@@ -162,7 +165,8 @@ def train(
     texts = list(read_documents(text or []))
     if dataset is not None:
         texts += read_dataset(dataset, split=dataset_split, column=dataset_column)
-    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    begun = _begun(out) if resume else None
+    language_model, tokenizer = load(model, dtype=dtype, device=device, trained=begun, trains=True)
     if retrieval_layers is None:
         config = replace(config, retrieval_layers=usual_retrieval_layers(language_model, config))
     documents = [tokenize(tokenizer, words)[0] for words in tqdm(texts, desc="tokens", unit="text")]
@@ -172,9 +176,10 @@ def train(
         typer.echo(f"{out}: the run has ended, and its decoder is here")
         return
     typer.echo(
-        f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} numbers learn"
+        f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} numbers learn, "
+        f"{told(language_model)}"
     )
-    with tqdm(total=steps, unit="step", desc="training") as bar:
+    with tqdm(total=steps, unit="step", desc=f"training ({told(language_model)})") as bar:
 
         def show(step: Step) -> None:
             bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
@@ -182,3 +187,14 @@ def train(
 
         made = trainer.run(resume=resume, progress=show)
     typer.echo(f"{out}: {steps:,} steps, last loss {made[-1].loss:.3f}")
+
+
+def _begun(folder: Path) -> tuple[str, str] | None:
+    """Dtype of the run that the folder holds a checkpoint of, and the folder; what is wrong with it is told later."""
+    from memlong.training.checkpoint import checkpoints
+
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        latest = checkpoints(folder)[-1]
+        facts = json.loads((latest / "training.json").read_text(encoding="utf-8"))
+        return str(facts["made_of"]["model.dtype"]), str(folder)
+    return None

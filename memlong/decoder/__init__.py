@@ -10,28 +10,33 @@ if TYPE_CHECKING:
     from memlong.decoder.decoder import MemoryDecoder
     from memlong.decoder.generation import text_streamer
     from memlong.decoder.loading import load_model
+    from memlong.decoder.machine import Machine, choose_machine
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
     from memlong.decoder.streams import Segment
 
 # Loaded when first asked for: listing the retrievers must not import transformers.
 _HOMES = {
+    "Machine": "memlong.decoder.machine",
     "MemoryConfig": "memlong.decoder.config",
     "MemoryDecoder": "memlong.decoder.decoder",
     "Passage": "memlong.decoder.retrievers.base",
     "Retriever": "memlong.decoder.retrievers.base",
     "Segment": "memlong.decoder.streams",
+    "choose_machine": "memlong.decoder.machine",
     "create_retriever": "memlong.decoder.retrievers.create",
     "load_model": "memlong.decoder.loading",
     "text_streamer": "memlong.decoder.generation",
 }
 
 __all__ = [
+    "Machine",
     "MemoryConfig",
     "MemoryDecoder",
     "Passage",
     "Retriever",
     "Segment",
+    "choose_machine",
     "create_retriever",
     "load_model",
     "text_streamer",

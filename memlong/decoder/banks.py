@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from memlong.bank import ChunkLayout, MemoryBank
+from memlong.decoder.machine import dtype_name, loading_in
 from memlong.decoder.retrievers.base import Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -39,5 +42,6 @@ def check_banks(
                 raise InvalidArgumentError(
                     f"banks holds a bank of blocks of {what} {theirs}, but this decoder's are of {what} {ours} (a "
                     "shape is layers, K-V heads, chunk_size, head width): use what it was filled with."
+                    + (f" To {loading_in(dtype_name(theirs))}." if isinstance(theirs, torch.dtype) else "")
                 )
     return tuple(banks)

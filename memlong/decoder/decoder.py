@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from memlong.bank import MemoryBank
 from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options
 from memlong.decoder.loading import load_model
+from memlong.decoder.machine import AUTO, choose_machine
 from memlong.decoder.pretrained import attach_adapter, read_pretrained, write_pretrained
 from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever
@@ -85,8 +86,8 @@ class MemoryDecoder(SavingDecoder):
         changes: Mapping[str, Any] | None = None,
         retriever: Retriever | None = None,
         registry: Registry | None = None,
-        dtype: str = "bfloat16",
-        device: str = "cpu",
+        dtype: str = AUTO,
+        device: str = AUTO,
     ) -> Self:
         """Load a trained decoder: its model, the adapter, and what reads the memory.
 
@@ -102,7 +103,8 @@ class MemoryDecoder(SavingDecoder):
         retriever, registry
             As for :class:`MemoryDecoder`.
         dtype, device
-            Of the model, if it is to be loaded.
+            Of the model, if it is to be loaded, as :func:`~memlong.load_model` takes them; but ``"auto"`` is the dtype
+            of the training, where the folder names it.
 
         Raises
         ------
@@ -117,6 +119,7 @@ class MemoryDecoder(SavingDecoder):
                 raise InvalidArgumentError(
                     f"{str(name)!r} does not say for which model it was trained: give `model` and `tokenizer`."
                 )
+            dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
             model, tokenizer = load_model(found.base_model, dtype=dtype, device=device)
         # Before the adapter: a retriever that asks the model is then the one of the training.
         decoder = cls(model, tokenizer, found.config, retriever=retriever, registry=registry)

@@ -67,9 +67,15 @@ def fingerprint(
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return which parts of two fingerprints differ, with what they are where that says something."""
+    """Return which parts of two fingerprints differ, with what they are where that says something.
+
+    Of other dtypes, weights cannot be compared.
+    """
     found = []
-    for name in sorted(ours.keys() | theirs.keys()):
+    names = ours.keys() | theirs.keys()
+    if ours.get("dtype") != theirs.get("dtype"):
+        names -= {"weights"}
+    for name in sorted(names):
         mine, other = ours.get(name), theirs.get(name)
         if mine != other:
             is_digest = any(isinstance(each, str) and len(each) == 64 for each in (mine, other))

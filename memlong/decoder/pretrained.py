@@ -21,6 +21,7 @@ from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.latent import LatentMaps
 from memlong.decoder.loading import NAME, stable_name
+from memlong.decoder.machine import dtype_name
 from memlong.decoder.quiet import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
 
@@ -50,12 +51,20 @@ class Pretrained:
         The settings, maps and gates named by their place.
     has_adapter
         Whether weights of the model were trained.
+    dtype
+        That of the model when it was trained; None if the folder is older than its being noted down.
     """
 
     folder: Path
     base_model: str | None
     config: MemoryConfig
     has_adapter: bool
+    dtype: str | None = None
+
+    @property
+    def trained_in(self) -> tuple[str, str] | None:
+        """Dtype of the training, and the folder, as :func:`choose_machine` takes them."""
+        return None if self.dtype is None else (self.dtype, str(self.folder))
 
 
 def write_pretrained(
@@ -86,6 +95,7 @@ def write_pretrained(
         or stable_name(model.name_or_path or "")
         or None,
         "base_weights": _base_weights(model),
+        "dtype": dtype_name(model.dtype),
         "adapter": has_adapter,
         "memory": memory,
         "training": training,
@@ -146,8 +156,10 @@ def read_pretrained(name: str | Path, changes: Mapping[str, Any] | None = None) 
                 memory[f"{field}_options"] = {}
         if not isinstance(facts["base_model"], str | None):
             raise TypeError(f"base_model is {facts['base_model']!r}")
+        if not isinstance(facts.get("dtype"), str | None):
+            raise TypeError(f"dtype is {facts['dtype']!r}")
         config = MemoryConfig(**{**memory, **(changes or {})})
-        return Pretrained(folder, facts["base_model"], config, bool(facts["adapter"]))
+        return Pretrained(folder, facts["base_model"], config, bool(facts["adapter"]), facts.get("dtype"))
     except FileNotFoundError as error:
         raise InvalidArgumentError(
             f"The folder {str(name)!r} holds no {SETTINGS}, so no decoder that save_pretrained or `memlong train` "

@@ -19,6 +19,7 @@ from memlong.bank.snapshot.segments import check_finite
 from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.fingerprint import differences, fingerprint
+from memlong.decoder.machine import DTYPES, loading_in
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.streaming import StreamingDecoder
 from memlong.decoder.streams import Streams
@@ -211,11 +212,14 @@ class SavingDecoder(StreamingDecoder):
         theirs = extra.facts.get("fingerprint")
         if not isinstance(theirs, dict):
             raise damaged(folder / extra.file.name, "comes without the fingerprint of its model")
-        odd = [] if any_model else differences(self.fingerprint(), theirs)
+        ours = self.fingerprint()
+        odd = [] if any_model else differences(ours, theirs)
         if odd:
+            is_dtype = ours["dtype"] != theirs.get("dtype") and theirs.get("dtype") in DTYPES
             raise SnapshotError(
                 f"{str(folder)!r} was saved with another model or other settings, for which its keys and values were "
                 f"made; what differs: {', '.join(odd)}. Use those, or any_model=True if you know that they fit."
+                + (f" To {loading_in(theirs['dtype'])}." if is_dtype else "")
             )
 
 

@@ -172,7 +172,7 @@ def evaluate_icl(
 def _log_probabilities(decoder: MemoryDecoder, question: str, tokens: Sequence[int]) -> Tensor:
     """Log-probability [words] of each word's first token after a question, which the streams forget again."""
     said = decoder.generate(
-        torch.tensor([_ids(decoder.tokenizer, question)]),
+        torch.tensor([_ids(decoder.tokenizer, question)], dtype=torch.long, device="cpu"),
         remember=False,
         max_new_tokens=1,
         do_sample=False,

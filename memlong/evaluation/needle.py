@@ -73,7 +73,7 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
     before = min(before, room)
     hay = list(itertools.islice(itertools.cycle(line), before))
     rest = list(itertools.islice(itertools.cycle(line), room - before))
-    return torch.tensor([[*opening, *hay, *needle, *rest, *question]])
+    return torch.tensor([[*opening, *hay, *needle, *rest, *question]], dtype=torch.long, device="cpu")
 
 
 def evaluate_needle(

@@ -7,7 +7,7 @@ is made of tokens before it (the decoder sees to that).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,7 +103,7 @@ def evaluate_perplexity(
     started = time.perf_counter()
     aside = 0.0
     previous: Tensor | None = None  # the logits that predict the next segment's first token
-    for segment in decoder.stream(input_ids):
+    for segment in _segments(decoder, input_ids, score_from):
         first = int(segment.tokens[0, 0])
         if first + segment.tokens.shape[1] > score_from:
             losses.append(_losses(segment, previous, max(0, score_from - first)))
@@ -144,6 +144,14 @@ def _check(input_ids: Tensor, score_from: int, distance: int, segment_size: int)
         )
 
 
+def _segments(decoder: MemoryDecoder, input_ids: Tensor, score_from: int) -> Iterator[Segment]:
+    """Stream, without the logits of segments that hold no scored token: they take a fifth of a small model's time."""
+    unscored = score_from // decoder.config.segment_size * decoder.config.segment_size
+    if unscored:
+        yield from decoder.stream(input_ids[:, :unscored], logits="last")
+    yield from decoder.stream(input_ids[:, unscored:])
+
+
 def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.float64]:
     """Losses [tokens] of a segment's tokens from number ``skip`` on; a stream's very first token has none."""
     logits, targets = segment.logits[0], segment.input_ids[0]
@@ -153,7 +161,7 @@ def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.
     else:
         predicting = torch.cat([previous[0], logits[:-1]])[skip:]
     losses = torch.nn.functional.cross_entropy(predicting.float(), targets[skip:], reduction="none")
-    return losses.double().cpu().numpy()
+    return losses.cpu().double().numpy()  # there, as not every device has float64
 
 
 def _recalls(decoder: MemoryDecoder, segment: Segment) -> list[float]:

@@ -66,7 +66,7 @@ def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None, *, begins
         raise InvalidTextError(f"max_tokens is {max_tokens}; expected at least 1.")
     check_characters("The text", text)
     ids = [*(opening_tokens(tokenizer) if begins else []), *_ids(tokenizer, text)]
-    return torch.tensor([ids[:max_tokens]], dtype=torch.long)
+    return torch.tensor([ids[:max_tokens]], dtype=torch.long, device="cpu")
 
 
 def chat_turn(tokenizer: Any, said: str, *, begins: bool = True) -> Tensor:
@@ -87,16 +87,15 @@ def chat_turn(tokenizer: Any, said: str, *, begins: bool = True) -> Tensor:
         If the text holds half a character.
     """
     check_characters("The text", said)
-    found: Tensor = tokenizer.apply_chat_template(
+    ids: list[int] = tokenizer.apply_chat_template(
         [{"role": "user", "content": said}],
         add_generation_prompt=True,
-        return_tensors="pt",
         return_dict=True,
     ).input_ids
     opening = opening_tokens(tokenizer)
-    if not begins and found[0, : len(opening)].tolist() == opening:
-        return found[:, len(opening) :]
-    return found
+    if not begins and ids[: len(opening)] == opening:
+        ids = ids[len(opening) :]
+    return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:

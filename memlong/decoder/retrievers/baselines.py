@@ -49,8 +49,8 @@ class RandomRetriever(Retriever):
 
     def _direction(self, place: int) -> Tensor:
         seed = np.random.SeedSequence((self._seed, place)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
-        return torch.randn(self._dim, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(int(seed[0] >> np.uint64(1)))
+        return torch.randn(self._dim, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class RecentRetriever(Retriever):
@@ -65,8 +65,9 @@ class RecentRetriever(Retriever):
 
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
         """The position of each chunk [chunks, 1]; exact in float32 for the first 16 million tokens."""
-        return torch.tensor([[float(chunk.start)] for chunk in chunks])
+        starts = [[float(chunk.start)] for chunk in chunks]
+        return torch.tensor(starts, dtype=torch.float32, device="cpu")
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """One [queries, 1], so that the score is the position."""
-        return torch.ones(len(queries), 1)
+        return torch.ones(len(queries), 1, dtype=torch.float32, device="cpu")

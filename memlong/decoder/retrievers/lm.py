@@ -71,12 +71,13 @@ class LanguageModelRetriever(Retriever):
         start = getattr(model.config, "bos_token_id", None) or 0
         device = model.get_input_embeddings().weight.device
         with torch.no_grad(), evaluating(model):
-            logits = model(torch.tensor([[start]], device=device)).logits[0, -1]
+            logits = model(torch.tensor([[start]], dtype=torch.long, device=device)).logits[0, -1]
         self._weights = (-logits.float().log_softmax(dim=0)).to("cpu") ** sharpness
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         shape = (len(self._weights), _HASHES)
-        self._places = torch.randint(dim, shape, generator=generator)
-        self._signs = torch.randint(2, shape, generator=generator) * 2.0 - 1.0
+        self._places = torch.randint(dim, shape, generator=generator, dtype=torch.long, device="cpu")
+        signs = torch.randint(2, shape, generator=generator, dtype=torch.long, device="cpu")
+        self._signs = signs.float() * 2 - 1
 
     @property
     def dim(self) -> int:
@@ -92,12 +93,12 @@ class LanguageModelRetriever(Retriever):
         return self.embed_chunks(queries)
 
     def _sketch(self, passage: Passage) -> Tensor:
-        sketch = torch.zeros(self._tokens_dim)
-        tokens = torch.tensor(sorted(set(passage.token_ids)))
+        sketch = torch.zeros(self._tokens_dim, dtype=torch.float32, device="cpu")
+        tokens = torch.tensor(sorted(set(passage.token_ids)), dtype=torch.long, device="cpu")
         self._add(sketch, self._places[tokens], self._signs[tokens], self._weights[tokens])
         couples = sorted(set(pairwise(passage.token_ids)))
         if couples and self._pairs:
-            first, second = torch.tensor(couples).T
+            first, second = torch.tensor(couples, dtype=torch.long, device="cpu").T
             places = (self._places[first] + 3 * self._places[second] + 1) % self._tokens_dim  # a b is not b a
             weights = self._pairs * (self._weights[first] + self._weights[second])
             self._add(sketch, places, self._signs[first] * self._signs[second], weights)

