@@ -41,9 +41,8 @@ CORE = (
     "tests/cli/test_bank.py",
     "tests/backends/test_conformance.py",
     "tests/decoder/test_oracles.py",
-    "tests/decoder/test_saving.py",
 )
-CHOICE = ("-m", "not slow")
+CHOICE = ("-m", "not slow", "--brief")
 # Of old libraries that call what is deprecated in the newest ones that they work with.
 FORGIVEN = ("-W", "ignore::DeprecationWarning")
 
