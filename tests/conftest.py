@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rows = covering([_values(item) for item in product], together=1 if brief else 2)
         spare.difference_update(id(product[row]) for row in rows)
     items[:] = [item for item in items if id(item) not in spare]
+    if hasattr(config, "workerinput"):  # else a worker may begin the longest when all others have ended
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def _values(item: pytest.Item) -> tuple[tuple[str, str], ...]:

@@ -109,14 +109,17 @@ def test_ctrl_c_ends_the_talk_with_a_line(folder, book):
     typed = ["--book", book, "--model", folder, "--dtype", "float32", "--retriever", "lm"]
     command = [sys.executable, "-c", PROGRAM, ROOT / "examples/chat_with_a_book.py", *typed]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        said = bytearray()
-        while b"book.txt:" not in said or b"tok/s" not in said:  # the bar moves: the book is being read
-            read = process.stderr.read1()
-            assert read, said.decode()
-            said += read
-        process.send_signal(signal.SIGINT)
-        said += process.stderr.read()
-        assert process.wait(timeout=60) == 130
+        try:
+            said = bytearray()
+            while b"book.txt" not in said or b"tok/s" not in said:  # the bar moves: the book is being read
+                read = process.stderr.read1()
+                assert read, said.decode()
+                said += read
+            process.send_signal(signal.SIGINT)
+            said += process.stderr.read()
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
     assert said.decode().splitlines()[-1] == "chat_with_a_book: interrupted"
     assert b"Traceback" not in said
 

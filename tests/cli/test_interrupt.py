@@ -24,14 +24,17 @@ def test_ctrl_c_while_a_text_is_read(arguments, tmp_path):
     tier.mkdir()
     typed = arguments("generate", context=book, prompt="word1", store=[f"disk={tier}", "host=1MB"])
     with subprocess.Popen([sys.executable, "-c", PROGRAM, *typed], stderr=subprocess.PIPE) as process:
-        said = bytearray()
-        while b"reading:" not in said or b"tok/s" not in said:  # the bar moves: the text is being read
-            read = process.stderr.read1()
-            assert read, said.decode()
-            said += read
-        process.send_signal(signal.SIGINT)
-        said += process.stderr.read()
-        assert process.wait(timeout=60) == 130
+        try:
+            said = bytearray()
+            while b"reading" not in said or b"tok/s" not in said:  # the bar moves: the text is being read
+                read = process.stderr.read1()
+                assert read, said.decode()
+                said += read
+            process.send_signal(signal.SIGINT)
+            said += process.stderr.read()
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
     assert said.decode().splitlines()[-1] == "memlong: interrupted"
     assert "Traceback" not in said.decode()
     assert list(tier.iterdir()) == []
