@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlong.decoder.kernels import steady_kernels
-from memlong.decoder.loading import DTYPES
+from memlong.decoder.machine import DTYPES
 
 Kernels = Callable[[], AbstractContextManager[None]]
 """Within what torch is to choose."""

@@ -54,6 +54,7 @@ class MirroredTorchBank(TorchBank):
     def __init__(self, dim: int, **bank_options: Any) -> None:
         super().__init__(dim, **bank_options)
         self._mirror = DeviceMatrix(dim, self.device)
+        self._norms = DeviceMatrix(1, self.device) if self.metric == "l2" else None
 
 
 @another_configuration
