@@ -35,8 +35,8 @@ demo: $(INSTALLED) ## Compare recall and perplexity of the backends on a small m
 test: $(INSTALLED) ## Run the tests on all cores; ARGS="-k name" picks some
 	$(PYTEST) $(ARGS)
 
-test-fast: $(INSTALLED) ## Run the tests that are not slow, in a minute or so
-	$(PYTEST) -m 'not slow' $(ARGS)
+test-fast: $(INSTALLED) ## Run the tests that are not slow, of models one case for each value
+	$(PYTEST) -m 'not slow' --brief $(ARGS)
 
 test-versions: $(INSTALLED) ## Test the core on other Pythons, and with the lowest versions of what it needs
 	$(BIN)/python tests/versions.py $(ARGS)

@@ -18,29 +18,48 @@ pytest_plugins = ["memlong.testing.plugin"]
 BACKENDS: dict[str, dict[str, Any]] = {"torch": {}, "faiss": {"index": "Flat"}, "hnswlib": {"ef": 200}}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave of each test that is marked `pairwise` enough cases to see every two values of its parameters together."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--brief",
+        action="store_true",
+        help="of tests of many models take as many cases as show every value of their parameters once",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave of each test that is marked `pairwise` enough cases to see every two values of its parameters together.
+
+    With --brief, of these and of all that go through the architectures, enough to see every value.
+    """
+    brief = config.getoption("--brief")
     products: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("pairwise"):
+        of_models = brief and "architecture" in getattr(item, "fixturenames", ())
+        if of_models or item.get_closest_marker("pairwise"):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     spare = {id(item) for product in products.values() for item in product}
     for product in products.values():
-        spare.difference_update(id(product[row]) for row in covering([_values(item) for item in product]))
+        rows = covering([_values(item) for item in product], together=1 if brief else 2)
+        spare.difference_update(id(product[row]) for row in rows)
     items[:] = [item for item in items if id(item) not in spare]
+    if hasattr(config, "workerinput"):  # else a worker may begin the longest when all others have ended
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def _values(item: pytest.Item) -> tuple[tuple[str, str], ...]:
     return tuple((name, repr(value)) for name, value in sorted(item.callspec.params.items()))
 
 
-def covering(cases: list[tuple[tuple[str, str], ...]]) -> list[int]:
-    """Which of these cases hold every pair of values that any of them holds: always that which adds the most pairs."""
-    pairs = [set(combinations(case, 2)) or {case} for case in cases]
-    missing, chosen = set().union(*pairs), []
+def covering(cases: list[tuple[tuple[str, str], ...]], *, together: int) -> list[int]:
+    """Which of these cases hold all that any of them has of so many values together.
+
+    The next is always the one that adds the most.
+    """
+    held = [set(combinations(case, together)) or {case} for case in cases]
+    missing, chosen = set().union(*held), []
     while missing:
-        chosen.append(max(range(len(cases)), key=lambda row: len(pairs[row] & missing)))
-        missing -= pairs[chosen[-1]]
+        chosen.append(max(range(len(cases)), key=lambda row: len(held[row] & missing)))
+        missing -= held[chosen[-1]]
     return chosen
 
 

@@ -109,14 +109,17 @@ def test_ctrl_c_ends_the_talk_with_a_line(folder, book):
     typed = ["--book", book, "--model", folder, "--dtype", "float32", "--retriever", "lm"]
     command = [sys.executable, "-c", PROGRAM, ROOT / "examples/chat_with_a_book.py", *typed]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        said = bytearray()
-        while b"book.txt:" not in said or b"tok/s" not in said:  # the bar moves: the book is being read
-            read = process.stderr.read1()
-            assert read, said.decode()
-            said += read
-        process.send_signal(signal.SIGINT)
-        said += process.stderr.read()
-        assert process.wait(timeout=60) == 130
+        try:
+            said = bytearray()
+            while b"book.txt" not in said or b"tok/s" not in said:  # the bar moves: the book is being read
+                read = process.stderr.read1()
+                assert read, said.decode()
+                said += read
+            process.send_signal(signal.SIGINT)
+            said += process.stderr.read()
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
     assert said.decode().splitlines()[-1] == "chat_with_a_book: interrupted"
     assert b"Traceback" not in said
 
@@ -153,6 +156,7 @@ def test_the_long_context_bench_names_a_text_that_is_too_short(folder, book):
         raise invoke(script("bench/long_context.py"), *typed).exception
 
 
+@pytest.mark.slow
 def test_the_decoder_bench_sets_memory_beside_the_plain_window(tmp_path):
     out = tmp_path / "decoder.json"
     typed = ["--model", "random-tiny", "--backend", "torch", "--tokens", 512, "--new-tokens", 3]
@@ -173,6 +177,7 @@ def test_the_decoder_bench_sets_memory_beside_the_plain_window(tmp_path):
     assert "5 ratios measured" in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_stream_are_timed_at_two_lengths(tmp_path):
     out = tmp_path / "profile.json"
     typed = ["--lengths", "2560,3072", "--segments", 2, "--json", out]
@@ -301,6 +306,7 @@ def test_what_cannot_be_measured_is_named(lengths, typed, message):
         raise lengths(*typed)[1].exception
 
 
+@pytest.mark.slow
 def test_a_trained_decoder_leaves_the_plain_systems_alone(lengths, folder, book, tmp_path):
     pytest.importorskip("peft")
     from memlong import MemoryConfig, MemoryDecoder, load_model
@@ -327,6 +333,7 @@ def test_a_trained_decoder_leaves_the_plain_systems_alone(lengths, folder, book,
         assert {"trained memory", "trained, random chunks"} < set(after["texts"][text])
 
 
+@pytest.mark.slow
 def test_candidates_stand_beside_the_retrievers(folder, book, tmp_path):
     rows = ["lm", "random", "token", "hidden", "keys", "mixed: lm and last"]
     typed = [part for row in rows for part in ("--row", row)]
@@ -349,6 +356,7 @@ def test_candidates_stand_beside_the_retrievers(folder, book, tmp_path):
     assert all(row["perplexity"] > 1 and row["ms_per_segment"] > 0 for row in found)
 
 
+@pytest.mark.slow
 def test_the_snapshot_bench_sets_saving_beside_writing_and_loading_beside_reading(tmp_path):
     out = tmp_path / "snapshots.json"
     typed = ["--gigabytes", 0, "--rounds", 1, "--folder", tmp_path, "--json", out]
@@ -376,6 +384,7 @@ def brief(monkeypatch):
     return bench
 
 
+@pytest.mark.slow
 def test_the_bank_bench_sets_each_backend_beside_its_library(brief, tmp_path):
     out = tmp_path / "bank.json"
     result = invoke(brief, "--sizes", 300, "--dims", 8, "--json", out, "--plot", tmp_path / "bank.png")

@@ -101,6 +101,7 @@ class PersistenceTests(BankSuite):
             path.write_bytes(content)
         assert len(self.bank_class.load(tmp_path)) == 300
 
+    @pytest.mark.slow
     def test_a_fresh_process_goes_on(self, tmp_path: Path) -> None:
         """Another process loads the bank, adds to it, and finds what this one does."""
         if not self.fresh_process:

@@ -155,6 +155,7 @@ class BankMachine(RuleBasedStateMachine):
         assert len(self.bank) == len(self.bank._store) == len(self.held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_a_dictionary_can_follow(backend):
     machine = type("Machine", (BankMachine,), {"backend": backend})

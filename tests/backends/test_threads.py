@@ -81,6 +81,7 @@ class Crowd:
         assert (got.scores[0, 1:] <= got.scores[0, :-1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120 + 2 * SECONDS)
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_a_crowd_at_one_bank(backend, tmp_path):

@@ -86,6 +86,7 @@ def test_it_says_what_it_is(bank):
     assert (bank.dim, bank.metric, bank.device) == (4, "cosine", torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_package_loads_no_index_library_and_no_transformers():
     code = "import sys, memlong.bank; print({'faiss', 'hnswlib', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -147,6 +147,7 @@ def assert_nothing_is_lost_sight_of(store, ids):
             assert in_use == sum(len(slab.leases) for slab in store._slabs._slabs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_at_any_line_of_a_change(make, change):
     at = 0

@@ -181,6 +181,7 @@ def test_after_an_error_in_the_block_room_is_made_too(make_pool):
     assert pool.in_memory == 0
 
 
+@pytest.mark.slow
 def test_many_threads_and_sessions(make_pool):
     pool, errors = make_pool(chunks=12), []
 

@@ -42,6 +42,7 @@ def other(story):
     return run
 
 
+@pytest.mark.slow
 def test_what_it_leaves_serves_the_other_commands(run, other, tmp_path):
     result = run()
     assert result.exit_code == 0, result.output

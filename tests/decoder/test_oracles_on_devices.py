@@ -231,6 +231,7 @@ def test_7_what_leaves_is_what_leaves_a_bank_on_the_cpu(model, settings, text, e
     assert retrieved[0] == retrieved[1]
 
 
+@pytest.mark.slow
 @on_devices(HALF)
 def test_8_the_same_text_is_met_alike_however_far_it_stands(case, settings, text):
     # In one layer K-V depend on tokens alone: the same chunks and the same window give the same logits.

@@ -70,6 +70,7 @@ save_file(found, file)
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_logits(trained, text, tmp_path):
     ids, expected, dtypes = text(100, seed=5), {}, {}
     for dtype in ("float32", "bfloat16"):

@@ -100,6 +100,7 @@ for folder in sys.argv[4:]:
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_from_any_backend_in_any_other(llama, small, text, tmp_path):
     llama.save_pretrained(tmp_path / "model")
     more, expected, folders = text(40, seed=1), [], []

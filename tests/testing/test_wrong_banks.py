@@ -56,6 +56,7 @@ def failures() -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bank", WRONG, ids=lambda bank: bank.__name__)
 def test_the_suite_finds_a_wrong_bank_and_names_the_clause(failures, bank):
     test = WRONG[bank]
@@ -65,6 +66,7 @@ def test_the_suite_finds_a_wrong_bank_and_names_the_clause(failures, bank):
     assert clause in said
 
 
+@pytest.mark.slow
 def test_what_the_wrong_indexes_derive_from_is_right(failures):
     assert not [said for name, said in failures.items() if name.startswith("TestRightIndex.")]
 

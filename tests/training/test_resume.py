@@ -25,6 +25,7 @@ def cut_off(run, at):
         run.run(progress=stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("memory", "changes"),
     [

@@ -83,6 +83,7 @@ def test_shared_memory_never_goes_stale(trainer, text):
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_text_that_repeats(trainer, tmp_path):
     memory = {"kv_source": "layer", "retrieval_layers": "all"}
     targets = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -96,6 +97,7 @@ def test_the_loss_falls_on_a_text_that_repeats(trainer, tmp_path):
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_every_architecture_trains(trainer, architecture):
     memory = {"retrieval_layers": "all", "kv_source": "layer"}
     assert all(step.loss > 0 for step in trainer(memory, architecture=architecture, steps=3).run())
@@ -147,6 +149,7 @@ def test_random_chunks_take_the_place_of_some(trainer, monkeypatch):
     assert not any(seen)
 
 
+@pytest.mark.slow
 def test_long_range_tokens_weigh_more_where_it_is_wanted(trainer):
     even = trainer({"kv_source": "layer"}, steps=40).run()
     more = trainer({"kv_source": "layer"}, folder="other", steps=40, long_range_weight=20.0).run()

@@ -11,6 +11,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench.py"
 
 
+@pytest.mark.slow
 def test_the_bench_sets_a_bank_beside_pymilvus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("bench_of_milvus", BENCH)
     assert spec is not None

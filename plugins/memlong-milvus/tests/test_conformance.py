@@ -13,6 +13,7 @@ from memlong.testing.harness import another_configuration
 from memlong_milvus.bank import MilvusBank
 
 
+@pytest.mark.slow
 class TestLite(MemoryBankTests):
     bank_class = MilvusBank
 

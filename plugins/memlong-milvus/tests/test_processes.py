@@ -55,6 +55,7 @@ def test_two_sessions_of_two_processes_never_see_each_others_chunks(server: Serv
         assert bank.fetch(bank.ids).keys[:, 0, 0, 0, 0].tolist() == [offset + each for each in held]
 
 
+@pytest.mark.slow
 def test_a_local_file_is_one_processs(tmp_path: Path) -> None:
     place = {"uri": str(tmp_path / "memory.db"), "session": "a"}
     bank = MilvusBank(DIM, **place)

@@ -131,6 +131,7 @@ def test_a_session_without_a_name_leaves_nothing(place: dict[str, Any], tmp_path
     assert not list(tmp_path.rglob("*.kv"))
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_leaves_nothing_without_a_name(place: dict[str, Any], tmp_path: Path) -> None:
     script = (
         "from memlong.testing.harness import random_chunks\n"

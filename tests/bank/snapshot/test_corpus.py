@@ -16,6 +16,7 @@ AT_A_TIME = 500
 SECONDS_A_CASE = 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60 + CASES * SECONDS_A_CASE)
 def test_every_corrupted_snapshot_is_refused_by_name(tmp_path):
     outcomes: Counter[str] = Counter()

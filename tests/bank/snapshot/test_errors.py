@@ -451,6 +451,7 @@ with FolderLock(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_folder(saved):
     bank, folder = saved
     command = [sys.executable, "-c", HOLD, str(folder)]

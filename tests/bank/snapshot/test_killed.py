@@ -13,6 +13,7 @@ import pytest
 TIMES = 200 if os.environ.get("MEMLONG_TORTURE") else 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.timeout(120 + 3 * TIMES)
 @pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])

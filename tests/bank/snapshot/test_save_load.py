@@ -244,6 +244,7 @@ print(json.dumps([what_follows(load_bank(sys.argv[1], name, trust_index=True)) f
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_in_any_backend(make, backend, tmp_path):
     bank = make(backend, chunks=300)
     bank.save(tmp_path)
