@@ -7,12 +7,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 PLUGINS := plugins/memlong-usearch/pyproject.toml plugins/memlong-milvus/pyproject.toml
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what it imports; to compile all that there is takes longer than to test with it.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# The workers share the cores, so each has one thread; they take tests from each other's ends, where a fixture is not shared.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses logical --dist worksteal
 
-.PHONY: help install demo test torture lint docs bench clean
+.PHONY: help install demo test test-fast test-versions torture lint docs bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make .venv with memlong, every backend, the tools and the demo's models
 
@@ -23,15 +26,20 @@ $(INSTALLED): pyproject.toml constraints.txt demo-requirements.txt $(PLUGINS)
 	fi
 	@rm -f $(INSTALLED) && touch $(INSTALLING)
 	$(PIP) --editable '.[dev]'
-	for plugin in $(dir $(PLUGINS)); do $(PIP) --no-deps --editable $$plugin || exit 1; done
-	$(PIP) --no-deps --requirement demo-requirements.txt
+	$(PIP) --no-deps --no-build-isolation $(addprefix --editable ,$(dir $(PLUGINS))) --requirement demo-requirements.txt
 	@mv $(INSTALLING) $(INSTALLED)
 
 demo: $(INSTALLED) ## Compare recall and perplexity of the backends on a small model
 	$(BIN)/python examples/recall_vs_perplexity.py $(ARGS)
 
-test: $(INSTALLED) ## Run the tests; ARGS="-k name" picks some
-	$(BIN)/pytest -q $(ARGS)
+test: $(INSTALLED) ## Run the tests on all cores; ARGS="-k name" picks some
+	$(PYTEST) $(ARGS)
+
+test-fast: $(INSTALLED) ## Run the tests that are not slow, in a minute or so
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-versions: $(INSTALLED) ## Test the core on other Pythons, and with the lowest versions of what it needs
+	$(BIN)/python tests/versions.py $(ARGS)
 
 torture: $(INSTALLED) ## Corrupt, kill and crowd snapshots and banks thousands of times (ten minutes)
 	MEMLONG_TORTURE=1 $(BIN)/pytest -q tests/bank/snapshot/test_corpus.py tests/bank/snapshot/test_killed.py \

@@ -27,9 +27,9 @@ from typing import Annotated
 import torch
 import typer
 from beside import BATCHES, SETTINGS, SWEEP, Row, Setting, measure
-from ratios import Clock, Ratio, summary
+from ratios import Clock, Ratio
 from raw import use_one_thread
-from results import write
+from results import Budget, Report
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +69,9 @@ def main(
             help="Draw queries a second against recall here, at the first width and the largest size with graphs."
         ),
     ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no further setting after this time; name those left out.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Set each backend beside its library by itself.
@@ -92,19 +95,26 @@ def main(
         if setting in SETTINGS or (plot is not None and (dim, count) == drawn)
         if setting.is_exact or count <= graphs_up_to
     ]
+    facts = {"vectors": "about random centres, a fiftieth as many", "k": K, "clock": told}
+    report = Report(out, facts, device, Budget(seconds))
     rows: list[Row] = []
     data: tuple[int, int, Data] | None = None
     with tqdm(jobs, unit="setting", disable=None) as bar:
         for dim, count, setting in bar:
-            bar.set_postfix_str(f"{setting.name}, {count:,} x {dim}")
+            what = f"{setting.name}, {count:,} x {dim}"
+            bar.set_postfix_str(what)
+            if rows and report.budget.is_spent:
+                report.leave_out(what)
+                continue
             if data is None or data[:2] != (dim, count):
                 data = dim, count, Data.drawn(count, dim, NEW, QUERIES)
             rows.append(measure(setting, data[2], told, where, ROUNDS))
-            _write(rows, told, device, out)
+            report.ratios = _ratios(rows)
+            report.add({"rows": [asdict(row) for row in rows]})
     _show(rows)
     if plot is not None:
         _draw([row for row in rows if (row.dim, row.chunks) == drawn], plot)
-    print(summary(_ratios(rows)))
+    report.end()
 
 
 def _device(name: str) -> torch.device:
@@ -164,16 +174,6 @@ def _show(rows: list[Row]) -> None:
         size = f"{row.index_bytes / row.chunks:,.0f}"
         table.add_row(row.setting, str(row.dim), f"{row.chunks:,}", f"{row.recall:.3f}", size, *times)
     Console(width=240).print(table)
-
-
-def _write(rows: list[Row], clock: Clock, device: str, out: Path | None) -> None:
-    facts = {
-        "vectors": "about random centres, a fiftieth as many",
-        "k": K,
-        "clock": clock,
-        "rows": [asdict(row) for row in rows],
-    }
-    write(out, facts, _ratios(rows), device)
 
 
 def _draw(rows: list[Row], path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from parts import PARTS, watched
-from ratios import Clock, Ratio, summary
-from results import write
+from ratios import Clock, Ratio
+from results import Budget, Report
 from shapes import MODEL_HELP, load, token_ids
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.decoder import choose_machine
+from memlong.decoder.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.training import TrainingConfig
 from memlong.training.parts import LearningParts
@@ -41,14 +42,16 @@ TARGET = 1.15
 TEXT = Path(inspect.getfile(typing))
 PLAIN = "plain window"
 PROMPT = 16
+_NOTED = 8  # segments between two looks at what has been measured
 
 
 @dataclass(frozen=True)
 class Run:
-    """How time is told, and what came of it."""
+    """How time is told, where what was measured goes, and how long a part of it may take."""
 
     clock: Clock
-    ratios: list[Ratio] = field(default_factory=list)
+    report: Report
+    budget: Budget
 
 
 def main(
@@ -72,45 +75,52 @@ def main(
         Clock,
         typer.Option(help="'wall'; or 'cpu', the time of this process, which other work does not spoil."),
     ] = Clock.WALL,
+    seconds: Annotated[
+        float | None, typer.Option(help="About how long to measure; less is measured where it is too short.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
 ) -> None:
     """Time streaming, generating and training with a memory beside the plain window of equal budget."""
     dtype, device = choose_machine(dtype, device).names
+    budget = Budget(seconds)
     language_model, tokenizer = load(model, dtype=dtype, device=device)
     names = backend or ["torch", "faiss", "hnswlib"]
     where = {} if index_device == "cpu" else {"device": index_device}
     configs = {name: MemoryConfig(backend=name, backend_options=where, retriever=retriever) for name in names}
     usual = MemoryConfig()
-    budget = usual.local_window + usual.top_k * usual.chunk_size
-    configs = {PLAIN: MemoryConfig(backend=None, local_window=budget)} | configs
+    context = usual.local_window + usual.top_k * usual.chunk_size
+    configs = {PLAIN: MemoryConfig(backend=None, local_window=context)} | configs
     decoders = {name: MemoryDecoder(language_model, tokenizer, config) for name, config in configs.items()}
     step = usual.segment_size
-    warm = budget + step
+    warm = context + step
     count = warm + -(-max(tokens, training_tokens) // step) * step + PROMPT
-    ids = token_ids(language_model, tokenizer, text, count).to(device)
-    found: dict[str, Any] = {
+    ids = token_ids(language_model, tokenizer, text, count)
+    facts = {
         "model": model,
         "dtype": dtype,
         "retriever": retriever,
-        "attention_budget": budget,
+        "attention_budget": context,
         "clock": clock,
     }
-    run = Run(clock)
-    ratios = run.ratios
+    report = Report(json_file, facts, device, budget)
     parts = ids[:, warm : warm + tokens].split(step, dim=1)
-    found["streaming"] = _streaming(decoders, ids[:, :warm], parts, run)
-    left_out = set(skip or ())
     pair = {name: decoders[name] for name in (PLAIN, names[0])}
-    if "parts" not in left_out:
-        found["parts"] = _parts(pair, parts[-8:], clock)
-    if "decoding" not in left_out:
-        found["decoding"] = _decoding(pair, ids[:, :budget], ids[:, -PROMPT:], new_tokens, run)
-    if "training" not in left_out:
-        found["training"] = _training(pair, ids[:, :warm], ids[:, warm : warm + training_tokens], step, run)
-    write(json_file, found, ratios, device)
-    for ratio in ratios:
+    acts: dict[str, Callable[[Run], object]] = {
+        "streaming": lambda run: _streaming(decoders, ids[:, :warm], parts, run),
+        "parts": lambda run: _parts(pair, parts[-8:], run),
+        "decoding": lambda run: _decoding(pair, ids[:, :context], ids[:, -PROMPT:], new_tokens, run),
+        "training": lambda run: _training(pair, ids[:, :warm], ids[:, warm : warm + training_tokens], run),
+    }
+    acts = {name: act for name, act in acts.items() if name not in (skip or ())}
+    for number, (name, act) in enumerate(acts.items()):
+        if number and budget.is_spent:
+            report.leave_out(name)
+            continue
+        with steady_kernels(language_model.device):  # for transformers alone, too
+            act(Run(clock, report, budget.share(len(acts) - number)))
+    for ratio in report.ratios:
         typer.echo(str(ratio))
-    typer.echo(summary(ratios))
+    report.end()
 
 
 def _seconds(device: torch.device, action: Callable[[], object], clock: Clock) -> float:
@@ -130,94 +140,121 @@ def _in_turns(
     systems: dict[str, MemoryDecoder],
     parts: tuple[Tensor, ...],
     use: Callable[[MemoryDecoder, Tensor], object],
-    clock: Clock,
-) -> dict[str, list[float]]:
-    """Seconds of each system for each part; who is first changes."""
+    run: Run,
+    what: str,
+    note: Callable[[dict[str, list[float]]], object],
+) -> None:
+    """Note the seconds of each system for each part, as far as time allows; who is first changes."""
     times: dict[str, list[float]] = {name: [] for name in systems}
     for number, part in enumerate(tqdm(parts, unit="segment", leave=False)):
         order = list(systems) if number % 2 else list(reversed(systems))
         for name in order:
             with systems[name] as decoder:
-                times[name].append(_seconds(decoder.model.device, lambda: use(decoder, part), clock))  # noqa: B023
-    return times
+                times[name].append(_seconds(decoder.model.device, lambda: use(decoder, part), run.clock))  # noqa: B023
+        if run.budget.is_spent and number + 1 < len(parts):
+            run.report.leave_out(f"{what} beyond {number + 1} of {len(parts)} segments")
+            break
+        if number % _NOTED == _NOTED - 1:
+            note(times)
+    note(times)
 
 
 def _beside(times: dict[str, list[float]], name: str, baseline: str) -> float:
     return median(mine / other for mine, other in zip(times[name], times[baseline], strict=True))
 
 
-def _streaming(
-    systems: dict[str, MemoryDecoder], first: Tensor, parts: tuple[Tensor, ...], run: Run
-) -> dict[str, float]:
+def _streaming(systems: dict[str, MemoryDecoder], first: Tensor, parts: tuple[Tensor, ...], run: Run) -> None:
     """Tokens per second of each system, once its window and its memory are full."""
     for decoder in systems.values():
         with decoder:
             decoder.read(first)
-    times = _in_turns(systems, parts, lambda decoder, part: decoder.read(part), run.clock)
-    speeds = {name: parts[0].shape[1] / median(mine) for name, mine in times.items()}
+    speeds: dict[str, float] = {}
+
+    def note(times: dict[str, list[float]]) -> None:
+        speeds.update((name, parts[0].shape[1] / median(mine)) for name, mine in times.items())
+        run.report.ratios = [
+            Ratio(f"streaming, {name}", _beside(times, name, PLAIN), TARGET)
+            for name in times
+            if name != PLAIN
+        ]
+        run.report.add({"streaming": speeds, "segments": len(times[PLAIN])})
+
+    _in_turns(systems, parts, lambda decoder, part: decoder.read(part), run, "streaming", note)
     for name, speed in speeds.items():
         typer.echo(f"streaming, {name}: {speed:.0f} tokens/s")
-        if name != PLAIN:
-            run.ratios.append(Ratio(f"streaming, {name}", _beside(times, name, PLAIN), TARGET))
-    return speeds
 
 
-def _parts(
-    systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...], clock: Clock
-) -> dict[str, dict[str, float]]:
+def _parts(systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...], run: Run) -> None:
     """Milliseconds of a segment that each part takes."""
     found: dict[str, dict[str, float]] = {}
     for name, decoder in systems.items():
         rows = []
-        with decoder, watched(decoder, clock) as watch:
+        with decoder, watched(decoder, run.clock) as watch:
             for part in parts:
                 watch.reset()
                 decoder.read(part)
                 rows.append(watch.read())
         found[name] = {part: 1000 * median(row[part] for row in rows) for part in PARTS}
+        run.report.add({"parts": found})
     typer.echo(f"{'ms a segment':14s}" + "".join(f"{name:>14s}{'share':>8s}" for name in found))
     for part in PARTS:
         cells = [(row[part], row[part] / sum(row.values())) for row in found.values()]
         typer.echo(f"{part:14s}" + "".join(f"{spent:14.2f}{share:8.1%}" for spent, share in cells))
-    return found
 
 
 def _decoding(
     systems: dict[str, MemoryDecoder], context: Tensor, prompt: Tensor, count: int, run: Run
-) -> dict[str, dict[str, float]]:
+) -> None:
     """Milliseconds of each new token after the first; transformers' own cache holds as much as the plain window."""
     model = next(iter(systems.values())).model
-    everything = torch.cat([context, prompt], dim=1)
-    rounds: dict[str, list[list[float]]] = {name: [] for name in (*systems, "transformers")}
-    for _ in range(2):
-        for name, decoder in systems.items():
-            with decoder:
-                rounds[name].append(_token_times(decoder, prompt, count, run.clock, remember=False))
-        rounds["transformers"].append(_token_times(model, everything, count, run.clock))
-    found = {
-        name: {"median_ms": 1000 * median(chain.from_iterable(runs)), "mean_ms": 1000 * min(map(fmean, runs))}
-        for name, runs in rounds.items()
-    }
+    prompt = prompt.to(model.device)
+    everything = torch.cat([context.to(model.device), prompt], dim=1)
+    names = [*systems, "transformers"]
+    rounds: dict[str, list[list[float]]] = {name: [] for name in names}
+    found: dict[str, dict[str, float]] = {}
+    for number, name in enumerate(2 * names):
+        if number >= len(names) and run.budget.is_spent:
+            break
+        budget = run.budget.share(2 * len(names) - number)
+        if name in systems:
+            with systems[name]:
+                times = _token_times(systems[name], prompt, count, run.clock, budget, remember=False)
+        else:
+            times = _token_times(model, everything, count, run.clock, budget)
+        rounds[name].append(times)
+        found[name] = {
+            "median_ms": 1000 * median(chain.from_iterable(rounds[name])),
+            "mean_ms": 1000 * min(map(fmean, rounds[name])),
+        }
+        run.report.add({"decoding": found})
     for name, row in found.items():
         typer.echo(
             f"generating, {name}: median {row['median_ms']:.1f} ms a token, mean {row['mean_ms']:.1f} ms"
         )
     memory = list(systems)[-1]
-    for baseline in (PLAIN, "transformers"):
-        value = found[memory]["mean_ms"] / found[baseline]["mean_ms"]
-        run.ratios.append(Ratio(f"generating, {memory} to {baseline}", value))
-    return found
+    means = {name: row["mean_ms"] for name, row in found.items()}
+    ratios = [
+        Ratio(f"generating, {memory} to {baseline}", means[memory] / means[baseline])
+        for baseline in (PLAIN, "transformers")
+    ]
+    run.report.add({}, ratios)
 
 
 def _token_times(
-    speaker: MemoryDecoder | PreTrainedModel, prompt: Tensor, count: int, clock: Clock, **options: Any
+    speaker: MemoryDecoder | PreTrainedModel,
+    prompt: Tensor,
+    count: int,
+    clock: Clock,
+    budget: Budget,
+    **options: Any,
 ) -> list[float]:
     marks: list[float] = []
 
     def mark(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         _wait(ids.device)
         marks.append(clock.now())
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        stop = budget.is_spent and len(marks) > 2
+        return torch.full((len(ids),), stop, dtype=torch.bool, device=ids.device)
 
     speaker.generate(
         prompt,
@@ -231,14 +268,13 @@ def _token_times(
     return [after - before for before, after in pairwise(marks)]
 
 
-def _training(
-    systems: dict[str, MemoryDecoder], first: Tensor, ids: Tensor, step: int, run: Run
-) -> dict[str, float]:
+def _training(systems: dict[str, MemoryDecoder], first: Tensor, ids: Tensor, run: Run) -> None:
     """Seconds of forward and backward passes (LoRA of rank 16), segment by segment, and in one plain pass."""
     if find_spec("peft") is None:
-        typer.echo("training: left out, since the package peft is not installed")
-        return {}
+        run.report.leave_out("training", "the package peft is not installed")
+        return
     memory = list(systems)[-1]
+    model = systems[memory].model
     LearningParts(systems[memory], TrainingConfig(steps=1))
     for decoder in systems.values():
         decoder.reset()
@@ -247,19 +283,27 @@ def _training(
 
     def learn(decoder: MemoryDecoder, part: Tensor) -> None:
         for segment in decoder.stream(part, gradients=True):
-            _loss(segment.logits, part).backward()
+            _loss(segment.logits, part.to(model.device)).backward()
 
-    times = _in_turns(systems, ids.split(step, dim=1), learn, run.clock)
-    model = systems[memory].model
-    whole = _seconds(
+    parts = ids.split(systems[memory].config.segment_size, dim=1)
+    earlier = run.report.ratios
+    found: dict[str, float] = {}
+
+    def note(times: dict[str, list[float]]) -> None:
+        found.update((name, sum(mine)) for name, mine in times.items())
+        found["tokens"] = sum(part.shape[1] for part in parts[: len(times[PLAIN])])
+        run.report.ratios = [*earlier, Ratio(f"training, {memory} to {PLAIN}", _beside(times, memory, PLAIN))]
+        run.report.add({"training": found})
+
+    _in_turns(systems, parts, learn, run, "training", note)
+    ids = ids[:, : int(found["tokens"])].to(model.device)
+    found["one plain pass"] = _seconds(
         model.device, lambda: _loss(model(input_ids=ids, use_cache=False).logits, ids).backward(), run.clock
     )
-    found = {name: sum(mine) for name, mine in times.items()} | {"one plain pass": whole}
-    for name, seconds in found.items():
-        typer.echo(f"training, {name}: {seconds:.2f} s for {ids.shape[1]:,} tokens")
-    run.ratios.append(Ratio(f"training, {memory} to {PLAIN}", _beside(times, memory, PLAIN)))
-    run.ratios.append(Ratio(f"training, {memory} to one plain pass", found[memory] / whole))
-    return found
+    ratio = Ratio(f"training, {memory} to one plain pass", found[memory] / found["one plain pass"])
+    run.report.add({"training": found}, [ratio])
+    for name in (*systems, "one plain pass"):
+        typer.echo(f"training, {name}: {found[name]:.2f} s for {ids.shape[1]:,} tokens")
 
 
 def _loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from typing import Annotated
 import psutil
 import torch
 import typer
-from ratios import Ratio, summary
-from results import write
+from ratios import Ratio
+from results import Budget, Report
 from shapes import MODEL_HELP, SHAPES, load, token_ids
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -37,19 +37,22 @@ from transformers import DynamicCache
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.cli.values import numbers
 from memlong.decoder import choose_machine
+from memlong.decoder.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text
 
 TEXT = Path(inspect.getfile(typing)).with_name("_pydecimal.py")
 SYSTEMS = ("full attention", "memory")
+_LOOKED = 8192  # tokens between two looks at the clock
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One system at one length; the peak is of resident or device memory, beyond that of the loaded model."""
+    """One system at one length, as far as it came; the peak is of resident or device memory beyond the loaded model."""
 
     system: str
     length: int
+    tokens: int
     seconds: float
     peak_bytes: int
     device_kv_bytes: int
@@ -62,6 +65,9 @@ def main(
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
+    seconds: Annotated[
+        float | None, typer.Option(help="About how long to measure; what is not reached is named.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("out"),
     one: Annotated[
         str | None, typer.Option(help="Measure 'SYSTEM:LENGTH' in this process.", hidden=True)
@@ -69,46 +75,59 @@ def main(
 ) -> None:
     """Set streaming with memory beside full attention."""
     dtype, device = choose_machine(dtype, device).names
+    budget = Budget(seconds)
     if one is not None:
         system, length = one.rsplit(":", 1)
-        print(json.dumps(asdict(_measure(system, int(length), model, text, retriever, dtype, device))))
+        row = _measure(system, int(length), model, text, retriever, dtype, device, budget)
+        print(json.dumps(asdict(row)))
         return
     out.mkdir(parents=True, exist_ok=True)
     if model not in SHAPES:
         read_text(text)
     command = [sys.executable, __file__, "--model", model, "--text", str(text), "--retriever", retriever]
     command += ["--dtype", dtype, "--device", device]
-    rows: list[Measured] = []
-    ratios: list[Ratio] = []
-    for length in numbers("--lengths", lengths, int):
-        for system in SYSTEMS:
-            if device == "cpu":
-                row = _measured_apart(
-                    [*command, "--one", f"{system}:{length}"], f"{system} at {length:,} tokens"
-                )
-            else:
-                row = _measure(system, length, model, text, retriever, dtype, device)
-            rows.append(row)
-            typer.echo(
-                f"{row.length:7,} tokens, {row.system:14s} {row.seconds:8.1f} s, K-V on the device "
-                f"{row.device_kv_bytes / 2**20:7.1f} MiB, peak {row.peak_bytes / 2**20:7.1f} MiB"
-            )
-        full, memory = rows[-2:]
-        ratios.append(
-            Ratio(f"time, memory to full attention, {length:,} tokens", memory.seconds / full.seconds)
-        )
-    facts = {"model": model, "retriever": retriever, "dtype": dtype, "rows": [asdict(row) for row in rows]}
+    facts = {"model": model, "retriever": retriever, "dtype": dtype}
     if model not in SHAPES:
         facts["text"] = text.name
-    write(out / "long_context.json", facts, ratios, device)
+    report = Report(out / "long_context.json", facts, device, budget)
+    rows: list[Measured] = []
+    for length in numbers("--lengths", lengths, int):
+        for system in SYSTEMS:
+            what = f"{system} at {length:,} tokens"
+            if rows and budget.is_spent:
+                report.leave_out(what)
+                continue
+            if device == "cpu":
+                left = [] if seconds is None else ["--seconds", str(max(0.0, budget.left))]
+                row = _measured_apart([*command, *left, "--one", f"{system}:{length}"], what)
+            else:
+                row = _measure(system, length, model, text, retriever, dtype, device, budget)
+            rows.append(row)
+            if row.tokens < row.length:
+                report.leave_out(f"{what} from token {row.tokens:,} on")
+            report.add({"rows": [asdict(each) for each in rows]}, _ratios(rows))
+            typer.echo(
+                f"{row.tokens:7,} tokens, {row.system:14s} {row.seconds:8.1f} s, K-V on the device "
+                f"{row.device_kv_bytes / 2**20:7.1f} MiB, peak {row.peak_bytes / 2**20:7.1f} MiB"
+            )
     if find_spec("matplotlib") is not None:
-        _draw(rows, model, out / "long_context.png")
-    full, memory = rows[-2:]
-    typer.echo(
-        f"At {memory.length:,} tokens full attention takes {full.seconds / memory.seconds:.1f} times the time of "
-        f"memory, and {full.device_kv_bytes / memory.device_kv_bytes:.1f} times its K-V on the device."
-    )
-    typer.echo(summary(ratios))
+        _draw([row for row in rows if row.tokens == row.length], model, out / "long_context.png")
+    full, memory = ([row for row in rows if row.system == system][-1:] for system in SYSTEMS)
+    for one_row, other in zip(full, memory, strict=False):
+        if one_row.tokens == other.tokens:
+            typer.echo(
+                f"At {other.tokens:,} tokens full attention takes {one_row.seconds / other.seconds:.1f} times the time "
+                f"of memory, and {one_row.device_kv_bytes / other.device_kv_bytes:.1f} times its K-V on the device."
+            )
+    report.end()
+
+
+def _ratios(rows: list[Measured]) -> list[Ratio]:
+    """Return that of the last two rows, if they are of one length and both came to its end."""
+    full, memory = (rows[-2:] + rows)[:2]
+    if (full.system, memory.system) != SYSTEMS or full.tokens != memory.tokens:
+        return []
+    return [Ratio(f"time, memory to full attention, {memory.tokens:,} tokens", memory.seconds / full.seconds)]
 
 
 def _measured_apart(command: list[str], what: str) -> Measured:
@@ -152,37 +171,44 @@ class _Peak:
 
 
 def _measure(
-    system: str, length: int, name: str, text: Path, retriever: str, dtype: str, device: str
+    system: str, length: int, name: str, text: Path, retriever: str, dtype: str, device: str, budget: Budget
 ) -> Measured:
     model, tokenizer = load(name, dtype=dtype, device=device)
-    input_ids = token_ids(model, tokenizer, text, length).to(device)
+    input_ids = token_ids(model, tokenizer, text, length)
     folder = tempfile.TemporaryDirectory()  # blocks elsewhere: what is counted is what attention works on
     store = {"disk": folder.name} if device == "cpu" else {"host": "all"}
     config = MemoryConfig(retriever=retriever, store=store)
     decoder = MemoryDecoder(model, tokenizer, config)
     peak = _Peak(model.device)
     bar = tqdm(total=length, unit="tok", desc=f"{system}, {length:,} tokens", leave=False)
+    cache, read = DynamicCache(), 0
     started = time.perf_counter()
-    if system == "full attention":
-        cache = DynamicCache()
-        with torch.no_grad():
-            for part in input_ids.split(config.segment_size, dim=1):
-                model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                peak.note()
-                bar.update(part.shape[1])
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
-    else:
-        with decoder:
-            for segment in decoder.stream(input_ids, logits="last"):
-                peak.note()
-                bar.update(segment.tokens.shape[1])
-            held = decoder.device_kv_bytes
+    with decoder if system == "memory" else torch.no_grad(), steady_kernels(model.device):
+        for part in input_ids.split(config.segment_size, dim=1):
+            if system == "memory":
+                decoder.read(part)
+            else:
+                model(
+                    input_ids=part.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+            peak.note()
+            read += part.shape[1]
+            bar.update(part.shape[1])
+            if read % _LOOKED == 0 and device.startswith("cuda"):
+                torch.cuda.synchronize(device)  # else the host is far ahead of what it times
+            if budget.is_spent:
+                break
+        held = decoder.device_kv_bytes if system == "memory" else _bytes(cache)
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     bar.close()
     folder.cleanup()
-    return Measured(system, length, seconds, peak.extra, held)
+    return Measured(system, length, read, seconds, peak.extra, held)
+
+
+def _bytes(cache: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[attr-defined]
 
 
 def _draw(rows: list[Measured], title: str, path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from ratios import Clock
 
 from memlong import MemoryBank, MemoryDecoder
-from memlong.decoder import row
+from memlong.decoder import kernels, row
 from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.streams import Streams
 from memlong.decoder.window import LocalWindow, WindowLayer
@@ -86,21 +86,19 @@ class PartClock:
 def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartClock]:
     """Time the parts of what an attached decoder does; arguments as :class:`PartClock` has them."""
     watch = PartClock(decoder.model.device, clock)
-    attend = AttentionSlot.attend
-
-    def joined(slot: AttentionSlot, base: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        return attend(slot, watch.timed(base, "attention"), *args, **options)
-
     seams: list[tuple[Any, str, Callable[..., Any], str]] = [
-        (AttentionSlot, "attend", joined, "joining"),
-        (decoder.model, "forward", decoder.model.forward, "upper layers"),
-        (row, "recall", row.recall, "gather"),
+        (decoder.model, "forward", decoder.model.forward, "upper layers")
     ]
     for owner, name, part in (
+        (AttentionSlot, "attend", "joining"),
+        (kernels, "attend_to_all_before", "attention"),
+        (kernels, "attend_with_mask", "attention"),
+        (row, "recall", "gather"),
         (WindowLayer, "update", "window"),
         (LocalWindow, "expecting", "window"),
-        (LocalWindow, "keeping", "window"),
-        (LocalWindow, "place", "window"),
+        (LocalWindow, "complete", "window"),
+        (LocalWindow, "moved", "window"),
+        (LocalWindow, "hold_memory", "placing"),
         (Streams, "_store", "storing"),
         (Streams, "_bring", "placing"),
         (MemoryBank, "_rank", "search"),

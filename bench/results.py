@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,11 +35,87 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def write(path: Path | None, facts: Mapping[str, Any], ratios: Sequence[Ratio], device: str = "cpu") -> None:
     """Write a result file, if there is to be one."""
-    if path is None:
-        return
+    if path is not None:
+        _put(path, {**facts, "machine": machine(device)}, ratios)
+
+
+def _put(path: Path, facts: Mapping[str, Any], ratios: Sequence[Ratio]) -> None:
+    """Write the file in one piece: whoever is cut off while writing leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {**facts, "machine": machine(device), "ratios": [asdict(ratio) for ratio in ratios]}
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    found = {**facts, "ratios": [asdict(ratio) for ratio in ratios]}
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+class Budget:
+    """Seconds that may be spent from now on; None is as many as it takes."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._end = float("inf") if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until it is spent, below 0 after that."""
+        return self._end - time.monotonic()
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether there is no time left."""
+        return self.left <= 0
+
+    def share(self, parts: int) -> Budget:
+        """Return one of so many equal parts of what is left."""
+        return Budget(None if self._end == float("inf") else self.left / parts)
+
+
+class Report:
+    """A result file that is written after each measurement, so that what is cut off loses none that it has made.
+
+    Parameters
+    ----------
+    path : Path or None
+        The file; None is none.
+    facts : mapping
+        What is known before anything is measured.
+    device : str
+        Where it is measured.
+    budget : Budget
+        How long it may take.
+    """
+
+    def __init__(
+        self, path: Path | None, facts: Mapping[str, Any], device: str = "cpu", budget: Budget | None = None
+    ) -> None:
+        self.budget = budget or Budget()
+        self.ratios: list[Ratio] = []
+        self._path = path
+        self._facts = {**facts, "complete": False, "left_out": []}
+        self._machine = machine(device)
+        self.write()
+
+    def add(self, facts: Mapping[str, Any], ratios: Sequence[Ratio] = ()) -> None:
+        """Note what was measured."""
+        self._facts |= facts
+        self.ratios += ratios
+        self.write()
+
+    def leave_out(self, what: str, why: str = "the time is out") -> None:
+        """Say what is not measured, and note it."""
+        print(f"{what} is left out: {why}")
+        self._facts["left_out"].append(f"{what}: {why}")
+        self.write()
+
+    def end(self) -> None:
+        """Note that nothing more will come, and print how many ratios are beyond their target."""
+        self._facts["complete"] = not self._facts["left_out"]
+        self.write()
+        print(summary(self.ratios))
+
+    def write(self) -> None:
+        """Write the file, if there is to be one."""
+        if self._path is not None:
+            _put(self._path, {**self._facts, "machine": self._machine}, self.ratios)
 
 
 def table(files: Sequence[Path]) -> str:

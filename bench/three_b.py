@@ -11,7 +11,9 @@ powers of two, so that the host gives 42 and 16 GB for these.
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +21,8 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-from ratios import Ratio, summary
-from results import write
+from ratios import Ratio
+from results import Budget, Report
 from shapes import SHAPES, load
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -33,6 +35,7 @@ from memlong.errors import MemlongError
 GB = 10**9
 EVEN_SPEED = 0.9
 """Least speed in the last tenth of a stream, over that in the second."""
+_MARKED = 8  # segments between two looks at the clock, for which the device is waited for
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ def main(
     ] = "80000,1000000",
     limit_gb: Annotated[float, typer.Option(help="Most device memory in GB; 0 is no limit.")] = 24.0,
     seconds: Annotated[
-        float, typer.Option(help="Time for both streams; one that is out of time says so.")
+        float,
+        typer.Option(help="Time for loading and for both streams; one that is out of time says so."),
     ] = 170.0,
     segment_size: Annotated[int, typer.Option(help="Tokens of a forward call.")] = 512,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
@@ -70,6 +74,8 @@ def main(
         number = torch.device(device).index or 0
         total = torch.cuda.get_device_properties(number).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * GB / total), number)
+    facts = {"model": model, "dtype": dtype, "segment_size": segment_size, "limit_gb": limit_gb}
+    report = Report(json_file, facts, device, Budget(seconds))
     language_model, tokenizer = load(model, dtype=dtype, device=device)
     first, second = numbers("--tokens", tokens, int)
     own = MemoryConfig(**_common(device, segment_size))
@@ -81,17 +87,34 @@ def main(
         retrieval_layers=",".join(map(str, readers)),
         **_common(device, segment_size),
     )
-    end = time.perf_counter() + seconds
-    rows = []
+    done: list[Streamed] = []
     for config, length in ((own, first), (shared, second)):
-        with MemoryDecoder(language_model, tokenizer, config) as decoder:
-            rows.append(_stream(decoder, language_model, length, end))
-        row = rows[-1]
-        short = "" if row.tokens == row.wanted else f" of {row.wanted:,}, and then the time was out"
-        typer.echo(
-            f"K-V source {row.kv_source}: {row.tokens:,} tokens{short}, {row.tokens_per_second:,.0f} tokens/s, device "
-            f"peak {row.device_peak_bytes / GB:.1f} GB, {row.host_bytes / GB:.1f} GB of K-V in the bank"
-        )
+        _give_back_pinned()
+        row: Streamed | None = None
+        try:
+            with MemoryDecoder(language_model, tokenizer, config) as decoder:
+                for row in _stream(decoder, language_model, length, report.budget):
+                    report.ratios = _ratios([*done, row], limit_gb)
+                    report.add({"rows": [asdict(each) for each in (*done, row)]})
+        except torch.OutOfMemoryError as error:
+            report.leave_out(f"the rest of {length:,} tokens, {config.kv_source}", str(error).split(". ")[0])
+        if row is not None:
+            done.append(row)
+            typer.echo(_line(row))
+    for ratio in report.ratios:
+        typer.echo(str(ratio))
+    report.end()
+
+
+def _line(row: Streamed) -> str:
+    short = "" if row.tokens == row.wanted else f" of {row.wanted:,}, and then the time was out"
+    return (
+        f"K-V source {row.kv_source}: {row.tokens:,} tokens{short}, {row.tokens_per_second:,.0f} tokens/s, device "
+        f"peak {row.device_peak_bytes / GB:.1f} GB, {row.host_bytes / GB:.1f} GB of K-V in the bank"
+    )
+
+
+def _ratios(rows: list[Streamed], limit_gb: float) -> list[Ratio]:
     ratios = [
         Ratio(f"speed late to early, {row.kv_source}", row.late_to_early, EVEN_SPEED, at_least=True)
         for row in rows
@@ -99,15 +122,18 @@ def main(
     if limit_gb:
         peak = max(row.device_peak_bytes for row in rows)
         ratios.append(Ratio(f"device memory to {limit_gb:g} GB", peak / (limit_gb * GB), 1.0))
-    ratios += [
+    return ratios + [
         Ratio(f"tokens read to wanted, {row.kv_source}", row.tokens / row.wanted, 1.0, at_least=True)
         for row in rows
     ]
-    facts = {"model": model, "dtype": dtype, "segment_size": segment_size, "limit_gb": limit_gb}
-    write(json_file, {**facts, "rows": [asdict(row) for row in rows]}, ratios, device)
-    for ratio in ratios:
-        typer.echo(str(ratio))
-    typer.echo(summary(ratios))
+
+
+def _give_back_pinned() -> None:
+    """Let the host have the pinned memory of the stream before, which torch keeps for the next one."""
+    gc.collect()
+    empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001 - torch has no public name for it
+    if torch.cuda.is_available() and empty is not None:
+        empty()
 
 
 def _common(device: str, segment_size: int) -> dict[str, Any]:
@@ -119,39 +145,51 @@ def _common(device: str, segment_size: int) -> dict[str, Any]:
     }
 
 
-def _stream(decoder: MemoryDecoder, model: PreTrainedModel, length: int, end: float) -> Streamed:
+def _stream(
+    decoder: MemoryDecoder, model: PreTrainedModel, length: int, budget: Budget
+) -> Iterator[Streamed]:
+    """Read so many random tokens, and say now and then how far it is."""
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step = decoder.config.segment_size
+    every = step * max(1, min(_MARKED, length // step // 20))
     generator = torch.Generator().manual_seed(0)
-    marks = [time.perf_counter()]
-    read = 0
+    marks = [(0, time.perf_counter())]
     for start in tqdm(range(0, length, step), unit_scale=step, unit="tok", leave=False):
         count = min(step, length - start)
-        ids = torch.randint(3, model.config.vocab_size, (1, count), generator=generator)
-        decoder.read(ids.to(device))
+        decoder.read(torch.randint(3, model.config.vocab_size, (1, count), generator=generator))
+        read = start + count
+        if read % every and read < length and not budget.is_spent:
+            continue
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        marks.append(time.perf_counter())
-        read += count
-        if marks[-1] > end:
+        marks.append((read, time.perf_counter()))
+        yield Streamed(
+            decoder.config.kv_source,
+            length,
+            read,
+            marks[-1][1] - marks[0][1],
+            _speed(marks[0], marks[-1]),
+            _late_to_early(marks),
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            sum(bank.nbytes for bank in decoder.banks),
+            psutil.Process().memory_info().rss,
+        )
+        if budget.is_spent:
             break
-    segments = len(marks) - 1
-    tenth = max(1, segments // 10)
-    last = marks[-1] - marks[-1 - tenth]
-    second = marks[min(2 * tenth, segments)] - marks[min(2 * tenth, segments) - tenth]
-    return Streamed(
-        decoder.config.kv_source,
-        length,
-        read,
-        marks[-1] - marks[0],
-        read / (marks[-1] - marks[0]),
-        second / last,
-        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-        sum(bank.nbytes for bank in decoder.banks),
-        psutil.Process().memory_info().rss,
-    )
+
+
+def _speed(one: tuple[int, float], other: tuple[int, float]) -> float:
+    return (other[0] - one[0]) / (other[1] - one[1])
+
+
+def _late_to_early(marks: list[tuple[int, float]]) -> float:
+    """Speed in the last tenth over that in the second."""
+    count = len(marks) - 1
+    tenth = max(1, count // 10)
+    end = min(2 * tenth, count)
+    return _speed(marks[-1 - tenth], marks[-1]) / _speed(marks[end - tenth], marks[end])
 
 
 if __name__ == "__main__":

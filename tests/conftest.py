@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -15,6 +16,32 @@ from memlong.testing import ARCHITECTURES, VOCABULARY
 pytest_plugins = ["memlong.testing.plugin"]
 
 BACKENDS: dict[str, dict[str, Any]] = {"torch": {}, "faiss": {"index": "Flat"}, "hnswlib": {"ef": 200}}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave of each test that is marked `pairwise` enough cases to see every two values of its parameters together."""
+    products: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    spare = {id(item) for product in products.values() for item in product}
+    for product in products.values():
+        spare.difference_update(id(product[row]) for row in covering([_values(item) for item in product]))
+    items[:] = [item for item in items if id(item) not in spare]
+
+
+def _values(item: pytest.Item) -> tuple[tuple[str, str], ...]:
+    return tuple((name, repr(value)) for name, value in sorted(item.callspec.params.items()))
+
+
+def covering(cases: list[tuple[tuple[str, str], ...]]) -> list[int]:
+    """Which of these cases hold every pair of values that any of them holds: always that which adds the most pairs."""
+    pairs = [set(combinations(case, 2)) or {case} for case in cases]
+    missing, chosen = set().union(*pairs), []
+    while missing:
+        chosen.append(max(range(len(cases)), key=lambda row: len(pairs[row] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -6,7 +6,8 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def _imports_by_text(call: ast.Call) -> bool:
     return by_text and bool(call.args) and isinstance(getattr(call.args[0], "value", None), str)
 
 
+@cache
 def imported_by(path: Path) -> set[str]:
     base = ROOT / "backends" if ROOT / "backends" in path.parents else ROOT
     return imported(path.read_text(encoding="utf-8"), ".".join(path.relative_to(base).parent.parts))
@@ -93,51 +95,69 @@ def parts_of_memlong(modules: set[str]) -> Iterator[str]:
             yield part if part in BELOW else "memlong"
 
 
-def ids(paths: list[Path]) -> dict[str, object]:
-    return {"argvalues": paths, "ids": [str(path.relative_to(ROOT)) for path in paths]}
+def offenders(paths: Iterable[Path], judged: Callable[[Path], object]) -> dict[str, object]:
+    """What was found wrong, by the file that it was found in."""
+    found = {str(path.relative_to(ROOT)): judged(path) for path in paths}
+    assert found, "there is nothing to look at"
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
-@pytest.mark.parametrize("path", **ids(files("memlong")))
-def test_imports_go_downward_only(path):
-    relative = path.relative_to(ROOT / "memlong")
-    part = relative.parts[0].removesuffix(".py")
-    assert part in BELOW, f"{part} is new: say in this test what it may import"
-    assert set(parts_of_memlong(imported_by(path))) - {part} <= BELOW[part]
+def test_imports_go_downward_only():
+    def wrong(path):
+        part = path.relative_to(ROOT / "memlong").parts[0].removesuffix(".py")
+        if part not in BELOW:
+            return f"{part} is new: say in this test what it may import"
+        return set(parts_of_memlong(imported_by(path))) - {part} - BELOW[part]
+
+    assert not offenders(files("memlong"), wrong)
 
 
-@pytest.mark.parametrize("path", **ids(files("backends")))
-def test_a_backend_knows_the_bank_the_errors_and_the_hook_marker(path):
-    own = path.relative_to(ROOT / "backends").parts[0]
-    modules = imported_by(path)
-    reached = {module for module in modules if within(module, "memlong") and module != "memlong.plugins"}
-    assert not {module for module in reached if not within(module, *OPEN_TO_BACKENDS)}
-    assert not {root for root in roots(path) if root.startswith("memlong_")} - {own}
+def test_a_backend_knows_the_bank_the_errors_and_the_hook_marker():
+    def wrong(path):
+        own = path.relative_to(ROOT / "backends").parts[0]
+        reached = {
+            module
+            for module in imported_by(path)
+            if within(module, "memlong") and module != "memlong.plugins"
+        }
+        closed = {module for module in reached if not within(module, *OPEN_TO_BACKENDS)}
+        return closed | {root for root in roots(path) if root.startswith("memlong_")} - {own}
+
+    assert not offenders(files("backends"), wrong)
 
 
-@pytest.mark.parametrize("path", **ids(sorted(ROOT.glob("backends/*/__init__.py"))))
-def test_registering_a_backend_imports_no_library(path):
-    own = path.parent.name
-    assert roots(path) <= {"memlong", *sys.stdlib_module_names}, f"{own} belongs into its bank module"
-    assert all(within(module, "memlong.plugins") for module in imported_by(path) if within(module, "memlong"))
+def test_registering_a_backend_imports_no_library():
+    def wrong(path):
+        ours = {module for module in imported_by(path) if within(module, "memlong")}
+        libraries = roots(path) - {"memlong", *sys.stdlib_module_names}  # which belong into its bank module
+        return libraries | {module for module in ours if not within(module, "memlong.plugins")}
+
+    assert not offenders(ROOT.glob("backends/*/__init__.py"), wrong)
 
 
-@pytest.mark.parametrize("path", **ids(files("memlong", "backends")))
-def test_transformers_stays_in_the_decoder_and_in_training(path):
-    makes_models = path == ROOT / "memlong/testing/models.py"
-    if not makes_models and not {"decoder", "training"} & set(path.relative_to(ROOT).parts[1:-1]):
-        assert not {"transformers", "sentence_transformers"} & roots(path)
+def test_transformers_stays_in_the_decoder_and_in_training():
+    def may(path):
+        makes_models = path == ROOT / "memlong/testing/models.py"
+        return makes_models or {"decoder", "training"} & set(path.relative_to(ROOT).parts[1:-1])
+
+    others = [path for path in files("memlong", "backends") if not may(path)]
+    assert not offenders(others, lambda path: {"transformers", "sentence_transformers"} & roots(path))
 
 
-@pytest.mark.parametrize("path", **ids(files("memlong")))
-def test_no_index_library_is_imported_by_memlong_itself(path):
-    assert not {"faiss", "hnswlib", "usearch", "pymilvus"} & roots(path)
-    assert not {root for root in roots(path) if root.startswith("memlong_")}
+def test_no_index_library_is_imported_by_memlong_itself():
+    def wrong(path):
+        backends = {root for root in roots(path) if root.startswith("memlong_")}
+        return backends | {"faiss", "hnswlib", "usearch", "pymilvus"} & roots(path)
+
+    assert not offenders(files("memlong"), wrong)
 
 
-@pytest.mark.parametrize("path", **ids(files("memlong", "backends", "plugins", "examples", "bench")))
-def test_nothing_reads_files_that_can_run_code(path):
-    assert not RUN_CODE_WHEN_READ & roots(path)
-    assert not uses_torch_load(path.read_text(encoding="utf-8"))
+def test_nothing_reads_files_that_can_run_code():
+    def wrong(path):
+        loads = {"torch.load"} if uses_torch_load(path.read_text(encoding="utf-8")) else set()
+        return RUN_CODE_WHEN_READ & roots(path) | loads
+
+    assert not offenders(files("memlong", "backends", "plugins", "examples", "bench"), wrong)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from memlong.bank import BankOptions, Floats, Ids, MemoryBank
 from memlong.bank.validate import whole_number
 from memlong.errors import DeviceUnavailableError
-from memlong_faiss.gpu import require_gpu, warn_if_two_owners
+from memlong_faiss.gpu import GpuResources, gpu_resources, require_gpu, warn_if_two_owners
 from memlong_faiss.numbering import RowNumbers
 from memlong_faiss.recipe import MOST_EFFORT, Recipe, core_of, is_lossy, training_points
 from memlong_faiss.rows import CpuRows, GpuRows, RowIndex
@@ -65,6 +65,7 @@ class FaissBank(MemoryBank):
 
     _rows: RowIndex | None
     _numbers: RowNumbers
+    _gpu: GpuResources | None = None
 
     def __init__(
         self,
@@ -177,7 +178,8 @@ class FaissBank(MemoryBank):
         if not index.is_trained:
             index.train(embeddings)
         if self.device.type == "cuda":
-            return GpuRows(index, self._recipe, self.device.index or 0)
+            self._gpu = gpu_resources(self.device.index or 0)  # held, so that a rebuilt index takes the same
+            return GpuRows(index, self._recipe, self._gpu)
         return CpuRows(index, self._recipe, self._build_threads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +13,7 @@ import numpy as np
 
 from memlong.bank.arrays import Floats, Ids
 from memlong.errors import InvalidArgumentError
+from memlong_faiss.gpu import GpuResources
 from memlong_faiss.numbering import RowNumbers
 from memlong_faiss.recipe import Recipe, core_of
 
@@ -102,16 +103,14 @@ class CpuRows(RowIndex):
 class GpuRows(RowIndex):
     """On a GPU, FAISS can pass over nothing: more rows are fetched, and the bank drops the dead ones.
 
-    FAISS-GPU is not safe for threads even when reading, so one lock holds every use.
-
     Parameters
     ----------
     index : faiss.Index
         Trained and empty, on the CPU; a copy of it goes to the GPU.
     recipe : Recipe
         Its settings.
-    device : int
-        Number of the GPU.
+    resources : GpuResources
+        The GPU.
 
     Raises
     ------
@@ -121,21 +120,22 @@ class GpuRows(RowIndex):
 
     k_limit = 2048
 
-    def __init__(self, index: Any, recipe: Recipe, device: int) -> None:
-        self._using = threading.Lock()
-        self._resources = faiss.StandardGpuResources()
+    def __init__(self, index: Any, recipe: Recipe, resources: GpuResources) -> None:
+        self._resources = resources
         self.most_dead = self.k_limit // 4
         try:
-            self._index = faiss.index_cpu_to_gpu(self._resources, device, index)
+            with resources.using() as native:
+                self._index = [faiss.index_cpu_to_gpu(native, resources.device, index)]
         except RuntimeError as error:
             raise InvalidArgumentError(
                 f"index {recipe.factory!r} cannot go to a GPU: {error}. Use 'Flat' or 'IVF256,Flat'"
             ) from error
+        weakref.finalize(self, resources.dispose, self._index).atexit = False
 
     def add(self, embeddings: Floats) -> None:
         """Append rows."""
-        with self._using:
-            self._index.add(embeddings)
+        with self._resources.using():
+            self._index[0].add(embeddings)
 
     def search(self, queries: Floats, k: int, numbers: RowNumbers) -> Ids:
         """Search all rows, for so many more that k living ones are among them where the limit allows it."""
@@ -145,8 +145,8 @@ class GpuRows(RowIndex):
                 "or use device='cpu'"
             )
         fetch = min(k + numbers.dead, len(numbers), self.k_limit)
-        with self._using:
-            rows: Ids = self._index.search(queries, fetch)[1]
+        with self._resources.using():
+            rows: Ids = self._index[0].search(queries, fetch)[1]
         return rows
 
 

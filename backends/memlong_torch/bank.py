@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from memlong.bank import BankOptions, Floats, Ids, MemoryBank
+from memlong.bank.copying import keep_while_read, to_device
 from memlong.bank.exact import nearest_rows
+from memlong.bank.traffic import Traffic, note
 from memlong.errors import DeviceUnavailableError
 
 
@@ -16,7 +18,8 @@ class TorchBank(MemoryBank):
     """A bank that always finds the true k best chunks, on the CPU or on a CUDA device.
 
     On the CPU it searches the base's own table and keeps no second copy. On a CUDA device it keeps one
-    float32 matrix there, beside the table.
+    float32 matrix there, beside the table, with the rows' squared lengths for "l2". A search then waits for the
+    device once, for what it has found.
 
     Parameters
     ----------
@@ -30,7 +33,9 @@ class TorchBank(MemoryBank):
 
     def __init__(self, dim: int, **bank_options: Unpack[BankOptions]) -> None:
         super().__init__(dim, **bank_options)
-        self._mirror = None if self.device.type == "cpu" else DeviceMatrix(dim, self.device)
+        on_device = self.device.type != "cpu"
+        self._mirror = DeviceMatrix(dim, self.device) if on_device else None
+        self._norms = DeviceMatrix(1, self.device) if on_device and self._similarity == "l2" else None
 
     def _usable_device(self, device: str | torch.device | None) -> torch.device:
         chosen = super()._usable_device(device)
@@ -42,31 +47,36 @@ class TorchBank(MemoryBank):
             )
         return chosen
 
-    def _index_add(self, ids: Ids, embeddings: Floats) -> None:  # noqa: ARG002 -- rows follow the table's
+    def _index_add(self, ids: Ids, embeddings: Floats) -> None:
         if self._mirror is not None:
             self._mirror.append(embeddings)
+        if self._norms is not None:
+            self._norms.append(self._table.squared_norms[-len(ids) :, None])
 
     def _index_search(self, queries: Floats, k: int) -> Ids:
         table, mirror = self._table, self._mirror
         vectors = torch.from_numpy(table.embeddings) if mirror is None else mirror.rows
+        if mirror is None:
+            squared_norms = torch.from_numpy(table.squared_norms)
+        else:  # nothing reads them for an inner product
+            squared_norms = vectors[:0] if self._norms is None else self._norms.rows[:, 0]
         rows = nearest_rows(
-            torch.from_numpy(queries).to(vectors.device),
-            vectors,
-            torch.from_numpy(table.squared_norms).to(vectors.device),
-            k,
-            self._similarity,
-            longest=table.longest,
+            torch.from_numpy(queries), vectors, squared_norms, k, self._similarity, longest=table.longest
         )
         numbers = rows.numpy()
         return np.where(numbers < 0, -1, self._table.ids[numbers])
 
     def _index_remove(self, ids: Ids) -> None:
-        if self._mirror is not None:
-            self._mirror.remove(self._table.rows_of(ids))
+        for matrix in self._matrices:
+            matrix.remove(self._table.rows_of(ids))
 
     def _index_reset(self) -> None:
-        if self._mirror is not None:
-            self._mirror.clear()
+        for matrix in self._matrices:
+            matrix.clear()
+
+    @property
+    def _matrices(self) -> list[DeviceMatrix]:
+        return [matrix for matrix in (self._mirror, self._norms) if matrix is not None]
 
 
 class DeviceMatrix:
@@ -84,34 +94,50 @@ class DeviceMatrix:
         self._dim = dim
         self._device = device
         self._count = 0
-        self._data = torch.empty(0, dim, device=device)
+        self._data = torch.empty(0, dim, dtype=torch.float32, device=device)
+        self._traffic = (
+            Traffic()
+        )  # a search may rebuild the index: those on other streams know nothing of that
 
     @property
     def rows(self) -> torch.Tensor:
-        """The matrix, [n, dim]; a view that is valid until the next change."""
+        """The matrix, [n, dim], for the current stream; a view that is valid until the next change.
+
+        Changes heed one another. Whoever reads it must have waited for what came of that before the next one.
+        """
+        if self._device.type == "cuda":
+            self._traffic.hold_back(torch.cuda.current_stream(self._device), writing=False)
         return self._data[: self._count]
 
     def append(self, embeddings: Floats) -> None:
         """Add rows at the end."""
-        count = self._count + len(embeddings)
+        held = self.rows
+        count = len(held) + len(embeddings)
         with torch.inference_mode(False), torch.no_grad():
             if count > len(self._data):
-                grown = torch.empty(max(2 * count, 64), self._dim, device=self._device)
-                grown[: self._count] = self.rows
+                room = max(2 * count, 64)
+                grown = torch.empty(room, self._dim, dtype=torch.float32, device=self._device)
+                grown[: len(held)] = held
+                keep_while_read([self._data])
                 self._data = grown
-            self._data[self._count : count] = torch.from_numpy(embeddings).to(self._device)
-        self._count = count
+            self._data[len(held) : count] = to_device(torch.from_numpy(embeddings), self._device)
+        self._note(count)
 
     def remove(self, rows: Ids) -> None:
         """Drop the rows with these numbers; later rows move up."""
         keep = np.ones(self._count, dtype=bool)
         keep[rows] = False
         with torch.inference_mode(False), torch.no_grad():
-            kept = self.rows[torch.from_numpy(np.flatnonzero(keep)).to(self._device)]
+            kept = self.rows[to_device(torch.from_numpy(np.flatnonzero(keep)), self._device)]
             self._data[: len(kept)] = kept
-        self._count = len(kept)
+        self._note(len(kept))
 
     def clear(self) -> None:
         """Drop every row and give the memory back."""
         self._count = 0
-        self._data = torch.empty(0, self._dim, device=self._device)
+        self._data = torch.empty(0, self._dim, dtype=torch.float32, device=self._device)
+
+    def _note(self, count: int) -> None:
+        if self._device.type == "cuda":
+            note([self._traffic], torch.cuda.current_stream(self._device), writing=True)
+        self._count = count

@@ -11,10 +11,12 @@ import torch
 from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
 from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
+from memlong.bank.finite import Finiteness
 from memlong.bank.gather import gather
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.persistent import PersistentBank
+from memlong.bank.persistent import PersistentBank, SavedBank
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
+from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.bank.store import InMemoryStore, KeyValueStore
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError
@@ -40,6 +42,9 @@ class MemoryBank(PersistentBank):
     locks, scores and evicts. A backend adds an index, which only has to name likely candidates, and can be
     rebuilt from the base at any time: the four methods of `IndexHost`. Many threads may search while one
     writes.
+
+    With CUDA, a bank gives work to the current stream of whoever calls it; who calls it from several streams orders
+    them, as for any tensor. A forked process cannot use a bank with anything on a device: CUDA does not survive it.
 
     Parameters
     ----------
@@ -88,6 +93,7 @@ class MemoryBank(PersistentBank):
         self._metric: Metric = metric
         self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
         self._counting = threading.Lock()
+        self._unproven: list[tuple[Ids, Finiteness]] = []
 
     @property
     def dim(self) -> int:
@@ -171,7 +177,13 @@ class MemoryBank(PersistentBank):
         self._capacity_for(layout)
 
     def add(
-        self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput
+        self,
+        embeddings: FloatInput,
+        keys: FloatInput,
+        values: FloatInput,
+        spans: IntInput,
+        *,
+        check_first: bool = True,
     ) -> torch.Tensor:
         """Store chunks, and evict what is then over capacity; if this raises, the bank is as before.
 
@@ -187,6 +199,12 @@ class MemoryBank(PersistentBank):
             device they come in, which all chunks of a bank share.
         spans : torch.Tensor, numpy.ndarray or sequence of pairs
             Integers [n, 2], the token positions [start, end) of each chunk.
+        check_first : bool, default True
+            Know that keys and values are finite before anything is stored. Where they are on a CUDA device, that is
+            one wait for all that it has been given to do. With False they are stored at once, and it is the next
+            `add`, `remove`, `evict` or `save` that raises, if they are not, after it has removed them: for a caller
+            that made them on the device itself and goes on to give it work, as the decoder does. On the CPU it makes
+            no difference.
 
         Returns
         -------
@@ -198,17 +216,24 @@ class MemoryBank(PersistentBank):
         ------
         InvalidArgumentError
             If an argument has a wrong type, shape or value, chunks differ in kind from earlier ones, or
-            `max_bytes` is too small for one chunk.
+            `max_bytes` is too small for one chunk; also if chunks that were added before with ``check_first=False``
+            turn out not to be finite.
         """
         vectors = embeddings_of("embeddings", embeddings, self._dim, unit=self._metric == "cosine")
         count = len(vectors)
         key_blocks, value_blocks = blocks_of(keys, values, count)
         positions = spans_of(spans, count)
         if not count:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         layout = ChunkLayout.of(key_blocks)
+        finiteness = Finiteness(key_blocks, value_blocks)
+        if check_first or finiteness.is_known:
+            # Only the device knows what its numbers are, so to refuse them before anything is stored takes one wait:
+            # less is not possible, and with a store on the host it would be no less, as the copies there need none.
+            finiteness.require()
         with self._lock.write():
             self._contents.mend()
+            self._prove()
             if self._contents.layout is not None:
                 self._contents.layout.require_same(layout)
             ids = np.arange(self._contents.next_id, self._contents.next_id + count, dtype=np.int64)
@@ -220,6 +245,8 @@ class MemoryBank(PersistentBank):
                 self._table.append(ids, vectors, positions)
                 self._change_index(self._index_add, ids, self._table.embeddings[before:])
                 self._discard(victims)
+            if not check_first and not finiteness.is_known:
+                self._unproven.append((ids, finiteness))
         return torch.from_numpy(ids)
 
     def search(self, queries: FloatInput, k: int) -> SearchResult:
@@ -310,6 +337,7 @@ class MemoryBank(PersistentBank):
         n = whole_number("n", n, at_least=0)
         with self._lock.write():
             self._contents.mend()
+            self._prove()
             victims = self._capacity.victims(self._table.usage, max(len(self._table) - n, 0))
             with self._contents.change(self._contents.layout):
                 self._discard(victims)
@@ -326,6 +354,7 @@ class MemoryBank(PersistentBank):
         leaving = np.unique(ids_of(ids))
         with self._lock.write():
             self._contents.mend()
+            self._prove()
             unknown = leaving[self._table.rows_of(leaving) < 0]
             if len(unknown):
                 raise InvalidArgumentError(
@@ -339,14 +368,37 @@ class MemoryBank(PersistentBank):
         with self._lock.write():
             self._contents.restore()
             self._drop_index()
+            self._unproven.clear()
             with self._contents.change(None):
                 self._table.clear()
                 self._store.clear()
             self._rebuild_index()
 
+    def write_snapshot(self, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
+        """Write what a state of a folder needs of this bank; `keep_saved` follows when the state is current."""
+        with self._lock.write():
+            self._contents.mend()
+            self._prove()
+        return super().write_snapshot(writer, compact=compact)
+
     def _prepare(self, queries: FloatInput, k: int) -> tuple[Floats, int]:
         k = whole_number("k", k, at_least=1)
         return embeddings_of("queries", queries, self._dim, unit=self._metric == "cosine"), k
+
+    def _prove(self) -> None:
+        """Remove chunks that were stored unchecked and turn out not to be finite, and tell of the first."""
+        while self._unproven:
+            ids, finiteness = self._unproven[0]
+            try:
+                finiteness.require()
+            except InvalidArgumentError as error:
+                with self._contents.change(self._contents.layout):
+                    self._discard(ids[self._table.rows_of(ids) >= 0])
+                self._unproven.pop(0)
+                raise InvalidArgumentError(
+                    f"chunks {ids.tolist()}, added with check_first=False, are removed again: {error}"
+                ) from error
+            self._unproven.pop(0)
 
     def _discard(self, ids: Ids) -> None:
         if not len(ids):

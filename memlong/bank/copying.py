@@ -52,6 +52,13 @@ def separate(blocks: torch.Tensor) -> list[torch.Tensor]:
     return [torch.from_numpy(block.copy()).view(blocks.dtype) for block in _bits_of(blocks)]
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; a small one of the host goes to CUDA without a wait for what that is doing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def keep_while_read(blocks: Iterable[torch.Tensor]) -> None:
     """Have the memory of blocks on a CUDA device stay theirs until the current stream has read them.
 

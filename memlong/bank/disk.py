@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,15 +50,15 @@ class DiskSlots:
         self._end = 0
         self._lock = threading.Lock()
 
-    def write(self, records: torch.Tensor) -> list[int]:
-        """Store records [n, slot_bytes], uint8 on the CPU, and return their slots; if this raises, none is stored."""
+    def write(self, records: Iterable[torch.Tensor]) -> list[int]:
+        """Store records, each uint8 [slot_bytes] on the CPU, and return their slots; if this raises, none is stored."""
         slots = []
         with self._lock:
             try:
-                for record in records.numpy():
+                for record in records:
                     slots.append(self._free.pop() if self._free else self._end)
                     self._end = max(self._end, slots[-1] + 1)
-                    self._write_at(slots[-1], record)
+                    self._write_at(slots[-1], record.numpy())
             except BaseException as error:
                 self._free.update(slots)
                 with suppress(OSError):  # the first error is the one to tell, and free slots are used again
@@ -72,13 +72,17 @@ class DiskSlots:
                 raise
         return slots
 
-    def read(self, slots: list[int]) -> torch.Tensor:
-        """Return the records [n, slot_bytes], uint8; StorageError if the file cannot be read."""
-        records = torch.empty(len(slots), self._size, dtype=torch.uint8)
-        for slot, target in zip(slots, records.numpy(), strict=True):
-            with self._lock:
-                self._read_at(slot, target)
+    def read(self, slots: Sequence[int]) -> list[torch.Tensor]:
+        """Return the records, each uint8 [slot_bytes] in memory of its own; StorageError if the file cannot be read."""
+        records = [torch.empty(self._size, dtype=torch.uint8, device="cpu") for _ in slots]
+        self.read_into(slots, records)
         return records
+
+    def read_into(self, slots: Sequence[int], targets: Sequence[torch.Tensor]) -> None:
+        """Read each record into a tensor, uint8 [slot_bytes] on the CPU; StorageError if the file cannot be read."""
+        for slot, target in zip(slots, targets, strict=True):
+            with self._lock:
+                self._read_at(slot, target.numpy())
 
     def release(self, slots: list[int]) -> None:
         """Give slots back; if this raises StorageError, because the file cannot be cut, they are all still there."""

@@ -13,6 +13,7 @@ from memlong.bank.arrays import FloatInput, Floats, IntInput
 from memlong.bank.base import MemoryBank
 from memlong.bank.copying import stack
 from memlong.bank.exact import Similarity, true_scores
+from memlong.bank.finite import Finiteness
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.results import Chunks, Retrieved, SearchResult
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
@@ -46,6 +47,7 @@ class Draft:
     def __init__(self, bank: MemoryBank | Draft, chunks: Sequence[_Chunk] = ()) -> None:
         self._bank = bank
         self._chunks = list(chunks)
+        self._unproven: Finiteness | None = None
 
     @property
     def dim(self) -> int:
@@ -67,13 +69,31 @@ class Draft:
 
     def fork(self) -> Self:
         """Return a draft that goes its own way from here, over the same bank."""
-        return type(self)(self._bank, self._chunks)
+        other = type(self)(self._bank, self._chunks)
+        other._unproven = self._unproven  # noqa: SLF001 - its own
+        return other
 
-    def add(self, embeddings: FloatInput, keys: FloatInput, values: FloatInput, spans: IntInput) -> None:
+    def add(
+        self,
+        embeddings: FloatInput,
+        keys: FloatInput,
+        values: FloatInput,
+        spans: IntInput,
+        *,
+        check_first: bool = True,
+    ) -> None:
         """Note chunks down; same arguments and errors as `MemoryBank.add`."""
+        if self._unproven is not None:
+            self._unproven.require()
+            self._unproven = None
         vectors = embeddings_of("embeddings", embeddings, self.dim, unit=self.metric == "cosine")
         key_blocks, value_blocks = blocks_of(keys, values, len(vectors))
         places = torch.from_numpy(spans_of(spans, len(vectors)))
+        finiteness = Finiteness(key_blocks, value_blocks)
+        if check_first or finiteness.is_known:
+            finiteness.require()
+        else:
+            self._unproven = finiteness
         self._chunks += map(_Chunk, vectors, key_blocks, value_blocks, places)
 
     def search(self, queries: FloatInput, k: int) -> SearchResult:
@@ -90,7 +110,7 @@ class Draft:
         similarity: Similarity = "l2" if self.metric == "l2" else "inner_product"
         own = torch.from_numpy(true_scores(query, vectors, similarity))
         scores, order = torch.cat([below.scores, own], dim=1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([below.ids[0], torch.arange(self._bank.next_id, self.next_id)])
+        ids = torch.cat([below.ids[0], torch.arange(self._bank.next_id, self.next_id, device="cpu")])
         return SearchResult(scores[:, :k], ids[order[:, :k]])
 
     def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
@@ -134,4 +154,4 @@ class Draft:
             for each in held
         ]
         keys, values, spans = (stack([part[side] for part in parts]) for side in range(3))
-        return Chunks(torch.tensor(held), keys, values, spans)
+        return Chunks(torch.tensor(held, dtype=torch.int64, device="cpu"), keys, values, spans)

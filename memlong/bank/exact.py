@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from memlong.bank.arrays import Floats
+from memlong.bank.arrays import Floats, Ids
+from memlong.bank.copying import to_device
 
 Similarity = Literal["inner_product", "l2"]
 
@@ -67,11 +68,11 @@ def nearest_rows(
     Parameters
     ----------
     queries : torch.Tensor
-        float32 [q, dim].
+        float32 [q, dim], on the device of the vectors or, which spares a wait for it, on the CPU.
     vectors : torch.Tensor
-        float32 [n, dim], on the same device.
+        float32 [n, dim].
     squared_norms : torch.Tensor
-        float32 [n], the squared length of each vector.
+        float32 [n], the squared length of each vector, on its device. Only "l2" reads them, if `longest` is known.
     k : int
         1 <= k <= n.
     similarity : "inner_product" or "l2"
@@ -90,11 +91,12 @@ def nearest_rows(
         longest = math.sqrt(squared_norms.max().item())
     pieces = []
     for start in range(0, len(queries), block):
-        part = queries[start : start + block]
+        given = queries[start : start + block]
+        part = to_device(given, vectors.device)
         scores = _coarse_scores(part, vectors, squared_norms, similarity)
-        best, rows = (each.cpu().numpy() for each in largest(scores, width))
+        best, rows = _on_cpu(*largest(scores, width))
         if width < len(vectors):
-            lower = best[:, k - 1] - 2 * _score_error(part, longest, similarity)
+            lower = best[:, k - 1] - 2 * _score_error(given, longest, similarity)
             too_low = best < lower[:, None]
             rows[too_low] = -1
             for unsure in np.flatnonzero(~too_low[:, -1]).tolist():
@@ -133,6 +135,14 @@ def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
         promising, (0, 1), value=blocks
     )  # the last one is what is left over
     return best.values, looked_through.gather(1, best.indices // _BLOCK) * _BLOCK + best.indices % _BLOCK
+
+
+def _on_cpu(scores: torch.Tensor, columns: torch.Tensor) -> tuple[Floats, Ids]:
+    """Return float32 scores and int64 columns in one copy: each waits for the device."""
+    if scores.device.type == "cpu":
+        return scores.numpy(), columns.numpy()
+    both = torch.stack([scores.contiguous().view(torch.int32).long(), columns]).cpu().numpy()
+    return both[0].astype(np.int32).view(np.float32), both[1]
 
 
 def _coarse_scores(

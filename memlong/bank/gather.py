@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from memlong.bank.arrays import Ids
+from memlong.bank.copying import to_device
 from memlong.bank.layout import UNKNOWN, ChunkLayout
 from memlong.bank.store import KeyValueStore
 
@@ -29,7 +30,7 @@ def gather(store: KeyValueStore, layout: ChunkLayout | None, ids: Ids) -> tuple[
         return layout.empty(*ids.shape), layout.empty(*ids.shape)
     keys, values = store.get(wanted[present].tolist())
     if len(present) < len(wanted):
-        where = torch.from_numpy(present).to(layout.device)
+        where = to_device(torch.from_numpy(present), layout.device)
         keys = layout.empty(len(wanted)).index_copy_(0, where, keys)
         values = layout.empty(len(wanted)).index_copy_(0, where, values)
     shape = (*ids.shape, *layout.shape)

@@ -49,6 +49,8 @@ class BankPool:
     is lost if the process dies, unless `flush` has saved it. A session that cannot be saved stays in memory, and the
     others go on. A session to which nothing was ever added is dropped at once.
 
+    CUDA does not survive a fork: a server that forks makes its pool in the process that uses the banks.
+
     Parameters
     ----------
     folder : str or Path

@@ -6,12 +6,21 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
-from memlong.bank.copying import keep_while_read, separate
+from memlong.bank.copying import keep_while_read
 from memlong.bank.disk import DiskSlots
+from memlong.bank.records import Records
+from memlong.bank.slabs import Slabs, Slot
+from memlong.bank.traffic import Traffic, note
 from memlong.errors import StorageError
+
+_HOST = torch.device("cpu")
+
+Kept = TypeVar("Kept")
+"""What a tier in memory keeps of a record."""
 
 
 class Tier(ABC):
@@ -21,11 +30,11 @@ class Tier(ABC):
         self.budget = budget
 
     @abstractmethod
-    def put(self, ids: Sequence[int], records: torch.Tensor) -> None:
-        """Store records [n, bytes], uint8; if this raises StorageError, none is."""
+    def put(self, ids: Sequence[int], records: Records) -> None:
+        """Store records; if this raises StorageError, none is."""
 
     @abstractmethod
-    def get(self, ids: Sequence[int]) -> list[torch.Tensor]:
+    def get(self, ids: Sequence[int]) -> Records:
         """Return the records of ids that are held."""
 
     @abstractmethod
@@ -33,29 +42,12 @@ class Tier(ABC):
         """Forget the records of ids, those that are held; if this raises StorageError, all are still there."""
 
 
-class MemoryTier(Tier):
-    """Records as tensors, in the host's memory (pinned where there is CUDA) or on a device."""
+class MemoryTier(Tier, Generic[Kept]):
+    """Records in memory, those wanted last at the end."""
 
-    def __init__(self, budget: int | None, device: torch.device, *, pinned: bool) -> None:
+    def __init__(self, budget: int | None) -> None:
         super().__init__(budget)
-        self._device, self._pinned = device, pinned
-        self._records: OrderedDict[int, torch.Tensor] = OrderedDict()
-
-    def put(self, ids: Sequence[int], records: torch.Tensor) -> None:
-        """Store copies of those that are not held yet."""
-        for chunk_id, record in zip(ids, records, strict=True):
-            if chunk_id not in self._records:
-                (own,) = separate(record[None].to(self._device))  # not a view of all the others
-                self._records[chunk_id] = own.pin_memory() if self._pinned else own
-            self._records.move_to_end(chunk_id)
-
-    def get(self, ids: Sequence[int]) -> list[torch.Tensor]:
-        """Return the records, now the ones wanted last."""
-        for chunk_id in ids:
-            self._records.move_to_end(chunk_id)
-        records = [self._records[chunk_id] for chunk_id in ids]
-        keep_while_read(records)  # `trim` may let go of them before the device has come to the copy
-        return records
+        self._records: OrderedDict[int, Kept] = OrderedDict()
 
     def remove(self, ids: Sequence[int]) -> None:
         """Let go of the records."""
@@ -73,19 +65,78 @@ class MemoryTier(Tier):
         while self.budget is not None and len(self._records) * record_bytes > self.budget:
             self._records.popitem(last=False)
 
+    def _wanted(self, ids: Sequence[int]) -> list[Kept]:
+        for chunk_id in ids:
+            self._records.move_to_end(chunk_id)
+        return [self._records[chunk_id] for chunk_id in ids]
+
+
+class TensorTier(MemoryTier[torch.Tensor]):
+    """Records as tensors of their own, which give their memory back, on a device or in the host's memory."""
+
+    def __init__(self, budget: int | None, device: torch.device, slabs: Slabs | None = None) -> None:
+        super().__init__(budget)
+        self._device = device
+        self._slabs = slabs
+        self._traffic = Traffic()  # a `get` puts, too: whoever reads on other streams knows nothing of that
+
+    def put(self, ids: Sequence[int], records: Records) -> None:
+        """Keep those that are not held yet."""
+        for row, chunk_id in enumerate(ids):
+            if chunk_id not in self._records:
+                self._records[chunk_id] = records.own(row, self._device)
+            self._records.move_to_end(chunk_id)
+        if self._device.type == "cuda":
+            note([self._traffic], torch.cuda.current_stream(self._device), writing=True)
+
+    def get(self, ids: Sequence[int]) -> Records:
+        """Return the records, now the ones wanted last."""
+        rows = self._wanted(ids)
+        if self._device.type == "cuda" and rows:
+            self._traffic.hold_back(torch.cuda.current_stream(self._device), writing=False)
+        keep_while_read(rows)  # `trim` may let go of them before the device has come to the copy
+        return Records(rows, apart=True, slabs=self._slabs)
+
+
+class PinnedTier(MemoryTier[Slot]):
+    """Records in page-locked memory of the host, which a CUDA device copies from and to while the host goes on."""
+
+    def __init__(self, budget: int | None, slabs: Slabs) -> None:
+        super().__init__(budget)
+        self._slabs = slabs
+
+    def put(self, ids: Sequence[int], records: Records) -> None:
+        """Keep the slots of those that are not held yet."""
+        for row, chunk_id in enumerate(ids):
+            if chunk_id not in self._records:
+                self._records[chunk_id] = records.slots()[row]
+            self._records.move_to_end(chunk_id)
+
+    def get(self, ids: Sequence[int]) -> Records:
+        """Return the records, now the ones wanted last."""
+        return Records.of_slots(self._wanted(ids), self._slabs)
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Let go of the records, and of slabs that are free then."""
+        super().remove(ids)
+        self._slabs.tidy()
+
 
 class DiskTier(Tier):
-    """Records in a file."""
+    """Records in a file; where there are slabs, read straight into slots."""
 
-    def __init__(self, budget: int | None, folder: Path, record_bytes: int) -> None:
+    def __init__(
+        self, budget: int | None, folder: Path, record_bytes: int, slabs: Slabs | None = None
+    ) -> None:
         super().__init__(budget)
         self._slots = DiskSlots(folder, record_bytes)
         self._slot_of: dict[int, int] = {}
+        self._slabs = slabs
 
-    def put(self, ids: Sequence[int], records: torch.Tensor) -> None:
+    def put(self, ids: Sequence[int], records: Records) -> None:
         """Write them to the file."""
         try:
-            slots = self._slots.write(records.cpu())
+            slots = self._slots.write(records.at(_HOST))
             self._slot_of.update(zip(ids, slots, strict=True))
         except StorageError:
             raise
@@ -93,9 +144,15 @@ class DiskTier(Tier):
             self._slots.keep_only(self._slot_of.values())
             raise
 
-    def get(self, ids: Sequence[int]) -> list[torch.Tensor]:
+    def get(self, ids: Sequence[int]) -> Records:
         """Read them from the file."""
-        return list(self._slots.read([self._slot_of[chunk_id] for chunk_id in ids]))
+        places = [self._slot_of[chunk_id] for chunk_id in ids]
+        if self._slabs is None:
+            return Records(self._slots.read(places), apart=True)
+        slots = self._slabs.take(len(ids))
+        self._slabs.settle(slots, writing=True)
+        self._slots.read_into(places, [slot.record for slot in slots])
+        return Records.of_slots(slots, self._slabs)
 
     def remove(self, ids: Sequence[int]) -> None:
         """Give their slots back."""

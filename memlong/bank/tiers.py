@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from memlong.bank.codec import BlockCodec, StorageDtype, check_storage_dtype, make_codec
-from memlong.bank.copying import stack
 from memlong.bank.disk import DiskSlots
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.records import Records
 from memlong.bank.sizes import byte_count
+from memlong.bank.slabs import Slabs
 from memlong.bank.store import KeyValueStore
-from memlong.bank.tier import DiskTier, MemoryTier, Tier
+from memlong.bank.tier import DiskTier, MemoryTier, PinnedTier, TensorTier, Tier
 from memlong.errors import InvalidArgumentError, StorageError
+
+_HOST = torch.device("cpu")
 
 
 class TieredStore(KeyValueStore):
@@ -75,7 +79,8 @@ class TieredStore(KeyValueStore):
         if self._disk is not None:
             DiskSlots(self._disk, 1).close()  # say now what cannot be written
         self._codec: BlockCodec | None = None
-        self._near: list[MemoryTier] = []
+        self._near: list[MemoryTier[Any]] = []
+        self._slabs: Slabs | None = None
         self._whole: Tier | None = None
         self._ids: set[int] = set()
         self._lock = threading.Lock()
@@ -116,7 +121,8 @@ class TieredStore(KeyValueStore):
             if held or len(set(ids)) < len(ids):
                 raise InvalidArgumentError(f"the store already holds ids {held or ids}; ids are never reused")
             codec, whole = self._opened(ChunkLayout.of(keys))
-            records = codec.encode(keys, values)
+            encoded = codec.encode(keys, values)
+            records = Records(list(encoded), apart=len(ids) == 1, slabs=self._slabs)
             self._drop(ids)  # what a call that was interrupted twice may have left of them
             try:
                 whole.put(ids, records)
@@ -131,28 +137,31 @@ class TieredStore(KeyValueStore):
         """Fetch blocks from the nearest tiers that hold them, and keep copies near."""
         with self._lock:
             codec, whole = self._holding(ids)
-            found: dict[int, torch.Tensor] = {}
+            parts: list[tuple[Tier, list[int], Records]] = []
             far = list(dict.fromkeys(ids))
             for tier in self._near:
                 here = [chunk_id for chunk_id in far if chunk_id in tier]
-                found.update(zip(here, tier.get(here), strict=True))
-                far = [chunk_id for chunk_id in far if chunk_id not in found]
-            found.update(zip(far, whole.get(far), strict=True))
-            target = codec.layout.device
-            records = {chunk_id: record.to(target, non_blocking=True) for chunk_id, record in found.items()}
-            if self._near:
-                fresh = [chunk_id for chunk_id in records if chunk_id not in self._near[0]]
-                if fresh:
-                    self._keep_near(fresh, stack([records[chunk_id] for chunk_id in fresh]))
-        return codec.decode([records[chunk_id] for chunk_id in ids])
+                parts.append((tier, here, tier.get(here)))
+                far = [chunk_id for chunk_id in far if chunk_id not in tier]
+            if far:
+                parts.append((whole, far, whole.get(far)))
+            found: dict[int, torch.Tensor] = {}
+            for _, there, records in parts:
+                found.update(zip(there, records.at(codec.layout.device), strict=True))
+            for source, there, records in parts:
+                if source not in self._near[:1]:
+                    self._keep_near(there, records)
+        return codec.decode([found[chunk_id] for chunk_id in ids])
 
     def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Read from the farthest tier, which holds everything, and leave the nearer ones to those that search."""
         for chunk_id in ids:
             with self._lock:
                 codec, whole = self._holding([chunk_id])
-                (record,) = whole.get([chunk_id])
-            keys, values = codec.decode([record.to(codec.layout.device)])
+                records = whole.get([chunk_id])
+                where = codec.layout.device if self._slabs is None else _HOST
+                (record,) = records.at(where)
+            keys, values = codec.decode([record])  # `records` keeps a slot from being written over meanwhile
             yield keys[0], values[0]
 
     def remove(self, ids: Sequence[int]) -> None:
@@ -174,7 +183,7 @@ class TieredStore(KeyValueStore):
         """Forget every block, and the layout; the disk's file goes."""
         with self._lock:
             self._ids.clear()  # first: the next `put` makes new tiers then
-            self._codec = self._whole = None
+            self._codec = self._whole = self._slabs = None
             self._near = []
 
     def __len__(self) -> int:
@@ -201,15 +210,19 @@ class TieredStore(KeyValueStore):
             return self._codec, self._whole
         self.check_device(layout.device)
         codec = make_codec(layout, self._dtype)
+        on_host = self._has_host or self._disk is not None
+        slabs = _slabs_for(layout, codec, self._host) if on_host else None
         tiers: list[Tier] = []
         if self._has_device:
-            tiers.append(MemoryTier(self._device, layout.device, pinned=False))
+            tiers.append(TensorTier(self._device, layout.device, slabs))
         if self._has_host:
-            tiers.append(MemoryTier(self._host, torch.device("cpu"), pinned=layout.device.type == "cuda"))
+            host = TensorTier(self._host, _HOST) if slabs is None else PinnedTier(self._host, slabs)
+            tiers.append(host)
         if self._disk is not None:
-            tiers.append(DiskTier(self._disk_budget, self._disk, codec.nbytes))
+            tiers.append(DiskTier(self._disk_budget, self._disk, codec.nbytes, slabs))
         *near, self._whole = tiers
         self._near = [tier for tier in near if isinstance(tier, MemoryTier)]
+        self._slabs = slabs
         self._codec = codec
         return codec, self._whole
 
@@ -224,10 +237,16 @@ class TieredStore(KeyValueStore):
             if tier is not None:
                 tier.remove(ids)
 
-    def _keep_near(self, ids: Sequence[int], records: torch.Tensor) -> None:
+    def _keep_near(self, ids: Sequence[int], records: Records) -> None:
+        assert self._codec is not None  # noqa: S101 - there are records
         for tier in self._near:
             tier.put(ids, records)
-            tier.trim(records.shape[1])
+            tier.trim(self._codec.nbytes)
+
+
+def _slabs_for(layout: ChunkLayout, codec: BlockCodec, budget: int | None) -> Slabs | None:
+    """Return where records lie on the host if a CUDA device copies them, None where it is the host that does."""
+    return Slabs(codec.nbytes, layout.device, budget) if layout.device.type == "cuda" else None
 
 
 def _budget(name: str, given: int | str | None) -> int | None:

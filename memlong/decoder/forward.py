@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memlong.bank.copying import to_device
 from memlong.decoder import kernels
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.kernels import Attend, Output
-from memlong.decoder.overlap import Arrival, to_device
+from memlong.decoder.overlap import Arrival
 from memlong.decoder.window import LocalWindow
 
 

@@ -78,10 +78,3 @@ class SideStream:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the one side stream of a device: torch keeps memory apart for each stream that there ever was."""
     return torch.cuda.Stream(device)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor of the host to a device, without waiting for what the device is doing."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from memlong.bank import Draft, MemoryBank, Retrieved, SearchResult
+from memlong.bank.copying import to_device
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.overlap import to_device
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
+from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.buffers import all_turned, layer_groups
@@ -20,7 +21,7 @@ from memlong.decoder.config import MemoryConfig
 from memlong.decoder.forward import AttentionPass, Memory
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.kernels import steady_kernels
-from memlong.decoder.overlap import SideStream, to_device
+from memlong.decoder.overlap import SideStream
 from memlong.decoder.placement import check_reach, positions_of
 from memlong.decoder.probe import ModelLayout
 from memlong.decoder.recall import RandomChunks, Retrieval
@@ -285,7 +286,8 @@ class Streams:
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
         embeddings = self._retriever.embed_chunks(leaving)
         row.storing_from = bank.next_id
-        bank.add(embeddings, _in_chunks(keys, size), _in_chunks(values, size), spans)
+        keys, values = _in_chunks(keys, size), _in_chunks(values, size)
+        bank.add(embeddings, keys, values, spans, check_first=False)
 
     def _retrieve(self, starting: Sequence[Row]) -> None:
         # A bank that was given may hold something before the stream has any text to ask with.

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.buffers import LayerBuffer, LayerGroup, all_turned, turned
-from memlong.decoder.overlap import to_device
 from memlong.decoder.rope import AngleCache
 from memlong.decoder.stored import tensor_of
 

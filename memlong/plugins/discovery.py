@@ -90,7 +90,9 @@ def third_parties() -> Iterator[Candidate]:
 def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
     try:
         metadata = distribution.metadata
-        return metadata["Name"] or "", metadata["Version"] or ""
+        # From Python 3.12 on it is deprecated to ask for a key that is not there.
+        name, version = ((metadata.get_all(key) or [""])[0] for key in ("Name", "Version"))
+        return name or "", version or ""
     except (FileNotFoundError, KeyError):  # half removed: no METADATA is left
         return "", ""
 

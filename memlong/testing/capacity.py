@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from memlong.errors import InvalidArgumentError, UnknownNameError
-from memlong.testing.harness import DIM, BankSuite, assert_same_state, random_chunks, state_of
+from memlong.testing.harness import (
+    DIM,
+    BankSuite,
+    assert_same_state,
+    random_chunks,
+    state_of,
+    whatever_the_options,
+)
 
 
 class CapacityTests(BankSuite):
@@ -38,6 +45,7 @@ class CapacityTests(BankSuite):
         assert len(self.filled(9, max_bytes=4 * one, max_chunks=3)[0]) == 3
         assert len(self.filled(9, max_bytes=4 * one, max_chunks=7)[0]) == 4
 
+    @whatever_the_options
     def test_too_few_bytes_for_one_chunk_is_an_error(self) -> None:
         """The first add says so and changes nothing."""
         bank = self.make(max_bytes=100)
@@ -70,6 +78,7 @@ class CapacityTests(BankSuite):
         assert bank.ids.tolist() == [5, 7, *range(13, 21)]
         assert bank.usage.retrievals.tolist() == [2, 1, *[0] * 8]
 
+    @whatever_the_options
     @pytest.mark.parametrize("name", ["max_chunks", "max_bytes"])
     @pytest.mark.parametrize("value", [0, -1, 2.5, True, "many"])
     def test_limits_must_be_positive_ints(self, name: str, value: object) -> None:
@@ -77,11 +86,13 @@ class CapacityTests(BankSuite):
         with pytest.raises(InvalidArgumentError, match=f"{name} must be an int >= 1, got"):
             self.make(**{name: value})
 
+    @whatever_the_options
     def test_a_misspelt_policy_is_corrected(self) -> None:
         """An unknown policy is an error that names the nearest and lists them all."""
         with pytest.raises(UnknownNameError, match=r"Did you mean 'fifo'\?.*lru"):
             self.make(eviction="fiffo")
 
+    @whatever_the_options
     @pytest.mark.parametrize("n", [-1, 1.5, None])
     def test_evict_takes_a_count(self, n: object) -> None:
         """A count that is no int >= 0 is an error."""

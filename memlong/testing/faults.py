@@ -9,7 +9,13 @@ import torch
 
 from memlong.bank import InMemoryStore
 from memlong.errors import InvalidArgumentError
-from memlong.testing.harness import BankSuite, assert_same_state, random_chunks, state_of
+from memlong.testing.harness import (
+    BankSuite,
+    assert_same_state,
+    random_chunks,
+    state_of,
+    whatever_the_options,
+)
 
 
 class FailingStore(InMemoryStore):
@@ -109,6 +115,7 @@ class FaultTests(BankSuite):
                 bank.remove([4])
         assert_same_state(before, bank)
 
+    @whatever_the_options
     def test_a_store_in_use_is_refused(self) -> None:
         """Two banks never share a store."""
         store = InMemoryStore()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
 from memlong.bank import MemoryBank
+
+_Clause = TypeVar("_Clause", bound=Callable[..., None])
+_Class = TypeVar("_Class", bound="type[BankSuite]")
 
 DIM = 32
 BLOCK = (2, 2, 3, 4)
@@ -51,6 +54,31 @@ class BankSuite(Suite):
         bank, chunks = self.make(**options), random_chunks(count)
         chunks.into(bank)
         return bank, chunks
+
+
+def whatever_the_options(clause: _Clause) -> _Clause:
+    """Mark a clause that a class of banks keeps or breaks whatever its options are; see `another_configuration`."""
+    clause.holds_whatever_the_options = True  # type: ignore[attr-defined]
+    return clause
+
+
+def another_configuration(suite: _Class) -> _Class:
+    """Leave out of a suite what does not depend on a bank's options, for a class that a whole suite tests already.
+
+    `MemoryBank` checks arguments, copies what it is given and counts uses before and after it calls an index, so
+    those clauses say nothing new about other options of the same class.
+
+    Examples
+    --------
+    >>> @another_configuration
+    ... class TestFaissHnsw(MemoryBankTests):
+    ...     bank_class = FaissBank
+    ...     options = {"index": "HNSW32"}
+    """
+    for name in dir(suite):
+        if getattr(getattr(suite, name), "holds_whatever_the_options", False):
+            setattr(suite, name, None)  # which is no test
+    return suite
 
 
 def random_vectors(count: int, seed: int = 0) -> torch.Tensor:

@@ -18,6 +18,7 @@ from memlong.testing.harness import (
     random_chunks,
     random_vectors,
     state_of,
+    whatever_the_options,
 )
 
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
@@ -53,6 +54,7 @@ def _plain(value: Any) -> torch.Tensor:
 class InputTests(BankSuite):
     """What callers may pass."""
 
+    @whatever_the_options
     @pytest.mark.parametrize("form", FORMS)
     def test_any_float_array_is_taken_and_left_alone(self, form: str) -> None:
         """Dtype, strides and kind of array do not matter, and nothing that is passed in is changed."""
@@ -72,6 +74,7 @@ class InputTests(BankSuite):
         for shape, was in zip([vectors, keys, values, queries], [*plain, before], strict=True):
             assert torch.equal(_plain(shape), was)
 
+    @whatever_the_options
     @pytest.mark.parametrize("spans", [torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
     def test_spans_may_be_any_integers(self, spans: Callable[[torch.Tensor], Any]) -> None:
         """Tensors, arrays and pairs are all taken."""
@@ -80,6 +83,7 @@ class InputTests(BankSuite):
         got = bank.retrieve(chunks.embeddings, 1)
         assert torch.equal(got.spans[:, 0], chunks.spans)
 
+    @whatever_the_options
     def test_later_changes_by_the_caller_do_not_reach_the_bank(self) -> None:
         """The bank keeps copies."""
         bank, chunks = self.make(), random_chunks(6)
@@ -94,6 +98,7 @@ class InputTests(BankSuite):
         assert torch.equal(got.values[:, 0], chunks.values)
         assert torch.equal(got.spans[:, 0], chunks.spans)
 
+    @whatever_the_options
     @pytest.mark.parametrize("value", NOT_FINITE)
     @pytest.mark.parametrize("name", ["embeddings", "keys", "values"])
     def test_what_is_not_finite_is_refused(self, name: str, value: float) -> None:
@@ -102,6 +107,7 @@ class InputTests(BankSuite):
         getattr(bad, name).view(3, -1)[1, 2] = value
         self._refused(bad.__dict__, rf"{name}.*finite")
 
+    @whatever_the_options
     @pytest.mark.parametrize(
         ("name", "value", "message"),
         [
@@ -136,12 +142,14 @@ class InputTests(BankSuite):
         """The error names the argument, its value and what was expected; the bank is as before."""
         self._refused({**random_chunks(3, seed=1).__dict__, name: value}, message)
 
+    @whatever_the_options
     @pytest.mark.parametrize("other", [torch.zeros(1, 1, *BLOCK[1:]), torch.zeros(1, *BLOCK).half()])
     def test_chunks_of_another_kind_are_refused(self, other: torch.Tensor) -> None:
         """Shape and dtype of a chunk are settled by the first add."""
         chunks = random_chunks(1, seed=1)
         self._refused({**chunks.__dict__, "keys": other, "values": other}, "as in the bank's first add")
 
+    @whatever_the_options
     @pytest.mark.parametrize("method", ["search", "retrieve", "exact_search"])
     @pytest.mark.parametrize(
         ("queries", "k", "message"),
@@ -168,6 +176,7 @@ class InputTests(BankSuite):
             getattr(bank, method)(queries, k)
         assert_same_state(before, bank)
 
+    @whatever_the_options
     @pytest.mark.parametrize("metric", ["inner_product", "l2"])
     def test_vectors_too_long_for_float32_are_refused(self, metric: str) -> None:
         """What would overflow float32 when multiplied is an error."""
@@ -176,6 +185,7 @@ class InputTests(BankSuite):
             bank.add(chunks.embeddings * 1e20, chunks.keys, chunks.values, chunks.spans)
         assert len(bank) == 0
 
+    @whatever_the_options
     @pytest.mark.parametrize("scale", [1e-40, 1e-300, 1e30, 1e300])
     def test_length_does_not_matter_under_cosine(self, scale: float) -> None:
         """Only the direction counts, however long or short a vector is."""
@@ -191,6 +201,7 @@ class InputTests(BankSuite):
         with pytest.raises(InvalidArgumentError, match="dim must be an int >= 1"):
             self.bank_class(dim, **self.options)
 
+    @whatever_the_options
     def test_unknown_metrics_are_refused(self) -> None:
         """The error lists those there are."""
         with pytest.raises(InvalidArgumentError, match="cosine, inner_product, l2, got 'hamming'"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlong.testing.harness import BLOCK, BankSuite, random_chunks, random_vectors
+from memlong.testing.harness import BLOCK, BankSuite, random_chunks, random_vectors, whatever_the_options
 
 
 class RetrievalTests(BankSuite):
     """What `retrieve` returns and counts."""
 
+    @whatever_the_options
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
     def test_keys_and_values_come_back_bit_for_bit(self, dtype: torch.dtype) -> None:
         """Every hit brings the very K-V and span that it was added with, in their dtype."""
@@ -69,6 +70,7 @@ class RetrievalTests(BankSuite):
         assert bank.usage.retrievals.tolist() == [0, 0, 2, 0, 0, 1, 0, 0]
         assert (bank.usage.last_used > added).tolist() == [i in (2, 5) for i in range(8)]
 
+    @whatever_the_options
     def test_results_belong_to_the_caller(self) -> None:
         """Changing a result changes nothing in the bank."""
         bank, chunks = self.filled(4)

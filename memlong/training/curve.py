@@ -66,22 +66,27 @@ class Curve:
         self._writer = None if tensorboard is None else _tensorboard(tensorboard)
         self._path = path
         path.write_text("".join(map(_line, self.steps)), encoding="utf-8")
+        self.sync()
 
     def add(self, step: Step) -> None:
-        """Note a step."""
+        """Note a step; it is in the file at once, and on the disk after :meth:`sync`."""
         self.steps.append(step)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(step))
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint goes with the steps before it
         if self._writer is not None:
             self._writer.add_scalar("loss", step.loss, step.step)
             self._writer.add_scalar("lr", step.lr, step.step)
             if step.long_range_loss is not None:
                 self._writer.add_scalar("long_range_loss", step.long_range_loss, step.step)
 
+    def sync(self) -> None:
+        """Wait until all steps are on the disk: a checkpoint goes with the steps before it."""
+        with self._path.open("ab") as file:
+            os.fsync(file.fileno())
+
     def close(self) -> None:
-        """Let tensorboard write what it has."""
+        """Let the disk and tensorboard have what there is."""
+        self.sync()
         if self._writer is not None:
             self._writer.close()
 

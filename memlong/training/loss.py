@@ -14,6 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from memlong.decoder import Segment
 from memlong.evaluation import long_range_tokens
 
+_NOTHING = -100
+"""The target of a token that nothing follows; `cross_entropy` ignores it."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -22,42 +25,54 @@ class Batch:
     Attributes
     ----------
     input_ids
-        [rows, tokens], int64.
+        [rows, tokens], int64, on the CPU.
     lengths
-        [rows], int64.
+        Tokens of each row.
+    targets
+        [rows, tokens], int64, on the model's device: the token that follows, -100 where none does.
     distant
-        [rows, tokens], bool: long-range tokens.
+        [rows, tokens], bool, on the model's device: whether the token that follows is a long-range token.
     """
 
     input_ids: Tensor
-    lengths: Tensor
+    lengths: tuple[int, ...]
+    targets: Tensor
     distant: Tensor
 
     @classmethod
     def of(cls, episodes: Sequence[Tensor], distance: int, device: torch.device) -> Self:
         """Put episodes [tokens] together; a token last met more than ``distance`` back is long-range."""
+        episodes = [each.cpu() for each in episodes]
         marks = [torch.from_numpy(long_range_tokens(each.tolist(), distance)) for each in episodes]
+        following = [torch.cat([each[1:], each.new_tensor([_NOTHING])]) for each in episodes]
+        distant = [torch.cat([each[1:], each.new_tensor([False])]) for each in marks]
         return cls(
-            pad_sequence(list(episodes), batch_first=True).to(device),
-            torch.tensor([len(each) for each in episodes], device=device),
-            pad_sequence(marks, batch_first=True).to(device),
+            pad_sequence(episodes, batch_first=True),
+            tuple(map(len, episodes)),
+            pad_sequence(following, batch_first=True, padding_value=_NOTHING).to(device),
+            pad_sequence(distant, batch_first=True).to(device),
         )
 
     @property
     def mask(self) -> Tensor:
-        """[rows, tokens], int64: 0 where padded."""
-        places = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
-        return (places < self.lengths[:, None]).long()
+        """[rows, tokens], int64, on the CPU: 0 where padded."""
+        places = torch.arange(self.input_ids.shape[1])
+        return (places < torch.tensor(self.lengths)[:, None]).long()
+
+    def tokens_between(self, start: int, end: int) -> int:
+        """How many tokens of all rows have an index in [start, end)."""
+        return sum(max(0, min(length, end) - start) for length in self.lengths)
 
 
 @dataclass(frozen=True)
 class SegmentLoss:
-    """What a segment cost.
+    """What a segment cost, on its device.
 
     Attributes
     ----------
     mean
-        What is minimised: mean negative log-likelihood of its tokens, long-range ones weighted.
+        What is minimized: mean negative log-likelihood of its tokens, long-range ones weighted; 0 if nothing follows
+        any of them.
     sums
         [4], float64, without gradient: unweighted sum over all tokens and their number; the same of long-range ones.
     """
@@ -66,20 +81,23 @@ class SegmentLoss:
     sums: Tensor
 
 
-def segment_loss(segment: Segment, batch: Batch, long_range_weight: float) -> SegmentLoss | None:
-    """Score a segment's predictions; None if nothing follows any of its tokens."""
-    following = segment.tokens + 1
-    known = (segment.tokens >= 0) & (following < batch.lengths[:, None])
-    if not bool(known.any()):
-        return None
-    places = following.clamp(max=batch.input_ids.shape[1] - 1)
-    targets = batch.input_ids.gather(1, places)[known]
-    distant = batch.distant.gather(1, places)[known]
-    losses = cross_entropy(segment.logits[known].float(), targets, reduction="none")
-    weights = 1 + long_range_weight * distant
+def segment_loss(segment: Segment, batch: Batch, long_range_weight: float) -> SegmentLoss:
+    """Score a segment's predictions.
+
+    Tokens without a target are scored as 0 instead of being left out: what is left out has to be counted, for which the
+    host would wait, and logits would be copied.
+    """
+    is_token = segment.tokens >= 0
+    places = segment.tokens.clamp(min=0)
+    targets = batch.targets.gather(1, places).masked_fill(~is_token, _NOTHING)
+    known = targets != _NOTHING
+    distant = batch.distant.gather(1, places) & known
+    losses = cross_entropy(
+        segment.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_NOTHING, reduction="none"
+    )
+    marks = torch.stack([known.flatten(), distant.flatten()])  # [2, rows x tokens]
     with torch.no_grad():
-        exact = losses.double()
-        sums = torch.stack(
-            [exact.sum(), torch.ones_like(exact).sum(), exact[distant].sum(), distant.double().sum()]
-        )
-    return SegmentLoss((losses * weights).sum() / weights.sum(), sums)
+        exact = torch.where(marks, losses.double(), 0.0)
+        sums = torch.stack([exact.sum(dim=1), marks.sum(dim=1).double()], dim=1).flatten()
+    weights = marks[0] + long_range_weight * marks[1]
+    return SegmentLoss((losses * weights).sum() / weights.sum().clamp(min=1.0), sums)

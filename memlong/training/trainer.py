@@ -143,7 +143,8 @@ class Trainer:
         Parameters
         ----------
         resume
-            Go on from the folder's latest checkpoint: all that follows is as if the run had not been interrupted.
+            Go on from the folder's latest checkpoint: all that follows is as if the run had not been interrupted. On
+            CUDA, attention adds its gradients up in no fixed order: two runs differ in their last bits, resumed or not.
         progress
             Called after each step, and, when resuming, at once for those made before.
 
@@ -184,6 +185,7 @@ class Trainer:
             while at.step < self.config.steps:
                 self._read_episodes(at, curve, progress)
                 if at.step - saved >= self.config.checkpoint_every and at.step < self.config.steps:
+                    curve.sync()
                     save_checkpoint(self.folder, at, *state)
                     saved = at.step
         finally:
@@ -209,17 +211,20 @@ class Trainer:
         with decoder:
             for number, segment in enumerate(decoder.stream(batch.input_ids, batch.mask, gradients=True)):
                 beginning = number - number % self.config.accumulate
-                loss = segment_loss(segment, batch, self.config.long_range_weight)
-                if loss is not None:
+                start = number * size
+                if (
+                    start + 1 < batch.input_ids.shape[1]
+                ):  # else an episode's last token, which nothing follows
+                    loss = segment_loss(segment, batch, self.config.long_range_weight)
                     self._sums.append(loss.sums)
                     if loss.mean.requires_grad:  # before the first memory, maps and gates have no part in it
                         self._accelerator.backward(loss.mean / min(self.config.accumulate, count - beginning))
-                at.tokens += int((segment.tokens >= 0).sum())
+                at.tokens += batch.tokens_between(start, start + size)
                 if number + 1 in (beginning + self.config.accumulate, count) and self._sums:
-                    at.seconds += time.perf_counter() - started
+                    sums = self._update(at)
+                    at.seconds += time.perf_counter() - started  # the device has been waited for
                     started = time.perf_counter()
-                    self._update(at)
-                    curve.add(self._step(at))
+                    curve.add(self._step(at, sums))
                     if progress is not None:
                         progress(curve.steps[-1])
                     if at.step == self.config.steps:
@@ -228,25 +233,28 @@ class Trainer:
         at.episodes += self.config.rows
         at.seconds += time.perf_counter() - started
 
-    def _update(self, at: Progress) -> None:
+    def _update(self, at: Progress) -> list[float]:
+        """Make a step, and return the sums of its losses; they are what the host waits for, once a step."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.config.share_of_rate(at.step)
         norm = self._accelerator.clip_grad_norm_(self._parts.parameters.values(), self.config.max_grad_norm)
-        loss, length = float(torch.stack(self._sums).sum(dim=0)[0]), float(norm)
-        if not (isfinite(loss) and isfinite(length)):
+        total = torch.stack(self._sums).sum(dim=0)
+        self._sums.clear()
+        *sums, length = torch.cat([total, norm.detach().reshape(1).to(total)]).tolist()
+        if not (isfinite(sums[0]) and isfinite(length)):
             kept = checkpoints(self.folder)
             raise MemlongError(
-                f"The run has diverged: in step {at.step + 1} the sum of the losses is {loss} and the length of the "
+                f"The run has diverged: in step {at.step + 1} the sum of the losses is {sums[0]} and the length of the "
                 f"gradient {length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Begin anew in "
                 "another folder, with a lower lr or gate_lr, or more warmup_steps."
             )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         at.step += 1
+        return sums
 
-    def _step(self, at: Progress) -> Step:
-        total, count, distant, distant_count = torch.stack(self._sums).sum(dim=0).tolist()
-        self._sums.clear()
+    def _step(self, at: Progress, sums: list[float]) -> Step:
+        total, count, distant, distant_count = sums
         return Step(
             at.step,
             total / count,

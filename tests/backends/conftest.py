@@ -38,6 +38,11 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             assert k <= 2048
             return self.index.search(queries, k)
 
-    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    class Resources:
+        def setTempMemory(self, size: int) -> None: ...  # noqa: N802 - FAISS's names
+
+        def setPinnedMemory(self, size: int) -> None: ...  # noqa: N802
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda _, __, index: Resident(index), raising=False)

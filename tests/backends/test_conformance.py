@@ -1,10 +1,14 @@
-"""Every backend that comes with memlong meets the whole contract."""
+"""Every backend that comes with memlong meets the whole contract.
+
+One configuration of each is held to every clause, the others to those that an index may keep or break.
+"""
 
 from typing import Any, ClassVar
 
 import pytest
 
 from memlong.testing import MemoryBankTests
+from memlong.testing.harness import another_configuration
 from memlong_faiss.bank import FaissBank
 from memlong_hnswlib.bank import HnswlibBank
 from memlong_torch.bank import DeviceMatrix, TorchBank
@@ -20,16 +24,19 @@ class TestFaissFlat(MemoryBankTests):
     recall_floor = 1.0
 
 
+@another_configuration
 class TestFaissHnsw(MemoryBankTests):
     bank_class = FaissBank
     options: ClassVar = {"index": "HNSW32"}
 
 
+@another_configuration
 class TestFaissIvf(MemoryBankTests):
     bank_class = FaissBank
     options: ClassVar = {"index": "IVF16,Flat", "train_size": 64, "nprobe": 12}
 
 
+@another_configuration
 class TestFaissIvfPq(MemoryBankTests):
     bank_class = FaissBank
     options: ClassVar = {"index": "IVF16,PQ8", "train_size": 256, "nprobe": 16}
@@ -49,12 +56,14 @@ class MirroredTorchBank(TorchBank):
         self._mirror = DeviceMatrix(dim, self.device)
 
 
+@another_configuration
 class TestTorchMirror(MemoryBankTests):
     bank_class = MirroredTorchBank
     exact = True
     fresh_process = False
 
 
+@another_configuration
 @pytest.mark.usefixtures("fake_gpu")
 class TestFaissGpuLogicFlat(MemoryBankTests):
     """The code around FAISS-GPU, on an index of the CPU that can pass over nothing."""
@@ -65,6 +74,7 @@ class TestFaissGpuLogicFlat(MemoryBankTests):
     fresh_process = False
 
 
+@another_configuration
 @pytest.mark.usefixtures("fake_gpu")
 class TestFaissGpuLogicIvf(MemoryBankTests):
     bank_class = FaissBank

@@ -11,7 +11,7 @@ import torch
 
 from memlong.bank import ChunkLayout, InMemoryStore, TieredStore
 from memlong.bank.disk import DiskSlots
-from memlong.bank.tier import MemoryTier
+from memlong.bank.tier import TensorTier
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.plugins import Registry
 
@@ -187,7 +187,7 @@ def test_the_file_shrinks_and_slots_are_used_again(tmp_path):
     slots.release([1, 4, 5])
     assert slots._file.seek(0, 2) == 40
     assert sorted(slots.write(records[:2])) == [1, 4]
-    assert torch.equal(slots.read([3, 0]), records[[3, 0]])
+    assert torch.equal(torch.stack(slots.read([3, 0])), records[[3, 0]])
     slots.close()
 
 
@@ -305,7 +305,7 @@ def test_a_block_on_a_cuda_device_is_kept_until_the_stream_that_reads_it_has(mon
         def record_stream(self, stream):
             read_on.append(stream)
 
-    read_on, tier = [], MemoryTier(None, torch.device("cpu"), pinned=False)
+    read_on, tier = [], TensorTier(None, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     tier._records[0] = Record()
     tier.get([0])

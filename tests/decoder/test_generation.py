@@ -31,6 +31,7 @@ def whole(small):
     return lambda **changes: small(position_mode="original", top_k=99, retrieval_layers="0-3", **changes)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 4])
 def test_with_the_whole_prefix_in_memory_it_equals_full_context(
     tiny_model, architecture, attention, backend, whole, text, beams
@@ -55,6 +56,7 @@ def test_inside_the_window_it_is_the_plain_models(tiny_model, architecture, smal
     assert torch.equal(found, expected)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_ragged_batch_says_what_its_rows_say_alone(tiny_model, architecture, backend, small, text, beams):
     model = tiny_model(architecture)

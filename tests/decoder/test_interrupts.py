@@ -12,7 +12,7 @@ import memlong.decoder
 from memlong import MemoryDecoder
 
 FOLDER = Path(memlong.decoder.__file__).parent
-NAMES = ("streams.py", "row.py", "window.py", "room.py", "recall.py", "placement.py")
+NAMES = ("streams.py", "row.py", "window.py", "buffers.py", "forward.py", "recall.py", "placement.py")
 FILES = {str(FOLDER / name) for name in NAMES}
 
 

@@ -97,6 +97,7 @@ def test_detached_the_model_is_the_object_it_was(tiny_model, architecture, small
 # 2. Prefix oracle: with every chunk retrieved, at its true position, streaming is full attention.
 
 
+@pytest.mark.pairwise
 def test_memory_of_the_whole_prefix_equals_full_attention(
     tiny_model, architecture, attention, backend, small, text
 ):
@@ -112,6 +113,7 @@ def test_memory_of_the_whole_prefix_equals_full_attention(
 # 3. Causality.
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("changed", [9, 50, 71])
 def test_a_token_changes_nothing_before_it(
     tiny_model, architecture, attention, backend, small, text, changed
@@ -133,6 +135,7 @@ def test_a_token_changes_nothing_before_it(
 # 4. Rows are alone.
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("position_mode", ["zero", "before-window"])
 def test_a_ragged_batch_gives_each_row_what_it_gets_alone(
     tiny_model, architecture, attention, backend, small, text, position_mode

@@ -39,7 +39,7 @@ def base(llama, tmp_path):
 def trained(base, small, text, tmp_path):
     """A folder of a decoder with adapter, maps and gates, trained for four steps, and the decoder itself."""
 
-    def make(dtype="float32", **changes):
+    def make(dtype="float32", folder="out", **changes):
         model, tokenizer = load_model(str(base), dtype=dtype)
         settings = {"kv_source": "latent", "retrieval_layers": "2-3", "gate_init": -1.0, **changes}
         if settings["kv_source"] == "latent":
@@ -48,34 +48,45 @@ def trained(base, small, text, tmp_path):
             settings["maps"] = str(tmp_path / "fitted.safetensors")
         decoder = MemoryDecoder(model, tokenizer, small(**settings))
         config = TrainingConfig(steps=4, **CONFIG)
-        Trainer(decoder, [text(64)[0]] * 2, config, folder=tmp_path / "out", base_model=str(base)).run()
-        return tmp_path / "out", decoder
+        Trainer(decoder, [text(64)[0]] * 2, config, folder=tmp_path / folder, base_model=str(base)).run()
+        return tmp_path / folder, decoder
 
     return make
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("source", ["latent", "shared"])
-def test_a_fresh_process_gives_the_same_logits(trained, text, tmp_path, dtype, source):
-    folder, decoder = trained(dtype, kv_source=source)
-    ids = text(100, seed=5)
-    expected = read(decoder, ids)
-    save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    (tmp_path / "fitted.safetensors").unlink(missing_ok=True)  # the folder has maps of its own
-    code = f"""
+FRESH = """
+import json, sys
 import torch
 from safetensors.torch import load_file, save_file
 from memlong import MemoryDecoder
-torch.set_num_threads({torch.get_num_threads()})
-ids = load_file({str(tmp_path / "ids.safetensors")!r})["ids"]
-with MemoryDecoder.from_pretrained({str(folder)!r}, dtype={dtype!r}) as decoder:
-    logits = torch.cat([segment.logits for segment in decoder.stream(ids)], dim=1)
-save_file({{"logits": logits}}, {str(tmp_path / "logits.safetensors")!r})
+file, threads, folders = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+torch.set_num_threads(threads)
+ids = load_file(file)["ids"]
+found = {}
+for folder, dtype in folders.items():
+    with MemoryDecoder.from_pretrained(folder, dtype=dtype) as decoder:
+        found[folder] = torch.cat([segment.logits for segment in decoder.stream(ids)], dim=1)
+save_file(found, file)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-    torch.testing.assert_close(
-        load_file(tmp_path / "logits.safetensors")["logits"], expected, rtol=0.0, atol=1e-6
-    )
+
+
+def test_a_fresh_process_gives_the_same_logits(trained, text, tmp_path):
+    ids, expected, dtypes = text(100, seed=5), {}, {}
+    for dtype in ("float32", "bfloat16"):
+        for source in ("latent", "shared"):
+            folder, decoder = trained(dtype, folder=f"{dtype}-{source}", kv_source=source)
+            expected[str(folder)], dtypes[str(folder)] = read(decoder, ids), dtype
+    (tmp_path / "fitted.safetensors").unlink()  # the folders have maps of their own
+    file = tmp_path / "found.safetensors"
+    save_file({"ids": ids}, file)
+    command = [sys.executable, "-c", FRESH, file, str(torch.get_num_threads()), json.dumps(dtypes)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    found = load_file(file)
+    assert found.keys() == expected.keys()
+    for folder, logits in expected.items():
+        torch.testing.assert_close(
+            found[folder], logits, rtol=0.0, atol=1e-6, msg=lambda said, name=folder: f"{name}: {said}"
+        )
 
 
 def test_the_training_made_a_difference(trained, base, text):

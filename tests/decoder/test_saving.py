@@ -89,33 +89,33 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM
 from memlong import MemoryConfig, MemoryDecoder
-model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="float32").eval()
-found = []
-for config in json.loads(sys.argv[3]):
-    with MemoryDecoder.load(sys.argv[1], model, None, MemoryConfig(**config), trust_index=True) as decoder:
-        more = torch.tensor(json.loads(sys.argv[4]))
-        segments = list(decoder.stream(more))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32").eval()
+more = torch.tensor(json.loads(sys.argv[3]))
+for folder in sys.argv[4:]:
+    for config in json.loads(sys.argv[2]):
+        with MemoryDecoder.load(folder, model, None, MemoryConfig(**config), trust_index=True) as decoder:
+            segments = list(decoder.stream(more))
         ids = [each.ids.tolist() for segment in segments for each in segment.retrievals if each]
-        found.append([ids, torch.cat([segment.logits for segment in segments], dim=1)[0, :, :5].tolist()])
-print(json.dumps(found))
+        print(json.dumps([ids, torch.cat([segment.logits for segment in segments], dim=1)[0, :, :5].tolist()]))
 """
 
 
-def test_a_fresh_process_goes_on_in_any_backend(llama, small, backend, text, tmp_path):
+def test_a_fresh_process_goes_on_from_any_backend_in_any_other(llama, small, text, tmp_path):
     llama.save_pretrained(tmp_path / "model")
-    decoder = MemoryDecoder(llama, None, small(backend=backend))
-    read_on(decoder, text(150))
-    decoder.save(tmp_path / "streams")
-    more = text(40, seed=1)
-    configs = [asdict(small(backend=name)) for name in ("torch", "faiss", "hnswlib")]
-    command = [sys.executable, "-c", GO_ON, str(tmp_path / "streams"), str(tmp_path / "model")]
-    command += [json.dumps(configs), json.dumps(more.tolist())]
+    more, expected, folders = text(40, seed=1), [], []
+    configs = [small(backend=name) for name in ("torch", "faiss", "hnswlib")]
+    for config in configs:
+        decoder = MemoryDecoder(llama, None, config)
+        read_on(decoder, text(150))
+        folders.append(tmp_path / config.backend)
+        decoder.save(folders[-1])
+        logits, found = read_on(decoder, more)
+        ids = [each for segment in found for each in segment if each]
+        expected += [[ids, logits[0, :, :5].tolist()]] * len(configs)
+    command = [sys.executable, "-c", GO_ON, tmp_path / "model", json.dumps([*map(asdict, configs)])]
+    command += [json.dumps(more.tolist()), *folders]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    logits, found = read_on(decoder, more)
-    ids = [each for segment in found for each in segment if each]
-    for actual_ids, actual_logits in json.loads(said):
-        assert actual_ids == ids
-        assert actual_logits == logits[0, :, :5].tolist()
+    assert [json.loads(line) for line in said.splitlines()] == expected
 
 
 def test_saving_again_writes_what_is_new(llama, small, text, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from memlong.bank.copying import stack
+from memlong.bank.copying import stack, to_device
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.files import damaged, open_plain, read_fully
 from memlong.bank.snapshot.manifest import SegmentRecord
@@ -138,7 +138,7 @@ class BlocksFile:
     def read(self, row: int) -> torch.Tensor:
         """Return keys and values [2, *layout.shape] of a row; SnapshotError if they are not what was saved."""
         layout = self._layout
-        block = torch.empty(2, *layout.shape, dtype=layout.dtype)
+        block = torch.empty(2, *layout.shape, dtype=layout.dtype, device="cpu")
         content = bytes_of(block)
         self._read_at(self._start + row * layout.nbytes, content)
         if row not in self._proven:
@@ -146,7 +146,7 @@ class BlocksFile:
                 raise damaged(self._path, f"is not what the checksum of block {row} says")
             check_finite(self._path, block)
             self._proven.add(row)
-        return block.to(layout.device)
+        return to_device(block, layout.device)
 
     def _read_at(self, offset: int, buffer: bytearray | memoryview) -> None:
         with self._lock:

@@ -153,7 +153,7 @@ def read_blocks(
         if file.read(len(header)) != header:
             raise damaged(path, "does not begin as a file of such blocks does")
         for batch in _batches(list(range(segment.count)), layout):
-            records = torch.empty(len(batch), 2, *layout.shape, dtype=layout.dtype)
+            records = torch.empty(len(batch), 2, *layout.shape, dtype=layout.dtype, device="cpu")
             file.read_into(bytes_of(records))
             check_finite(path, records)
             yield chunks.ids[batch[0] : batch[-1] + 1], records

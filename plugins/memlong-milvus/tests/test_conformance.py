@@ -9,6 +9,7 @@ from milvus_server import Server
 
 from memlong.bank import MemoryBank
 from memlong.testing import MemoryBankTests
+from memlong.testing.harness import another_configuration
 from memlong_milvus.bank import MilvusBank
 
 
@@ -32,11 +33,13 @@ class OnServer(MemoryBankTests):
         return bank
 
 
+@another_configuration
 @pytest.mark.server
 class TestServer(OnServer):
     """As users have it: bounded staleness, and what is younger searched by the bank."""
 
 
+@another_configuration
 @pytest.mark.server
 class TestStrongServer(OnServer):
     """Nothing but what the server finds."""

@@ -1,0 +1,130 @@
+"""A segment's loss is the plain formula over tokens that have a successor, and nothing in it waits for a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memlong.decoder import Segment
+from memlong.evaluation import long_range_tokens
+from memlong.training.loss import Batch, segment_loss
+
+SIZE = 8
+DISTANCE = 3
+WAITS = (
+    "aten::nonzero",
+    "aten::_local_scalar_dense",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::is_nonzero",
+)
+
+
+class Waits(TorchDispatchMode):
+    """Keeps the names of operations whose result the host has to know before it can go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name
+        by_mask = name.startswith(("aten::index", "aten::_index_put")) and any(
+            isinstance(each, torch.Tensor) and each.dtype == torch.bool
+            for each in (args[1] if isinstance(args[1], list | tuple) else [])
+        )
+        if name in WAITS or by_mask:
+            self.found.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def episodes(text):
+    """Of 21, 17 and 3 tokens: the last segments have a token that nothing follows, padding, or nothing at all."""
+    return [text(length, seed=length)[0].fmod(11) for length in (21, 17, 3)]
+
+
+def segment_of(episodes, number, dtype=torch.float32):
+    """Rows that are padded on the left, as a decoder gives them, with random logits of 11 tokens."""
+    parts = [torch.arange(len(each))[number * SIZE : (number + 1) * SIZE] for each in episodes]
+    width = max(map(len, parts))
+    tokens = torch.full((len(parts), width), -1)
+    for row, part in enumerate(parts):
+        tokens[row, width - len(part) :] = part
+    generator = torch.Generator().manual_seed(number)
+    logits = torch.randn(*tokens.shape, 11, generator=generator).to(dtype).requires_grad_()
+    return Segment(torch.zeros_like(tokens), tokens, logits, (None,) * len(parts))
+
+
+def plainly(segment, episodes, weight):
+    """Mean and sums, token by token."""
+    losses, weights = [], []
+    for row, ids in enumerate(episodes):
+        distant = long_range_tokens(ids.tolist(), DISTANCE)
+        for column, token in enumerate(segment.tokens[row].tolist()):
+            if 0 <= token < len(ids) - 1:
+                losses.append(cross_entropy(segment.logits[row, column].float(), ids[token + 1]))
+                weights.append(1.0 + weight * float(distant[token + 1]))
+    losses, weights = torch.stack(losses), torch.tensor(weights)
+    far = weights > 1
+    exact = losses.detach()
+    sums = torch.stack([exact.sum(), torch.tensor(float(len(exact))), exact[far].sum(), far.sum()])
+    return (losses * weights).sum() / weights.sum(), sums
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_losses_and_gradients_are_those_of_the_plain_formula(episodes, number, weight):
+    batch = Batch.of(episodes, DISTANCE, torch.device("cpu"))
+    segment = segment_of(episodes, number)
+    expected, sums = plainly(segment, episodes, weight)
+    found = segment_loss(segment, batch, weight)
+    torch.testing.assert_close(found.mean, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.sums.float(), sums, rtol=1e-6, atol=1e-6)
+    ((wanted,), (given,)) = (torch.autograd.grad(each, segment.logits) for each in (expected, found.mean))
+    torch.testing.assert_close(given, wanted, rtol=1e-6, atol=1e-6)
+    assert given.abs().sum() > 0
+
+
+def test_logits_of_padding_count_for_nothing(episodes):
+    batch = Batch.of(episodes, DISTANCE, torch.device("cpu"))
+    segment = segment_of(episodes, 1)
+    before = segment_loss(segment, batch, 1.0)
+    with torch.no_grad():
+        segment.logits[segment.tokens < 0] += 100.0
+    after = segment_loss(segment, batch, 1.0)
+    assert (segment.tokens < 0).any()
+    assert torch.equal(before.mean, after.mean)
+    assert torch.equal(before.sums, after.sums)
+
+
+def test_a_last_token_alone_costs_nothing():
+    episodes = [torch.arange(9)]
+    batch = Batch.of(episodes, DISTANCE, torch.device("cpu"))
+    segment = segment_of(episodes, 1)
+    loss = segment_loss(segment, batch, 1.0)
+    (gradient,) = torch.autograd.grad(loss.mean, segment.logits)
+    assert segment.tokens.tolist() == [[8]]
+    assert loss.mean == 0
+    assert not loss.sums.any()
+    assert not gradient.any()
+
+
+def test_tokens_are_counted_without_a_look_at_the_device(episodes):
+    batch = Batch.of(episodes, DISTANCE, torch.device("cpu"))
+    counts = [batch.tokens_between(start, start + SIZE) for start in range(0, 24, SIZE)]
+    assert counts == [int((segment_of(episodes, number).tokens >= 0).sum()) for number in range(3)]
+
+
+def test_the_host_waits_for_nothing(episodes):
+    batch = Batch.of(episodes, DISTANCE, torch.device("cpu"))
+    segment = segment_of(episodes, 1, torch.bfloat16)
+    with Waits() as waits:
+        segment_loss(segment, batch, 1.0).mean.backward()
+    assert waits.found == []
+    with Waits() as waits:  # and if it did, this would see it
+        segment.logits[segment.tokens >= 0].sum().backward()
+        bool((segment.tokens >= 0).any())
+    assert len(waits.found) >= 3
