@@ -6,7 +6,7 @@ dropping columns, bringing in memory) is done for all layers of a buffer at once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -49,26 +49,26 @@ def layer_groups(layout: ModelLayout, retrieval_layers: Sequence[int]) -> tuple[
     return tuple(found)
 
 
-def turned(
-    states: Tensor, angles: Angles | None, turn: Callable[[Tensor, Angles | None], Tensor]
-) -> Iterator[tuple[slice, Tensor]]:
-    """Rotate keys [rows, layers, kv_heads, tokens, head_dim] with ``turn``, some layers at a time."""
+Turn = Callable[[Tensor, Angles | None], Tensor]
+"""A rotation of keys [rows, heads, tokens, head_dim], or its inverse, in float32."""
+
+
+def turned(states: Tensor, angles: Angles | None, turn: Turn, out: Tensor | None = None) -> Tensor:
+    """Rotate keys [rows, layers, kv_heads, tokens, head_dim] with ``turn``, some layers at a time, into ``out``."""
     rows, layers, heads, tokens, width = states.shape
     most = _PIECE.get(states.device.type, _LARGE_PIECE)
     step = max(1, most // max(1, rows * heads * tokens * width))
-    for start in range(0, layers, step):
-        part = slice(start, min(start + step, layers))
-        yield part, turn(states[:, part].flatten(1, 2), angles).unflatten(1, (-1, heads))
-
-
-def all_turned(
-    states: Tensor, angles: Angles | None, turn: Callable[[Tensor, Angles | None], Tensor]
-) -> Tensor:
-    """Rotate keys as :func:`turned` does, and return them in one tensor."""
-    if angles is None:
-        return states
-    parts = [part for _, part in turned(states, angles, turn)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if out is None and (angles is None or step >= layers):
+        whole = turn(states.flatten(1, 2), angles).to(states.dtype)
+        return whole.view(rows, layers, heads, tokens, width)
+    parts = [slice(start, start + step) for start in range(0, layers, step)]
+    if torch.is_grad_enabled() and states.requires_grad:  # what has gradients is not written over
+        return torch.cat([turned(states[:, part], angles, turn) for part in parts], dim=1)
+    if out is None:
+        out = torch.empty_like(states, memory_format=torch.contiguous_format)
+    for part in parts:
+        out[:, part] = turn(states[:, part].flatten(1, 2), angles).view(rows, -1, heads, tokens, width)
+    return out
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class LayerBuffer:
         columns = slice(self.memory, self.memory + count)
         return self.keys[:, :, :, columns], self.values[:, :, :, columns]
 
-    def hold_memory(self, keys: Tensor, values: Tensor) -> None:
-        """Take in the K-V of all retrieved tokens."""
-        self.keys[:, :, :, : self.memory] = keys
+    def hold_memory(self, keys: Tensor, values: Tensor, angles: Angles | None, turn: Turn) -> None:
+        """Take in the K-V of all retrieved tokens, and rotate the keys if there are angles."""
+        turned(keys, angles, turn, out=self.keys[:, :, :, : self.memory])
         self.values[:, :, :, : self.memory] = values

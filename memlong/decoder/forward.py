@@ -17,12 +17,13 @@ from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.kernels import Attend, Output
 from memlong.decoder.overlap import Arrival
+from memlong.decoder.rope import AngleCache
 from memlong.decoder.window import LocalWindow
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the rows of a batch have retrieved, rotated and ready to be attended to.
+    """What the rows of a batch have retrieved, ready to be attended to.
 
     Attributes
     ----------
@@ -34,6 +35,8 @@ class Memory:
         By group of retrieval layers, the layers.
     keys, values
         By group of retrieval layers: [rows, layers, kv_heads, tokens, head_dim]. Empty once the window holds them.
+    angles
+        Where the keys are still to be rotated to; None if they are rotated.
     arrival
         When all of these are there, if they are still on their way to a CUDA device.
     """
@@ -43,6 +46,7 @@ class Memory:
     layers: tuple[tuple[int, ...], ...]
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
+    angles: AngleCache | None = None
     arrival: Arrival | None = None
 
     @property
@@ -77,8 +81,8 @@ class Memory:
     def given_to(self, window: LocalWindow) -> Memory:
         """Put keys and values into the window's buffers, and return what is left to know."""
         self.wait()
-        window.hold_memory(self.keys, self.values)
-        return replace(self, keys=(), values=(), arrival=None)
+        window.hold_memory(self.keys, self.values, self.angles)
+        return replace(self, keys=(), values=(), angles=None, arrival=None)
 
     def detach(self) -> Memory:
         """Return the same memory, as a constant."""

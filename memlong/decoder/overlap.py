@@ -46,6 +46,11 @@ class SideStream:
         self._device = device
         self._stream = _side_stream(device) if device.type == "cuda" else None
 
+    @property
+    def is_there(self) -> bool:
+        """Whether anything can be done beside."""
+        return self._stream is not None
+
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Give work to the side stream; it begins after all that the current stream has been given so far."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -242,7 +242,7 @@ def _layer(
         except RuntimeError:  # this width does not fit the angles, or no query is one too few
             continue
         if _alike(raw[0], raw[1], one.dtype):
-            return layer(rope)
+            return layer(_simplified(rope, first.angles(rope)))
     raise _unsupported(
         model, f"the rotation of the keys of layer {index} ({type(module).__name__}) could not be undone"
     )
@@ -257,6 +257,20 @@ def _rotations(module: nn.Module, call: RotaryCall | None, head_dim: int) -> lis
     width = call.angles(given)[0].shape[-1]
     widths = [size for size in (width, 2 * width) if size <= head_dim]
     return [LayerRope(call, apply, size, stand_ins) for size in widths for stand_ins in (0, 1)]
+
+
+def _simplified(rope: LayerRope, angles: Angles | None) -> LayerRope:
+    """Return the rotation in halves if it is one: then it gives what the model's own function gives."""
+    assert angles is not None  # noqa: S101 - it rotates
+    if rope.width % 2 or angles[0].shape[-1] != rope.width:
+        return rope
+    probes = torch.eye(rope.width, device=angles[0].device)[None, :, None]  # a head for each dimension
+    simple = replace(rope, in_halves=True)
+    return (
+        simple
+        if torch.allclose(simple.rotate(probes, angles), rope.rotate(probes, angles), atol=1e-6)
+        else rope
+    )
 
 
 def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -58,22 +58,30 @@ class LayerRope:
 
     ``apply`` is the ``apply_rotary_pos_emb`` of the model's own module, so half-split and interleaved rotations come
     out as the model means them; it turns the first ``width`` dimensions of a head. Its first argument is a query, for
-    which ``stand_ins`` heads of the keys are given: none, or one to functions that cannot do with none.
+    which ``stand_ins`` heads of the keys are given: none, or one to functions that cannot do with none. Where it turns
+    dimension i with i + width / 2, as most do (``in_halves``), that is done here, in half the time.
     """
 
     call: RotaryCall | None
     apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     width: int = 0
     stand_ins: int = 1
+    in_halves: bool = False
 
     def rotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
         """Put un-rotated keys [rows, kv_heads, tokens, head_dim] at the positions of ``angles``."""
-        if angles is None:
-            return keys
-        return self._turn(keys, *angles)
+        return self.rotated(keys, angles).to(keys.dtype)
 
     def unrotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
         """Undo :meth:`rotate`. Angles may be scaled by s (YaRN), so the inverse is R(-a) / s²."""
+        return self.unrotated(keys, angles).to(keys.dtype)
+
+    def rotated(self, keys: Tensor, angles: Angles | None) -> Tensor:
+        """Do what :meth:`rotate` does, in float32."""
+        return keys if angles is None else self._turn(keys, *angles)
+
+    def unrotated(self, keys: Tensor, angles: Angles | None) -> Tensor:
+        """Do what :meth:`unrotate` does, in float32."""
         if angles is None:
             return keys
         cos, sin = angles
@@ -81,13 +89,23 @@ class LayerRope:
         return self._turn(keys, cos / square, -sin / square)
 
     def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        assert self.apply is not None  # noqa: S101 - a layer with angles has a rotation
         wide = keys[..., : self.width].float()
-        _, turned = self.apply(wide[:, : self.stand_ins], wide, cos, sin)
-        turned = turned.to(keys.dtype)
-        return (
-            turned if self.width == keys.shape[-1] else torch.cat([turned, keys[..., self.width :]], dim=-1)
-        )
+        if self.in_halves:
+            turned = _turned_in_halves(wide, cos[:, None], sin[:, None])
+        else:
+            assert self.apply is not None  # noqa: S101 - a layer with angles has a rotation
+            _, turned = self.apply(wide[:, : self.stand_ins], wide, cos, sin)
+        if self.width == keys.shape[-1]:
+            return turned
+        return torch.cat([turned, keys[..., self.width :].float()], dim=-1)
+
+
+def _turned_in_halves(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = states.shape[-1] // 2
+    turned = states * cos
+    turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return turned
 
 
 class AngleCache:

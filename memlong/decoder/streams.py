@@ -16,7 +16,7 @@ from memlong.bank import MemoryBank
 from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.attention import AttentionSlot
-from memlong.decoder.buffers import all_turned, layer_groups
+from memlong.decoder.buffers import layer_groups, turned
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.forward import AttentionPass, Memory
 from memlong.decoder.gates import MemoryGates
@@ -326,14 +326,16 @@ class Streams:
             self._side.join()
             with torch.enable_grad():
                 return self._assemble()
+        if not self._side.is_there:
+            return self._assemble(rotate=False)  # straight to where the window has room for them
         with self._side.beside():
             memory = self._assemble()
         if memory is None:
             return None
         return replace(memory, arrival=self._side.hand_over((*memory.keys, *memory.values)))
 
-    def _assemble(self) -> Memory | None:
-        """Bring the rows' retrieved K-V into one batch, shorter ones padded, keys rotated to where they stand."""
+    def _assemble(self, *, rotate: bool = True) -> Memory | None:
+        """Bring the rows' retrieved K-V into one batch, shorter ones padded; rotate keys to where they stand."""
         memories = [row.memory for row in self.rows]
         if not any(memories):
             return None
@@ -350,9 +352,10 @@ class Streams:
                 for memory in memories
             ]
             raw, mine = (_batch(states).to(self._device) for states in zip(*supplied, strict=True))
-            keys.append(all_turned(raw, angles.of(group.rope), group.rope.rotate))
+            keys.append(turned(raw, angles.of(group.rope), group.rope.rotated) if rotate else raw)
             values.append(mine)
-        return Memory(positions, valid, tuple(group.layers for group in groups), tuple(keys), tuple(values))
+        layers = tuple(group.layers for group in groups)
+        return Memory(positions, valid, layers, tuple(keys), tuple(values), None if rotate else angles)
 
 
 def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> Ints:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
-from memlong.decoder.buffers import LayerBuffer, LayerGroup, all_turned, turned
+from memlong.decoder.buffers import LayerBuffer, LayerGroup, turned
 from memlong.decoder.rope import AngleCache
 from memlong.decoder.stored import tensor_of
 
@@ -90,14 +90,20 @@ class GroupWindow:
 
     def raw_keys(self, angles: AngleCache) -> Tensor:
         """Un-rotated keys [rows, layers, kv_heads, columns, head_dim]; ``angles`` are those of the window's columns."""
+        parts = self._raw_parts(angles)
+        self._raw = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+        return self._raw
+
+    def _raw_parts(self, angles: AngleCache) -> list[Tensor]:
+        """Un-rotated keys of the columns for which they were known, and of the rest."""
         assert self.buffer is not None  # noqa: S101 - the window holds something
         known = 0 if self._raw is None else self._raw.shape[3]
-        if self._raw is None or known < self.count:
+        parts = [] if self._raw is None else [self._raw]
+        if known < self.count or not parts:
             keys, _ = self.buffer.window(self.count)
             rope = self.group.rope
-            fresh = all_turned(keys[:, :, :, known:], angles.of(rope, known), rope.unrotate)
-            self._raw = fresh if self._raw is None else torch.cat([self._raw, fresh], dim=3)
-        return self._raw
+            parts.append(turned(keys[:, :, :, known:], angles.of(rope, known), rope.unrotated))
+        return parts
 
     def values(self) -> Tensor:
         """Values [rows, layers, kv_heads, columns, head_dim]."""
@@ -106,15 +112,15 @@ class GroupWindow:
 
     def moved(self, columns: Columns, before: AngleCache, after: AngleCache, memory: int) -> GroupWindow:
         """Return the window of these columns, rotated to ``after``, with so many columns for retrieved tokens."""
-        raw = _taken(self.raw_keys(before), columns)
+        raw = _taken(self._raw_parts(before), columns)
         kept = raw.shape[3]
         other = self.emptied(raw[:, 0], kept, memory)
         assert other.buffer is not None  # noqa: S101 - just made
         keys, values = other.buffer.window(kept)
         if kept:
-            for part, rotated in turned(raw, after.of(self.group.rope), self.group.rope.rotate):
-                keys[:, part] = rotated
-            values.copy_(_taken(self.values(), columns))
+            rope = self.group.rope
+            turned(raw, after.of(rope), rope.rotated, out=keys)
+            _take([self.values()], columns, values)
         other._raw = raw  # noqa: SLF001 - its own
         return other
 
@@ -321,12 +327,19 @@ class LocalWindow(Cache):
         memory, memory_values = keys[:, :, : self.memory], values[:, :, : self.memory]
         return torch.cat([memory, key], dim=2), torch.cat([memory_values, value], dim=2)
 
-    def hold_memory(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Take in the K-V of all retrieved tokens, by group of layers that attend to them."""
-        buffers = [window.buffer for window in self._windows if window.group.has_memory]
-        for buffer, some_keys, some_values in zip(buffers, keys, values, strict=True):
-            assert buffer is not None  # noqa: S101 - it was made with columns for memory
-            buffer.hold_memory(some_keys, some_values)
+    def hold_memory(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], angles: AngleCache | None
+    ) -> None:
+        """Take in the K-V of all retrieved tokens, by group of layers that attend to them.
+
+        With ``angles``, keys are un-rotated and go to those.
+        """
+        windows = [window for window in self._windows if window.group.has_memory]
+        for window, some_keys, some_values in zip(windows, keys, values, strict=True):
+            assert window.buffer is not None  # noqa: S101 - it was made with columns for memory
+            rope = window.group.rope
+            where = None if angles is None else angles.of(rope)
+            window.buffer.hold_memory(some_keys, some_values, where, rope.rotated)
 
     def columns_of(self, row: int, start: int, end: int) -> Ints:
         """Columns that hold the tokens ``start`` to ``end`` of a row, in order."""
@@ -391,8 +404,34 @@ class LocalWindow(Cache):
         return to_device(torch.from_numpy(numbers), self._device)
 
 
-def _taken(states: Tensor, columns: Columns) -> Tensor:
-    """Copy columns of [rows, layers, kv_heads, columns, head_dim]."""
+def _taken(parts: Sequence[Tensor], columns: Columns) -> Tensor:
+    """Copy columns of [rows, layers, kv_heads, columns, head_dim], which is given in parts that follow each other."""
     if isinstance(columns, Tensor):
+        states = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=3)
         return states.take_along_dim(columns[:, None, None, :, None], dim=3)
-    return torch.cat([states[:, :, :, some] for some in columns], dim=3)
+    return torch.cat(_stretches(parts, columns), dim=3)
+
+
+def _take(parts: Sequence[Tensor], columns: Columns, out: Tensor) -> None:
+    """Copy columns as :func:`_taken` does, to ``out``."""
+    if isinstance(columns, Tensor):
+        out.copy_(_taken(parts, columns))
+        return
+    done = 0
+    for piece in _stretches(parts, columns):
+        out[:, :, :, done : done + piece.shape[3]] = piece
+        done += piece.shape[3]
+
+
+def _stretches(parts: Sequence[Tensor], columns: Sequence[slice]) -> list[Tensor]:
+    found, first = [], 0
+    starts = []
+    for part in parts:
+        starts.append(first)
+        first += part.shape[3]
+    for stretch in columns:
+        for start, part in zip(starts, parts, strict=True):
+            low, high = max(stretch.start - start, 0), min(stretch.stop - start, part.shape[3])
+            if low < high or (stretch.start == stretch.stop and part is parts[0]):
+                found.append(part[:, :, :, low : max(low, high)])
+    return found

@@ -74,17 +74,35 @@ def third_parties() -> Iterator[Candidate]:
     reason when it is loaded, so that one broken installation hides no other plugin.
     """
     found: list[Candidate] = []
-    seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
-        label, version = _name_and_version(distribution)
-        # The first on the path is the one whose modules are imported; the rest are shadowed.
-        if label and normalise(label) in seen:
+        if not _may_hold_plugins(distribution):
             continue
-        seen.add(normalise(label))
-        found.extend(
-            _candidates(distribution, label, f"{label or 'an unnamed distribution'} {version}".strip())
-        )
+        label, version = _name_and_version(distribution)
+        if not _is_shadowed(distribution, label):
+            found.extend(
+                _candidates(distribution, label, f"{label or 'an unnamed distribution'} {version}".strip())
+            )
     yield from sorted(found, key=lambda candidate: (candidate.name, candidate.distribution))
+
+
+def _may_hold_plugins(distribution: importlib.metadata.Distribution) -> bool:
+    """Whether its entry points speak of memlong, or cannot be read; to parse those of all others takes long."""
+    try:
+        return ENTRY_POINT_GROUP in (distribution.read_text("entry_points.txt") or "")
+    except Exception:  # noqa: BLE001 - whatever a broken file raises is reported where it is parsed
+        return True
+
+
+def _is_shadowed(distribution: importlib.metadata.Distribution, label: str) -> bool:
+    """Whether another distribution of that name comes first on the path: its modules are the ones to be imported."""
+    if not label:
+        return False
+    first = next(iter(importlib.metadata.distributions(name=label)), distribution)
+    return _identity(first) != _identity(distribution)
+
+
+def _identity(distribution: importlib.metadata.Distribution) -> tuple[str, str, str]:
+    return (str(distribution.locate_file("")), *_name_and_version(distribution))
 
 
 def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
