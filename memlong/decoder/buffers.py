@@ -97,6 +97,19 @@ class LayerBuffer:
         """Bytes of both."""
         return self.keys.nbytes + self.values.nbytes
 
+    def fits(self, states: Tensor, layers: int, columns: int, memory: int) -> bool:
+        """Whether a buffer that :meth:`like` makes of these would be much like this one."""
+        rows, heads, _, width = states.shape
+        mine, room = self.keys, self.keys.shape[3]
+        return (mine.dtype, mine.device, *mine.shape[:3], mine.shape[4]) == (
+            states.dtype,
+            states.device,
+            rows,
+            layers,
+            heads,
+            width,
+        ) and memory + columns <= room <= 2 * (memory + columns)
+
     def has_space(self, columns: int) -> bool:
         """Whether the window may have so many columns."""
         return self.memory + columns <= self.keys.shape[3]

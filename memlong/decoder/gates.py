@@ -79,7 +79,8 @@ def make_gates(
     if config.gates is None:
         if config.gate_init is None:
             return None
-        bias = torch.full((len(retrieval_layers), heads), float(config.gate_init), device=like.device)
+        shape = (len(retrieval_layers), heads)
+        bias = torch.full(shape, float(config.gate_init), dtype=torch.float32, device=like.device)
         return MemoryGates(retrieval_layers, bias)
     gates = MemoryGates.load(config.gates)
     theirs, ours = (gates.layers, gates.bias.shape[1]), (retrieval_layers, heads)

@@ -225,7 +225,7 @@ def _problem(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _exercise(device: torch.device, dtype: torch.dtype) -> Tensor:
     """Do in small what a decoder does with keys: rotate, undo it, choose, attend under a mask. Float32, on the CPU."""
     tokens, width = 32, 16

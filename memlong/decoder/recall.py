@@ -63,7 +63,7 @@ class RandomChunks:
 
     def due(self) -> bool:
         """Whether the next retrieval is one of them."""
-        return float(torch.rand(1, generator=self.generator)) < self.share
+        return float(torch.rand(1, generator=self.generator, dtype=torch.float32)) < self.share
 
     def recall(
         self, bank: MemoryBank, query: Tensor, config: MemoryConfig
@@ -74,7 +74,7 @@ class RandomChunks:
         ids = stored[some].sort().values
         chunks = bank.fetch(ids)
         memory = RowMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans) if len(ids) else None
-        return Retrieval(query, ids, torch.zeros(len(ids))), memory
+        return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32)), memory
 
 
 def recall(

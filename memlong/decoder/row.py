@@ -201,9 +201,9 @@ class Row:
         if fact_of(facts, "has_retrieved", bool):
             ids = tensor_of(tensors, "retrieval.ids", None)
             self.retrieval = Retrieval(
-                tensor_of(tensors, "retrieval.query", None, like=torch.empty(0)),
+                tensor_of(tensors, "retrieval.query", None, like=torch.empty(0, dtype=torch.float32)),
                 ids,
-                tensor_of(tensors, "retrieval.scores", len(ids), like=torch.empty(0)),
+                tensor_of(tensors, "retrieval.scores", len(ids), like=torch.empty(0, dtype=torch.float32)),
             )
         if fact_of(facts, "has_memory", bool):
             spans = tensor_of(tensors, "memory.spans", None, 2)

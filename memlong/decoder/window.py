@@ -49,6 +49,9 @@ class GroupWindow:
         self._capacity = capacity
         self._raw: Tensor | None = None  # un-rotated keys of the first columns; the others' come when wanted
         self._fresh: dict[int, tuple[Tensor, Tensor]] = {}  # of this forward call, where it records gradients
+        # The buffer of the window before this one, to be written over by the next: fresh memory costs a CPU more time
+        # than what is written there. On CUDA, torch's allocator sees to that.
+        self._spare: LayerBuffer | None = None
 
     def expecting(self) -> GroupWindow:
         """Return the same window, for a forward call to write behind it."""
@@ -116,6 +119,8 @@ class GroupWindow:
         kept = raw.shape[3]
         other = self.emptied(raw[:, 0], kept, memory)
         assert other.buffer is not None  # noqa: S101 - just made
+        if not raw.is_cuda:
+            other._spare = self.buffer  # noqa: SLF001 - its own
         keys, values = other.buffer.window(kept)
         if kept:
             rope = self.group.rope
@@ -127,12 +132,17 @@ class GroupWindow:
     def emptied(self, like: Tensor, columns: int, memory: int) -> GroupWindow:
         """Return a window with so many columns, and columns for retrieved tokens, all of them still to be written."""
         room = memory if self.group.has_memory else 0
-        buffer = LayerBuffer.like(like, len(self.group.layers), max(columns, self._capacity), room)
+        shape = (len(self.group.layers), max(columns, self._capacity), room)
+        if self._spare is not None and self._spare.fits(like, *shape):
+            buffer = LayerBuffer(self._spare.keys, self._spare.values, room)
+        else:
+            buffer = LayerBuffer.like(like, *shape)
         return GroupWindow(self.group, self._capacity, buffer, columns)
 
     def of_rows(self, rows: Tensor) -> GroupWindow:
         """Return the window of these rows."""
         other = copy(self)
+        other._spare = None  # noqa: SLF001 - its own, and not also another's
         if self.buffer is not None:
             other.buffer = self.buffer.of_rows(rows)
             other._raw = None if self._raw is None else self._raw.index_select(0, rows)  # noqa: SLF001

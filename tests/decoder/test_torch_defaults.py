@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from memlong import MemoryDecoder, load_model
 from memlong.decoder import Passage, create_retriever
+from memlong.decoder.recall import RandomChunks
 from memlong.evaluation import chat_turn, evaluate_perplexity, tokenize
 from memlong.evaluation.needle import evaluate_needle
 from memlong.testing import VOCABULARY
@@ -75,6 +76,35 @@ def test_a_stream_is_the_same(llama, small, text, name, other):
     with defaults(*other):
         found = streamed()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("other", DTYPES)
+def test_saved_streams_go_on_the_same(llama, small, text, tmp_path, other):
+    def gone_on() -> torch.Tensor:
+        with MemoryDecoder(llama, None, small(gate_init=-1.0)) as decoder:
+            decoder.read(text(80))
+            decoder.save(tmp_path / "memory", compact=True)
+        with MemoryDecoder.load(tmp_path / "memory", llama, None, small(gate_init=-1.0)) as decoder:
+            return decoder.read(text(20, seed=1))
+
+    wanted = gone_on()
+    with defaults(*other):
+        found = gone_on()
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("other", DTYPES)
+def test_chunks_at_random_are_the_same(llama, small, text, other):
+    def read() -> torch.Tensor:
+        chance = RandomChunks(0.5, torch.Generator().manual_seed(0))
+        with MemoryDecoder(llama, None, small()) as decoder:
+            decoder.reset(random_chunks=chance)
+            return decoder.read(text(120))
+
+    wanted = read()
+    with defaults(*other):
+        found = read()
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("other", DTYPES)
