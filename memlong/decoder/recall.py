@@ -63,18 +63,18 @@ class RandomChunks:
 
     def due(self) -> bool:
         """Whether the next retrieval is one of them."""
-        return float(torch.rand(1, generator=self.generator, dtype=torch.float32)) < self.share
+        return float(torch.rand(1, generator=self.generator, dtype=torch.float32, device="cpu")) < self.share
 
     def recall(
         self, bank: MemoryBank, query: Tensor, config: MemoryConfig
     ) -> tuple[Retrieval, RowMemory | None]:
         """Take as many chunks as :func:`recall` would look for, any of the bank's, in the order of the text."""
         stored = bank.ids
-        some = torch.randperm(len(stored), generator=self.generator)[: config.retrieved_chunks]
+        some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.retrieved_chunks]
         ids = stored[some].sort().values
         chunks = bank.fetch(ids)
         memory = RowMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans) if len(ids) else None
-        return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32)), memory
+        return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu")), memory
 
 
 def recall(
@@ -93,7 +93,11 @@ def recall(
     if not near:
         return retrieval, None
     # Chunks leave the window in the order of the text, so that is the order of ids.
-    order = torch.arange(near).flip(0) if config.chunk_order == "score" else retrieval.ids[:near].argsort()
+    order = (
+        torch.arange(near, device="cpu").flip(0)
+        if config.chunk_order == "score"
+        else retrieval.ids[:near].argsort()
+    )
     keys, values = (
         _in_line(states[0], to_device(order, states.device)) for states in (found.keys, found.values)
     )

@@ -179,7 +179,7 @@ class Row:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the rest of it: the latest tokens, and what was retrieved."""
-        found = {"recent": torch.tensor(self._recent.token_ids, dtype=torch.int64)}
+        found = {"recent": torch.tensor(self._recent.token_ids, dtype=torch.int64, device="cpu")}
         if self.retrieval is not None:
             found |= {f"retrieval.{name}": each for name, each in vars(self.retrieval).items()}
         if self.memory is not None:
@@ -201,9 +201,16 @@ class Row:
         if fact_of(facts, "has_retrieved", bool):
             ids = tensor_of(tensors, "retrieval.ids", None)
             self.retrieval = Retrieval(
-                tensor_of(tensors, "retrieval.query", None, like=torch.empty(0, dtype=torch.float32)),
+                tensor_of(
+                    tensors, "retrieval.query", None, like=torch.empty(0, dtype=torch.float32, device="cpu")
+                ),
                 ids,
-                tensor_of(tensors, "retrieval.scores", len(ids), like=torch.empty(0, dtype=torch.float32)),
+                tensor_of(
+                    tensors,
+                    "retrieval.scores",
+                    len(ids),
+                    like=torch.empty(0, dtype=torch.float32, device="cpu"),
+                ),
             )
         if fact_of(facts, "has_memory", bool):
             spans = tensor_of(tensors, "memory.spans", None, 2)

@@ -283,7 +283,7 @@ class Streams:
         columns = self._window.columns_of(index, leaving[0].start, leaving[-1].end)
         keys, values = self._source.collect(self._window, index, columns)
         size = self._config.chunk_size
-        spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving])
+        spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving], device="cpu")
         embeddings = self._retriever.embed_chunks(leaving)
         row.storing_from = bank.next_id
         keys, values = _in_chunks(keys, size), _in_chunks(values, size)

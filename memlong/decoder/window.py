@@ -247,7 +247,7 @@ class LocalWindow(Cache):
 
     def of_rows(self, rows: Sequence[int]) -> LocalWindow:
         """Return a window of these rows, which may come more than once."""
-        chosen = to_device(torch.tensor(list(rows)), self._device)
+        chosen = to_device(torch.tensor(list(rows), device="cpu"), self._device)
         numbers = np.asarray(rows, dtype=np.int64)
         windows = tuple(window.of_rows(chosen) for window in self._windows)
         return self._of(windows, self.tokens[numbers], self.positions[numbers])

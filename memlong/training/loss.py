@@ -56,8 +56,8 @@ class Batch:
     @property
     def mask(self) -> Tensor:
         """[rows, tokens], int64, on the CPU: 0 where padded."""
-        places = torch.arange(self.input_ids.shape[1])
-        return (places < torch.tensor(self.lengths)[:, None]).long()
+        places = torch.arange(self.input_ids.shape[1], device="cpu")
+        return (places < torch.tensor(self.lengths, device="cpu")[:, None]).long()
 
     def tokens_between(self, start: int, end: int) -> int:
         """How many tokens of all rows have an index in [start, end)."""
