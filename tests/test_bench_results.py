@@ -105,6 +105,7 @@ def test_benches_that_are_out_of_time_keep_what_they_have(tmp_path):
     assert (found["left_out"], found["complete"]) == (["torch, 200 x 8: the time is out"], False)
 
 
+@pytest.mark.slow
 def test_training_is_timed_by_rows_and_form(tmp_path):
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")

@@ -84,6 +84,7 @@ def run(given, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_each_system_has_the_figures_of_a_run_of_its_own(given, run):
     found = run()
     assert (found["device"], found["dtype"]) == ("cpu", "float32")
@@ -101,6 +102,7 @@ def test_each_system_has_the_figures_of_a_run_of_its_own(given, run):
         assert system["recall_at_k"] == own.recall_at_k
 
 
+@pytest.mark.slow
 def test_systems_that_find_the_same_chunks_run_once(run, monkeypatch):
     module = script("examples/recall_vs_perplexity.py")
     monkeypatch.setitem(globals(), "script", lambda _: module)
@@ -152,6 +154,7 @@ def test_an_index_is_asked_what_another_was(llama, text):
     assert same_chunks.chunks_found(config, retriever.asked, retriever, Registry()) == tuple(ids)
 
 
+@pytest.mark.slow
 def test_two_dtypes_are_set_side_by_side(run, tmp_path):
     run("float32", "one")
     run("bfloat16", "other")
@@ -163,6 +166,7 @@ def test_two_dtypes_are_set_side_by_side(run, tmp_path):
     assert "Perplexities differ by" in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_figures_outside_of_the_intervals_are_counted(run, tmp_path):
     found = run()
     for system in found["systems"]:
@@ -173,6 +177,7 @@ def test_figures_outside_of_the_intervals_are_counted(run, tmp_path):
     assert f"{measured - len(found['systems'])} of {measured} lines" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -41,6 +41,7 @@ def made(fake_gpu, monkeypatch):
     gc.collect()
 
 
+@pytest.mark.slow
 def test_they_are_made_at_first_use_and_once_for_all_banks_and_rebuilt_indexes(made, fill):
     banks = [FaissBank(8, device="cuda") for _ in range(3)]
     assert made == []
@@ -53,6 +54,7 @@ def test_they_are_made_at_first_use_and_once_for_all_banks_and_rebuilt_indexes(m
     assert made[0].pinned == 0
 
 
+@pytest.mark.slow
 def test_each_gpu_has_its_own(made, fill):
     banks = [FaissBank(8, device=device) for device in ("cuda:0", "cuda:1", "cuda")]
     for bank in banks:
@@ -60,6 +62,7 @@ def test_each_gpu_has_its_own(made, fill):
     assert len(made) == 2
 
 
+@pytest.mark.slow
 def test_they_go_with_the_last_bank(made, fill):
     for _ in range(2):
         bank = FaissBank(8, device="cuda")
@@ -69,6 +72,7 @@ def test_they_go_with_the_last_bank(made, fill):
     assert len(made) == 2
 
 
+@pytest.mark.slow
 def test_an_index_is_given_up_only_when_no_other_is_in_use(made, fill):
     banks = [FaissBank(8, device="cuda") for _ in range(2)]
     for bank in banks:
@@ -85,6 +89,7 @@ def test_an_index_is_given_up_only_when_no_other_is_in_use(made, fill):
     letting_go.join(10)
 
 
+@pytest.mark.slow
 def test_a_forked_process_is_refused_and_makes_its_own(made, fill, monkeypatch):
     before, after = FaissBank(8, device="cuda"), FaissBank(8, device="cuda")
     fill(before, torch.randn(9, 8))

@@ -70,6 +70,7 @@ def test_without_options_everything_is_auto(cpu, model_folder, story):
     assert json.loads(result.stdout)["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_a_trained_decoder_brings_its_dtype_and_the_command_says_so(cpu, invoke, story, tmp_path):
     cpu(2.0)
     folder = tmp_path / "trained"

@@ -69,6 +69,7 @@ def test_a_bank_of_another_dtype_is_refused_with_the_remedy(saved_in, small, sav
         decoder.reset(banks=[bank])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["latent", "shared"])
 @pytest.mark.parametrize(("trained", "used"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_what_was_trained_in_one_dtype_serves_in_the_other(small, text, tmp_path, source, trained, used):

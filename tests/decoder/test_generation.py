@@ -213,6 +213,7 @@ def test_an_answer_that_outgrows_an_empty_bank_asks_with_its_latest_text(llama, 
     assert all(query.end - query.start <= decoder.config.segment_size for query in asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [{}, {"retrieve_every": 8}, {"retrieve_every": 1}, {"segment_size": 20}, {"segment_size": 1}]
 )
@@ -375,6 +376,7 @@ def test_what_does_not_go_with_a_memory_is_refused(llama, small, text):
             decoder.generate(text(5, rows=2))
 
 
+@pytest.mark.slow
 def test_threads_each_with_a_model_do_not_notice_each_other(tiny_model, small, text):
     models = [tiny_model(name) for name in ("Llama", "Qwen3", "Gemma3", "GPT-NeoX")]
     options = {"max_new_tokens": 15, "do_sample": False}

@@ -85,6 +85,7 @@ def test_of_several_rows(
         assert max(keys for queries, keys in calls if queries == 8) > 24 + 2  # memory is among them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("position_mode", MODES)
 @pytest.mark.parametrize("beams", [1, 3])

@@ -48,6 +48,7 @@ def test_streams_go_on_as_if_nothing_had_happened(tiny_model, architecture, smal
     assert expected[1] == actual[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
