@@ -24,7 +24,10 @@ SETTINGS = [("legacy", each) for each in LEGACY] + [
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
     before = {name: home.fp32_precision for name, (home, _) in NEW.items()}
-    for home, _ in NEW.values():  # as torch starts, whatever an earlier test chose: a choice hides the one above it
+    for (
+        home,
+        _,
+    ) in NEW.values():  # as torch starts, whatever an earlier test chose: a choice hides the one above it
         home.fp32_precision = "none"
     yield
     for name, (home, _) in NEW.items():
