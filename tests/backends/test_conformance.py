@@ -81,3 +81,10 @@ class TestFaissGpuLogicIvf(MemoryBankTests):
     bank_class = FaissBank
     options: ClassVar = {"device": "cuda", "index": "IVF16,Flat", "train_size": 64, "nprobe": 12}
     fresh_process = False
+
+
+def test_one_configuration_of_each_backend_is_held_to_every_clause():
+    clauses = [name for name in dir(MemoryBankTests) if name.startswith("test_")]
+    suites = [each for name, each in globals().items() if name.startswith("Test")]
+    whole = {suite.bank_class for suite in suites if all(getattr(suite, clause) for clause in clauses)}
+    assert whole == {TorchBank, FaissBank, HnswlibBank}
