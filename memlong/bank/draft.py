@@ -17,6 +17,7 @@ from memlong.bank.finite import Finiteness
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.results import Chunks, Retrieved, SearchResult
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
+from memlong.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ class Draft:
         self._bank = bank
         self._chunks = list(chunks)
         self._unproven: Finiteness | None = None
+        self._proven = len(self._chunks)  # chunks before those
 
     @property
     def dim(self) -> int:
@@ -70,7 +72,7 @@ class Draft:
     def fork(self) -> Self:
         """Return a draft that goes its own way from here, over the same bank."""
         other = type(self)(self._bank, self._chunks)
-        other._unproven = self._unproven  # noqa: SLF001 - its own
+        other._unproven, other._proven = self._unproven, self._proven  # noqa: SLF001 - its own
         return other
 
     def add(
@@ -84,8 +86,13 @@ class Draft:
     ) -> None:
         """Note chunks down; same arguments and errors as `MemoryBank.add`."""
         if self._unproven is not None:
-            self._unproven.require()
-            self._unproven = None
+            try:
+                self._unproven.require()
+            except InvalidArgumentError:
+                self._chunks = self._chunks[: self._proven]
+                raise
+            finally:
+                self._unproven = None
         vectors = embeddings_of("embeddings", embeddings, self.dim, unit=self.metric == "cosine")
         key_blocks, value_blocks = blocks_of(keys, values, len(vectors))
         places = torch.from_numpy(spans_of(spans, len(vectors)))
@@ -93,7 +100,7 @@ class Draft:
         if check_first or finiteness.is_known:
             finiteness.require()
         else:
-            self._unproven = finiteness
+            self._unproven, self._proven = finiteness, len(self._chunks)
         self._chunks += map(_Chunk, vectors, key_blocks, value_blocks, places)
 
     def search(self, queries: FloatInput, k: int) -> SearchResult:

@@ -96,7 +96,7 @@ def nearest_rows(
         scores = _coarse_scores(part, vectors, squared_norms, similarity)
         best, rows = _on_cpu(*largest(scores, width))
         if width < len(vectors):
-            lower = best[:, k - 1] - 2 * _score_error(given, longest, similarity)
+            lower = best[:, k - 1] - 2 * _score_error(given, vectors.device, longest, similarity)
             too_low = best < lower[:, None]
             rows[too_low] = -1
             for unsure in np.flatnonzero(~too_low[:, -1]).tolist():
@@ -159,9 +159,11 @@ def _coarse_scores(
     return products
 
 
-def _score_error(queries: torch.Tensor, longest: float, similarity: Similarity) -> Floats:
+def _score_error(
+    queries: torch.Tensor, device: torch.device, longest: float, similarity: Similarity
+) -> Floats:
     rounding = (queries.shape[1] + 8) * 2.0**-24
-    relative = rounding / (1 - rounding) + 2 * input_rounding(queries.device)
+    relative = rounding / (1 - rounding) + 2 * input_rounding(device)
     product: Floats = torch.linalg.vector_norm(queries, dim=1).cpu().numpy() * longest
     return relative * (product if similarity == "inner_product" else 2 * product + longest**2)
 

@@ -135,7 +135,13 @@ class LayerBuffer:
         columns = slice(self.memory, self.memory + count)
         return self.keys[:, :, :, columns], self.values[:, :, :, columns]
 
-    def hold_memory(self, keys: Tensor, values: Tensor, angles: Angles | None, turn: Turn) -> None:
+    def hold_memory(
+        self, keys: Tensor, values: Tensor, angles: Angles | None = None, turn: Turn | None = None
+    ) -> None:
         """Take in the K-V of all retrieved tokens, and rotate the keys if there are angles."""
-        turned(keys, angles, turn, out=self.keys[:, :, :, : self.memory])
+        target = self.keys[:, :, :, : self.memory]
+        if angles is None or turn is None:
+            target.copy_(keys)
+        else:
+            turned(keys, angles, turn, out=target)
         self.values[:, :, :, : self.memory] = values

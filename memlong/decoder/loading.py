@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,8 @@ def load_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> tuple[Pre
         If the device is not there, or does not compute what memlong needs.
     """
     machine = choose_machine(dtype, device)
+    if machine.passed_over:
+        warnings.warn(f"The model runs on the CPU{machine.passed_over}", stacklevel=2)
     source, options = _source(name)
     with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
         try:

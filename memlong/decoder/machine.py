@@ -33,11 +33,14 @@ class Machine:
         Of the model.
     why
         One line: by whom or for what reason they were chosen.
+    passed_over
+        Which GPUs are there and do not compute what memlong needs, and why; usually nothing.
     """
 
     device: torch.device
     dtype: torch.dtype
     why: str
+    passed_over: str = ""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -45,7 +48,7 @@ class Machine:
         return dtype_name(self.dtype), str(self.device)
 
     def __str__(self) -> str:
-        return f"{' on '.join(self.names)} ({self.why})"
+        return f"{' on '.join(self.names)} ({self.why}{self.passed_over})"
 
 
 def choose_machine(
@@ -97,7 +100,7 @@ def choose_machine(
             passed_over += f"; {kind.upper()} does not compute what memlong needs: {problem}"
     cpu = torch.device("cpu")
     chosen, why, _ = _try(cpu, dtype, trained, trains=trains)
-    return Machine(cpu, chosen, why + passed_over)
+    return Machine(cpu, chosen, why, passed_over)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -132,7 +135,13 @@ def _fast(device: torch.device, *, trains: bool) -> tuple[torch.dtype, str, str]
     small = torch.float32 if trains else torch.float16
     candidates = [torch.bfloat16, small]
     if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
+        try:
+            capability = torch.cuda.get_device_capability(device)
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # such as a driver that is too old, or a device that is taken
+            return candidates[0], "", f"{type(error).__name__}: {error}"
         if capability < _NATIVE_BFLOAT16:
             why = f"compute capability {capability[0]}.{capability[1]} has no bfloat16 of its own"
             return small, why, _problem(device, small)

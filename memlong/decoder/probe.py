@@ -114,10 +114,9 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _check_device(model: PreTrainedModel) -> None:
     """Refuse a model that computes on several devices; accelerate may fetch the weights of some layers to the one."""
-    mapped = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {
-        "cpu",
-        "disk",
-    }
+    places = (getattr(model, "hf_device_map", None) or {}).values()
+    named = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places}
+    mapped = named - {"cpu", "disk"}
     held = {str(parameter.device) for parameter in model.parameters()} - {"meta"}
     embeddings = cast("Tensor", model.get_input_embeddings().weight)
     if len(mapped) <= 1 and len(held) <= 1 and not embeddings.is_meta:

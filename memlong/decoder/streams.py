@@ -118,6 +118,8 @@ class Streams:
         return other
 
     def _go_on_from(self, rows: Sequence[int]) -> None:
+        if not self._is_in_place():
+            self._move(gradients=False)
         if self._memory is not None and self._memory.keys:
             self._memory = self._memory.given_to(self._window)
         self.rows = tuple(self.rows[row].fork() for row in rows)
@@ -216,13 +218,14 @@ class Streams:
 
     @torch.no_grad()
     def step(self, input_ids: Tensor, slot: AttentionSlot, *, retrieve: Callable[[Row], bool]) -> Tensor:
-        """Take one more token of each row [rows, 1], on the model's device, through the model; return its logits.
+        """Take one more token of each row [rows, 1] through the model; return its logits.
 
         Which tokens they are is not asked before the next retrieval, so that the host need not wait for it. Rows for
         which ``retrieve`` holds retrieve first.
         """
         self._turn_over([row for row in self.rows if retrieve(row)], gradients=False)
         tokens = np.array([[row.seen] for row in self.rows])
+        input_ids = to_device(input_ids, self._device)  # generate() leaves them where the prompt was
         logits = self._forward(input_ids, tokens, slot, 1)
         self._unread.append(input_ids)
         for row in self.rows:
@@ -301,9 +304,14 @@ class Streams:
                     row.recall(query)
 
     def _is_in_place(self) -> bool:
-        """Whether the window holds what the rows keep, and stands where they say."""
+        """Whether the window holds what the rows keep, stands where they say, and has room for what they retrieved."""
         placements = tuple(row.placement for row in self.rows)
-        return placements == self._placements and np.array_equal(self._wanted(), self._window.valid)
+        room = self._memory.tokens if self._memory else 0
+        return (
+            placements == self._placements
+            and room == self._window.memory
+            and np.array_equal(self._wanted(), self._window.valid)
+        )
 
     def _wanted(self) -> Bools:
         return np.stack([row.keeps(mine) for row, mine in zip(self.rows, self._window.tokens, strict=True)])

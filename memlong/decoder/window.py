@@ -165,8 +165,11 @@ class GroupWindow:
 
     def _with_space(self, columns: int, like: Tensor) -> LayerBuffer:
         if self.buffer is None or (not self.count and self.buffer.keys.dtype != like.dtype):
-            memory = 0 if self.buffer is None else self.buffer.memory
+            before = self.buffer
+            memory = 0 if before is None else before.memory
             self.buffer = LayerBuffer.like(like, len(self.group.layers), max(columns, self._capacity), memory)
+            if before is not None:  # as under autocast: the model's K-V are of another dtype than its weights
+                self.buffer.hold_memory(before.keys[:, :, :, :memory], before.values[:, :, :, :memory])
         elif not self.buffer.has_space(columns):
             self.buffer = self.buffer.grown(columns, self.count)
         return self.buffer
@@ -260,7 +263,7 @@ class LocalWindow(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, rotated and not, and values; retrieved ones included."""
+        """Bytes of keys, rotated and not, and values, retrieved ones included; what is kept for reuse apart."""
         return sum(window.nbytes for window in self._windows)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -367,7 +370,8 @@ class LocalWindow(Cache):
         window = self._windows[number]
         if window.group.layers == tuple(layers):  # all of a group, as is usual: one copy
             keys, values = window.raw_keys(self._column_angles()), window.values()
-            return keys[row][:, :, chosen].clone(), values[row][:, :, chosen].clone()
+            keys, values = keys[row][:, :, chosen], values[row][:, :, chosen]
+            return (keys.clone(), values.clone()) if isinstance(chosen, slice) else (keys, values)
         keys_of, values_of = [], []
         for layer in layers:
             number, place = self._place[layer]

@@ -97,8 +97,9 @@ def _is_shadowed(distribution: importlib.metadata.Distribution, label: str) -> b
     """Whether another distribution of that name comes first on the path: its modules are the ones to be imported."""
     if not label:
         return False
-    first = next(iter(importlib.metadata.distributions(name=label)), distribution)
-    return _identity(first) != _identity(distribution)
+    # What is left of a removed one has no name, and shadows nothing.
+    named = (each for each in importlib.metadata.distributions(name=label) if _name_and_version(each)[0])
+    return _identity(next(named, distribution)) != _identity(distribution)
 
 
 def _identity(distribution: importlib.metadata.Distribution) -> tuple[str, str, str]:

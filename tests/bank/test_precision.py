@@ -89,3 +89,12 @@ def test_the_vectors_are_such_that_bfloat16_ranks_them_wrongly():
 def test_the_bound_is_that_of_the_vectors_device(setting, device, rounding):
     apply(setting)
     assert exact.input_rounding(torch.device(device)) == rounding
+
+
+def test_queries_of_the_host_are_bounded_by_where_the_vectors_are():
+    apply(("cuda.matmul", "tf32"))
+    queries = torch.ones(1, 8, dtype=torch.float32, device="cpu")
+    there, here = (
+        exact._score_error(queries, torch.device(device), 1.0, "inner_product") for device in ("cuda", "cpu")
+    )
+    assert there > 100 * here

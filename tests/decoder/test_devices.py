@@ -14,7 +14,9 @@ LAYERS = 4
 
 def test_a_model_on_several_devices_is_refused_by_their_names(llama, small):
     llama.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
-    with pytest.raises(UnsupportedModelError, match=r"not all of it is on one device \(it is on 0, 1\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"not all of it is on one device \(it is on cuda:0, cuda:1\)"
+    ):
         MemoryDecoder(llama, None, small())
 
 

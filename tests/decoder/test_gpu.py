@@ -110,3 +110,11 @@ def test_generating_a_token_waits_for_the_token_alone(cuda_llama, small, text):
                 decoder.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
             counts[new] = found
     assert (counts[6] - counts[5]).total() <= 1
+
+
+def test_a_prompt_on_the_host_is_continued(cuda_llama, small, text):
+    options = {"max_new_tokens": 6, "do_sample": False, "remember": False}
+    with MemoryDecoder(cuda_llama, None, small()) as decoder:
+        decoder.read(text(97))
+        found = decoder.generate(text(9, seed=1), **options)
+        assert torch.equal(found.cpu(), decoder.generate(text(9, seed=1).to("cuda"), **options).cpu())

@@ -131,6 +131,14 @@ def test_an_installation_without_metadata_does_no_harm(site: Path, install_good)
     assert "acme" in backend_names(PluginManager())
 
 
+def test_what_is_left_of_a_removed_distribution_hides_no_later_one(install_good, tmp_path, monkeypatch):
+    install_good("acme")
+    left = tmp_path / "left"
+    (left / "acme_memory-0.9.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(left)
+    assert report_of(PluginManager(), "acme").origin == "acme-memory 1.0"
+
+
 def test_a_distribution_that_is_shadowed_on_the_path_counts_once(install_good, tmp_path, monkeypatch):
     info = install_good("acme")
     older = tmp_path / "older" / "acme_memory-0.9.dist-info"
