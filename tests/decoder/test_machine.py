@@ -106,8 +106,8 @@ def test_a_gpu_that_cannot_compute_what_is_needed_is_passed_over_and_named(gpu, 
     gpu(kind, fails=("bfloat16", "float16"))
     found = choose_machine()
     assert found.device.type == "cpu"
-    assert kind.upper() in found.why
-    assert "aten::topk" in found.why
+    assert kind.upper() in found.passed_over
+    assert "aten::topk" in found.passed_over
     assert "\n" not in str(found)
     with pytest.raises(DeviceUnavailableError, match="aten::topk"):
         choose_machine(device=kind)
@@ -123,7 +123,7 @@ def test_a_gpu_with_wrong_results_is_passed_over(gpu, monkeypatch):
     )
     found = choose_machine()
     assert found.device.type == "cpu"
-    assert "wrong results" in found.why
+    assert "wrong results" in found.passed_over
 
 
 def test_what_is_named_is_taken(gpu, monkeypatch):
