@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import pytest
@@ -42,8 +42,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rows = covering([_values(item) for item in product], together=1 if brief else 2)
         spare.difference_update(id(product[row]) for row in rows)
     items[:] = [item for item in items if id(item) not in spare]
-    if hasattr(config, "workerinput"):  # else a worker may begin the longest when all others have ended
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if hasattr(config, "workerinput"):
+        items[:] = _shared_out(items, config.workerinput["workercount"])
+
+
+def _shared_out(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Order the tests so that each worker, which gets as many in a row as another, begins with its share of slow ones.
+
+    Else one worker has nearly all of them, and is alone with them in the end.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = iter([item for item in items if not item.get_closest_marker("slow")])
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        share = slow[worker::workers]
+        count = len(items) * (worker + 1) // workers - len(ordered) - len(share)
+        ordered += [*share, *islice(fast, max(count, 0))]
+    return [*ordered, *fast]
 
 
 def _values(item: pytest.Item) -> tuple[tuple[str, str], ...]:
