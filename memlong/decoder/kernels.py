@@ -28,7 +28,7 @@ _BEYOND_SDPA = ("softcap", "s_aux", "position_bias", "cache")
 def steady_kernels(device: torch.device) -> AbstractContextManager[None]:
     """Keep torch from cuDNN's attention while a model runs on CUDA.
 
-    It plans anew for each length of keys, of which a stream has a new one at every token, for 25 to 440 ms; it cannot
+    It makes a plan, for 25 to 440 ms, for each new length of keys, which a stream has at every token; it cannot
     differentiate a bias, as gates are; and its backward gave NaN (pytorch/pytorch#196678). On other devices there is no
     choice to make.
     """

@@ -12,7 +12,16 @@ import memlong.decoder
 from memlong import MemoryDecoder
 
 FOLDER = Path(memlong.decoder.__file__).parent
-NAMES = ("streams.py", "row.py", "window.py", "buffers.py", "forward.py", "recall.py", "placement.py")
+NAMES = (
+    "streams.py",
+    "row.py",
+    "window.py",
+    "group_window.py",
+    "buffers.py",
+    "forward.py",
+    "recall.py",
+    "placement.py",
+)
 FILES = {str(FOLDER / name) for name in NAMES}
 
 
