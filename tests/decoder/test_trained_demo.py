@@ -22,13 +22,8 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load_model("demo", dtype="float32")  # which every machine computes fast
-
-
-def test_with_an_empty_memory_it_is_the_plain_model(demo):
-    model, tokenizer = demo
+def test_it_is_the_plain_model_until_it_remembers_and_reads_a_twentieth():
+    model, tokenizer = load_model("demo", dtype="float32")  # which every machine computes fast
     ids = tokenize(
         tokenizer, "Call me Ishmael. Some years ago, never mind how long precisely, I was a whale."
     )
@@ -37,9 +32,6 @@ def test_with_an_empty_memory_it_is_the_plain_model(demo):
     with MemoryDecoder.from_pretrained(FOLDER, model, tokenizer) as decoder:
         torch.testing.assert_close(decoder.read(ids), plain, rtol=0.0, atol=1e-3)
 
-
-def test_it_stores_a_twentieth_and_reads_it(demo):
-    model, tokenizer = demo
     ids = tokenize(tokenizer, read_text(inspect.getfile(typing)), 1792)
     with MemoryDecoder.from_pretrained(FOLDER, model, tokenizer) as decoder:
         *_, with_memory = decoder.stream(ids)
