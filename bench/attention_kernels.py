@@ -223,6 +223,7 @@ def _gradients(
     query, key, value = _states(shape, least, dtype, device)
     grouped = shape.heads // shape.kv_heads
     key, value = (states.repeat_interleave(grouped, dim=1) for states in (key, value))
+    query.requires_grad_()  # as memlong has it: else the kernel keeps nothing for the bias's gradient
     bias = torch.zeros(1, shape.heads, 1, 1, dtype=dtype, device=device, requires_grad=True)
 
     def learn() -> str:

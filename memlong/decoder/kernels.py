@@ -28,9 +28,9 @@ _BEYOND_SDPA = ("softcap", "s_aux", "position_bias", "cache")
 def steady_kernels(device: torch.device) -> AbstractContextManager[None]:
     """Keep torch from cuDNN's attention while a model runs on CUDA.
 
-    It makes a plan, for 25 to 440 ms, for each new length of keys, which a stream has at every token; it cannot
-    differentiate a bias, as gates are; and its backward gave NaN (pytorch/pytorch#196678). On other devices there is no
-    choice to make.
+    It makes a plan for each new length of keys, which a stream has at every token (40 to 60 ms on an H200, see
+    docs/results); it cannot differentiate a bias, as gates are; and its backward gives NaN (pytorch/pytorch#196678). On
+    other devices there is no choice to make.
     """
     if device.type != "cuda":
         return nullcontext()
@@ -85,6 +85,10 @@ def attend_with_mask(
     On CUDA, heads whose width is no multiple of 8 are padded: else torch would fall back to products in float32.
     """
     options = {**options, "is_causal": False}
+    if mask.requires_grad and not query.requires_grad:
+        query = (
+            query.detach().requires_grad_()
+        )  # else torch's kernels for CUDA keep nothing for the bias's gradient
     width = query.shape[-1]
     if query.is_cuda and width % _ALIGNED:
         return attend_padded(base, module, query, key, value, mask, options)

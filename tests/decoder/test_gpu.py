@@ -112,6 +112,7 @@ def test_generating_a_token_waits_for_the_token_alone(cuda_llama, small, text):
     assert (counts[6] - counts[5]).total() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # that is what it is about
 def test_a_prompt_on_the_host_is_continued(cuda_llama, small, text):
     options = {"max_new_tokens": 6, "do_sample": False, "remember": False}
     with MemoryDecoder(cuda_llama, None, small()) as decoder:
