@@ -46,21 +46,19 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"(attn_layer_period|expert_layer_period|no_rope_layer_interval|layer_group_size)", _at_most(2)),
     (r"(attn_layer_offset|expert_layer_offset)", _at_most(1)),
     (r".*(num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups)", _at_most(2)),
-    (r".*(linear_num_key_heads|mamba_n_?groups|n_groups?|topk_group)", _at_most(2)),
+    (r".*(linear_num_key_heads|mamba_n_?groups|n_groups?|topk_group|num_expert_group)", _at_most(2)),
     (r".*(attention_heads|n_heads?|num_heads|mamba_n_heads|heads)", _at_most(_HEADS)),
     (r"(index_topk|index_topk_blocks)", _at_most(16)),
     (r".*(experts_per_tok(en)?|moe_top_?k|moe_k)", _at_most(2)),
     (r".*num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_experts", _at_most(4)),
     (r"zero_expert_num", _at_most(2)),
     (r"(q_lora_rank|o_lora_rank)", _at_most(24)),
-    (r"(kv_lora_rank|qk_nope_head_dim|v_head_dim)", _at_most(16)),
-    (r"qk_rope_head_dim", _at_most(8)),
-    (r"qk_head_dim", _at_most(24)),
+    (r"kv_lora_rank", _at_most(16)),
     (r"(mamba_headdim|mamba_d_head|mamba_head_dim)", _at_most(32)),
     (r"(mamba_d_ssm)", _at_most(128)),
     (r"(.*_d_state|state_size|ssm_state_size|mamba_dt_rank|time_step_rank)", _at_most(8)),
     (r"(.*chunk_size|chunk_size)", _at_most(16)),
-    (r".*(head_dim|head_size|dim_head|d_head|kv_channels|d_kv)", _at_most(_HEAD_DIM)),
+    (r".*(head_dim|head_size|dim_head|d_head|kv_channels|d_kv)", lambda value: min(value, max(_HEAD_DIM, value // 8))),
     (r"rotary_dim", _at_most(8)),
     (r".*(laurel_rank|lowrank|_rank|d_rel)", _at_most(8)),
     (r"(hidden_size_per_layer_input|ple_embed_dim)", _at_most(16)),
@@ -77,7 +75,25 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
 _BY_LAYER = re.compile(r"(.*_idxs|moe_layers|.*layer_ids|mlp_only_layers|.*_indexes|cross_attention_layers)")
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 
-_EXCEPTIONS: dict[str, dict[str, Any]] = {}
+_MROPE = [4, 2, 2]
+_NEEDED: dict[str, dict[str, Any]] = {}  # without which there is not even a default configuration
+_EXCEPTIONS: dict[str, dict[str, Any]] = {  # by the path of a setting
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
+    "dbrx": {"attn_config.rope_theta": 10_000.0},
+    "falcon_h1": {"mamba_d_head": 32},
+    "mamba2": {"head_dim": 32},
+    "zamba": {"attention_hidden_size": 2 * _HIDDEN, "attention_head_dim": 2 * _HEAD_DIM},
+    "zamba2": {"attention_hidden_size": 2 * _HIDDEN, "attention_head_dim": 2 * _HEAD_DIM, "mamba_headdim": 32},
+    "hunyuan_v1_dense": {"head_dim": _HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": _HEAD_DIM},
+    "hunyuan_vl": {"text_config.head_dim": _HEAD_DIM},
+    "ministral": {"head_dim": _HEAD_DIM},
+    "nemotron": {"num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -120,16 +136,23 @@ def default_config(model_type: str) -> PreTrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_EXCEPTIONS.get(model_type, {}).get("needs", {}))
+    return kind(**_NEEDED.get(model_type, {}))
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """Return the default configuration of a model type, as small as can be with every kind of its layers."""
     default = default_config(model_type)
-    return type(default)(**_shrunk(default.to_dict()) | _EXCEPTIONS.get(model_type, {}).get("set", {}))
+    settings = _shrunk(default.to_dict())
+    for path, value in _EXCEPTIONS.get(model_type, {}).items():
+        *sections, name = path.split(".")
+        section = settings
+        for each in sections:
+            section = section[each]
+        section[name] = value
+    return type(default)(**settings)
 
 
-def tiny_model_of(architecture: Architecture | str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+def tiny_model_of(architecture: Architecture | str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
     """Make a random float32 model of an architecture, for the CPU, of some four layers."""
     import torch
     import transformers
@@ -142,9 +165,10 @@ def tiny_model_of(architecture: Architecture | str, attention: str = "sdpa", see
         config.get_text_config(decoder=True), kind.config_class
     ):
         config = config.get_text_config(decoder=True)
+    options = {} if attention is None else {"attn_implementation": attention}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = kind._from_config(config, attn_implementation=attention, dtype=torch.float32)  # noqa: SLF001
+        model = kind._from_config(config, dtype=torch.float32, **options)  # noqa: SLF001
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
@@ -167,18 +191,22 @@ def _shrunk(section: dict[str, Any]) -> dict[str, Any]:
         elif name in by_layer and not isinstance(value[0], dict):
             small[name] = [_number(name, value[row]) for row in rows]
         elif name == "per_layer_config" and value:
-            small[name] = {
-                str(new): _shrunk(value[key])
-                for new, row in enumerate(rows)
-                for key in value
-                if int(key) == row
-            }
+            own = {int(key): changes for key, changes in value.items()}
+            small[name] = {str(new): own[row] for new, row in enumerate(rows) if row in own}
         elif _BY_LAYER.fullmatch(name) and isinstance(value, list):
             small[name] = [new for new, row in enumerate(rows) if row in value]
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
             small[name] = _rope(value) if "rope" in name else _shrunk(value)
         else:
             small[name] = _number(name, value)
+    for row, changes in (small.get("per_layer_config") or {}).items():
+        small["per_layer_config"][row] = {
+            name: small[name] * value // section[name] if section.get(name) and type(value) is int else value
+            for name, value in changes.items()
+        }
+    if small.get("kv_lora_rank"):
+        small["num_key_value_heads"] = small["num_attention_heads"]
+        small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
     return small
 
 
