@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from memlong.testing.models import VOCABULARY
+VOCABULARY = 97
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
