@@ -147,7 +147,9 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
     # Without a mask function of its own, an implementation silently gets no mask at all.
     AttentionMaskInterface.register(name, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[before]))
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    parts = [(part, _implementation(part)) for part in (*configs.values(), config)]  # a tower may have its own
+    parts = [
+        (part, _implementation(part)) for part in (*configs.values(), config)
+    ]  # a tower may have its own
     try:
         with _quiet(), suppress(ValueError):  # of a tower that knows no other attention
             model.set_attn_implementation(name)

@@ -49,7 +49,7 @@ def layer_groups(
 
     A sliding layer keeps what it sees by itself, unless it attends to memory or its K-V are stored.
     """
-    groups: dict[tuple[object, ...], list[int]] = {}
+    groups: dict[tuple[bool, KvShape, object, int | None], list[int]] = {}
     for index, layer in layout.layers.items():
         has_memory = index in retrieval_layers
         reach = None if has_memory or index in memory_layers else layer.sliding_window

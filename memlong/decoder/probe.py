@@ -1,9 +1,9 @@
 """What a model is made of, found by running it: attention layers, shapes, rotary positions and what else it carries.
 
 There is no list of architectures; a forward pass of a single token, at two positions, tells. With one token, attention
-returns that token's value whatever its position, so the hidden states of every layer are the same at both positions, and
-the keys differ by the rotation alone. That finds the rotation, and proves it, layer by layer. What the cache is given is
-what a memory can hold; who sees whom is asked of the masks that transformers makes.
+returns that token's value whatever its position, so the hidden states of every layer are the same at both, and the keys
+differ by the rotation alone. That finds the rotation, and proves it, layer by layer. What the cache is given is what a
+memory can hold; who sees whom is asked of the masks that transformers makes.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ def probe(model: PreTrainedModel) -> ModelLayout:
             first = str(error).strip().partition("\n")[0].rstrip(".")
             raise _unsupported(
                 model,
-                f"it does not read a single token of text, at a given position, into a cache of keys and values: {first}",
+                f"it does not read a token of text, at a given position, into a cache of keys and values: {first}",
             ) from error
     _check_pass(model, seen)
     found: list[LayerRope] = []
     layers = {
-        number: _layer(model, seen, number, seen.readings_of(number), found) for number in sorted(seen.written)
+        number: _layer(model, seen, number, seen.readings_of(number), found)
+        for number in sorted(seen.written)
     }
     is_unusual = (
         seen.is_unusual
@@ -141,7 +142,9 @@ def _check_pass(model: PreTrainedModel, seen: ProbePass) -> None:
             model, f"it goes through layer {twice[0]} several times a token, so that one memory would be many"
         )
     if not seen.written and not seen.readings:
-        raise _unsupported(model, "it does not attend to keys and values, and so cannot attend to those of a memory")
+        raise _unsupported(
+            model, "it does not attend to keys and values, and so cannot attend to those of a memory"
+        )
     unread = sorted(number for number in seen.written if not seen.readings_of(number))
     if not seen.written or unread:
         raise _unsupported(model, "not all of its attention goes through transformers' AttentionInterface")
@@ -225,4 +228,3 @@ def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
         f"Memory cannot be attached to {type(model).__name__}: {reason}. Supported are decoder-only models with rotary "
         "positions whose attention is full or slides, on transformers' AttentionInterface; `memlong models` lists them."
     )
-

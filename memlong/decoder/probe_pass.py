@@ -56,7 +56,7 @@ class _NotingLayer(LinearAttentionAndFullAttentionLayer):
     """Takes what any kind of layer keeps, and notes that it did."""
 
     def __init__(self, seen: ProbePass, number: int, states: int) -> None:
-        super().__init__(number_of_states=states)  # type: ignore[no-untyped-call]
+        super().__init__(number_of_states=states)
         self._seen, self._number = seen, number
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class ProbePass(attention.AttentionSlot):
         held = {(module, name): each for module, name, each in self._tensors_outside()}
         with ExitStack() as stack:
             for module in self._model.modules():
-                if "Rotary" in type(module).__name__ or "Rope" in type(module).__name__:
+                if _rotates(module):
                     stack.callback(module.register_forward_hook(self._note_rotation, with_kwargs=True).remove)
             stack.enter_context(attention.installed(self, self._model.modules()))
             stack.enter_context(torch.no_grad())
@@ -143,7 +143,9 @@ class ProbePass(attention.AttentionSlot):
     def _tensors_outside(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for module in self._model.modules():
             for name, each in vars(module).items():
-                if isinstance(each, Tensor):
+                if isinstance(each, Tensor) and not _rotates(
+                    module
+                ):  # which may keep frequencies for longer texts
                     yield module, name, each
 
     def attend(
@@ -180,8 +182,8 @@ class ProbePass(attention.AttentionSlot):
     def _given_by(self, key: Tensor, value: Tensor) -> int | None:
         """The layer whose cache gave these."""
         for number in self.written:
-            layer = self._layers[number]
-            if (key.data_ptr(), value.data_ptr()) == (layer.keys.data_ptr(), layer.values.data_ptr()):
+            mine, theirs = self.cached(number)
+            if (key.data_ptr(), value.data_ptr()) == (mine.data_ptr(), theirs.data_ptr()):
                 return number
         return None
 
@@ -228,7 +230,7 @@ class ProbePass(attention.AttentionSlot):
             return reading.sliding_window
         if reading.visible not in self._windows:
             try:
-                self._windows[reading.visible] = _window(reading.visible)
+                self._windows[reading.visible] = _window(reading.visible, self.positions.device)
             except IndexError:  # it knows the tokens of this call alone
                 return reading.sliding_window
         return self._windows[reading.visible]
@@ -236,23 +238,30 @@ class ProbePass(attention.AttentionSlot):
     def cached(self, number: int) -> tuple[Tensor, Tensor]:
         """What the cache of a layer was given: [2, heads, 1, width] each."""
         layer = self._layers[number]
-        return layer.keys, layer.values
+        return cast("Tensor", layer.keys), cast("Tensor", layer.values)
 
     @property
     def is_unusual(self) -> bool:
         """Whether more than one softmax a layer over what the cache gives has a part in what comes out."""
-        return bool(self.states) or any(each.is_made for each in self.readings) or (
-            len(self.readings) != len(self.written)
+        return (
+            bool(self.states)
+            or any(each.is_made for each in self.readings)
+            or (len(self.readings) != len(self.written))
         )
 
 
-def _window(visible: Visibility) -> int | None:
+def _rotates(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return "Rotary" in name or "Rope" in name
+
+
+def _window(visible: Visibility, device: torch.device) -> int | None:
     query = 4 * _FARTHEST
     sizes = set()
     for place in (query, query + 1, query + 777):
-        keys = torch.arange(place + 1, place - _FARTHEST, -1, device="cpu")
+        keys = torch.arange(place + 1, place - _FARTHEST, -1, device=device)
         zero = torch.zeros_like(keys)
-        seen = torch.as_tensor(visible(zero, zero, torch.full_like(keys, place), keys)).expand(keys.shape)
+        seen: Tensor = visible(zero, zero, torch.full_like(keys, place), keys) & (keys >= 0)
         count = int(seen.sum())
         if bool(seen[0]) or not bool(seen[1 : 1 + count].all()):
             raise ValueError("its masks are neither causal nor those of a sliding window")

@@ -83,7 +83,9 @@ def _of_text(angles: object, positions: Tensor) -> Tensor | None:
         angles = angles[0] if angles.shape[1:-1] == positions.shape else angles.squeeze(1)
         if angles.ndim > 3 and angles.shape[1] != 1 and angles.shape[1:-1] != positions.shape:
             return None
-    fits = angles.ndim == 3 and angles.shape[1] == positions.shape[1] and angles.shape[0] in (1, len(positions))
+    fits = (
+        angles.ndim == 3 and angles.shape[1] == positions.shape[1] and angles.shape[0] in (1, len(positions))
+    )
     return angles.float() if fits else None
 
 

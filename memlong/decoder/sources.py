@@ -40,7 +40,7 @@ class KvSource(ABC):
 
     @abstractmethod
     def collect(self, window: LocalWindow, row: int, columns: Ints) -> tuple[Tensor, Tensor]:
-        """What is stored as keys and as values of some columns of a row's window: [layers, heads, columns, width] each."""
+        """What is stored of some columns of a row's window as keys, and as values: [layers, heads, columns, width]."""
 
     @abstractmethod
     def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,9 @@ class PackedSource(KvSource):
         each = pieces[: self._pieces].split(sizes)
         whole = [self._joined(states, *part) for states, part in zip(each, self._parts, strict=True)]
         places = [2 * self.retrieval_layers.index(layer) for layer in layers]
-        return torch.stack([whole[place] for place in places]), torch.stack([whole[place + 1] for place in places])
+        return torch.stack([whole[place] for place in places]), torch.stack(
+            [whole[place + 1] for place in places]
+        )
 
     def _cut(self, states: Tensor) -> Tensor:
         """[heads, tokens, width] -> [pieces, tokens, width of a piece]."""

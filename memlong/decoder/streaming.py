@@ -19,8 +19,8 @@ from memlong.decoder.attention import AttentionSlot, check_free, evaluating, ins
 from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
 from memlong.decoder.gates import make_gates
-from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.layout import ModelLayout
+from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
 from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever

@@ -17,13 +17,13 @@ from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.buffers import layer_groups, turned
+from memlong.decoder.calls import ModelCalls, Standing
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.forward import AttentionPass, Memory
+from memlong.decoder.forward import Memory
 from memlong.decoder.gates import MemoryGates
-from memlong.decoder.kernels import steady_kernels
-from memlong.decoder.overlap import SideStream
-from memlong.decoder.placement import Placement, check_reach, positions_of
 from memlong.decoder.layout import ModelLayout
+from memlong.decoder.overlap import SideStream
+from memlong.decoder.placement import positions_of
 from memlong.decoder.recall import RandomChunks, Retrieval
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.rope import AngleCache
@@ -87,7 +87,6 @@ class Streams:
         random_chunks: RandomChunks | None = None,
     ) -> None:
         self.rows = tuple(Row(config, bank, random_chunks) for bank in banks)
-        self._gates = gates
         self._model = model
         self._layout = layout
         self._config = config
@@ -98,6 +97,7 @@ class Streams:
         self._groups = layer_groups(layout, source.retrieval_layers, source.stored_layers)
         capacity = config.sink_tokens + config.local_window
         self._window = LocalWindow(layout, self._groups, len(self.rows), capacity, embeddings.detach())
+        self._calls = ModelCalls(model, layout, gates, self._device)
         self._begun_with = self._window.states  # by row, when its present segment began
         self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
@@ -257,85 +257,14 @@ class Streams:
             self._unread = []
 
     def _forward(self, input_ids: Tensor, tokens: Ints, slot: AttentionSlot, logits_to_keep: int) -> Tensor:
-        if self._layout.states:
+        before = Standing(self._window, self._memory, self._placements)
+        if not self._layout.states:
+            logits, after = self._calls.run(before, input_ids, tokens, slot, logits_to_keep)
+        else:
             self._note_beginnings()
-            lengths = [int(count) for count in (tokens >= 0).sum(axis=1)]
-            kinds = [(count, bool(row.seen)) for count, row in zip(lengths, self.rows, strict=True)]
-            if len(set(kinds)) > 1:
-                return self._forward_apart(kinds, input_ids, tokens, slot, logits_to_keep)
-        logits, self._window, self._memory = self._pass(
-            self._window, self._memory, self._placements, input_ids, tokens, slot, logits_to_keep
-        )
-        return logits
-
-    def _pass(
-        self,
-        before: LocalWindow,
-        memory: Memory | None,
-        placements: Sequence[Placement],
-        input_ids: Tensor,
-        tokens: Ints,
-        slot: AttentionSlot,
-        logits_to_keep: int,
-    ) -> tuple[Tensor, LocalWindow, Memory | None]:
-        """Run the model over new tokens [rows, new] behind a window; return logits, the window, and what is left to give."""
-        width = tokens.shape[1]
-        incoming = positions_of(tokens, placements)
-        check_reach(int(incoming.max()), self._layout)
-        window = before.expecting(tokens, incoming)
-        slot.current = now = AttentionPass(self._layout, window, width, memory, self._gates, self._device)
-        window.supply = now.supply
-        try:
-            with steady_kernels(self._device):
-                logits: Tensor = self._model(
-                    input_ids=input_ids,
-                    position_ids=to_device(torch.from_numpy(incoming), self._device),
-                    past_key_values=window,
-                    use_cache=True,
-                    logits_to_keep=logits_to_keep,
-                ).logits
-        finally:
-            slot.current = window.supply = None
-            if memory is not None:
-                memory.wait()  # where no retrieval layer was reached
-        window.complete(width)
-        return logits, window, now.memory
-
-    def _forward_apart(
-        self,
-        kinds: Sequence[tuple[int, bool]],
-        input_ids: Tensor,
-        tokens: Ints,
-        slot: AttentionSlot,
-        logits_to_keep: int,
-    ) -> Tensor:
-        """Run rows with as many new tokens together, and others apart: padding would enter a recurrent state."""
-        if self._memory is not None and self._memory.keys and not torch.is_grad_enabled():
-            self._memory = self._memory.given_to(self._window)
-        parts, groups = [], []
-        logits: Tensor | None = None
-        for count, begun in dict.fromkeys(kinds):
-            rows = [row for row, kind in enumerate(kinds) if kind == (count, begun)]
-            part = self._window.of_rows(rows)
-            if count:
-                memory = None if self._memory is None else self._memory.of_rows(rows)
-                placements = [self._placements[row] for row in rows]
-                new = slice(tokens.shape[1] - count, None)  # they are padded on the left
-                given, part, _ = self._pass(
-                    part, memory, placements, input_ids[rows, new], tokens[rows, new], slot, logits_to_keep
-                )
-                if logits is None:
-                    width = 1 if logits_to_keep else tokens.shape[1]
-                    logits = given.new_zeros(len(kinds), width, given.shape[2])
-                where = to_device(torch.tensor(rows, device="cpu"), given.device)
-                kept = given.shape[1]
-                logits = logits.index_copy(
-                    0, where, torch.nn.functional.pad(given, (0, 0, logits.shape[1] - kept, 0))
-                )
-            parts.append(part)
-            groups.append(rows)
-        assert logits is not None  # noqa: S101 - some row has a new token
-        self._window = self._window.joined(parts, groups)
+            begun = [row.seen > 0 for row in self.rows]
+            logits, after = self._calls.run_by_length(before, input_ids, tokens, begun, slot, logits_to_keep)
+        self._window, self._memory = after.window, after.memory
         return logits
 
     def _note_beginnings(self) -> None:

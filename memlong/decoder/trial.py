@@ -49,20 +49,22 @@ def try_out(model: PreTrainedModel, layout: ModelLayout, registry: Registry) -> 
         raise
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        raise _refused(model, f"a trial over {_TOKENS} tokens ended in {type(error).__name__}: {first}") from error
+        raise _refused(
+            model, f"a trial over {_TOKENS} tokens ended in {type(error).__name__}: {first}"
+        ) from error
     error_size = _off(streamed, plain)
     if not error_size <= (tolerance := _TOLERANCE.get(model.dtype, _COARSE)):
         own = _off(_by_its_own_cache(model, input_ids), plain)
         if own > tolerance:
             raise _refused(
                 model,
-                "transformers' own implementation does not go on from its cache with several tokens at a time: read so, "
+                "transformers' own implementation cannot go on from its cache with several tokens at a time: read so, "
                 f"{_TOKENS} tokens give other logits ({own:.0%}) than in one pass",
             )
         raise _refused(
             model,
-            f"in a trial over {_TOKENS} tokens, memory of all of them was not what full attention is (logits differ by "
-            f"{error_size:.0%}): what it computes depends on the text in some other way than attention to keys and values",
+            f"in a trial over {_TOKENS} tokens, memory of all of them was not what full attention is: logits differ by "
+            f"{error_size:.0%}, so that the text must have a part in them other than by attention to keys and values",
         )
 
 
@@ -81,11 +83,11 @@ def _streamed(
 
 def _by_its_own_cache(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Logits of the same segments without a memory."""
-    cache, found = DynamicCache(config=model.config), []
+    cache = DynamicCache(config=model.config)
+    parts = input_ids.split(_CONFIG.segment_size, dim=1)
     with evaluating(model), torch.no_grad():
-        for part in input_ids.split(_CONFIG.segment_size, dim=1):
-            found.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
-    return torch.cat(found, dim=1)
+        logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in parts]
+    return torch.cat(logits, dim=1)
 
 
 def _off(logits: Tensor, plain: Tensor) -> float:

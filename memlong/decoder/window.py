@@ -4,15 +4,14 @@ Keys are held twice: un-rotated, as the bank wants them and as moving the window
 stand now, as attention wants them. The window is small and bounded, and no rounding ever adds up. Which token a column
 holds, and where it stands, is kept on the host, so that nothing has to wait for a device to know it.
 
-Layers with a sliding window that do not attend to memory keep what they see by themselves, however long the local window
-is. Layers that carry a recurrent state have it here, too.
+Layers with a sliding window that do not attend to memory keep what they see by themselves, however long the local
+window is. Layers that carry a recurrent state have it here, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,125 +23,16 @@ from transformers.cache_utils import DynamicLayer
 from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.buffers import LayerGroup
+from memlong.decoder.cache_layers import StatefulWindowLayer, StateLayer, WindowLayer
 from memlong.decoder.group_window import Columns, GroupWindow
+from memlong.decoder.held import PADDING, Held
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.rope import AngleCache
-from memlong.decoder.states import StateLayer, States
+from memlong.decoder.states import Key, States
 from memlong.decoder.stored import tensor_of
-
-_PADDING = -1
 
 Supply = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Put what a layer has retrieved before the keys and values of its window."""
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """Which tokens the columns of some layers hold, and where they stand.
-
-    Attributes
-    ----------
-    tokens
-        [rows, columns]: which token of its stream a column holds, counted from 0; −1 for padding. Columns of a row
-        ascend; rows may have padding anywhere, since what a token sees goes by place.
-    positions
-        [rows, columns]: where keys are rotated to.
-    reach
-        How many tokens, a coming one included, a sliding layer keeps; None for the local window.
-    """
-
-    tokens: Ints
-    positions: Ints
-    reach: int | None
-    _angles: list[AngleCache] = field(default_factory=list, repr=False)
-
-    @property
-    def valid(self) -> Bools:
-        """[rows, columns]: False for padding."""
-        valid: Bools = self.tokens != _PADDING
-        return valid
-
-    @property
-    def places(self) -> Ints:
-        """[rows, columns]: by which it is told who sees whom. A sliding window counts the tokens of the text."""
-        return self.positions if self.reach is None else self.tokens
-
-    def angles(self, device: torch.device) -> AngleCache:
-        """Angles of the columns."""
-        if not self._angles:
-            self._angles.append(AngleCache(to_device(torch.from_numpy(self.positions), device)))
-        return self._angles[0]
-
-    def of_rows(self, rows: Sequence[int]) -> Held:
-        """Those of these rows."""
-        numbers = np.asarray(rows, dtype=np.int64)
-        return Held(self.tokens[numbers], self.positions[numbers], self.reach)
-
-    def and_then(self, tokens: Ints, positions: Ints) -> Held:
-        """Return these and columns behind them."""
-        return Held(
-            np.concatenate([self.tokens, tokens], axis=1),
-            np.concatenate([self.positions, positions], axis=1),
-            self.reach,
-        )
-
-    def kept(self, wanted: Bools) -> tuple[Ints | Sequence[slice], Ints]:
-        """Return the columns marked in ``wanted`` [rows, columns], and their tokens [rows, kept]."""
-        if (wanted == wanted[:1]).all():
-            edges = np.flatnonzero(np.diff(wanted[0].astype(np.int8), prepend=0, append=0))
-            stretches = [slice(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
-            return stretches or [slice(0, 0)], self.tokens[:, wanted[0]]
-        # Rows keep different columns: gather each row's own, and pad the shorter rows on the left.
-        width = int(wanted.sum(axis=1).max())
-        columns = np.argsort(wanted, axis=1, kind="stable")[:, wanted.shape[1] - width :]
-        held = np.take_along_axis(wanted, columns, axis=1)
-        return columns, np.where(held, np.take_along_axis(self.tokens, columns, axis=1), _PADDING)
-
-
-class WindowLayer(DynamicLayer):
-    """One layer of the window, as transformers sees it during one forward call."""
-
-    def __init__(self, window: GroupWindow, place: int, *, keys_second: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._window, self._place, self._keys_second = window, place, keys_second
-        self._columns = window.count
-        self.is_initialized = window.count > 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take in the K-V of a segment, as transformers calls it, and give that of the whole window."""
-        keys, values = self._window.put(self._place, *self.in_order(key_states, value_states))
-        self._columns, self.is_initialized = int(keys.shape[2]), True
-        return keys, values
-
-    @property
-    def keys(self) -> Tensor | None:
-        """Keys of the window before the call; some models look whether there are any."""
-        buffer = self._window.buffer
-        return buffer.window(self._window.count)[0][:, self._place] if buffer and self._window.count else None
-
-    @keys.setter
-    def keys(self, _: object) -> None:  # transformers begins a layer with none
-        pass
-
-    def in_order(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """From what the model calls keys and values to what turns and what does not; and back."""
-        return (second, first) if self._keys_second else (first, second)
-
-    def get_seq_length(self) -> int:
-        """Columns of the window."""
-        return self._columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns with those of the coming call, and what is before them."""
-        return self._columns + int(query_length), 0
-
-
-class _StatefulWindowLayer(StateLayer, WindowLayer):
-    """A layer that attends and carries a state."""
-
-    def __init__(self, states: int, window: GroupWindow, place: int, *, keys_second: bool) -> None:
-        WindowLayer.__init__(self, window, place, keys_second=keys_second)
-        StateLayer.__init__(self, number_of_states=states)  # type: ignore[no-untyped-call]
 
 
 class LocalWindow(Cache):
@@ -188,7 +78,9 @@ class LocalWindow(Cache):
             for place, layer in enumerate(group.layers)
         }
         nothing = np.empty((rows, 0), dtype=np.int64)
-        self.held = {reach: Held(nothing, nothing, reach) for reach in (None, *(group.reach for group in groups))}
+        self.held = {
+            reach: Held(nothing, nothing, reach) for reach in (None, *(group.reach for group in groups))
+        }
         self.memory = 0
         self._hold(tuple(GroupWindow(group, capacity) for group in groups), States.none(rows))
 
@@ -198,7 +90,7 @@ class LocalWindow(Cache):
         layers = [self._layer(number) for number in range(self._layout.depth)]
         self._window_layers = {n: each for n, each in enumerate(layers) if isinstance(each, WindowLayer)}
         self._state_layers = {n: each for n, each in enumerate(layers) if isinstance(each, StateLayer)}
-        super().__init__(layers=layers)
+        super().__init__(layers=[*layers])
 
     def _layer(self, number: int) -> DynamicLayer | StateLayer:
         count = self._layout.states.get(number)
@@ -208,15 +100,17 @@ class LocalWindow(Cache):
             window, second = self._windows[group], self._layout.layers[number].keys_second
             if count is None:
                 return WindowLayer(window, place, keys_second=second)
-            layer = _StatefulWindowLayer(count, window, place, keys_second=second)
+            layer = StatefulWindowLayer(count, window, place, keys_second=second)
         elif count is None:
-            return DynamicLayer()  # type: ignore[no-untyped-call] # neither attends nor carries anything
+            return DynamicLayer()  # neither attends nor carries anything
         else:
-            layer = StateLayer(number_of_states=count)  # type: ignore[no-untyped-call]
+            layer = StateLayer(number_of_states=count)
         layer.begin_with(self.states.tensors, number)
         return layer
 
-    def _of(self, windows: tuple[GroupWindow, ...], held: Mapping[int | None, Held], states: States) -> LocalWindow:
+    def _of(
+        self, windows: tuple[GroupWindow, ...], held: Mapping[int | None, Held], states: States
+    ) -> LocalWindow:
         other = copy(self)
         other._hold(windows, states)  # noqa: SLF001 - its own
         other.held = dict(held)
@@ -273,7 +167,7 @@ class LocalWindow(Cache):
                         for each in (getattr(part.held[reach], name) for part in parts)
                     ]
                 )[order]
-                for name, padding in (("tokens", _PADDING), ("positions", 0))
+                for name, padding in (("tokens", PADDING), ("positions", 0))
             )
             held[reach] = Held(tokens, positions, reach)
         on_device = to_device(torch.from_numpy(order), self._device)
@@ -312,14 +206,16 @@ class LocalWindow(Cache):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that the window holds, for :meth:`of_tensors`."""
-        found = {
-            _tokens_name(reach): torch.from_numpy(held.tokens) for reach, held in self.held.items()
-        }
+        found = {_tokens_name(reach): torch.from_numpy(held.tokens) for reach, held in self.held.items()}
         for layer, (number, place) in sorted(self._place.items()):
             window = self._windows[number]
             if window.buffer is not None:
                 keys, values = window.buffer.window(window.count)
-                states = {"keys": keys, "raw_keys": window.raw_keys(self._angles_of(window)), "values": values}
+                states = {
+                    "keys": keys,
+                    "raw_keys": window.raw_keys(self._angles_of(window)),
+                    "values": values,
+                }
                 found |= {
                     f"window.{layer}.{name}": state[:, place].contiguous() for name, state in states.items()
                 }
@@ -394,7 +290,10 @@ class LocalWindow(Cache):
         for window in self._windows:
             window.complete(new)
         if self._state_layers:
-            self.states = self.states.after(self._state_layers)
+            left: dict[Key, Tensor] = {}
+            for number, layer in self._state_layers.items():
+                left |= layer.left(number)
+            self.states = self.states.replaced(left)
 
     def with_states(self, states: States) -> LocalWindow:
         """Return this window with other states."""
@@ -425,7 +324,7 @@ class LocalWindow(Cache):
         return np.flatnonzero((tokens >= start) & (tokens < end))
 
     def keys_and_values(self, row: int, columns: Ints, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Un-rotated keys, and values, of some columns of the local window: copies [heads, columns, width], by layer."""
+        """Un-rotated keys, and values, of columns of the local window: by layer, copies [heads, columns, width]."""
         chosen = self._chosen(columns)
         found = []
         for layer in layers:
@@ -460,7 +359,9 @@ class LocalWindow(Cache):
         columns: dict[int | None, Columns] = {}
         for reach, marked in wanted.items():
             kept, tokens = self.held[reach].kept(marked)
-            columns[reach] = to_device(torch.from_numpy(kept), self._device) if isinstance(kept, np.ndarray) else kept
+            columns[reach] = (
+                to_device(torch.from_numpy(kept), self._device) if isinstance(kept, np.ndarray) else kept
+            )
             held[reach] = Held(tokens, place(tokens, reach), reach)
         windows = []
         for window in self._windows:

@@ -359,7 +359,7 @@ def test_settings_that_cannot_work_are_named(settings, message):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("4", "the model has the layers 0 to 3"),
+        ("4", "the layers of this model that attend to K-V of their own are 0-3"),
         ("a-b", "neither a layer nor a range"),
         ("3-1", "first before last"),
     ],

@@ -32,7 +32,7 @@ def random_model(kind: str, **changes):
 def test_every_architecture_shows_which_layers_rotate(tiny_model, architecture):
     layout = probe(tiny_model(architecture))
     rotated = [True, True, architecture != "SmolLM3", True]
-    assert [layer.rope.call is not None for layer in layout.layers] == rotated
+    assert [layer.rope.call is not None for layer in layout.layers.values()] == rotated
 
 
 def test_a_rotation_that_hardly_moves_the_keys_is_found_in_bfloat16_too():
@@ -41,12 +41,12 @@ def test_a_rotation_that_hardly_moves_the_keys_is_found_in_bfloat16_too():
         for layer in model.model.layers:
             layer.self_attn.k_proj.bias[7] = 200.0  # the slowest pair of dimensions dwarfs all others
     layout = probe(model.to(torch.bfloat16))
-    assert all(layer.rope.call is not None for layer in layout.layers)
+    assert all(layer.rope.call is not None for layer in layout.layers.values())
 
 
 def test_sliding_windows_are_found(tiny_model):
     layout = probe(tiny_model("Gemma3"))
-    assert [layer.sliding_window for layer in layout.layers] == [40, None, 40, None]
+    assert [layer.sliding_window for layer in layout.layers.values()] == [40, None, 40, None]
     assert layout.full_attention_layers == (1, 3)
     assert probe(tiny_model("Mistral-sliding")).full_attention_layers == (0, 1, 2, 3)
 

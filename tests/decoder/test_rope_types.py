@@ -161,7 +161,7 @@ def test_gpt_oss_attends_to_memory_beside_its_learned_sinks(small, text):
     )
     config._attn_implementation = "eager"
     model, ids = GptOssForCausalLM(config).eval(), text(150)
-    assert [layer.sliding_window for layer in probe(model).layers] == [32, None, 32, None]
+    assert [layer.sliding_window for layer in probe(model).layers.values()] == [32, None, 32, None]
     config = small(position_mode="original", top_k=64, retrieval_layers="0-3")
     with MemoryDecoder(model, None, config) as decoder:
         found = torch.cat([segment.logits[0] for segment in decoder.stream(ids)])

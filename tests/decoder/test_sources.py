@@ -99,7 +99,7 @@ def test_shared_stores_one_layer_for_all(tiny_model, architecture, small, text):
         ({"kv_source": "latent", "maps": "/nowhere"}, "maps names '/nowhere', which cannot be read"),
         (
             {"kv_source": "shared", "memory_layer": 9},
-            "memory_layer is 9, but the model has the layers 0 to 3",
+            "memory_layer is 9, which has no K-V of its own; the layers that have are 0-3",
         ),
     ],
 )

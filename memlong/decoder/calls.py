@@ -1,0 +1,119 @@
+"""Forward calls of a model behind a window and a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from memlong.bank.copying import to_device
+from memlong.decoder.arrays import Ints
+from memlong.decoder.attention import AttentionSlot
+from memlong.decoder.forward import AttentionPass, Memory
+from memlong.decoder.gates import MemoryGates
+from memlong.decoder.kernels import steady_kernels
+from memlong.decoder.layout import ModelLayout
+from memlong.decoder.placement import Placement, check_reach, positions_of
+from memlong.decoder.window import LocalWindow
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a forward call goes on from, and what it leaves: the rows' window, their memory, and where both stand."""
+
+    window: LocalWindow
+    memory: Memory | None
+    placements: Sequence[Placement]
+
+    def of_rows(self, rows: Sequence[int]) -> Standing:
+        """Those of these rows."""
+        memory = None if self.memory is None else self.memory.of_rows(rows)
+        return Standing(self.window.of_rows(rows), memory, [self.placements[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class ModelCalls:
+    """Runs a model over new tokens.
+
+    Parameters
+    ----------
+    model, layout
+        The model, and what it is made of.
+    gates
+        What each head adds to the logits of memory; None for nothing.
+    device
+        Where the model is.
+    """
+
+    model: PreTrainedModel
+    layout: ModelLayout
+    gates: MemoryGates | None
+    device: torch.device
+
+    def run(
+        self, before: Standing, input_ids: Tensor, tokens: Ints, slot: AttentionSlot, logits_to_keep: int
+    ) -> tuple[Tensor, Standing]:
+        """Take new tokens [rows, new], −1 where padded, through the model; return logits, and where it stands then."""
+        width = tokens.shape[1]
+        incoming = positions_of(tokens, before.placements)
+        check_reach(int(incoming.max()), self.layout)
+        window, memory = before.window.expecting(tokens, incoming), before.memory
+        slot.current = now = AttentionPass(self.layout, window, width, memory, self.gates, self.device)
+        window.supply = now.supply
+        try:
+            with steady_kernels(self.device):
+                logits: Tensor = self.model(
+                    input_ids=input_ids,
+                    position_ids=to_device(torch.from_numpy(incoming), self.device),
+                    past_key_values=window,
+                    use_cache=True,
+                    logits_to_keep=logits_to_keep,
+                ).logits
+        finally:
+            slot.current = window.supply = None
+            if memory is not None:
+                memory.wait()  # where no retrieval layer was reached
+        window.complete(width)
+        return logits, Standing(window, now.memory, before.placements)
+
+    def run_by_length(
+        self,
+        before: Standing,
+        input_ids: Tensor,
+        tokens: Ints,
+        begun: Sequence[bool],
+        slot: AttentionSlot,
+        logits_to_keep: int,
+    ) -> tuple[Tensor, Standing]:
+        """Do as :meth:`run` does, rows with as many new tokens together: padding would enter a recurrent state.
+
+        ``begun`` tells which rows have read something before.
+        """
+        lengths = [int(count) for count in (tokens >= 0).sum(axis=1)]
+        kinds = list(zip(lengths, begun, strict=True))
+        if len(set(kinds)) == 1:
+            return self.run(before, input_ids, tokens, slot, logits_to_keep)
+        if before.memory is not None and before.memory.keys and not torch.is_grad_enabled():
+            before = Standing(before.window, before.memory.given_to(before.window), before.placements)
+        parts, groups, logits = [], [], None
+        for count, has_begun in dict.fromkeys(kinds):
+            rows = [row for row, kind in enumerate(kinds) if kind == (count, has_begun)]
+            part = before.of_rows(rows)
+            if count:
+                new = slice(tokens.shape[1] - count, None)  # they are padded on the left
+                given, part = self.run(part, input_ids[rows, new], tokens[rows, new], slot, logits_to_keep)
+                if logits is None:
+                    width = 1 if logits_to_keep else tokens.shape[1]
+                    logits = given.new_zeros(len(kinds), width, given.shape[2])
+                padded = functional.pad(given, (0, 0, logits.shape[1] - given.shape[1], 0))
+                logits = logits.index_copy(
+                    0, to_device(torch.tensor(rows, device="cpu"), given.device), padded
+                )
+            parts.append(part.window)
+            groups.append(rows)
+        assert logits is not None  # noqa: S101 - some row has a new token
+        return logits, Standing(before.window.joined(parts, groups), before.memory, before.placements)
