@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlong.architectures.tiny import Architecture, tiny_model_of
+from memlong.architectures.listing import Architecture
+from memlong.architectures.tiny import tiny_model_of
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.quiet import quiet_loading
 from memlong.errors import MemlongError
@@ -63,7 +64,9 @@ def try_architecture(architecture: Architecture) -> Trial:
         except Exception as error:  # noqa: BLE001
             return Trial(architecture, "fails", f"attaching ends in {_told(error)}")
         if isinstance(plain, Exception):
-            return Trial(architecture, "fails", f"memory attaches, but the model does not read text: {_told(plain)}")
+            return Trial(
+                architecture, "fails", f"memory attaches, but the model does not read text: {_told(plain)}"
+            )
         try:
             return _compared(architecture, model, decoder, text, plain)
         except Exception as error:  # noqa: BLE001
@@ -83,7 +86,9 @@ def _compared(
         error = float((logits - plain).abs().max() / scale)
         if not error <= _TOLERANCE:
             return Trial(
-                architecture, "fails", f"with {name}, logits differ from the plain model's by {error:.1g} of the largest"
+                architecture,
+                "fails",
+                f"with {name}, logits differ from the plain model's by {error:.1g} of the largest",
             )
     return Trial(architecture, "works")
 

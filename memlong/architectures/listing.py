@@ -1,0 +1,76 @@
+"""Which decoder-only architectures the installed transformers has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from memlong.architectures.exceptions import NEEDED
+from memlong.errors import UnknownNameError
+
+_MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+
+
+@dataclass(frozen=True, order=True)
+class Architecture:
+    """A model class of transformers, and the model type whose configuration it is made from."""
+
+    model_type: str
+    class_name: str
+
+
+def architectures() -> tuple[Architecture, ...]:
+    """Return every class that reads text with a decoder alone, or with images and sound beside it; sorted."""
+    return tuple(each for each in _mapped() if not _has_encoder(each.model_type))
+
+
+def encoder_decoders() -> tuple[str, ...]:
+    """Return the model types that are left out, since an encoder reads their text; sorted."""
+    return tuple(sorted({each.model_type for each in _mapped() if _has_encoder(each.model_type)}))
+
+
+def of_model_type(model_type: str) -> tuple[Architecture, ...]:
+    """Return the classes of a model type.
+
+    Raises
+    ------
+    UnknownNameError
+        If transformers has no decoder-only class of it.
+    """
+    found = tuple(each for each in architectures() if each.model_type == model_type)
+    if not found:
+        raise UnknownNameError(
+            f"transformers has no decoder-only architecture of the model type {model_type!r}; `memlong models` lists "
+            "those that it has. For a model of your own, name its folder, its config.json or its hub id."
+        )
+    return found
+
+
+@cache
+def default_config(model_type: str) -> PreTrainedConfig:
+    """Return the configuration that transformers makes of a model type when nothing is said."""
+    kind: Any = CONFIG_MAPPING[model_type]
+    config: PreTrainedConfig = kind(**NEEDED.get(model_type, {}))
+    return config
+
+
+@cache
+def _mapped() -> tuple[Architecture, ...]:
+    return tuple(sorted(set(_entries())))
+
+
+def _entries() -> Iterator[Architecture]:
+    for name in _MAPPINGS:
+        for model_type, classes in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}).items():
+            for class_name in (classes,) if isinstance(classes, str) else classes:
+                yield Architecture(model_type, class_name)
+
+
+def _has_encoder(model_type: str) -> bool:
+    return bool(default_config(model_type).is_encoder_decoder)

@@ -1,0 +1,184 @@
+"""Shrink the settings of a model by their names, so that every kind of its layers is left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+VOCABULARY = 97
+"""Tokens that a tiny model knows: 0 pads, 1 begins and 2 ends."""
+
+_LAYERS = 4
+_HIDDEN, _HEADS, _HEAD_DIM = 64, 4, 16
+_WINDOW, _POSITIONS = 40, 512
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "_pad_token_id": 0, "sep_token_id": 2}
+_UNTOUCHED = frozenset(
+    {"id2label", "label2id", "dtype", "transformers_version", "model_type", "architectures"}
+)
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+_NUMBERS_OF_LAYERS = re.compile(
+    r"(.*_idxs|moe_layers|.*layer_ids|mlp_only_layers|rope_scaling_layers|.*_indexes|cross_attention_layers)"
+)
+
+
+def _to(number: int) -> Callable[[int], int]:
+    return lambda value: number
+
+
+def _at_most(number: int) -> Callable[[int], int]:
+    return lambda value: min(value, number)
+
+
+def _in_proportion(value: int) -> int:
+    return min(value, max(_HEAD_DIM, value // 8))
+
+
+_RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
+    # The first whose pattern is the whole name of a setting changes its number.
+    (r"(unpadded_)?vocab_size(_per_layer_input)?", lambda value: min(value, VOCABULARY)),
+    (r"num_hidden_layers|num_layers|n_layers?|layers|depth|num_blocks|n_layer", _at_most(_LAYERS)),
+    (
+        r"(encoder|decoder)_layers|num_(en|de)coder_layers|.*(num_kv_shared|num_nextn_predict)_layers",
+        _at_most(2),
+    ),
+    (r"max_window_layers", _to(2)),
+    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", _at_most(1)),
+    (r"moe_layer_end_index", _to(_LAYERS - 1)),
+    (r"original_max_position_embeddings", _at_most(_POSITIONS // 4)),
+    (r".*(max_position_embeddings|model_max_length|max_seq_len|n_positions|n_ctx)", _at_most(_POSITIONS)),
+    (r".*(window|window_size|local_attention|attention_chunk_size)", _at_most(_WINDOW)),
+    (r"_?sliding_window_pattern|(global_attn_every_n|full_attention_interval).*", _at_most(2)),
+    (r"(attn|expert)_layer_period|no_rope_layer_interval|layer_group_size", _at_most(2)),
+    (r"(attn|expert)_layer_offset", _at_most(1)),
+    (r".*(num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups|linear_num_key_heads)", _at_most(2)),
+    (r"(mamba_)?n_?groups?|topk_group|num_expert_group", _at_most(2)),
+    (r".*heads(_per_layer)?|n_head", _at_most(_HEADS)),
+    (r"index_topk(_blocks)?", _at_most(16)),
+    (r".*experts_per_tok(en)?|moe_top_?k|moe_k|zero_expert_num", _at_most(2)),
+    (r".*num_(local_|routed_)?experts|n_routed_experts", _at_most(4)),
+    (r"[qo]_lora_rank", _at_most(24)),
+    (r"kv_lora_rank", _at_most(16)),
+    (r"mamba_headdim|mamba_d_head|mamba_head_dim", _at_most(32)),
+    (r"mamba_d_ssm", _at_most(2 * _HIDDEN)),
+    (r".*_d_state|.*state_size|mamba_dt_rank|time_step_rank|rotary_dim", _at_most(8)),
+    (r".*chunk_size", _at_most(16)),
+    (r".*(head_dim|head_size|dim_head|d_head|kv_channels|d_kv)", _in_proportion),
+    (r".*rank|d_rel", _at_most(8)),
+    (r"hidden_size_per_layer_input|ple_embed_dim|num_position_embeddings", _at_most(16)),
+    (r".*image_size", _at_most(28)),
+    (r".*patch_size", _at_most(14)),
+    (
+        r".*(hidden_size|hidden_dim|d_model|n_embd|emb(ed(ding)?)?_(dim|size)|_width|input_size|proj_dim|output_dim|"
+        r"d_inner|projection_dim|channels|intermediate_size.*|ffn_dim|ffn_hidden_size|d_ff|dim_ff|dff|"
+        r"feed_forward_size|mlp_dim|n_inner|expert_dim)",
+        _at_most(_HIDDEN),
+    ),
+)
+
+
+def shrunk(section: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model, or of a part of it, as small as can be."""
+    section = _with_windows(section)
+    count = next((section[name] for name in _COUNTS if isinstance(section.get(name), int)), 0)
+    by_layer = {
+        name: value
+        for name, value in section.items()
+        if isinstance(value, list) and len(value) == count > 1 and not _NUMBERS_OF_LAYERS.fullmatch(name)
+    }
+    rows = _every_kind(by_layer.values(), count)
+    small = {
+        name: _small(name, value, count, rows) for name, value in section.items() if name not in by_layer
+    }
+    small |= {name: [_number(name, value[row]) for row in rows] for name, value in by_layer.items()}
+    if small.get("kv_lora_rank"):  # latent attention: some of its widths are made of others
+        small["num_key_value_heads"] = small["num_attention_heads"]
+        small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+        small["head_dim"] = next(
+            (
+                small[name]
+                for name in ("qk_rope_head_dim", "qk_head_dim")
+                if section.get(name) == section.get("head_dim")
+            ),
+            small.get("head_dim"),
+        )
+    if small.get("per_layer_config"):
+        small["per_layer_config"] = _of_single_layers(section, small, rows)
+    return {name: small[name] for name in section}
+
+
+def _with_windows(section: dict[str, Any]) -> dict[str, Any]:
+    """Let layers alternate where a window is set that no layer has: a checkpoint may have it in some."""
+    types = section.get("layer_types")
+    if not section.get("sliding_window") or not isinstance(types, list) or set(types) != {"full_attention"}:
+        return section
+    return {
+        **section,
+        "layer_types": [("sliding_attention", "full_attention")[row % 2] for row in range(len(types))],
+    }
+
+
+def _every_kind(lists: Collection[list[Any]], count: int) -> list[int]:
+    """Numbers of layers among which every kind occurs: the first of each, then the second, until there are enough."""
+    places: list[list[int]] = []
+    for values in lists:
+        kinds: dict[str, list[int]] = {}
+        for row, value in enumerate(values):
+            kinds.setdefault(repr(value), []).append(row)
+        if len(kinds) <= _LAYERS:  # else it is a number of each layer's own
+            places += kinds.values()
+    rows: list[int] = []
+    for nth in range(count if places else 0):
+        if len(rows) < min(count, _LAYERS):
+            rows += sorted({place[nth] for place in places if nth < len(place)} - set(rows))
+    return rows or list(range(min(count, _LAYERS)))
+
+
+def _small(name: str, value: Any, count: int, rows: list[int]) -> Any:
+    if name in _UNTOUCHED:
+        return value
+    if name in _SPECIAL and value is not None:
+        return _SPECIAL[name]
+    if name == "is_decoder":
+        return True
+    if name in _COUNTS and value == count:
+        return len(rows)
+    if _NUMBERS_OF_LAYERS.fullmatch(name) and isinstance(value, list):
+        return [new for new, row in enumerate(rows) if row in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value) and name != "per_layer_config":
+        return _rope(value) if "rope" in name else shrunk(value)
+    return _number(name, value)
+
+
+def _number(name: str, value: Any) -> Any:
+    if type(value) is not int:
+        return value
+    return next((change(value) for pattern, change in _RULES if re.fullmatch(pattern, name)), value)
+
+
+def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    small: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            small[name] = _rope(value)
+        elif name == "mrope_section" and value:
+            rest = [max(1, part * _HEAD_DIM // 2 // sum(value)) for part in value[1:]]
+            small[name] = [_HEAD_DIM // 2 - sum(rest), *rest]
+        else:
+            small[name] = _number(name, value)
+    return small
+
+
+def _of_single_layers(
+    section: dict[str, Any], small: dict[str, Any], rows: list[int]
+) -> dict[str, dict[str, Any]]:
+    """Keep what single layers have of their own, in proportion to what the others have."""
+    own = {int(layer): changes for layer, changes in section["per_layer_config"].items()}
+    return {
+        str(new): {
+            name: small[name] * value // section[name] if type(value) is int and section.get(name) else value
+            for name, value in own[row].items()
+        }
+        for new, row in enumerate(rows)
+        if row in own
+    }
