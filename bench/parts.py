@@ -116,5 +116,6 @@ def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartC
 
 def _lower_layers(decoder: MemoryDecoder) -> list[torch.nn.Module]:
     names = {id(module): name for name, module in decoder.model.named_modules()}
-    below = decoder.model_layout.modules[: min(decoder.retrieval_layers)]
+    first = min(decoder.retrieval_layers)
+    below = [module for module, layers in decoder.model_layout.readers.items() if max(layers) < first]
     return [decoder.model.get_submodule(names[id(module)].rpartition(".")[0]) for module in below]

@@ -8,13 +8,14 @@ the pass (:mod:`memlong.decoder.forward`) decides.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -26,6 +27,11 @@ BASES = ("sdpa", "eager")
 """Attention implementations of transformers that memory can be attached to."""
 
 _SLOT = "_memlong_slot"
+
+Visibility = Callable[..., Any]
+"""A mask function of transformers: (row, head, query, key) as indices, to whether the query sees the key."""
+
+_masks_seen: ContextVar[list[tuple[Tensor, Visibility]] | None] = ContextVar("masks_seen", default=None)
 
 
 class Attending(Protocol):
@@ -109,6 +115,17 @@ def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[Non
 
 
 @contextmanager
+def masks_noted() -> Iterator[list[tuple[Tensor, Visibility]]]:
+    """Note each mask that transformers makes for memlong's attention meanwhile, and what says who sees whom in it."""
+    seen: list[tuple[Tensor, Visibility]] = []
+    token = _masks_seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _masks_seen.reset(token)
+
+
+@contextmanager
 def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the model's attention go through memlong, and give it back as it was.
 
@@ -117,7 +134,8 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
     UnsupportedModelError
         If the model's attention cannot be replaced, or is not one of ``BASES``.
     """
-    before = model.config._attn_implementation  # noqa: SLF001 - transformers has no public getter
+    config = text_config(model)
+    before = _implementation(config)
     if before not in BASES:
         raise UnsupportedModelError(
             f"{type(model).__name__} runs the attention implementation {before!r}; memory attaches to "
@@ -127,19 +145,31 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
     name = f"memlong_{before}"
     AttentionInterface.register(name, partial(_attention, before))
     # Without a mask function of its own, an implementation silently gets no mask at all.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    AttentionMaskInterface.register(name, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[before]))
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    parts = [(part, _implementation(part)) for part in (*configs.values(), config)]  # a tower may have its own
     try:
         with _quiet():
             model.set_attn_implementation(name)
-        if model.config._attn_implementation != name:  # noqa: SLF001 - where it cannot, transformers only warns
+        if _implementation(config) != name:  # where it cannot, transformers only warns
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not let its attention be replaced: it is not built on transformers' "
                 "AttentionInterface. Use a model that is (Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX and most others)."
             )
         yield
     finally:
-        if model.config._attn_implementation != before:  # noqa: SLF001
-            model.set_attn_implementation(before)
+        for part, own in parts:
+            if _implementation(part) != own:
+                part._attn_implementation = own  # noqa: SLF001 - transformers has no public setter
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the configuration of the decoder that text goes through."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _implementation(config: PreTrainedConfig) -> str:
+    return config._attn_implementation  # type: ignore[no-any-return] # noqa: SLF001 - transformers has no public getter
 
 
 @contextmanager
@@ -162,3 +192,13 @@ def _attention(base: str, module: nn.Module, *tensors: Tensor | None, **options:
     if slot is None:
         return function(module, *tensors, **options)
     return slot.attend(function, module, *tensors, **options)  # type: ignore[arg-type]
+
+
+def _mask(base: Callable[..., Tensor | None], **options: Any) -> Tensor | None:
+    seen = _masks_seen.get()
+    if seen is None:
+        return base(**options)
+    mask = base(**{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    if mask is not None:
+        seen.append((mask, options["mask_function"]))
+    return mask

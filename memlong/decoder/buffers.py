@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from memlong.decoder.probe import ModelLayout
+from memlong.decoder.layout import KvShape, ModelLayout
 from memlong.decoder.rope import Angles, LayerRope
 
 _SPARE = 64
@@ -24,29 +24,40 @@ _LARGE_PIECE = 1 << 25
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers whose K-V have one shape and one rotation, and that all attend to memory or all do not."""
+    """Layers that are moved together: of one shape and one rotation, that keep the same tokens.
+
+    Attributes
+    ----------
+    has_memory
+        Whether they attend to memory.
+    reach
+        How many tokens, a coming one included, its window keeps: those that a sliding layer sees; None for the local
+        window of the whole model.
+    """
 
     layers: tuple[int, ...]
     rope: LayerRope
-    kv_heads: int
-    head_dim: int
+    shape: KvShape
     has_memory: bool
+    reach: int | None = None
 
 
-def layer_groups(layout: ModelLayout, retrieval_layers: Sequence[int]) -> tuple[LayerGroup, ...]:
-    """Sort the layers of a model into groups, each ascending."""
+def layer_groups(
+    layout: ModelLayout, retrieval_layers: Sequence[int], memory_layers: Sequence[int] = ()
+) -> tuple[LayerGroup, ...]:
+    """Sort the layers of a model into groups, each ascending.
+
+    A sliding layer keeps what it sees by itself, unless it attends to memory or its K-V are stored.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
-    for index, layer in enumerate(layout.layers):
-        turn = layer.rope.call and layer.rope.call.key
-        kind = (index in retrieval_layers, layer.kv_heads, layer.head_dim, turn, layer.rope.width)
-        groups.setdefault(kind, []).append(index)
-    found = []
-    for layers in groups.values():
-        one = layout.layers[layers[0]]
-        found.append(
-            LayerGroup(tuple(layers), one.rope, one.kv_heads, one.head_dim, layers[0] in retrieval_layers)
-        )
-    return tuple(found)
+    for index, layer in layout.layers.items():
+        has_memory = index in retrieval_layers
+        reach = None if has_memory or index in memory_layers else layer.sliding_window
+        groups.setdefault((has_memory, layer.shape, layer.rope.kind, reach), []).append(index)
+    return tuple(
+        LayerGroup(tuple(layers), layout.layers[layers[0]].rope, shape, has_memory, reach)
+        for (has_memory, shape, _, reach), layers in groups.items()
+    )
 
 
 Turn = Callable[[Tensor, Angles | None], Tensor]
@@ -73,7 +84,7 @@ def turned(states: Tensor, angles: Angles | None, turn: Turn, out: Tensor | None
 
 @dataclass(frozen=True)
 class LayerBuffer:
-    """Keys and values [rows, layers, kv_heads, columns, head_dim] each, of which the first columns are in use.
+    """Keys and values [rows, layers, heads, columns, width] each, of which the first columns are in use.
 
     The first ``memory`` columns are for retrieved tokens. What is written behind the columns that a window knows
     changes nothing for it.
@@ -84,12 +95,17 @@ class LayerBuffer:
     memory: int
 
     @classmethod
-    def like(cls, states: Tensor, layers: int, columns: int, memory: int) -> Self:
-        """Make a buffer for states such as ``states`` [rows, kv_heads, tokens, head_dim]."""
-        rows, heads, _, width = states.shape
-        shape = (rows, layers, heads, memory + columns, width)
+    def of(cls, group: LayerGroup, rows: int, columns: int, memory: int, like: Tensor) -> Self:
+        """Make a buffer for the layers of a group, of the dtype and on the device of ``like``."""
+        sizes = [
+            (rows, len(group.layers), heads, memory + columns, width)
+            for heads, width in (
+                (group.shape.kv_heads, group.shape.head_dim),
+                (group.shape.value_heads, group.shape.value_dim),
+            )
+        ]
         with torch.inference_mode(False):  # it is written to later, whatever the mode is then
-            keys, values = (torch.empty(shape, dtype=states.dtype, device=states.device) for _ in range(2))
+            keys, values = (torch.empty(size, dtype=like.dtype, device=like.device) for size in sizes)
         return cls(keys, values, memory)
 
     @property
@@ -97,27 +113,21 @@ class LayerBuffer:
         """Bytes of both."""
         return self.keys.nbytes + self.values.nbytes
 
-    def fits(self, states: Tensor, layers: int, columns: int, memory: int) -> bool:
-        """Whether a buffer that :meth:`like` makes of these would be much like this one."""
-        rows, heads, _, width = states.shape
+    def fits(self, rows: int, columns: int, memory: int, like: Tensor) -> bool:
+        """Whether a buffer that :meth:`of` makes of these, for the same group, would be much like this one."""
         mine, room = self.keys, self.keys.shape[3]
-        return (mine.dtype, mine.device, *mine.shape[:3], mine.shape[4]) == (
-            states.dtype,
-            states.device,
-            rows,
-            layers,
-            heads,
-            width,
-        ) and memory + columns <= room <= 2 * (memory + columns)
+        return (mine.dtype, mine.device, mine.shape[0]) == (like.dtype, like.device, rows) and (
+            memory + columns <= room <= 2 * (memory + columns)
+        )
 
     def has_space(self, columns: int) -> bool:
         """Whether the window may have so many columns."""
         return self.memory + columns <= self.keys.shape[3]
 
-    def grown(self, columns: int, used: int) -> LayerBuffer:
+    def grown(self, group: LayerGroup, columns: int, used: int) -> LayerBuffer:
         """Return a buffer for so many columns and some more, which holds the memory and the first ``used`` of these."""
         with torch.no_grad():
-            other = self.like(self.keys[:, 0], self.keys.shape[1], columns + _SPARE, self.memory)
+            other = self.of(group, self.keys.shape[0], columns + _SPARE, self.memory, self.keys)
             end = self.memory + used
             other.keys[:, :, :, :end] = self.keys[:, :, :, :end]
             other.values[:, :, :, :end] = self.values[:, :, :, :end]

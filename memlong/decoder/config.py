@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal, get_args
@@ -233,7 +233,7 @@ class MemoryConfig:
         return spans.get(self.position_mode, chunks * self.chunk_size) if chunks else 0
 
 
-def parse_layers(text: str, eligible: tuple[int, ...], layer_count: int) -> tuple[int, ...]:
+def parse_layers(text: str, eligible: tuple[int, ...], layers: Collection[int]) -> tuple[int, ...]:
     """Turn ``"all"``, ``"15-29"`` or ``"3,7,11-13"`` into ascending layer numbers.
 
     Parameters
@@ -242,17 +242,17 @@ def parse_layers(text: str, eligible: tuple[int, ...], layer_count: int) -> tupl
         What the user wrote.
     eligible
         What ``"all"`` means: the layers that can use a memory best.
-    layer_count
-        How many layers the model has.
+    layers
+        The layers that attend; of a range, these are meant.
 
     Raises
     ------
     InvalidArgumentError
-        If the text is malformed or names a layer that the model does not have.
+        If the text is malformed or names a layer that does not attend, or that the model does not have.
     """
     if text.strip() == "all":
         return eligible
-    layers: set[int] = set()
+    named: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
@@ -260,13 +260,26 @@ def parse_layers(text: str, eligible: tuple[int, ...], layer_count: int) -> tupl
                 f"retrieval_layers is {text!r}: {part.strip()!r} is neither a layer nor a range. Write 'all', "
                 "or layers and ranges such as '15-29' or '3,7,11-13'."
             )
-        layers.update(range(int(first), int(last or first) + 1))
-    if not layers or max(layers) >= layer_count:
-        raise InvalidArgumentError(
-            f"retrieval_layers is {text!r}, but the model has the layers 0 to {layer_count - 1}; name at least "
-            "one of those, first before last."
-        )
-    return tuple(sorted(layers))
+        some = range(int(first), int(last or first) + 1)
+        within = [layer for layer in some if layer in layers]
+        if not within or (some[-1] > max(layers)) or (not dash and len(within) < len(some)):
+            raise InvalidArgumentError(
+                f"retrieval_layers is {text!r}, but the layers of this model that attend to K-V of their own are "
+                f"{ranges(tuple(layers))}; name at least one of those, first before last."
+            )
+        named.update(within)
+    return tuple(sorted(named))
+
+
+def ranges(layers: tuple[int, ...]) -> str:
+    """Write layer numbers as :func:`parse_layers` reads them, such as ``"0-3,7"``."""
+    found: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if found and found[-1][-1] == layer - 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

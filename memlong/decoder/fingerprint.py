@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import MemoryGates
-from memlong.decoder.probe import ModelLayout
+from memlong.decoder.layout import ModelLayout
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.sources import KvSource, LatentSource, LayerSource
 

@@ -16,6 +16,7 @@ from memlong.decoder import kernels
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.kernels import Attend, Output
+from memlong.decoder.layout import ModelLayout
 from memlong.decoder.overlap import Arrival
 from memlong.decoder.rope import AngleCache
 from memlong.decoder.window import LocalWindow
@@ -90,9 +91,12 @@ class Memory:
         return replace(self, keys=keys, values=values)
 
     def of_rows(self, rows: Sequence[int]) -> Memory:
-        """Return the memory of these rows, which may come more than once; the window must hold its keys and values."""
+        """Return the memory of these rows, which may come more than once."""
         numbers = np.asarray(rows, dtype=np.int64)
-        return replace(self, positions=self.positions[numbers], valid=self.valid[numbers])
+        keys, values = (tuple(states[list(rows)] for states in each) for each in (self.keys, self.values))
+        return replace(
+            self, positions=self.positions[numbers], valid=self.valid[numbers], keys=keys, values=values
+        )
 
 
 @dataclass
@@ -104,6 +108,8 @@ class AttentionPass:
 
     Parameters
     ----------
+    layout
+        What the model is made of.
     window
         Which tokens its columns hold, and where they stand.
     queries
@@ -116,13 +122,29 @@ class AttentionPass:
         Where the model is.
     """
 
+    layout: ModelLayout
     window: LocalWindow
     queries: int
     memory: Memory | None
     gates: MemoryGates | None
     device: torch.device
+    _latest: int = -1
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
-    _sees_all: dict[tuple[int | None, bool], bool] = field(default_factory=dict, repr=False)
+    _sees_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
+
+    def supply(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the memory of a layer, if there is one, before its window [rows, heads, columns, width]."""
+        self._latest = layer
+        memory = self.memory
+        if memory is None or layer not in memory.places:
+            return keys, values
+        if torch.is_grad_enabled():  # what has gradients is not written over
+            memory.wait()
+            retrieved, their_values = memory.of(layer)
+            return torch.cat([retrieved, keys], dim=2), torch.cat([their_values, values], dim=2)
+        if memory.keys:
+            self.memory = memory.given_to(self.window)
+        return self.window.with_memory(layer, keys.shape[2])
 
     def attend(
         self,
@@ -133,58 +155,54 @@ class AttentionPass:
         value: Tensor,
         options: dict[str, Any],
     ) -> Output:
-        """Attend to the window [rows, kv_heads, keys, head_dim], and to the memory of this layer, if there is one."""
-        layer = cast("int", module.layer_idx)
-        has_memory = self.memory is not None and layer in self.memory.places
-        if has_memory:
-            key, value = self._with_memory(layer, key, value)
-        sliding_window = options.get("sliding_window")
-        gated = has_memory and self.gates is not None
-        if not gated and self.sees_all(sliding_window, with_memory=has_memory):
+        """Attend to what the cache gave, or what the model made of it: [rows, kv_heads, (memory +) columns, width]."""
+        layers = self.layout.readers[module]
+        layer = layers[0] if len(layers) == 1 else self._latest
+        gated = self.gates is not None and self._has_memory(layer)
+        if not gated and self.sees_all(layer):
             plain = kernels.is_plain(base, options)
             if plain and (self.queries == 1 or kernels.prefers_no_mask(query)):
                 return kernels.attend_to_all_before(query, key, value, options.get("scaling"))
             if self.queries == 1:
                 return base(module, query, key, value, None, **{**options, "is_causal": False})
-        mask = self.mask(sliding_window, with_memory=has_memory, dtype=query.dtype)
+        mask = self.mask(layer, query.dtype)
         if gated:
             mask = self._gated(mask, layer)
         return kernels.attend_with_mask(base, module, query, key, value, mask, options)
 
-    def _with_memory(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        memory = cast("Memory", self.memory)
-        if torch.is_grad_enabled():  # what has gradients is not written over
-            memory.wait()
-            keys, values = memory.of(layer)
-            return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-        if memory.keys:
-            self.memory = memory.given_to(self.window)
-        return self.window.with_memory(layer, key, value)
+    def _has_memory(self, layer: int) -> bool:
+        return self.memory is not None and layer in self.memory.places
 
-    def sees_all(self, sliding_window: int | None, *, with_memory: bool) -> bool:
+    def _kind(self, layer: int) -> tuple[object, ...]:
+        """Equal for layers of which the same tokens see the same keys."""
+        reach = self.window.held_by(layer).reach
+        return reach, self.layout.layers[layer].sliding_window, self._has_memory(layer)
+
+    def sees_all(self, layer: int) -> bool:
         """Whether each token of the call sees every key of memory and window up to its own, in every row."""
-        kind = (sliding_window, with_memory)
+        kind = self._kind(layer)
         if kind not in self._sees_all:
-            self._sees_all[kind] = self._is_lower_right(sliding_window, with_memory=with_memory)
+            self._sees_all[kind] = self._is_lower_right(layer)
         return self._sees_all[kind]
 
-    def _is_lower_right(self, sliding_window: int | None, *, with_memory: bool) -> bool:
-        window, memory = self.window, self.memory
-        if not window.valid.all():
+    def _is_lower_right(self, layer: int) -> bool:
+        held, memory = self.window.held_by(layer), self.memory
+        if not held.valid.all():
             return False
-        farthest = window.positions.min()
-        if with_memory and memory is not None:
-            first = window.positions[:, -self.queries]
+        farthest = held.places.min()
+        if self._has_memory(layer) and memory is not None:
+            first = held.places[:, -self.queries]
             if not memory.valid.all() or (memory.positions.max(axis=1) > first).any():
                 return False
             farthest = min(farthest, memory.positions.min())
-        return sliding_window is None or int(window.positions.max() - farthest) < sliding_window
+        sliding_window = self.layout.layers[layer].sliding_window
+        return sliding_window is None or int(held.places.max() - farthest) < sliding_window
 
-    def mask(self, sliding_window: int | None, *, with_memory: bool, dtype: torch.dtype) -> Tensor:
+    def mask(self, layer: int, dtype: torch.dtype) -> Tensor:
         """Additive mask [rows, 1, queries, (memory +) keys], the same object for all layers that need the same."""
-        kind = (sliding_window, with_memory, dtype)
+        kind = (*self._kind(layer), dtype)
         if kind not in self._masks:
-            self._masks[kind] = self._build(sliding_window, with_memory, dtype)
+            self._masks[kind] = self._build(layer, dtype)
         return self._masks[kind]
 
     def _gated(self, mask: Tensor, layer: int) -> Tensor:
@@ -194,12 +212,13 @@ class AttentionPass:
         local = mask[..., memory.tokens :].expand(-1, bias.shape[1], -1, -1)
         return torch.cat([mask[..., : memory.tokens] + bias, local], dim=-1)
 
-    def _build(self, sliding_window: int | None, with_memory: bool, dtype: torch.dtype) -> Tensor:
-        positions, valid = self.window.positions, self.window.valid
-        if with_memory and self.memory is not None:
-            positions = np.concatenate([self.memory.positions, positions], axis=1)
+    def _build(self, layer: int, dtype: torch.dtype) -> Tensor:
+        held, sliding_window = self.window.held_by(layer), self.layout.layers[layer].sliding_window
+        places, valid = held.places, held.valid
+        if self._has_memory(layer) and self.memory is not None:
+            places = np.concatenate([self.memory.positions, places], axis=1)
             valid = np.concatenate([self.memory.valid, valid], axis=1)
-        keys = to_device(torch.from_numpy(positions), self.device)
+        keys = to_device(torch.from_numpy(places), self.device)
         queries = keys[:, -self.queries :, None]
         visible = queries >= keys[:, None]
         if not valid.all():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.layout import ModelLayout
 from memlong.decoder.tensor_file import read_tensors, write_tensors
 from memlong.errors import InvalidArgumentError
 
@@ -67,18 +68,26 @@ class MemoryGates(nn.Module):
 
 
 def make_gates(
-    config: MemoryConfig, heads: int, retrieval_layers: tuple[int, ...], like: Tensor
+    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
 ) -> MemoryGates | None:
     """Make the gates that the configuration asks for, float32, on the device of ``like``.
 
     Raises
     ------
     InvalidArgumentError
-        If the file of gates cannot be read, or was made for other layers or heads.
+        If the file of gates cannot be read, or was made for other layers or heads, or layers differ in their heads.
     """
+    if config.gates is None and config.gate_init is None:
+        return None
+    counts = {layout.layers[layer].heads for layer in retrieval_layers}
+    if len(counts) > 1:
+        raise InvalidArgumentError(
+            f"Gates need as many heads in each retrieval layer, but they have {sorted(counts)}. Leave gate_init and "
+            "gates out, or set retrieval_layers to those that are alike."
+        )
+    heads = counts.pop()
     if config.gates is None:
-        if config.gate_init is None:
-            return None
+        assert config.gate_init is not None  # noqa: S101 - one of both is set
         shape = (len(retrieval_layers), heads)
         bias = torch.full(shape, float(config.gate_init), dtype=torch.float32, device=like.device)
         return MemoryGates(retrieval_layers, bias)

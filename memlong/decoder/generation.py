@@ -129,7 +129,7 @@ class Speaker:
         for row in draft.rows:
             row.query_length = self._query_length
         # With room for what is generated until memory is retrieved again.
-        tails = [row.rewind(max(1, self._segment_size - self._every)) for row in draft.rows]
+        tails = draft.rewind(max(1, self._segment_size - self._every))
         logits = draft.advance(tails, self._slot, 1, retrieve=lambda _: True).logits
         copies = wanted // len(rows)
         self._draft = draft if copies == 1 else draft.fork([row for row in rows for _ in range(copies)])

@@ -103,7 +103,7 @@ class GroupWindow:
         """Return the window of these columns, rotated to ``after``, with so many columns for retrieved tokens."""
         raw = _taken(self._raw_parts(before), columns)
         kept = raw.shape[3]
-        other = self.emptied(raw[:, 0], kept, memory)
+        other = self.emptied(len(raw), raw, kept, memory)
         assert other.buffer is not None  # noqa: S101 - just made
         if not raw.is_cuda:
             other._spare = self.buffer  # noqa: SLF001 - its own
@@ -115,14 +115,14 @@ class GroupWindow:
         other._raw = raw  # noqa: SLF001 - its own
         return other
 
-    def emptied(self, like: Tensor, columns: int, memory: int) -> GroupWindow:
+    def emptied(self, rows: int, like: Tensor, columns: int, memory: int) -> GroupWindow:
         """Return a window with so many columns, and columns for retrieved tokens, all of them still to be written."""
         room = memory if self.group.has_memory else 0
-        shape = (len(self.group.layers), max(columns, self._capacity), room)
-        if self._spare is not None and self._spare.fits(like, *shape):
+        sizes = (rows, max(columns, self._capacity), room)
+        if self._spare is not None and self._spare.fits(*sizes, like):
             buffer = LayerBuffer(self._spare.keys, self._spare.values, room)
         else:
-            buffer = LayerBuffer.like(like, *shape)
+            buffer = LayerBuffer.of(self.group, *sizes, like)
         return GroupWindow(self.group, self._capacity, buffer, columns)
 
     def of_rows(self, rows: Tensor) -> GroupWindow:
@@ -135,8 +135,8 @@ class GroupWindow:
         return other
 
     def holding(self, keys: Tensor, raw_keys: Tensor, values: Tensor, memory: int) -> GroupWindow:
-        """Return a window of K-V [rows, layers, kv_heads, columns, head_dim], and columns for retrieved tokens."""
-        other = self.emptied(keys[:, 0], keys.shape[3], memory)
+        """Return a window of K-V [rows, layers, heads, columns, width], and columns for retrieved tokens."""
+        other = self.emptied(len(keys), keys, keys.shape[3], memory)
         assert other.buffer is not None  # noqa: S101 - just made
         for target, states in zip(other.buffer.window(other.count), (keys, values), strict=True):
             target.copy_(states)
@@ -149,15 +149,44 @@ class GroupWindow:
         held = 0 if self._raw is None else self._raw.nbytes
         return held if self.buffer is None else held + self.buffer.nbytes
 
+    def joined(self, parts: Sequence[GroupWindow], order: Tensor, columns: int) -> GroupWindow:
+        """Return the window of rows that went on apart from this one, padded behind to so many columns.
+
+        ``order`` [rows] tells where in the parts, put one after the other, each row is.
+        """
+        held = [part.buffer for part in parts if part.buffer is not None]
+        if not held:
+            return self
+        memory = held[0].memory
+        rows = len(order)
+        other = self.emptied(rows, held[0].keys, columns, memory)
+        assert other.buffer is not None  # noqa: S101 - just made
+        known = 0 if self._raw is None else self._raw.shape[3]
+        start = 0
+        for part in parts:
+            assert part.buffer is not None  # noqa: S101 - all parts come from one window
+            where = torch.nonzero((order >= start) & (order < start + len(part.buffer.keys)))[:, 0]
+            picked = order[where] - start
+            end = memory + part.count
+            for target, states in zip(
+                (other.buffer.keys, other.buffer.values), (part.buffer.keys, part.buffer.values), strict=True
+            ):
+                target[where, :, :, :end] = states[picked, :, :, :end]
+                target[where, :, :, end : memory + columns] = 0
+            start += len(part.buffer.keys)
+        if known:
+            other._raw = self._raw  # noqa: SLF001 - its own
+        return other
+
     def _with_space(self, columns: int, like: Tensor) -> LayerBuffer:
         if self.buffer is None or (not self.count and self.buffer.keys.dtype != like.dtype):
             before = self.buffer
             memory = 0 if before is None else before.memory
-            self.buffer = LayerBuffer.like(like, len(self.group.layers), max(columns, self._capacity), memory)
+            self.buffer = LayerBuffer.of(self.group, len(like), max(columns, self._capacity), memory, like)
             if before is not None:  # as under autocast: the model's K-V are of another dtype than its weights
                 self.buffer.hold_memory(before.keys[:, :, :, :memory], before.values[:, :, :, :memory])
         elif not self.buffer.has_space(columns):
-            self.buffer = self.buffer.grown(columns, self.count)
+            self.buffer = self.buffer.grown(self.group, columns, self.count)
         return self.buffer
 
 

@@ -90,7 +90,7 @@ def attend_with_mask(
             query.detach().requires_grad_()
         )  # else torch's kernels for CUDA keep nothing for the bias's gradient
     width = query.shape[-1]
-    if query.is_cuda and width % _ALIGNED:
+    if query.is_cuda and (width % _ALIGNED or value.shape[-1] % _ALIGNED):
         return attend_padded(base, module, query, key, value, mask, options)
     if (
         query.device.type == "cpu" and not torch.is_grad_enabled() and is_plain(base, options)
@@ -109,12 +109,12 @@ def attend_padded(
     options: dict[str, Any],
 ) -> Output:
     """Attend as ``base`` does, with heads that are padded with zeros to a width that all kernels take."""
-    width = query.shape[-1]
+    width, value_width = query.shape[-1], value.shape[-1]
     scale = options.get("scaling")
     options = {**options, "scaling": width**-0.5 if scale is None else scale}
     query, key, value = (functional.pad(states, (0, -width % _ALIGNED)) for states in (query, key, value))
     output, weights = base(module, query, key, value, mask, **options)
-    return output[..., :width], weights
+    return output[..., :value_width], weights
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 
 from memlong.decoder.arrays import Ints
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.probe import ModelLayout
+from memlong.decoder.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
 
 
@@ -43,8 +43,14 @@ def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Plac
     return Placement(config.sink_tokens, start - first_token, start)
 
 
-def positions_of(tokens: Ints, placements: Sequence[Placement]) -> Ints:
-    """Where tokens [rows, columns], given by their index in the stream, stand; padding (−1) stands at 0."""
+def positions_of(tokens: Ints, placements: Sequence[Placement], reach: int | None = None) -> Ints:
+    """Where tokens [rows, columns], given by their index in the stream, stand; padding (−1) stands at 0.
+
+    With a ``reach``, they are those of a sliding layer, which has no sinks: they stand as far apart as in the text.
+    """
+    if reach is not None:
+        shift = np.array([row.offset for row in placements])[:, None]
+        return np.where(tokens < 0, 0, tokens + shift)
     sinks, offsets = np.array([(row.sinks, row.offset) for row in placements]).T[:, :, None]
     return np.maximum(np.where(tokens < sinks, tokens, tokens + offsets), 0)
 

@@ -1,64 +1,26 @@
-"""What a model is made of, found by running it: attention layers, shapes and rotary positions.
+"""What a model is made of, found by running it: attention layers, shapes, rotary positions and what else it carries.
 
-There is no list of architectures; a forward pass of a single token tells. With one token, attention returns that
-token's value whatever its position, so the hidden states of every layer are the same at any position, and the keys
-of two such passes differ by the rotation alone. That finds the rotation, and proves it, layer by layer.
+There is no list of architectures; a forward pass of a single token, at two positions, tells. With one token, attention
+returns that token's value whatever its position, so the hidden states of every layer are the same at both positions, and
+the keys differ by the rotation alone. That finds the rotation, and proves it, layer by layer. What the cache is given is
+what a memory can hold; who sees whom is asked of the masks that transformers makes.
 """
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlong.decoder import attention
-from memlong.decoder.kernels import Attend, Output
-from memlong.decoder.rope import AngleCache, Angles, LayerRope, RotaryCall
+from memlong.decoder.layout import KvShape, LayerLayout, ModelLayout
+from memlong.decoder.probe_pass import ProbePass, Reading
+from memlong.decoder.rope import Angles, LayerRope, possible_ropes
 from memlong.errors import UnsupportedModelError
 
 _FAR = 101  # far enough to turn even slow dimensions by more than bfloat16's rounding
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-@dataclass(frozen=True)
-class LayerLayout:
-    """One attention layer; ``sliding_window`` is None for full attention."""
-
-    module: nn.Module
-    rope: LayerRope
-    heads: int
-    kv_heads: int
-    head_dim: int
-    sliding_window: int | None
-
-
-@dataclass(frozen=True)
-class ModelLayout:
-    """The attention layers of a model, in order, its number of positions, and that of its tokens.
-
-    ``max_positions`` are those that it was trained on, under one and the same rotation.
-    """
-
-    layers: tuple[LayerLayout, ...]
-    max_positions: int | None
-    vocabulary: int
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The attention modules."""
-        return tuple(layer.module for layer in self.layers)
-
-    @property
-    def full_attention_layers(self) -> tuple[int, ...]:
-        """Layers without a sliding window; all layers, where every one has such a window."""
-        full = tuple(index for index, layer in enumerate(self.layers) if layer.sliding_window is None)
-        return full or tuple(range(len(self.layers)))
 
 
 def probe(model: PreTrainedModel) -> ModelLayout:
@@ -78,30 +40,38 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         raise UnsupportedModelError(
             f"{type(model).__name__} is no transformers model. Load one with AutoModelForCausalLM.from_pretrained(...)."
         )
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise _unsupported(
             model, "it is not a decoder-only language model; load it with AutoModelForCausalLM"
         )
     _check_device(model)
-    odd = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    if odd:
-        raise _unsupported(model, f"it has layers of type {', '.join(sorted(odd))}")
     attention.check_free(model)
+    try:
+        config = attention.text_config(model)
+    except ValueError as error:
+        raise _unsupported(model, f"it is not clear which of its parts reads text: {error}") from error
     max_positions = _trained_positions(config)
+    far = min(_FAR, (max_positions or _FAR + 1) - 1)
     with attention.evaluating(model), attention.replaced_attention(model):
-        first = _SingleTokenPass.run(model, 1)
-        second = _SingleTokenPass.run(model, min(_FAR, (max_positions or _FAR + 1) - 1))
-    count = len(first.layers)
-    if not count or sorted(first.layers) != list(range(count)):
-        raise _unsupported(model, "not all of its attention goes through transformers' AttentionInterface")
-    if not first.embeddings:
+        seen = ProbePass(model, config, (1, far))
+        try:
+            seen.run()
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise _unsupported(model, f"it does not run a single token at a given position: {first}") from error
+    _check_pass(model, seen)
+    found: list[LayerRope] = []
+    layers = {
+        number: _layer(model, seen, number, seen.readings_of(number), found) for number in sorted(seen.written)
+    }
+    if all(layer.rope.call is None for layer in layers.values()):
         raise _unsupported(model, "it has no rotary positions (RoPE), without which keys cannot be moved")
-    layers = tuple(_layer(model, first, second, index) for index in range(count))
-    if len({(layer.kv_heads, layer.head_dim) for layer in layers}) > 1:
-        raise _unsupported(model, "its layers differ in the number or the size of their K-V heads")
     vocabulary = cast("Tensor", model.get_input_embeddings().weight).shape[0]
-    return ModelLayout(layers, max_positions, vocabulary)
+    return ModelLayout(
+        layers, seen.depth, seen.readers(), seen.states, max_positions, vocabulary, seen.is_unusual
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -140,146 +110,100 @@ def _trained_positions(config: PreTrainedConfig) -> int | None:
     return cast("int | None", getattr(config, "max_position_embeddings", None))
 
 
-@dataclass
-class _SingleTokenPass(attention.AttentionSlot):
-    """What a pass of one token at one position showed, by layer."""
-
-    position: int
-    layers: dict[int, tuple[nn.Module, int | None]] = field(default_factory=dict)
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    heads: dict[int, int] = field(default_factory=dict)
-    embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    calls: list[tuple[RotaryCall, Tensor]] = field(default_factory=list)
-
-    @classmethod
-    def run(cls, model: PreTrainedModel, position: int) -> _SingleTokenPass:
-        seen = cls(position)
-        layered = [
-            module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)
-        ]
-        token = (
-            0 if model.config.pad_token_id != 0 else 1
-        )  # a padding token embeds as zero, which shows nothing
-        device = model.get_input_embeddings().weight.device
-        with ExitStack() as stack:
-            for module in layered:
-                hook = module.register_forward_pre_hook(seen._note_embeddings, with_kwargs=True)
-                stack.callback(hook.remove)
-            for module in model.modules():
-                if type(module).__name__.endswith("RotaryEmbedding"):
-                    stack.callback(module.register_forward_hook(seen._note_rotation, with_kwargs=True).remove)
-            stack.enter_context(attention.installed(seen, layered))
-            stack.enter_context(torch.no_grad())
-            try:
-                model(
-                    input_ids=torch.full((1, 1), token, device=cast("torch.device", device)),
-                    position_ids=torch.full((1, 1), position, device=cast("torch.device", device)),
-                    past_key_values=DynamicCache(),
-                    use_cache=True,
-                )
-            except (TypeError, AttributeError, KeyError, IndexError) as error:
-                raise _unsupported(
-                    model, f"it does not run a single token at a given position: {error}"
-                ) from error
-        return seen
-
-    def attend(
-        self,
-        base: Attend,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> Output:
-        self.layers[module.layer_idx] = (module, options.get("sliding_window"))  # type: ignore[index]
-        self.keys[module.layer_idx] = key  # type: ignore[index]
-        self.heads[module.layer_idx] = query.shape[1]  # type: ignore[index]
-        return base(module, query, key, value, attention_mask, **options)
-
-    def _note_embeddings(self, module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("position_embeddings")
-        if given is not None:
-            self.embeddings[module.layer_idx] = given  # type: ignore[index]
-
-    def _note_rotation(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor]
-    ) -> None:
-        call = RotaryCall.record(module, args, kwargs)
-        if call.replayable:
-            self.calls.append((call, output[0]))
-
-    def angles(self, rope: LayerRope) -> Angles | None:
-        """Angles at this pass's position."""
-        return AngleCache(torch.tensor([[self.position]], device=self.keys[0].device)).of(rope)
-
-    def call_of(self, index: int) -> RotaryCall | None:
-        """The rotary call whose angles this layer was given."""
-        cos = self.embeddings[index][0] if index in self.embeddings else None
-        return next((call for call, output in self.calls if output is cos), None)
+def _check_pass(model: PreTrainedModel, seen: ProbePass) -> None:
+    """Refuse what a memory cannot stand between, or cannot carry on."""
+    for module, name in seen.kept_outside():
+        raise _unsupported(
+            model,
+            f"{type(module).__name__} keeps a state of its own ({name}) outside the cache, where it can be neither "
+            "forked nor taken back nor saved",
+        )
+    if seen.indexed:
+        raise _unsupported(
+            model, "it chooses which keys to attend to by an index of its own, which knows nothing of memory"
+        )
+    twice = sorted(number for number, times in seen.written.items() if times > 1)
+    if twice:
+        raise _unsupported(
+            model, f"it goes through layer {twice[0]} several times a token, so that one memory would be many"
+        )
+    unread = sorted(number for number in seen.written if not seen.readings_of(number))
+    if not seen.written or unread:
+        raise _unsupported(model, "not all of its attention goes through transformers' AttentionInterface")
+    for reading in seen.readings:
+        if reading.layer is None:
+            raise _unsupported(model, f"{type(reading.module).__name__} attends to what is in no K-V cache")
+        if reading.mask is not None and reading.visible is None:
+            raise _unsupported(
+                model,
+                f"{type(reading.module).__name__} makes a mask of its own, which knows nothing of memory",
+            )
+        try:
+            seen.window_of(reading)
+        except ValueError as error:
+            raise _unsupported(model, str(error)) from error
+    for module, layers in seen.readers().items():
+        if len(layers) > 1 and any(not each.is_latest for each in seen.readings if each.module is module):
+            raise _unsupported(model, f"one {type(module).__name__} reads the K-V of several layers")
 
 
 def _layer(
-    model: PreTrainedModel, first: _SingleTokenPass, second: _SingleTokenPass, index: int
+    model: PreTrainedModel,
+    seen: ProbePass,
+    number: int,
+    readings: list[Reading],
+    found: list[LayerRope],
 ) -> LayerLayout:
-    module, sliding_window = first.layers[index]
-    one, other = first.keys[index], second.keys[index]
-    layer = partial(
-        LayerLayout,
-        module,
-        heads=first.heads[index],
-        kv_heads=one.shape[1],
-        head_dim=one.shape[3],
-        sliding_window=sliding_window,
-    )
-    if torch.equal(one, other):  # not rotated: the very same computation
-        return layer(LayerRope(None))
-    for rope in _rotations(module, first.call_of(index), one.shape[3]):
-        try:
-            raw = [rope.unrotate(seen.keys[index].float(), seen.angles(rope)) for seen in (first, second)]
-        except RuntimeError:  # this width does not fit the angles, or no query is one too few
-            continue
-        if _alike(raw[0], raw[1], one.dtype):
-            return layer(_simplified(rope, first.angles(rope)))
-    raise _unsupported(
-        model, f"the rotation of the keys of layer {index} ({type(module).__name__}) could not be undone"
-    )
+    first, second = seen.cached(number)
+    module = readings[0].module
+    windows = {seen.window_of(reading) for reading in readings}
+    heads = {reading.heads for reading in readings}
+    if len(windows) > 1:
+        raise _unsupported(model, f"the K-V of layer {number} are read through different windows")
+    still = [_alike(states[0], states[1], states.dtype) for states in (first, second)]
+    if not any(still):
+        raise _unsupported(model, f"both keys and values of layer {number} change with the position")
+    keys_second = still == [True, False]
+    keys, values = (second, first) if keys_second else (first, second)
+    rope = LayerRope(None) if all(still) else _rotation(seen, keys, found)
+    if rope is None:
+        raise _unsupported(
+            model, f"the rotation of the keys of layer {number} ({type(module).__name__}) could not be undone"
+        )
+    if rope.call is not None and all(rope.kind != each.kind for each in found):
+        found.insert(0, rope)
+    shape = KvShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
+    return LayerLayout(module, rope, max(heads), shape, windows.pop(), keys_second)
 
 
-def _rotations(module: nn.Module, call: RotaryCall | None, head_dim: int) -> list[LayerRope]:
-    """Ways in which this layer may rotate: over the width of the angles, or over twice that (half angles)."""
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if call is None or apply is None:
-        return []
-    given: Tensor = call.arguments["position_ids"]
-    width = call.angles(given)[0].shape[-1]
-    widths = [size for size in (width, 2 * width) if size <= head_dim]
-    return [LayerRope(call, apply, size, stand_ins) for size in widths for stand_ins in (0, 1)]
+def _rotation(seen: ProbePass, keys: Tensor, found: list[LayerRope]) -> LayerRope | None:
+    """The rotation that makes one key of both [2, heads, 1, head_dim]; those of other layers are tried first."""
+    for rope in found:
+        if _undoes(rope, keys, rope.angles(seen.positions)):
+            return rope
+    for call, given in seen.rotations():
+        for rope in possible_ropes(call, given[0], keys.shape[3]):
+            if _undoes(rope, keys, rope.angles(seen.positions)):
+                return rope
+    return None
 
 
-def _simplified(rope: LayerRope, angles: Angles | None) -> LayerRope:
-    """Return the rotation in halves if it is one: then it gives what the model's own function gives."""
-    assert angles is not None  # noqa: S101 - it rotates
-    if rope.width % 2 or angles[0].shape[-1] != rope.width:
-        return rope
-    probes = torch.eye(rope.width, device=angles[0].device)[None, :, None]  # a head for each dimension
-    simple = replace(rope, in_halves=True)
-    return (
-        simple
-        if torch.allclose(simple.rotate(probes, angles), rope.rotate(probes, angles), atol=1e-6)
-        else rope
-    )
+def _undoes(rope: LayerRope, keys: Tensor, angles: Angles | None) -> bool:
+    if angles is None or rope.start + rope.width > keys.shape[3]:
+        return False
+    raw = rope.unrotated(keys.float(), angles)
+    return _alike(raw[0], raw[1], keys.dtype)
 
 
 def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
+    one, other = one.float(), other.float()
     return bool((one - other).norm() <= tolerance * one.norm())
 
 
 def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"Memory cannot be attached to {type(model).__name__}: {reason}. Supported are RoPE decoder-only models with "
-        "full or sliding-window attention on transformers' AttentionInterface (Llama, Qwen, Mistral, Gemma, Phi, "
-        "GPT-NeoX and most others)."
+        f"Memory cannot be attached to {type(model).__name__}: {reason}. Supported are decoder-only models with rotary "
+        "positions whose attention is full or slides, on transformers' AttentionInterface; `memlong models` lists them."
     )
+

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 Angles = tuple[Tensor, Tensor]
-"""Cosine and sine [rows, tokens, rotary_dim], float32, as the model's own rotary module gives them."""
+"""Cosine and sine [rows, tokens, width / 2] of what each pair of dimensions turns by, float32."""
+
+Form = Literal["halves", "pairs"]
+"""Which dimension turns with dimension i: i + width / 2, or its neighbour."""
+
+Pick = Literal["all", "first half", "every other"]
+"""Which of the angles that a rotary module gives are those of the pairs: most give each of them twice."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +30,29 @@ class RotaryCall:
 
     module: nn.Module
     arguments: Mapping[str, Any]
+    positions: str
 
     @classmethod
-    def record(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RotaryCall:
-        """Note down a call as a forward hook sees it."""
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        return cls(module, dict(bound.arguments))
-
-    @property
-    def replayable(self) -> bool:
-        """Whether the call takes positions under the name that transformers uses."""
-        return "position_ids" in self.arguments and "x" in self.arguments
+    def record(
+        cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor
+    ) -> RotaryCall | None:
+        """Note down a call as a forward hook sees it; None if it is not about these positions [rows, tokens]."""
+        try:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        except TypeError:
+            return None
+        given = {**bound, **bound.pop("kwargs", {})}
+        arguments, name = {}, None
+        for key, value in given.items():
+            if not isinstance(value, Tensor):
+                arguments[key] = value
+            elif value.is_floating_point():
+                arguments[key] = value.new_empty(0)  # of which a rotary module asks dtype and device
+            elif value.shape[-2:] == positions.shape and bool((value == positions).all()):
+                arguments[key], name = value, key
+            else:
+                return None
+        return None if name is None else cls(module, arguments, name)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -44,29 +62,59 @@ class RotaryCall:
         )
         return (id(self.module), *others)
 
-    def angles(self, positions: Tensor) -> Angles:
-        """Angles at the positions [rows, tokens]."""
-        like = self.arguments["x"].new_empty(0)
+    def given(self, positions: Tensor) -> Angles | None:
+        """Cosine and sine [rows, tokens, any] as the module gives them; None if it gives something else."""
+        before: Tensor = self.arguments[self.positions]
         with torch.no_grad():
-            cos, sin = self.module(**{**self.arguments, "x": like, "position_ids": positions})
-        return cos.float(), sin.float()
+            shape = (*before.shape[:-2], *positions.shape)  # of several axes, text stands at one place on all
+            output = self.module(**{**self.arguments, self.positions: positions.expand(shape)})
+        if isinstance(output, Tensor) and output.is_complex():
+            output = output.real, output.imag
+        if not isinstance(output, tuple | list) or len(output) != 2:
+            return None
+        cos, sin = (_of_text(each, positions) for each in output)
+        return None if cos is None or sin is None else (cos, sin)
+
+
+def _of_text(angles: object, positions: Tensor) -> Tensor | None:
+    if not isinstance(angles, Tensor) or not angles.is_floating_point():
+        return None
+    while angles.ndim > 3:
+        angles = angles[0] if angles.shape[1:-1] == positions.shape else angles.squeeze(1)
+        if angles.ndim > 3 and angles.shape[1] != 1 and angles.shape[1:-1] != positions.shape:
+            return None
+    fits = angles.ndim == 3 and angles.shape[1] == positions.shape[1] and angles.shape[0] in (1, len(positions))
+    return angles.float() if fits else None
 
 
 @dataclass(frozen=True)
 class LayerRope:
     """How one layer rotates its keys; ``call`` is None for a layer without positions.
 
-    ``apply`` is the ``apply_rotary_pos_emb`` of the model's own module, so half-split and interleaved rotations come
-    out as the model means them; it turns the first ``width`` dimensions of a head. Its first argument is a query, for
-    which ``stand_ins`` heads of the keys are given: none, or one to functions that cannot do with none. Where it turns
-    dimension i with i + width / 2, as most do (``in_halves``), that is done here, in half the time.
+    Dimensions ``start`` to ``start + width`` of a head turn, by ``sign`` times the angles.
     """
 
     call: RotaryCall | None
-    apply: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     width: int = 0
-    stand_ins: int = 1
-    in_halves: bool = False
+    start: int = 0
+    form: Form = "halves"
+    pick: Pick = "first half"
+    sign: int = 1
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for layers that turn alike."""
+        key = None if self.call is None else self.call.key
+        return (key, self.width, self.start, self.form, self.pick, self.sign)
+
+    def angles(self, positions: Tensor) -> Angles | None:
+        """Angles at the positions [rows, tokens], or None for a layer without them."""
+        if self.call is None:
+            return None
+        given = self.call.given(positions)
+        assert given is not None  # noqa: S101 - it gave angles when it was recorded
+        cos, sin = (picked(each, self.pick) for each in given)
+        return cos, self.sign * sin
 
     def rotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
         """Put un-rotated keys [rows, kv_heads, tokens, head_dim] at the positions of ``angles``."""
@@ -89,22 +137,48 @@ class LayerRope:
         return self._turn(keys, cos / square, -sin / square)
 
     def _turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        wide = keys[..., : self.width].float()
-        if self.in_halves:
-            turned = _turned_in_halves(wide, cos[:, None], sin[:, None])
-        else:
-            assert self.apply is not None  # noqa: S101 - a layer with angles has a rotation
-            _, turned = self.apply(wide[:, : self.stand_ins], wide, cos, sin)
+        end = self.start + self.width
+        wide = keys[..., self.start : end].float()
+        turn = _turned_in_halves if self.form == "halves" else _turned_in_pairs
+        turned = turn(wide, cos[:, None], sin[:, None])
         if self.width == keys.shape[-1]:
             return turned
-        return torch.cat([turned, keys[..., self.width :].float()], dim=-1)
+        return torch.cat([keys[..., : self.start].float(), turned, keys[..., end:].float()], dim=-1)
+
+
+def picked(angles: Tensor, pick: Pick) -> Tensor:
+    """Return the angles of the pairs among those that a rotary module gave [rows, tokens, any]."""
+    if pick == "all":
+        return angles
+    return angles[..., : angles.shape[-1] // 2] if pick == "first half" else angles[..., ::2]
+
+
+def possible_ropes(call: RotaryCall, given: Tensor, head_dim: int) -> Iterator[LayerRope]:
+    """Ways in which keys of this width may turn by the angles [rows, tokens, any] that a call gave."""
+    picks: tuple[Pick, ...] = ("first half", "every other", "all")
+    for pick in picks:
+        width = 2 * picked(given, pick).shape[-1]
+        if not 0 < width <= head_dim or (pick != "all" and given.shape[-1] % 2):
+            continue
+        forms: tuple[Form, ...] = ("halves", "pairs")
+        for form in forms:
+            for start in sorted({0, head_dim - width}):
+                for sign in (1, -1):
+                    yield LayerRope(call, width, start, form, pick, sign)
 
 
 def _turned_in_halves(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = states.shape[-1] // 2
-    turned = states * cos
-    turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    turned = states * torch.cat([cos, cos], dim=-1)
+    turned[..., :half].addcmul_(states[..., half:], sin, value=-1)
+    turned[..., half:].addcmul_(states[..., :half], sin)
+    return turned
+
+
+def _turned_in_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = states * cos.repeat_interleave(2, dim=-1)
+    turned[..., ::2].addcmul_(states[..., 1::2], sin, value=-1)
+    turned[..., 1::2].addcmul_(states[..., ::2], sin)
     return turned
 
 
@@ -119,8 +193,9 @@ class AngleCache:
         """Angles for this layer, from column ``start`` on, or None if it has no positions."""
         if rope.call is None:
             return None
-        key = rope.call.key
-        if key not in self._angles:
-            self._angles[key] = rope.call.angles(self._positions)
-        cos, sin = self._angles[key]
+        if rope.kind not in self._angles:
+            angles = rope.angles(self._positions)
+            assert angles is not None  # noqa: S101 - it has positions
+            self._angles[rope.kind] = angles
+        cos, sin = self._angles[rope.kind]
         return cos[:, start:], sin[:, start:]

@@ -78,16 +78,24 @@ class Row:
         """Where the window stands now."""
         return place(self.config, self.first_token, self.memory.tokens if self.memory else 0)
 
-    def keeps(self, tokens: Ints) -> Bools:
-        """Which tokens [columns], by index and −1 for padding, belong in the window."""
+    def keeps(self, tokens: Ints, reach: int | None = None) -> Bools:
+        """Which tokens [columns], by index and −1 for padding, belong in the window.
+
+        With a ``reach``, in that of a layer whose next token sees so many, itself included.
+        """
+        if reach is not None:
+            return (tokens >= max(0, self.seen + 1 - reach)) & (tokens < self.seen)
         kept = ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
         return kept & (tokens < self.seen)
 
-    def check_window(self, tokens: Ints) -> None:
+    def check_window(self, tokens: Ints, reach: int | None) -> None:
         """Raise ValueError unless a window of these tokens [columns], −1 for padding, holds all that the row keeps."""
         held = tokens[tokens != -1]
-        needed = [*range(min(self.config.sink_tokens, self.seen)), *range(self.first_token, self.seen)]
-        if (held < 0).any() or (np.diff(held) <= 0).any() or held[self.keeps(held)].tolist() != needed:
+        if reach is None:
+            needed = [*range(min(self.config.sink_tokens, self.seen)), *range(self.first_token, self.seen)]
+        else:
+            needed = [*range(max(0, self.seen + 1 - reach), self.seen)]
+        if (held < 0).any() or (np.diff(held) <= 0).any() or held[self.keeps(held, reach)].tolist() != needed:
             raise ValueError(f"its window does not hold, in order, what precedes token {self.seen}")
 
     def fork(self) -> Row:
@@ -108,12 +116,14 @@ class Row:
         """Whether the local window has no room for another token."""
         return self.seen - self.first_token >= self.config.local_window
 
-    def rewind(self, most: int) -> list[int]:
+    def rewind(self, most: int | None) -> list[int]:
         """Take back the latest tokens, ``most`` at most, to be read again with memory that they themselves ask for.
 
-        The next query is the text that ends with them.
+        None is all since the last segment began, of which at least one. The next query is the text that ends with them.
         """
         since = self.first_token if self._departed else 0
+        if most is None:
+            most = (self.seen - 1) % self.config.segment_size + 1
         count = min(most, self.seen - since)
         self.asked = self.query()
         taken = self._passage(self.seen - count, self.seen)

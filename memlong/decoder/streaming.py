@@ -20,7 +20,8 @@ from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
 from memlong.decoder.gates import make_gates
 from memlong.decoder.placement import check_positions, check_sight
-from memlong.decoder.probe import ModelLayout, probe
+from memlong.decoder.layout import ModelLayout
+from memlong.decoder.probe import probe
 from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import create_retriever
@@ -59,12 +60,12 @@ class StreamingDecoder:
         self._layout = probe(model)
         check_positions(self.config, self._layout)
         self.retrieval_layers = parse_layers(
-            self.config.retrieval_layers, self._layout.full_attention_layers, len(self._layout.layers)
+            self.config.retrieval_layers, self._layout.full_attention_layers, self._layout.layers
         )
         check_sight(self.config, self._layout, self.retrieval_layers)
         like = cast("Tensor", model.get_input_embeddings().weight)
         self._source = make_source(self.config, self._layout, self.retrieval_layers, like)
-        self.gates = make_gates(self.config, self._layout.layers[0].heads, self.retrieval_layers, like)
+        self.gates = make_gates(self.config, self._layout, self.retrieval_layers, like)
         self._registry = registry or Registry()
         self.retriever = retriever
         if self.config.backend is not None:

@@ -22,8 +22,8 @@ from memlong.decoder.forward import AttentionPass, Memory
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.kernels import steady_kernels
 from memlong.decoder.overlap import SideStream
-from memlong.decoder.placement import check_reach, positions_of
-from memlong.decoder.probe import ModelLayout
+from memlong.decoder.placement import Placement, check_reach, positions_of
+from memlong.decoder.layout import ModelLayout
 from memlong.decoder.recall import RandomChunks, Retrieval
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.rope import AngleCache
@@ -95,9 +95,10 @@ class Streams:
         self._source = source
         embeddings = cast("Tensor", model.get_input_embeddings().weight)
         self._device = embeddings.device
-        self._groups = layer_groups(layout, source.retrieval_layers)
+        self._groups = layer_groups(layout, source.retrieval_layers, source.stored_layers)
         capacity = config.sink_tokens + config.local_window
-        self._window = LocalWindow(self._groups, len(self.rows), capacity, embeddings.detach())
+        self._window = LocalWindow(layout, self._groups, len(self.rows), capacity, embeddings.detach())
+        self._begun_with = self._window.states  # by row, when its present segment began
         self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
         self._unread: list[Tensor] = []  # ids [rows, new] of tokens that no row has noted yet
@@ -124,14 +125,26 @@ class Streams:
             self._memory = self._memory.given_to(self._window)
         self.rows = tuple(self.rows[row].fork() for row in rows)
         self._window = self._window.of_rows(rows)
+        self._begun_with = self._begun_with.of_rows(rows)
         self._placements = tuple(self._placements[row] for row in rows)
         self._memory = None if self._memory is None else self._memory.of_rows(rows)
         self._unread = [torch.cat([tokens[row : row + 1] for row in rows]) for tokens in self._unread]
 
+    def rewind(self, most: int) -> list[list[int]]:
+        """Take back each row's latest tokens, to be read again with memory that they ask for, and return them.
+
+        They are ``most`` at most; of a model that carries states, all since the present segment began, which is where
+        its states are known.
+        """
+        if not self._layout.states:
+            return [row.rewind(most) for row in self.rows]
+        self._window = self._window.with_states(self._begun_with)
+        return [row.rewind(None) for row in self.rows]
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that the streams go on from, for :meth:`go_on`; the rest is each row's facts."""
         self._catch_up()
-        found = self._window.tensors()
+        found = self._window.tensors() | self._begun_with.saved("begun")
         for index, row in enumerate(self.rows):
             found |= {f"row.{index}.{name}": tensor for name, tensor in row.tensors().items()}
         return found
@@ -150,15 +163,19 @@ class Streams:
         placements = tuple(row.placement for row in self.rows)
         memory = self._bring(gradients=False)
         window = self._window.of_tensors(
-            tensors, lambda tokens: positions_of(tokens, placements), memory.tokens if memory else 0
+            tensors,
+            lambda tokens, reach: positions_of(tokens, placements, reach),
+            memory.tokens if memory else 0,
         )
+        begun_with = self._window.loaded_states("begun", tensors)
         latest = window.tokens.max(axis=1, initial=-1).tolist()
         if latest != [row.seen - 1 for row in self.rows]:
             raise ValueError("window and rows do not end at the same token")
-        for row, held in zip(self.rows, window.tokens, strict=True):
-            row.check_window(held)
+        for reach, held in window.held.items():
+            for row, tokens in zip(self.rows, held.tokens, strict=True):
+                row.check_window(tokens, reach)
         self._memory = memory and memory.given_to(window)
-        self._window, self._placements = window, placements
+        self._window, self._placements, self._begun_with = window, placements, begun_with
 
     def read(
         self,
@@ -240,11 +257,34 @@ class Streams:
             self._unread = []
 
     def _forward(self, input_ids: Tensor, tokens: Ints, slot: AttentionSlot, logits_to_keep: int) -> Tensor:
+        if self._layout.states:
+            self._note_beginnings()
+            lengths = [int(count) for count in (tokens >= 0).sum(axis=1)]
+            kinds = [(count, bool(row.seen)) for count, row in zip(lengths, self.rows, strict=True)]
+            if len(set(kinds)) > 1:
+                return self._forward_apart(kinds, input_ids, tokens, slot, logits_to_keep)
+        logits, self._window, self._memory = self._pass(
+            self._window, self._memory, self._placements, input_ids, tokens, slot, logits_to_keep
+        )
+        return logits
+
+    def _pass(
+        self,
+        before: LocalWindow,
+        memory: Memory | None,
+        placements: Sequence[Placement],
+        input_ids: Tensor,
+        tokens: Ints,
+        slot: AttentionSlot,
+        logits_to_keep: int,
+    ) -> tuple[Tensor, LocalWindow, Memory | None]:
+        """Run the model over new tokens [rows, new] behind a window; return logits, the window, and what is left to give."""
         width = tokens.shape[1]
-        incoming = positions_of(tokens, self._placements)
+        incoming = positions_of(tokens, placements)
         check_reach(int(incoming.max()), self._layout)
-        window = self._window.expecting(tokens, incoming)
-        slot.current = now = AttentionPass(window, width, self._memory, self._gates, self._device)
+        window = before.expecting(tokens, incoming)
+        slot.current = now = AttentionPass(self._layout, window, width, memory, self._gates, self._device)
+        window.supply = now.supply
         try:
             with steady_kernels(self._device):
                 logits: Tensor = self._model(
@@ -255,12 +295,56 @@ class Streams:
                     logits_to_keep=logits_to_keep,
                 ).logits
         finally:
-            slot.current = None
-            if self._memory is not None:
-                self._memory.wait()  # where no retrieval layer was reached
+            slot.current = window.supply = None
+            if memory is not None:
+                memory.wait()  # where no retrieval layer was reached
         window.complete(width)
-        self._window, self._memory = window, now.memory
+        return logits, window, now.memory
+
+    def _forward_apart(
+        self,
+        kinds: Sequence[tuple[int, bool]],
+        input_ids: Tensor,
+        tokens: Ints,
+        slot: AttentionSlot,
+        logits_to_keep: int,
+    ) -> Tensor:
+        """Run rows with as many new tokens together, and others apart: padding would enter a recurrent state."""
+        if self._memory is not None and self._memory.keys and not torch.is_grad_enabled():
+            self._memory = self._memory.given_to(self._window)
+        parts, groups = [], []
+        logits: Tensor | None = None
+        for count, begun in dict.fromkeys(kinds):
+            rows = [row for row, kind in enumerate(kinds) if kind == (count, begun)]
+            part = self._window.of_rows(rows)
+            if count:
+                memory = None if self._memory is None else self._memory.of_rows(rows)
+                placements = [self._placements[row] for row in rows]
+                new = slice(tokens.shape[1] - count, None)  # they are padded on the left
+                given, part, _ = self._pass(
+                    part, memory, placements, input_ids[rows, new], tokens[rows, new], slot, logits_to_keep
+                )
+                if logits is None:
+                    width = 1 if logits_to_keep else tokens.shape[1]
+                    logits = given.new_zeros(len(kinds), width, given.shape[2])
+                where = to_device(torch.tensor(rows, device="cpu"), given.device)
+                kept = given.shape[1]
+                logits = logits.index_copy(
+                    0, where, torch.nn.functional.pad(given, (0, 0, logits.shape[1] - kept, 0))
+                )
+            parts.append(part)
+            groups.append(rows)
+        assert logits is not None  # noqa: S101 - some row has a new token
+        self._window = self._window.joined(parts, groups)
         return logits
+
+    def _note_beginnings(self) -> None:
+        """Note the states of rows whose coming token begins a segment: from there tokens can be taken back."""
+        rows = [number for number, row in enumerate(self.rows) if row.begins_segment()]
+        if len(rows) == len(self.rows):
+            self._begun_with = self._window.states
+        elif rows:
+            self._begun_with = self._begun_with.with_rows(rows, self._window.states.of_rows(rows))
 
     def _turn_over(self, starting: Sequence[Row], *, gradients: bool) -> None:
         """Between segments: old chunks leave into the banks, the text at hand retrieves, the window moves."""
@@ -310,21 +394,25 @@ class Streams:
         return (
             placements == self._placements
             and room == self._window.memory
-            and np.array_equal(self._wanted(), self._window.valid)
+            and np.array_equal(self._wanted(None), self._window.valid)
         )
 
-    def _wanted(self) -> Bools:
-        return np.stack([row.keeps(mine) for row, mine in zip(self.rows, self._window.tokens, strict=True)])
+    def _wanted(self, reach: int | None) -> Bools:
+        tokens = self._window.held[reach].tokens
+        return np.stack([row.keeps(mine, reach) for row, mine in zip(self.rows, tokens, strict=True)])
 
     def _move(self, *, gradients: bool) -> None:
         """Bring what was retrieved, and drop and place the window's columns as the rows say."""
         placements = tuple(row.placement for row in self.rows)
         memory = self._bring(gradients=gradients)
         columns = memory.tokens if memory and not gradients else 0
-        wanted, window = self._wanted(), self._window
-        if columns != window.memory or columns or placements != self._placements or not wanted.all():
-            kept, tokens = window.kept(wanted)
-            window = window.moved(kept, tokens, positions_of(tokens, placements), columns)
+        window = self._window
+        wanted = {reach: self._wanted(reach) for reach in window.held}
+        all_stay = all(each.all() for each in wanted.values())
+        if columns != window.memory or columns or placements != self._placements or not all_stay:
+            window = window.moved(
+                wanted, lambda tokens, reach: positions_of(tokens, placements, reach), columns
+            )
         if columns and memory and memory.arrival is None:  # else when the first layer wants it
             memory = memory.given_to(window)
         self._window, self._placements, self._memory = window, placements, memory

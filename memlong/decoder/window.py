@@ -3,12 +3,16 @@
 Keys are held twice: un-rotated, as the bank wants them and as moving the window needs them, and rotated to where they
 stand now, as attention wants them. The window is small and bounded, and no rounding ever adds up. Which token a column
 holds, and where it stands, is kept on the host, so that nothing has to wait for a device to know it.
+
+Layers with a sliding window that do not attend to memory keep what they see by themselves, however long the local window
+is. Layers that carry a recurrent state have it here, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,29 +25,114 @@ from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.buffers import LayerGroup
 from memlong.decoder.group_window import Columns, GroupWindow
+from memlong.decoder.layout import ModelLayout
 from memlong.decoder.rope import AngleCache
+from memlong.decoder.states import StateLayer, States
 from memlong.decoder.stored import tensor_of
 
 _PADDING = -1
+
+Supply = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Put what a layer has retrieved before the keys and values of its window."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Which tokens the columns of some layers hold, and where they stand.
+
+    Attributes
+    ----------
+    tokens
+        [rows, columns]: which token of its stream a column holds, counted from 0; −1 for padding. Columns of a row
+        ascend; rows may have padding anywhere, since what a token sees goes by place.
+    positions
+        [rows, columns]: where keys are rotated to.
+    reach
+        How many tokens, a coming one included, a sliding layer keeps; None for the local window.
+    """
+
+    tokens: Ints
+    positions: Ints
+    reach: int | None
+    _angles: list[AngleCache] = field(default_factory=list, repr=False)
+
+    @property
+    def valid(self) -> Bools:
+        """[rows, columns]: False for padding."""
+        valid: Bools = self.tokens != _PADDING
+        return valid
+
+    @property
+    def places(self) -> Ints:
+        """[rows, columns]: by which it is told who sees whom. A sliding window counts the tokens of the text."""
+        return self.positions if self.reach is None else self.tokens
+
+    def angles(self, device: torch.device) -> AngleCache:
+        """Angles of the columns."""
+        if not self._angles:
+            self._angles.append(AngleCache(to_device(torch.from_numpy(self.positions), device)))
+        return self._angles[0]
+
+    def of_rows(self, rows: Sequence[int]) -> Held:
+        """Those of these rows."""
+        numbers = np.asarray(rows, dtype=np.int64)
+        return Held(self.tokens[numbers], self.positions[numbers], self.reach)
+
+    def and_then(self, tokens: Ints, positions: Ints) -> Held:
+        """Return these and columns behind them."""
+        return Held(
+            np.concatenate([self.tokens, tokens], axis=1),
+            np.concatenate([self.positions, positions], axis=1),
+            self.reach,
+        )
+
+    def kept(self, wanted: Bools) -> tuple[Ints | Sequence[slice], Ints]:
+        """Return the columns marked in ``wanted`` [rows, columns], and their tokens [rows, kept]."""
+        if (wanted == wanted[:1]).all():
+            edges = np.flatnonzero(np.diff(wanted[0].astype(np.int8), prepend=0, append=0))
+            stretches = [slice(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+            return stretches or [slice(0, 0)], self.tokens[:, wanted[0]]
+        # Rows keep different columns: gather each row's own, and pad the shorter rows on the left.
+        width = int(wanted.sum(axis=1).max())
+        columns = np.argsort(wanted, axis=1, kind="stable")[:, wanted.shape[1] - width :]
+        held = np.take_along_axis(wanted, columns, axis=1)
+        return columns, np.where(held, np.take_along_axis(self.tokens, columns, axis=1), _PADDING)
 
 
 class WindowLayer(DynamicLayer):
     """One layer of the window, as transformers sees it during one forward call."""
 
-    def __init__(self, window: GroupWindow, place: int) -> None:
+    def __init__(self, window: GroupWindow, place: int, *, keys_second: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._window, self._place = window, place
+        self._window, self._place, self._keys_second = window, place, keys_second
+        self._columns = window.count
         self.is_initialized = window.count > 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take in the K-V of a segment, as transformers calls it, and give that of the whole window."""
-        self.is_initialized = True
-        self.keys, self.values = self._window.put(self._place, key_states, value_states)
-        return self.keys, self.values
+        keys, values = self._window.put(self._place, *self.in_order(key_states, value_states))
+        self._columns, self.is_initialized = int(keys.shape[2]), True
+        return keys, values
+
+    def in_order(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """From what the model calls keys and values to what turns and what does not; and back."""
+        return (second, first) if self._keys_second else (first, second)
 
     def get_seq_length(self) -> int:
         """Columns of the window."""
-        return self._window.count if self.keys is None else int(self.keys.shape[2])
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns with those of the coming call, and what is before them."""
+        return self._columns + int(query_length), 0
+
+
+class _StatefulWindowLayer(StateLayer, WindowLayer):
+    """A layer that attends and carries a state."""
+
+    def __init__(self, states: int, window: GroupWindow, place: int, *, keys_second: bool) -> None:
+        WindowLayer.__init__(self, window, place, keys_second=keys_second)
+        StateLayer.__init__(self, number_of_states=states)  # type: ignore[no-untyped-call]
 
 
 class LocalWindow(Cache):
@@ -54,8 +143,10 @@ class LocalWindow(Cache):
 
     Parameters
     ----------
+    layout
+        What the model is made of.
     groups
-        The model's layers, those together that are moved together.
+        Its layers that attend, those together that are moved together.
     rows
         Rows of the batch.
     capacity
@@ -65,16 +156,20 @@ class LocalWindow(Cache):
 
     Attributes
     ----------
-    tokens
-        [rows, columns]: which token of its stream a column holds, counted from 0; −1 for padding. Columns of a row
-        ascend; rows may have padding anywhere, since what a token sees goes by position.
-    positions
-        [rows, columns]: where these tokens stand.
+    held
+        By reach, what the columns of some layers hold.
+    states
+        What layers carry besides.
     memory
         Columns for retrieved tokens, on the left of the window of each layer that attends to them.
+    supply
+        During a forward call, what puts them there.
     """
 
-    def __init__(self, groups: Sequence[LayerGroup], rows: int, capacity: int, like: Tensor) -> None:
+    def __init__(
+        self, layout: ModelLayout, groups: Sequence[LayerGroup], rows: int, capacity: int, like: Tensor
+    ) -> None:
+        self._layout = layout
         self._empty = like.new_empty(0)
         self._device = like.device
         self._place = {
@@ -82,57 +177,147 @@ class LocalWindow(Cache):
             for number, group in enumerate(groups)
             for place, layer in enumerate(group.layers)
         }
-        self.tokens: Ints = np.empty((rows, 0), dtype=np.int64)
-        self.positions = self.tokens
+        nothing = np.empty((rows, 0), dtype=np.int64)
+        self.held = {reach: Held(nothing, nothing, reach) for reach in (None, *(group.reach for group in groups))}
         self.memory = 0
-        self._hold(tuple(GroupWindow(group, capacity) for group in groups))
+        self._hold(tuple(GroupWindow(group, capacity) for group in groups), States.none(rows))
 
-    def _hold(self, windows: tuple[GroupWindow, ...]) -> None:
-        self._windows = windows
-        self._angles: AngleCache | None = None
-        places = (self._place[layer] for layer in range(len(self._place)))
-        self._layers = [WindowLayer(windows[number], place) for number, place in places]
-        super().__init__(layers=list(self._layers))
+    def _hold(self, windows: tuple[GroupWindow, ...], states: States) -> None:
+        self._windows, self.states = windows, states
+        self.supply: Supply | None = None
+        layers = [self._layer(number) for number in range(self._layout.depth)]
+        self._window_layers = {n: each for n, each in enumerate(layers) if isinstance(each, WindowLayer)}
+        self._state_layers = {n: each for n, each in enumerate(layers) if isinstance(each, StateLayer)}
+        super().__init__(layers=layers)
 
-    def _of(self, windows: tuple[GroupWindow, ...], tokens: Ints, positions: Ints) -> LocalWindow:
+    def _layer(self, number: int) -> DynamicLayer | StateLayer:
+        count = self._layout.states.get(number)
+        layer: DynamicLayer | StateLayer
+        if number in self._place:
+            group, place = self._place[number]
+            window, second = self._windows[group], self._layout.layers[number].keys_second
+            if count is None:
+                return WindowLayer(window, place, keys_second=second)
+            layer = _StatefulWindowLayer(count, window, place, keys_second=second)
+        elif count is None:
+            return DynamicLayer()  # type: ignore[no-untyped-call] # neither attends nor carries anything
+        else:
+            layer = StateLayer(number_of_states=count)  # type: ignore[no-untyped-call]
+        layer.begin_with(self.states.tensors, number)
+        return layer
+
+    def _of(self, windows: tuple[GroupWindow, ...], held: Mapping[int | None, Held], states: States) -> LocalWindow:
         other = copy(self)
-        other._hold(windows)  # noqa: SLF001 - its own
-        other.tokens, other.positions = tokens, positions
+        other._hold(windows, states)  # noqa: SLF001 - its own
+        other.held = dict(held)
         return other
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take in the K-V of a layer, as transformers calls it, and give that of its memory and its window."""
+        layer = self._window_layers[layer_idx]
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if self.supply is not None:
+            keys, values = self.supply(layer_idx, keys, values)
+        return layer.in_order(keys, values)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of a layer; of the local window, for one that does not attend."""
+        layer = self._window_layers.get(layer_idx)
+        return self.tokens.shape[1] if layer is None else layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of a layer with those of the coming call, and what is before them."""
+        return self.get_seq_length(layer_idx) + int(query_length), 0
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether a layer, or any, has a state to go on from."""
+        if layer_idx is None:
+            return any(any(layer.has_previous_state.values()) for layer in self._state_layers.values())
+        return bool(super().has_previous_state(layer_idx, state_idx))
 
     def of_rows(self, rows: Sequence[int]) -> LocalWindow:
         """Return a window of these rows, which may come more than once."""
         chosen = to_device(torch.tensor(list(rows), device="cpu"), self._device)
-        numbers = np.asarray(rows, dtype=np.int64)
         windows = tuple(window.of_rows(chosen) for window in self._windows)
-        return self._of(windows, self.tokens[numbers], self.positions[numbers])
+        held = {reach: each.of_rows(rows) for reach, each in self.held.items()}
+        return self._of(windows, held, self.states.of_rows(rows))
+
+    def joined(self, parts: Sequence[LocalWindow], rows: Sequence[Sequence[int]]) -> LocalWindow:
+        """Return the window of all rows, of which these parts went on apart: ``rows`` tells which are in each.
+
+        The new columns of a part that has fewer are padded.
+        """
+        together = [row for some in rows for row in some]
+        order = np.argsort(np.asarray(together))
+        held = {}
+        for reach in self.held:
+            width = max(part.held[reach].tokens.shape[1] for part in parts)
+            tokens, positions = (
+                np.concatenate(
+                    [
+                        np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=padding)
+                        for each in (getattr(part.held[reach], name) for part in parts)
+                    ]
+                )[order]
+                for name, padding in (("tokens", _PADDING), ("positions", 0))
+            )
+            held[reach] = Held(tokens, positions, reach)
+        on_device = to_device(torch.from_numpy(order), self._device)
+        windows = tuple(
+            window.joined(
+                [part._windows[number] for part in parts],  # noqa: SLF001 - its own
+                on_device,
+                held[window.group.reach].tokens.shape[1],
+            )
+            for number, window in enumerate(self._windows)
+        )
+        states = self.states
+        for part, some in zip(parts, rows, strict=True):
+            states = states.with_rows(some, part.states)
+        return self._of(windows, held, states)
+
+    @property
+    def tokens(self) -> Ints:
+        """[rows, columns] of the local window."""
+        return self.held[None].tokens
 
     @property
     def valid(self) -> Bools:
-        """[rows, columns]: False for padding."""
-        valid: Bools = self.tokens != _PADDING
-        return valid
+        """[rows, columns] of the local window: False for padding."""
+        return self.held[None].valid
+
+    def held_by(self, layer: int) -> Held:
+        """What the columns of a layer hold."""
+        number, _ = self._place[layer]
+        return self.held[self._windows[number].group.reach]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, rotated and not, and values, retrieved ones included; what is kept for reuse apart."""
-        return sum(window.nbytes for window in self._windows)
+        """Bytes of keys, rotated and not, values, retrieved ones included, and states; what is kept for reuse apart."""
+        return sum(window.nbytes for window in self._windows) + self.states.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that the window holds, for :meth:`of_tensors`."""
-        found = {"window.tokens": torch.from_numpy(self.tokens)}
+        found = {
+            _tokens_name(reach): torch.from_numpy(held.tokens) for reach, held in self.held.items()
+        }
         for layer, (number, place) in sorted(self._place.items()):
             window = self._windows[number]
             if window.buffer is not None:
                 keys, values = window.buffer.window(window.count)
-                states = {"keys": keys, "raw_keys": window.raw_keys(self._column_angles()), "values": values}
+                states = {"keys": keys, "raw_keys": window.raw_keys(self._angles_of(window)), "values": values}
                 found |= {
                     f"window.{layer}.{name}": state[:, place].contiguous() for name, state in states.items()
                 }
-        return found
+        return found | self.states.saved("states")
 
     def of_tensors(
-        self, tensors: Mapping[str, Tensor], place: Callable[[Ints], Ints], memory: int
+        self,
+        tensors: Mapping[str, Tensor],
+        place: Callable[[Ints, int | None], Ints],
+        memory: int,
     ) -> LocalWindow:
         """Return a window that holds what another one held; ValueError or KeyError if it cannot have.
 
@@ -141,56 +326,72 @@ class LocalWindow(Cache):
         tensors
             What :meth:`tensors` gave.
         place
-            From tokens [rows, columns] to their positions.
+            From tokens [rows, columns], and the reach of their layers, to their positions.
         memory
             Columns for retrieved tokens.
         """
-        tokens = np.array(tensor_of(tensors, "window.tokens", len(self.tokens), None).cpu().numpy())
+        held = {}
+        for reach in self.held:
+            name, rows = _tokens_name(reach), len(self.tokens)
+            tokens = np.array(tensor_of(tensors, name, rows, None).cpu().numpy())
+            held[reach] = Held(tokens, place(tokens, reach), reach)
         windows = []
         for window in self._windows:
-            group = window.group
+            group, tokens = window.group, held[window.group.reach].tokens
             if not tokens.shape[1]:
-                windows.append(window.emptied(self._like(group), 0, memory))
+                windows.append(window.emptied(len(tokens), self._empty, 0, memory))
                 continue
-            shape = (len(tokens), group.kv_heads, tokens.shape[1], group.head_dim)
+            shape = group.shape
+            of_keys = (len(tokens), shape.kv_heads, tokens.shape[1], shape.head_dim)
+            of_values = (len(tokens), shape.value_heads, tokens.shape[1], shape.value_dim)
             keys, raw_keys, values = (
                 torch.stack(
                     [
-                        tensor_of(tensors, f"window.{layer}.{name}", *shape, like=self._empty)
+                        tensor_of(tensors, f"window.{layer}.{name}", *size, like=self._empty)
                         for layer in group.layers
                     ],
                     dim=1,
                 )
-                for name in ("keys", "raw_keys", "values")
+                for name, size in (("keys", of_keys), ("raw_keys", of_keys), ("values", of_values))
             )
             windows.append(window.holding(keys, raw_keys, values, memory))
-        other = self._of(tuple(windows), tokens, place(tokens))
+        other = self._of(tuple(windows), held, self.loaded_states("states", tensors))
         other.memory = memory
         return other
+
+    def loaded_states(self, prefix: str, tensors: Mapping[str, Tensor]) -> States:
+        """Read states that were saved; ValueError or KeyError if they are not this model's."""
+        counts = self._layout.states
+        if not counts:
+            return States.none(len(self.tokens))
+        return States.loaded(
+            prefix, tensors, len(self.tokens), lambda key: key[2] < counts.get(key[0], 0), self._device
+        )
 
     def expecting(self, tokens: Ints, positions: Ints) -> LocalWindow:
         """Return a window that a forward call fills with the tokens [rows, new], which stand at ``positions``."""
         return self._of(
             tuple(window.expecting() for window in self._windows),
-            np.concatenate([self.tokens, tokens], axis=1),
-            np.concatenate([self.positions, positions], axis=1),
+            {reach: held.and_then(tokens, positions) for reach, held in self.held.items()},
+            self.states,
         )
 
     def complete(self, new: int) -> None:
         """Note that the forward call has filled the ``new`` columns that were expected."""
+        self.supply = None
         for window in self._windows:
             window.complete(new)
+        if self._state_layers:
+            self.states = self.states.after(self._state_layers)
 
-    def with_memory(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return memory and window of a layer that has just updated its window, which is ``key`` and ``value``."""
+    def with_states(self, states: States) -> LocalWindow:
+        """Return this window with other states."""
+        return self._of(self._windows, self.held, states)
+
+    def with_memory(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return memory and window of a layer that has just updated its window, which has so many columns."""
         number, place = self._place[layer]
-        keys, values = self._windows[number].with_memory(place, key.shape[2])
-        given = self._layers[layer]
-        if key is given.keys and value is given.values:
-            return keys, values
-        # The model made something else of them, after the cache.
-        memory, memory_values = keys[:, :, : self.memory], values[:, :, : self.memory]
-        return torch.cat([memory, key], dim=2), torch.cat([memory_values, value], dim=2)
+        return self._windows[number].with_memory(place, columns)
 
     def hold_memory(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], angles: AngleCache | None
@@ -207,64 +408,63 @@ class LocalWindow(Cache):
             window.buffer.hold_memory(some_keys, some_values, where, rope.rotated)
 
     def columns_of(self, row: int, start: int, end: int) -> Ints:
-        """Columns that hold the tokens ``start`` to ``end`` of a row, in order."""
+        """Columns of the local window that hold the tokens ``start`` to ``end`` of a row, in order."""
         tokens = self.tokens[row]
         return np.flatnonzero((tokens >= start) & (tokens < end))
 
-    def keys_and_values(self, row: int, columns: Ints, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys, and values, of some columns: copies [layers, kv_heads, columns, head_dim]."""
-        chosen: slice | Tensor
-        if columns[-1] - columns[0] == len(columns) - 1:
-            chosen = slice(int(columns[0]), int(columns[-1]) + 1)
-        else:
-            chosen = to_device(torch.from_numpy(columns), self._device)
-        number, _ = self._place[layers[0]]
-        window = self._windows[number]
-        if window.group.layers == tuple(layers):  # all of a group, as is usual: one copy
-            keys, values = window.raw_keys(self._column_angles()), window.values()
-            keys, values = keys[row][:, :, chosen], values[row][:, :, chosen]
-            return (keys.clone(), values.clone()) if isinstance(chosen, slice) else (keys, values)
-        keys_of, values_of = [], []
+    def keys_and_values(self, row: int, columns: Ints, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Un-rotated keys, and values, of some columns of the local window: copies [heads, columns, width], by layer."""
+        chosen = self._chosen(columns)
+        found = []
         for layer in layers:
             number, place = self._place[layer]
             window = self._windows[number]
-            keys_of.append(window.raw_keys(self._column_angles())[row, place][:, chosen])
-            values_of.append(window.values()[row, place][:, chosen])
+            keys, values = window.raw_keys(self._angles_of(window)), window.values()
+            found.append((keys[row, place][:, chosen], values[row, place][:, chosen]))
+        return found
+
+    def stacked(self, row: int, columns: Ints, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys, and values, of layers that are alike: copies [layers, heads, columns, width]."""
+        number, _ = self._place[layers[0]]
+        window = self._windows[number]
+        if window.group.layers == layers:  # all of a group, as is usual: one copy
+            chosen = self._chosen(columns)
+            keys, values = window.raw_keys(self._angles_of(window)), window.values()
+            keys, values = keys[row][:, :, chosen], values[row][:, :, chosen]
+            return (keys.clone(), values.clone()) if isinstance(chosen, slice) else (keys, values)
+        keys_of, values_of = zip(*self.keys_and_values(row, columns, layers), strict=True)
         return torch.stack(keys_of), torch.stack(values_of)
 
-    def kept(self, wanted: Bools) -> tuple[Columns, Ints]:
-        """Return the columns marked in ``wanted`` [rows, columns], and their tokens [rows, kept]."""
-        if (wanted == wanted[:1]).all():
-            edges = np.flatnonzero(np.diff(wanted[0].astype(np.int8), prepend=0, append=0))
-            stretches = [slice(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
-            return stretches or [slice(0, 0)], self.tokens[:, wanted[0]]
-        # Rows keep different columns: gather each row's own, and pad the shorter rows on the left.
-        width = int(wanted.sum(axis=1).max())
-        columns = np.argsort(wanted, axis=1, kind="stable")[:, wanted.shape[1] - width :]
-        held = np.take_along_axis(wanted, columns, axis=1)
-        tokens = np.where(held, np.take_along_axis(self.tokens, columns, axis=1), _PADDING)
-        return to_device(torch.from_numpy(columns), self._device), tokens
+    def _chosen(self, columns: Ints) -> slice | Tensor:
+        if columns[-1] - columns[0] == len(columns) - 1:
+            return slice(int(columns[0]), int(columns[-1]) + 1)
+        return to_device(torch.from_numpy(columns), self._device)
 
-    def moved(self, columns: Columns, tokens: Ints, positions: Ints, memory: int) -> LocalWindow:
-        """Return a window of these columns, which hold ``tokens``, at ``positions``, with room for retrieved tokens."""
-        before, after = self._column_angles(), AngleCache(self._on_device(positions))
-        windows = tuple(
-            window.emptied(self._like(window.group), 0, memory)
-            if window.buffer is None
-            else window.moved(columns, before, after, memory)
-            for window in self._windows
-        )
-        other = self._of(windows, tokens, positions)
-        other._angles, other.memory = after, memory  # noqa: SLF001 - its own
+    def moved(
+        self, wanted: Mapping[int | None, Bools], place: Callable[[Ints, int | None], Ints], memory: int
+    ) -> LocalWindow:
+        """Return a window of the columns marked in ``wanted``, placed anew, with room for retrieved tokens."""
+        held: dict[int | None, Held] = {}
+        columns: dict[int | None, Columns] = {}
+        for reach, marked in wanted.items():
+            kept, tokens = self.held[reach].kept(marked)
+            columns[reach] = to_device(torch.from_numpy(kept), self._device) if isinstance(kept, np.ndarray) else kept
+            held[reach] = Held(tokens, place(tokens, reach), reach)
+        windows = []
+        for window in self._windows:
+            reach = window.group.reach
+            if window.buffer is None:
+                windows.append(window.emptied(len(self.tokens), self._empty, 0, memory))
+            else:
+                after = held[reach].angles(self._device)
+                windows.append(window.moved(columns[reach], self._angles_of(window), after, memory))
+        other = self._of(tuple(windows), held, self.states)
+        other.memory = memory
         return other
 
-    def _like(self, group: LayerGroup) -> Tensor:
-        return self._empty.new_empty(len(self.tokens), group.kv_heads, 0, group.head_dim)
+    def _angles_of(self, window: GroupWindow) -> AngleCache:
+        return self.held[window.group.reach].angles(self._device)
 
-    def _column_angles(self) -> AngleCache:
-        if self._angles is None:
-            self._angles = AngleCache(self._on_device(self.positions))
-        return self._angles
 
-    def _on_device(self, numbers: Ints) -> Tensor:
-        return to_device(torch.from_numpy(numbers), self._device)
+def _tokens_name(reach: int | None) -> str:
+    return "window.tokens" if reach is None else f"window.tokens.{reach}"

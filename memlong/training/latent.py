@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlong.decoder.attention import AttentionSlot, evaluating, installed, replaced_attention
-from memlong.decoder.config import parse_layers
+from memlong.decoder.config import parse_layers, ranges
 from memlong.decoder.kernels import Attend, Output
 from memlong.decoder.latent import LatentMaps
-from memlong.decoder.probe import ModelLayout, probe
+from memlong.decoder.layout import ModelLayout
+from memlong.decoder.probe import probe
 from memlong.decoder.rope import AngleCache
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
@@ -61,14 +62,19 @@ def fit_latent_maps(
         If memory cannot be attached to the model, or its attention has no linear output projection.
     """
     layout = probe(model)
-    chosen = parse_layers(layers, layout.full_attention_layers, len(layout.layers))
+    chosen = parse_layers(layers, layout.full_attention_layers, layout.layers)
+    if not layout.alike(chosen):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has keys and values of several shapes in the layers {ranges(chosen)}; latent maps "
+            "need one. Name layers that are alike."
+        )
     tokens = sum(passage.shape[1] for passage in passages)
     if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(
             f"dim is {dim} for {tokens} tokens of text; expected an even number of at least 2, and more tokens than "
             "that."
         )
-    most = 2 * len(chosen) * layout.layers[0].kv_heads * layout.layers[0].head_dim
+    most = len(chosen) * layout.layers[chosen[0]].shape.numbers
     if dim > most:
         raise InvalidArgumentError(
             f"dim is {dim}, but the keys and values of a token in {len(chosen)} layers are {most} numbers; expected at "
@@ -175,7 +181,7 @@ class _Watch(AttentionSlot):
         **options: Any,
     ) -> Output:
         """Note down what comes, and let the model attend as it does."""
-        layer = cast("int", module.layer_idx)
+        layer = self.layout.readers[module][-1]
         if layer in self.layers:
             rope = self.layout.layers[layer].rope
             raw = rope.unrotate(key, self._angles.of(rope))

@@ -122,7 +122,8 @@ def usual_retrieval_layers(model: PreTrainedModel, config: MemoryConfig) -> str:
     if config.kv_source != "shared":
         return "all"
     layout = probe(model)
-    chosen = range(shared_memory_layer(config, layout), len(layout.layers), 4)
+    memory_layer = shared_memory_layer(config, layout)
+    chosen = [layer for layer in layout.layers if layer >= memory_layer][::4]
     full = [layer for layer in chosen if layer in layout.full_attention_layers]
     return ",".join(map(str, full or chosen))
 
@@ -153,7 +154,8 @@ def _linear_layers(decoder: MemoryDecoder, named: tuple[str, ...]) -> dict[str, 
     """By name, the layer of each linear map of attention; or of each that is ``named``, wherever in its layer it is."""
     names = {id(module): name for name, module in decoder.model.named_modules()}
     found: dict[str, int] = {}
-    for index, attention in enumerate(decoder.model_layout.modules):
+    for attention, layers in decoder.model_layout.readers.items():
+        index = layers[-1]
         home = names[id(attention)]
         if named:
             home = home.rpartition(".")[0]
