@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
@@ -149,7 +149,7 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     parts = [(part, _implementation(part)) for part in (*configs.values(), config)]  # a tower may have its own
     try:
-        with _quiet():
+        with _quiet(), suppress(ValueError):  # of a tower that knows no other attention
             model.set_attn_implementation(name)
         if _implementation(config) != name:  # where it cannot, transformers only warns
             raise UnsupportedModelError(

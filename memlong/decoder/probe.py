@@ -53,25 +53,29 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     max_positions = _trained_positions(config)
     far = min(_FAR, (max_positions or _FAR + 1) - 1)
     with attention.evaluating(model), attention.replaced_attention(model):
-        seen = ProbePass(model, config, (1, far))
         try:
+            seen = ProbePass(model, config, (1, far))
             seen.run()
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise _unsupported(model, f"it does not run a single token at a given position: {first}") from error
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0].rstrip(".")
+            raise _unsupported(
+                model,
+                f"it does not read a single token of text, at a given position, into a cache of keys and values: {first}",
+            ) from error
     _check_pass(model, seen)
     found: list[LayerRope] = []
     layers = {
         number: _layer(model, seen, number, seen.readings_of(number), found) for number in sorted(seen.written)
     }
-    if all(layer.rope.call is None for layer in layers.values()):
-        raise _unsupported(model, "it has no rotary positions (RoPE), without which keys cannot be moved")
-    vocabulary = cast("Tensor", model.get_input_embeddings().weight).shape[0]
-    return ModelLayout(
-        layers, seen.depth, seen.readers(), seen.states, max_positions, vocabulary, seen.is_unusual
+    is_unusual = (
+        seen.is_unusual
+        or config is not model.config  # a part of something larger
+        or all(layer.rope.call is None for layer in layers.values())
     )
+    vocabulary = _embeddings(model).shape[0]
+    return ModelLayout(layers, seen.depth, seen.readers(), seen.states, max_positions, vocabulary, is_unusual)
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -88,7 +92,7 @@ def _check_device(model: PreTrainedModel) -> None:
     named = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places}
     mapped = named - {"cpu", "disk"}
     held = {str(parameter.device) for parameter in model.parameters()} - {"meta"}
-    embeddings = cast("Tensor", model.get_input_embeddings().weight)
+    embeddings = _embeddings(model)
     if len(mapped) <= 1 and len(held) <= 1 and not embeddings.is_meta:
         return
     found = (
@@ -101,6 +105,15 @@ def _check_device(model: PreTrainedModel) -> None:
         f"not all of it is on one device (it is {found}), and memory must be where all layers and the token embeddings "
         "are; load it with device_map={'': 'cuda:0'}, or in a smaller dtype",
     )
+
+
+def _embeddings(model: PreTrainedModel) -> Tensor:
+    try:
+        return cast("Tensor", model.get_input_embeddings().weight)
+    except (NotImplementedError, AttributeError) as error:
+        raise _unsupported(
+            model, "it has no one table of token embeddings; give the part of it that reads text"
+        ) from error
 
 
 def _trained_positions(config: PreTrainedConfig) -> int | None:
@@ -127,6 +140,8 @@ def _check_pass(model: PreTrainedModel, seen: ProbePass) -> None:
         raise _unsupported(
             model, f"it goes through layer {twice[0]} several times a token, so that one memory would be many"
         )
+    if not seen.written and not seen.readings:
+        raise _unsupported(model, "it does not attend to keys and values, and so cannot attend to those of a memory")
     unread = sorted(number for number in seen.written if not seen.readings_of(number))
     if not seen.written or unread:
         raise _unsupported(model, "not all of its attention goes through transformers' AttentionInterface")
@@ -162,7 +177,11 @@ def _layer(
         raise _unsupported(model, f"the K-V of layer {number} are read through different windows")
     still = [_alike(states[0], states[1], states.dtype) for states in (first, second)]
     if not any(still):
-        raise _unsupported(model, f"both keys and values of layer {number} change with the position")
+        raise _unsupported(
+            model,
+            f"it has no rotary positions (RoPE): both keys and values of layer {number} change with the position, and "
+            "cannot be moved to another",
+        )
     keys_second = still == [True, False]
     keys, values = (second, first) if keys_second else (first, second)
     rope = LayerRope(None) if all(still) else _rotation(seen, keys, found)

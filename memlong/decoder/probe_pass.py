@@ -227,7 +227,10 @@ class ProbePass(attention.AttentionSlot):
         if reading.visible is None:
             return reading.sliding_window
         if reading.visible not in self._windows:
-            self._windows[reading.visible] = _window(reading.visible)
+            try:
+                self._windows[reading.visible] = _window(reading.visible)
+            except IndexError:  # it knows the tokens of this call alone
+                return reading.sliding_window
         return self._windows[reading.visible]
 
     def cached(self, number: int) -> tuple[Tensor, Tensor]:

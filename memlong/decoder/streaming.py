@@ -28,6 +28,7 @@ from memlong.decoder.retrievers.create import create_retriever
 from memlong.decoder.sources import KvSource, make_source
 from memlong.decoder.streams import Segment, Streams
 from memlong.decoder.tokens import token_lists
+from memlong.decoder.trial import try_out
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
 from memlong.plugins.options import check_options as check_store_options
@@ -57,7 +58,10 @@ class StreamingDecoder:
             raise InvalidArgumentError(
                 f"retriever is {retriever!r}; expected a Retriever. Its name goes into the MemoryConfig."
             )
+        self._registry = registry or Registry()
         self._layout = probe(model)
+        if self._layout.is_unusual:
+            try_out(model, self._layout, self._registry)
         check_positions(self.config, self._layout)
         self.retrieval_layers = parse_layers(
             self.config.retrieval_layers, self._layout.full_attention_layers, self._layout.layers
@@ -66,7 +70,6 @@ class StreamingDecoder:
         like = cast("Tensor", model.get_input_embeddings().weight)
         self._source = make_source(self.config, self._layout, self.retrieval_layers, like)
         self.gates = make_gates(self.config, self._layout, self.retrieval_layers, like)
-        self._registry = registry or Registry()
         self.retriever = retriever
         if self.config.backend is not None:
             self._registry.load_backend_class(self.config.backend)  # say now what cannot be had

@@ -223,9 +223,11 @@ class LocalWindow(Cache):
         return layer.in_order(keys, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of a layer; of the local window, for one that does not attend."""
+        """Columns of a layer, none of one that does not attend; of the local window, for the first whatever it is."""
         layer = self._window_layers.get(layer_idx)
-        return self.tokens.shape[1] if layer is None else layer.get_seq_length()
+        if layer is not None:
+            return layer.get_seq_length()
+        return 0 if layer_idx else next(iter(self._window_layers.values())).get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns of a layer with those of the coming call, and what is before them."""

@@ -1,0 +1,76 @@
+"""A trial: whether a memory does in a model what it should, for models that a probe alone cannot vouch for.
+
+A few tokens are read as a stream whose window holds the last of them and whose memory all others. With everything in
+memory, at its place in the text, that is full attention: the logits must be the plain model's.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlong.decoder.attention import AttentionSlot, evaluating, installed, replaced_attention
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.layout import ModelLayout
+from memlong.decoder.retrievers.create import create_retriever
+from memlong.decoder.sources import make_source
+from memlong.decoder.streams import Streams
+from memlong.errors import MemlongError, UnsupportedModelError
+from memlong.plugins import Registry
+
+_CONFIG = MemoryConfig(
+    retriever="recent", chunk_size=1, segment_size=2, local_window=3, sink_tokens=0, position_mode="original"
+)
+_TOKENS = 5  # segments of two, two and one: the last goes on by a single token, as generation does
+_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
+_COARSE = 0.3  # in half precision, where mixtures of experts may choose another one
+
+
+def try_out(model: PreTrainedModel, layout: ModelLayout, registry: Registry) -> None:
+    """Compare memory of everything with full attention, over a few tokens.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If they differ, or the model does not come to an end.
+    """
+    like = cast("Tensor", model.get_input_embeddings().weight)
+    input_ids = torch.arange(5, 5 + _TOKENS, device=like.device)[None] % layout.vocabulary
+    try:
+        with evaluating(model), torch.no_grad():
+            plain: Tensor = model(input_ids=input_ids).logits
+            streamed = _streamed(model, layout, registry, input_ids, like)
+    except MemlongError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise _refused(model, f"a trial over {_TOKENS} tokens ended in {type(error).__name__}: {first}") from error
+    error_size = float((streamed.double() - plain.double()).norm() / plain.double().norm())
+    if not error_size <= _TOLERANCE.get(model.dtype, _COARSE):
+        raise _refused(
+            model,
+            f"in a trial over {_TOKENS} tokens, memory of all of them was not what full attention is (logits differ by "
+            f"{error_size:.0%}): what it computes depends on the text in some other way than attention to keys and values",
+        )
+
+
+def _streamed(
+    model: PreTrainedModel, layout: ModelLayout, registry: Registry, input_ids: Tensor, like: Tensor
+) -> Tensor:
+    retriever = create_retriever(_CONFIG.retriever, model, None, {}, registry)
+    source = make_source(_CONFIG, layout, layout.full_attention_layers, like)
+    bank = registry.create_bank("torch", retriever.dim, metric=retriever.metric)
+    streams = Streams(model, layout, _CONFIG, retriever, source, [bank])
+    slot = AttentionSlot()
+    with installed(slot, layout.modules), replaced_attention(model):
+        segments = list(streams.read(input_ids.tolist(), slot, 0))
+    return torch.cat([segment.logits for segment in segments], dim=1)
+
+
+def _refused(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"Memory cannot be attached to {type(model).__name__}: {reason}.")
