@@ -114,6 +114,16 @@ class WindowLayer(DynamicLayer):
         self._columns, self.is_initialized = int(keys.shape[2]), True
         return keys, values
 
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys of the window before the call; some models look whether there are any."""
+        buffer = self._window.buffer
+        return buffer.window(self._window.count)[0][:, self._place] if buffer and self._window.count else None
+
+    @keys.setter
+    def keys(self, _: object) -> None:  # transformers begins a layer with none
+        pass
+
     def in_order(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """From what the model calls keys and values to what turns and what does not; and back."""
         return (second, first) if self._keys_second else (first, second)
