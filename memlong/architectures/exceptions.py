@@ -36,6 +36,7 @@ NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": _NO_EXTRA_EMBEDDINGS}
 """Without these there is no default configuration."""
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 50},
     "bamba": {"attn_layer_indices": [1, 3]},
     "chameleon": _IMAGES_OF_TOKENS | _TINY_CODER,
     "cohere_compass": {

@@ -71,7 +71,7 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (
         r".*(hidden_size|hidden_dim|d_model|n_embd|emb(ed(ding)?)?_(dim|size)|_width|input_size|proj_dim|output_dim|"
         r"d_inner|projection_dim|channels|intermediate_size.*|ffn_dim|ffn_hidden_size|d_ff|dim_ff|dff|"
-        r"feed_forward_size|mlp_dim|n_inner|expert_dim)",
+        r"feed_forward_size|mlp_dim|n_inner|expert_dim|adapter_(in|out)_dim)",
         _at_most(_HIDDEN),
     ),
 )
@@ -94,14 +94,9 @@ def shrunk(section: dict[str, Any]) -> dict[str, Any]:
     if small.get("kv_lora_rank"):  # latent attention: some of its widths are made of others
         small["num_key_value_heads"] = small["num_attention_heads"]
         small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
-        small["head_dim"] = next(
-            (
-                small[name]
-                for name in ("qk_rope_head_dim", "qk_head_dim")
-                if section.get(name) == section.get("head_dim")
-            ),
-            small.get("head_dim"),
-        )
+        for part in ("qk_head_dim", "qk_rope_head_dim"):
+            if part in section and section[part] == section.get("head_dim"):
+                small["head_dim"] = small[part]
     if small.get("per_layer_config"):
         small["per_layer_config"] = _of_single_layers(section, small, rows)
     return {name: small[name] for name in section}

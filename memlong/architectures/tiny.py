@@ -84,7 +84,7 @@ def random_model(
 def _without_timm(config: PreTrainedConfig) -> None:
     """Put a small tower of transformers' own where one of timm is: images play no part, and timm may not be there."""
     for name in type(config).sub_configs:
-        tower = getattr(config, name, None)
+        tower: Any = getattr(config, name, None)
         if hasattr(tower, "model_args") and hasattr(tower, "architecture"):
             vars(config)[name] = _small_tower(tower)  # past the check of its type
 

@@ -1,0 +1,36 @@
+"""What a model's layers are and what memory stores of a token, in words."""
+
+from __future__ import annotations
+
+from memlong.decoder import MemoryDecoder
+from memlong.decoder.layout import ModelLayout
+
+
+def kinds_of_layers(layout: ModelLayout) -> str:
+    """Name the kinds of layers that a model has, such as ``"full attention, sliding window"``."""
+    windows = {layer.sliding_window is None for layer in layout.layers.values()}
+    kinds = {
+        "full attention": True in windows,
+        "sliding window": False in windows,
+        "state beside attention": any(layout.states.get(layer) for layer in layout.layers),
+        "state in place of attention": any(
+            count for layer, count in layout.states.items() if layer not in layout.layers
+        ),
+        "K-V of another layer": len(layout.readers) > len(layout.layers),
+    }
+    return ", ".join(kind for kind, there in kinds.items() if there)
+
+
+def stored_of_a_token(decoder: MemoryDecoder) -> str:
+    """Say what memory stores of a token in a layer, such as ``"keys and values"``."""
+    layers = [decoder.model_layout.layers[layer] for layer in decoder.source.stored_layers]
+    if any(layer.keys_second for layer in layers):
+        return "latent vector and rotary key"
+    if any(not layer.shape.is_even for layer in layers):
+        return "keys and values of different widths"
+    return "keys and values" + (" of different shapes" if len({layer.shape for layer in layers}) > 1 else "")
+
+
+def bytes_of_a_token(decoder: MemoryDecoder) -> int:
+    """Bytes that memory takes for a token, in all layers together, in the model's dtype; its embedding apart."""
+    return decoder.layout.nbytes // decoder.config.chunk_size
