@@ -1,0 +1,183 @@
+"""Oracles 1 to 4 and 6, and generation, for models that are not attention layers of one shape alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from memlong import MemoryDecoder
+from memlong.architectures import Architecture, tiny_model_of
+from tests.decoder.test_oracles import plain_logits, stream
+
+TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
+KINDS = {
+    "multimodal": ("gemma3", "Gemma3ForConditionalGeneration"),
+    "multimodal, three axes of positions": ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+    "cross-attention beside": ("mllama", "MllamaForConditionalGeneration"),
+    "gated delta rule": ("qwen3_next", "Qwen3NextForCausalLM"),
+    "convolution": ("lfm2", "Lfm2ForCausalLM"),
+    "Mamba-2 and attention in one layer": ("falcon_h1", "FalconH1ForCausalLM"),
+    "Mamba-2, no positions": ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+    "Mamba-2, a shared block": ("zamba2", "Zamba2ForCausalLM"),
+    "shared K-V": ("gemma3n_text", "Gemma3nForCausalLM"),
+    "shapes that differ": ("gemma4_text", "Gemma4ForCausalLM"),
+    "latent attention": ("deepseek_v3", "DeepseekV3ForCausalLM"),
+    "latent attention, complex rotation": ("deepseek_v2", "DeepseekV2ForCausalLM"),
+    "latent attention and a recurrent state": ("bailing_hybrid", "BailingHybridForCausalLM"),
+    "attention twice a layer": ("diffllama", "DiffLlamaForCausalLM"),
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def model(request):
+    made = tiny_model_of(Architecture(*request.param))
+    made.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=2)  # as all of them end
+    return made
+
+
+def test_1_with_the_text_in_the_window_it_is_the_plain_model(model, small, text):
+    ids = text(20)
+    with MemoryDecoder(model, None, small(backend=None)) as decoder:
+        (logits,), _ = stream(decoder, ids)
+    torch.testing.assert_close(logits, plain_logits(model, ids), **TOLERANCE)
+
+
+def test_1_detached_the_model_is_as_it_was(model, small, text):
+    ids = text(30)
+    before, config = plain_logits(model, ids), model.config.to_dict()
+    implementations = [getattr(part, "config", None) and part.config._attn_implementation for part in model.modules()]
+    with MemoryDecoder(model, None, small()) as decoder:
+        stream(decoder, text(60))
+        inside = plain_logits(model, ids)
+    assert torch.equal(inside, before)
+    assert torch.equal(plain_logits(model, ids), before)
+    assert model.config.to_dict() == config
+    assert implementations == [
+        getattr(part, "config", None) and part.config._attn_implementation for part in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("store", [{}, {"host": "all"}], ids=["device", "host"])
+def test_2_memory_of_the_whole_prefix_is_full_attention(model, small, text, store):
+    ids = text(130)
+    config = small(position_mode="original", top_k=64, store=store)
+    with MemoryDecoder(model, None, config) as decoder:
+        (logits,), retrieved = stream(decoder, ids)
+    assert len(retrieved[0][128]) > 20
+    torch.testing.assert_close(logits, plain_logits(model, ids), **TOLERANCE)
+
+
+def test_3_a_token_changes_nothing_before_it(model, small, text):
+    ids = text(90)
+    other = ids.clone()
+    other[0, 50] = (other[0, 50] + 5) % 90 + 3
+    with MemoryDecoder(model, None, small()) as decoder:
+        (logits,), _ = stream(decoder, ids)
+        decoder.reset()
+        (other_logits,), _ = stream(decoder, other)
+    torch.testing.assert_close(logits[:50], other_logits[:50], **TOLERANCE)
+    assert not torch.allclose(logits[50:], other_logits[50:])
+
+
+def test_4_a_ragged_batch_gives_each_row_what_it_gets_alone(model, small, text):
+    lengths = [70, 41, 3]
+    ids, more = text(70, rows=3), text(21, rows=3, seed=1)
+    mask = torch.stack([(torch.arange(70) >= 70 - length).long() for length in lengths])
+    later = torch.ones(3, 21, dtype=torch.long)
+    later[0, :5] = 0
+    with MemoryDecoder(model, None, small(position_mode="before-window")) as decoder:
+        together, retrieved = stream(decoder, ids, mask)
+        again, retrieved_again = stream(decoder, more, later)
+        for row, length in enumerate(lengths):
+            decoder.reset()
+            (alone,), (found,) = stream(decoder, ids[row : row + 1, 70 - length :])
+            torch.testing.assert_close(together[row], alone, **TOLERANCE)
+            assert retrieved[row] == found
+            (alone,), (found,) = stream(decoder, more[row : row + 1, 5 if row == 0 else 0 :])
+            torch.testing.assert_close(again[row], alone, **TOLERANCE)
+            assert retrieved_again[row] == found
+
+
+def test_4_a_text_in_pieces_is_what_it_is_in_one(model, small, text):
+    ids = text(75)
+    with MemoryDecoder(model, None, small()) as decoder:
+        (whole,), _ = stream(decoder, ids)
+        decoder.reset()
+        parts = [stream(decoder, part)[0][0] for part in ids.split([1, 2, 9, 30, 33], dim=1)]
+    torch.testing.assert_close(torch.cat(parts), whole, **TOLERANCE)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_6_saved_streams_go_on_and_answer_alike(model, small, text, tmp_path, beams):
+    ids, mask = text(61, rows=2), torch.ones(2, 61, dtype=torch.long)
+    mask[1, :11] = 0
+    options = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "remember": False}
+    prompt = text(3, rows=2, seed=2)
+    with MemoryDecoder(model, None, small()) as decoder:
+        stream(decoder, ids, mask)
+        decoder.save(tmp_path / "streams")
+        expected = decoder.generate(prompt, **options)
+        going_on, _ = stream(decoder, text(30, rows=2, seed=1))
+    other = MemoryDecoder.load(tmp_path / "streams", model, None, small())
+    with other:
+        assert torch.equal(other.generate(prompt, **options), expected)
+        found, _ = stream(other, text(30, rows=2, seed=1))
+    for mine, theirs in zip(going_on, found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_over_memory_of_everything_is_the_plain_models(model, small, text, beams):
+    ids = text(60)
+    options = {"max_new_tokens": 7, "num_beams": beams, "do_sample": False}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    with MemoryDecoder(model, None, small(position_mode="original", top_k=64)) as decoder:
+        assert decoder.generate(ids, **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_ragged_batch_says_what_its_rows_say_alone(model, small, text, beams):
+    ids, mask = text(50, rows=2), torch.ones(2, 50, dtype=torch.long)
+    mask[1, :17] = 0
+    options = {"max_new_tokens": 7, "min_new_tokens": 7, "num_beams": beams, "do_sample": False}
+    with MemoryDecoder(model, None, small()) as decoder:
+        together = decoder.generate(ids, attention_mask=mask, **options)[:, 50:]
+        for row, start in enumerate((0, 17)):
+            decoder.reset()
+            alone = decoder.generate(ids[row : row + 1, start:], **options)[:, 50 - start :]
+            assert together[row].tolist() == alone[0].tolist()
+
+
+def test_what_is_not_remembered_leaves_no_trace(model, small, text):
+    with MemoryDecoder(model, None, small()) as decoder:
+        stream(decoder, text(45))
+        expected, _ = stream(decoder, text(20, seed=1))
+        decoder.reset()
+        stream(decoder, text(45))
+        decoder.generate(text(7, seed=2), max_new_tokens=9, do_sample=False, remember=False)
+        found, _ = stream(decoder, text(20, seed=1))
+    assert torch.equal(expected[0], found[0])
+
+
+def test_gradients_come_from_each_segment(model, small, text):
+    """As training has it: a window that went before is a constant."""
+    with MemoryDecoder(model, None, small(gate_init=0.0)) as decoder:
+        (expected,), _ = stream(decoder, text(40))
+        decoder.reset()
+        logits = []
+        for segment in decoder.stream(text(40), gradients=True):
+            segment.logits.sum().backward()
+            logits.append(segment.logits.detach())
+    torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, **TOLERANCE)
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_latent_attention_stores_what_the_models_own_cache_takes(small, text):
+    model = tiny_model_of("deepseek_v3")
+    config = model.config
+    with MemoryDecoder(model, None, small()) as decoder:
+        stream(decoder, text(60))
+        layers, heads, _, width = decoder.layout.shape
+    numbers = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+    assert numbers <= 2 * layers * heads * width < numbers + 2 * width
