@@ -89,6 +89,7 @@ def shrunk(section: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a model, or of a part of it, as small as can be."""
     section = _with_windows(section)
     count = next((section[name] for name in _COUNTS if isinstance(section.get(name), int)), 0)
+    count = count or len(section.get("layers_block_type") or ())
     by_layer = {
         name: value
         for name, value in section.items()
@@ -148,7 +149,7 @@ def _every_kind(lists: Collection[list[Any]], count: int) -> list[int]:
             places += kinds.values()
     rows: list[int] = []
     for nth in range(count if places else 0):
-        if len(rows) < min(count, _LAYERS):
+        if nth < 2 or len(rows) < _LAYERS:
             rows += sorted({place[nth] for place in places if nth < len(place)} - set(rows))
     return rows or list(range(min(count, _LAYERS)))
 

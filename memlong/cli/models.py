@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -57,12 +58,12 @@ def models(
         return
     trials = _trials(name)
     if markdown is not None:
-        markdown.write_text(_page(trials), encoding="utf-8")
+        markdown.write_text(page(trials), encoding="utf-8")
         typer.echo(f"{markdown}: {_counted(trials)}")
     elif as_json:
         print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
     else:
-        print_table(_COLUMNS, [_row(each) for each in trials])
+        print_table(_COLUMNS, [row(each) for each in trials])
         print_section("Together", [_counted(trials)] if name is None else [])
 
 
@@ -102,23 +103,27 @@ def _as_dict(trial: Trial) -> dict[str, str]:
     }
 
 
-def _row(trial: Trial) -> tuple[str, ...]:
+def row(trial: Trial) -> tuple[str, ...]:
+    """Return the cells of the table's row."""
     return (*list(_as_dict(trial).values())[:5], trial.short_reason)
 
 
-def _page(trials: Sequence[Trial]) -> str:
+def line(trial: Trial) -> str:
+    """Return the page's line of a trial."""
+    cells = [re.sub(r"([|*<\[])", r"\\\1", cell) for cell in row(trial)]
+    return f"| {' | '.join(cells)} |"
+
+
+def page(trials: Sequence[Trial]) -> str:
+    """Return the page that ``--markdown`` writes."""
     from memlong.architectures import encoder_decoders
 
-    rows = [
-        " | ".join(cell.replace("|", r"\|").replace("<", r"\<") for cell in _row(each)) for each in trials
-    ]
-    left_out = ", ".join(f"`{name}`" for name in encoder_decoders())
     return _PAGE.format(
         counts=_counted(trials).capitalize(),
-        table="\n".join(f"| {row} |" for row in rows),
+        table="\n".join(map(line, trials)),
         columns=" | ".join(_COLUMNS),
         rule=" | ".join("---" for _ in _COLUMNS),
-        left_out=left_out,
+        left_out=", ".join(f"`{name}`" for name in encoder_decoders()),
     )
 
 
