@@ -1,4 +1,7 @@
-"""Memory attaches to each architecture of the installed transformers and is right there, or is refused with a reason."""
+"""Memory attaches to every architecture of the installed transformers and is right there, or is refused.
+
+Each is tried with a tiny random model; see docs/models.md for what comes of it.
+"""
 
 from __future__ import annotations
 
@@ -102,11 +105,11 @@ def test_memory_is_right_or_refused(architecture):
         )
 
 
-@pytest.mark.parametrize(("kind", "model_types"), WORKING.items(), ids=list(WORKING))
+@pytest.mark.parametrize("model_types", WORKING.values(), ids=list(WORKING))
 @pytest.mark.skipif(not IS_WRITTEN_FOR_THIS, reason="docs/models.md is of another version of transformers")
-def test_what_people_run_works(kind, model_types):
+def test_what_people_run_works(model_types):
     rows = page_rows()
-    assert {name: rows[name] for name in model_types} == dict.fromkeys(model_types, {"works"})
+    assert not {name: rows[name] for name in model_types if rows[name] != {"works"}}
 
 
 @pytest.mark.parametrize(("model_type", "reason"), REFUSALS.items(), ids=list(REFUSALS))
