@@ -81,6 +81,8 @@ def write_pretrained(
 
     Raises
     ------
+    InvalidArgumentError
+        If several adapters are at work, of which a folder holds one.
     StorageError
         If it cannot be written.
     """
@@ -104,8 +106,7 @@ def write_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if has_adapter:
-            with quiet_loading():
-                model.save_pretrained(folder)
+            _write_adapter(folder, model)
         if maps is not None:
             maps.save(folder / MAPS)
         if gates is not None:
@@ -172,6 +173,25 @@ def read_pretrained(name: str | Path, changes: Mapping[str, Any] | None = None) 
             f"{str(folder / SETTINGS)!r} cannot be read as a decoder's settings: {error!r}. Save the decoder again, or "
             "use the memlong that wrote it."
         ) from error
+
+
+def _write_adapter(folder: Path, model: PreTrainedModel) -> None:
+    flag = (
+        "_hf_peft_config_loaded"  # which a PeftModel does not set, and without which all weights are written
+    )
+    was_loaded = getattr(model, flag, False)
+    setattr(model, flag, True)
+    try:
+        active = model.active_adapters()
+        if len(active) != 1:
+            raise InvalidArgumentError(
+                f"{len(active)} adapters of the model are at work ({', '.join(active)}), and a folder holds one. Merge "
+                "them into one, or choose one by set_adapter."
+            )
+        with quiet_loading():
+            model.save_pretrained(folder)
+    finally:
+        setattr(model, flag, was_loaded)
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
