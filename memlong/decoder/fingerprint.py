@@ -71,6 +71,12 @@ def fingerprint(
     }
 
 
+def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield what a fingerprint says, one fact at a time; parts of one after a dot."""
+    for name, value in told.items():
+        yield from _leaves(name, value)
+
+
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Return which parts of two fingerprints differ, with what they are where that says something.
 
