@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -68,11 +68,10 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return cast("PreTrainedModel", model.base_model.model)
 
 
-def own_names(model: nn.Module) -> dict[str, str]:
+def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return, for each tensor of a model's state that is not an adapter's, its name as it is without adapters."""
     around = {path for path, _ in _wrappers(model)}
-    names = {name: _without(name, around) for name in model.state_dict()}
-    return {name: plain for name, plain in names.items() if plain is not None}
+    return {name: plain for name in names if (plain := _without(name, around)) is not None}
 
 
 def active_layers(model: nn.Module) -> Iterator[AdapterLayer]:

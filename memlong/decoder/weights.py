@@ -92,13 +92,30 @@ def digest_of(tensors: Mapping[str, Tensor], most: int | None = None) -> str:
 
 def module_digest(module: nn.Module) -> str:
     """Hash every byte of a module's state."""
-    return digest_of(dict(_plain(dict(sorted(module.state_dict().items())))))
+    return digest_of(dict(_plain(dict(sorted(_state(module).items())))))
 
 
 def _own_tensors(model: PreTrainedModel, part: nn.Module) -> dict[str, Tensor]:
-    prefix, state = _prefix(model, part), part.state_dict()
-    names = sorted((plain, name) for name, plain in own_names(part).items())
+    prefix, state = _prefix(model, part), _state(part)
+    names = sorted((plain, name) for name, plain in own_names(part, state).items())
     return dict(_plain({plain: _true(model, f"{prefix}{name}", state[name]) for plain, name in names}))
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Return a module's state, and leave it as it is.
+
+    On a CPU, bitsandbytes 0.50 packs 4-bit weights anew for computing, unpacks them in place for a state_dict, and
+    loses the order of their scales in doing so: the model then computes something else.
+    """
+    quantized: Iterable[Any] = (getattr(each, "quant_state", None) for each in module.parameters())
+    packed = [each for each in quantized if getattr(each, "packing_format_for_cpu", False)]
+    for each in packed:
+        each.packing_format_for_cpu = False
+    try:
+        return module.state_dict()
+    finally:
+        for each in packed:
+            each.packing_format_for_cpu = True
 
 
 def _plain(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+import transformers
 
 from memlong import MemoryDecoder
 from memlong.decoder.fingerprint import differences
@@ -178,3 +180,51 @@ def test_of_two_adapters_at_work_none_is_saved(adapted, small, tmp_path):
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(InvalidArgumentError, match=r"2 adapters .* at work \(default, other\)"):
         MemoryDecoder(model, None, small()).save_pretrained(tmp_path)
+
+
+class Packed(torch.nn.Linear):
+    """Like bitsandbytes' 4-bit layer on a CPU: what it computes with is changed where it is to be saved."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.weight.quant_state.packing_format_for_cpu:
+            self.weight.data = self.weight.data.flip(0)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def test_a_fingerprint_leaves_packed_weights_as_they_are(llama, small, told, text):
+    mlp = llama.model.layers[0].mlp
+    packed = Packed(48, 64, bias=False)
+    packed.weight = torch.nn.Parameter(mlp.up_proj.weight.detach().clone())
+    packed.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    mlp.up_proj = packed
+    before = logits(llama, small, text(60))
+    assert told(llama) == told(llama)
+    assert torch.equal(logits(llama, small, text(60)), before)
+    assert packed.weight.quant_state.packing_format_for_cpu
+
+
+def quantized_by(library, folder):
+    pytest.importorskip(library)
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype="float32"
+    ).eval()
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_quantized_weights_are_told_from_others(tiny_model, told, small, text, tmp_path, library):
+    found = []
+    for seed in (0, 0, 1):
+        tiny_model(seed=seed).save_pretrained(tmp_path)
+        model = quantized_by(library, tmp_path)
+        found.append(told(model))
+        before = logits(model, small, text(60))
+        assert torch.equal(logits(model, small, text(60)), before)
+    assert differences(found[0], found[1]) == []
+    assert differences(found[0], found[2]) == ["weights"]
+    assert differences(found[0], told(tiny_model())) == ["weights"]
