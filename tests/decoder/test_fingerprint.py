@@ -124,6 +124,15 @@ def test_streams_of_an_offloaded_model_go_on_in_another(tiny_model, small, text,
         MemoryDecoder.load(tmp_path / "streams", tiny_model(seed=1), None, small())
 
 
+def test_a_decoder_of_an_offloaded_model_is_written_and_read(tiny_model, small, tmp_path):
+    model = on_disk(tiny_model(), tmp_path / "weights")
+    MemoryDecoder(model, None, small(gate_init=0.0)).save_pretrained(tmp_path / "decoder")
+    written = json.loads((tmp_path / "decoder" / "memlong.json").read_text())
+    MemoryDecoder(tiny_model(), None, small(gate_init=0.0)).save_pretrained(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "memlong.json").read_text()) == written
+    assert MemoryDecoder.from_pretrained(tmp_path / "decoder", model)
+
+
 def test_weights_that_are_nowhere_are_refused_by_name(llama, small):
     decoder = MemoryDecoder(llama, None, small())
     llama.model.layers[1].mlp.to("meta")
