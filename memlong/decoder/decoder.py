@@ -34,7 +34,8 @@ class MemoryDecoder(SavingDecoder):
     Parameters
     ----------
     model
-        A RoPE decoder-only model of transformers, its attention implementation ``"sdpa"`` or ``"eager"``.
+        A RoPE decoder-only model of transformers, its attention implementation ``"sdpa"`` or ``"eager"``; or peft's
+        ``PeftModel`` around one, whose adapters stay at work in it.
     tokenizer
         Its tokenizer; retrievers that read text need it.
     config
@@ -88,6 +89,7 @@ class MemoryDecoder(SavingDecoder):
         registry: Registry | None = None,
         dtype: str = AUTO,
         device: str = AUTO,
+        trust_remote_code: bool = False,
     ) -> Self:
         """Load a trained decoder: its model, the adapter, and what reads the memory.
 
@@ -105,6 +107,9 @@ class MemoryDecoder(SavingDecoder):
         dtype, device
             Of the model, if it is to be loaded, as :func:`~memlong.load_model` takes them; but ``"auto"`` is the dtype
             of the training, where the folder names it.
+        trust_remote_code
+            Whether code that the model brings may run here, as :func:`~memlong.load_model` takes it. The decoder's own
+            folder holds no code.
 
         Raises
         ------
@@ -120,7 +125,9 @@ class MemoryDecoder(SavingDecoder):
                     f"{str(name)!r} does not say for which model it was trained: give `model` and `tokenizer`."
                 )
             dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
-            model, tokenizer = load_model(found.base_model, dtype=dtype, device=device)
+            model, tokenizer = load_model(
+                found.base_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
         # Before the adapter: a retriever that asks the model is then the one of the training.
         decoder = cls(model, tokenizer, found.config, retriever=retriever, registry=registry)
         if found.has_adapter:

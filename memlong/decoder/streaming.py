@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import ChunkLayout, MemoryBank, TieredStore
+from memlong.decoder.adapters import unwrapped
 from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
 from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
@@ -49,7 +50,7 @@ class StreamingDecoder:
         retriever: Retriever | None = None,
         registry: Registry | None = None,
     ) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         self.tokenizer = tokenizer
         self.config = MemoryConfig() if config is None else config
         if not isinstance(self.config, MemoryConfig):
