@@ -122,7 +122,7 @@ def _own(states: dict[int, Tensor | None], index: int) -> None:
         states[index] = state.clone()
 
 
-class StatefulWindowLayer(StateLayer, WindowLayer):  # type: ignore[misc] # as transformers' own are
+class StatefulWindowLayer(StateLayer, WindowLayer):  # type: ignore[misc, override] # as its own are
     """A layer that attends and carries a state."""
 
     def __init__(self, states: int, window: GroupWindow, place: int, *, keys_second: bool) -> None:

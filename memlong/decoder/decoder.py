@@ -206,10 +206,10 @@ class MemoryDecoder(SavingDecoder):
         """
         self._check_attached()
         check_options(self.model, options)
-        token_lists(input_ids, attention_mask, self._layout.vocabulary)  # before anything is cut
+        token_lists(input_ids, attention_mask, self._layout)  # before anything is cut
         known = 0 if past_key_values is None else self._columns_of(past_key_values)
         new_mask = None if attention_mask is None else attention_mask[:, known:]
-        prompt = token_lists(input_ids[:, known:], new_mask, self._layout.vocabulary)
+        prompt = token_lists(input_ids[:, known:], new_mask, self._layout)
         if not all(prompt) or (new_mask is not None and not bool(new_mask[:, -1].all())):
             raise InvalidArgumentError(
                 "A row of the prompt is empty, or padded on the right; expected at least one token in every row, and "

@@ -220,7 +220,7 @@ class StreamingDecoder:
         """
         if logits not in ("all", "last"):
             raise InvalidArgumentError(f"logits is {logits!r}; expected 'all' or 'last'.")
-        pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
+        pending = token_lists(input_ids, attention_mask, self._layout)
         return self._begun(pending, 0 if logits == "all" else 1, gradients=gradients)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -231,7 +231,7 @@ class StreamingDecoder:
         InvalidArgumentError
             If a row holds no token, or as :meth:`stream` does.
         """
-        pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
+        pending = token_lists(input_ids, attention_mask, self._layout)
         if not all(pending):
             raise InvalidArgumentError(
                 "A row of input_ids holds no token; expected at least one in every row."

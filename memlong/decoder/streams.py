@@ -269,7 +269,7 @@ class Streams:
 
     def _note_beginnings(self, tokens: Ints) -> None:
         """Note the states of rows whose coming token begins a segment: from there tokens can be taken back."""
-        coming = (tokens >= 0).any(axis=1)
+        coming: Bools = np.any(tokens >= 0, axis=1)
         rows = [number for number, row in enumerate(self.rows) if coming[number] and row.begins_segment()]
         if len(rows) == len(self.rows):
             self._begun_with = self._window.states

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from memlong import MemoryDecoder
 from memlong.architectures import Architecture, tiny_model_of
+from memlong.errors import InvalidArgumentError
 from tests.decoder.test_oracles import plain_logits, stream
 
 KINDS = {
@@ -141,12 +142,31 @@ def test_6_saved_streams_go_on_and_answer_alike(model, small, text, tmp_path, be
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_over_memory_of_everything_is_the_plain_models(model, small, text, beams):
+def test_generation_over_memory_of_everything_is_the_plain_models(model, close, small, text, beams):
     ids = text(60)
     options = {"max_new_tokens": 7, "num_beams": beams, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     with MemoryDecoder(model, None, small(position_mode="original", top_k=64)) as decoder:
-        assert decoder.generate(ids, **options).tolist() == expected.tolist()
+        found = decoder.generate(ids, **options)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    for mine, theirs in zip(found.logits, expected.logits, strict=True):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4", "gpt_oss", "gemma4_text", "ministral"],
+)
+def test_a_sliding_layer_keeps_its_own_window_however_short_the_local_one(small, text, model_type):
+    model, ids = tiny_model_of(model_type), text(130)
+    with MemoryDecoder(model, None, small(position_mode="original", top_k=64, local_window=16)) as decoder:
+        sliding = {layer.sliding_window for layer in decoder.model_layout.layers.values()}
+        (logits,), _ = stream(decoder, ids)
+    assert any(window is not None and window > 16 for window in sliding)
+    expected = plain_logits(model, ids)
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=2e-5 * float(expected.abs().max()))
+    assert MemoryDecoder(model, None).retrieval_layers  # the default settings
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -194,3 +214,16 @@ def test_latent_attention_stores_what_the_models_own_cache_takes(small, text):
         layers, heads, _, width = decoder.layout.shape
     numbers = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
     assert numbers <= 2 * layers * heads * width < numbers + 2 * width
+
+
+def test_what_is_no_text_is_refused_by_name(small, text):
+    model = tiny_model_of(Architecture("gemma3", "Gemma3ForConditionalGeneration"))
+    model.config.image_token_id = 95
+    with MemoryDecoder(model, None, small()) as decoder:
+        with pytest.raises(
+            InvalidArgumentError, match="pixel_values does not go with a memory, which holds text"
+        ):
+            decoder.generate(text(5), pixel_values=torch.zeros(1, 3, 8, 8))
+        with pytest.raises(InvalidArgumentError, match="input_ids holds 95, which stands for an image"):
+            decoder.read(torch.tensor([[5, 95, 6]]))
+        assert decoder.tokens_read == ()
