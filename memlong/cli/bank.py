@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,7 +114,15 @@ def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
         [f"state {found['generation']}, {found['files']} files, {found['bytes']:,} bytes"],
     )
     fingerprint = found["fingerprint"] or {}
-    print_section("Of the model", [shown(f"{name} {value}") for name, value in fingerprint.items()])
+    print_section("Of the model", [shown(f"{name} {value}") for name, value in _facts(fingerprint)])
+
+
+def _facts(fingerprint: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    for name, value in fingerprint.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{part}", each) for part, each in value.items())
+        else:
+            yield name, value
 
 
 def _maker(row: int, bank: dict[str, Any]) -> str:

@@ -37,6 +37,8 @@ class DecoderChoice:
         With an adapter, what the command line changes of its settings.
     dtype, device
         Of the model.
+    trust_remote_code
+        Whether code that the model brings may run here.
     """
 
     model: str | None
@@ -45,6 +47,7 @@ class DecoderChoice:
     changes: dict[str, Any]
     dtype: str
     device: str
+    trust_remote_code: bool
 
     def open(self) -> MemoryDecoder:
         """Load the model and give it its memory; a backend that cannot be had is told before the model is loaded."""
@@ -59,7 +62,13 @@ class DecoderChoice:
             name, trained = name or found.base_model, found.trained_in
         model, tokenizer = None, None
         if name is not None:
-            model, tokenizer = load(name, dtype=self.dtype, device=self.device, trained=trained)
+            model, tokenizer = load(
+                name,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                trained=trained,
+            )
         if self.adapter is None:
             assert model is not None  # noqa: S101 - choose_decoder saw to it
             return MemoryDecoder(model, tokenizer, self.config)
@@ -74,6 +83,7 @@ def choose_decoder(
     *,
     dtype: str,
     device: str,
+    trust_remote_code: bool,
 ) -> DecoderChoice:
     """Check that the options go together.
 
@@ -87,7 +97,7 @@ def choose_decoder(
             raise InvalidArgumentError(
                 "--model is missing: name a hub id, a folder, a GGUF file or 'demo', or a trained decoder by --adapter."
             )
-        return DecoderChoice(model, None, config, {}, dtype, device)
+        return DecoderChoice(model, None, config, {}, dtype, device, trust_remote_code)
     from memlong.decoder import MemoryConfig
 
     given = {name for name in context.params if _is_given(context, name)}
@@ -105,7 +115,7 @@ def choose_decoder(
                 changes[name] = getattr(config, name)
             if name != "store":
                 changes[f"{name}_options"] = getattr(config, f"{name}_options")
-    return DecoderChoice(model, adapter, config, changes, dtype, device)
+    return DecoderChoice(model, adapter, config, changes, dtype, device, trust_remote_code)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

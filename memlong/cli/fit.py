@@ -24,6 +24,7 @@ def fit(
     passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a passage.")] = 1024,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
     """Find the vector of few numbers that keeps most of what a token's keys and values do, in closed form.
@@ -43,7 +44,7 @@ def fit(
     from memlong.training import fit_latent_maps
 
     words = [read_text(file) for file in text]
-    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    language_model, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     chosen = []
     for file, content in zip(text, words, strict=True):
         pieces = tokenize(tokenizer, content).split(passage_tokens, dim=1)

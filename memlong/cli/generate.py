@@ -46,6 +46,7 @@ def generate(
     retrieve_every: options.RetrieveEvery = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -75,7 +76,9 @@ def generate(
         said["temperature"] = _sampling("--temperature", temperature, _COLDEST, _HOTTEST, sample=sample)
     if top_p is not None:
         said["top_p"] = _sampling("--top-p", top_p, _COLDEST, 1, sample=sample)
-    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
+    decoder = choose_decoder(
+        ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    ).open()
     tokenizer = decoder.tokenizer
     question = _prompt(tokenizer, prompt, chat=chat, begins=not texts)
     if not output.is_stdout and beams == 1:

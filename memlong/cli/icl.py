@@ -52,6 +52,7 @@ def icl(
     memory: Memory,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -79,7 +80,9 @@ def icl(
     asked = None if tests is None else read_examples(tests, labels=known, label_column=label_column)
     task = draw_task(shown, asked, shots=max(counts), test_limit=test_limit, seed=seed)
     config = memory.config(seed)
-    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
+    decoder = choose_decoder(
+        ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    ).open()
     with (
         decoder,
         tqdm(total=len(counts) * len(task.tests), unit="test", desc=f"asking ({told(decoder.model)})") as bar,

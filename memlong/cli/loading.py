@@ -8,7 +8,13 @@ import typer
 
 
 def load(
-    name: str, *, dtype: str, device: str, trained: tuple[str, str] | None = None, trains: bool = False
+    name: str,
+    *,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    trained: tuple[str, str] | None = None,
+    trains: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and say so, and in which dtype and where, as it takes some seconds.
 
@@ -18,6 +24,8 @@ def load(
         Of the model.
     dtype, device, trained, trains
         As :func:`~memlong.decoder.choose_machine` takes them.
+    trust_remote_code
+        As :func:`~memlong.load_model` takes it.
 
     Raises
     ------
@@ -29,7 +37,7 @@ def load(
     machine = choose_machine(dtype, device, trained=trained, trains=trains)
     typer.echo(f"loading the model… {machine}", err=True)
     dtype, device = machine.names
-    return load_model(name, dtype=dtype, device=device)
+    return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def runs_on(model: Any) -> dict[str, str]:

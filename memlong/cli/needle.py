@@ -37,6 +37,7 @@ def needle(
     memory: Memory,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a heat-map, PNG or SVG.")] = None,
     json_file: options.JsonFile = None,
@@ -67,7 +68,9 @@ def needle(
     places = list(dict.fromkeys(numbers("--depths", depths, float)))
     hay = FILLER if filler is None else read_text(filler)
     config = memory.config(seed)
-    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
+    decoder = choose_decoder(
+        ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    ).open()
     total = sum(wanted) * len(places) * trials
     with (
         decoder,

@@ -97,6 +97,10 @@ Dtype = Annotated[
 Device = Annotated[
     str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps', or 'auto': a GPU where there is one.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that the model brings; read that code first."),
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' prints it.")
 ]

@@ -34,6 +34,7 @@ def perplexity(
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -56,7 +57,9 @@ def perplexity(
 
     words = read_text(text)
     config = memory.config(seed)
-    decoder = choose_decoder(ctx, model, adapter, config, dtype=dtype, device=device).open()
+    decoder = choose_decoder(
+        ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    ).open()
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
         decoder,

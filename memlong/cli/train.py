@@ -91,6 +91,7 @@ def train(
     position_mode: options.PositionMode = "zero",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
     """Train a model to read a memory: LoRA on the layers above it, the maps of 'latent', and gates.
@@ -166,7 +167,9 @@ def train(
     if dataset is not None:
         texts += read_dataset(dataset, split=dataset_split, column=dataset_column)
     begun = _begun(out) if resume else None
-    language_model, tokenizer = load(model, dtype=dtype, device=device, trained=begun, trains=True)
+    language_model, tokenizer = load(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, trained=begun, trains=True
+    )
     if retrieval_layers is None:
         config = replace(config, retrieval_layers=usual_retrieval_layers(language_model, config))
     documents = [tokenize(tokenizer, words)[0] for words in tqdm(texts, desc="tokens", unit="text")]

@@ -52,7 +52,7 @@ class WindowLayer(DynamicLayer):
 
 
 class StateLayer(LinearAttentionLayer):
-    """The states of one layer, as transformers sees them during one forward call. None is written over."""
+    """The states of one layer, as transformers sees them during one forward call: copies, which it writes over."""
 
     def lazy_initialization(
         self,
@@ -90,6 +90,7 @@ class StateLayer(LinearAttentionLayer):
         for (number, kind, index), state in states.items():
             if number != layer:
                 continue
+            state = state.clone()  # models write over it
             if kind == "conv":
                 self.conv_states[index] = state
                 self.conv_kernel_size[index] = state.shape[-1]
@@ -115,13 +116,13 @@ def _place(layer: Any, like: Tensor) -> None:
 
 
 def _own(states: dict[int, Tensor | None], index: int) -> None:
-    """Let what is written to be a copy: transformers writes in place."""
+    """Let what is written to be a copy where gradients need what was there."""
     state = states.get(index)
-    if state is not None:
+    if state is not None and torch.is_grad_enabled():
         states[index] = state.clone()
 
 
-class StatefulWindowLayer(StateLayer, WindowLayer):  # type: ignore[misc] # as transformers' own are
+class StatefulWindowLayer(StateLayer, WindowLayer):  # type: ignore[misc, override] # as its own are
     """A layer that attends and carries a state."""
 
     def __init__(self, states: int, window: GroupWindow, place: int, *, keys_second: bool) -> None:

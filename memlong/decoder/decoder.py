@@ -34,7 +34,8 @@ class MemoryDecoder(SavingDecoder):
     Parameters
     ----------
     model
-        A RoPE decoder-only model of transformers, its attention implementation ``"sdpa"`` or ``"eager"``.
+        A RoPE decoder-only model of transformers, its attention implementation ``"sdpa"`` or ``"eager"``; or peft's
+        ``PeftModel`` around one, whose adapters stay at work in it.
     tokenizer
         Its tokenizer; retrievers that read text need it.
     config
@@ -88,6 +89,7 @@ class MemoryDecoder(SavingDecoder):
         registry: Registry | None = None,
         dtype: str = AUTO,
         device: str = AUTO,
+        trust_remote_code: bool = False,
     ) -> Self:
         """Load a trained decoder: its model, the adapter, and what reads the memory.
 
@@ -105,6 +107,9 @@ class MemoryDecoder(SavingDecoder):
         dtype, device
             Of the model, if it is to be loaded, as :func:`~memlong.load_model` takes them; but ``"auto"`` is the dtype
             of the training, where the folder names it.
+        trust_remote_code
+            Whether code that the model brings may run here, as :func:`~memlong.load_model` takes it. The decoder's own
+            folder holds no code.
 
         Raises
         ------
@@ -120,7 +125,9 @@ class MemoryDecoder(SavingDecoder):
                     f"{str(name)!r} does not say for which model it was trained: give `model` and `tokenizer`."
                 )
             dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
-            model, tokenizer = load_model(found.base_model, dtype=dtype, device=device)
+            model, tokenizer = load_model(
+                found.base_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
         # Before the adapter: a retriever that asks the model is then the one of the training.
         decoder = cls(model, tokenizer, found.config, retriever=retriever, registry=registry)
         if found.has_adapter:
@@ -199,10 +206,10 @@ class MemoryDecoder(SavingDecoder):
         """
         self._check_attached()
         check_options(self.model, options)
-        token_lists(input_ids, attention_mask, self._layout.vocabulary)  # before anything is cut
+        token_lists(input_ids, attention_mask, self._layout)  # before anything is cut
         known = 0 if past_key_values is None else self._columns_of(past_key_values)
         new_mask = None if attention_mask is None else attention_mask[:, known:]
-        prompt = token_lists(input_ids[:, known:], new_mask, self._layout.vocabulary)
+        prompt = token_lists(input_ids[:, known:], new_mask, self._layout)
         if not all(prompt) or (new_mask is not None and not bool(new_mask[:, -1].all())):
             raise InvalidArgumentError(
                 "A row of the prompt is empty, or padded on the right; expected at least one token in every row, and "

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.sources import KvSource, LatentSource, LayerSource
+from memlong.decoder.weights import adapter_digests, module_digest, text_decoder, weights_digest
 
-_SAMPLE = 256
-_hashed: WeakKeyDictionary[PreTrainedModel, tuple[object, str]] = WeakKeyDictionary()
-_SAYS_NOTHING = {  # of a model's config: names, and what decides how it is run
-    "_name_or_path",
+_DIGITS = 64  # of a SHA-256
+
+_SAYS_NOTHING = {  # of a text configuration: names, and what decides how a model is run, trained or made
     "architectures",
+    "auto_map",
+    "chunk_size_feed_forward",
     "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
+    "final_logit_softcapping",
+    "is_decoder",
+    "logit_scale",
+    "logits_scaling",
+    "num_logits_to_keep",
+    "output_router_logits",
+    "pretraining_tp",
+    "problem_type",
     "quantization_config",
+    "return_dict",
+    "tie_word_embeddings",
+    "torch_dtype",
 }
-_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings", "partial_rotary_factor")
+_OF_TRAINING = {"aux", "dropout", "init", "initializer", "jitter", "layerdrop", "loss", "pdrop"}
+_OF_OTHERS = ("_", "audio_", "classifier_", "id2label", "label2id", "num_labels", "summary_", "vision_")
+_OF_TOKENS = ("_token_id", "_token_index")
 _SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
 
 
@@ -45,42 +53,91 @@ def fingerprint(
 
     Of the weights, every byte is. While the same tensors stay in place, they are read once, and then a sample of each.
     """
-    settings = model.config.to_dict()
-    rest = {
-        name: value for name, value in settings.items() if name not in _SAYS_NOTHING and name not in _ROPE
-    }
+    part = text_decoder(model, layout.modules)
     return {
-        "model": type(model).__name__,
-        "config": _digest(rest),
-        "rope": _digest({name: settings.get(name) for name in _ROPE}),
-        "weights": _weights(model),
+        "model": type(part).__name__,
+        "config": _told(model.config.get_text_config(decoder=True)),
+        "weights": weights_digest(model, part),
+        "adapters": adapter_digests(model, part),
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": len(layout.layers),
         "retrieval_layers": list(source.retrieval_layers),
         "kv_source": config.kv_source,
         "memory_layers": list(source.memory_layers) if isinstance(source, LayerSource) else None,
-        "maps": _module(source.maps) if isinstance(source, LatentSource) else None,
-        "gates": None if gates is None else _module(gates),
+        "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
+        "gates": None if gates is None else module_digest(gates),
         "retriever": None if retriever is None else _retriever(config, retriever),
         **{name: getattr(config, name) for name in _SIZES},
     }
 
 
+def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield what a fingerprint says, one fact at a time; parts of one after a dot."""
+    for name, value in told.items():
+        yield from _leaves(name, value)
+
+
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Return which parts of two fingerprints differ, with what they are where that says something.
 
-    Of other dtypes, weights cannot be compared.
+    Of the configuration, only what both know counts: a release of transformers may add fields. Of other dtypes,
+    weights cannot be compared.
     """
-    found = []
-    names = ours.keys() | theirs.keys()
+    if not isinstance(theirs.get("config"), dict):
+        return ["the form of the fingerprint, which is of an earlier memlong and cannot be compared"]
+    names = (ours.keys() | theirs.keys()) - {"adapters", "config"}
     if ours.get("dtype") != theirs.get("dtype"):
         names -= {"weights"}
-    for name in sorted(names):
-        mine, other = ours.get(name), theirs.get(name)
-        if mine != other:
-            is_digest = any(isinstance(each, str) and len(each) == 64 for each in (mine, other))
-            found.append(name if is_digest else f"{name} ({other!r} when it was saved, {mine!r} now)")
-    return found
+    found = [_told_apart(name, ours.get(name), theirs.get(name)) for name in sorted(names)]
+    fields = [
+        _told_apart(name, ours["config"][name], theirs["config"][name])
+        for name in sorted(ours["config"].keys() & theirs["config"].keys())
+    ]
+    mine, other = (each.get("adapters") or {} for each in (ours, theirs))
+    adapters = (
+        ""
+        if sorted(mine.values()) == sorted(other.values())
+        else f"adapters ({_names(other)} when it was saved, {_names(mine)} now)"
+    )
+    return [each for each in (adapters, *fields, *found) if each]
+
+
+def _told_apart(name: str, mine: object, other: object) -> str:
+    if mine == other:
+        return ""
+    is_digest = any(isinstance(each, str) and len(each) == _DIGITS for each in (mine, other))
+    return name if is_digest else f"{name} ({other!r} when it was saved, {mine!r} now)"
+
+
+def _names(adapters: Mapping[str, str]) -> str:
+    """Name adapters, so that two of one name and other weights are told apart."""
+    return ", ".join(f"{name!r} {digest[:8]}" for name, digest in sorted(adapters.items())) or "none"
+
+
+def _told(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return all that keys and values may depend on of a text configuration; parts of a field after a dot."""
+    silent = _SAYS_NOTHING | (GenerationConfig().to_dict().keys() - {"top_k"})  # which may be that of experts
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(each) for name, each in _leaves("", rope) if name.endswith("rope_type")}
+    if kinds <= {"default"}:  # only other kinds of rotation ask how long the model's texts may be
+        silent |= {"max_position_embeddings"}
+    settings = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in silent
+        and not name.startswith(_OF_OTHERS)
+        and not name.endswith(_OF_TOKENS)
+        and not _OF_TRAINING & set(name.split("_"))
+    }
+    return dict(_leaves("", json.loads(json.dumps(settings, default=str))))
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key in sorted(value, key=str):
+        yield from _leaves(f"{name}.{key}" if name else str(key), value[key])
 
 
 def _retriever(config: MemoryConfig, retriever: Retriever) -> list[object]:
@@ -88,45 +145,3 @@ def _retriever(config: MemoryConfig, retriever: Retriever) -> list[object]:
     options = {name: value for name, value in config.retriever_options.items() if name != "device"}
     said = json.dumps(options, sort_keys=True, default=str)
     return [f"{kind.__module__}:{kind.__qualname__}", config.retriever, said, retriever.dim, retriever.metric]
-
-
-def _weights(model: PreTrainedModel) -> str:
-    tensors = _tensors(model)
-    if any(
-        tensor.is_inference() for tensor in tensors.values()
-    ):  # nobody counts how often these were changed
-        return _module(model)
-    places = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]  # noqa: SLF001 - no other name
-    state = (
-        places,
-        _digest_of(tensors, _SAMPLE),
-    )  # the sample sees most of what goes around the count, as .data does
-    known = _hashed.get(model)
-    if known is None or known[0] != state:
-        known = _hashed[model] = (state, _module(model))
-    return known[1]
-
-
-def _module(module: torch.nn.Module) -> str:
-    return _digest_of(_tensors(module))
-
-
-def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: each for name, each in sorted(module.state_dict().items()) if isinstance(each, Tensor)}
-
-
-def _digest_of(tensors: Mapping[str, Tensor], most: int | None = None) -> str:
-    """Hash all numbers of each tensor, or so many that are evenly spaced, the first and the last among them."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        if most is not None and len(flat) > most:
-            places = torch.linspace(0, len(flat) - 1, most, dtype=torch.float64).long()
-            flat = flat[places.to(flat.device)]
-        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

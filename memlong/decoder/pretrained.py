@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memlong.decoder.adapters import own_names
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.latent import LatentMaps
 from memlong.decoder.loading import NAME, stable_name
 from memlong.decoder.machine import dtype_name
 from memlong.decoder.quiet import quiet_loading
+from memlong.decoder.weights import left_as_they_are, true_tensor
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
 
 SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
@@ -81,6 +83,8 @@ def write_pretrained(
 
     Raises
     ------
+    InvalidArgumentError
+        If several adapters are at work, of which a folder holds one.
     StorageError
         If it cannot be written.
     """
@@ -104,8 +108,7 @@ def write_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if has_adapter:
-            with quiet_loading():
-                model.save_pretrained(folder)
+            _write_adapter(folder, model)
         if maps is not None:
             maps.save(folder / MAPS)
         if gates is not None:
@@ -174,6 +177,25 @@ def read_pretrained(name: str | Path, changes: Mapping[str, Any] | None = None) 
         ) from error
 
 
+def _write_adapter(folder: Path, model: PreTrainedModel) -> None:
+    flag = (
+        "_hf_peft_config_loaded"  # which a PeftModel does not set, and without which all weights are written
+    )
+    was_loaded = getattr(model, flag, False)
+    setattr(model, flag, True)
+    try:
+        active = model.active_adapters()
+        if len(active) != 1:
+            raise InvalidArgumentError(
+                f"{len(active)} adapters of the model are at work ({', '.join(active)}), and a folder holds one. Merge "
+                "them into one, or choose one by set_adapter."
+            )
+        with quiet_loading(), left_as_they_are(model):
+            model.save_pretrained(folder)
+    finally:
+        setattr(model, flag, was_loaded)
+
+
 def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Load the adapter of a folder into a model.
 
@@ -222,7 +244,8 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _check_loaded(model: PreTrainedModel, folder: Path) -> None:
-    odd = _unlike(load_file(folder / ADAPTER), model.get_adapter_state_dict())
+    with left_as_they_are(model):
+        odd = _unlike(load_file(folder / ADAPTER), model.get_adapter_state_dict())
     if odd:
         raise InvalidArgumentError(
             f"The adapter in {str(folder)!r} does not fit this {type(model).__name__}: {len(odd)} of its tensors are "
@@ -251,12 +274,10 @@ def _base_weights(model: PreTrainedModel) -> str | None:
     if model.dtype == torch.float16 or getattr(model, "hf_quantizer", None) is not None:
         return None
     digest = hashlib.sha256()
-    tensors = {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name
-    }
-    for name, parameter in sorted(tensors.items()):
+    parameters = dict(model.named_parameters())
+    own = {plain: name for name, plain in own_names(model, parameters).items()}
+    for name, full_name in sorted(own.items()):
+        parameter = true_tensor(model, full_name, parameters[full_name])
         digest.update(f"{name} {list(parameter.shape)}".encode())
         flat = parameter.detach().flatten()
         places = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), _SAMPLE), dtype=torch.float64).long()

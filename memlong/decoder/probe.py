@@ -76,7 +76,16 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         or all(layer.rope.call is None for layer in layers.values())
     )
     vocabulary = _embeddings(model).shape[0]
-    return ModelLayout(layers, seen.depth, seen.readers(), seen.states, max_positions, vocabulary, is_unusual)
+    return ModelLayout(
+        layers,
+        seen.depth,
+        seen.readers(),
+        seen.states,
+        max_positions,
+        vocabulary,
+        _placeholders(model.config),
+        is_unusual,
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -115,6 +124,16 @@ def _embeddings(model: PreTrainedModel) -> Tensor:
         raise _unsupported(
             model, "it has no one table of token embeddings; give the part of it that reads text"
         ) from error
+
+
+def _placeholders(config: PreTrainedConfig) -> dict[int, str]:
+    found = {}
+    for kind in ("image", "video", "audio"):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            token = getattr(config, name, None)
+            if isinstance(token, int):
+                found[token] = f"{'a' if kind == 'video' else 'an'} {kind}"
+    return found
 
 
 def _trained_positions(config: PreTrainedConfig) -> int | None:

@@ -81,10 +81,11 @@ class Row:
     def keeps(self, tokens: Ints, reach: int | None = None) -> Bools:
         """Which tokens [columns], by index and −1 for padding, belong in the window.
 
-        With a ``reach``, in that of a layer whose next token sees so many, itself included.
+        With a ``reach``, in that of a layer whose tokens see so many, themselves included: also of tokens that may be
+        taken back.
         """
         if reach is not None:
-            return (tokens >= max(0, self.seen + 1 - reach)) & (tokens < self.seen)
+            return (tokens >= self._first_seen(reach)) & (tokens < self.seen)
         kept = ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
         return kept & (tokens < self.seen)
 
@@ -94,9 +95,12 @@ class Row:
         if reach is None:
             needed = [*range(min(self.config.sink_tokens, self.seen)), *range(self.first_token, self.seen)]
         else:
-            needed = [*range(max(0, self.seen + 1 - reach), self.seen)]
+            needed = [*range(self._first_seen(reach), self.seen)]
         if (held < 0).any() or (np.diff(held) <= 0).any() or held[self.keeps(held, reach)].tolist() != needed:
             raise ValueError(f"its window does not hold, in order, what precedes token {self.seen}")
+
+    def _first_seen(self, reach: int) -> int:
+        return max(0, self.seen + 1 - reach - self.config.segment_size)
 
     def fork(self) -> Row:
         """Return a row that goes its own way from here; what it stores stays in a draft of the bank."""

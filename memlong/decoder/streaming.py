@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import ChunkLayout, MemoryBank, TieredStore
+from memlong.decoder.adapters import unwrapped
 from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
 from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
@@ -49,7 +50,7 @@ class StreamingDecoder:
         retriever: Retriever | None = None,
         registry: Registry | None = None,
     ) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         self.tokenizer = tokenizer
         self.config = MemoryConfig() if config is None else config
         if not isinstance(self.config, MemoryConfig):
@@ -219,7 +220,7 @@ class StreamingDecoder:
         """
         if logits not in ("all", "last"):
             raise InvalidArgumentError(f"logits is {logits!r}; expected 'all' or 'last'.")
-        pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
+        pending = token_lists(input_ids, attention_mask, self._layout)
         return self._begun(pending, 0 if logits == "all" else 1, gradients=gradients)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -230,7 +231,7 @@ class StreamingDecoder:
         InvalidArgumentError
             If a row holds no token, or as :meth:`stream` does.
         """
-        pending = token_lists(input_ids, attention_mask, self._layout.vocabulary)
+        pending = token_lists(input_ids, attention_mask, self._layout)
         if not all(pending):
             raise InvalidArgumentError(
                 "A row of input_ids holds no token; expected at least one in every row."

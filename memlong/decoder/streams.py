@@ -261,15 +261,16 @@ class Streams:
         if not self._layout.states:
             logits, after = self._calls.run(before, input_ids, tokens, slot, logits_to_keep)
         else:
-            self._note_beginnings()
+            self._note_beginnings(tokens)
             begun = [row.seen > 0 for row in self.rows]
             logits, after = self._calls.run_by_length(before, input_ids, tokens, begun, slot, logits_to_keep)
         self._window, self._memory = after.window, after.memory
         return logits
 
-    def _note_beginnings(self) -> None:
+    def _note_beginnings(self, tokens: Ints) -> None:
         """Note the states of rows whose coming token begins a segment: from there tokens can be taken back."""
-        rows = [number for number, row in enumerate(self.rows) if row.begins_segment()]
+        coming: Bools = np.any(tokens >= 0, axis=1)
+        rows = [number for number, row in enumerate(self.rows) if coming[number] and row.begins_segment()]
         if len(rows) == len(self.rows):
             self._begun_with = self._window.states
         elif rows:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memlong.decoder.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> list[list[int]]:
+def token_lists(input_ids: Tensor, attention_mask: Tensor | None, layout: ModelLayout) -> list[list[int]]:
     """Check shapes and ids, and take the padding out.
 
     Parameters
     ----------
     input_ids
-        [rows, tokens], integers from 0 to ``vocabulary`` - 1.
+        [rows, tokens], integers from 0 to ``layout.vocabulary`` - 1.
     attention_mask
         [rows, tokens], 0 where padded; None where nothing is.
-    vocabulary
-        How many tokens the model knows.
+    layout
+        Which tokens the model knows, and which of them stand for an image or the like.
 
     Returns
     -------
@@ -30,7 +31,7 @@ def token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
     Raises
     ------
     InvalidArgumentError
-        If a shape, a type or a token id is wrong.
+        If a shape, a type or a token id is wrong, or a token stands for what is no text.
     """
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in _INTEGERS:
         raise InvalidArgumentError(
@@ -46,12 +47,19 @@ def token_lists(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: in
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
     if not rows:
         raise InvalidArgumentError("input_ids has no rows; expected an integer tensor [rows, tokens].")
+    vocabulary = layout.vocabulary
     for row in rows:
         if row and not 0 <= min(row) <= max(row) < vocabulary:
             odd = next(token for token in row if not 0 <= token < vocabulary)
             raise InvalidArgumentError(
                 f"input_ids holds {odd}; the model's tokens go from 0 to {vocabulary - 1}. Use its own tokenizer, and "
                 "an attention_mask that is 0 where input_ids is padded."
+            )
+        if not layout.placeholders.keys().isdisjoint(row):
+            token = next(token for token in row if token in layout.placeholders)
+            raise InvalidArgumentError(
+                f"input_ids holds {token}, which stands for {layout.placeholders[token]}: a memory holds text alone. "
+                "Leave it out, or use the model without `with decoder:`."
             )
     return rows
 

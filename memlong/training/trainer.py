@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from memlong.decoder import MemoryConfig, MemoryDecoder
+from memlong.decoder.fingerprint import facts
 from memlong.decoder.pretrained import SETTINGS
 from memlong.decoder.recall import RandomChunks
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
@@ -282,7 +283,7 @@ class Trainer:
                 for name, value in memory.items()
                 if name not in ("store", "maps", "gates")
             },
-            **{f"model.{name}": value for name, value in self._fingerprint.items()},  # maps and gates, too
+            **{f"model.{name}": value for name, value in facts(self._fingerprint)},  # maps and gates, too
             "text": self.episodes.digest,
         }
 

@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 
 from memlong import MemoryDecoder
 from memlong.architectures import Architecture, tiny_model_of
+from memlong.errors import InvalidArgumentError
 from tests.decoder.test_oracles import plain_logits, stream
 
-TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
 KINDS = {
     "multimodal": ("gemma3", "Gemma3ForConditionalGeneration"),
     "multimodal, three axes of positions": ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
@@ -36,17 +36,31 @@ def model(request):
     return made
 
 
-def test_1_with_the_text_in_the_window_it_is_the_plain_model(model, small, text):
+@pytest.fixture
+def close(model):
+    """Equal but for rounding; of Gemma 3n's, transformers' own cache makes as much."""
+    tolerance = 1e-4 if type(model).__name__ == "Gemma3nForCausalLM" else 2e-5
+
+    def check(found, expected):
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance * scale)
+
+    return check
+
+
+def test_1_with_the_text_in_the_window_it_is_the_plain_model(model, close, small, text):
     ids = text(20)
     with MemoryDecoder(model, None, small(backend=None)) as decoder:
         (logits,), _ = stream(decoder, ids)
-    torch.testing.assert_close(logits, plain_logits(model, ids), **TOLERANCE)
+    close(logits, plain_logits(model, ids))
 
 
 def test_1_detached_the_model_is_as_it_was(model, small, text):
     ids = text(30)
     before, config = plain_logits(model, ids), model.config.to_dict()
-    implementations = [getattr(part, "config", None) and part.config._attn_implementation for part in model.modules()]
+    implementations = [
+        getattr(part, "config", None) and part.config._attn_implementation for part in model.modules()
+    ]
     with MemoryDecoder(model, None, small()) as decoder:
         stream(decoder, text(60))
         inside = plain_logits(model, ids)
@@ -59,16 +73,16 @@ def test_1_detached_the_model_is_as_it_was(model, small, text):
 
 
 @pytest.mark.parametrize("store", [{}, {"host": "all"}], ids=["device", "host"])
-def test_2_memory_of_the_whole_prefix_is_full_attention(model, small, text, store):
+def test_2_memory_of_the_whole_prefix_is_full_attention(model, close, small, text, store):
     ids = text(130)
     config = small(position_mode="original", top_k=64, store=store)
     with MemoryDecoder(model, None, config) as decoder:
         (logits,), retrieved = stream(decoder, ids)
     assert len(retrieved[0][128]) > 20
-    torch.testing.assert_close(logits, plain_logits(model, ids), **TOLERANCE)
+    close(logits, plain_logits(model, ids))
 
 
-def test_3_a_token_changes_nothing_before_it(model, small, text):
+def test_3_a_token_changes_nothing_before_it(model, close, small, text):
     ids = text(90)
     other = ids.clone()
     other[0, 50] = (other[0, 50] + 5) % 90 + 3
@@ -76,11 +90,11 @@ def test_3_a_token_changes_nothing_before_it(model, small, text):
         (logits,), _ = stream(decoder, ids)
         decoder.reset()
         (other_logits,), _ = stream(decoder, other)
-    torch.testing.assert_close(logits[:50], other_logits[:50], **TOLERANCE)
+    close(logits[:50], other_logits[:50])
     assert not torch.allclose(logits[50:], other_logits[50:])
 
 
-def test_4_a_ragged_batch_gives_each_row_what_it_gets_alone(model, small, text):
+def test_4_a_ragged_batch_gives_each_row_what_it_gets_alone(model, close, small, text):
     lengths = [70, 41, 3]
     ids, more = text(70, rows=3), text(21, rows=3, seed=1)
     mask = torch.stack([(torch.arange(70) >= 70 - length).long() for length in lengths])
@@ -92,20 +106,20 @@ def test_4_a_ragged_batch_gives_each_row_what_it_gets_alone(model, small, text):
         for row, length in enumerate(lengths):
             decoder.reset()
             (alone,), (found,) = stream(decoder, ids[row : row + 1, 70 - length :])
-            torch.testing.assert_close(together[row], alone, **TOLERANCE)
+            close(together[row], alone)
             assert retrieved[row] == found
             (alone,), (found,) = stream(decoder, more[row : row + 1, 5 if row == 0 else 0 :])
-            torch.testing.assert_close(again[row], alone, **TOLERANCE)
+            close(again[row], alone)
             assert retrieved_again[row] == found
 
 
-def test_4_a_text_in_pieces_is_what_it_is_in_one(model, small, text):
+def test_4_a_text_in_pieces_is_what_it_is_in_one(model, close, small, text):
     ids = text(75)
     with MemoryDecoder(model, None, small()) as decoder:
         (whole,), _ = stream(decoder, ids)
         decoder.reset()
         parts = [stream(decoder, part)[0][0] for part in ids.split([1, 2, 9, 30, 33], dim=1)]
-    torch.testing.assert_close(torch.cat(parts), whole, **TOLERANCE)
+    close(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -128,12 +142,31 @@ def test_6_saved_streams_go_on_and_answer_alike(model, small, text, tmp_path, be
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_over_memory_of_everything_is_the_plain_models(model, small, text, beams):
+def test_generation_over_memory_of_everything_is_the_plain_models(model, close, small, text, beams):
     ids = text(60)
     options = {"max_new_tokens": 7, "num_beams": beams, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     with MemoryDecoder(model, None, small(position_mode="original", top_k=64)) as decoder:
-        assert decoder.generate(ids, **options).tolist() == expected.tolist()
+        found = decoder.generate(ids, **options)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    for mine, theirs in zip(found.logits, expected.logits, strict=True):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4", "gpt_oss", "gemma4_text", "ministral"],
+)
+def test_a_sliding_layer_keeps_its_own_window_however_short_the_local_one(small, text, model_type):
+    model, ids = tiny_model_of(model_type), text(130)
+    with MemoryDecoder(model, None, small(position_mode="original", top_k=64, local_window=16)) as decoder:
+        sliding = {layer.sliding_window for layer in decoder.model_layout.layers.values()}
+        (logits,), _ = stream(decoder, ids)
+    assert any(window is not None and window > 16 for window in sliding)
+    expected = plain_logits(model, ids)
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=2e-5 * float(expected.abs().max()))
+    assert MemoryDecoder(model, None).retrieval_layers  # the default settings
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -160,7 +193,7 @@ def test_what_is_not_remembered_leaves_no_trace(model, small, text):
     assert torch.equal(expected[0], found[0])
 
 
-def test_gradients_come_from_each_segment(model, small, text):
+def test_gradients_come_from_each_segment(model, close, small, text):
     """As training has it: a window that went before is a constant."""
     with MemoryDecoder(model, None, small(gate_init=0.0)) as decoder:
         (expected,), _ = stream(decoder, text(40))
@@ -169,7 +202,7 @@ def test_gradients_come_from_each_segment(model, small, text):
         for segment in decoder.stream(text(40), gradients=True):
             segment.logits.sum().backward()
             logits.append(segment.logits.detach())
-    torch.testing.assert_close(torch.cat(logits, dim=1)[0], expected, **TOLERANCE)
+    close(torch.cat(logits, dim=1)[0], expected)
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -181,3 +214,16 @@ def test_latent_attention_stores_what_the_models_own_cache_takes(small, text):
         layers, heads, _, width = decoder.layout.shape
     numbers = config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
     assert numbers <= 2 * layers * heads * width < numbers + 2 * width
+
+
+def test_what_is_no_text_is_refused_by_name(small, text):
+    model = tiny_model_of(Architecture("gemma3", "Gemma3ForConditionalGeneration"))
+    model.config.image_token_id = 95
+    with MemoryDecoder(model, None, small()) as decoder:
+        with pytest.raises(
+            InvalidArgumentError, match="pixel_values does not go with a memory, which holds text"
+        ):
+            decoder.generate(text(5), pixel_values=torch.zeros(1, 3, 8, 8))
+        with pytest.raises(InvalidArgumentError, match="input_ids holds 95, which stands for an image"):
+            decoder.read(torch.tensor([[5, 95, 6]]))
+        assert decoder.tokens_read == ()

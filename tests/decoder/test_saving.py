@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from memlong import MemoryConfig, MemoryDecoder, SnapshotError, create_bank, load_bank
+from memlong.decoder import weights
 from memlong.decoder.sources import LayerSource
 from memlong.errors import InvalidArgumentError, MemlongError
 
@@ -180,15 +181,20 @@ def test_a_few_numbers_that_were_trained_are_refused(llama, small, saved):
 def test_weights_that_stay_are_read_once(llama, small, monkeypatch):
     decoder = MemoryDecoder(llama, None, small())
     before = decoder.fingerprint()
-    monkeypatch.setattr("memlong.decoder.fingerprint._module", lambda _: "read again")
+    read = weights.digest_of
+    monkeypatch.setattr(
+        weights, "digest_of", lambda tensors, most=None: read(tensors, most) if most else "read again"
+    )
     assert decoder.fingerprint() == before
-    llama.lm_head.weight.data[0] += 1  # which torch does not count
+    llama.model.embed_tokens.weight.data[0] += 1  # which torch does not count
     assert decoder.fingerprint()["weights"] == "read again"
 
 
 def test_another_rotation_is_refused(llama, small, saved):
     llama.config.rope_parameters["rope_theta"] = 5e5
-    assert refusal(saved, llama, small()) == "rope"
+    assert refusal(saved, llama, small()) == (
+        "rope_parameters.rope_theta (10000.0 when it was saved, 500000.0 now)"
+    )
 
 
 def test_another_dtype_is_refused(llama, small, saved):

@@ -99,6 +99,21 @@ def test_another_model_is_not_resumed(trainer, tmp_path):
         run.run(resume=True)
 
 
+def test_a_field_that_a_release_of_transformers_adds_is_no_other_model(trainer):
+    cut_off(trainer(steps=6, checkpoint_every=4), at=5)
+    run = trainer(steps=6)
+    run._fingerprint["config"]["of_tomorrow"] = True
+    assert len(run.run(resume=True)) == 6
+
+
+def test_another_configuration_is_not_resumed(trainer):
+    cut_off(trainer(steps=6, checkpoint_every=4), at=5)
+    run = trainer(steps=6)
+    run._fingerprint["config"]["rms_norm_eps"] = 0.1
+    with pytest.raises(InvalidArgumentError, match=r"model\.config\.rms_norm_eps 1e-06, but now it is 0\.1"):
+        run.run(resume=True)
+
+
 def test_a_damaged_checkpoint_or_curve_is_said(trainer, tmp_path):
     cut_off(trainer(steps=20, checkpoint_every=4), at=19)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")

@@ -1,0 +1,121 @@
+"""Adapters of peft inside a model: which of them are at work, and which tensors are theirs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from memlong.errors import UnsupportedModelError
+
+_INSIDE = ("base_layer", "original_module", "token_adapter")  # how peft's layers name what they are around
+_OUTSIDE = ("POLY", "XLORA")  # kinds whose forward pass is that of the PeftModel alone
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """What one adapter does to one layer.
+
+    Attributes
+    ----------
+    adapter
+        Its name.
+    path, layer
+        Name of the layer in the model, and what that is without adapters.
+    scaling
+        By which the adapter's part is multiplied; None where its kind knows none.
+    tensors
+        Its own, by their names in the layer.
+    """
+
+    adapter: str
+    path: str
+    layer: str
+    scaling: float | None
+    tensors: Mapping[str, Tensor]
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a ``PeftModel``, in which its adapters stay; any other model as it is.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If an adapter that is at work is of a kind that acts outside the layers, such as one that puts learnt tokens
+        before the prompt.
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(model, peft.PeftModel | peft.PeftMixedModel):
+        return cast("PreTrainedModel", model)
+    active = [model.active_adapter] if isinstance(model.active_adapter, str) else model.active_adapter
+    for name in active:
+        config: Any = model.peft_config[name]
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning or config.is_adaption_prompt or kind in _OUTSIDE:
+            raise UnsupportedModelError(
+                f"The adapter {name!r} is of the kind {kind}, which works outside the model's layers, and memory "
+                "reads the model alone. Use an adapter of the layers (LoRA, DoRA, IA3, ...), or the plain model."
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise UnsupportedModelError(
+                f"The adapter {name!r} is an activated LoRA, at work only after its invocation tokens, which memory "
+                "does not look for. Use a LoRA without alora_invocation_tokens, or the plain model."
+            )
+    return cast("PreTrainedModel", model.base_model.model)
+
+
+def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return, for each tensor of a model's state that is not an adapter's, its name as it is without adapters."""
+    around = {path for path, _ in _wrappers(model)}
+    return {name: plain for name in names if (plain := _without(name, around)) is not None}
+
+
+def active_layers(model: nn.Module) -> Iterator[AdapterLayer]:
+    """Yield what each adapter that is at work does; one that is merged is part of the model's weights instead."""
+    wrappers = _wrappers(model)
+    around = {path for path, _ in wrappers}
+    for path, wrapper in wrappers:
+        if wrapper.disable_adapters or wrapper.merged_adapters:
+            continue
+        tensors = {**dict(wrapper.named_parameters()), **dict(wrapper.named_buffers())}
+        for adapter in wrapper.active_adapters:
+            theirs = {
+                name: tensors[name]
+                for name in sorted(tensors)
+                if adapter in (parts := name.split(".")) and parts[0] not in _INSIDE
+            }
+            if theirs:
+                scaling = getattr(wrapper, "scaling", None)
+                yield AdapterLayer(
+                    adapter,
+                    path,
+                    _without(f"{path}.base_layer", around) or path,
+                    scaling.get(adapter) if isinstance(scaling, dict) else None,
+                    theirs,
+                )
+
+
+def _wrappers(model: nn.Module) -> list[tuple[str, Any]]:
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _without(name: str, around: set[str]) -> str | None:
+    """Return the name of a tensor as it is without the layers around; None if it is an adapter's."""
+    path, plain = "", []
+    for part in name.split("."):
+        if path not in around:
+            plain.append(part)
+        elif part not in _INSIDE:
+            return None
+        path = f"{path}.{part}" if path else part
+    return ".".join(plain)
