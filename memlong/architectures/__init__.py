@@ -1,6 +1,6 @@
 """Every decoder-only architecture of the installed transformers as a tiny model, and whether memory attaches to it."""
 
-from memlong.architectures.listing import (
+from memlong.architectures.listing import TRANSFORMERS, Architecture, architectures, encoder_decoders, is_model_type, of_model_type
     Architecture,
     architectures,
     encoder_decoders,
@@ -13,6 +13,7 @@ from memlong.architectures.tiny import tiny_config, tiny_model_of
 from memlong.architectures.trial import Trial, try_architecture
 
 __all__ = [
+    "TRANSFORMERS",
     "Architecture",
     "Outline",
     "Trial",

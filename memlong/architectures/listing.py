@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, __version__
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from memlong.architectures.exceptions import NEEDED
 from memlong.decoder.quiet import quiet_loading
 from memlong.errors import UnknownNameError
+
+TRANSFORMERS = __version__
+"""Version of the installed transformers."""
 
 _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 

@@ -6,16 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import transformers
-from transformers import PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    __version__,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from memlong.architectures.described import kinds_of_layers, stored_of_a_token, token_bytes
 from memlong.architectures.light import light_models
-from memlong.architectures.listing import of_model_type
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.quiet import quiet_loading
 from memlong.errors import UnsupportedModelError
+
+_KINDS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Outline:
     Attributes
     ----------
     class_name
-        The model's class.
+        The model's class, or its type where there is none.
     reason
         Why memory does not attach; empty where it does. All that follows is then empty, too.
     depth
@@ -64,14 +71,12 @@ class Outline:
 
 
 def outline(config: PreTrainedConfig) -> Outline:
-    """Attach memory to a light model of a configuration and say what comes of it.
-
-    Raises
-    ------
-    UnknownNameError
-        If transformers has no decoder-only architecture of its model type.
-    """
+    """Attach memory to a light model of a configuration and say what comes of it."""
     kind = _class_of(config)
+    if kind is None:
+        return Outline(
+            config.model_type, f"transformers {__version__} has no model of this type that generates text."
+        )
     reason = ""
     with quiet_loading():
         for make, is_whole in light_models(kind, config):
@@ -112,6 +117,11 @@ def _greatest_window(layout: ModelLayout) -> int | None:
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
-    names = [each.class_name for each in of_model_type(config.model_type)]
-    told = [name for name in config.architectures or () if name in names]
-    return getattr(transformers, (told or names)[0])
+    """Return the class that :func:`~memlong.load_model` takes for this configuration; None if there is none."""
+    own = getattr(config, "auto_map", None) or {}
+    for kind in _KINDS:
+        if type(config) in kind._model_mapping:  # noqa: SLF001 - no public name holds for all
+            return kind._model_mapping[type(config)]  # noqa: SLF001
+        if kind.__name__ in own:  # its code was trusted, or there would be no such configuration
+            return get_class_from_dynamic_module(own[kind.__name__], str(config.name_or_path))
+    return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
+from memlong.cli import options
 from memlong.cli.output import print_json, print_section, print_table, shown
 from memlong.cli.values import writable
 from memlong.errors import InvalidArgumentError
@@ -28,6 +29,7 @@ def models(
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the table of all model types as a page.")
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say whether memory attaches to a model, and how; or list all architectures of the installed transformers.
@@ -54,7 +56,7 @@ def models(
     from memlong.architectures import is_model_type
 
     if name is not None and (Path(name).exists() or not is_model_type(name)):
-        _show_outline(name, as_json=as_json)
+        _show_outline(name, trust_remote_code=trust_remote_code, as_json=as_json)
         return
     trials = _trials(name)
     if markdown is not None:
@@ -76,10 +78,10 @@ def _trials(model_type: str | None) -> list[Trial]:
 
 
 def _summary(trials: Sequence[Trial]) -> dict[str, Any]:
-    import transformers
+    from memlong.architectures import TRANSFORMERS
 
     counts = Counter(each.status for each in trials)
-    return {"transformers": transformers.__version__} | {
+    return {"transformers": TRANSFORMERS} | {
         name: counts[name] for name in ("works", "refused", "fails")
     }
 
@@ -150,10 +152,10 @@ This page is written by `memlong models --markdown docs/models.md`. Left out, si
 """
 
 
-def _show_outline(name: str, *, as_json: bool) -> None:
+def _show_outline(name: str, *, trust_remote_code: bool, as_json: bool) -> None:
     from memlong.architectures import outline, read_config
 
-    found = outline(read_config(name))
+    found = outline(read_config(name, trust_remote_code=trust_remote_code))
     if as_json:
         print_json({"model": name, "attaches": found.attaches, **asdict(found)})
         return

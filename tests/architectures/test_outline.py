@@ -1,5 +1,8 @@
 """What memory would take with a model is found out without its weights, and is what it takes with them."""
 
+import json
+import sys
+
 import pytest
 import torch
 import transformers
@@ -7,7 +10,17 @@ from transformers import Gemma3Config, GPT2Config, LlamaConfig, MistralConfig, Q
 
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.architectures import outline, read_config, tiny_model_of
-from memlong.errors import InvalidArgumentError, UnknownNameError
+from memlong.errors import InvalidArgumentError
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "own-llama"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
 
 
 @pytest.mark.parametrize(
@@ -91,8 +104,27 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 
 def test_a_model_type_without_a_decoder_is_named():
-    with pytest.raises(UnknownNameError, match="'vit'"):
-        outline(transformers.ViTConfig())
+    found = outline(transformers.ViTConfig())
+    assert not found.attaches
+    assert "generates text" in found.reason
+
+
+def test_code_of_a_models_own_is_run_where_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "model"
+    LlamaConfig(num_hidden_layers=2).save_pretrained(folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "model_type": "own-llama",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InvalidArgumentError, match="--trust-remote-code"):
+        read_config(str(folder))
+    found = outline(read_config(str(folder), trust_remote_code=True))
+    assert (found.class_name, found.retrieval_layers) == ("Model", (0, 1))
 
 
 def test_the_random_generator_is_left_alone():
