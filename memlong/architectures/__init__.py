@@ -1,6 +1,7 @@
 """Every decoder-only architecture of the installed transformers as a tiny model, and whether memory attaches to it."""
 
-from memlong.architectures.listing import TRANSFORMERS, Architecture, architectures, encoder_decoders, is_model_type, of_model_type
+from memlong.architectures.listing import (
+    TRANSFORMERS,
     Architecture,
     architectures,
     encoder_decoders,
