@@ -82,4 +82,8 @@ def _entries() -> Iterator[Architecture]:
 
 
 def _has_encoder(model_type: str) -> bool:
-    return bool(default_config(model_type).is_encoder_decoder)
+    try:
+        config: Any = default_config(model_type)
+    except Exception:  # noqa: BLE001 - a class that wants settings may raise anything
+        config = CONFIG_MAPPING[model_type]
+    return bool(getattr(config, "is_encoder_decoder", False))

@@ -33,6 +33,8 @@ def _in_proportion(value: int) -> int:
 _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     # The first whose pattern is the whole name of a setting changes its number.
     (r"(unpadded_)?vocab_size(_per_layer_input)?", lambda value: min(value, VOCABULARY)),
+    (r"image.*_token_(id|index)", lambda value: max(value, VOCABULARY - 1)),  # no text of a trial holds these
+    (r"(video|audio).*_token_(id|index)", lambda value: max(value, VOCABULARY - 2)),
     (r"num_hidden_layers|num_layers|n_layers?|layers|depth|num_blocks|n_layer", _at_most(_LAYERS)),
     (
         r"(encoder|decoder)_layers|num_(en|de)coder_layers|.*(num_kv_shared|num_nextn_predict)_layers",
