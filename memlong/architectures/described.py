@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
+from memlong.bank.codec import make_codec
 from memlong.decoder import MemoryDecoder
 from memlong.decoder.layout import ModelLayout
+
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kinds_of_layers(layout: ModelLayout) -> str:
@@ -31,6 +38,13 @@ def stored_of_a_token(decoder: MemoryDecoder) -> str:
     return "keys and values" + (" of different shapes" if len({layer.shape for layer in layers}) > 1 else "")
 
 
-def bytes_of_a_token(decoder: MemoryDecoder) -> int:
-    """Bytes that memory takes for a token, in all layers together, in the model's dtype; its embedding apart."""
-    return decoder.layout.nbytes // decoder.config.chunk_size
+def token_bytes(decoder: MemoryDecoder) -> dict[str, int]:
+    """Bytes that a token of memory takes in all layers together, by the dtype that it is stored in.
+
+    A chunk's embedding comes on top, and is small beside it.
+    """
+    layout, tokens = decoder.layout, decoder.config.chunk_size
+    dtypes = {str(dtype).removeprefix("torch."): replace(layout, dtype=dtype) for dtype in _DTYPES}
+    sizes = {name: each.nbytes for name, each in dtypes.items()}
+    sizes["int8"] = make_codec(layout, "int8").nbytes  # with its scales
+    return {name: -(-size // tokens) for name, size in sizes.items()}

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, __version__
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from memlong.architectures.exceptions import NEEDED
+from memlong.decoder.quiet import quiet_loading
 from memlong.errors import UnknownNameError
+
+TRANSFORMERS = __version__
+"""Version of the installed transformers."""
 
 _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 
@@ -35,6 +39,11 @@ def encoder_decoders() -> tuple[str, ...]:
     return tuple(sorted({each.model_type for each in _mapped() if _has_encoder(each.model_type)}))
 
 
+def is_model_type(name: str) -> bool:
+    """Whether transformers has a decoder-only architecture of this model type."""
+    return any(each.model_type == name for each in _mapped()) and not _has_encoder(name)
+
+
 def of_model_type(model_type: str) -> tuple[Architecture, ...]:
     """Return the classes of a model type.
 
@@ -43,20 +52,20 @@ def of_model_type(model_type: str) -> tuple[Architecture, ...]:
     UnknownNameError
         If transformers has no decoder-only class of it.
     """
-    found = tuple(each for each in architectures() if each.model_type == model_type)
-    if not found:
+    if not is_model_type(model_type):
         raise UnknownNameError(
             f"transformers has no decoder-only architecture of the model type {model_type!r}; `memlong models` lists "
             "those that it has. For a model of your own, name its folder, its config.json or its hub id."
         )
-    return found
+    return tuple(each for each in _mapped() if each.model_type == model_type)
 
 
 @cache
 def default_config(model_type: str) -> PreTrainedConfig:
     """Return the configuration that transformers makes of a model type when nothing is said."""
     kind: Any = CONFIG_MAPPING[model_type]
-    config: PreTrainedConfig = kind(**NEEDED.get(model_type, {}))
+    with quiet_loading():
+        config: PreTrainedConfig = kind(**NEEDED.get(model_type, {}))
     return config
 
 

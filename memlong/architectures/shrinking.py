@@ -22,10 +22,6 @@ _NUMBERS_OF_LAYERS = re.compile(
 )
 
 
-def _to(number: int) -> Callable[[int], int]:
-    return lambda value: number
-
-
 def _at_most(number: int) -> Callable[[int], int]:
     return lambda value: min(value, number)
 
@@ -42,9 +38,9 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
         r"(encoder|decoder)_layers|num_(en|de)coder_layers|.*(num_kv_shared|num_nextn_predict)_layers",
         _at_most(2),
     ),
-    (r"max_window_layers", _to(2)),
+    (r"max_window_layers", _at_most(2)),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", _at_most(1)),
-    (r"moe_layer_end_index", _to(_LAYERS - 1)),
+    (r"moe_layer_end_index", _at_most(_LAYERS - 1)),
     (r"original_max_position_embeddings", _at_most(_POSITIONS // 4)),
     (r".*(max_position_embeddings|model_max_length|max_seq_len|n_positions|n_ctx)", _at_most(_POSITIONS)),
     (r".*(window|window_size|local_attention|attention_chunk_size)", _at_most(_WINDOW)),
@@ -69,11 +65,23 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r".*image_size", _at_most(28)),
     (r".*patch_size", _at_most(14)),
     (
-        r".*(hidden_size|hidden_dim|d_model|n_embd|emb(ed(ding)?)?_(dim|size)|_width|input_size|proj_dim|output_dim|"
-        r"d_inner|projection_dim|channels|intermediate_size.*|ffn_dim|ffn_hidden_size|d_ff|dim_ff|dff|"
-        r"feed_forward_size|mlp_dim|n_inner|expert_dim|adapter_(in|out)_dim)",
+        r".*(hidden_size|hidden_dim|d_model|n_embd|emb(ed(ding)?)?_(dim|size)|_width|input_size|proj_dim|output_dim)",
         _at_most(_HIDDEN),
     ),
+    (
+        r".*(d_inner|projection_dim|channels|adapter_(in|out)_dim|intermediate_size.*|ffn_dim)",
+        _at_most(_HIDDEN),
+    ),
+    (r".*(ffn_hidden_size|d_ff|dim_ff|dff|feed_forward_size|mlp_dim|n_inner|expert_dim)", _at_most(_HIDDEN)),
+)
+
+_WITHOUT_KEYS = (
+    (r"(unpadded_)?vocab_size(_per_layer_input)?", 64),
+    (r".*intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|n_inner", 16),
+    (r".*num_(local_|routed_)?experts|n_routed_experts", 8),
+    (r".*experts_per_tok(en)?|moe_top_?k|moe_k|n_group|topk_group|num_expert_group", 1),
+    (r".*_d_state|(ssm_)?state_size", 8),
+    (r"(mamba_)?chunk_size", 16),
 )
 
 
@@ -81,6 +89,7 @@ def shrunk(section: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a model, or of a part of it, as small as can be."""
     section = _with_windows(section)
     count = next((section[name] for name in _COUNTS if isinstance(section.get(name), int)), 0)
+    count = count or len(section.get("layers_block_type") or ())
     by_layer = {
         name: value
         for name, value in section.items()
@@ -100,6 +109,22 @@ def shrunk(section: dict[str, Any]) -> dict[str, Any]:
     if small.get("per_layer_config"):
         small["per_layer_config"] = _of_single_layers(section, small, rows)
     return {name: small[name] for name in section}
+
+
+def leaned(section: dict[str, Any]) -> dict[str, Any]:
+    """Return those settings, made small, that no key or value shows: vocabulary, feed-forward, experts, states."""
+    lean: dict[str, Any] = {}
+    for name, value in section.items():
+        for pattern, number in _WITHOUT_KEYS:
+            if re.fullmatch(pattern, name) and type(value) is int:
+                lean[name] = min(value, number)
+            elif (
+                re.fullmatch(pattern, name)
+                and isinstance(value, list)
+                and all(type(each) is int for each in value)
+            ):
+                lean[name] = [min(each, number) for each in value]
+    return lean
 
 
 def _with_windows(section: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +149,7 @@ def _every_kind(lists: Collection[list[Any]], count: int) -> list[int]:
             places += kinds.values()
     rows: list[int] = []
     for nth in range(count if places else 0):
-        if len(rows) < min(count, _LAYERS):
+        if nth < 2 or len(rows) < _LAYERS:
             rows += sorted({place[nth] for place in places if nth < len(place)} - set(rows))
     return rows or list(range(min(count, _LAYERS)))
 

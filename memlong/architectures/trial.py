@@ -54,6 +54,12 @@ class Trial:
     layers: str = ""
     stored: str = ""
 
+    @property
+    def short_reason(self) -> str:
+        """The reason without what every refusal says."""
+        begin = self.reason.find(": ") + 2 if self.reason.startswith("Memory cannot be attached to ") else 0
+        return self.reason[begin:].partition(" Supported are ")[0]
+
 
 def try_architecture(architecture: Architecture) -> Trial:
     """Make a tiny random model and try memory on it; nothing is raised."""

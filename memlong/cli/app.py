@@ -13,6 +13,7 @@ from memlong.cli.bank import add_bank_commands
 from memlong.cli.fit import fit
 from memlong.cli.generate import generate
 from memlong.cli.icl import icl
+from memlong.cli.models import models
 from memlong.cli.needle import needle
 from memlong.cli.output import shown
 from memlong.cli.perplexity import perplexity
@@ -20,7 +21,7 @@ from memlong.cli.plugins import add_plugin_commands
 from memlong.cli.train import train
 from memlong.errors import MemlongError
 
-_COMMANDS = (generate, perplexity, needle, icl, fit, train, backends)
+_COMMANDS = (generate, perplexity, needle, icl, fit, train, models, backends)
 _INTERRUPTED = 130
 
 

@@ -1,0 +1,108 @@
+"""Models of any size that take seconds and little memory, to find out what their keys and values are.
+
+What no key or value depends on is slimmed, weights of one shape are one tensor, and those that the model is made with
+are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from memlong.architectures.shrinking import leaned
+from memlong.decoder.layout import ModelLayout
+
+Attempt = tuple[Callable[[], PreTrainedModel], Callable[[ModelLayout], bool]]
+
+_HEADS_OF_STATES = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"))
+
+
+def light_models(kind: Any, config: PreTrainedConfig) -> Iterator[Attempt]:
+    """Ways to make a light model, the lightest first, each with a test of whether it is whole.
+
+    The first has fewer heads of queries and a narrower hidden state, which keys and values do not show unless a class
+    takes their width from it; the last has those of the configuration.
+    """
+    yield partial(_made, kind, config, _narrow), partial(_heads_are_whole, config)
+    yield partial(_made, kind, config, _lean), bool
+
+
+def _made(
+    kind: Any, config: PreTrainedConfig, slimmed: Callable[[PreTrainedConfig], PreTrainedConfig]
+) -> PreTrainedModel:
+    config = slimmed(config)
+    text = config.get_text_config(decoder=True)
+    if not isinstance(config, kind.config_class) and isinstance(text, kind.config_class):
+        config = text
+    with torch.device("cpu"), no_init_weights():
+        model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)  # noqa: SLF001 - as from_config
+    weights: dict[torch.Size, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.shape not in weights:
+            weights[parameter.shape] = _weights(parameter.shape, generator)
+        parameter.data = weights[parameter.shape]
+    model.eval()
+    return model
+
+
+def _weights(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) < 2:  # scales of norms, and rates of states
+        return torch.rand(shape, generator=generator) + 0.5
+    return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5)
+
+
+def _lean(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration with a small vocabulary, small feed-forward layers and few experts."""
+    lean = deepcopy(config)
+    vars(lean).pop("quantization_config", None)
+    text = lean.get_text_config(decoder=True)
+    for name, value in leaned(text.to_dict()).items():
+        setattr(text, name, value)
+    for section in (lean, text):
+        if getattr(section, "pad_token_id", None) is not None:
+            section.pad_token_id = 0
+    return lean
+
+
+def _narrow(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the lean configuration with as many heads of queries as of keys, and a hidden state of their width."""
+    narrow = _lean(config)
+    text: Any = narrow.get_text_config(decoder=True)
+    head_dim = _head_dim(text)
+    if getattr(text, "kv_lora_rank", None):  # its cache holds no heads
+        text.num_attention_heads = text.num_key_value_heads = 4
+    else:
+        text.num_attention_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        text.head_dim = head_dim
+    text.hidden_size = text.num_attention_heads * head_dim
+    for heads, width in _HEADS_OF_STATES:
+        if hasattr(text, heads):
+            setattr(text, width, _expansion(text) * text.hidden_size // getattr(text, heads))
+    if hasattr(text, "mamba_d_ssm"):
+        text.mamba_d_ssm = _expansion(text) * text.hidden_size
+    return narrow
+
+
+def _expansion(text: Any) -> int:
+    return int(getattr(text, "mamba_expand", getattr(text, "expand", 2)))
+
+
+def _head_dim(text: Any) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def _heads_are_whole(config: PreTrainedConfig, layout: ModelLayout) -> bool:
+    """Whether the width of heads is what the configuration says, though the hidden state is not."""
+    layers = layout.layers.values()
+    return any(
+        layer.keys_second or layer.head_dim == _head_dim(config.get_text_config(decoder=True))
+        for layer in layers
+    )

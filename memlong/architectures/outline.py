@@ -1,0 +1,127 @@
+"""How memory would work with a model, found out from its configuration alone: by attaching it to a light model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    __version__,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from memlong.architectures.described import kinds_of_layers, stored_of_a_token, token_bytes
+from memlong.architectures.light import light_models
+from memlong.decoder import MemoryConfig, MemoryDecoder
+from memlong.decoder.layout import ModelLayout
+from memlong.decoder.quiet import quiet_loading
+from memlong.errors import UnsupportedModelError
+
+_KINDS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """How memory would work with a model.
+
+    Attributes
+    ----------
+    class_name
+        The model's class, or its type where there is none.
+    reason
+        Why memory does not attach; empty where it does. All that follows is then empty, too.
+    depth
+        Layers of the model's cache.
+    layers
+        Which kinds of layers there are.
+    windows
+        By layer that attends, its sliding window, or None for full attention.
+    retrieval_layers
+        Those that retrieve by default.
+    stored
+        What is stored of a token.
+    token_bytes
+        Bytes that a token of memory takes, by the dtype that it is stored in; its share of an embedding apart.
+    max_positions
+        That the model was trained on, if known.
+    local_window
+        The least and the greatest local window that work with the default chunk and segment; no greatest is None.
+    """
+
+    class_name: str
+    reason: str = ""
+    depth: int = 0
+    layers: str = ""
+    windows: Mapping[int, int | None] = field(default_factory=dict)
+    retrieval_layers: tuple[int, ...] = ()
+    stored: str = ""
+    token_bytes: Mapping[str, int] = field(default_factory=dict)
+    max_positions: int | None = None
+    local_window: tuple[int, int | None] = (0, None)
+
+    @property
+    def attaches(self) -> bool:
+        """Whether memory attaches."""
+        return not self.reason
+
+
+def outline(config: PreTrainedConfig) -> Outline:
+    """Attach memory to a light model of a configuration and say what comes of it."""
+    kind = _class_of(config)
+    if kind is None:
+        return Outline(
+            config.model_type, f"transformers {__version__} has no model of this type that generates text."
+        )
+    reason = ""
+    with quiet_loading():
+        for make, is_whole in light_models(kind, config):
+            try:
+                decoder = MemoryDecoder(make(), None, MemoryConfig(position_mode="original"))
+                if is_whole(decoder.model_layout):
+                    return _attached(kind.__name__, decoder)
+            except UnsupportedModelError as error:
+                reason = str(error)
+            except Exception as error:  # noqa: BLE001 - whatever a class raises of a configuration that was cut
+                reason = f"no model can be made of this configuration: {type(error).__name__}: {error}"
+    return Outline(kind.__name__, reason)
+
+
+def _attached(class_name: str, decoder: MemoryDecoder) -> Outline:
+    layout, config = decoder.model_layout, decoder.config
+    return Outline(
+        class_name=class_name,
+        depth=layout.depth,
+        layers=kinds_of_layers(layout),
+        windows={index: layer.sliding_window for index, layer in layout.layers.items()},
+        retrieval_layers=decoder.retrieval_layers,
+        stored=stored_of_a_token(decoder),
+        token_bytes=token_bytes(decoder),
+        max_positions=layout.max_positions,
+        local_window=(config.segment_size + config.chunk_size, _greatest_window(layout)),
+    )
+
+
+def _greatest_window(layout: ModelLayout) -> int | None:
+    default = MemoryConfig()
+    memory = default.memory_span(default.retrieved_chunks)
+    retrieving = [layout.layers[layer].sliding_window for layer in layout.full_attention_layers]
+    limits = [size - memory for size in retrieving if size is not None]
+    if layout.max_positions is not None:
+        limits.append(layout.max_positions - memory - default.sink_tokens)
+    return min(limits, default=None)
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """Return the class that :func:`~memlong.load_model` takes for this configuration; None if there is none."""
+    own = getattr(config, "auto_map", None) or {}
+    for kind in _KINDS:
+        if type(config) in kind._model_mapping:  # noqa: SLF001 - no public name holds for all
+            return kind._model_mapping[type(config)]  # noqa: SLF001
+        if kind.__name__ in own:  # its code was trusted, or there would be no such configuration
+            return get_class_from_dynamic_module(own[kind.__name__], str(config.name_or_path))
+    return None

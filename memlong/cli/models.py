@@ -1,0 +1,187 @@
+"""``memlong models``: to which models memory attaches, and how."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from memlong.cli import options
+from memlong.cli.output import print_json, print_section, print_table, shown
+from memlong.cli.values import writable
+from memlong.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from memlong.architectures import Outline, Trial
+
+_NAME = "Model type such as qwen3_next, hub id, folder, config.json, GGUF file, or 'demo'  [default: all model types]"
+_COLUMNS = ("model type", "class", "memory", "layers", "what is stored of a token", "why not")
+
+
+def models(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help=_NAME)] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table of all model types as a page.")
+    ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say whether memory attaches to a model, and how; or list all architectures of the installed transformers.
+
+    Of a model only the configuration is read: memory is attached to a light one that is made of it, without its
+    weights. Of a model type, or of all, tiny random models are tried: with the text in the window, and with all but the
+    window in memory, their logits must be those of the plain model.
+
+    \b
+    Examples:
+      memlong models demo
+      memlong models Qwen/Qwen3-8B --json
+      memlong models path/to/config.json
+      memlong models qwen3_next
+      memlong models
+      memlong models --markdown docs/models.md
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    if markdown is not None:
+        if name is not None:
+            raise InvalidArgumentError(
+                f"--markdown writes all model types, and {name!r} is one: leave one of them out"
+            )
+        writable(markdown)
+    from memlong.architectures import is_model_type
+
+    if name is not None and (Path(name).exists() or not is_model_type(name)):
+        _show_outline(name, trust_remote_code=trust_remote_code, as_json=as_json)
+        return
+    trials = _trials(name)
+    if markdown is not None:
+        markdown.write_text(page(trials), encoding="utf-8")
+        typer.echo(f"{markdown}: {_counted(trials)}")
+    elif as_json:
+        print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
+    else:
+        print_table(_COLUMNS, [row(each) for each in trials])
+        print_section("Together", [_counted(trials)] if name is None else [])
+
+
+def _trials(model_type: str | None) -> list[Trial]:
+    from memlong.architectures import architectures, of_model_type, try_architecture
+
+    chosen = architectures() if model_type is None else of_model_type(model_type)
+    with tqdm(chosen, desc="trying", unit="model", leave=False, disable=model_type is not None) as bar:
+        return [try_architecture(each) for each in bar]
+
+
+def _summary(trials: Sequence[Trial]) -> dict[str, Any]:
+    from memlong.architectures import TRANSFORMERS
+
+    counts = Counter(each.status for each in trials)
+    return {"transformers": TRANSFORMERS} | {
+        name: counts[name] for name in ("works", "refused", "fails")
+    }
+
+
+def _counted(trials: Sequence[Trial]) -> str:
+    summary = _summary(trials)
+    return (
+        f"of {len(trials)} architectures in transformers {summary['transformers']}, {summary['works']} work, "
+        f"{summary['refused']} are refused, {summary['fails']} fail"
+    )
+
+
+def _as_dict(trial: Trial) -> dict[str, str]:
+    return {
+        "model_type": trial.architecture.model_type,
+        "class": trial.architecture.class_name,
+        "status": trial.status,
+        "layers": trial.layers,
+        "stored": trial.stored,
+        "reason": trial.reason,
+    }
+
+
+def row(trial: Trial) -> tuple[str, ...]:
+    """Return the cells of the table's row."""
+    return (*list(_as_dict(trial).values())[:5], trial.short_reason)
+
+
+def line(trial: Trial) -> str:
+    """Return the page's line of a trial."""
+    cells = [re.sub(r"([|*<\[])", r"\\\1", cell) for cell in row(trial)]
+    return f"| {' | '.join(cells)} |"
+
+
+def page(trials: Sequence[Trial]) -> str:
+    """Return the page that ``--markdown`` writes."""
+    from memlong.architectures import encoder_decoders
+
+    return _PAGE.format(
+        counts=_counted(trials).capitalize(),
+        table="\n".join(map(line, trials)),
+        columns=" | ".join(_COLUMNS),
+        rule=" | ".join("---" for _ in _COLUMNS),
+        left_out=", ".join(f"`{name}`" for name in encoder_decoders()),
+    )
+
+
+_PAGE = """\
+# Models
+
+{counts}.
+
+Each is tried with a tiny random model: *works* means that its logits are those of the plain model, with the text in
+the window and with all but the window in memory; *refused*, that memlong says why it does not attach. A model type of
+several rows has several classes. `memlong models NAME` answers for one model type, a hub id, a folder or a
+`config.json`: which layers retrieve, and what a token of memory takes in bytes.
+
+Images, sound and video are not remembered: of a multimodal model, it is the text that memory is for. Recurrent and
+convolutional layers carry their own state from the beginning of a text to its end; memory adds what their attention
+layers can look up.
+
+This page is written by `memlong models --markdown docs/models.md`. Left out, since an encoder reads their text:
+{left_out}.
+
+| {columns} |
+| {rule} |
+{table}
+"""
+
+
+def _show_outline(name: str, *, trust_remote_code: bool, as_json: bool) -> None:
+    from memlong.architectures import outline, read_config
+
+    found = outline(read_config(name, trust_remote_code=trust_remote_code))
+    if as_json:
+        print_json({"model": name, "attaches": found.attaches, **asdict(found)})
+        return
+    print_table(("model", shown(name)), _told(found))
+
+
+def _told(found: Outline) -> list[tuple[str, str]]:
+    from memlong.decoder.config import ranges
+
+    class_row = ("class", found.class_name)
+    if not found.attaches:
+        return [class_row, ("memory", "does not attach"), ("why", shown(found.reason))]
+    windows = sorted({size for size in found.windows.values() if size is not None})
+    sizes = ", ".join(f"{size:,} ({dtype})" for dtype, size in found.token_bytes.items())
+    least, most = found.local_window
+    return [
+        class_row,
+        ("memory", "attaches"),
+        ("layers", f"{found.depth}: {found.layers}"),
+        *([("sliding windows", ", ".join(f"{size:,}" for size in windows) + " tokens")] if windows else []),
+        ("retrieval layers", ranges(found.retrieval_layers)),
+        ("stored of a token", found.stored),
+        ("bytes of a token", sizes),
+        (
+            "local window",
+            f"{least:,} {'or more' if most is None else f'to {most:,}'} tokens, with default sizes",
+        ),
+        ("trained positions", "unknown" if found.max_positions is None else f"{found.max_positions:,}"),
+    ]
