@@ -129,7 +129,8 @@ def _told(config: PreTrainedConfig) -> dict[str, Any]:
         and not name.endswith(_OF_TOKENS)
         and not _OF_TRAINING & set(name.split("_"))
     }
-    return dict(_leaves("", json.loads(json.dumps(settings, default=str))))
+    plain = json.loads(json.dumps(settings, default=str), parse_constant=str)  # a limit may be infinite
+    return dict(_leaves("", plain))
 
 
 def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:

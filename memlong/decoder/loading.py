@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,15 @@ def load_model(
         try:
             options: dict[str, Any] = {**gguf, "trust_remote_code": trust_remote_code}
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            kind: Any = AutoModelForCausalLM
+            kinds: list[Any] = [AutoModelForCausalLM]
             if not gguf:
                 config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-                kind, quantization = _kind_of(config), _quantization_of(config)
+                kinds, quantization = _kinds_of(config), _quantization_of(config)
             if (
                 quantization and machine.device.type != "cpu"
             ):  # such weights cannot be moved, or need the device
                 options["device_map"] = str(machine.device)
-            model: PreTrainedModel
-            model, found = kind.from_pretrained(
-                source, dtype=machine.dtype, output_loading_info=True, **options
-            )
-            _check_complete(found["missing_keys"])
+            model = _loaded(kinds, source, dtype=machine.dtype, **options)
         except ImportError as error:
             raise _missing(name, quantization, error) from error
         except (
@@ -131,13 +127,37 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _kind_of(config: PreTrainedConfig) -> Any:
-    """Return the class that loads models of this configuration: the first that takes text, and answers with text."""
+def _kinds_of(config: PreTrainedConfig) -> list[Any]:
+    """Return the classes that load models of this configuration, if they take text and answer with text."""
     own = getattr(config, "auto_map", None) or {}
-    for kind in _KINDS:
-        if kind.__name__ in own or type(config) in kind._model_mapping:  # noqa: SLF001 - no public name holds for all
-            return kind
-    raise ValueError(f"transformers knows no model of the type {config.model_type!r} that generates text.")
+    found = [
+        kind
+        for kind in _KINDS
+        if kind.__name__ in own or type(config) in kind._model_mapping  # noqa: SLF001 - no public name holds for all
+    ]
+    if not found:
+        raise ValueError(
+            f"transformers knows no model of the type {config.model_type!r} that generates text."
+        )
+    return found
+
+
+def _loaded(kinds: Sequence[Any], source: str, **options: Any) -> PreTrainedModel:
+    """Load a model by the first of these classes that finds all weights; transformers would make up those it misses."""
+    missing: list[str] = []
+    for kind in kinds:
+        model: PreTrainedModel
+        model, found = kind.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        odd = sorted(found["missing_keys"]) + sorted(str(each[0]) for each in found["mismatched_keys"])
+        if not odd:
+            return model
+        missing = missing or odd
+    raise ValueError(
+        f"{len(missing)} of its weights are not in its files, or of another shape there, such as {missing[0]}, and "
+        "would be random."
+    )
 
 
 def _quantization_of(config: PreTrainedConfig) -> str:
@@ -152,22 +172,16 @@ def _quantization_of(config: PreTrainedConfig) -> str:
     return str(getattr(method, "value", method))
 
 
-def _check_complete(missing: Collection[str]) -> None:
-    """Refuse weights that transformers would make up."""
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of its weights are not in its files, such as {min(missing)}, and would be random."
-        )
-
-
 def _missing(name: str, quantization: str, error: ImportError) -> MissingDependencyError:
     if not quantization:
-        return MissingDependencyError(f"The model {name!r} needs a package that is not installed: {error}")
+        return MissingDependencyError(
+            f"The model {name!r} needs a package that is not installed: {str(error).strip()}"
+        )
     family = "bitsandbytes" if quantization.startswith("bitsandbytes") else quantization
     command = f"pip install {_READS[family]}\n" if family in _READS else ""
     return MissingDependencyError(
         f"The model {name!r} is quantized by {quantization}, and what reads that is not installed, or does not load "
-        f"here: {command}transformers says: {error}"
+        f"here: {command}transformers says: {str(error).strip()}"
     )
 
 

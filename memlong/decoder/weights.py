@@ -27,12 +27,13 @@ def text_decoder(model: PreTrainedModel, attention: Iterable[nn.Module]) -> nn.M
     model
         A transformers model.
     attention
-        Its attention modules; where not all of them are in the part that transformers names, it is the whole model.
+        Its attention modules; where not all of them are in a part that transformers names, it is the whole model.
     """
-    decoder = cast("nn.Module", model.get_decoder())
-    inside = {id(module) for module in decoder.modules()}
-    needed = [*attention, model.get_input_embeddings()]
-    return decoder if all(id(module) in inside for module in needed) else model
+    needed = {id(module) for module in (*attention, model.get_input_embeddings())}
+    for part in (cast("nn.Module", model.get_decoder()), model.base_model):
+        if needed <= {id(module) for module in part.modules()}:
+            return part
+    return model
 
 
 def weights_digest(model: PreTrainedModel, part: nn.Module) -> str:

@@ -215,12 +215,34 @@ def test_a_model_that_generates_no_text_is_refused_as_such(tmp_path):
         load_model(tmp_path)
 
 
-def test_weights_that_are_missing_are_not_made_up(folder):
-    configured(folder, num_hidden_layers=5)
-    with pytest.raises(
-        InvalidArgumentError, match=r"9 of its weights are not in its files, such as model\.layers\.4"
-    ):
-        load_model(folder)
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_hidden_layers", 5, r"9 of its weights are not in its files, .* such as model\.layers\.4"),
+        (
+            "intermediate_size",
+            60,
+            r"12 of its weights .* of another shape there, such as model\.layers\.0\.mlp",
+        ),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(folder, field, value, said):
+    with pytest.raises(InvalidArgumentError, match=said):
+        load_model(configured(folder, **{field: value}))
+
+
+def test_a_class_that_does_not_find_the_weights_gives_way_to_the_next(tmp_path):
+    text = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 512, "pad_token_id": 0}
+    tower = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
+    config = transformers.Emu3Config(
+        text_config=text,
+        vq_config={**tower, "hidden_size": 32, "num_attention_heads": 1},
+        vocabulary_map={"<image>": 5},
+    )
+    transformers.Emu3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert type(load_model(tmp_path)[0]).__name__ == "Emu3ForConditionalGeneration"
 
 
 @pytest.mark.parametrize(

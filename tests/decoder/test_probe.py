@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
-from memlong import MemoryDecoder
+from memlong import MemoryDecoder, Registry
+from memlong.architectures import tiny_model_of
+from memlong.decoder import attention
 from memlong.decoder.probe import probe
+from memlong.decoder.trial import try_out
 from memlong.errors import UnsupportedModelError
 
 SIZES = {
@@ -73,6 +78,75 @@ def test_an_unsupported_model_is_refused_with_the_reason_and_left_alone(make, me
         probe(model)
     if hasattr(model, "config"):
         assert not model.config._attn_implementation.startswith("memlong")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("bloom", "does not let its attention be replaced"),
+        ("deepseek_v32", "chooses which keys to attend to by an index of its own"),
+        ("doge", "DogeAttention makes a mask of its own"),
+        (
+            "jamba",
+            "transformers' own implementation cannot go on from its cache with several tokens at a time",
+        ),
+        ("llama4_text", "goes by chunks of the text, at whose borders all before is hidden"),
+        ("mamba2", "does not attend to keys and values"),
+        (
+            "minimax",
+            "does not read a token of text, at a given position, into a cache.*MiniMax uses cache of its own",
+        ),
+        ("opt", r"no rotary positions \(RoPE\): both keys and values of layer 0 change with the position"),
+        (
+            "recurrent_gemma",
+            r"RecurrentBlock keeps a state of its own \(conv1d_state\) outside the cache",
+        ),
+        ("qwen2_5_omni", "no one table of token embeddings; give the part of it that reads text"),
+    ],
+)
+def test_what_cannot_have_a_memory_is_refused_with_its_own_reason(model_type, message):
+    model = tiny_model_of(model_type)
+    with pytest.raises(UnsupportedModelError, match=message):
+        MemoryDecoder(model, None)
+    assert not any(hasattr(module, "_memlong_slot") for module in model.modules())
+
+
+def test_a_model_that_goes_through_a_layer_twice_is_refused():
+    model = random_model("Llama")
+    inner = model.model.layers[1].forward
+
+    def twice(hidden, **given):
+        return inner(inner(hidden, **given), **given)
+
+    model.model.layers[1].forward = twice
+    with pytest.raises(UnsupportedModelError, match="goes through layer 1 several times a token"):
+        probe(model)
+
+
+def test_a_window_that_only_the_mask_knows_is_found(monkeypatch):
+    told = attention._attention
+
+    def without_window(base, module, *tensors, sliding_window=None, **options):
+        assert sliding_window == 40
+        return told(base, module, *tensors, **options)
+
+    monkeypatch.setattr(attention, "_attention", without_window)
+    layout = probe(random_model("Mistral", sliding_window=40))
+    assert {layer.sliding_window for layer in layout.layers.values()} == {40}
+
+
+def test_a_trial_finds_what_the_pass_of_one_token_cannot():
+    model = random_model("Llama")
+    for layer in model.model.layers:
+
+        def with_the_mean(*, hidden_states, inner=layer.self_attn.forward, **given):  # of the call's tokens
+            output, weights = inner(hidden_states=hidden_states, **given)
+            return output + hidden_states.mean(dim=1, keepdim=True), weights
+
+        layer.self_attn.forward = with_the_mean
+    layout = replace(probe(model), is_unusual=True)
+    with pytest.raises(UnsupportedModelError, match="cannot go on from its cache with several tokens"):
+        try_out(model, layout, Registry())
 
 
 def test_an_attention_implementation_that_memory_cannot_wrap_is_named(llama):

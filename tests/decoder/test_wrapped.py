@@ -119,6 +119,15 @@ def test_of_several_adapters_those_at_work_count(adapted, told):
     assert told(model)["adapters"].keys() == {"default", "other"}
 
 
+def test_adapters_of_several_kinds_at_once(adapted, tiny_model, told):
+    model = adapted(mixed=True)
+    model.add_adapter("other", KINDS["LoHa"])
+    model.set_adapter(["default", "other"])
+    said = told(model)
+    assert said["adapters"].keys() == {"default", "other"}
+    assert said["weights"] == told(tiny_model())["weights"]
+
+
 def test_a_name_is_no_other_adapter(adapted, told):
     assert differences(told(adapted(adapter_name="mine")), told(adapted())) == []
 
