@@ -204,8 +204,8 @@ def check_attached(model: PreTrainedModel) -> None:
     now = _implementation(text_config(model))
     if not now.startswith(_OURS):
         raise MemlongError(
-            f"The model's attention implementation is {now!r}: it was changed inside `with decoder:`, so that attention "
-            "no longer goes through the memory. Choose it before (attn_implementation='sdpa' or 'eager' at loading)."
+            f"The model's attention implementation is {now!r}: it was changed inside `with decoder:`, so that it no "
+            "longer goes through the memory. Choose it before (attn_implementation='sdpa' or 'eager' at loading)."
         )
 
 

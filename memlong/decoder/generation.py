@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -149,6 +150,30 @@ def text_streamer(tokenizer: Any) -> TextStreamer:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
+@contextmanager
+def plain_generate_told(model: PreTrainedModel) -> Iterator[None]:
+    """Warn where the model's own ``generate()`` is called meanwhile, which knows nothing of a memory."""
+    before = vars(model).get("generate")
+    inner: Any = model.generate
+
+    @wraps(inner)
+    def generate(*args: Any, **options: Any) -> Any:
+        warnings.warn(
+            "model.generate() knows nothing of the memory that is attached: call decoder.generate(), or let "
+            "`with decoder.replacing_generate():` have it called for you.",
+            stacklevel=2,
+        )
+        return inner(*args, **options)
+
+    vars(model)["generate"] = generate
+    try:
+        yield
+    finally:
+        del vars(model)["generate"]
+        if before is not None:
+            vars(model)["generate"] = before
+
+
 _NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
 
 
@@ -179,6 +204,19 @@ def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
                 f"{name} does not go with a memory: {reason}. Leave it out, or generate with the model itself, outside "
                 "`with decoder:`."
             )
+
+
+def inferred_mask(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """Return the mask [rows, tokens] that transformers infers from padding in a prompt; None where it infers none."""
+    padding, ends = (_setting(model, options, name) for name in ("pad_token_id", "eos_token_id"))
+    padding, ends = (
+        each.flatten().tolist() if isinstance(each, Tensor) else each for each in (padding, ends)
+    )
+    padding = padding[0] if isinstance(padding, list) and padding else padding
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    if not isinstance(padding, int) or padding in stops or not bool((input_ids == padding).any()):
+        return None
+    return (input_ids != padding).long()
 
 
 def answers_of(

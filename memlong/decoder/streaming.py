@@ -20,6 +20,7 @@ from memlong.decoder.attention import AttentionSlot, check_free, evaluating, ins
 from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig, parse_layers
 from memlong.decoder.gates import make_gates
+from memlong.decoder.generation import plain_generate_told
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
@@ -95,6 +96,7 @@ class StreamingDecoder:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(installed(self._slot, self._layout.modules))
             stack.enter_context(replaced_attention(self.model))
+            stack.enter_context(plain_generate_told(self.model))
             self._attached = stack.pop_all()
         self._is_attached = True
         return self
