@@ -34,8 +34,8 @@ class MemoryDecoder(SavingDecoder):
     Parameters
     ----------
     model
-        A RoPE decoder-only model of transformers, its attention implementation ``"sdpa"`` or ``"eager"``; or peft's
-        ``PeftModel`` around one, whose adapters stay at work in it.
+        A decoder-only model of transformers (``memlong models`` lists them), its attention implementation ``"sdpa"`` or
+        ``"eager"``; or peft's ``PeftModel`` around one, whose adapters stay at work in it.
     tokenizer
         Its tokenizer; retrievers that read text need it.
     config

@@ -8,6 +8,7 @@ memory can hold; who sees whom is asked of the masks that transformers makes.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -197,16 +198,16 @@ def _layer(
     heads = {reading.heads for reading in readings}
     if len(windows) > 1:
         raise _unsupported(model, f"the K-V of layer {number} are read through different windows")
-    still = [_alike(states[0], states[1], states.dtype) for states in (first, second)]
-    if not any(still):
+    ropes = [_rotation(seen, states, found) for states in (first, second)]
+    turns = [rope is None or rope.call is not None for rope in ropes]
+    if all(turns):
         raise _unsupported(
             model,
             f"it has no rotary positions (RoPE): both keys and values of layer {number} change with the position, and "
             "cannot be moved to another",
         )
-    keys_second = still == [True, False]
-    keys, values = (second, first) if keys_second else (first, second)
-    rope = LayerRope(None) if all(still) else _rotation(seen, keys, found)
+    keys_second = turns[1]
+    keys, values, rope = (second, first, ropes[1]) if keys_second else (first, second, ropes[0])
     if rope is None:
         raise _unsupported(
             model, f"the rotation of the keys of layer {number} ({type(module).__name__}) could not be undone"
@@ -217,29 +218,35 @@ def _layer(
     return LayerLayout(module, rope, max(heads), shape, windows.pop(), keys_second)
 
 
-def _rotation(seen: ProbePass, keys: Tensor, found: list[LayerRope]) -> LayerRope | None:
-    """The rotation that makes one key of both [2, heads, 1, head_dim]; those of other layers are tried first."""
+def _rotation(seen: ProbePass, states: Tensor, found: list[LayerRope]) -> LayerRope | None:
+    """What makes the states [2, heads, 1, width] at both positions one: a rotation, or none; None if nothing does.
+
+    Rotations of other layers are tried first.
+    """
+    apart = _apart(states[0], states[1])
+    if not apart:
+        return LayerRope(None)
+    tolerance = max(1e-4, 4 * torch.finfo(states.dtype).eps)
     for rope in found:
-        if _undoes(rope, keys, rope.angles(seen.positions)):
+        if _apart_undone(rope, states, rope.angles(seen.positions)) <= min(tolerance, apart / 2):
             return rope
     for call, given in seen.rotations():
-        for rope in possible_ropes(call, given[0], keys.shape[3]):
-            if _undoes(rope, keys, rope.angles(seen.positions)):
+        for rope in possible_ropes(call, given[0], states.shape[3]):
+            if _apart_undone(rope, states, rope.angles(seen.positions)) <= min(tolerance, apart / 2):
                 return rope
-    return None
+    return LayerRope(None) if apart <= tolerance else None  # rounding differs from row to row
 
 
-def _undoes(rope: LayerRope, keys: Tensor, angles: Angles | None) -> bool:
-    if angles is None or rope.start + rope.width > keys.shape[3]:
-        return False
-    raw = rope.unrotated(keys.float(), angles)
-    return _alike(raw[0], raw[1], keys.dtype)
+def _apart_undone(rope: LayerRope, states: Tensor, angles: Angles | None) -> float:
+    if angles is None or rope.start + rope.width > states.shape[3]:
+        return math.inf
+    return _apart(*rope.unrotated(states.float(), angles))
 
 
-def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The length of the difference, relative to that of the first."""
     one, other = one.float(), other.float()
-    return bool((one - other).norm() <= tolerance * one.norm())
+    return float((one - other).norm() / one.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:

@@ -97,7 +97,7 @@ class Streams:
         self._groups = layer_groups(layout, source.retrieval_layers, source.stored_layers)
         capacity = config.sink_tokens + config.local_window
         self._window = LocalWindow(layout, self._groups, len(self.rows), capacity, embeddings.detach())
-        self._calls = ModelCalls(model, layout, gates, self._device)
+        self._calls = ModelCalls(model, layout, gates, self._device, embeddings.dtype)
         self._begun_with = self._window.states  # by row, when its present segment began
         self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
