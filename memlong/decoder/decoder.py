@@ -295,8 +295,8 @@ class MemoryDecoder(SavingDecoder):
             row, column = odd[0].tolist()
             raise InvalidArgumentError(
                 f"input_ids holds {int(input_ids[row, column])} in row {row} at column {column}, where the streams "
-                f"have read {int(read[row, column])}: it is not the conversation that past_key_values stands for. {remedy}, "
-                "without past_key_values."
+                f"have read {int(read[row, column])}: it is not the conversation that past_key_values stands for. "
+                f"{remedy}, without past_key_values."
             )
         return cache.columns
 
