@@ -63,6 +63,8 @@ class ModelCalls:
         """Take new tokens [rows, new], −1 where padded, through the model; return logits, and where it stands then."""
         check_attached(self.model)
         self._check_unchanged()
+        if torch.is_grad_enabled():
+            self._check_not_checkpointing()
         width = tokens.shape[1]
         incoming = positions_of(tokens, before.placements)
         check_reach(int(incoming.max()), self.layout)
@@ -91,6 +93,16 @@ class ModelCalls:
             raise MemlongError(
                 f"The model is {now.dtype} on {now.device} now, but the stream began when it was {self.dtype} on "
                 f"{self.device}: its window and its memory are. Move it back, or call reset() and read the text again."
+            )
+
+    def _check_not_checkpointing(self) -> None:
+        if any(
+            getattr(module, "gradient_checkpointing", False) and module.training
+            for module in self.model.modules()
+        ):
+            raise MemlongError(
+                "Gradient checkpointing is on and the model in training mode: its layers would run without their "
+                "cache, and so without memory. Call model.eval(), or turn it off: model.gradient_checkpointing_disable()."
             )
 
     def run_by_length(

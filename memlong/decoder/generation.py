@@ -25,6 +25,7 @@ _REFUSED = {
     "prompt_lookup_num_tokens": "prompt lookup takes tokens back",
     "assistant_early_exit": "assisted decoding takes tokens back",
     "inputs_embeds": "the streams are made of tokens",
+    "inputs": "a prompt is given as input_ids",
     "cache_implementation": "the streams are the cache",
     "output_attentions": "attention goes over memory and window, whose columns have no place in the text",
     "output_hidden_states": "the prompt is read in segments, of which only the last logits are kept",

@@ -196,6 +196,12 @@ class Streams:
             done = [start + len(new) for start, new in zip(done, upcoming, strict=True)]
             yield segment
 
+    def segments_of(self, pending: Sequence[Sequence[int]]) -> int:
+        """How many forward calls :meth:`read` makes of these tokens."""
+        size = self._config.segment_size
+        each = zip(self.rows, pending, strict=True)
+        return max((-(-(row.seen % size + len(new)) // size) for row, new in each if new), default=0)
+
     def finish(self, pending: Sequence[Sequence[int]], slot: AttentionSlot) -> None:
         """Take each row's tokens through the model, for what they leave in the streams alone."""
         for _ in self.read(pending, slot, 1):

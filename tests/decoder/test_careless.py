@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -122,3 +123,57 @@ def test_a_dtype_changed_in_the_middle_of_a_stream_is_refused(llama, small, text
             decoder.read(text(20))
         decoder.reset()
         decoder.read(text(60))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # newer transformers have another name for it
+def test_gradient_checkpointing_that_would_go_without_memory_is_refused(llama, small, text):
+    llama.gradient_checkpointing_enable()
+    with MemoryDecoder(llama, None, small()) as decoder:
+        list(decoder.stream(text(20), gradients=True))  # in evaluation mode, layers keep their cache
+        llama.train()
+        with pytest.raises(MemlongError, match=r"Call model.eval\(\), or turn it off"):
+            list(decoder.stream(text(20), gradients=True))
+
+
+@pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_decoder_is_saved_and_not_copied(llama, small, act):
+    with pytest.raises(MemlongError, match=r"save\(path\), and go on elsewhere with MemoryDecoder.load"):
+        act(MemoryDecoder(llama, None, small()))
+
+
+def test_a_decoder_tells_what_it_is_and_how_far(llama, small, text):
+    decoder = MemoryDecoder(llama, None, small())
+    assert repr(decoder) == "MemoryDecoder(LlamaForCausalLM, backend='torch', retrieval_layers='0-3')"
+    with decoder:
+        decoder.read(text(60, rows=2))
+    assert repr(decoder).endswith("tokens_read=(60, 60), chunks=(10, 10))")
+    assert "plain window" in repr(MemoryDecoder(llama, None, small(backend=None)))
+
+
+def test_a_stream_knows_how_many_segments_are_to_come(llama, small, text):
+    mask = torch.ones(2, 45, dtype=torch.long)
+    mask[0, :20] = 0
+    with MemoryDecoder(llama, None, small()) as decoder:
+        for ids, given, count in (
+            (text(5, rows=2), None, 1),
+            (text(45, rows=2), mask, 7),
+            (text(1, rows=2), None, 1),
+        ):
+            stream = decoder.stream(ids, given)
+            assert len(stream) == count
+            assert len(list(stream)) == count
+            assert len(stream) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": torch.ones(1, 3, dtype=torch.long)}, "a prompt is given as input_ids"),
+        ({"num_beams": 0, "max_new_tokens": 3}, "num_beams"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_read(llama, small, text, options, message):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        with pytest.raises(ValueError, match=message):
+            decoder.generate(text(9), **options)
+        assert decoder.tokens_read == ()
