@@ -22,7 +22,7 @@ from memlong.decoder.layout import ModelLayout
 Attempt = tuple[Callable[[], PreTrainedModel], Callable[[ModelLayout], bool]]
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # within the small vocabulary
-_SCALE = 0.3  # of weights: so deep a random model must not blow rounding up
+_SCALE = 0.3  # of weights: else rounding grows from layer to layer
 _HEADS_OF_STATES = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"))
 
 
@@ -56,8 +56,8 @@ def _made(
 
 
 def _weights(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    if len(shape) < 2:  # scales of norms, and rates of states
-        return torch.rand(shape, generator=generator) + 0.5
+    if len(shape) < 2:  # scales of norms, and rates of states: small, too
+        return torch.rand(shape, generator=generator) * 0.2
     return torch.randn(shape, generator=generator).mul_(_SCALE * shape[-1] ** -0.5)
 
 
