@@ -102,7 +102,7 @@ class ModelCalls:
         ):
             raise MemlongError(
                 "Gradient checkpointing is on and the model in training mode: its layers would run without their "
-                "cache, and so without memory. Call model.eval(), or turn it off: model.gradient_checkpointing_disable()."
+                "cache, and so without memory. Call model.eval(), or model.gradient_checkpointing_disable()."
             )
 
     def run_by_length(

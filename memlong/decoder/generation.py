@@ -198,6 +198,10 @@ def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
                 f"{name} does not go with a memory, which holds text alone. Leave it out, or generate with the model "
                 "itself, outside `with decoder:`."
             )
+    for name in ("num_beams", "num_return_sequences"):
+        value = _setting(model, options, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least 1.")
     for name, reason in _REFUSED.items():
         value = _setting(model, options, name)
         if isinstance(value, Tensor) or value:
