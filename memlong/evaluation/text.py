@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,18 @@ from torch import Tensor
 
 from memlong.errors import InvalidTextError
 
+_PLACE = "memlong's place for words"
 _LETTER = "a"  # any text would do
+_MARKS = (  # those of UTF-32 begin with those of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a text file: UTF-8, or another Unicode that its byte-order mark tells; all lines end alike.
 
     Raises
     ------
@@ -28,21 +36,32 @@ def read_text(path: str | Path) -> str:
         raise InvalidTextError(f"The text file {str(path)!r} does not exist. Check the path.") from error
     except OSError as error:
         raise InvalidTextError(f"The text file {str(path)!r} cannot be read: {error.strerror}.") from error
-    if b"\0" in data:
-        raise InvalidTextError(f"The file {str(path)!r} is binary, not text. Give a UTF-8 text file.")
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in data:
+        raise InvalidTextError(
+            f"The file {str(path)!r} is binary, or UTF-16 without a byte-order mark. Give a UTF-8 text file."
+        )
     try:
-        text = data.decode("utf-8")
+        text = data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InvalidTextError(
-            f"The text file {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}. Convert it, for "
-            "instance with iconv -t UTF-8."
+            f"The text file {str(path)!r} is not {encoding.upper()}: {error.reason} at byte {error.start}. Convert it, "
+            "for instance with iconv -t UTF-8."
         ) from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise InvalidTextError(f"The text file {str(path)!r} is empty. Give a file with text in it.")
     return text
 
 
-def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None, *, begins: bool = True) -> Tensor:
+def tokenize(
+    tokenizer: Any,
+    text: str,
+    max_tokens: int | None = None,
+    *,
+    begins: bool = True,
+    control_tokens: bool = False,
+) -> Tensor:
     """Tokens of a text [1, tokens], int64, at most ``max_tokens`` of them.
 
     Parameters
@@ -56,6 +75,9 @@ def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None, *, begins
     begins
         Whether the text is the first of its stream, and so has the special tokens with which the tokenizer has one
         begin. There are none anywhere else.
+    control_tokens
+        Whether the name of a control token, such as ``<|im_end|>``, stands for that token. By default it is text, as
+        any other: a book, or a log, is not to end a turn.
 
     Raises
     ------
@@ -65,12 +87,15 @@ def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None, *, begins
     if max_tokens is not None and max_tokens < 1:
         raise InvalidTextError(f"max_tokens is {max_tokens}; expected at least 1.")
     check_characters("The text", text)
-    ids = [*(opening_tokens(tokenizer) if begins else []), *_ids(tokenizer, text)]
+    words = _ids(tokenizer, text, control_tokens=control_tokens)
+    ids = [*(opening_tokens(tokenizer) if begins else []), *words]
     return torch.tensor([ids[:max_tokens]], dtype=torch.long, device="cpu")
 
 
 def chat_turn(tokenizer: Any, said: str, *, begins: bool = True) -> Tensor:
     """Tokens [1, tokens], int64, of what a user says, in the tokenizer's chat template, up to the answer.
+
+    Control tokens are those of the template; their names in what the user says are text.
 
     Parameters
     ----------
@@ -87,11 +112,15 @@ def chat_turn(tokenizer: Any, said: str, *, begins: bool = True) -> Tensor:
         If the text holds half a character.
     """
     check_characters("The text", said)
-    ids: list[int] = tokenizer.apply_chat_template(
-        [{"role": "user", "content": said}],
-        add_generation_prompt=True,
-        return_dict=True,
-    ).input_ids
+    if any(token in said for token in tokenizer.all_special_tokens):
+        before, _, after = _templated(tokenizer, _PLACE).partition(_PLACE)
+        ids = [
+            *_ids(tokenizer, before, control_tokens=True),
+            *_ids(tokenizer, said),
+            *_ids(tokenizer, after, control_tokens=True),
+        ]
+    else:
+        ids = _ids(tokenizer, _templated(tokenizer, said), control_tokens=True)
     opening = opening_tokens(tokenizer)
     if not begins and ids[: len(opening)] == opening:
         ids = ids[len(opening) :]
@@ -129,6 +158,16 @@ def check_characters(what: str, text: str) -> None:
         ) from error
 
 
-def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+def _templated(tokenizer: Any, said: str) -> str:
+    turn = [{"role": "user", "content": said}]
+    text: str = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return text
+
+
+def _ids(
+    tokenizer: Any, text: str, *, add_special_tokens: bool = False, control_tokens: bool = False
+) -> list[int]:
+    ids: list[int] = tokenizer(
+        text, add_special_tokens=add_special_tokens, split_special_tokens=not control_tokens, verbose=False
+    ).input_ids
     return ids
