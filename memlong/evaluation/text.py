@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def tokenize(
     return torch.tensor([ids[:max_tokens]], dtype=torch.long, device="cpu")
 
 
-def chat_turn(tokenizer: Any, said: str, *, begins: bool = True) -> Tensor:
+def chat_turn(
+    tokenizer: Any, said: str, *, begins: bool = True, history: Sequence[Mapping[str, str]] = ()
+) -> Tensor:
     """Tokens [1, tokens], int64, of what a user says, in the tokenizer's chat template, up to the answer.
 
     Control tokens are those of the template; their names in what the user says are text.
@@ -105,24 +108,32 @@ def chat_turn(tokenizer: Any, said: str, *, begins: bool = True) -> Tensor:
         The user's words.
     begins
         Whether the turn is the first of its stream; what begins a stream is left out of any other.
+    history
+        What was said before, as chat templates take it (``{"role": ..., "content": ...}``), if the stream has read
+        that: then only what the template puts behind it is returned.
 
     Raises
     ------
     InvalidTextError
-        If the text holds half a character.
+        If the text holds half a character, or the template writes what was said before in another way.
     """
     check_characters("The text", said)
-    if any(token in said for token in tokenizer.all_special_tokens):
-        before, _, after = _templated(tokenizer, _PLACE).partition(_PLACE)
-        ids = [
-            *_ids(tokenizer, before, control_tokens=True),
-            *_ids(tokenizer, said),
-            *_ids(tokenizer, after, control_tokens=True),
-        ]
-    else:
-        ids = _ids(tokenizer, _templated(tokenizer, said), control_tokens=True)
+    hides = any(token in said for token in tokenizer.all_special_tokens)
+    whole = _templated(tokenizer, [*history, {"role": "user", "content": _PLACE if hides else said}])
+    if history:
+        known = _templated(tokenizer, history, asks=False).rstrip()
+        if not whole.startswith(known):
+            raise InvalidTextError(
+                "The chat template does not continue this conversation: it writes what was said before in another way. "
+                "Call reset(), and read the whole conversation."
+            )
+        whole = whole.removeprefix(known)
+    before, _, after = whole.partition(_PLACE) if hides else (whole, "", "")
+    ids = _ids(tokenizer, before, control_tokens=True)
+    if hides:
+        ids += [*_ids(tokenizer, said), *_ids(tokenizer, after, control_tokens=True)]
     opening = opening_tokens(tokenizer)
-    if not begins and ids[: len(opening)] == opening:
+    if not (begins or history) and ids[: len(opening)] == opening:
         ids = ids[len(opening) :]
     return torch.tensor([ids], dtype=torch.long, device="cpu")
 
@@ -158,9 +169,8 @@ def check_characters(what: str, text: str) -> None:
         ) from error
 
 
-def _templated(tokenizer: Any, said: str) -> str:
-    turn = [{"role": "user", "content": said}]
-    text: str = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+def _templated(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, asks: bool = True) -> str:
+    text: str = tokenizer.apply_chat_template(list(turns), add_generation_prompt=asks, tokenize=False)
     return text
 
 

@@ -92,6 +92,16 @@ def test_names_of_control_tokens_in_a_text_are_text(begins):
     assert chat_turn(begins, "who <|end|>").tolist() == [[0, 4, 3, 2, 5]]
 
 
+def test_a_later_turn_is_what_the_template_puts_behind_the_turns_before(begins):
+    begins.chat_template = "{{ bos_token }}{% for m in messages %} user {{ m.content }} {% endfor %}{% if add_generation_prompt %} ?{% endif %}"
+    said = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "who who"}]
+    assert chat_turn(begins, "who").tolist() == [[0, 4, 3, 2]]
+    assert chat_turn(begins, "who", history=said).tolist() == [[4, 3, 2]]
+    begins.chat_template = "{{ bos_token }} user {{ messages[-1].content }}"
+    with pytest.raises(InvalidTextError, match="does not continue this conversation"):
+        chat_turn(begins, "? who", history=said)
+
+
 def test_half_a_character_is_named_with_its_place(begins):
     for read in (tokenize, chat_turn):
         with pytest.raises(InvalidTextError, match=r"'\\udcff' at character 4"):
