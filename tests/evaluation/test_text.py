@@ -93,7 +93,8 @@ def test_names_of_control_tokens_in_a_text_are_text(begins):
 
 
 def test_a_later_turn_is_what_the_template_puts_behind_the_turns_before(begins):
-    begins.chat_template = "{{ bos_token }}{% for m in messages %} user {{ m.content }} {% endfor %}{% if add_generation_prompt %} ?{% endif %}"
+    turns = "{{ bos_token }}{% for m in messages %} user {{ m.content }} {% endfor %}"
+    begins.chat_template = turns + "{% if add_generation_prompt %} ?{% endif %}"
     said = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "who who"}]
     assert chat_turn(begins, "who").tolist() == [[0, 4, 3, 2]]
     assert chat_turn(begins, "who", history=said).tolist() == [[4, 3, 2]]
