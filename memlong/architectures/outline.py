@@ -17,11 +17,17 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from memlong.architectures.described import kinds_of_layers, stored_of_a_token, token_bytes
 from memlong.architectures.light import light_models
+from memlong.architectures.listing import Architecture, architectures, encoder_decoders
+from memlong.architectures.trial import try_architecture
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.quiet import quiet_loading
-from memlong.errors import UnsupportedModelError
+from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
+_TOO_LARGE = (
+    "A light model of this configuration does not fit into the memory of this machine. Try a configuration of fewer "
+    "layers, the rest the same."
+)
 _KINDS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 
@@ -77,18 +83,34 @@ def outline(config: PreTrainedConfig) -> Outline:
         return Outline(
             config.model_type, f"transformers {__version__} has no model of this type that generates text."
         )
+    if config.model_type in encoder_decoders():
+        return Outline(kind.__name__, "an encoder reads its text, and memory is for decoder-only models.")
     reason = ""
     with quiet_loading():
         for make, is_whole in light_models(kind, config):
             try:
                 decoder = MemoryDecoder(make(), None, MemoryConfig(position_mode="original"))
                 if is_whole(decoder.model_layout):
-                    return _attached(kind.__name__, decoder)
+                    return _confirmed(_attached(kind.__name__, decoder), config, decoder.model_layout)
             except UnsupportedModelError as error:
                 reason = str(error)
-            except Exception as error:  # noqa: BLE001 - whatever a class raises of a configuration that was cut
+            except MemoryError as error:
+                raise InvalidArgumentError(_TOO_LARGE) from error
+            except Exception as error:  # whatever a class raises of a configuration that was cut
+                if "allocate memory" in str(error):
+                    raise InvalidArgumentError(_TOO_LARGE) from error
                 reason = f"no model can be made of this configuration: {type(error).__name__}: {error}"
     return Outline(kind.__name__, reason)
+
+
+def _confirmed(found: Outline, config: PreTrainedConfig, layout: ModelLayout) -> Outline:
+    """What a tiny model's trial says has the last word: the weights of a light one are too small to show all."""
+    architecture = Architecture(config.model_type, found.class_name)
+    if layout.is_unusual and architecture in architectures():
+        trial = try_architecture(architecture)
+        if trial.status == "refused" and not trial.is_unmade:
+            return Outline(found.class_name, trial.reason)
+    return found
 
 
 def _attached(class_name: str, decoder: MemoryDecoder) -> Outline:

@@ -30,6 +30,9 @@ _WAYS = {
 }
 
 
+_UNMADE = "No tiny model of it can be made"
+
+
 @dataclass(frozen=True)
 class Trial:
     """What came of attaching memory to a tiny model of an architecture.
@@ -57,6 +60,11 @@ class Trial:
     stored: str = ""
 
     @property
+    def is_unmade(self) -> bool:
+        """Whether there was no tiny model to be tried."""
+        return self.reason.startswith(_UNMADE)
+
+    @property
     def short_reason(self) -> str:
         """The reason without what every refusal says."""
         begin = self.reason.find(": ") + 2 if self.reason.startswith("Memory cannot be attached to ") else 0
@@ -70,7 +78,7 @@ def try_architecture(architecture: Architecture) -> Trial:
         try:
             model = tiny_model_of(architecture)
         except Exception as error:  # noqa: BLE001 - whatever the class raises is the finding
-            return Trial(architecture, "refused", f"No tiny model of it can be made: {_told(error)}")
+            return Trial(architecture, "refused", f"{_UNMADE}: {_told(error)}")
         return _tried(architecture, model)
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,12 +56,15 @@ def models(
         writable(markdown)
     from memlong.architectures import is_model_type
 
-    if name is not None and (Path(name).exists() or not is_model_type(name)):
+    if name is not None and (_is_there(name) or not is_model_type(name)):
         _show_outline(name, trust_remote_code=trust_remote_code, as_json=as_json)
         return
     trials = _trials(name)
     if markdown is not None:
-        markdown.write_text(page(trials), encoding="utf-8")
+        try:
+            markdown.write_text(page(trials), encoding="utf-8")
+        except OSError as error:
+            raise InvalidArgumentError(f"{str(markdown)!r} cannot be written: {error.strerror}") from error
         typer.echo(f"{markdown}: {_counted(trials)}")
     elif as_json:
         print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
@@ -134,8 +138,8 @@ _PAGE = """\
 
 Each is tried with a tiny random model: *works* means that its logits are those of the plain model, with the text in
 the window and with all but the window in memory; *refused*, that memlong says why it does not attach. A model type of
-several rows has several classes. `memlong models NAME` answers for one model type, a hub id, a folder or a
-`config.json`: which layers retrieve, and what a token of memory takes in bytes.
+several rows has several classes. `memlong models NAME` answers for one of them; of a hub id, a folder or a
+`config.json` it tells which layers retrieve, too, and what a token of memory takes in bytes.
 
 Images, sound and video are not remembered: of a multimodal model, it is the text that memory is for. Recurrent and
 convolutional layers carry their own state from the beginning of a text to its end; memory adds what their attention
@@ -153,11 +157,44 @@ This page is written by `memlong models --markdown docs/models.md`. Left out, si
 def _show_outline(name: str, *, trust_remote_code: bool, as_json: bool) -> None:
     from memlong.architectures import outline, read_config
 
+    if not _is_there(name):
+        _check_name(name)
     found = outline(read_config(name, trust_remote_code=trust_remote_code))
     if as_json:
         print_json({"model": name, "attaches": found.attaches, **asdict(found)})
         return
     print_table(("model", shown(name)), _told(found))
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that can be neither a file, nor a model type, nor on the hub."""
+    from memlong.architectures import TRANSFORMERS, architectures, encoder_decoders
+
+    if name in encoder_decoders():
+        raise InvalidArgumentError(
+            f"{name!r} is an encoder-decoder: an encoder reads its text, which has no memory"
+        )
+    if Path(name).suffix in (".json", ".gguf"):
+        raise InvalidArgumentError(f"The file {name!r} does not exist. Check the path.")
+    near = get_close_matches(name, [each.model_type for each in architectures()], n=1, cutoff=0.8)
+    if near and name != "demo" and "/" not in name:
+        raise InvalidArgumentError(
+            f"transformers {TRANSFORMERS} has no model type {name!r}; did you mean {near[0]!r}? Of a model on the hub, "
+            "name its owner, too."
+        )
+
+
+def _local_window(least: int, most: int | None) -> str:
+    if most is not None and most < least:
+        return f"at most {max(most, 0):,} tokens: lower chunk_size and segment_size, which take {least:,} by default"
+    return f"{least:,} {'or more' if most is None else f'to {most:,}'} tokens, with default sizes"
 
 
 def _told(found: Outline) -> list[tuple[str, str]]:
@@ -177,9 +214,6 @@ def _told(found: Outline) -> list[tuple[str, str]]:
         ("retrieval layers", ranges(found.retrieval_layers)),
         ("stored of a token", found.stored),
         ("bytes of a token", sizes),
-        (
-            "local window",
-            f"{least:,} {'or more' if most is None else f'to {most:,}'} tokens, with default sizes",
-        ),
+        ("local window", _local_window(least, most)),
         ("trained positions", "unknown" if found.max_positions is None else f"{found.max_positions:,}"),
     ]

@@ -43,16 +43,22 @@ class LayerGroup:
 
 
 def layer_groups(
-    layout: ModelLayout, retrieval_layers: Sequence[int], memory_layers: Sequence[int] = ()
+    layout: ModelLayout,
+    retrieval_layers: Sequence[int],
+    memory_layers: Sequence[int] = (),
+    local_window: int = 0,
 ) -> tuple[LayerGroup, ...]:
     """Sort the layers of a model into groups, each ascending.
 
-    A sliding layer keeps what it sees by itself, unless it attends to memory or its K-V are stored.
+    A sliding layer keeps what it sees by itself, unless it attends to memory; one whose K-V are stored keeps the local
+    window, too.
     """
     groups: dict[tuple[bool, KvShape, object, int | None], list[int]] = {}
     for index, layer in layout.layers.items():
         has_memory = index in retrieval_layers
-        reach = None if has_memory or index in memory_layers else layer.sliding_window
+        reach = None if has_memory else layer.sliding_window
+        if reach is not None and index in memory_layers:
+            reach = max(reach, local_window + 1)
         groups.setdefault((has_memory, layer.shape, layer.rope.kind, reach), []).append(index)
     return tuple(
         LayerGroup(tuple(layers), layout.layers[layers[0]].rope, shape, has_memory, reach)

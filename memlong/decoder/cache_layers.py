@@ -85,12 +85,10 @@ class StateLayer(LinearAttentionLayer):
         self.has_previous_state[state_idx] = True
         return super().update_recurrent_state(recurrent_states, state_idx, **options)
 
-    def begin_with(self, states: Mapping[Key, Tensor], layer: int) -> None:
-        """Go on from the states of this layer; from none if there are none."""
-        for (number, kind, index), state in states.items():
-            if number != layer:
-                continue
-            state = state.clone()  # models write over it
+    def begin_with(self, states: Mapping[Key, Tensor]) -> None:
+        """Go on from copies of the states of this layer, since models write over them."""
+        for (_, kind, index), held in states.items():
+            state = held.clone()
             if kind == "conv":
                 self.conv_states[index] = state
                 self.conv_kernel_size[index] = state.shape[-1]

@@ -66,7 +66,8 @@ class ModelCalls:
         if torch.is_grad_enabled():
             self._check_not_checkpointing()
         width = tokens.shape[1]
-        incoming = positions_of(tokens, before.placements)
+        # Sinks stand behind the memory with the text, as far apart as in it, until the window moves.
+        incoming = positions_of(tokens, before.placements, sinks_apart=False)
         check_reach(int(incoming.max()), self.layout)
         window, memory = before.window.expecting(tokens, incoming), before.memory
         slot.current = now = AttentionPass(self.layout, window, width, memory, self.gates, self.device)

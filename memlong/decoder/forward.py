@@ -159,9 +159,8 @@ class AttentionPass:
         layers = self.layout.readers[module]
         layer = layers[0] if len(layers) == 1 else self._latest
         gated = self.gates is not None and self._has_memory(layer)
-        asking = query.shape[
-            2
-        ]  # some models ask for the latest tokens alone, where only their logits are wanted
+        # Some models ask for the latest tokens alone, where only their logits are wanted.
+        asking = query.shape[2]
         if not gated and self.sees_all(layer):
             plain = kernels.is_plain(base, options)
             if plain and (asking == 1 or kernels.prefers_no_mask(query)):

@@ -149,10 +149,13 @@ class GroupWindow:
         held = 0 if self._raw is None else self._raw.nbytes
         return held if self.buffer is None else held + self.buffer.nbytes
 
-    def joined(self, parts: Sequence[GroupWindow], order: Tensor, columns: int) -> GroupWindow:
+    def joined(
+        self, parts: Sequence[GroupWindow], rows_of: Sequence[int], order: Tensor, columns: int
+    ) -> GroupWindow:
         """Return the window of rows that went on apart from this one, padded behind to so many columns.
 
-        ``order`` [rows] tells where in the parts, put one after the other, each row is.
+        ``rows_of`` is how many rows each part has, and ``order`` [rows] tells where in the parts, put one after the
+        other, each row is.
         """
         held = [part.buffer for part in parts if part.buffer is not None]
         if not held:
@@ -163,17 +166,18 @@ class GroupWindow:
         assert other.buffer is not None  # noqa: S101 - just made
         known = 0 if self._raw is None else self._raw.shape[3]
         start = 0
-        for part in parts:
-            assert part.buffer is not None  # noqa: S101 - all parts come from one window
-            where = torch.nonzero((order >= start) & (order < start + len(part.buffer.keys)))[:, 0]
-            picked = order[where] - start
-            end = memory + part.count
+        other.buffer.keys[:, :, :, memory : memory + columns] = 0
+        other.buffer.values[:, :, :, memory : memory + columns] = 0
+        for part, count in zip(parts, rows_of, strict=True):
+            where = torch.nonzero((order >= start) & (order < start + count))[:, 0]
+            picked, end = order[where] - start, memory + part.count
+            start += count
+            if part.buffer is None:  # rows that have read nothing yet
+                continue
             for target, states in zip(
                 (other.buffer.keys, other.buffer.values), (part.buffer.keys, part.buffer.values), strict=True
             ):
                 target[where, :, :, :end] = states[picked, :, :, :end]
-                target[where, :, :, end : memory + columns] = 0
-            start += len(part.buffer.keys)
         if known:
             other._raw = self._raw  # noqa: SLF001 - its own
         return other

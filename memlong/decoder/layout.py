@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from memlong.decoder.rope import LayerRope
@@ -57,6 +58,8 @@ class LayerLayout:
     keys_second
         Whether the cache is given what turns with the position as its second tensor: with multi-head latent attention
         the latent vector comes first, and then the rotary part of the key (DeepSeek-V2, arXiv 2405.04434).
+    is_made
+        Whether attention is given something that the model makes of what its cache holds.
     """
 
     module: nn.Module
@@ -65,6 +68,7 @@ class LayerLayout:
     shape: KvShape
     sliding_window: int | None
     keys_second: bool = False
+    is_made: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -92,6 +96,8 @@ class ModelLayout:
         K-V of the layer that has just updated its own.
     states
         By number, how many recurrent or convolutional states a layer carries from token to token.
+    state_shapes
+        By layer, kind and number of a state, its shape without the rows.
     max_positions
         Positions that the model was trained on, under one and the same rotation; None if unknown.
     vocabulary
@@ -107,6 +113,7 @@ class ModelLayout:
     depth: int
     readers: Mapping[nn.Module, tuple[int, ...]]
     states: Mapping[int, int]
+    state_shapes: Mapping[tuple[int, str, int], torch.Size]
     max_positions: int | None
     vocabulary: int
     placeholders: Mapping[int, str]

@@ -108,16 +108,13 @@ def load_model(
             if not gguf:
                 config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
                 kinds, quantization = _kinds_of(config), _quantization_of(config)
-            if (
-                quantization and machine.device.type != "cpu"
-            ):  # such weights cannot be moved, or need the device
+            if quantization and machine.device.type != "cpu":
+                # Such weights cannot be moved, or need the device.
                 options["device_map"] = str(machine.device)
             model = _loaded(kinds, source, dtype=machine.dtype, **options)
         except ImportError as error:
             raise _missing(name, quantization, error) from error
-        except (
-            Exception
-        ) as error:  # what a broken folder, or code that it brings, comes to is not foreseeable
+        except Exception as error:  # whatever a broken folder, or code that it brings, comes to
             raise InvalidArgumentError(_failed(name, error)) from error
     if gguf:  # it still calls itself quantized, and refuses to be saved
         model = _plain(model)

@@ -43,12 +43,12 @@ def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Plac
     return Placement(config.sink_tokens, start - first_token, start)
 
 
-def positions_of(tokens: Ints, placements: Sequence[Placement], reach: int | None = None) -> Ints:
+def positions_of(tokens: Ints, placements: Sequence[Placement], *, sinks_apart: bool = True) -> Ints:
     """Where tokens [rows, columns], given by their index in the stream, stand; padding (−1) stands at 0.
 
-    With a ``reach``, they are those of a sliding layer, which has no sinks: they stand as far apart as in the text.
+    Unless ``sinks_apart``, all stand as far from one another as in the text, as a sliding layer has them.
     """
-    if reach is not None:
+    if not sinks_apart:
         shift = np.array([row.offset for row in placements])[:, None]
         return np.where(tokens < 0, 0, tokens + shift)
     sinks, offsets = np.array([(row.sinks, row.offset) for row in placements]).T[:, :, None]

@@ -8,6 +8,7 @@ memory can hold; who sees whom is asked of the masks that transformers makes.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import cast
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlong.decoder import attention
 from memlong.decoder.layout import KvShape, LayerLayout, ModelLayout
-from memlong.decoder.probe_pass import ProbePass, Reading
+from memlong.decoder.probe_pass import NotingLayer, ProbePass, Reading
 from memlong.decoder.rope import Angles, LayerRope, possible_ropes
 from memlong.errors import UnsupportedModelError
 
@@ -61,6 +62,11 @@ def probe(model: PreTrainedModel) -> ModelLayout:
             raise
         except Exception as error:
             first = str(error).strip().partition("\n")[0].rstrip(".")
+            if isinstance(error, AttributeError) and isinstance(error.obj, NotingLayer):
+                raise _unsupported(
+                    model,
+                    f"its cache is to keep something else beside keys, values and states ({error.name})",
+                ) from error
             raise _unsupported(
                 model,
                 f"it does not read a token of text, at a given position, into a cache of keys and values: {first}",
@@ -76,12 +82,15 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         or config is not model.config  # a part of something larger
         or all(layer.rope.call is None for layer in layers.values())
     )
+    if all(layer.rope.call is None for layer in layers.values()) and not _takes_positions(model):
+        raise _unsupported(model, "it takes no position_ids, and counts positions by what its cache holds")
     vocabulary = _embeddings(model).shape[0]
     return ModelLayout(
         layers,
         seen.depth,
         seen.readers(),
         seen.states,
+        seen.state_shapes(),
         max_positions,
         vocabulary,
         _placeholders(model.config),
@@ -116,6 +125,10 @@ def _check_device(model: PreTrainedModel) -> None:
         f"not all of it is on one device (it is {found}), and memory must be where all layers and the token embeddings "
         "are; load it with device_map={'': 'cuda:0'}, or in a smaller dtype",
     )
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _embeddings(model: PreTrainedModel) -> Tensor:
@@ -221,7 +234,8 @@ def _layer(
     if rope.call is not None and all(rope.kind != each.kind for each in found):
         found.insert(0, rope)
     shape = KvShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
-    return LayerLayout(module, rope, max(heads), shape, windows.pop(), keys_second)
+    is_made = any(reading.is_made for reading in readings)
+    return LayerLayout(module, rope, max(heads), shape, windows.pop(), keys_second, is_made)
 
 
 def _rotation(seen: ProbePass, states: Tensor, found: list[LayerRope]) -> LayerRope | None:

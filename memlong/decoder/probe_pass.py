@@ -55,7 +55,7 @@ class Reading:
     bias: str | None
 
 
-class _NotingLayer(LinearAttentionAndFullAttentionLayer):
+class NotingLayer(LinearAttentionAndFullAttentionLayer):
     """Takes what any kind of layer keeps, and notes that it did."""
 
     def __init__(self, seen: ProbePass, number: int, states: int) -> None:
@@ -63,20 +63,24 @@ class _NotingLayer(LinearAttentionAndFullAttentionLayer):
         self._seen, self._number = seen, number
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take in keys and values."""
         self._seen.written[self._number] = self._seen.written.get(self._number, 0) + 1
         self._seen.latest = self._number
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take in the inputs of a convolution."""
         self._seen.states[self._number] = self.number_of_states
         return super().update_conv_state(*args, **kwargs)
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take in a state."""
         self._seen.states[self._number] = self.number_of_states
         return super().update_recurrent_state(*args, **kwargs)
 
     def update_indexer(self, keys: Tensor) -> Tensor:
+        """Take in what keys are to be chosen by."""
         self._seen.indexed = True
         return keys
 
@@ -115,7 +119,7 @@ class ProbePass(attention.AttentionSlot):
         self.states: dict[int, int] = {}
         self.readings: list[Reading] = []
         self.indexed = False
-        self._layers = [_NotingLayer(self, number, count) for number, count in enumerate(counts)]
+        self._layers = [NotingLayer(self, number, count) for number, count in enumerate(counts)]
         self._calls: list[RotaryCall] = []
         self._outside: list[tuple[nn.Module, str]] = []
         self._masks: list[tuple[Tensor, Visibility]] = []
@@ -246,6 +250,16 @@ class ProbePass(attention.AttentionSlot):
         """What the cache of a layer was given: [2, heads, 1, width] each."""
         layer = self._layers[number]
         return cast("Tensor", layer.keys), cast("Tensor", layer.values)
+
+    def state_shapes(self) -> dict[tuple[int, str, int], torch.Size]:
+        """By layer, kind and number of a state, its shape without the rows."""
+        return {
+            (number, kind, index): state.shape[1:]
+            for number in self.states
+            for kind in ("conv", "recurrent")
+            for index, state in getattr(self._layers[number], f"{kind}_states").items()
+            if state is not None
+        }
 
     @property
     def is_unusual(self) -> bool:

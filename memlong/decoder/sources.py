@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from memlong.bank import ChunkLayout
-from memlong.decoder.arrays import Ints
 from memlong.decoder.config import MemoryConfig, ranges
 from memlong.decoder.latent import LatentMaps
 from memlong.decoder.layout import ModelLayout
@@ -39,7 +38,7 @@ class KvSource(ABC):
         """Of what kind the blocks are that :meth:`collect` makes for a chunk."""
 
     @abstractmethod
-    def collect(self, window: LocalWindow, row: int, columns: Ints) -> tuple[Tensor, Tensor]:
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """What is stored of some columns of a row's window as keys, and as values: [layers, heads, columns, width]."""
 
     @abstractmethod
@@ -79,9 +78,9 @@ class LayerSource(KvSource):
         shape = (len(self.memory_layers), self._kv_heads, chunk_size, self._head_dim)
         return ChunkLayout(shape, dtype, device)
 
-    def collect(self, window: LocalWindow, row: int, columns: Ints) -> tuple[Tensor, Tensor]:
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """The memory layers' K-V."""
-        return window.stacked(row, columns, self.memory_layers)
+        return window.stacked(row, start, end, self.memory_layers)
 
     def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The K-V of the memory layers that these layers read."""
@@ -126,9 +125,9 @@ class PackedSource(KvSource):
         """One layer, whose heads are the pieces."""
         return ChunkLayout((1, -(-self._pieces // 2), chunk_size, self._width), dtype, device)
 
-    def collect(self, window: LocalWindow, row: int, columns: Ints) -> tuple[Tensor, Tensor]:
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """All layers' K-V, in pieces."""
-        each = window.keys_and_values(row, columns, self.retrieval_layers)
+        each = window.keys_and_values(row, start, end, self.retrieval_layers)
         pieces = [self._cut(states) for pair in each for states in pair]
         if self._pieces % 2:
             pieces.append(torch.zeros_like(pieces[0][:1]))
@@ -177,9 +176,9 @@ class LatentSource(KvSource):
         """One layer with one head of half the latent width."""
         return ChunkLayout((1, 1, chunk_size, self.maps.dim // 2), dtype, device)
 
-    def collect(self, window: LocalWindow, row: int, columns: Ints) -> tuple[Tensor, Tensor]:
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """The latent vectors' halves."""
-        latent = self.maps.to_latent(*window.stacked(row, columns, self.retrieval_layers))
+        latent = self.maps.to_latent(*window.stacked(row, start, end, self.retrieval_layers))
         first, second = latent[None, None].chunk(2, dim=-1)
         return first, second
 
@@ -211,9 +210,11 @@ def make_source(
 
 
 def shared_memory_layer(config: MemoryConfig, layout: ModelLayout) -> int:
-    """Return the layer whose K-V is stored for all: ``memory_layer``, or the first of the upper half."""
+    """Return the layer whose K-V is stored for all: ``memory_layer``, or the first of the upper half that sees all."""
     numbers = tuple(layout.layers)
-    layer = numbers[len(numbers) // 2] if config.memory_layer is None else config.memory_layer
+    upper = numbers[len(numbers) // 2 :]
+    usual = next((number for number in upper if number in layout.full_attention_layers), upper[0])
+    layer = usual if config.memory_layer is None else config.memory_layer
     if layer not in layout.layers:
         raise InvalidArgumentError(
             f"memory_layer is {layer}, which has no K-V of its own; the layers that have are {ranges(numbers)}."

@@ -6,8 +6,8 @@ copies and leaves new ones; what it began from stays as it was, for whoever goes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,6 +40,10 @@ class States:
     def none(cls, rows: int) -> States:
         """The states of rows that have read nothing."""
         return cls(np.zeros(rows, dtype=bool), {})
+
+    def of_layer(self, layer: int) -> dict[Key, Tensor]:
+        """Those of one layer."""
+        return {key: state for key, state in self.tensors.items() if key[0] == layer}
 
     @property
     def nbytes(self) -> int:
@@ -87,25 +91,24 @@ class States:
         prefix: str,
         tensors: Mapping[str, Tensor],
         rows: int,
-        fits: Callable[[Key], bool],
+        shapes: Mapping[Key, torch.Size],
         device: torch.device,
     ) -> States:
-        """Read what :meth:`saved` wrote; ValueError or KeyError if it cannot be states of this model."""
-        begun = np.array(
-            tensor_of(tensors, f"{prefix}.begun", rows, like=torch.empty(0, dtype=torch.bool)).numpy()
+        """Read what :meth:`saved` wrote; ValueError or KeyError if it cannot be states of ``shapes``."""
+        begun = tensor_of(
+            tensors, f"{prefix}.begun", rows, like=torch.empty(0, dtype=torch.bool, device="cpu")
         )
         found: dict[Key, Tensor] = {}
-        for name, state in tensors.items():
-            parts = name.removeprefix(f"{prefix}.").split(".")
-            if not name.startswith(f"{prefix}.") or len(parts) != 3:
-                continue
-            key = (int(parts[0]), parts[1], int(parts[2]))
-            if parts[1] not in ("conv", "recurrent") or not fits(key) or state.shape[:1] != (rows,):
-                raise ValueError(f"{name} is no state of this model")
-            found[key] = to_device(state, device)
-        if begun.any() and not found:
-            raise ValueError("states are missing")
-        return replace(cls.none(rows), begun=begun, tensors=found)
+        if bool(begun.any()):
+            for layer, kind, index in shapes:
+                name = f"{prefix}.{layer}.{kind}.{index}"
+                state, shape = tensors[name], (rows, *shapes[layer, kind, index])
+                if state.shape != shape or not state.is_floating_point():
+                    raise ValueError(
+                        f"{name} is {state.dtype}{list(state.shape)}, expected numbers {list(shape)}"
+                    )
+                found[layer, kind, index] = to_device(state, device)
+        return cls(begun.numpy().copy(), found)
 
 
 def _rows(state: Tensor, rows: Sequence[int]) -> Tensor:

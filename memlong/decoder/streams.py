@@ -94,7 +94,9 @@ class Streams:
         self._source = source
         embeddings = cast("Tensor", model.get_input_embeddings().weight)
         self._device = embeddings.device
-        self._groups = layer_groups(layout, source.retrieval_layers, source.stored_layers)
+        self._groups = layer_groups(
+            layout, source.retrieval_layers, source.stored_layers, config.local_window
+        )
         capacity = config.sink_tokens + config.local_window
         self._window = LocalWindow(layout, self._groups, len(self.rows), capacity, embeddings.detach())
         self._calls = ModelCalls(model, layout, gates, self._device, embeddings.dtype)
@@ -164,7 +166,7 @@ class Streams:
         memory = self._bring(gradients=False)
         window = self._window.of_tensors(
             tensors,
-            lambda tokens, reach: positions_of(tokens, placements, reach),
+            lambda tokens, reach: positions_of(tokens, placements, sinks_apart=reach is None),
             memory.tokens if memory else 0,
         )
         begun_with = self._window.loaded_states("begun", tensors)
@@ -303,8 +305,7 @@ class Streams:
         bank = row.bank
         if bank is None or self._retriever is None or row.has_stored(leaving):
             return
-        columns = self._window.columns_of(index, leaving[0].start, leaving[-1].end)
-        keys, values = self._source.collect(self._window, index, columns)
+        keys, values = self._source.collect(self._window, index, leaving[0].start, leaving[-1].end)
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving], device="cpu")
         embeddings = self._retriever.embed_chunks(leaving)
@@ -347,7 +348,9 @@ class Streams:
         all_stay = all(each.all() for each in wanted.values())
         if columns != window.memory or columns or placements != self._placements or not all_stay:
             window = window.moved(
-                wanted, lambda tokens, reach: positions_of(tokens, placements, reach), columns
+                wanted,
+                lambda tokens, reach: positions_of(tokens, placements, sinks_apart=reach is None),
+                columns,
             )
         if columns and memory and memory.arrival is None:  # else when the first layer wants it
             memory = memory.given_to(window)

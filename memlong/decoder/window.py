@@ -87,6 +87,11 @@ class LocalWindow(Cache):
     def _hold(self, windows: tuple[GroupWindow, ...], states: States) -> None:
         self._windows, self.states = windows, states
         self.supply: Supply | None = None
+        self._window_layers: dict[int, WindowLayer] = {}
+        self._state_layers: dict[int, StateLayer] = {}
+
+    def _make_layers(self) -> None:
+        """Make what transformers sees, for one forward call."""
         layers = [self._layer(number) for number in range(self._layout.depth)]
         self._window_layers = {n: each for n, each in enumerate(layers) if isinstance(each, WindowLayer)}
         self._state_layers = {n: each for n, each in enumerate(layers) if isinstance(each, StateLayer)}
@@ -105,7 +110,7 @@ class LocalWindow(Cache):
             return DynamicLayer()  # neither attends nor carries anything
         else:
             layer = StateLayer(number_of_states=count)
-        layer.begin_with(self.states.tensors, number)
+        layer.begin_with(self.states.of_layer(number))
         return layer
 
     def _of(
@@ -174,6 +179,7 @@ class LocalWindow(Cache):
         windows = tuple(
             window.joined(
                 [part._windows[number] for part in parts],  # noqa: SLF001 - its own
+                [len(some) for some in rows],
                 on_device,
                 held[window.group.reach].tokens.shape[1],
             )
@@ -269,20 +275,20 @@ class LocalWindow(Cache):
 
     def loaded_states(self, prefix: str, tensors: Mapping[str, Tensor]) -> States:
         """Read states that were saved; ValueError or KeyError if they are not this model's."""
-        counts = self._layout.states
-        if not counts:
+        shapes = self._layout.state_shapes
+        if not shapes:
             return States.none(len(self.tokens))
-        return States.loaded(
-            prefix, tensors, len(self.tokens), lambda key: key[2] < counts.get(key[0], 0), self._device
-        )
+        return States.loaded(prefix, tensors, len(self.tokens), shapes, self._device)
 
     def expecting(self, tokens: Ints, positions: Ints) -> LocalWindow:
         """Return a window that a forward call fills with the tokens [rows, new], which stand at ``positions``."""
-        return self._of(
+        other = self._of(
             tuple(window.expecting() for window in self._windows),
             {reach: held.and_then(tokens, positions) for reach, held in self.held.items()},
             self.states,
         )
+        other._make_layers()  # noqa: SLF001 - its own
+        return other
 
     def complete(self, new: int) -> None:
         """Note that the forward call has filled the ``new`` columns that were expected."""
@@ -294,6 +300,7 @@ class LocalWindow(Cache):
             for number, layer in self._state_layers.items():
                 left |= layer.left(number)
             self.states = self.states.replaced(left)
+        self._window_layers, self._state_layers, self.layers = {}, {}, []  # the call is over
 
     def with_states(self, states: States) -> LocalWindow:
         """Return this window with other states."""
@@ -318,35 +325,34 @@ class LocalWindow(Cache):
             where = None if angles is None else angles.of(rope)
             window.buffer.hold_memory(some_keys, some_values, where, rope.rotated)
 
-    def columns_of(self, row: int, start: int, end: int) -> Ints:
-        """Columns of the local window that hold the tokens ``start`` to ``end`` of a row, in order."""
-        tokens = self.tokens[row]
-        return np.flatnonzero((tokens >= start) & (tokens < end))
-
-    def keys_and_values(self, row: int, columns: Ints, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Un-rotated keys, and values, of columns of the local window: by layer, copies [heads, columns, width]."""
-        chosen = self._chosen(columns)
+    def keys_and_values(
+        self, row: int, start: int, end: int, layers: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Un-rotated keys, and values, of the tokens ``start`` to ``end``: by layer, copies [heads, tokens, width]."""
         found = []
         for layer in layers:
             number, place = self._place[layer]
-            window = self._windows[number]
+            window, chosen = self._windows[number], self._chosen(layer, row, start, end)
             keys, values = window.raw_keys(self._angles_of(window)), window.values()
             found.append((keys[row, place][:, chosen], values[row, place][:, chosen]))
         return found
 
-    def stacked(self, row: int, columns: Ints, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys, and values, of layers that are alike: copies [layers, heads, columns, width]."""
+    def stacked(self, row: int, start: int, end: int, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys, and values, of layers that are alike: copies [layers, heads, tokens, width]."""
         number, _ = self._place[layers[0]]
         window = self._windows[number]
         if window.group.layers == layers:  # all of a group, as is usual: one copy
-            chosen = self._chosen(columns)
+            chosen = self._chosen(layers[0], row, start, end)
             keys, values = window.raw_keys(self._angles_of(window)), window.values()
             keys, values = keys[row][:, :, chosen], values[row][:, :, chosen]
             return (keys.clone(), values.clone()) if isinstance(chosen, slice) else (keys, values)
-        keys_of, values_of = zip(*self.keys_and_values(row, columns, layers), strict=True)
+        keys_of, values_of = zip(*self.keys_and_values(row, start, end, layers), strict=True)
         return torch.stack(keys_of), torch.stack(values_of)
 
-    def _chosen(self, columns: Ints) -> slice | Tensor:
+    def _chosen(self, layer: int, row: int, start: int, end: int) -> slice | Tensor:
+        """Columns of a layer that hold the tokens ``start`` to ``end`` of a row, in order."""
+        tokens = self.held_by(layer).tokens[row]
+        columns = np.flatnonzero((tokens >= start) & (tokens < end))
         if columns[-1] - columns[0] == len(columns) - 1:
             return slice(int(columns[0]), int(columns[-1]) + 1)
         return to_device(torch.from_numpy(columns), self._device)

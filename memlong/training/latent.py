@@ -63,6 +63,11 @@ def fit_latent_maps(
     """
     layout = probe(model)
     chosen = parse_layers(layers, layout.full_attention_layers, layout.layers)
+    if any(layout.layers[layer].is_made or layout.layers[layer].keys_second for layer in chosen):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} makes its keys and values of what its cache holds (such as a latent vector), and "
+            "maps are for models whose cache holds keys and values themselves."
+        )
     if not layout.alike(chosen):
         raise UnsupportedModelError(
             f"{type(model).__name__} has keys and values of several shapes in the layers {ranges(chosen)}; latent maps "

@@ -123,9 +123,18 @@ def usual_retrieval_layers(model: PreTrainedModel, config: MemoryConfig) -> str:
         return "all"
     layout = probe(model)
     memory_layer = shared_memory_layer(config, layout)
-    chosen = [layer for layer in layout.layers if layer >= memory_layer][::4]
-    full = [layer for layer in chosen if layer in layout.full_attention_layers]
+    upper = [layer for layer in layout.layers if layer >= memory_layer]
+    full = _every_fourth([layer for layer in upper if layer in layout.full_attention_layers])
+    chosen = _every_fourth(upper)
     return ",".join(map(str, full or chosen))
+
+
+def _every_fourth(layers: list[int]) -> list[int]:
+    chosen: list[int] = []
+    for layer in layers:
+        if not chosen or layer - chosen[-1] >= 4:
+            chosen.append(layer)
+    return chosen
 
 
 def first_learning_layer(decoder: MemoryDecoder) -> int:

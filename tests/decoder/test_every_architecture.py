@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 import transformers
 
-from memlong.architectures import architectures, encoder_decoders, of_model_type, try_architecture
+from memlong import MemoryConfig, MemoryDecoder
+from memlong.architectures import (
+    architectures,
+    encoder_decoders,
+    of_model_type,
+    tiny_model_of,
+    try_architecture,
+)
 from memlong.cli.models import line
+from memlong.errors import MemlongError
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 WRITTEN_FOR, WORK, REFUSED, FAIL = re.search(
@@ -99,6 +107,12 @@ def test_memory_is_right_or_refused(architecture):
     assert trial.status in ("works", "refused"), trial.reason
     assert (trial.status == "works") == (not trial.reason)
     assert "Traceback" not in trial.reason
+    assert (
+        not trial.is_unmade or architecture.model_type == "gemma4_assistant"
+    )  # which has no cache of its own
+    if trial.status == "refused" and not trial.is_unmade:
+        with pytest.raises(MemlongError):  # whatever it computes in
+            MemoryDecoder(tiny_model_of(architecture).bfloat16(), None, MemoryConfig(local_window=384))
     if IS_WRITTEN_FOR_THIS:
         assert alike(line(trial)) in map(alike, PAGE.read_text(encoding="utf-8").splitlines()), (
             "docs/models.md says something else: memlong models --markdown docs/models.md"

@@ -230,3 +230,67 @@ def test_what_is_no_text_is_refused_by_name(small, text):
         with pytest.raises(InvalidArgumentError, match="input_ids holds 95, which stands for an image"):
             decoder.read(torch.tensor([[5, 95, 6]]))
         assert decoder.tokens_read == ()
+
+
+def test_a_row_may_begin_later_than_others(model, close, small, text):
+    ids, mask = text(20, rows=2), torch.ones(2, 20, dtype=torch.long)
+    mask[1] = 0
+    with MemoryDecoder(model, None, small()) as decoder:
+        stream(decoder, ids, mask)
+        both, _ = stream(decoder, text(30, rows=2, seed=1))
+        decoder.reset()
+        (alone,), _ = stream(decoder, text(30, rows=2, seed=1)[1:])
+    close(both[1], alone)
+
+
+@pytest.mark.parametrize("local_window", [16, 32])
+def test_a_sliding_memory_layer_keeps_its_own_window_too(small, text, local_window):
+    model, ids = tiny_model_of("gemma3_text"), text(130)
+    seen = []
+    hook = model.model.layers[0].register_forward_hook(lambda _module, _given, output: seen.append(output))
+    config = small(kv_source="shared", memory_layer=0, retrieval_layers="1,3", local_window=local_window)
+    with MemoryDecoder(model, None, config) as decoder:
+        assert decoder.model_layout.layers[0].sliding_window == 40
+        seen.clear()
+        stream(decoder, ids)
+        assert len(decoder.banks[0]) > 20
+        streamed = torch.cat(seen, dim=1)
+    seen.clear()
+    plain_logits(model, ids)
+    hook.remove()
+    torch.testing.assert_close(streamed, seen[0], rtol=0.0, atol=1e-4)
+
+
+def test_a_sliding_layer_is_the_plain_models_from_the_first_token_over_a_given_memory(small, text):
+    model, prompt = tiny_model_of("gemma3_text"), text(20, seed=1)
+    with MemoryDecoder(model, None, small(position_mode="before-window")) as decoder:
+        stream(decoder, text(90))
+        banks = decoder.banks
+        decoder.reset(banks)
+        seen = []
+        hook = model.model.layers[0].register_forward_hook(
+            lambda _module, _given, output: seen.append(output)
+        )
+        stream(decoder, prompt)
+        hook.remove()
+    streamed, plain = torch.cat(seen, dim=1), []
+    hook = model.model.layers[0].register_forward_hook(lambda _module, _given, output: plain.append(output))
+    plain_logits(model, prompt)
+    hook.remove()
+    torch.testing.assert_close(streamed, plain[0], rtol=0.0, atol=1e-4)
+
+
+def test_states_that_are_missing_or_of_another_shape_are_refused(small, text, tmp_path):
+    model = tiny_model_of("qwen3_next")
+    with MemoryDecoder(model, None, small()) as decoder:
+        stream(decoder, text(40))
+        tensors, facts = decoder._streams.tensors(), [row.facts() for row in decoder._streams.rows]
+    name = next(name for name in tensors if name.startswith("states.") and ".recurrent." in name)
+    for changed in (
+        {k: v for k, v in tensors.items() if k != name},
+        {**tensors, name: tensors[name][..., :1]},
+    ):
+        with MemoryDecoder(model, None, small()) as other:
+            streams = other._begin(1)
+            with pytest.raises((KeyError, ValueError)):
+                streams.go_on(facts, changed)
