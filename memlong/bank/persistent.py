@@ -19,6 +19,7 @@ from memlong.bank.snapshot.content import Content
 from memlong.bank.snapshot.files import damaged, unwritable
 from memlong.bank.snapshot.lazy import SnapshotStore
 from memlong.bank.snapshot.manifest import BankRecord, IndexRecord
+from memlong.bank.snapshot.options import refused_option
 from memlong.bank.snapshot.reader import StoredBank, folder_of, layout_record, open_snapshot, read_bank
 from memlong.bank.snapshot.segments import Segment, keepable, write_segments
 from memlong.bank.snapshot.tensors import encode
@@ -240,7 +241,10 @@ class PersistentBank(IndexHost):
             odd = _OF_EVERY_BANK & record.options.keys()
             if odd:
                 raise damaged(stored.manifest_path, f"has options of no backend's own: {', '.join(odd)}")
-            options |= {**record.options, "device": record.device}
+            own = {name: value for name, value in record.options.items() if name not in given}
+            if refused := refused_option(cls, own, cls.saved_options):
+                raise SnapshotError(f"{str(stored.manifest_path)!r} {refused}")
+            options |= {**own, "device": record.device}
         try:
             return cls(record.dim, **{**options, **given})
         except DeviceUnavailableError:

@@ -1,0 +1,92 @@
+"""A snapshot may be a stranger's: what it may choose of a bank are options that do no harm, within bounds."""
+
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+import pytest
+
+from memlong import SnapshotError, load_bank
+from memlong.bank.snapshot.manifest import _dumped
+from memlong.bank.snapshot.options import refused_option
+from memlong_torch.bank import TorchBank
+
+
+def forge(folder, **changes):
+    """Change what the manifest says of the bank, its hash included."""
+    path = folder / "manifest.json"
+    data = json.loads(path.read_bytes())
+    del data["sha256"]
+    data["banks"][0].update(changes)
+    path.write_bytes(_dumped(data))
+
+
+class Remote(TorchBank):
+    """A backend of a plugin, which goes where it is told to."""
+
+    asked = ()
+    saved_options: ClassVar = {"effort": 100}
+
+    def __init__(self, dim, *, uri=None, effort=3, **options):
+        Remote.asked = (*Remote.asked, uri)
+        super().__init__(dim, **options)
+
+
+@pytest.fixture
+def of_remote(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(Remote, "asked", ())
+    make().save(tmp_path)
+
+    def forged(**options):
+        made_by = f"{Remote.__module__}:{Remote.__qualname__}"
+        forge(tmp_path, made_by=made_by, options=options)
+        return tmp_path
+
+    return forged
+
+
+@pytest.mark.parametrize(
+    "options", [{"uri": "http://stranger"}, {"effort": 3, "folder": "s3://x"}, {"uri": ["x"]}]
+)
+def test_a_snapshot_chooses_no_place(of_remote, options):
+    folder = of_remote(**options)
+    with pytest.raises(
+        SnapshotError, match=r"manifest\.json.* names the option '(uri|folder)'.*yourself when loading"
+    ):
+        Remote.load(folder)
+    assert Remote.asked == ()  # it was not even made
+
+
+def test_the_user_does(of_remote):
+    folder = of_remote(uri="http://stranger", effort=7)
+    assert len(Remote.load(folder, uri="http://mine")) == 38
+    assert Remote.asked == ("http://mine",)
+
+
+@pytest.mark.parametrize("effort", [101, 1e308, float("inf"), [3], {"a": 3}])
+def test_a_snapshot_asks_for_no_more_than_its_author_allows(of_remote, effort):
+    assert "effort" in refused_option(Remote, {"effort": effort}, Remote.saved_options)
+    assert "effort" in refused_option(Remote, {"effort": float("nan")}, Remote.saved_options)
+
+
+@pytest.mark.parametrize(
+    ("backend", "option", "value"),
+    [
+        ("hnswlib", "ef_construction", 2**20),
+        ("hnswlib", "build_threads", 1024),
+        ("hnswlib", "initial_capacity", 2**20),
+        ("hnswlib", "M", 512),
+        ("faiss", "build_threads", 1024),
+        ("faiss", "ef_construction", 2**20),
+    ],
+)
+def test_efforts_without_bound_are_the_users_to_ask_for(make, tmp_path, backend, option, value):
+    bank = make(backend)
+    bank.save(tmp_path)
+    forge(tmp_path, options={**bank._index_options(), option: value})
+    with pytest.raises(
+        SnapshotError, match=rf"{option}', {value}, more than a file may ask for .*give {option} yourself"
+    ):
+        load_bank(tmp_path)
+    assert len(load_bank(tmp_path, **{option: 16})) == 38
