@@ -24,7 +24,7 @@ from memlong.bank.snapshot.reader import StoredBank, folder_of, layout_record, o
 from memlong.bank.snapshot.segments import Segment, keepable, write_segments
 from memlong.bank.snapshot.tensors import encode
 from memlong.bank.snapshot.writer import SnapshotWriter
-from memlong.errors import DeviceUnavailableError, InvalidArgumentError, SnapshotError
+from memlong.errors import HIDDEN, DeviceUnavailableError, InvalidArgumentError, SnapshotError
 
 _OF_EVERY_BANK = {"metric", "max_chunks", "max_bytes", "eviction", "device", "store", "dim"}
 
@@ -186,7 +186,7 @@ class PersistentBank(IndexHost):
             raise unwritable(writer.folder, error) from error
         return BankRecord(
             made_by=_name(type(self)),
-            options=_checked_options(self._index_options()),
+            options=self._saved_options(),
             dim=self._dim,
             metric=self._metric,
             max_chunks=self._capacity.max_chunks,
@@ -201,6 +201,13 @@ class PersistentBank(IndexHost):
             segments=tuple(each.record for each in segments),
             index=None if native is None else IndexRecord(native[0], writer.write("index", native[1], "bin")),
         )
+
+    def _saved_options(self) -> dict[str, Any]:
+        """The backend's own options; text that its author has not named as harmless may be secret."""
+        return {
+            name: HIDDEN if isinstance(value, str) and name not in self.saved_options else value
+            for name, value in _checked_options(self._index_options()).items()
+        }
 
     def _content(self) -> Content:
         with self._counting:
@@ -297,7 +304,7 @@ class PersistentBank(IndexHost):
                     keys, values = states.to(layout.device).unbind(1)
                     self._store.take(ids, keys, values)
         made_by, options = stored.record.made_by, dict(stored.record.options)
-        if trust_index and (made_by, options) == (_name(type(self)), self._index_options()):
+        if trust_index and (made_by, options) == (_name(type(self)), self._saved_options()):
             index = stored.index_file()
             if index is not None:
                 self._use_index(stored, index)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memlong.cli.output import print_json, print_section, print_table, shown
+from memlong.plugins.uri import hide_credentials
 
 Folder = Annotated[
     Path, typer.Argument(metavar="PATH", help="Folder of a snapshot: of a bank, or of a decoder.")
@@ -88,6 +89,8 @@ def add_bank_commands(app: typer.Typer) -> None:
 
 
 def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
+    for bank in found["banks"]:
+        bank["options"] = hide_credentials(bank["options"])
     if as_json:
         print_json({"path": str(path), **found})
         return

@@ -153,8 +153,10 @@ class MemoryConfig:
         _check_choice("kv_source", self.kv_source, get_args(KvSourceName))
         _check_choice("chunk_order", self.chunk_order, get_args(ChunkOrder))
         for name, kind in _KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}; expected {_EXPECTED[kind]}.")
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                shown = f"of type {type(value).__name__}" if kind is Mapping else repr(value)
+                raise InvalidArgumentError(f"{name} is {shown}; expected {_EXPECTED[kind]}.")
         if self.memory_layer is not None and self.kv_source != "shared":
             raise InvalidArgumentError(
                 f"memory_layer is {self.memory_layer}, but kv_source is {self.kv_source!r}: it goes with 'shared' "
@@ -187,8 +189,13 @@ class MemoryConfig:
                 f"{self.segment_size + self.chunk_size}, or a smaller segment_size or chunk_size."
             )
 
+    def __repr__(self) -> str:
+        """All settings, as :meth:`as_dict` gives them."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
+        return f"{type(self).__name__}({settings})"
+
     def as_dict(self) -> dict[str, Any]:
-        """Return all settings as files and reports may hold them: with ``***`` for tokens, passwords and the like."""
+        """Return all settings as files and reports may hold them: with ``***`` for what may be secret."""
         settings = asdict(self)
         for name in ("backend_options", "retriever_options"):
             settings[name] = hide_credentials(settings[name])
