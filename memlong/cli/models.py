@@ -81,9 +81,7 @@ def _summary(trials: Sequence[Trial]) -> dict[str, Any]:
     from memlong.architectures import TRANSFORMERS
 
     counts = Counter(each.status for each in trials)
-    return {"transformers": TRANSFORMERS} | {
-        name: counts[name] for name in ("works", "refused", "fails")
-    }
+    return {"transformers": TRANSFORMERS} | {name: counts[name] for name in ("works", "refused", "fails")}
 
 
 def _counted(trials: Sequence[Trial]) -> str:
@@ -163,7 +161,7 @@ def _show_outline(name: str, *, trust_remote_code: bool, as_json: bool) -> None:
 
 
 def _told(found: Outline) -> list[tuple[str, str]]:
-    from memlong.decoder.config import ranges
+    from memlong.decoder.layer_names import ranges
 
     class_row = ("class", found.class_name)
     if not found.attaches:

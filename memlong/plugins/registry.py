@@ -118,7 +118,7 @@ class Registry:
                 raise
             # Not from the error: its text, which a traceback shows, holds what is secret.
             raise InvalidArgumentError(scrubbed(str(error), name)) from None
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
             cause = error if str(error) == scrubbed(str(error), name) else None  # as above
             raise fault(
                 spec, f"{spec.target!r} raises {type(error).__name__} for {without_credentials(name)!r}"

@@ -47,7 +47,7 @@ def test_no_secret_is_saved_and_a_new_one_reads_what_was(tiny_model, small, regi
         assert "SECRET" not in file.read_text()
     loaded = MemoryDecoder.load(tmp_path / "saved", model, None, config("sk-ROTATED"), registry=registry)
     assert loaded.tokens_read == (80,)
-    with pytest.raises(InvalidArgumentError, match="hides the option 'api_key'.*give it yourself"):
+    with pytest.raises(InvalidArgumentError, match=r"hides the option 'api_key'.*give it yourself"):
         MemoryDecoder.from_pretrained(tmp_path / "trained", model, None, registry=registry)
     changes = {"retriever_options": {"api_key": "sk-ROTATED"}}
     assert MemoryDecoder.from_pretrained(

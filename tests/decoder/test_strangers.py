@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memlong import MemoryDecoder
-from memlong.errors import InvalidArgumentError
+from memlong.bank.snapshot.manifest import _dumped
+from memlong.errors import InvalidArgumentError, MemlongError
 
 peft = pytest.importorskip("peft")
 
@@ -49,14 +50,14 @@ def test_the_users_token_goes_to_no_host_of_an_adapter(folder, tiny_model, monke
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"store": {"disk": "/tmp/victim"}}, "a place to write to"),
+        ({"store": {"disk": "/victim"}}, "a place to write to"),
         ({"backend_options": {"uri": "http://stranger"}}, "names the option 'uri'"),
         (
             {"backend": "hnswlib", "backend_options": {"ef_construction": 2**20}},
             "more than a file may ask for",
         ),
         ({"backend": "hnswlib", "backend_options": {"M": [16]}}, "no text or number"),
-        ({"retriever": "/tmp"}, "a place on this machine"),
+        ({"retriever": "/usr"}, "a place on this machine"),
         ({"retriever": "../model"}, "a place on this machine"),
         (
             {"retriever": "sentence-transformers", "retriever_options": {"name": "//host/share"}},
@@ -98,6 +99,29 @@ def test_a_special_file_blocks_nobody(folder, tiny_model, name):
     os.mkfifo(folder / name)
     with pytest.raises(InvalidArgumentError, match="is no plain file"):
         MemoryDecoder.from_pretrained(folder, tiny_model(), None)
+
+
+@pytest.mark.parametrize("storing_from", [-(10**10), -1, 0, 2**62, 10**30])
+def test_a_snapshot_of_streams_asks_for_no_endless_row_of_chunks(
+    tiny_model, small, tmp_path, text, storing_from
+):
+    model = tiny_model()
+    with MemoryDecoder(model, None, small()) as decoder:
+        decoder.read(text(80))
+        decoder.save(tmp_path)
+    path = tmp_path / "manifest.json"
+    data = json.loads(path.read_text())
+    del data["sha256"]
+    data["extra"]["facts"]["rows"][0]["storing_from"] = storing_from
+    data["banks"][0]["next_id"] = 2**62
+    path.write_bytes(_dumped(data))
+    began = time.monotonic()
+    try:
+        with MemoryDecoder.load(tmp_path, model, None, small()) as decoder:
+            decoder.read(text(40))
+    except MemlongError:
+        pass
+    assert time.monotonic() - began < 10
 
 
 @pytest.fixture
@@ -179,7 +203,7 @@ def test_tensors_beyond_the_model_are_not_read(adapter, tiny_model):
 def test_what_could_not_be_loaded_is_not_saved(tiny_model, small, tmp_path):
     model = tiny_model()
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    with pytest.raises(InvalidArgumentError, match="could not be loaded again .* modules_to_save"):
+    with pytest.raises(InvalidArgumentError, match=r"could not be loaded again .* modules_to_save"):
         MemoryDecoder(model, None, small()).save_pretrained(tmp_path)
 
 

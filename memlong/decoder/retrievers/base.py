@@ -50,8 +50,8 @@ class Retriever(ABC):
     """How the bank is to compare the embeddings."""
 
     saved_options: ClassVar[SavedOptions] = {}
-    """Options of its own that a trained decoder's folder, which may be a stranger's, may choose, each with the most that
-    a number may be there, or None. Never one that names an address, a credential, a place to write to, or code."""
+    """Options of its own that a trained decoder's folder, which may be a stranger's, may choose, each with the most
+    that a number may be there, or None. Never one that names an address, a credential, a place to write to, or code."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model

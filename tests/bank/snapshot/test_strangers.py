@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 from memlong import SnapshotError, load_bank
 from memlong.bank.snapshot.manifest import _dumped
 from memlong.bank.snapshot.options import refused_option
+from memlong.bank.snapshot.tending import verify
 from memlong_torch.bank import TorchBank
 
 
@@ -20,6 +23,51 @@ def forge(folder, **changes):
     del data["sha256"]
     data["banks"][0].update(changes)
     path.write_bytes(_dumped(data))
+
+
+def as_the_hub_has_it(folder, cache):
+    """Lay a folder out as ``huggingface_hub.snapshot_download`` does: links to blobs of the same repository."""
+    blobs, revision = cache / "models--a--b" / "blobs", cache / "models--a--b" / "snapshots" / "revision"
+    blobs.mkdir(parents=True)
+    revision.mkdir(parents=True)
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(blobs / str(number))
+        (revision / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    return revision
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_links_of_the_hubs_cache_are_followed(make, tmp_path, lazy):
+    bank = make()
+    bank.save(tmp_path / "saved")
+    folder = as_the_hub_has_it(tmp_path / "saved", tmp_path / "cache")
+    loaded = load_bank(folder, lazy=lazy)
+    assert loaded.ids.tolist() == bank.ids.tolist()
+    assert torch.equal(loaded.fetch(loaded.ids).keys, bank.fetch(bank.ids).keys)
+    verify(folder)
+
+
+@pytest.mark.parametrize(
+    "target", ["../../../elsewhere", "../../blobs", "../../blobs/0/../../../../elsewhere", "loop"]
+)
+def test_other_links_are_not(make, tmp_path, target):
+    make().save(tmp_path / "saved")
+    folder = as_the_hub_has_it(tmp_path / "saved", tmp_path / "cache")
+    (tmp_path / "cache" / "elsewhere").write_bytes((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to("manifest.json" if target == "loop" else target)
+    with pytest.raises(SnapshotError, match=r"is a link|cannot be read"):
+        load_bank(folder)
+
+
+def test_a_link_out_of_a_plain_folder_is_no_damage(make, tmp_path):
+    make().save(tmp_path / "saved")
+    (tmp_path / "saved" / "manifest.json").rename(tmp_path / "elsewhere")
+    (tmp_path / "saved" / "manifest.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        SnapshotError, match=r"is a link, which could lead anywhere: only those of the hub's.*cp -L"
+    ):
+        load_bank(tmp_path / "saved")
 
 
 class Remote(TorchBank):
