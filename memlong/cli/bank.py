@@ -52,7 +52,7 @@ def verify(path: Folder, as_json: AsJson = False) -> None:
         found = verified(path, bar.update)
     _show(path, found | {"is_whole": True}, as_json=as_json)
     if not as_json:
-        typer.echo(f"\n{path}: all {found['files']} files are what was saved")
+        typer.echo(f"\n{shown(str(path))}: all {found['files']} files are what was saved")
 
 
 def compact(path: Folder, as_json: AsJson = False) -> None:
