@@ -101,6 +101,25 @@ def test_a_special_file_blocks_nobody(folder, tiny_model, name):
         MemoryDecoder.from_pretrained(folder, tiny_model(), None)
 
 
+def test_a_folder_of_the_hubs_cache_is_loaded(adapter, tiny_model, tmp_path, text):
+    folder, model = adapter()
+    blobs, revision = (
+        tmp_path / "models--a--b" / "blobs",
+        tmp_path / "models--a--b" / "snapshots" / "revision",
+    )
+    blobs.mkdir(parents=True)
+    revision.mkdir(parents=True)
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(blobs / str(number))
+        (revision / file.name).symlink_to(f"../../blobs/{number}")
+    loaded = MemoryDecoder.from_pretrained(revision, tiny_model(), None)
+    torch.testing.assert_close(loaded.model(text(60)).logits, model(text(60)).logits)
+    (revision / "adapter_config.json").unlink()
+    (revision / "adapter_config.json").symlink_to("/etc/hostname")
+    with pytest.raises(InvalidArgumentError, match="is a link, which could lead anywhere"):
+        MemoryDecoder.from_pretrained(revision, tiny_model(), None)
+
+
 @pytest.mark.parametrize("storing_from", [-(10**10), -1, 0, 2**62, 10**30])
 def test_a_snapshot_of_streams_asks_for_no_endless_row_of_chunks(
     tiny_model, small, tmp_path, text, storing_from

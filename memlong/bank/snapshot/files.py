@@ -17,6 +17,7 @@ from memlong.errors import SnapshotError
 _ODD_FLAGS = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # not every system has all of them
 _FLAGS = sum(getattr(os, flag, 0) for flag in _ODD_FLAGS)
 _PIECE = 1 << 20
+_LARGE, _DENSEST = 1 << 28, 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,19 @@ def oddity(path: Path) -> str:
     path = followed(path)
     if path.is_symlink():
         return "is a link, which could lead anywhere"
-    return "is no plain file" if path.exists() and not path.is_file() else ""
+    if path.exists() and not path.is_file():
+        return "is no plain file"
+    return "claims to be far larger than what is on the disk" if is_hollow(path) else ""
+
+
+def is_hollow(path: Path) -> bool:
+    """Whether a large file has hardly anything on the disk: it costs a stranger nothing, and who reads it gigabytes."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    taken = 512 * getattr(found, "st_blocks", found.st_size)  # not every system says
+    return found.st_size > _LARGE and taken < found.st_size // _DENSEST
 
 
 def open_plain(path: Path) -> FileIO:

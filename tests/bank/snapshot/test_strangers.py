@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,6 +69,18 @@ def test_a_link_out_of_a_plain_folder_is_no_damage(make, tmp_path):
         SnapshotError, match=r"is a link, which could lead anywhere: only those of the hub's.*cp -L"
     ):
         load_bank(tmp_path / "saved")
+
+
+def test_a_file_that_is_all_hole_is_not_read(make, tmp_path):
+    make().save(tmp_path)
+    (blocks,) = tmp_path.glob("blocks-*")
+    os.truncate(blocks, 40 << 30)
+    with pytest.raises(
+        SnapshotError, match=r"claims far more bytes than there are on the disk.*most_bytes"
+    ):
+        load_bank(tmp_path)
+    with pytest.raises(SnapshotError, match="bytes instead of"):
+        load_bank(tmp_path, most_bytes="1TB")
 
 
 class Remote(TorchBank):
