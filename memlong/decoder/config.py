@@ -26,6 +26,7 @@ _KINDS: dict[str, Any] = {
     "store": Mapping,
 }
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
+_LARGEST_GATE = 10_000
 _EXPECTED: dict[Any, str] = {
     str: "text",
     str | None: "a name, or None",
@@ -180,6 +181,11 @@ class MemoryConfig:
             number = getattr(self, name)
             if number is not None and not (type(number) in (int, float) and isfinite(number)):
                 raise InvalidArgumentError(f"{name} is {number!r}; expected a number.")
+        if self.gate_init is not None and abs(self.gate_init) > _LARGEST_GATE:
+            raise InvalidArgumentError(
+                f"gate_init is {self.gate_init!r}; expected a number from {-_LARGEST_GATE} to {_LARGEST_GATE}, as it is "
+                "added to logits."
+            )
         if self.memory_tokens is not None and self.memory_tokens < self.chunk_size:
             raise InvalidArgumentError(
                 f"memory_tokens is {self.memory_tokens}, less than one chunk ({self.chunk_size}): nothing would ever "

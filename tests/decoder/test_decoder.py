@@ -349,6 +349,7 @@ def test_what_a_broken_retriever_makes_is_refused_and_nothing_is_stored(
         ({"retrieval_layers": [0.5]}, r"retrieval_layers is \[0\.5\]; expected text"),
         ({"retrieval_layers": range(10**9)}, r"retrieval_layers is range\(0, 1000000000\); expected text"),
         ({"store": "disk"}, "store is 'disk'; expected a mapping"),
+        ({"gate_init": 1e308}, r"gate_init is 1e\+308; expected a number from -10000 to 10000"),
         ({"min_score": float("nan")}, "min_score is nan; expected a number"),
     ],
 )

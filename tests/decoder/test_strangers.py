@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from memlong import MemoryDecoder
 from memlong.bank.snapshot.manifest import _dumped
@@ -141,6 +143,31 @@ def test_a_snapshot_of_streams_asks_for_no_endless_row_of_chunks(
     except MemlongError:
         pass
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("model_type", ["evil", "llama"])
+def test_code_of_a_base_model_is_neither_run_nor_asked_about(
+    tiny_model, small, tmp_path, monkeypatch, model_type
+):
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    model = tiny_model()
+    model.save_pretrained(base)
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(97)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(base)
+    edit(
+        base / "config.json",
+        model_type=model_type,
+        auto_map={"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.M"},
+    )
+    (base / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    MemoryDecoder(model, None, small()).save_pretrained(tmp_path / "plain", base_model=str(base))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    if model_type == "llama":  # transformers' own class reads it
+        assert MemoryDecoder.from_pretrained(tmp_path / "plain")
+    else:
+        with pytest.raises(InvalidArgumentError, match="comes with Python code of its own"):
+            MemoryDecoder.from_pretrained(tmp_path / "plain")
+    assert not ran.exists()
 
 
 @pytest.fixture
