@@ -183,8 +183,8 @@ class MemoryConfig:
                 raise InvalidArgumentError(f"{name} is {number!r}; expected a number.")
         if self.gate_init is not None and abs(self.gate_init) > _LARGEST_GATE:
             raise InvalidArgumentError(
-                f"gate_init is {self.gate_init!r}; expected a number from {-_LARGEST_GATE} to {_LARGEST_GATE}, as it is "
-                "added to logits."
+                f"gate_init is {self.gate_init!r}; expected a number from {-_LARGEST_GATE} to {_LARGEST_GATE}, as it "
+                "is added to logits."
             )
         if self.memory_tokens is not None and self.memory_tokens < self.chunk_size:
             raise InvalidArgumentError(

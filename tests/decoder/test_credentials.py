@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,3 +70,10 @@ def test_settings_are_given_without_credentials():
     assert "secret" not in str(shown)
     assert "secret" not in repr(config)
     assert config.backend_options == {"token": "secret", "ef": 9}
+
+
+def test_a_decoder_shows_no_secret(tiny_model, small):
+    decoder = MemoryDecoder(tiny_model(), None, small())
+    decoder.config = replace(decoder.config, backend="db://me:secret@host/x")
+    assert "secret" not in repr(decoder)
+    assert "db://***@host/x" in repr(decoder)

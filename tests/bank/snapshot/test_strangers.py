@@ -75,9 +75,7 @@ def test_a_file_that_is_all_hole_is_not_read(make, tmp_path):
     make().save(tmp_path)
     (blocks,) = tmp_path.glob("blocks-*")
     os.truncate(blocks, 40 << 30)
-    with pytest.raises(
-        SnapshotError, match=r"claims far more bytes than there are on the disk.*most_bytes"
-    ):
+    with pytest.raises(SnapshotError, match=r"claims far more bytes than there are on the disk.*most_bytes"):
         load_bank(tmp_path)
     with pytest.raises(SnapshotError, match="bytes instead of"):
         load_bank(tmp_path, most_bytes="1TB")
