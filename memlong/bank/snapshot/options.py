@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memlong.errors import HIDDEN, InvalidArgumentError
+
 SavedOptions = Mapping[str, float | None]
 """By name of an option, the most that a number may be; None for text and for what is not bounded.
 
@@ -37,6 +39,26 @@ def refused_option(cls: type, options: Mapping[str, Any], allowed: SavedOptions)
             "loading."
         )
     return ""
+
+
+def options_to_save(options: Mapping[str, Any], allowed: SavedOptions) -> dict[str, Any]:
+    """Return a backend's own options for a file; text that its author has not named as harmless may be secret.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a file cannot hold one.
+    """
+    for name, value in options.items():
+        if not isinstance(value, str | int | float | bool | None):
+            raise InvalidArgumentError(
+                f"the option {name} is {value!r}, which a snapshot cannot hold: make the bank with text, numbers, "
+                "True, False or None"
+            )
+    return {
+        name: HIDDEN if isinstance(value, str) and name not in allowed else value
+        for name, value in options.items()
+    }
 
 
 def _exceeds(value: object, most: float | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from memlong import SnapshotError, load_bank
 from memlong.bank.snapshot.manifest import _dumped
-from memlong.bank.snapshot.options import refused_option
+from memlong.bank.snapshot.options import options_to_save, refused_option
 from memlong.bank.snapshot.tending import verify
 from memlong_torch.bank import TorchBank
 
@@ -149,3 +149,8 @@ def test_efforts_without_bound_are_the_users_to_ask_for(make, tmp_path, backend,
     ):
         load_bank(tmp_path)
     assert len(load_bank(tmp_path, **{option: 16})) == 38
+
+
+def test_text_that_may_be_secret_is_not_saved():
+    options = {"effort": 3, "address": "http://me:secret@host", "beam": 4}
+    assert options_to_save(options, Remote.saved_options) == {"effort": 3, "address": "***", "beam": 4}
