@@ -16,6 +16,10 @@ __all__ = [
 ]
 
 
+HIDDEN = "***"
+"""What stands in messages and files instead of what may be secret."""
+
+
 class MemlongError(Exception):
     """Base of every error that memlong raises on purpose."""
 

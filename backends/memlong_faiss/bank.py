@@ -19,6 +19,15 @@ from memlong_faiss.rows import CpuRows, GpuRows, RowIndex
 
 _TIE_MARGIN = 16
 _MOST_THREADS = 1024
+_SAVED = {
+    "index": None,
+    "ef_construction": 1024,
+    "ef_search": 4096,
+    "nprobe": 4096,
+    "train_size": None,
+    "refine": 256,
+    "build_threads": 64,
+}
 
 
 class FaissBank(MemoryBank):
@@ -62,6 +71,7 @@ class FaissBank(MemoryBank):
     """
 
     devices = ("cpu", "cuda")
+    saved_options = _SAVED
 
     _rows: RowIndex | None
     _numbers: RowNumbers

@@ -23,6 +23,7 @@ _MOST_CHUNKS = (
     2**20
 )  # the graph takes memory for its whole capacity at once, and a snapshot may be a stranger's
 _MOST_THREADS = 1024
+_SAVED = {"M": 64, "ef_construction": 1024, "ef": 4096, "initial_capacity": 2**17, "build_threads": 64}
 
 
 class HnswlibBank(MemoryBank):
@@ -58,6 +59,8 @@ class HnswlibBank(MemoryBank):
     DeviceUnavailableError
         If the device is not the CPU.
     """
+
+    saved_options = _SAVED
 
     _graph: Any
 

@@ -14,6 +14,7 @@ from memlong.bank.contents import Contents
 from memlong.bank.exact import Similarity
 from memlong.bank.lock import ReadWriteLock
 from memlong.bank.ranking import Ranking, missing, rank, rank_exactly
+from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.store import KeyValueStore
 from memlong.bank.table import ChunkTable
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
@@ -31,7 +32,8 @@ class IndexHost(ABC):
     before its next use. So an index may refuse what it cannot do well, and need never repair itself.
 
     To be saved with its options and its index, a backend also implements `_index_options`, `_index_save` and
-    `_index_load`; without them it is loaded with default options, and the index is built anew.
+    `_index_load`; without them it is loaded with default options, and the index is built anew. `saved_options` says
+    which of its options a file may choose, which may be a stranger's; others are to be given when loading.
 
     Parameters
     ----------
@@ -47,6 +49,10 @@ class IndexHost(ABC):
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """The device types that the backend's index can compute on."""
+
+    saved_options: ClassVar[SavedOptions] = {}
+    """Options of the backend's own that a snapshot or a decoder's folder may choose, each with the most that a number
+    may be there, or None. Never one that names an address, a credential, a place to write to, or code."""
 
     def __init__(
         self, dim: int, similarity: Similarity, device: str | torch.device | None, store: KeyValueStore

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import isabstract
 from pathlib import Path
@@ -19,6 +18,7 @@ from memlong.bank.snapshot.content import Content
 from memlong.bank.snapshot.files import damaged, unwritable
 from memlong.bank.snapshot.lazy import SnapshotStore
 from memlong.bank.snapshot.manifest import BankRecord, IndexRecord
+from memlong.bank.snapshot.options import options_to_save, refused_option
 from memlong.bank.snapshot.reader import StoredBank, folder_of, layout_record, open_snapshot, read_bank
 from memlong.bank.snapshot.segments import Segment, keepable, write_segments
 from memlong.bank.snapshot.tensors import encode
@@ -185,7 +185,7 @@ class PersistentBank(IndexHost):
             raise unwritable(writer.folder, error) from error
         return BankRecord(
             made_by=_name(type(self)),
-            options=_checked_options(self._index_options()),
+            options=options_to_save(self._index_options(), self.saved_options),
             dim=self._dim,
             metric=self._metric,
             max_chunks=self._capacity.max_chunks,
@@ -240,7 +240,10 @@ class PersistentBank(IndexHost):
             odd = _OF_EVERY_BANK & record.options.keys()
             if odd:
                 raise damaged(stored.manifest_path, f"has options of no backend's own: {', '.join(odd)}")
-            options |= {**record.options, "device": record.device}
+            own = {name: value for name, value in record.options.items() if name not in given}
+            if refused := refused_option(cls, own, cls.saved_options):
+                raise SnapshotError(f"{str(stored.manifest_path)!r} {refused}")
+            options |= {**own, "device": record.device}
         try:
             return cls(record.dim, **{**options, **given})
         except DeviceUnavailableError:
@@ -293,7 +296,10 @@ class PersistentBank(IndexHost):
                     keys, values = states.to(layout.device).unbind(1)
                     self._store.take(ids, keys, values)
         made_by, options = stored.record.made_by, dict(stored.record.options)
-        if trust_index and (made_by, options) == (_name(type(self)), self._index_options()):
+        if trust_index and (made_by, options) == (
+            _name(type(self)),
+            options_to_save(self._index_options(), self.saved_options),
+        ):
             index = stored.index_file()
             if index is not None:
                 self._use_index(stored, index)
@@ -341,13 +347,3 @@ class PersistentBank(IndexHost):
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in options.items():
-        if not isinstance(value, str | int | float | bool | None):
-            raise InvalidArgumentError(
-                f"the option {name} is {value!r}, which a snapshot cannot hold: make the bank with text, numbers, "
-                "True, False or None"
-            )
-    return dict(options)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memlong.cli.output import print_json, print_section, print_table, shown
+from memlong.plugins.uri import hide_credentials
 
 Folder = Annotated[
     Path, typer.Argument(metavar="PATH", help="Folder of a snapshot: of a bank, or of a decoder.")
@@ -51,7 +52,7 @@ def verify(path: Folder, as_json: AsJson = False) -> None:
         found = verified(path, bar.update)
     _show(path, found | {"is_whole": True}, as_json=as_json)
     if not as_json:
-        typer.echo(f"\n{path}: all {found['files']} files are what was saved")
+        typer.echo(f"\n{shown(str(path))}: all {found['files']} files are what was saved")
 
 
 def compact(path: Folder, as_json: AsJson = False) -> None:
@@ -88,6 +89,8 @@ def add_bank_commands(app: typer.Typer) -> None:
 
 
 def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
+    for bank in found["banks"]:
+        bank["options"] = hide_credentials(bank["options"])
     if as_json:
         print_json({"path": str(path), **found})
         return

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.loading import load, told
+from memlong.cli.output import shown
 from memlong.cli.values import writable
 from memlong.errors import InvalidTextError
 
@@ -64,6 +65,6 @@ def fit(
         )
     maps.save(out)
     typer.echo(
-        f"{out}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers "
+        f"{shown(str(out))}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers "
         f"({told(language_model)})"
     )

@@ -6,6 +6,8 @@ from typing import Any
 
 import typer
 
+from memlong.cli.output import shown
+
 
 def load(
     name: str,
@@ -35,7 +37,7 @@ def load(
     from memlong.decoder import choose_machine, load_model
 
     machine = choose_machine(dtype, device, trained=trained, trains=trains)
-    typer.echo(f"loading the model… {machine}", err=True)
+    typer.echo(shown(f"loading the model… {machine}"), err=True)
     dtype, device = machine.names
     return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 

@@ -79,10 +79,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table of plain text; a cell that is a known status is coloured."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(shown(column), overflow="fold")
     for row in rows:
         # As Text: a bracket in a name or a command is no markup.
-        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(shown(cell), style=_STYLES.get(cell, "")) for cell in row))
     Console().print(table)
 
 
@@ -93,4 +93,5 @@ def print_section(title: str, lines: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(Text(f"\n{title}", style="bold"))
     for line in lines:
-        console.print(Text(f"  {line}"), soft_wrap=True)
+        text = "\n".join(f"  {shown(part)}" for part in line.split("\n"))
+        console.print(Text(text), soft_wrap=True)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.loading import load, told
+from memlong.cli.output import shown
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def train(
     decoder = MemoryDecoder(language_model, tokenizer, config)
     trainer = Trainer(decoder, documents, training, folder=out, tensorboard=tensorboard)
     if resume and trainer.ended:
-        typer.echo(f"{out}: the run has ended, and its decoder is here")
+        typer.echo(f"{shown(str(out))}: the run has ended, and its decoder is here")
         return
     typer.echo(
         f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} numbers learn, "
@@ -189,7 +190,7 @@ def train(
             bar.update()
 
         made = trainer.run(resume=resume, progress=show)
-    typer.echo(f"{out}: {steps:,} steps, last loss {made[-1].loss:.3f}")
+    typer.echo(f"{shown(str(out))}: {steps:,} steps, last loss {made[-1].loss:.3f}")
 
 
 def _begun(folder: Path) -> tuple[str, str] | None:

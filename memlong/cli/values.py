@@ -47,7 +47,9 @@ def key_values(
             raise InvalidArgumentError(f"{option} gives {key!r} twice; give it once")
         found[key] = value
         if key not in as_text:
-            with suppress(json.JSONDecodeError):
+            with suppress(
+                ValueError, RecursionError
+            ):  # of a number with too many digits, or too many brackets
                 found[key] = json.loads(value)
     return found
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal, get_args
 
+from memlong.decoder.layer_names import layers_as_text
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.uri import hide_credentials, without_credentials
 
@@ -25,6 +26,7 @@ _KINDS: dict[str, Any] = {
     "store": Mapping,
 }
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
+_LARGEST_GATE = 10_000
 _EXPECTED: dict[Any, str] = {
     str: "text",
     str | None: "a name, or None",
@@ -62,7 +64,8 @@ class MemoryConfig:
     gates
         A file of gates that training wrote, instead of ``gate_init``.
     retrieval_layers
-        ``"all"`` (every full-attention layer), or layers and ranges such as ``"15-29"`` or ``"3,7,11-13"``.
+        ``"all"`` (every full-attention layer), or layers and ranges such as ``"15-29"`` or ``"3,7,11-13"``; a list of
+        numbers such as ``[3, 7]`` is read as such text.
     chunk_size
         Tokens of a chunk, the unit of memory.
     top_k
@@ -114,7 +117,7 @@ class MemoryConfig:
     maps: str | None = None
     gate_init: float | None = None
     gates: str | None = None
-    retrieval_layers: str = "all"
+    retrieval_layers: str | Sequence[int] = "all"
     chunk_size: int = 128
     top_k: int = 8
     memory_tokens: int | None = None
@@ -130,6 +133,7 @@ class MemoryConfig:
     store: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "retrieval_layers", layers_as_text(self.retrieval_layers))
         for name, least in (
             ("chunk_size", 1),
             ("top_k", 1),
@@ -153,8 +157,10 @@ class MemoryConfig:
         _check_choice("kv_source", self.kv_source, get_args(KvSourceName))
         _check_choice("chunk_order", self.chunk_order, get_args(ChunkOrder))
         for name, kind in _KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}; expected {_EXPECTED[kind]}.")
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                shown = f"of type {type(value).__name__}" if name.endswith("_options") else repr(value)
+                raise InvalidArgumentError(f"{name} is {shown}; expected {_EXPECTED[kind]}.")
         if self.memory_layer is not None and self.kv_source != "shared":
             raise InvalidArgumentError(
                 f"memory_layer is {self.memory_layer}, but kv_source is {self.kv_source!r}: it goes with 'shared' "
@@ -175,6 +181,11 @@ class MemoryConfig:
             number = getattr(self, name)
             if number is not None and not (type(number) in (int, float) and isfinite(number)):
                 raise InvalidArgumentError(f"{name} is {number!r}; expected a number.")
+        if self.gate_init is not None and abs(self.gate_init) > _LARGEST_GATE:
+            raise InvalidArgumentError(
+                f"gate_init is {self.gate_init!r}; expected a number from {-_LARGEST_GATE} to {_LARGEST_GATE}, as it "
+                "is added to logits."
+            )
         if self.memory_tokens is not None and self.memory_tokens < self.chunk_size:
             raise InvalidArgumentError(
                 f"memory_tokens is {self.memory_tokens}, less than one chunk ({self.chunk_size}): nothing would ever "
@@ -187,8 +198,13 @@ class MemoryConfig:
                 f"{self.segment_size + self.chunk_size}, or a smaller segment_size or chunk_size."
             )
 
+    def __repr__(self) -> str:
+        """All settings, as :meth:`as_dict` gives them."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
+        return f"{type(self).__name__}({settings})"
+
     def as_dict(self) -> dict[str, Any]:
-        """Return all settings as files and reports may hold them: with ``***`` for tokens, passwords and the like."""
+        """Return all settings as files and reports may hold them: with ``***`` for what may be secret."""
         settings = asdict(self)
         for name in ("backend_options", "retriever_options"):
             settings[name] = hide_credentials(settings[name])
@@ -231,55 +247,6 @@ class MemoryConfig:
         """Positions that so many retrieved chunks take between sinks and window."""
         spans = {"zero": 1, "overlaid": self.chunk_size}
         return spans.get(self.position_mode, chunks * self.chunk_size) if chunks else 0
-
-
-def parse_layers(text: str, eligible: tuple[int, ...], layers: Collection[int]) -> tuple[int, ...]:
-    """Turn ``"all"``, ``"15-29"`` or ``"3,7,11-13"`` into ascending layer numbers.
-
-    Parameters
-    ----------
-    text
-        What the user wrote.
-    eligible
-        What ``"all"`` means: the layers that can use a memory best.
-    layers
-        The layers that attend; of a range, these are meant.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the text is malformed or names a layer that does not attend, or that the model does not have.
-    """
-    if text.strip() == "all":
-        return eligible
-    named: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise InvalidArgumentError(
-                f"retrieval_layers is {text!r}: {part.strip()!r} is neither a layer nor a range. Write 'all', "
-                "or layers and ranges such as '15-29' or '3,7,11-13'."
-            )
-        some = range(int(first), int(last or first) + 1)
-        within = [layer for layer in some if layer in layers]
-        if not within or (some[-1] > max(layers)) or (not dash and len(within) < len(some)):
-            raise InvalidArgumentError(
-                f"retrieval_layers is {text!r}, but the layers of this model that attend to K-V of their own are "
-                f"{ranges(tuple(layers))}; name at least one of those, first before last."
-            )
-        named.update(within)
-    return tuple(sorted(named))
-
-
-def ranges(layers: tuple[int, ...]) -> str:
-    """Write layer numbers as :func:`parse_layers` reads them, such as ``"0-3,7"``."""
-    found: list[list[int]] = []
-    for layer in sorted(set(layers)):
-        if found and found[-1][-1] == layer - 1:
-            found[-1].append(layer)
-        else:
-            found.append([layer])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

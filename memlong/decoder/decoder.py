@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
+from memlong.decoder.adapter_files import attach_adapter
 from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options, inferred_mask
 from memlong.decoder.loading import load_model
 from memlong.decoder.machine import AUTO, choose_machine
-from memlong.decoder.pretrained import attach_adapter, read_pretrained, write_pretrained
+from memlong.decoder.pretrained import read_pretrained, write_pretrained
 from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.saving import SavingDecoder
@@ -128,7 +129,7 @@ class MemoryDecoder(SavingDecoder):
         MissingDependencyError
             If peft is not installed, or the model needs a package that is not.
         """
-        found = read_pretrained(name, changes)
+        found = read_pretrained(name, changes, registry)
         if model is None:
             if found.base_model is None:
                 raise InvalidArgumentError(
@@ -141,7 +142,7 @@ class MemoryDecoder(SavingDecoder):
         # Before the adapter: a retriever that asks the model is then the one of the training.
         decoder = cls(model, tokenizer, found.config, retriever=retriever, registry=registry)
         if found.has_adapter:
-            attach_adapter(model, found.folder)
+            attach_adapter(model, found.folder, found.base_weights)
         return decoder
 
     def save_pretrained(
@@ -165,7 +166,14 @@ class MemoryDecoder(SavingDecoder):
         """
         maps = self._source.maps if isinstance(self._source, LatentSource) else None
         write_pretrained(
-            folder, self.model, self.config, maps, self.gates, base_model=base_model, training=training
+            folder,
+            self.model,
+            self.config,
+            maps,
+            self.gates,
+            base_model=base_model,
+            training=training,
+            registry=self._registry,
         )
 
     def generate(

@@ -14,6 +14,7 @@ from memlong.decoder.layout import ModelLayout
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.sources import KvSource, LatentSource, LayerSource
 from memlong.decoder.weights import adapter_digests, module_digest, text_decoder, weights_digest
+from memlong.plugins.uri import digested
 
 _DIGITS = 64  # of a SHA-256
 
@@ -144,5 +145,5 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
 def _retriever(config: MemoryConfig, retriever: Retriever) -> list[object]:
     kind = type(retriever)
     options = {name: value for name, value in config.retriever_options.items() if name != "device"}
-    said = json.dumps(options, sort_keys=True, default=str)
+    said = json.dumps(digested(options), sort_keys=True, default=str)
     return [f"{kind.__module__}:{kind.__qualname__}", config.retriever, said, retriever.dim, retriever.metric]

@@ -110,8 +110,9 @@ def _recall_with_neighbours(
     retrieval = _retrieval(query, bank.search(query[None], most))
     hits = retrieval.ids[: _near(retrieval, config)].tolist()
     chosen: list[int] = []
+    following = min(config.neighbours, most - 1)  # more would find no room
     for hit in hits:
-        group = [each for each in _with_what_follows(bank, hit, config.neighbours) if each not in chosen]
+        group = [each for each in _with_what_follows(bank, hit, following) if each not in chosen]
         group = group[: most - len(chosen)]
         chosen = [*group, *chosen]  # the best ends up next to the window
     if config.chunk_order == "position":

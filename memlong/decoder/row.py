@@ -18,6 +18,8 @@ from memlong.decoder.recall import RandomChunks, Retrieval, RowMemory, recall
 from memlong.decoder.retrievers.base import Passage
 from memlong.decoder.stored import fact_of, tensor_of
 
+_MOST_IDS = 1 << 62
+
 
 class Row:
     """Bookkeeping of one stream. Tokens are counted from its start.
@@ -152,7 +154,8 @@ class Row:
         """Whether the bank took these chunks in before something kept them from leaving."""
         if self.bank is None or self.storing_from is None:
             return False
-        spans = self.bank.spans_of(list(range(self.storing_from, self.bank.next_id))).tolist()
+        end = min(self.storing_from + len(chunks), self.bank.next_id)
+        spans = self.bank.spans_of(list(range(self.storing_from, end))).tolist()
         return [chunks[-1].start, chunks[-1].end] in spans
 
     def depart(self, count: int) -> None:
@@ -211,6 +214,8 @@ class Row:
                 "chunks have left"
             )
         self.storing_from = fact_of(facts, "storing_from", int, type(None))
+        if self.storing_from is not None and not 0 <= self.storing_from < _MOST_IDS:
+            raise ValueError(f"storing_from is {self.storing_from}, which is no id of a chunk")
         self.retrieval = self.memory = None
         if fact_of(facts, "has_retrieved", bool):
             ids = tensor_of(tensors, "retrieval.ids", None)

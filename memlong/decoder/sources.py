@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from memlong.bank import ChunkLayout
-from memlong.decoder.config import MemoryConfig, ranges
+from memlong.decoder.config import MemoryConfig
 from memlong.decoder.latent import LatentMaps
+from memlong.decoder.layer_names import ranges
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.window import LocalWindow
 from memlong.errors import InvalidArgumentError

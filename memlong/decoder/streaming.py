@@ -18,9 +18,10 @@ from memlong.bank import ChunkLayout, MemoryBank, TieredStore
 from memlong.decoder.adapters import unwrapped
 from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
 from memlong.decoder.banks import check_banks
-from memlong.decoder.config import MemoryConfig, parse_layers, ranges
+from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import make_gates
 from memlong.decoder.generation import plain_generate_told
+from memlong.decoder.layer_names import parse_layers, ranges
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
@@ -81,7 +82,7 @@ class StreamingDecoder:
             try_out(model, self._layout, self._registry)
         check_positions(self.config, self._layout)
         self.retrieval_layers = parse_layers(
-            self.config.retrieval_layers, self._layout.full_attention_layers, self._layout.layers
+            str(self.config.retrieval_layers), self._layout.full_attention_layers, self._layout.layers
         )
         check_sight(self.config, self._layout, self.retrieval_layers)
         like = cast("Tensor", model.get_input_embeddings().weight)
@@ -123,7 +124,8 @@ class StreamingDecoder:
         self._attached.close()
 
     def __repr__(self) -> str:
-        told = [f"backend={self.config.backend!r}", f"retrieval_layers={ranges(self.retrieval_layers)!r}"]
+        backend = self.config.as_dict()["backend"]  # without what is secret
+        told = [f"backend={backend!r}", f"retrieval_layers={ranges(self.retrieval_layers)!r}"]
         if self.config.backend is None:
             told = ["the plain window"]
         if self._streams is not None:

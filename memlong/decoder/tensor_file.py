@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from memlong.bank.snapshot.files import oddity
 from memlong.errors import InvalidArgumentError
 
 
@@ -47,6 +48,8 @@ def read_tensors(
         If the file is missing, damaged or of another kind, or a number in it is not finite.
     """
     try:
+        if odd := oddity(Path(path)):
+            raise ValueError(f"it {odd}")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
@@ -60,7 +63,7 @@ def read_tensors(
                 if not bool(tensor.isfinite().all()):
                     raise ValueError(f"{name} holds numbers that are not finite")
             return layers, tensors
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, InvalidArgumentError):
             raise
         raise InvalidArgumentError(

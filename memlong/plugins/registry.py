@@ -12,7 +12,7 @@ from memlong.plugins.manager import PluginManager
 from memlong.plugins.names import quoted
 from memlong.plugins.options import check_options
 from memlong.plugins.spec import Kind, Spec
-from memlong.plugins.uri import scheme_of, without_credentials
+from memlong.plugins.uri import scheme_of, scrubbed, without_credentials
 
 if TYPE_CHECKING:
     from memlong.bank.base import MemoryBank
@@ -114,14 +114,15 @@ class Registry:
         try:
             found = load_function(spec)(name)
         except MemlongError as error:
-            if name not in str(error) or name == without_credentials(name):
+            if str(error) == scrubbed(str(error), name):
                 raise
             # Not from the error: its text, which a traceback shows, holds what is secret.
-            raise InvalidArgumentError(str(error).replace(name, without_credentials(name))) from None
-        except Exception as error:
+            raise InvalidArgumentError(scrubbed(str(error), name)) from None
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+            cause = error if str(error) == scrubbed(str(error), name) else None  # as above
             raise fault(
                 spec, f"{spec.target!r} raises {type(error).__name__} for {without_credentials(name)!r}"
-            ) from error
+            ) from cause
         match found:
             case (str() as backend, dict() as held) if scheme_of(backend) is None:
                 pass

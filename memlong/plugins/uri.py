@@ -1,26 +1,37 @@
-"""URIs as names of backends, and how to show them, and options, without what is secret in them."""
+"""URIs as names of backends, and how to show them, and options, without what is secret in them.
+
+What is shown is what is known to be harmless; all else may be a secret, whatever it is called.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
-_SECRET = (
-    "token",
-    "password",
-    "passwd",
-    "pwd",
-    "secret",
-    "key",
-    "auth",
-    "credential",
-    "credentials",
-    "user",
-    "username",
+from memlong.errors import HIDDEN
+
+_HARMLESS = frozenset(
+    (  # noqa: SIM905 - a list would take a line for each
+        "M attempts build_threads candidates chunk_prompt collection compression connectivity consistency database db "
+        "device dim disk dtype ef ef_construction ef_search endpoint eviction expansion_add expansion_search folder "
+        "host hosts index initial_capacity kv_device max_bytes max_chunks metric mode model name nprobe pairs "
+        "partitions path piece_tokens port query_prompt readers recency recency_scale refine region resume retries "
+        "seed session sharpness staleness store timeout tls train_size uri url"
+    ).split()
 )
-_USER = re.compile(r"(?<=://)[^/?#]*@")  # up to the last one before the path, for a password may hold another
-_QUERY = re.compile(rf"(?i)(?<=[?&])([^=&#]*(?:{'|'.join(_SECRET)}))=[^&#]*")
+"""Names of options whose values may be shown, URIs without what is secret in them."""
+
+_PORTS = {80, 443, 5432, 6333, 6334, 6379, 8000, 8080, 8443, 9000, 9091, 9200, 19530, 19531}
+"""Ports that are shown: any other number may be a password, as in ``db://me:12345`` without its host."""
+
+_SECRET = re.compile(
+    r"(?i)pass|pwd|pin|secret|token|key|auth|cred|user|login|account|dsn|conn|jwt|sig|cert|cookie|session_?id|otp|salt"
+)
+_URI = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*)://([^\s'\"<>]*)")
+_HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[\w.,-]*)(?::(?P<port>[0-9]{1,5}))?")
 
 
 def scheme_of(name: str) -> str | None:
@@ -29,17 +40,89 @@ def scheme_of(name: str) -> str | None:
     return scheme.lower() if colon else None
 
 
-def without_credentials(uri: str) -> str:
-    """Return a URI, or a plain name, with ``***`` for user and password and for secrets in its query."""
-    return _QUERY.sub(r"\1=***", _USER.sub("***@", uri))
+def without_credentials(text: str) -> str:
+    """Return a URI, a plain name, or a text that holds URIs, with ``***`` for what may be secret in them."""
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        before, at, after = text.rpartition("@")
+        return f"{HIDDEN}@{after}" if at and ":" in before else text
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) and not re.search(r"\s", text):
+        return f"{scheme}://{_shown_rest(rest)}"
+    return _URI.sub(_shown_uri, text)
+
+
+def scrubbed(text: str, uri: str) -> str:
+    """Return a text about a URI, of whoever wrote it, without the URI's secrets, wherever they stand in it."""
+    text = text.replace(uri, without_credentials(uri))
+    user, _, rest = uri.partition("://")[2].rpartition("@")
+    pairs = [pair.partition("=") for pair in rest.partition("?")[2].split("&")]
+    values = [value for name, _, value in pairs if name not in _HARMLESS]
+    found = {
+        part for each in (user, user.partition(":")[2], *values) for part in (each, unquote(each)) if part
+    }
+    for secret in sorted(found, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
 
 
 def hide_credentials(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with ``***`` for tokens, passwords and the like, and without those in URIs."""
-    return {name: _hidden(name, value) for name, value in options.items()}
+    """Return options with ``***`` for what may be secret, inside lists and dictionaries, too."""
+    return {name: _hidden(str(name), value) for name, value in options.items()}
+
+
+def digested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as `hide_credentials`, but with a hash of those whose names do not say that they are secret."""
+    hidden = hide_credentials(options)
+    return {
+        name: hashlib.sha256(repr(options[name]).encode()).hexdigest()[:16]
+        if value == HIDDEN and not _SECRET.search(str(name))
+        else value
+        for name, value in hidden.items()
+    }
 
 
 def _hidden(name: str, value: Any) -> Any:
-    if isinstance(value, str):
-        return "***" if name.lower().endswith(_SECRET) else without_credentials(value)
-    return value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {inner: _hidden(f"{name}.{inner}", each) for inner, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_hidden(name, each) for each in value]
+    parts = name.split(".")
+    if parts[-1] in _HARMLESS and not any(_SECRET.search(each) for each in parts[:-1]):
+        return without_credentials(value) if isinstance(value, str) else value
+    is_number = isinstance(value, int | float)
+    return value if is_number and not any(map(_SECRET.search, parts)) else HIDDEN
+
+
+def _shown_uri(found: re.Match[str]) -> str:
+    bare = found[2].rstrip(".,;:!)]}")  # of the sentence that it stands in
+    return f"{found[1]}://{_shown_rest(bare)}{found[2][len(bare) :]}"
+
+
+def _shown_rest(rest: str) -> str:
+    """What stands after ``://``: host, known port, path and harmless options."""
+    _, at, rest = rest.rpartition("@")  # the last one, for a password may hold "@", "/", "?" and "#"
+    rest, mark, _ = rest.partition("#")
+    rest, question, query = rest.partition("?")
+    host, slash, path = rest.partition("/")
+    shown = f"{HIDDEN}@" if at else ""
+    shown += _shown_host(host) + slash + path
+    if question:
+        shown += "?" + "&".join(map(_shown_pair, query.split("&")))
+    return shown + (f"#{HIDDEN}" if mark else "")
+
+
+def _shown_host(host: str) -> str:
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return HIDDEN
+    port = found["port"]
+    return found["host"] + ("" if port is None else f":{port if int(port) in _PORTS else HIDDEN}")
+
+
+def _shown_pair(pair: str) -> str:
+    name, equals, value = pair.partition("=")
+    if not equals:
+        return HIDDEN
+    return f"{name}={without_credentials(value) if name in _HARMLESS else HIDDEN}"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlong.decoder.attention import AttentionSlot, evaluating, installed, replaced_attention
-from memlong.decoder.config import parse_layers, ranges
 from memlong.decoder.kernels import Attend, Output
 from memlong.decoder.latent import LatentMaps
+from memlong.decoder.layer_names import parse_layers, ranges
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.probe import probe
 from memlong.decoder.rope import AngleCache

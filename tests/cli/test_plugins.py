@@ -79,6 +79,17 @@ def test_the_table_says_why_a_plugin_is_not_loaded(site):
     assert "typo: MEMLONG_DISABLE_PLUGINS names it, and no installed plugin has this name" in result.stdout
 
 
+@pytest.mark.parametrize("command", ["plugins", "backends"])
+def test_what_others_wrote_does_not_command_the_terminal(site, command):
+    put(site, "evil", "raise RuntimeError('\\x1b]0;title\\x07 \\x1b[2J \\u202e \\ud800 two\\nlines')")
+    (site / "evil_memory-2.1.dist-info" / "METADATA").write_text("Name: evil-memory\nVersion: 2.1\x1b[31m\n")
+    result = memlong(command, site=site, MEMLONG_DISABLE_PLUGINS="typo\x1b[2J")
+    assert result.returncode == 0, result.stderr
+    assert not {"\x1b", "\x07", "\u202e"} & set(result.stdout + result.stderr)
+    assert "RuntimeError: \\x1b]0;title\\x07 \\x1b[2J \\u202e \\ud800 two\n  lines" in result.stdout
+    assert "typo\\x1b[2J" in result.stdout
+
+
 def test_the_table_can_be_read_on_a_narrow_terminal(site):
     said = memlong("plugins", site=site, COLUMNS="80").stdout
     assert {"memlong_retrievers", "sentence-transformers,", "retrieval_frequency", "acme-memory"} <= set(

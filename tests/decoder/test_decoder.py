@@ -346,8 +346,10 @@ def test_what_a_broken_retriever_makes_is_refused_and_nothing_is_stored(
         ({"kv_source": "other"}, "kv_source is 'other'; expected one of 'layer', 'shared', 'latent'"),
         ({"backend": 5}, "backend is 5; expected a name, or None"),
         ({"retriever": None}, "retriever is None; expected text"),
-        ({"retrieval_layers": [0]}, r"retrieval_layers is \[0\]; expected text"),
+        ({"retrieval_layers": [0.5]}, r"retrieval_layers is \[0\.5\]; expected text"),
+        ({"retrieval_layers": range(10**9)}, r"retrieval_layers is range\(0, 1000000000\); expected text"),
         ({"store": "disk"}, "store is 'disk'; expected a mapping"),
+        ({"gate_init": 1e308}, r"gate_init is 1e\+308; expected a number from -10000 to 10000"),
         ({"min_score": float("nan")}, "min_score is nan; expected a number"),
     ],
 )
@@ -371,3 +373,4 @@ def test_layers_that_do_not_exist_are_named(llama, small, layers, message):
 
 def test_layers_and_ranges_are_understood(llama, small):
     assert MemoryDecoder(llama, None, small(retrieval_layers="3, 0-1")).retrieval_layers == (0, 1, 3)
+    assert MemoryDecoder(llama, None, small(retrieval_layers=[3, 0, 1])).retrieval_layers == (0, 1, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -169,3 +171,12 @@ def test_a_row_keeps_to_itself_after_a_fork(small):
     other.take([4])
     assert (row.seen, other.seen) == (3, 4)
     assert row.query().token_ids == (1, 2, 3)
+
+
+@pytest.mark.parametrize("neighbours", [3, 10**9])
+def test_neighbours_without_bound_cost_no_more_than_there_is_room_for(llama, small, text, neighbours):
+    with MemoryDecoder(llama, None, small(top_k=4, neighbours=neighbours)) as decoder:
+        began = time.monotonic()
+        decoder.read(text(120))
+        assert time.monotonic() - began < 20
+        assert decoder.tokens_read == (120,)

@@ -17,6 +17,7 @@ from memlong.errors import SnapshotError
 _ODD_FLAGS = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # not every system has all of them
 _FLAGS = sum(getattr(os, flag, 0) for flag in _ODD_FLAGS)
 _PIECE = 1 << 20
+_LARGE, _DENSEST = 1 << 28, 16
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,57 @@ def unwritable(path: Path, error: OSError) -> SnapshotError:
     )
 
 
+def followed(path: Path) -> Path:
+    """Return what a link of the hub's cache leads to, a blob of the same repository; any other path as it is.
+
+    The cache lays a file out as ``<repository>/snapshots/<revision>/<file>``, a link to ``<repository>/blobs/<hash>``.
+    """
+    try:
+        if path.is_symlink():
+            target = path.resolve()
+            for folder in path.absolute().parents:
+                if folder.name == "snapshots" and target.parent == folder.parent.resolve() / "blobs":
+                    return target
+    except (OSError, RuntimeError) as error:  # such as a link to itself
+        raise damaged(path, f"is a link that leads nowhere ({error})") from error
+    return path
+
+
+def oddity(path: Path) -> str:
+    """Say why a path is no plain file, which would be safe to open; nothing if it is one, or is not there."""
+    path = followed(path)
+    if path.is_symlink():
+        return "is a link, which could lead anywhere"
+    if path.exists() and not path.is_file():
+        return "is no plain file"
+    return "claims to be far larger than what is on the disk" if is_hollow(path) else ""
+
+
+def is_hollow(path: Path) -> bool:
+    """Whether a large file has hardly anything on the disk: it costs a stranger nothing, and who reads it gigabytes."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    taken = 512 * getattr(found, "st_blocks", found.st_size)  # not every system says
+    return found.st_size > _LARGE and taken < found.st_size // _DENSEST
+
+
 def open_plain(path: Path) -> FileIO:
-    """Open a file for reading; a link, or anything else than a plain file, is refused.
+    """Open a file for reading; a link out of the hub's cache, or anything else than a plain file, is refused.
 
     Raises
     ------
     SnapshotError
         Naming the file.
     """
+    path = followed(path)
     try:
         if path.is_symlink():  # where O_NOFOLLOW is missing; where it is there, nobody can be quicker
-            raise damaged(path, "is a link, which could lead anywhere")
+            raise SnapshotError(
+                f"{str(path)!r} is a link, which could lead anywhere: only those of the hub's own cache are followed. "
+                "Put the file itself in its place: cp -L."
+            )
         file = FileIO(path, opener=lambda name, flags: os.open(name, flags | _FLAGS))
     except SnapshotError:
         raise

@@ -14,7 +14,7 @@ from memlong.bank.arrays import Ids
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.sizes import byte_count
 from memlong.bank.snapshot.content import Content, check_state
-from memlong.bank.snapshot.files import check_file, damaged, read_checked
+from memlong.bank.snapshot.files import check_file, damaged, followed, is_hollow, read_checked
 from memlong.bank.snapshot.lazy import BlocksFile, SnapshotStore
 from memlong.bank.snapshot.manifest import (
     MANIFEST,
@@ -186,6 +186,12 @@ def _manifest(folder: Path) -> Manifest:
 
 def _check_size(folder: Path, manifest: Manifest, most_bytes: int | str | None) -> None:
     if most_bytes is None:
+        hollow = next((file for file in manifest.files if is_hollow(followed(folder / file.name))), None)
+        if hollow is not None:
+            raise SnapshotError(
+                f"{str(folder / hollow.name)!r} claims far more bytes than there are on the "
+                "disk. If you trust the snapshot, say as most_bytes how much may be read."
+            )
         return
     limit = byte_count("most_bytes", most_bytes)
     total = sum(file.nbytes for file in manifest.files)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from memlong.bank.snapshot.options import SavedOptions
+
 Metric = Literal["cosine", "inner_product", "l2"]
 
 
@@ -46,6 +48,10 @@ class Retriever(ABC):
 
     metric: ClassVar[Metric] = "cosine"
     """How the bank is to compare the embeddings."""
+
+    saved_options: ClassVar[SavedOptions] = {}
+    """Options of its own that a trained decoder's folder, which may be a stranger's, may choose, each with the most
+    that a number may be there, or None. Never one that names an address, a credential, a place to write to, or code."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model

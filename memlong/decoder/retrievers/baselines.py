@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
 from memlong.decoder.retrievers.base import Metric, Passage, Retriever
 from memlong.errors import InvalidArgumentError
@@ -26,6 +27,8 @@ class RandomRetriever(Retriever):
     dim
         Width of the embeddings, at most 65,536.
     """
+
+    saved_options: ClassVar[SavedOptions] = {"seed": None, "dim": _WIDEST}
 
     def __init__(self, model: Any, tokenizer: Any, *, seed: int = 0, dim: int = 64) -> None:
         super().__init__(model, tokenizer)

@@ -10,6 +10,8 @@ from memlong.decoder.retrievers.base import Retriever
 from memlong.plugins import Registry
 from memlong.plugins.options import check_options
 
+_OF_MODELS = "sentence-transformers"
+
 
 def create_retriever(
     name: str,
@@ -40,12 +42,23 @@ def create_retriever(
     """
     registry = registry or Registry()
     given = dict(options or {})
-    known = {spec.name for spec in registry.list_retrievers()}
-    if name not in known and ("/" in name or _is_folder(name)):
-        name, given = "sentence-transformers", {"name": name, **given}
-    retriever: type[Retriever] = registry.load_retriever_class(name, Retriever)
+    if _is_model(name, registry):
+        name, given = _OF_MODELS, {"name": name, **given}
+    retriever = retriever_class(name, registry)
     check_options(f"retriever {name!r}", retriever, given, besides=("model", "tokenizer"))
     return retriever(model, tokenizer, **given)
+
+
+def retriever_class(name: str, registry: Registry) -> type[Retriever]:
+    """Return the class that :func:`create_retriever` makes one of; raises as that does."""
+    name = _OF_MODELS if _is_model(name, registry) else name
+    found: type[Retriever] = registry.load_retriever_class(name, Retriever)
+    return found
+
+
+def _is_model(name: str, registry: Registry) -> bool:
+    known = {spec.name for spec in registry.list_retrievers()}
+    return name not in known and ("/" in name or _is_folder(name))
 
 
 def _is_folder(name: str) -> bool:

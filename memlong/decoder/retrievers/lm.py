@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
 from memlong.decoder.attention import evaluating
 from memlong.decoder.retrievers.base import Passage, Retriever
@@ -48,6 +49,14 @@ class LanguageModelRetriever(Retriever):
     -----
     Count sketch: Charikar, Chen and Farach-Colton, "Finding frequent items in data streams", 2002.
     """
+
+    saved_options: ClassVar[SavedOptions] = {
+        "dim": _WIDEST,
+        "sharpness": _LARGEST,
+        "pairs": _LARGEST,
+        "recency": _LARGEST,
+        "recency_scale": None,
+    }
 
     def __init__(
         self,

@@ -6,12 +6,13 @@ import importlib.util
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
 from memlong.decoder.quiet import quiet_loading
 from memlong.decoder.retrievers.base import Passage, Retriever
@@ -44,6 +45,14 @@ class SentenceTransformersRetriever(Retriever):
     InvalidArgumentError
         If no model can be loaded under that name, or an option has a value that cannot be used.
     """
+
+    saved_options: ClassVar[SavedOptions] = {
+        "name": None,
+        "device": None,
+        "piece_tokens": 2**16,
+        "query_prompt": None,
+        "chunk_prompt": None,
+    }
 
     def __init__(
         self,

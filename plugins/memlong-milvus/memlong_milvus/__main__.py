@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given.run(given)
     except (MemlongError, OSError) as error:  # an OSError is of the place of the objects
-        print(f"Error: {redacted(str(error))}", file=sys.stderr)
+        print(f"Error: {_shown(redacted(str(error)))}", file=sys.stderr)
         return 1
     return 0
 
@@ -29,7 +29,7 @@ def _sweep(given: argparse.Namespace) -> None:
     did = "would be removed" if given.dry_run else "removed"
     print(f"{swept.orphans} orphans {did}, {swept.young} too young to tell, {swept.living} in use")
     if swept.passed_over:
-        print(f"Passed over, as this Milvus has no such collection: {', '.join(swept.passed_over)}")
+        print(f"Passed over, as this Milvus has no such collection: {_shown(', '.join(swept.passed_over))}")
 
 
 def _purge(given: argparse.Namespace) -> None:
@@ -37,8 +37,13 @@ def _purge(given: argparse.Namespace) -> None:
 
     names = purge(uri=given.uri, database=given.database)
     print(
-        f"Sessions without a name are gone from: {', '.join(names) or 'nothing, for there is no collection'}"
+        f"Sessions without a name are gone from: {_shown(', '.join(names)) or 'nothing, for there is no collection'}"
     )
+
+
+def _shown(text: str) -> str:
+    """Return text without what would command the terminal: names may be anybody's."""
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
 from memlong_milvus.hold import Hold
 from memlong_milvus.hub import HUBS
 from memlong_milvus.index import SessionIndex
-from memlong_milvus.options import OtherOptions, Tuning
+from memlong_milvus.options import SAVED, OtherOptions, Tuning
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.place import find_place
 from memlong_milvus.resume import kept_of
@@ -91,6 +91,8 @@ class MilvusBank(MemoryBank):
     BackendError
         If Milvus does not answer, or refuses.
     """
+
+    saved_options = SAVED
 
     def __init__(
         self,
@@ -186,6 +188,18 @@ class MilvusBank(MemoryBank):
                 "Was it made with another dim, metric, collection or store?"
             )
         return bank
+
+    @classmethod
+    def of_stored(
+        cls, stored: StoredBank, *, lazy: bool = False, trust_index: bool = False, **options: Any
+    ) -> Self:
+        """Make a bank as `MemoryBank.load` does; never of a session that is there, whose chunks would be lost."""
+        if options.get("resume"):
+            raise InvalidArgumentError(
+                "resume goes on with what a session holds, and a snapshot would take its place: load it into a session "
+                "of another name, without resume"
+            )
+        return super().of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
 
     def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
         """Find chunks as `MemoryBank.retrieve` does; one whose keys and values are lost leaves, with a warning."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from typing import Any
@@ -17,6 +18,7 @@ Bytes = npt.NDArray[np.uint8]
 
 _MAGIC = b"memlong\x01"
 _HEAD = struct.Struct("<8sII")  # magic, length of the header, CRC-32 of all that follows
+_WIDEST, _LARGEST = 2**20, 2**27  # as in a snapshot
 _DTYPES = {str(each): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -49,7 +51,7 @@ def decode(content: bytes, session: str, chunk_id: int, layout: ChunkLayout) -> 
         If the content is damaged, of another chunk or of another layout; the message says how it shows.
     """
     header, start = _header(content, session, chunk_id)
-    found = header["dtype"], tuple(header["shape"])
+    found = header.get("dtype"), tuple(header["shape"])
     if found != (str(layout.dtype), layout.shape):
         raise ValueError(f"it is of {found[0]} {list(found[1])}, not {layout.dtype} {list(layout.shape)}")
     if len(content) - start != layout.nbytes:
@@ -61,9 +63,9 @@ def decode(content: bytes, session: str, chunk_id: int, layout: ChunkLayout) -> 
 def layout_of(content: bytes, session: str, chunk_id: int) -> ChunkLayout:
     """Return shape and dtype of the chunk in an object; raises as `decode` does."""
     header, _ = _header(content, session, chunk_id)
-    dtype = _DTYPES.get(header["dtype"])
+    dtype = _DTYPES.get(str(header.get("dtype")))
     if dtype is None:
-        raise ValueError(f"its dtype is {header['dtype']!r}")
+        raise ValueError(f"its dtype is {header.get('dtype')!r:.50}")
     return ChunkLayout(tuple(header["shape"]), dtype, torch.device("cpu"))
 
 
@@ -76,10 +78,21 @@ def _header(content: bytes, session: str, chunk_id: int) -> tuple[dict[str, Any]
     if zlib.crc32(memoryview(content)[_HEAD.size :]) != checksum:
         raise ValueError("its checksum differs")
     start = _HEAD.size + length
-    header: dict[str, Any] = json.loads(content[_HEAD.size : start])
+    try:
+        header = json.loads(content[_HEAD.size : start])
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    if not isinstance(header, dict) or not _is_shape(header.get("shape")):
+        raise ValueError("its header is none of a chunk")
     if (header.get("session"), header.get("chunk")) != (session, chunk_id):
-        raise ValueError(f"it is chunk {header['chunk']} of session {header['session']}")
+        raise ValueError(f"it is chunk {header.get('chunk')!r:.50} of session {header.get('session')!r:.50}")
     return header, start
+
+
+def _is_shape(shape: object) -> bool:
+    sizes = shape if isinstance(shape, list) else []
+    whole = len(sizes) == 4 and all(type(each) is int and 1 <= each <= _WIDEST for each in sizes)
+    return whole and math.prod(sizes) <= _LARGEST
 
 
 def _bytes_of(states: torch.Tensor) -> Bytes:

@@ -46,8 +46,8 @@ class Objects(ABC):
         """Store an object, in place of one of that name; it is there as a whole, or not at all."""
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """Return an object's content; FileNotFoundError where there is none."""
+    def read(self, name: str, most: int) -> bytes:
+        """Return an object's content; FileNotFoundError where there is none, ValueError if it has more bytes."""
 
     @abstractmethod
     def delete(self, names: Iterable[str]) -> None:
@@ -106,9 +106,13 @@ class LocalObjects(Objects):
                 file.flush()
                 os.fsync(file.fileno())
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int) -> bytes:
         """Read the file."""
-        return (self._folder / name).read_bytes()
+        path = self._folder / name
+        if path.exists() and not path.is_file():
+            raise OSError(f"{str(path)!r} is no plain file")
+        with path.open("rb") as file:
+            return _bounded(file.read(most + 1), most)
 
     def delete(self, names: Iterable[str]) -> None:
         """Unlink the files."""
@@ -164,10 +168,9 @@ class RemoteObjects(Objects):
         """Send it."""
         self._files.pipe_file(self._path(name), content)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int) -> bytes:
         """Fetch it."""
-        content: bytes = self._files.cat_file(self._path(name))
-        return content
+        return _bounded(self._files.cat_file(self._path(name), start=0, end=most + 1), most)
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove them, in one request where the place can do that."""
@@ -197,6 +200,12 @@ class RemoteObjects(Objects):
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")
+
+
+def _bounded(content: bytes, most: int) -> bytes:
+    if len(content) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return content
 
 
 def objects_at(place: str, *, synced: bool = True) -> Objects:

@@ -20,6 +20,18 @@ _BOUNDS = {
     "attempts": (1, 100),
     "readers": (1, 256),
 }
+SAVED = {
+    "consistency": None,
+    "staleness": 3600,
+    "M": 64,
+    "ef_construction": 1024,
+    "ef": 4096,
+    "partitions": 64,
+    "timeout": 60,
+    "attempts": 10,
+    "readers": 64,
+}
+"""What a file may choose, and the most of it: never where Milvus is, who asks, or whose session it is."""
 
 
 class OtherOptions(TypedDict, total=False):

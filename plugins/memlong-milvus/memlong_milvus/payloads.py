@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from memlong_milvus.uri import redacted
 
 _FACTS = "session.json"
 _SUFFIX = ".kv"
+_BLOCK = re.compile(r"(0|[1-9][0-9]{0,17})\.kv")
+_MOST_ID = 10**18
+_HEADER = 1 << 16  # bytes before the keys, at most
+_MOST_FACTS, _MOST_BLOCK = 1 << 20, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Folder:
 
 def chunk_id_of(name: str) -> int | None:
     """Return whose object this is; None if it is no chunk's."""
-    stem = name.rpartition("/")[2].removesuffix(_SUFFIX)
-    return int(stem) if name.endswith(_SUFFIX) and stem.isascii() and stem.isdigit() else None
+    found = _BLOCK.fullmatch(name.rpartition("/")[2])
+    return None if found is None else int(found[1])
 
 
 class PayloadStore(KeyValueStore):
@@ -133,7 +138,7 @@ class PayloadStore(KeyValueStore):
 
         def read(row: int) -> None:
             try:
-                content = self._objects.read(self._folder.block(ids[row]))
+                content = self._objects.read(self._folder.block(ids[row]), layout.nbytes + _HEADER)
                 keys[row], values[row] = decode(content, self._folder.session.key, ids[row], layout)
             except FileNotFoundError:
                 lost[ids[row]] = "its object is missing"
@@ -144,7 +149,7 @@ class PayloadStore(KeyValueStore):
             self._workers.each(read, range(len(ids)))
             if lost and self._lasting:
                 self._objects.read(
-                    self._folder.facts
+                    self._folder.facts, _MOST_FACTS
                 )  # if this is not there either, it is the place that is missing
         except OSError as error:
             raise self._unusable("read", error) from error
@@ -186,10 +191,17 @@ class PayloadStore(KeyValueStore):
     def stored_facts(self) -> dict[str, Any]:
         """Return what was noted down of the session; nothing if it is new."""
         try:
-            facts: dict[str, Any] = json.loads(self._objects.read(self._folder.facts))
+            facts = json.loads(self._objects.read(self._folder.facts, _MOST_FACTS))
+            if not isinstance(facts, dict):
+                raise ValueError(f"it holds a {type(facts).__name__}, and no object")
+            newest = facts.get("newest", -1)
+            if type(newest) is not int or not -1 <= newest <= _MOST_ID:
+                raise ValueError(f"its newest is {newest!r:.50}, which is no id of a chunk")
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except OSError as error:
+            raise self._unusable("read", error) from error
+        except (ValueError, RecursionError) as error:
             raise StorageError(
                 f"{self._folder.facts!r} in {self.place!r} is damaged ({error}). Restore it, or begin another session"
             ) from error
@@ -200,7 +212,9 @@ class PayloadStore(KeyValueStore):
         for chunk_id in ids:
             with suppress(OSError, ValueError):
                 found = layout_of(
-                    self._objects.read(self._folder.block(chunk_id)), self._folder.session.key, chunk_id
+                    self._objects.read(self._folder.block(chunk_id), _MOST_BLOCK),
+                    self._folder.session.key,
+                    chunk_id,
                 )
                 self._layout = ChunkLayout(found.shape, found.dtype, device)
                 break

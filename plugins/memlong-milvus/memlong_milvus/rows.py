@@ -21,6 +21,7 @@ MOST_ROWS = 16_384
 
 _BATCH_BYTES, _ANSWER_BYTES = 4 << 20, 32 << 20  # a message may have 64 MiB
 _MOST_QUERIES, _MOST_HITS = 1024, 1 << 18  # of one request
+_MOST_RANGES = 1024  # in which ids are asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +136,9 @@ class SessionRows:
     def held(self, next_id: int) -> Ids:
         """Return the ids of all rows there are now, ascending; few are of ``next_id`` or above."""
         rows = self._query(f"chunk >= {next_id}", ["pk"], MOST_ROWS)
-        for low in range(0, next_id, MOST_ROWS - 1):
-            rows += self._between(low, min(low + MOST_ROWS - 1, next_id), ["pk"], MOST_ROWS)
+        step = max(MOST_ROWS - 1, next_id // _MOST_RANGES)  # ids may be few and far between
+        for low in range(0, next_id, step):
+            rows += self._between(low, min(low + step, next_id), ["pk"], MOST_ROWS)
         return np.array(sorted(self._session.ids_of([row["pk"] for row in rows])), dtype=np.int64)
 
     def among(self, ids: Ids) -> Ids:

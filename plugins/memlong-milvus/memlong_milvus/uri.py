@@ -75,15 +75,19 @@ def parse_address(uri: str, token: str | None = None, database: str | None = Non
     if "://" not in uri:
         if not uri.endswith(".db"):
             raise InvalidArgumentError(
-                f"uri is {uri!r}; expected the path of a file that ends in .db, for Milvus Lite, or "
+                f"uri is {redacted(uri)!r}; expected the path of a file that ends in .db, for Milvus Lite, or "
                 "http://host:19530, for a server"
             )
         return Address(uri, token or "", database or "")
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise InvalidArgumentError(f"uri is {redacted(uri)!r}, which cannot be read ({error})") from None
+    except ValueError:  # whose text may hold what is secret
+        raise InvalidArgumentError(
+            f"uri is {redacted(uri)!r}, which cannot be read: expected http://host:19530, a port being a number, and "
+            "what is no letter or digit in a password percent-encoded"
+        ) from None
+    _check_encoded(uri, parts.netloc)
     if parts.scheme not in _SERVER_SCHEMES or not host:
         raise InvalidArgumentError(
             f"uri is {redacted(uri)!r}; expected one of {', '.join(_SERVER_SCHEMES)} and a host, such as "
@@ -113,7 +117,11 @@ def resolve(uri: str) -> tuple[str, dict[str, object]]:
     InvalidArgumentError
         If it is of another form, or has an option that there is not.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # whose text may hold what is secret
+        raise InvalidArgumentError(f"{redacted(uri)!r} cannot be read; expected {_FORMS}") from None
+    _check_encoded(uri, parts.netloc)
     kind = parts.scheme.removeprefix("milvus").removeprefix("+")
     if not parts.scheme.startswith("milvus") or kind not in ("", "http", "https", "lite"):
         raise InvalidArgumentError(f"{redacted(uri)!r} is no URI of a Milvus; expected {_FORMS}")
@@ -147,6 +155,15 @@ def _options(query: str, uri: str) -> dict[str, object]:
             raise InvalidArgumentError(f"{redacted(uri)!r} gives {name!r} twice; give it once")
         found[name] = _plain(value) if name not in ("session", "collection", "store") else value
     return found
+
+
+def _check_encoded(uri: str, netloc: str) -> None:
+    """A password with one of these would be cut in two, and a part of it be taken for a host or a path."""
+    if "@" in uri.partition("://")[2].removeprefix(netloc):
+        raise InvalidArgumentError(
+            f"{redacted(uri)!r} has an '@' after the host; where a password holds '/', '?' or '#', write %2F, %3F or "
+            "%23, and %40 for '@' elsewhere"
+        )
 
 
 def _plain(value: str) -> object:

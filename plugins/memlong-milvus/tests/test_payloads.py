@@ -161,9 +161,9 @@ def test_one_retrieval_reads_its_objects_at_the_same_time(
     chunks.into(bank)
     together, read = threading.Barrier(4, timeout=10), LocalObjects.read
 
-    def meeting(self: LocalObjects, name: str) -> bytes:
+    def meeting(self: LocalObjects, name: str, most: int) -> bytes:
         together.wait()
-        return read(self, name)
+        return read(self, name, most)
 
     monkeypatch.setattr(LocalObjects, "read", meeting)
     assert bank.retrieve(chunks.embeddings[:1], 4).found.all()

@@ -14,6 +14,7 @@ from memlong.bank import BankOptions, Floats, Ids, MemoryBank, whole_number
 # Options may come from a stranger's snapshot, and a graph of a million links a chunk takes gigabytes when empty.
 _MOST_LINKS = 512
 _MOST_EFFORT = 2**20
+_SAVED = {"connectivity": 64, "expansion_add": 1024, "expansion_search": 4096}
 
 
 class UsearchBank(MemoryBank):
@@ -43,6 +44,8 @@ class UsearchBank(MemoryBank):
     DeviceUnavailableError
         If the device is not the CPU.
     """
+
+    saved_options = _SAVED  # which a file may choose, and the most that it may ask for
 
     def __init__(
         self,

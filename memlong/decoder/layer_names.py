@@ -1,0 +1,68 @@
+"""Layers by number, as users write them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from memlong.errors import InvalidArgumentError
+
+_MOST_LAYERS = 10_000
+_LONGEST = 20  # digits of the two ends of a range
+
+
+def parse_layers(text: str, eligible: tuple[int, ...], layers: Collection[int]) -> tuple[int, ...]:
+    """Turn ``"all"``, ``"15-29"`` or ``"3,7,11-13"`` into ascending layer numbers.
+
+    Parameters
+    ----------
+    text
+        What the user wrote.
+    eligible
+        What ``"all"`` means: the layers that can use a memory best.
+    layers
+        The layers that attend; of a range, these are meant.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the text is malformed or names a layer that does not attend, or that the model does not have.
+    """
+    if text.strip() == "all":
+        return eligible
+    named: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InvalidArgumentError(
+                f"retrieval_layers is {text!r}: {part.strip()!r} is neither a layer nor a range. Write 'all', "
+                "or layers and ranges such as '15-29' or '3,7,11-13'."
+            )
+        some = range(int(first), int(last or first) + 1) if len(f"{first}{last}") < _LONGEST else range(0)
+        within = [layer for layer in layers if layer in some]
+        if not within or (some[-1] > max(layers)) or (not dash and len(within) < len(some)):
+            raise InvalidArgumentError(
+                f"retrieval_layers is {text!r}, but the layers of this model that attend to K-V of their own are "
+                f"{ranges(tuple(layers))}; name at least one of those, first before last."
+            )
+        named.update(within)
+    return tuple(sorted(named))
+
+
+def ranges(layers: tuple[int, ...]) -> str:
+    """Write layer numbers as :func:`parse_layers` reads them, such as ``"0-3,7"``."""
+    found: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if found and found[-1][-1] == layer - 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
+
+
+def layers_as_text(layers: object) -> object:
+    """Write a list of layer numbers as text; leave what is none to the checks that follow."""
+    if isinstance(layers, list | tuple | range) and 0 < len(layers) <= _MOST_LAYERS:
+        numbers = tuple(layers)
+        if all(type(each) is int and each >= 0 for each in numbers):
+            return ranges(numbers)
+    return layers

@@ -1,0 +1,16 @@
+"""What users type as K=V is text where JSON cannot be made of it, whatever it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from memlong.cli.values import key_values
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000, '{"a":', "HNSW32", ""])
+def test_what_is_no_json_stays_text(value):
+    assert key_values("--backend-option", [f"a={value}"]) == {"a": value}
+
+
+def test_what_is_json_becomes_it():
+    assert key_values("--backend-option", ["a=3", "b-c=true"]) == {"a": 3, "b_c": True}
