@@ -196,6 +196,8 @@ def tiny_demo(tmp_path, monkeypatch):
     tokens = Tokenizer(models.WordLevel(words, "?"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="?")
+    turns = "{% for turn in messages %} call {{ turn.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %} me{% endif %}"
     monkeypatch.setattr("memlong.load_model", lambda name: (model, tokenizer), raising=False)
 
 
