@@ -83,7 +83,7 @@ def test_the_one_who_knows_is_found_right(monkeypatch):
             self.read += self.tokenizer.decode(ids[0].tolist())
             return []
 
-        def generate(self, ids, attention_mask, **_):
+        def generate(self, ids, *_, **__):
             import torch
 
             start = self.read.index("The pass key is ") + len("The pass key is ")
