@@ -12,6 +12,7 @@ import torch
 from memlong.bank.arrays import Floats, Ids
 from memlong.bank.contents import Contents
 from memlong.bank.exact import Similarity
+from memlong.bank.forks import tell_after_fork
 from memlong.bank.lock import ReadWriteLock
 from memlong.bank.ranking import Ranking, missing, rank, rank_exactly
 from memlong.bank.store import KeyValueStore
@@ -58,6 +59,15 @@ class IndexHost(ABC):
         self._contents = Contents(self._table, store, self._drop_index)
         self._lock = ReadWriteLock()
         self._index_is_current = True
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Go on without the threads that only the parent has; what one of them was changing is undone before any use.
+
+        The index of a library may hold locks of theirs: it is built anew.
+        """
+        if self._lock.without_others():
+            self._drop_index()
 
     @abstractmethod
     def _index_add(self, ids: Ids, embeddings: Floats) -> None:

@@ -81,9 +81,7 @@ def _summary(trials: Sequence[Trial]) -> dict[str, Any]:
     from memlong.architectures import TRANSFORMERS
 
     counts = Counter(each.status for each in trials)
-    return {"transformers": TRANSFORMERS} | {
-        name: counts[name] for name in ("works", "refused", "fails")
-    }
+    return {"transformers": TRANSFORMERS} | {name: counts[name] for name in ("works", "refused", "fails")}
 
 
 def _counted(trials: Sequence[Trial]) -> str:
