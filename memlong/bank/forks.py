@@ -20,13 +20,13 @@ class Heir(Protocol):
 
 def tell_after_fork(heir: Heir) -> None:
     """Have an object be told, in a process that is forked while it is there."""
-    _heirs.add(heir)
+    _note(_heirs, heir)
 
 
 def fork_lock() -> threading.Lock:
     """Return a lock that is free in a forked process, whose other threads can no longer let go of it."""
     lock = threading.Lock()
-    _locks.add(lock)
+    _note(_locks, lock)
     return lock
 
 
@@ -43,15 +43,23 @@ def unless_forked(
     return end
 
 
-_heirs: weakref.WeakSet[Any] = weakref.WeakSet()
-_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_heirs: set[weakref.ref[Any]] = set()
+_locks: set[weakref.ref[Any]] = set()
+
+
+def _note(known: set[weakref.ref[Any]], thing: object) -> None:
+    known.add(weakref.ref(thing, known.discard))  # no WeakSet, whose Python code would swallow an interrupt
 
 
 def _tell_all() -> None:
-    for lock in list(_locks):
-        lock._at_fork_reinit()  # noqa: SLF001 - as Python's own modules do; a new lock would not reach who waits
-    for heir in list(_heirs):
+    for lock in _alive(_locks):
+        lock._at_fork_reinit()  # noqa: SLF001 - as Python's own modules do
+    for heir in _alive(_heirs):
         heir.after_fork()
+
+
+def _alive(known: set[weakref.ref[Any]]) -> list[Any]:
+    return [thing for each in list(known) if (thing := each()) is not None]
 
 
 if hasattr(os, "register_at_fork"):

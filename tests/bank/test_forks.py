@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -242,3 +243,31 @@ def test_a_fork_of_a_locker_does_not_hold_up_who_comes_next(tmp_path):
             pass
     finally:
         os.close(spare)
+
+
+MANY_THREADS = """
+import os, signal, sys, torch
+from memlong import create_bank
+torch.set_num_threads(2)
+options = {"faiss": {"index": "IVF8,Flat", "build_threads": 2}}.get(sys.argv[1], {})
+bank = create_bank(sys.argv[1], 64, **options)
+vectors, blocks = torch.randn(8000, 64), torch.zeros(8000, 1, 1, 1, 2)
+spans = [(i, i + 1) for i in range(8000)]
+def work():
+    bank.add(vectors, blocks, blocks, spans)
+    bank.search(vectors[:200], 5)
+    return vectors @ vectors.T
+work()
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    work()
+    os._exit(0)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])
+def test_a_child_computes_though_its_parent_had_many_threads(backend):
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", MANY_THREADS, backend], check=True, env=environment, timeout=100)
