@@ -21,6 +21,8 @@ from memlong.decoder.layout import ModelLayout
 
 Attempt = tuple[Callable[[], PreTrainedModel], Callable[[ModelLayout], bool]]
 
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # within the small vocabulary
+_SCALE = 0.3  # of weights: else rounding grows from layer to layer
 _HEADS_OF_STATES = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"))
 
 
@@ -54,9 +56,9 @@ def _made(
 
 
 def _weights(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    if len(shape) < 2:  # scales of norms, and rates of states
-        return torch.rand(shape, generator=generator) + 0.5
-    return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5)
+    if len(shape) < 2:  # scales of norms, and rates of states: small, too
+        return torch.rand(shape, generator=generator) * 0.2
+    return torch.randn(shape, generator=generator).mul_(_SCALE * shape[-1] ** -0.5)
 
 
 def _lean(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -67,8 +69,9 @@ def _lean(config: PreTrainedConfig) -> PreTrainedConfig:
     for name, value in leaned(text.to_dict()).items():
         setattr(text, name, value)
     for section in (lean, text):
-        if getattr(section, "pad_token_id", None) is not None:
-            section.pad_token_id = 0
+        for name, token in _SPECIAL.items():
+            if getattr(section, name, None) is not None:
+                setattr(section, name, token)
     return lean
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from memlong.decoder.loading import _source as source_of
+from memlong.decoder.loading import source_of
 from memlong.decoder.quiet import quiet_loading
 from memlong.errors import InvalidArgumentError
 

@@ -79,9 +79,10 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
 
 _WITHOUT_KEYS = (
     (r"(unpadded_)?vocab_size(_per_layer_input)?", 64),
-    (r".*intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|n_inner", 16),
+    (r".*intermediate_size(_mlp)?|ffn_dim|.*ffn_hidden_size|n_inner", 16),
     (r".*num_(local_|routed_)?experts|n_routed_experts", 8),
-    (r".*experts_per_tok(en)?|moe_top_?k|moe_k|n_group|topk_group|num_expert_group", 1),
+    (r".*experts_per_tok(en)?|moe_top_?k|moe_k", 2),
+    (r"n_group|topk_group|num_expert_group", 1),
     (r".*_d_state|(ssm_)?state_size", 8),
     (r"(mamba_)?chunk_size", 16),
 )

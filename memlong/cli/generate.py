@@ -43,6 +43,13 @@ def generate(
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1 is none.")] = 1,
     memory: Memory,
+    control_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--control-tokens",
+            help="Let names of control tokens in context and prompt, such as <|im_end|>, stand for those tokens.",
+        ),
+    ] = False,
     retrieve_every: options.RetrieveEvery = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -80,7 +87,7 @@ def generate(
         ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     ).open()
     tokenizer = decoder.tokenizer
-    question = _prompt(tokenizer, prompt, chat=chat, begins=not texts)
+    question = _prompt(tokenizer, prompt, chat=chat, begins=not texts, control_tokens=control_tokens)
     if not output.is_stdout and beams == 1:
         said["streamer"] = text_streamer(tokenizer)
     torch.manual_seed(seed)
@@ -88,10 +95,10 @@ def generate(
         read = 0
         started = time.perf_counter()
         for words in texts:
-            read += _read(decoder, tokenize(tokenizer, words, begins=not read))
+            read += _read(decoder, tokenize(tokenizer, words, begins=not read, control_tokens=control_tokens))
         reading = time.perf_counter() - started
         started = time.perf_counter()
-        sequences = decoder.generate(question, **said)
+        sequences = decoder.generate(question, torch.ones_like(question), **said)
         answering = time.perf_counter() - started
         stored = sum(len(bank) for bank in decoder.banks)
     new = sequences[0, question.shape[1] :]
@@ -125,11 +132,11 @@ def _sampling(option: str, value: float, least: float, most: float, *, sample: b
     return value
 
 
-def _prompt(tokenizer: Any, prompt: str, *, chat: bool, begins: bool) -> Any:
+def _prompt(tokenizer: Any, prompt: str, *, chat: bool, begins: bool, control_tokens: bool) -> Any:
     from memlong.evaluation import chat_turn, tokenize
 
     if not chat:
-        found = tokenize(tokenizer, prompt, begins=begins)
+        found = tokenize(tokenizer, prompt, begins=begins, control_tokens=control_tokens)
         if not found.shape[1]:
             raise InvalidArgumentError("--prompt is empty; give at least a word to continue")
         return found

@@ -8,6 +8,7 @@ the pass (:mod:`memlong.decoder.forward`) decides.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -21,12 +22,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from memlong.decoder.kernels import Attend, Output
-from memlong.errors import UnsupportedModelError
+from memlong.errors import MemlongError, UnsupportedModelError
 
 BASES = ("sdpa", "eager")
 """Attention implementations of transformers that memory can be attached to."""
 
 _SLOT = "_memlong_slot"
+_OURS = "memlong_"
 
 Visibility = Callable[..., Any]
 """A mask function of transformers: (row, head, query, key) as indices, to whether the query sees the key."""
@@ -52,11 +54,29 @@ class Attending(Protocol):
 class AttentionSlot:
     """Stands on the attention modules of one model and decides what they attend to.
 
-    Without a ``current`` pass, attention is the model's own.
+    Without a ``current`` pass, attention is the model's own; so it is in other threads, whatever goes on in this one.
+
+    Attributes
+    ----------
+    modules
+        On which it stands, by identity: a copy of the model has copies of them.
     """
 
     def __init__(self) -> None:
-        self.current: Attending | None = None
+        self.modules: frozenset[int] = frozenset()
+        self._here = threading.local()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> AttentionSlot:
+        return AttentionSlot()  # on a copy of the model, which has no memory
+
+    @property
+    def current(self) -> Attending | None:
+        """The pass that this thread is in."""
+        return getattr(self._here, "current", None)
+
+    @current.setter
+    def current(self, attending: Attending | None) -> None:
+        self._here.current = attending
 
     def attend(
         self,
@@ -69,9 +89,10 @@ class AttentionSlot:
         **options: Any,
     ) -> Output:
         """Let the current pass attend; the mask that transformers made knows nothing of memory."""
-        if self.current is None:
+        current = self.current
+        if current is None:
             return base(module, query, key, value, attention_mask, **options)
-        return self.current.attend(base, module, query, key, value, options)
+        return current.attend(base, module, query, key, value, options)
 
 
 def check_free(model: PreTrainedModel) -> None:
@@ -82,7 +103,7 @@ def check_free(model: PreTrainedModel) -> None:
     UnsupportedModelError
         If another decoder is attached to it.
     """
-    if any(hasattr(module, _SLOT) for module in model.modules()):
+    if any(_slot_of(module) is not None for module in model.modules()):
         raise UnsupportedModelError(
             f"This {type(model).__name__} already has a memory attached: leave the other decoder's `with` block first, "
             "or use another copy of the model."
@@ -105,13 +126,15 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put the slot on the modules, and leave them as they were."""
     modules = tuple(modules)
-    for module in modules:
-        setattr(module, _SLOT, slot)
+    slot.modules = frozenset(map(id, modules))
     try:
+        for module in modules:
+            setattr(module, _SLOT, slot)
         yield
     finally:
+        slot.modules = frozenset()
         for module in modules:
-            delattr(module, _SLOT)
+            vars(module).pop(_SLOT, None)
 
 
 @contextmanager
@@ -135,21 +158,21 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
         If the model's attention cannot be replaced, or is not one of ``BASES``.
     """
     config = text_config(model)
-    before = _implementation(config)
+    before = _implementation(config).removeprefix(_OURS)  # of a copy of a model that had a memory, ours
     if before not in BASES:
         raise UnsupportedModelError(
             f"{type(model).__name__} runs the attention implementation {before!r}; memory attaches to "
             f"{' and '.join(map(repr, BASES))}. Load it with attn_implementation='sdpa', or call "
             "model.set_attn_implementation('sdpa')."
         )
-    name = f"memlong_{before}"
+    name = _OURS + before
     AttentionInterface.register(name, partial(_attention, before))
     # Without a mask function of its own, an implementation silently gets no mask at all.
     AttentionMaskInterface.register(name, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[before]))
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    parts = [
-        (part, _implementation(part)) for part in (*configs.values(), config)
-    ]  # a tower may have its own
+    parts = [  # a tower may have its own
+        (part, _implementation(part).removeprefix(_OURS)) for part in (*configs.values(), config)
+    ]
     try:
         with _quiet(), suppress(ValueError):  # of a tower that knows no other attention
             model.set_attn_implementation(name)
@@ -168,6 +191,27 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """Return the configuration of the decoder that text goes through."""
     return model.config.get_text_config(decoder=True)
+
+
+def check_attached(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention goes another way than through memlong.
+
+    Raises
+    ------
+    MemlongError
+        If its attention implementation was changed since a memory was attached.
+    """
+    now = _implementation(text_config(model))
+    if not now.startswith(_OURS):
+        raise MemlongError(
+            f"The model's attention implementation is {now!r}: it was changed inside `with decoder:`, so that it no "
+            "longer goes through the memory. Choose it before (attn_implementation='sdpa' or 'eager' at loading)."
+        )
+
+
+def _slot_of(module: nn.Module) -> AttentionSlot | None:
+    slot: AttentionSlot | None = getattr(module, _SLOT, None)
+    return slot if slot is not None and id(module) in slot.modules else None
 
 
 def _implementation(config: PreTrainedConfig) -> str:
@@ -190,7 +234,7 @@ def _attention(base: str, module: nn.Module, *tensors: Tensor | None, **options:
         function: Attend = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[base]
-    slot: AttentionSlot | None = getattr(module, _SLOT, None)
+    slot = _slot_of(module)
     if slot is None:
         return function(module, *tensors, **options)
     return slot.attend(function, module, *tensors, **options)  # type: ignore[arg-type]

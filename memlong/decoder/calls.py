@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from transformers import PreTrainedModel
 
 from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Ints
-from memlong.decoder.attention import AttentionSlot
+from memlong.decoder.attention import AttentionSlot, check_attached
 from memlong.decoder.forward import AttentionPass, Memory
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.kernels import steady_kernels
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.placement import Placement, check_reach, positions_of
 from memlong.decoder.window import LocalWindow
+from memlong.errors import MemlongError
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,24 @@ class ModelCalls:
         The model, and what it is made of.
     gates
         What each head adds to the logits of memory; None for nothing.
-    device
-        Where the model is.
+    device, dtype
+        Where the model is, and in what it computes.
     """
 
     model: PreTrainedModel
     layout: ModelLayout
     gates: MemoryGates | None
     device: torch.device
+    dtype: torch.dtype
 
     def run(
         self, before: Standing, input_ids: Tensor, tokens: Ints, slot: AttentionSlot, logits_to_keep: int
     ) -> tuple[Tensor, Standing]:
         """Take new tokens [rows, new], −1 where padded, through the model; return logits, and where it stands then."""
+        check_attached(self.model)
+        self._check_unchanged()
+        if torch.is_grad_enabled():
+            self._check_not_checkpointing()
         width = tokens.shape[1]
         incoming = positions_of(tokens, before.placements)
         check_reach(int(incoming.max()), self.layout)
@@ -79,6 +86,24 @@ class ModelCalls:
                 memory.wait()  # where no retrieval layer was reached
         window.complete(width)
         return logits, Standing(window, now.memory, before.placements)
+
+    def _check_unchanged(self) -> None:
+        now = cast("Tensor", self.model.get_input_embeddings().weight)
+        if (now.device, now.dtype) != (self.device, self.dtype):
+            raise MemlongError(
+                f"The model is {now.dtype} on {now.device} now, but the stream began when it was {self.dtype} on "
+                f"{self.device}: its window and its memory are. Move it back, or call reset() and read the text again."
+            )
+
+    def _check_not_checkpointing(self) -> None:
+        if any(
+            getattr(module, "gradient_checkpointing", False) and module.training
+            for module in self.model.modules()
+        ):
+            raise MemlongError(
+                "Gradient checkpointing is on and the model in training mode: its layers would run without their "
+                "cache, and so without memory. Call model.eval(), or model.gradient_checkpointing_disable()."
+            )
 
     def run_by_length(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
-from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options
+from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options, inferred_mask
 from memlong.decoder.loading import load_model
 from memlong.decoder.machine import AUTO, choose_machine
 from memlong.decoder.pretrained import attach_adapter, read_pretrained, write_pretrained
@@ -23,6 +24,15 @@ from memlong.decoder.streams import Streams
 from memlong.decoder.tokens import token_lists
 from memlong.errors import InvalidArgumentError
 from memlong.plugins import Registry
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What generate() returned last, and how far the streams were then; ``sequences`` are [rows, columns]."""
+
+    cache: StreamCache
+    tokens_read: tuple[int, ...]
+    sequences: Tensor
 
 
 class MemoryDecoder(SavingDecoder):
@@ -75,7 +85,7 @@ class MemoryDecoder(SavingDecoder):
     ) -> None:
         """Begin new streams, with empty windows; as :meth:`StreamingDecoder.reset`."""
         super().reset(banks, random_chunks=random_chunks)
-        self._turn: tuple[StreamCache, tuple[int, ...]] | None = None
+        self._turn: _Turn | None = None
 
     @classmethod
     def from_pretrained(
@@ -207,7 +217,9 @@ class MemoryDecoder(SavingDecoder):
         self._check_attached()
         check_options(self.model, options)
         token_lists(input_ids, attention_mask, self._layout)  # before anything is cut
-        known = 0 if past_key_values is None else self._columns_of(past_key_values)
+        if attention_mask is None:
+            attention_mask = inferred_mask(self.model, input_ids, options)
+        known = 0 if past_key_values is None else self._columns_of(past_key_values, input_ids)
         new_mask = None if attention_mask is None else attention_mask[:, known:]
         prompt = token_lists(input_ids[:, known:], new_mask, self._layout)
         if not all(prompt) or (new_mask is not None and not bool(new_mask[:, -1].all())):
@@ -239,7 +251,7 @@ class MemoryDecoder(SavingDecoder):
                 answers_of(self.model, sequences, input_ids.shape[1], len(prompt), options), self._slot
             )
             speaker.cache.columns = sequences.shape[1]
-            self._turn = (speaker.cache, self.tokens_read)
+            self._turn = _Turn(speaker.cache, self.tokens_read, sequences[:: len(sequences) // len(prompt)])
         return output
 
     @contextmanager
@@ -263,11 +275,28 @@ class MemoryDecoder(SavingDecoder):
             else:
                 setattr(self.model, "generate", before)  # noqa: B010
 
-    def _columns_of(self, cache: StreamCache) -> int:
-        if self._turn is None or self._turn[0] is not cache or self._turn[1] != self.tokens_read:
+    def _columns_of(self, cache: StreamCache, input_ids: Tensor) -> int:
+        """How many columns of a conversation the streams have read; it must begin with those."""
+        turn = self._turn
+        if turn is None or turn.cache is not cache or turn.tokens_read != self.tokens_read:
             raise InvalidArgumentError(
                 "past_key_values is not what this decoder's latest generate() returned, or the streams have read on "
                 "since: pass only the new text, which the streams continue with, and leave past_key_values out."
+            )
+        read = turn.sequences.to(input_ids.device)
+        remedy = "Pass the conversation as generate() returned it with the new text behind it, or the new text alone"
+        if input_ids.shape[0] != len(read) or input_ids.shape[1] <= cache.columns:
+            raise InvalidArgumentError(
+                f"input_ids is {tuple(input_ids.shape)}, but past_key_values stands for {len(read)} rows of "
+                f"{cache.columns} tokens, of which it must be the continuation. {remedy}, without past_key_values."
+            )
+        odd = (input_ids[:, : cache.columns] != read).nonzero()
+        if len(odd):
+            row, column = odd[0].tolist()
+            raise InvalidArgumentError(
+                f"input_ids holds {int(input_ids[row, column])} in row {row} at column {column}, where the streams "
+                f"have read {int(read[row, column])}: it is not the conversation that past_key_values stands for. "
+                f"{remedy}, without past_key_values."
             )
         return cache.columns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -24,6 +25,7 @@ _REFUSED = {
     "prompt_lookup_num_tokens": "prompt lookup takes tokens back",
     "assistant_early_exit": "assisted decoding takes tokens back",
     "inputs_embeds": "the streams are made of tokens",
+    "inputs": "a prompt is given as input_ids",
     "cache_implementation": "the streams are the cache",
     "output_attentions": "attention goes over memory and window, whose columns have no place in the text",
     "output_hidden_states": "the prompt is read in segments, of which only the last logits are kept",
@@ -149,6 +151,30 @@ def text_streamer(tokenizer: Any) -> TextStreamer:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
+@contextmanager
+def plain_generate_told(model: PreTrainedModel) -> Iterator[None]:
+    """Warn where the model's own ``generate()`` is called meanwhile, which knows nothing of a memory."""
+    before = vars(model).get("generate")
+    inner: Any = model.generate
+
+    @wraps(inner)
+    def generate(*args: Any, **options: Any) -> Any:
+        warnings.warn(
+            "model.generate() knows nothing of the memory that is attached: call decoder.generate(), or let "
+            "`with decoder.replacing_generate():` have it called for you.",
+            stacklevel=2,
+        )
+        return inner(*args, **options)
+
+    vars(model)["generate"] = generate
+    try:
+        yield
+    finally:
+        del vars(model)["generate"]
+        if before is not None:
+            vars(model)["generate"] = before
+
+
 _NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
 
 
@@ -172,6 +198,10 @@ def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
                 f"{name} does not go with a memory, which holds text alone. Leave it out, or generate with the model "
                 "itself, outside `with decoder:`."
             )
+    for name in ("num_beams", "num_return_sequences"):
+        value = _setting(model, options, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least 1.")
     for name, reason in _REFUSED.items():
         value = _setting(model, options, name)
         if isinstance(value, Tensor) or value:
@@ -179,6 +209,19 @@ def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
                 f"{name} does not go with a memory: {reason}. Leave it out, or generate with the model itself, outside "
                 "`with decoder:`."
             )
+
+
+def inferred_mask(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """Return the mask [rows, tokens] that transformers infers from padding in a prompt; None where it infers none."""
+    padding, ends = (_setting(model, options, name) for name in ("pad_token_id", "eos_token_id"))
+    padding, ends = (
+        each.flatten().tolist() if isinstance(each, Tensor) else each for each in (padding, ends)
+    )
+    padding = padding[0] if isinstance(padding, list) and padding else padding
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    if not isinstance(padding, int) or padding in stops or not bool((input_ids == padding).any()):
+        return None
+    return (input_ids != padding).long()
 
 
 def answers_of(

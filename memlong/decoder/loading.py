@@ -98,7 +98,7 @@ def load_model(
     machine = choose_machine(dtype, device)
     if machine.passed_over:
         warnings.warn(f"The model runs on the CPU{machine.passed_over}", stacklevel=2)
-    source, gguf = _source(name)
+    source, gguf = source_of(name)
     quantization = ""
     with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
         try:
@@ -205,7 +205,14 @@ def stable_name(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
+def source_of(name: str) -> tuple[str, dict[str, str]]:
+    """From the name of a model to what transformers loads it from, and the options for that.
+
+    Raises
+    ------
+    InvalidArgumentError, MissingDependencyError
+        As :func:`load_model` does.
+    """
     path = _demo_file() if name == "demo" else Path(name)
     try:
         is_folder = path.is_dir()

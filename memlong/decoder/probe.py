@@ -176,6 +176,12 @@ def _check_pass(model: PreTrainedModel, seen: ProbePass) -> None:
                 model,
                 f"{type(reading.module).__name__} makes a mask of its own, which knows nothing of memory",
             )
+        if reading.bias is not None:
+            raise _unsupported(
+                model,
+                f"{type(reading.module).__name__} adds a bias of its own to the logits of queries and keys "
+                f"({reading.bias}), which knows nothing of memory",
+            )
         try:
             seen.window_of(reading)
         except ValueError as error:

@@ -40,6 +40,8 @@ class Reading:
         The mask that it was given, and what transformers made it of, if it did.
     sliding_window
         What the module itself says of its window.
+    bias
+        Name of what it adds to the logits of each query and key, beside the mask; None if it adds nothing.
     """
 
     module: nn.Module
@@ -50,6 +52,7 @@ class Reading:
     mask: Tensor | None
     visible: Visibility | None
     sliding_window: int | None
+    bias: str | None
 
 
 class _NotingLayer(LinearAttentionAndFullAttentionLayer):
@@ -175,6 +178,10 @@ class ProbePass(attention.AttentionSlot):
                 attention_mask,
                 visible,
                 options.get("sliding_window"),
+                next(
+                    (name for name, each in options.items() if isinstance(each, Tensor) and each.ndim == 4),
+                    None,
+                ),
             )
         )
         return base(module, query, key, value, attention_mask, **options)

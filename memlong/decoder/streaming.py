@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from memlong.bank import ChunkLayout, MemoryBank, TieredStore
 from memlong.decoder.adapters import unwrapped
 from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
 from memlong.decoder.banks import check_banks
-from memlong.decoder.config import MemoryConfig, parse_layers
+from memlong.decoder.config import MemoryConfig, parse_layers, ranges
 from memlong.decoder.gates import make_gates
+from memlong.decoder.generation import plain_generate_told
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
@@ -33,6 +34,21 @@ from memlong.decoder.trial import try_out
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
 from memlong.plugins.options import check_options as check_store_options
+
+
+class Segments(Iterator[Segment]):
+    """Segments that are read as they are asked for; ``len()`` is how many are to come."""
+
+    def __init__(self, segments: Iterator[Segment], count: int) -> None:
+        self._segments, self._left = segments, count
+
+    def __next__(self) -> Segment:
+        segment = next(self._segments)
+        self._left -= 1
+        return segment
+
+    def __len__(self) -> int:
+        return self._left
 
 
 class StreamingDecoder:
@@ -95,6 +111,7 @@ class StreamingDecoder:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(installed(self._slot, self._layout.modules))
             stack.enter_context(replaced_attention(self.model))
+            stack.enter_context(plain_generate_told(self.model))
             self._attached = stack.pop_all()
         self._is_attached = True
         return self
@@ -104,6 +121,20 @@ class StreamingDecoder:
     ) -> None:
         self._is_attached = False
         self._attached.close()
+
+    def __repr__(self) -> str:
+        told = [f"backend={self.config.backend!r}", f"retrieval_layers={ranges(self.retrieval_layers)!r}"]
+        if self.config.backend is None:
+            told = ["the plain window"]
+        if self._streams is not None:
+            told += [f"tokens_read={self.tokens_read}", f"chunks={tuple(map(len, self.banks))}"]
+        return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(told)})"
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise MemlongError(
+            f"A {type(self).__name__} cannot be copied or pickled: it has a model, and streams that go through it. "
+            "Write them with save(path), and go on elsewhere with MemoryDecoder.load(path, model, tokenizer, config)."
+        )
 
     @property
     def banks(self) -> tuple[MemoryBank, ...]:
@@ -188,7 +219,7 @@ class StreamingDecoder:
         *,
         logits: Literal["all", "last"] = "all",
         gradients: bool = False,
-    ) -> Iterator[Segment]:
+    ) -> Segments:
         """Send text through the model, segment by segment; a later call goes on where this one ended.
 
         Segments begin at multiples of ``segment_size`` in the stream, however the text is cut into calls, so that the
@@ -206,10 +237,10 @@ class StreamingDecoder:
             Whether each forward call records gradients, back to what made the memory that it retrieved (latent maps,
             gates). The window and stored memory of earlier segments are constants: truncated backpropagation.
 
-        Yields
-        ------
-        Segment
-            One for each forward call.
+        Returns
+        -------
+        Segments
+            An iterator over a :class:`Segment` for each forward call, whose length is how many are to come.
 
         Raises
         ------
@@ -243,10 +274,13 @@ class StreamingDecoder:
             last = fresh if last is None else torch.where(spoke, fresh, last)
         return cast("Tensor", last)
 
-    def _begun(self, pending: list[list[int]], logits_to_keep: int, *, gradients: bool) -> Iterator[Segment]:
-        self._streams = self._streams_for(len(pending))
+    def _begun(self, pending: list[list[int]], logits_to_keep: int, *, gradients: bool) -> Segments:
+        self._streams = streams = self._streams_for(len(pending))
         self._call = object()
-        return self._segments(self._streams, pending, logits_to_keep, gradients=gradients)
+        return Segments(
+            self._segments(streams, pending, logits_to_keep, gradients=gradients),
+            streams.segments_of(pending),
+        )
 
     def _segments(
         self, streams: Streams, pending: list[list[int]], logits_to_keep: int, *, gradients: bool

@@ -97,7 +97,7 @@ class Streams:
         self._groups = layer_groups(layout, source.retrieval_layers, source.stored_layers)
         capacity = config.sink_tokens + config.local_window
         self._window = LocalWindow(layout, self._groups, len(self.rows), capacity, embeddings.detach())
-        self._calls = ModelCalls(model, layout, gates, self._device)
+        self._calls = ModelCalls(model, layout, gates, self._device, embeddings.dtype)
         self._begun_with = self._window.states  # by row, when its present segment began
         self._placements = tuple(row.placement for row in self.rows)
         self._memory: Memory | None = None
@@ -195,6 +195,12 @@ class Streams:
             segment = self.advance(upcoming, slot, logits_to_keep, gradients=gradients)
             done = [start + len(new) for start, new in zip(done, upcoming, strict=True)]
             yield segment
+
+    def segments_of(self, pending: Sequence[Sequence[int]]) -> int:
+        """How many forward calls :meth:`read` makes of these tokens."""
+        size = self._config.segment_size
+        each = zip(self.rows, pending, strict=True)
+        return max((-(-(row.seen % size + len(new)) // size) for row, new in each if new), default=0)
 
     def finish(self, pending: Sequence[Sequence[int]], slot: AttentionSlot) -> None:
         """Take each row's tokens through the model, for what they leave in the streams alone."""

@@ -25,7 +25,7 @@ _CONFIG = MemoryConfig(
     retriever="recent", chunk_size=1, segment_size=2, local_window=3, sink_tokens=0, position_mode="original"
 )
 _TOKENS = 4  # two segments: the second goes on from the first one's states, and remembers a token
-_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
+_TOLERANCE = {torch.float32: 0.03, torch.float64: 0.03}
 _COARSE = 0.3  # in half precision, where mixtures of experts may choose another one
 
 

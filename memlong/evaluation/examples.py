@@ -178,7 +178,7 @@ def _balanced(examples: Sequence[Example], words: Sequence[str], shots: int, see
 
 
 def _rows(path: str | Path) -> _Cells:
-    text = read_text(path).removeprefix("\ufeff")  # the mark that spreadsheets put in front
+    text = read_text(path)
     if "\t" in next((line for line in text.split("\n") if line.strip()), ""):
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:

@@ -171,8 +171,10 @@ def evaluate_icl(
 
 def _log_probabilities(decoder: MemoryDecoder, question: str, tokens: Sequence[int]) -> Tensor:
     """Log-probability [words] of each word's first token after a question, which the streams forget again."""
+    prompt = torch.tensor([_ids(decoder.tokenizer, question)], dtype=torch.long, device="cpu")
     said = decoder.generate(
-        torch.tensor([_ids(decoder.tokenizer, question)], dtype=torch.long, device="cpu"),
+        prompt,
+        torch.ones_like(prompt),
         remember=False,
         max_new_tokens=1,
         do_sample=False,
@@ -206,5 +208,7 @@ def _first_tokens(tokenizer: Any, form: Template, words: Sequence[str]) -> list[
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids: list[int] = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, verbose=False
+    ).input_ids
     return ids

@@ -130,11 +130,14 @@ def _finds(decoder: MemoryDecoder, prompt: Tensor, key: str, progress: Callable[
         if progress is not None:
             progress(segment.tokens.shape[1])
     new = len(_ids(decoder.tokenizer, f" {key}.")) + 2
-    said = decoder.generate(prompt[:, -1:], max_new_tokens=new, do_sample=False, remember=False)
+    last = prompt[:, -1:]
+    said = decoder.generate(last, torch.ones_like(last), max_new_tokens=new, do_sample=False, remember=False)
     answer: str = decoder.tokenizer.decode(said[0, 1:])
     return answer.strip().startswith(key)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids: list[int] = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, verbose=False
+    ).input_ids
     return ids

@@ -60,6 +60,8 @@ def test_a_model_of_seventy_billion_weights_is_outlined_in_seconds(kind):
         num_key_value_heads=8,
         vocab_size=128_256,
         max_position_embeddings=131_072,
+        bos_token_id=128_000,
+        eos_token_id=[128_001, 128_009],
     )
     found = outline(config)
     assert found.retrieval_layers == tuple(range(80))

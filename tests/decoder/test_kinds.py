@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import GenerationConfig
 
 from memlong import MemoryDecoder
@@ -31,7 +32,10 @@ KINDS = {
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
 def model(request):
-    made = tiny_model_of(Architecture(*request.param))
+    model_type, class_name = request.param
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"this release of transformers has no {model_type}")
+    made = tiny_model_of(Architecture(model_type, class_name))
     made.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=2)  # as all of them end
     return made
 

@@ -58,7 +58,10 @@ def test_attached_without_streaming_generation_is_unchanged(tiny_model, architec
     mask[1, :5] = 0
     options = {"attention_mask": mask, "max_new_tokens": 12, "num_beams": beams, "do_sample": False}
     expected = model.generate(ids, **options)
-    with MemoryDecoder(model, None, small()):
+    with (
+        MemoryDecoder(model, None, small()),
+        pytest.warns(UserWarning, match=r"model.generate\(\) knows nothing of the memory"),
+    ):
         assert torch.equal(model.generate(ids, **options), expected)
 
 

@@ -86,6 +86,7 @@ def test_an_unsupported_model_is_refused_with_the_reason_and_left_alone(make, me
         ("bloom", "does not let its attention be replaced"),
         ("deepseek_v32", "chooses which keys to attend to by an index of its own"),
         ("doge", "DogeAttention makes a mask of its own"),
+        ("inkling_text", r"adds a bias of its own to the logits of queries and keys \(position_bias\)"),
         (
             "jamba",
             "transformers' own implementation cannot go on from its cache with several tokens at a time",

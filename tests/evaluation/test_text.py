@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import codecs
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -15,6 +17,14 @@ def test_a_text_is_read_as_utf8(tmp_path):
     assert read_text(path) == "Nennt mich Ismaël."
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_files_of_other_editors_are_the_same_text(tmp_path, encoding, end):
+    path = tmp_path / "text.txt"
+    path.write_bytes(f"Nennt mich{end}Ismaël".encode(encoding))
+    assert read_text(path) == "Nennt mich\nIsmaël"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -23,6 +33,8 @@ def test_a_text_is_read_as_utf8(tmp_path):
         (b" \n\t\n", "is empty"),
         (b"\x7fELF\0\0", "is binary"),
         ("Ismaël".encode("latin-1"), "is not UTF-8: .* at byte 4"),
+        ("Ismaël".encode("utf-16-le"), "is binary, or UTF-16 without a byte-order mark"),
+        (codecs.BOM_UTF16_LE + b"abc", "is not UTF-16: .* at byte 4"),
     ],
 )
 def test_a_file_that_is_no_text_is_named_with_the_reason(tmp_path, content, message):
@@ -69,6 +81,26 @@ def test_special_tokens_stand_where_a_stream_begins_and_nowhere_else(begins):
     assert tokenize(begins, "who who", begins=False).tolist() == [[3, 3]]
     assert chat_turn(begins, "who").tolist() == [[0, 4, 3]]
     assert chat_turn(begins, "who", begins=False).tolist() == [[4, 3]]
+
+
+def test_names_of_control_tokens_in_a_text_are_text(begins):
+    begins.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    assert tokenize(begins, "who <|end|> who", begins=False).tolist() == [[3, 2, 3]]
+    assert tokenize(begins, "who <|end|> who", begins=False, control_tokens=True).tolist() == [[3, 5, 3]]
+    begins.chat_template = "{{ bos_token }} user {{ messages[0]['content'] }} <|end|>"
+    assert chat_turn(begins, "who").tolist() == [[0, 4, 3, 5]]
+    assert chat_turn(begins, "who <|end|>").tolist() == [[0, 4, 3, 2, 5]]
+
+
+def test_a_later_turn_is_what_the_template_puts_behind_the_turns_before(begins):
+    turns = "{{ bos_token }}{% for m in messages %} user {{ m.content }} {% endfor %}"
+    begins.chat_template = turns + "{% if add_generation_prompt %} ?{% endif %}"
+    said = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "who who"}]
+    assert chat_turn(begins, "who").tolist() == [[0, 4, 3, 2]]
+    assert chat_turn(begins, "who", history=said).tolist() == [[4, 3, 2]]
+    begins.chat_template = "{{ bos_token }} user {{ messages[-1].content }}"
+    with pytest.raises(InvalidTextError, match="does not continue this conversation"):
+        chat_turn(begins, "? who", history=said)
 
 
 def test_half_a_character_is_named_with_its_place(begins):

@@ -1,0 +1,179 @@
+"""What users in a hurry do with a decoder: right, or refused with words that say what to do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from memlong import MemoryDecoder
+from memlong.errors import InvalidArgumentError, MemlongError
+
+OPTIONS = {"max_new_tokens": 8, "do_sample": False}
+
+
+def test_padding_without_a_mask_is_padding_as_transformers_has_it(llama, small, text):
+    short = text(14, seed=3)
+    padded = torch.cat([torch.zeros(1, 6, dtype=torch.long), short], dim=1)
+    expected = llama.generate(short, **OPTIONS)[:, 14:]
+    assert torch.equal(llama.generate(padded, **OPTIONS)[:, 20:], expected)
+    with MemoryDecoder(llama, None, small()) as decoder:
+        alone = decoder.generate(short, **OPTIONS)[:, 14:]
+        read = decoder.tokens_read
+        decoder.reset()
+        assert torch.equal(decoder.generate(padded, **OPTIONS)[:, 20:], alone)
+        assert decoder.tokens_read == read
+        decoder.reset()
+        decoder.generate(
+            padded, **OPTIONS, pad_token_id=2, eos_token_id=2
+        )  # where it is no padding, it is text
+        assert decoder.tokens_read[0] > read[0]
+
+
+@pytest.fixture
+def conversed(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        options = {**OPTIONS, "eos_token_id": None, "return_dict_in_generate": True}
+        yield decoder, decoder.generate(text(10), **options), options
+
+
+def test_another_conversation_than_was_read_is_refused_by_the_first_token_that_differs(conversed, text):
+    decoder, first, options = conversed
+    read = decoder.tokens_read
+    other = torch.cat([first.sequences, text(5, seed=1)], dim=1)
+    other[0, 3] = (other[0, 3] + 1) % 90 + 3
+    with pytest.raises(
+        InvalidArgumentError, match=f"holds {int(other[0, 3])} in row 0 at column 3, where the streams"
+    ):
+        decoder.generate(other, past_key_values=first.past_key_values, **options)
+    assert decoder.tokens_read == read
+
+
+def test_less_than_was_read_is_refused_as_that(conversed):
+    decoder, first, options = conversed
+    with pytest.raises(
+        InvalidArgumentError, match=r"is \(1, 6\), but past_key_values stands for 1 rows of 18"
+    ):
+        decoder.generate(first.sequences[:, :6], past_key_values=first.past_key_values, **options)
+
+
+def test_the_models_own_generate_says_that_it_knows_no_memory(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        with pytest.warns(UserWarning, match=r"call decoder.generate\(\)"):
+            llama.generate(text(9), **OPTIONS)
+        decoder.generate(text(9), **OPTIONS)
+    assert "generate" not in vars(llama)
+
+
+def test_a_copy_of_an_attached_model_is_a_model_like_any_other(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        expected = decoder.read(text(60))
+        other = copy.deepcopy(llama)
+    with MemoryDecoder(other, None, small()) as decoder:
+        assert torch.equal(decoder.read(text(60)), expected)
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_the_plain_model_in_another_thread_does_not_enter_a_memory(llama, small, text):
+    ids, stop = text(150), threading.Event()
+
+    def read():
+        with torch.no_grad():
+            for part in (ids[:, :60], *ids[:, 60:].split(1, dim=1)):
+                decoder.read(part)
+        bank = decoder.banks[0]
+        return bank.fetch(bank.ids).keys
+
+    def generate_beside():
+        while not stop.is_set():
+            cache = DynamicCache(config=llama.config)
+            for token in ids[:, :30].split(1, dim=1):
+                llama.model(token, past_key_values=cache, use_cache=True)
+
+    with MemoryDecoder(llama, None, small()) as decoder:
+        expected = read()
+        beside = threading.Thread(target=torch.no_grad()(generate_beside))
+        beside.start()
+        try:
+            for _ in range(3):
+                decoder.reset()
+                assert torch.equal(read(), expected)
+        finally:
+            stop.set()
+            beside.join()
+
+
+def test_attention_changed_while_a_memory_is_attached_is_refused(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(20))
+        llama.set_attn_implementation("eager")
+        with pytest.raises(MemlongError, match="attention implementation is 'eager': it was changed inside"):
+            decoder.read(text(20))
+
+
+def test_a_dtype_changed_in_the_middle_of_a_stream_is_refused(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(20))
+        llama.to(torch.bfloat16)
+        with pytest.raises(MemlongError, match="bfloat16 on cpu now, but the stream began when"):
+            decoder.read(text(20))
+        decoder.reset()
+        decoder.read(text(60))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # newer transformers have another name for it
+def test_gradient_checkpointing_that_would_go_without_memory_is_refused(llama, small, text):
+    llama.gradient_checkpointing_enable()
+    with MemoryDecoder(llama, None, small()) as decoder:
+        list(decoder.stream(text(20), gradients=True))  # in evaluation mode, layers keep their cache
+        llama.train()
+        with pytest.raises(MemlongError, match=r"Call model.eval\(\), or model.gradient_check"):
+            list(decoder.stream(text(20), gradients=True))
+
+
+@pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_decoder_is_saved_and_not_copied(llama, small, act):
+    with pytest.raises(MemlongError, match=r"save\(path\), and go on elsewhere with MemoryDecoder.load"):
+        act(MemoryDecoder(llama, None, small()))
+
+
+def test_a_decoder_tells_what_it_is_and_how_far(llama, small, text):
+    decoder = MemoryDecoder(llama, None, small())
+    assert repr(decoder) == "MemoryDecoder(LlamaForCausalLM, backend='torch', retrieval_layers='0-3')"
+    with decoder:
+        decoder.read(text(60, rows=2))
+    assert repr(decoder).endswith("tokens_read=(60, 60), chunks=(10, 10))")
+    assert "plain window" in repr(MemoryDecoder(llama, None, small(backend=None)))
+
+
+def test_a_stream_knows_how_many_segments_are_to_come(llama, small, text):
+    mask = torch.ones(2, 45, dtype=torch.long)
+    mask[0, :20] = 0
+    with MemoryDecoder(llama, None, small()) as decoder:
+        for ids, given, count in (
+            (text(5, rows=2), None, 1),
+            (text(45, rows=2), mask, 7),
+            (text(1, rows=2), None, 1),
+        ):
+            stream = decoder.stream(ids, given)
+            assert len(stream) == count
+            assert len(list(stream)) == count
+            assert len(stream) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": torch.ones(1, 3, dtype=torch.long)}, "a prompt is given as input_ids"),
+        ({"num_beams": 0, "max_new_tokens": 3}, "num_beams"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_read(llama, small, text, options, message):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        with pytest.raises(ValueError, match=message):
+            decoder.generate(text(9), **options)
+        assert decoder.tokens_read == ()
