@@ -6,9 +6,10 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 Given = ParamSpec("Given")
+Lock = TypeVar("Lock")
 
 
 class Heir(Protocol):
@@ -25,7 +26,11 @@ def tell_after_fork(heir: Heir) -> None:
 
 def fork_lock() -> threading.Lock:
     """Return a lock that is free in a forked process, whose other threads can no longer let go of it."""
-    lock = threading.Lock()
+    return free_after_fork(threading.Lock())
+
+
+def free_after_fork(lock: Lock) -> Lock:
+    """Have a lock, of whichever kind in `threading`, be free in forked processes; returns it."""
     _note(_locks, lock)
     return lock
 

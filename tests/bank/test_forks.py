@@ -15,7 +15,7 @@ import torch
 
 from memlong import BankPool, create_bank, load_bank
 from memlong.bank import TieredStore
-from memlong.bank.forks import fork_lock, unless_forked
+from memlong.bank.forks import fork_lock, free_after_fork, unless_forked
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.errors import MemlongError, StorageError
 
@@ -201,11 +201,22 @@ def test_a_child_undoes_what_another_thread_was_adding(tmp_path):
     assert keys(bank, range(8)) == list(range(8))
 
 
-def test_a_lock_is_free_in_a_child():
-    lock = fork_lock()
-    with lock:
-        thread = threading.Thread(target=lambda: Child(lambda: lock.acquire(timeout=5) or sys.exit(1)).end())
-        thread.start()
+@pytest.mark.parametrize("lock", [fork_lock(), free_after_fork(threading.RLock())], ids=["Lock", "RLock"])
+def test_a_lock_of_another_thread_is_free_in_a_child(lock):
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            inside.set()
+            go_on.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(20)
+    try:
+        Child(lambda: lock.acquire(timeout=5) or sys.exit(1)).end()
+    finally:
+        go_on.set()
         thread.join()
 
 
