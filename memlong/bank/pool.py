@@ -18,6 +18,7 @@ from memlong.bank.sessions import (
     Session,
     Sessions,
     Size,
+    Visit,
     folders,
     make_folder,
     most_files,
@@ -133,7 +134,8 @@ class BankPool:
         RuntimeWarning
             If a session, this one or another, could not be saved to make room; it stays in memory.
         """
-        session = self._enter(session_id)
+        visit = self._enter(session_id)
+        session = visit.session
         try:
             with session.lock:
                 if session.bank is None:
@@ -141,7 +143,7 @@ class BankPool:
                 bank = session.bank
             yield bank
         finally:
-            self._leave(session)
+            self._leave(visit)
             for error in self._spill(Size(self._budget, self._files)):
                 warnings.warn(
                     f"A session could not be saved to make room, and stays in memory: {error}",
@@ -162,7 +164,8 @@ class BankPool:
         SnapshotError
             If its files cannot be removed, or something else writes into its folder.
         """
-        session = self._enter(session_id)
+        visit = self._enter(session_id)
+        session = visit.session
         try:
             with session.lock:  # so that nobody loads or saves it meanwhile
                 others = session.users - 1
@@ -177,7 +180,7 @@ class BankPool:
                     sync_folder(self._folder)  # from here on it is gone for good
                     remove(removed)
         finally:
-            self._leave(session)
+            self._leave(visit)
         return there
 
     def flush(self) -> None:
@@ -235,7 +238,7 @@ class BankPool:
         with self._lock:
             return session_id in self._sessions or self._folder_of(session_id).exists()
 
-    def _enter(self, session_id: str) -> Session:
+    def _enter(self, session_id: str) -> Visit:
         self._require_owner()
         folder = self._folder_of(session_id)
         with self._lock:
@@ -243,9 +246,9 @@ class BankPool:
                 raise MemlongError("The pool is closed: make another one of this folder.")
             return self._sessions.enter(session_id, folder)
 
-    def _leave(self, session: Session) -> None:
+    def _leave(self, visit: Visit) -> None:
         with self._lock:
-            self._sessions.leave(session)
+            self._sessions.leave(visit)
 
     def _require_owner(self) -> None:
         if os.getpid() != self._owner:

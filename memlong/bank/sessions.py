@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,8 +50,31 @@ class Session:
     folder: Path
     bank: MemoryBank | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
-    users: int = 0
+    visits: set[weakref.ref[Visit]] = field(default_factory=set)
     size: Size = Size()
+
+    @property
+    def users(self) -> int:
+        """How many use it."""
+        return len(self.visits)
+
+
+class Visit:
+    """One use of a session; over with `Sessions.leave`, or with this object, should an interrupt come before that.
+
+    Parameters
+    ----------
+    session : Session
+        Which is used.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        session.visits.add(weakref.ref(self, session.visits.discard))
+
+    def end(self) -> None:
+        """Note that it is over."""
+        self.session.visits.discard(weakref.ref(self))
 
 
 class Sessions:
@@ -64,30 +88,32 @@ class Sessions:
         self._in_use: set[Session] = set()
         self._idle = Size()
 
-    def enter(self, name: str, folder: Path) -> Session:
-        """Return the session, a new one if there is none, with one user more."""
-        session = self._all.get(name)
-        if session is None:
-            session = self._all[name] = Session(name, folder)
-        if not session.users:
-            self._measure(session, Size())
-            self._in_use.add(session)
-        session.users += 1
+    def enter(self, name: str, folder: Path) -> Visit:
+        """Begin to use a session, a new one if there is none."""
+        session = self._all.get(name) or Session(name, folder)
+        self._in_use.add(session)  # first: what an interrupt leaves half done is settled from here
+        self._all[name] = session
+        visit = Visit(session)
+        self._measure(session, Size())
         self._all.move_to_end(name)
-        return session
+        return visit
 
-    def leave(self, session: Session) -> None:
+    def leave(self, visit: Visit) -> None:
         """Note that a user has left; the session is forgotten with the last one if it has no bank."""
-        session.users -= 1
-        if session.users:
-            return
-        self._in_use.discard(session)
+        visit.end()
+        self._settle()
+
+    def _settle(self) -> None:
+        for session in [each for each in self._in_use if not each.users]:
+            self._rest(session)
+            self._in_use.discard(session)
+
+    def _rest(self, session: Session) -> None:
         if session.bank is not None and not session.bank.next_id:  # nothing was ever added
             session.bank = None
-        if session.bank is None:
-            self._all.pop(session.name, None)
-        else:
-            self._measure(session, Size.of(session.bank))
+        self._measure(session, Size.of(session.bank))
+        if session.bank is None and self._all.get(session.name) is session:
+            del self._all[session.name]
 
     def forget(self, session: Session) -> None:
         """Let go of an idle session's bank."""
@@ -104,6 +130,7 @@ class Sessions:
 
     def size(self) -> Size:
         """Return what all sessions take."""
+        self._settle()
         total = self._idle
         for session in self._in_use:
             total += Size.of(session.bank)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from memlong import BankPool, SnapshotError, create_bank, load_bank
-from memlong.bank import TieredStore
+from memlong.bank import TieredStore, sessions
+from memlong.bank import pool as pool_module
 from memlong.testing.harness import DIM, random_chunks
 
 
@@ -133,3 +134,24 @@ def test_sessions_that_cannot_be_saved_do_not_keep_others_in_memory(tmp_path, mo
     with pytest.warns(RuntimeWarning, match="could not be saved to make room"), pool.session("b") as bank:
         random_chunks(2).into(bank)
     assert [session.name for session in pool._sessions] == ["a"]
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_any_line_of_a_session_leaves_a_pool_that_can_be_closed(tmp_path, interrupting):
+    interrupted = interrupting({pool_module.__file__, sessions.__file__})
+    at, more = 0, True
+    while more:
+        pool = BankPool(tmp_path / str(at), make, load_bank, budget=0)
+
+        def use(pool=pool):
+            with pool.session("a") as bank:
+                random_chunks(1).into(bank)
+
+        use()
+        more = interrupted(use, at)
+        with pool.session("a") as bank:
+            assert len(bank) in (1, 2)
+        assert pool.in_memory == 0
+        pool.close()
+        at += 1
+    assert at > 50

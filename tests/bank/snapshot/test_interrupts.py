@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dis
-import linecache
 import os
 import signal
 import sys
@@ -35,35 +33,9 @@ FILES = {
 }
 
 
-def interrupted(call, at):
-    """Make the call, raise KeyboardInterrupt before the line number `at` that it runs; False if it ends before."""
-    left = at
-
-    def on_line(frame, event, _):
-        nonlocal left
-        if event == "line" and not is_out_of_reach(frame):
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-        return on_line
-
-    before = sys.gettrace()
-    sys.settrace(lambda frame, *_: on_line if frame.f_code.co_filename in FILES else None)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def is_out_of_reach(frame):
-    """Python delivers no interrupt at a bare `try:`, nor between a `with` block and the call of `__exit__`."""
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-    leaves = line.lstrip().startswith("with ") and operation in ("LOAD_CONST", "PUSH_EXC_INFO")
-    return leaves or operation == "NOP"
+@pytest.fixture
+def interrupted(interrupting):
+    return interrupting(FILES)
 
 
 @pytest.fixture
@@ -89,7 +61,7 @@ def same(one, other):
 @pytest.mark.slow
 @by_lines
 @pytest.mark.skipif(not hasattr(signal, "alarm"), reason="needs alarms")
-def test_at_any_line_of_a_save(bank, tmp_path):
+def test_at_any_line_of_a_save(bank, tmp_path, interrupted):
     at = 0
     bank.save(tmp_path)
     while interrupted(lambda: bank.save(tmp_path, compact=True), at):
@@ -105,7 +77,7 @@ def test_at_any_line_of_a_save(bank, tmp_path):
 @by_lines
 @pytest.mark.skipif(not hasattr(signal, "alarm"), reason="needs alarms")
 @pytest.mark.parametrize("lazy", [False, True])
-def test_at_any_line_of_a_load(bank, tmp_path, lazy):
+def test_at_any_line_of_a_load(bank, tmp_path, lazy, interrupted):
     at = 0
     bank.save(tmp_path)
     while interrupted(lambda: load_bank(tmp_path, lazy=lazy), at):
