@@ -15,7 +15,7 @@ from memlong.errors import DeviceUnavailableError
 from memlong_faiss.gpu import GpuResources, gpu_resources, require_gpu, warn_if_two_owners
 from memlong_faiss.numbering import RowNumbers
 from memlong_faiss.recipe import MOST_EFFORT, Recipe, core_of, is_lossy, training_points
-from memlong_faiss.rows import CpuRows, GpuRows, RowIndex
+from memlong_faiss.rows import CpuRows, GpuRows, RowIndex, one_thread_after_fork
 
 _TIE_MARGIN = 16
 _MOST_THREADS = 1024
@@ -146,6 +146,11 @@ class FaissBank(MemoryBank):
         numbers.bury(ids)
         if 5 * numbers.dead > len(numbers) or numbers.dead > self._rows.most_dead:
             self._drop_index()
+
+    def after_fork(self) -> None:
+        """Compute with one thread, as FAISS, too, would wait for its parent's for ever."""
+        super().after_fork()
+        one_thread_after_fork()
 
     def _index_reset(self) -> None:
         self._rows = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -154,8 +155,17 @@ class GpuRows(RowIndex):
 def openmp_threads(count: int) -> Iterator[None]:
     """Set OpenMP's number of threads, which every calling thread has its own of, for a while."""
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
+    faiss.omp_set_num_threads(1 if getattr(_here, "is_forked", False) else count)
     try:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def one_thread_after_fork() -> None:
+    """Have this thread, which a fork has left alone, compute alone: OpenMP waits for its parent's helpers for ever."""
+    faiss.omp_set_num_threads(1)
+    _here.is_forked = True
+
+
+_here = threading.local()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Literal, TypedDict, get_args
 
 import numpy as np
@@ -12,6 +11,7 @@ from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
 from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.finite import Finiteness
+from memlong.bank.forks import fork_lock
 from memlong.bank.gather import gather
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.persistent import PersistentBank, SavedBank
@@ -92,7 +92,7 @@ class MemoryBank(PersistentBank):
         self._dim = dim
         self._metric: Metric = metric
         self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
-        self._counting = threading.Lock()
+        self._counting = fork_lock()
         self._unproven: list[tuple[Ids, Finiteness]] = []
 
     @property
@@ -131,6 +131,11 @@ class MemoryBank(PersistentBank):
         """Bytes of them in memory: what a store keeps on disk is not, and what it copies nearer counts twice."""
         with self._reading():
             return self._table.nbytes + self._store.resident_bytes
+
+    @property
+    def open_files(self) -> int:
+        """How many files the store keeps open."""
+        return self._store.open_files
 
     @property
     def ids(self) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from weakref import WeakMethod
+from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -37,14 +38,20 @@ class Contents:
         Empty.
     store : KeyValueStore
         Empty.
-    on_undo : method
-        Told, before anything else, that the index over the table may be wrong.
+    owner : object
+        Whose contents they are; not kept.
+    on_undo : callable
+        Tells the owner, before anything else, that the index over the table may be wrong.
     """
 
-    def __init__(self, table: ChunkTable, store: KeyValueStore, on_undo: Callable[[], None]) -> None:
+    def __init__(
+        self, table: ChunkTable, store: KeyValueStore, owner: object, on_undo: Callable[[Any], None]
+    ) -> None:
         self._table = table
         self._store = store
-        self._on_undo = WeakMethod(on_undo)  # or a bank would hold itself, and all that it remembers
+        # Weak, or a bank would hold itself, and all that it remembers; no WeakMethod, which swallows an interrupt.
+        self._owner: ref[Any] = ref(owner)
+        self._on_undo = on_undo
         self._layout: ChunkLayout | None = None
         self._next_id = 0
         self._before: _Before | None = None
@@ -105,9 +112,9 @@ class Contents:
         before = self._before
         if before is None:
             return
-        on_undo = self._on_undo()
-        if on_undo is not None:
-            on_undo()
+        owner = self._owner()
+        if owner is not None:
+            self._on_undo(owner)
         self._table.restore(before.rows)
         held = np.array([chunk_id in self._store for chunk_id in self._table.ids.tolist()], dtype=bool)
         self._table.remove(np.flatnonzero(~held))

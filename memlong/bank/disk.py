@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import tempfile
-import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from memlong.bank.forks import fork_lock
+from memlong.bank.offsets import read_at, write_at
 from memlong.errors import StorageError
 
 
@@ -21,6 +24,9 @@ class DiskSlots:
     The file has no name in the folder (or loses it when closed, on Windows), so that nothing is left behind however the
     process ends. It is read and written rather than mapped into memory: what lies on disk then never counts as resident
     memory, and a full disk is an error that can be caught instead of a signal that kills the process.
+
+    It is the process's that made it. A process forked from that one reads the slots there were then, until the owner
+    gives one back, which may hold something else from there on: all reading is refused after that.
 
     Parameters
     ----------
@@ -46,9 +52,19 @@ class DiskSlots:
                 "another."
             ) from error
         self._close = weakref.finalize(self, self._file.close)
+        self._owner = os.getpid()
+        self._given_back, self._given_back_by_owner = (
+            0,
+            mmap.mmap(-1, 8),
+        )  # the latter is one for all processes
         self._free: set[int] = set()
         self._end = 0
-        self._lock = threading.Lock()
+        self._lock = fork_lock()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made the file, so that it may write there."""
+        return os.getpid() == self._owner
 
     def write(self, records: Iterable[torch.Tensor]) -> list[int]:
         """Store records, each uint8 [slot_bytes] on the CPU, and return their slots; if this raises, none is stored."""
@@ -72,21 +88,21 @@ class DiskSlots:
                 raise
         return slots
 
-    def read(self, slots: Sequence[int]) -> list[torch.Tensor]:
-        """Return the records, each uint8 [slot_bytes] in memory of its own; StorageError if the file cannot be read."""
-        records = [torch.empty(self._size, dtype=torch.uint8, device="cpu") for _ in slots]
-        self.read_into(slots, records)
-        return records
+    def read_into(self, slot: int, target: torch.Tensor) -> None:
+        """Read a record into a tensor, uint8 [slot_bytes] on the CPU.
 
-    def read_into(self, slots: Sequence[int], targets: Sequence[torch.Tensor]) -> None:
-        """Read each record into a tensor, uint8 [slot_bytes] on the CPU; StorageError if the file cannot be read."""
-        for slot, target in zip(slots, targets, strict=True):
-            with self._lock:
-                self._read_at(slot, target.numpy())
+        Raises
+        ------
+        StorageError
+            If the file cannot be read, or what is there may no longer be what there was before the fork.
+        """
+        with self._lock:
+            self._read_at(slot, target.numpy())
 
     def release(self, slots: list[int]) -> None:
         """Give slots back; if this raises StorageError, because the file cannot be cut, they are all still there."""
         with self._lock:
+            self._note_given_back()
             self._free.update(slots)
             try:
                 self._shrink()
@@ -100,6 +116,7 @@ class DiskSlots:
     def keep_only(self, slots: Iterable[int]) -> None:
         """Give all other slots back, where an interrupt has left it open which are in use."""
         with self._lock:
+            self._note_given_back()
             self._free = set(range(self._end)).difference(slots)
             with suppress(OSError):  # free slots that stay in the file are used again
                 self._shrink()
@@ -109,24 +126,33 @@ class DiskSlots:
         self._close()
 
     def _write_at(self, slot: int, record: np.ndarray) -> None:
-        self._file.seek(slot * self._size)
-        rest = record.data
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        write_at(self._file, slot * self._size, record.data)
 
     def _read_at(self, slot: int, target: np.ndarray) -> None:
-        rest = target.data
         try:
-            self._file.seek(slot * self._size)
-            while rest and (count := self._file.readinto(rest)):
-                rest = rest[count:]
+            missing = read_at(self._file, slot * self._size, target.data)
         except OSError as error:
             raise StorageError(
                 f"The disk tier in {str(self._folder)!r} cannot be read: {error.strerror or error}. Check the disk; "
                 "a memory kept on another (disk=...) starts empty."
             ) from error
-        if rest:
+        if not self.is_ours and self._shared_count() != self._given_back:
+            raise StorageError(
+                f"The disk tier in {str(self._folder)!r} is that of process {self._owner}, from which this one was "
+                "forked, and chunks have left it since: what this process reads there may be another chunk's. Save the "
+                "bank before the fork, and load it in each process."
+            )
+        if missing:
             raise StorageError(f"The disk tier in {str(self._folder)!r} lost data: its file is too short.")
+
+    def _note_given_back(self) -> None:
+        """Tell forked processes; first, as a slot may hold something else from here on."""
+        count = self._given_back + 1
+        self._given_back_by_owner[:] = count.to_bytes(8, "little")
+        self._given_back = count
+
+    def _shared_count(self) -> int:
+        return int.from_bytes(self._given_back_by_owner[:], "little")
 
     def _shrink(self) -> None:
         """Give the free slots at the end of the file back to the disk."""

@@ -12,6 +12,7 @@ import torch
 from memlong.bank.arrays import Floats, Ids
 from memlong.bank.contents import Contents
 from memlong.bank.exact import Similarity
+from memlong.bank.forks import tell_after_fork
 from memlong.bank.lock import ReadWriteLock
 from memlong.bank.ranking import Ranking, missing, rank, rank_exactly
 from memlong.bank.snapshot.options import SavedOptions
@@ -61,9 +62,21 @@ class IndexHost(ABC):
         self._device = self._usable_device(device)
         self._table = ChunkTable(dim)
         self._store = store
-        self._contents = Contents(self._table, store, self._drop_index)
+        self._contents = Contents(self._table, store, self, type(self)._drop_index)  # noqa: SLF001 - its own
         self._lock = ReadWriteLock()
         self._index_is_current = True
+        tell_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Go on without the threads that only the parent has; what one of them was changing is undone before any use.
+
+        The index of a library may hold locks of theirs: it is built anew. torch computes with one thread from here on,
+        as in its own data loaders' workers: it would wait for threads of the parent's for ever. A backend whose library
+        does likewise extends this.
+        """
+        torch.set_num_threads(1)
+        if self._lock.without_others():
+            self._drop_index()
 
     @abstractmethod
     def _index_add(self, ids: Ids, embeddings: Floats) -> None:

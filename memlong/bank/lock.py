@@ -19,12 +19,25 @@ class ReadWriteLock:
     """
 
     def __init__(self) -> None:
-        # Entering and leaving this one is a single step for an interrupt; entering a Condition is not.
-        self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self._renew()
         self._readers: set[Hold] = set()
         self._writers: set[Hold] = set()
         self._writers_waiting: set[Hold] = set()
+
+    def without_others(self) -> bool:
+        """In a process that was just forked, let go of what its parent's other threads hold; whether there was any."""
+        self._renew()
+        others = False
+        for holds in (self._readers, self._writers, self._writers_waiting):
+            of_others = {each for each in holds if each.thread != threading.get_ident()}
+            others = others or bool(of_others)
+            holds -= of_others
+        return others
+
+    def _renew(self) -> None:
+        # Entering and leaving this one is a single step for an interrupt; entering a Condition is not.
+        self._mutex = threading.RLock()
+        self._changed = threading.Condition(self._mutex)
 
     def read(self) -> Hold:
         """Hold the lock together with other readers, as a context manager."""

@@ -5,37 +5,36 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
-import threading
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from memlong.bank.base import MemoryBank
+from memlong.bank.folders import absolute
+from memlong.bank.forks import fork_lock, unless_forked
+from memlong.bank.sessions import (
+    Session,
+    Sessions,
+    Size,
+    Visit,
+    folders,
+    make_folder,
+    most_files,
+    raise_all,
+    remove,
+    save,
+)
 from memlong.bank.sizes import byte_count
-from memlong.bank.snapshot.files import sync_folder, unreadable, unwritable
+from memlong.bank.snapshot.files import sync_folder, unwritable
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import has_manifest
 from memlong.bank.snapshot.reader import folder_of
 from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 
 _PREFIX, _DELETED = "session-", "deleted-"
-_ONLY_OURS = 0o700  # what one user's memory holds is no other's to read
 _LONGEST = 1024
-
-
-@dataclass(eq=False)
-class _Session:
-    """One session's bank, None while it is on disk, and who may touch it."""
-
-    folder: Path
-    bank: MemoryBank | None = None
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    users: int = 0
 
 
 class BankPool:
@@ -49,7 +48,11 @@ class BankPool:
     is lost if the process dies, unless `flush` has saved it. A session that cannot be saved stays in memory, and the
     others go on. A session to which nothing was ever added is dropped at once.
 
-    CUDA does not survive a fork: a server that forks makes its pool in the process that uses the banks.
+    A pool is that of the process that made it, and refuses to be used in one forked from that: a server that forks
+    makes its pool in the process that uses the banks.
+
+    Banks that `load` leaves on disk (``lazy=True``) keep files open: sessions are spilled, too, when these are half of
+    what the system allows.
 
     Parameters
     ----------
@@ -86,19 +89,21 @@ class BankPool:
         *,
         budget: int | str,
     ) -> None:
-        self._folder = folder_of(folder)
+        self._folder = absolute(folder_of(folder))
         self._make, self._load = make, load
         self._budget = byte_count("budget", budget)
-        self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        self._lock = threading.Lock()
+        self._files = most_files()
+        self._sessions = Sessions()
+        self._lock = fork_lock()
+        self._owner = os.getpid()
         self._given: weakref.WeakSet[MemoryBank] = weakref.WeakSet()
-        _make_folder(self._folder)
+        make_folder(self._folder)
         held = FolderLock(self._folder)
         held.__enter__()
-        self._let_go = weakref.finalize(self, _unlock, held, os.getpid())
+        self._let_go = weakref.finalize(self, unless_forked(held.__exit__, None, None, None))
         try:
-            for path in _folders(self._folder, _DELETED):  # a process that died while it deleted them
-                _remove(path)
+            for path in folders(self._folder, _DELETED):  # a process that died while it deleted them
+                remove(path)
         except BaseException:
             self._let_go()
             raise
@@ -129,7 +134,8 @@ class BankPool:
         RuntimeWarning
             If a session, this one or another, could not be saved to make room; it stays in memory.
         """
-        session = self._enter(session_id)
+        visit = self._enter(session_id)
+        session = visit.session
         try:
             with session.lock:
                 if session.bank is None:
@@ -137,8 +143,8 @@ class BankPool:
                 bank = session.bank
             yield bank
         finally:
-            self._leave(session)
-            for error in self._spill(self._budget):
+            self._leave(visit)
+            for error in self._spill(Size(self._budget, self._files)):
                 warnings.warn(
                     f"A session could not be saved to make room, and stays in memory: {error}",
                     RuntimeWarning,
@@ -158,7 +164,8 @@ class BankPool:
         SnapshotError
             If its files cannot be removed, or something else writes into its folder.
         """
-        session = self._enter(session_id)
+        visit = self._enter(session_id)
+        session = visit.session
         try:
             with session.lock:  # so that nobody loads or saves it meanwhile
                 others = session.users - 1
@@ -171,9 +178,9 @@ class BankPool:
                 session.bank = None
                 if removed is not None:
                     sync_folder(self._folder)  # from here on it is gone for good
-                    _remove(removed)
+                    remove(removed)
         finally:
-            self._leave(session)
+            self._leave(visit)
         return there
 
     def flush(self) -> None:
@@ -184,11 +191,12 @@ class BankPool:
         SnapshotError
             If some could not be saved, when all others have been; the message names each.
         """
+        self._require_owner()
         failures: list[SnapshotError] = []
         for session in self._snapshot():
             with session.lock:
-                failures += _save(session)
-        _raise(failures)
+                failures += save(session)
+        raise_all(failures)
 
     def close(self) -> None:
         """Save every session, let go of its memory, and of the folder, which another pool may use then.
@@ -200,7 +208,8 @@ class BankPool:
         InvalidArgumentError
             If some are in use; the pool goes on.
         """
-        _raise(self._spill(-1))
+        self._require_owner()
+        raise_all(self._spill(Size(-1, -1)))
         with self._lock:
             if self._sessions:
                 raise InvalidArgumentError(
@@ -221,39 +230,35 @@ class BankPool:
 
     def __len__(self) -> int:
         with self._lock:
-            in_memory = {session.folder.name for session in self._sessions.values()}
-            on_disk = {path.name for path in _folders(self._folder, _PREFIX)}
+            in_memory = {session.folder.name for session in self._sessions}
+            on_disk = {path.name for path in folders(self._folder, _PREFIX)}
         return len(in_memory | on_disk)
 
     def __contains__(self, session_id: str) -> bool:
         with self._lock:
             return session_id in self._sessions or self._folder_of(session_id).exists()
 
-    def _enter(self, session_id: str) -> _Session:
+    def _enter(self, session_id: str) -> Visit:
+        self._require_owner()
         folder = self._folder_of(session_id)
         with self._lock:
             if not self._let_go.alive:
                 raise MemlongError("The pool is closed: make another one of this folder.")
-            session = self._sessions.get(session_id)
-            if session is None:
-                session = self._sessions[session_id] = _Session(folder)
-            session.users += 1
-            self._sessions.move_to_end(session_id)
-            return session
+            return self._sessions.enter(session_id, folder)
 
-    def _leave(self, session: _Session) -> None:
+    def _leave(self, visit: Visit) -> None:
         with self._lock:
-            session.users -= 1
-            if session.users:
-                return
-            if session.bank is not None and not session.bank.next_id:  # nothing was ever added
-                session.bank = None
-            if session.bank is None:
-                self._sessions = OrderedDict(
-                    (each, other) for each, other in self._sessions.items() if other is not session
-                )
+            self._sessions.leave(visit)
 
-    def _bank_of(self, session: _Session) -> MemoryBank:
+    def _require_owner(self) -> None:
+        if os.getpid() != self._owner:
+            raise MemlongError(
+                f"The pool was made by process {self._owner}, from which this one was forked: two that save the same "
+                "sessions would overwrite each other. Make a pool in this process, in a folder of its own, or start "
+                "processes with the method 'spawn'."
+            )
+
+    def _bank_of(self, session: Session) -> MemoryBank:
         is_known = has_manifest(session.folder)
         bank = self._load(session.folder) if is_known else self._make()
         name = "load" if is_known else "make"
@@ -282,33 +287,32 @@ class BankPool:
             raise unwritable(folder, error) from error
         return aside
 
-    def _spill(self, budget: int) -> list[SnapshotError]:
-        """Save idle sessions and let go of them, the one used longest ago first, until the rest is within a budget.
+    def _spill(self, most: Size) -> list[SnapshotError]:
+        """Save idle sessions and let go of them, the one used longest ago first, until the rest is no more than this.
 
         Those that cannot be saved stay; the errors are returned.
         """
         failures: list[SnapshotError] = []
-        for session_id, session in self._idle():
-            if budget >= 0 and self.nbytes <= budget:
-                break
+        tried: set[Session] = set()
+        while (session := self._to_spill(most, tried)) is not None:
+            tried.add(session)
             with session.lock:  # whoever wants the bank from here on waits, and is counted as a user
                 if session.bank is None or session.users:
                     continue
-                failed = _save(session)
+                failed = save(session)
                 failures += failed
                 with self._lock:
                     if not session.users and not failed:
-                        session.bank = None
-                        self._sessions.pop(session_id, None)
+                        self._sessions.forget(session)
         return failures
 
-    def _idle(self) -> list[tuple[str, _Session]]:
+    def _to_spill(self, most: Size, but: set[Session]) -> Session | None:
         with self._lock:
-            return [(each, session) for each, session in self._sessions.items() if not session.users]
+            return None if self._sessions.size().fits(most) else self._sessions.oldest(but)
 
-    def _snapshot(self) -> list[_Session]:
+    def _snapshot(self) -> list[Session]:
         with self._lock:
-            return list(self._sessions.values())
+            return list(self._sessions)
 
     def _folder_of(self, session_id: str) -> Path:
         if not isinstance(session_id, str) or not session_id or len(session_id) > _LONGEST:
@@ -319,58 +323,3 @@ class BankPool:
         return (
             self._folder / f"{_PREFIX}{digest}"
         )  # whatever the id is, it names a folder here and nowhere else
-
-
-def _save(session: _Session) -> list[SnapshotError]:
-    """Save a session's bank, if it ever held anything; the error, where others are to be saved nevertheless."""
-    bank = session.bank
-    if bank is None or not bank.next_id:
-        return []
-    try:
-        _make_folder(session.folder)
-        bank.save(session.folder)
-    except SnapshotError as error:
-        return [error]
-    except Exception as error:  # noqa: BLE001 - of a store or an index, of whatever kind; callers raise or warn
-        failure = SnapshotError(f"{str(session.folder)!r} could not be saved: {error}")
-        failure.__cause__ = error
-        return [failure]
-    return []
-
-
-def _raise(failures: list[SnapshotError]) -> None:
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        raise SnapshotError(
-            f"{len(failures)} sessions could not be saved: {' '.join(map(str, failures))}"
-        ) from ExceptionGroup("sessions that could not be saved", failures)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(_ONLY_OURS, parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-
-
-def _folders(folder: Path, prefix: str) -> list[Path]:
-    try:
-        return [path for path in folder.iterdir() if path.name.startswith(prefix)]
-    except OSError as error:
-        raise unreadable(folder, error) from error
-
-
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise SnapshotError(
-            f"{str(folder)!r} holds a session that was deleted, and cannot be removed: {error.strerror or error}. "
-            "Remove it, or change its rights: the next pool in this folder tries again."
-        ) from error
-
-
-def _unlock(held: FolderLock, owner: int) -> None:
-    if os.getpid() == owner:  # the lock is not that of a forked child
-        held.__exit__(None, None, None)

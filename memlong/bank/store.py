@@ -86,6 +86,11 @@ class KeyValueStore(ABC):
         return self.nbytes
 
     @property
+    def open_files(self) -> int:
+        """How many files are kept open for them; by default none."""
+        return 0
+
+    @property
     def max_bytes(self) -> int | None:
         """The most bytes of keys and values that the bank may keep here; None is no limit."""
         return None

@@ -123,18 +123,24 @@ class PinnedTier(MemoryTier[Slot]):
 
 
 class DiskTier(Tier):
-    """Records in a file; where there are slabs, read straight into slots."""
+    """Records in a file; where there are slabs, read straight into slots.
+
+    A forked process reads what there was from its parent's file, and has a file of its own for what it adds.
+    """
 
     def __init__(
         self, budget: int | None, folder: Path, record_bytes: int, slabs: Slabs | None = None
     ) -> None:
         super().__init__(budget)
+        self._folder, self._record_bytes = folder, record_bytes
         self._slots = DiskSlots(folder, record_bytes)
         self._slot_of: dict[int, int] = {}
+        self._inherited: dict[int, tuple[DiskSlots, int]] = {}
         self._slabs = slabs
 
     def put(self, ids: Sequence[int], records: Records) -> None:
         """Write them to the file."""
+        self._part_from_parent()
         try:
             slots = self._slots.write(records.at(_HOST))
             self._slot_of.update(zip(ids, slots, strict=True))
@@ -146,16 +152,20 @@ class DiskTier(Tier):
 
     def get(self, ids: Sequence[int]) -> Records:
         """Read them from the file."""
-        places = [self._slot_of[chunk_id] for chunk_id in ids]
         if self._slabs is None:
-            return Records(self._slots.read(places), apart=True)
+            records = [torch.empty(self._record_bytes, dtype=torch.uint8, device=_HOST) for _ in ids]
+            self._read_into(ids, records)
+            return Records(records, apart=True)
         slots = self._slabs.take(len(ids))
         self._slabs.settle(slots, writing=True)
-        self._slots.read_into(places, [slot.record for slot in slots])
+        self._read_into(ids, [slot.record for slot in slots])
         return Records.of_slots(slots, self._slabs)
 
     def remove(self, ids: Sequence[int]) -> None:
         """Give their slots back."""
+        self._part_from_parent()
+        for chunk_id in ids:
+            self._inherited.pop(chunk_id, None)  # the slot is the parent's to give back
         leaving = {chunk_id: self._slot_of[chunk_id] for chunk_id in ids if chunk_id in self._slot_of}
         if not leaving:
             return
@@ -169,3 +179,20 @@ class DiskTier(Tier):
         except BaseException:
             self._slots.keep_only(self._slot_of.values())
             raise
+
+    def _read_into(self, ids: Sequence[int], targets: Sequence[torch.Tensor]) -> None:
+        for chunk_id, target in zip(ids, targets, strict=True):
+            if chunk_id in self._slot_of:
+                self._slots.read_into(self._slot_of[chunk_id], target)
+            else:
+                slots, slot = self._inherited[chunk_id]
+                slots.read_into(slot, target)
+
+    def _part_from_parent(self) -> None:
+        """In a forked process, keep what there is as the parent's; each step may be taken twice."""
+        if self._slots.is_ours:
+            return
+        fresh = DiskSlots(self._folder, self._record_bytes)
+        self._inherited |= {chunk_id: (self._slots, slot) for chunk_id, slot in self._slot_of.items()}
+        self._slot_of = {}
+        self._slots = fresh

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 
 from memlong.bank.codec import BlockCodec, StorageDtype, check_storage_dtype, make_codec
 from memlong.bank.disk import DiskSlots
+from memlong.bank.folders import absolute
+from memlong.bank.forks import fork_lock
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.records import Records
 from memlong.bank.sizes import byte_count
@@ -72,7 +73,7 @@ class TieredStore(KeyValueStore):
             raise InvalidArgumentError(f"disk is {disk!r}; expected the path of a folder")
         self._device = _budget("device", device)
         self._host = _budget("host", host)
-        self._disk = None if disk is None else Path(disk)
+        self._disk = None if disk is None else absolute(disk)
         self._disk_budget = _budget("disk_budget", disk_budget)
         self._has_device, self._has_host = device is not None, host is not None
         self._dtype = dtype
@@ -83,7 +84,7 @@ class TieredStore(KeyValueStore):
         self._slabs: Slabs | None = None
         self._whole: Tier | None = None
         self._ids: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = fork_lock()
 
     def record_bytes(self, layout: ChunkLayout) -> int:
         """Bytes that a block of this layout takes."""
@@ -202,6 +203,11 @@ class TieredStore(KeyValueStore):
         """Bytes of the blocks on the device and in the host's memory, copies included."""
         in_memory = [tier for tier in (self._whole, *self._near) if isinstance(tier, MemoryTier)]
         return 0 if self._codec is None else sum(map(len, in_memory)) * self._codec.nbytes
+
+    @property
+    def open_files(self) -> int:
+        """How many files are kept open: one where there is a disk tier that holds, or held, anything."""
+        return int(self._disk is not None and self._whole is not None)
 
     def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, Tier]:
         """Make the tiers, where there are no blocks yet, for this layout."""

@@ -1,5 +1,5 @@
 """The command line: one small module a command."""
 
-from memlong.cli.app import main
+from memlong.cli.ending import main
 
 __all__ = ["main"]

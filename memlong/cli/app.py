@@ -1,4 +1,4 @@
-"""The command ``memlong``: its commands, its options and how it ends."""
+"""The command ``memlong``: its commands and its options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from memlong.cli.train import train
 from memlong.errors import MemlongError
 
 _COMMANDS = (generate, perplexity, needle, icl, fit, train, models, backends)
-_INTERRUPTED = 130
 
 
 def make_app() -> typer.Typer:
@@ -44,17 +43,16 @@ def make_app() -> typer.Typer:
     return app
 
 
-def main() -> None:
-    """Run the command line and exit: 0 done, 1 an error that is explained, 2 usage, 130 interrupted."""
+def run() -> int:
+    """Run the command line, explain an error, and return the exit status."""
     try:
         make_app()(prog_name="memlong")
     except MemlongError as error:
         sys.stderr.write("\n".join(shown(line) for line in f"memlong: {error}".split("\n")) + "\n")
-        sys.exit(1)
-    except SystemExit as ended:
-        if ended.code == _INTERRUPTED:  # what typer makes of a KeyboardInterrupt
-            sys.stderr.write("\nmemlong: interrupted\n")
-        raise
+        return 1
+    except SystemExit as ended:  # how typer ends, with 130 for a KeyboardInterrupt
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return 0
 
 
 def _options(

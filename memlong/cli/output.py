@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +29,16 @@ _STYLES = {
 
 
 def print_json(data: Mapping[str, object]) -> None:
-    """Write ``data`` to stdout as one JSON document and nothing else."""
-    json.dump(data, sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    """Write ``data`` to stdout as one JSON document and nothing else; to stderr, where that fails."""
+    text = json.dumps(data, indent=2) + "\n"
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has had enough
+        raise
+    except OSError:
+        sys.stderr.write(text)
+        raise
 
 
 class JsonOutput:
@@ -47,8 +57,10 @@ class JsonOutput:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._pipe: int | None = None
         if path is not None and path != Path("-"):
             writable(path)
+            self._pipe = _pipe_at(path)
 
     @property
     def is_stdout(self) -> bool:
@@ -61,13 +73,34 @@ class JsonOutput:
             print_json(data)
         elif self._path is not None:
             try:
-                self._path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+                with open(self._path if self._pipe is None else self._pipe, "w", encoding="utf-8") as file:  # noqa: PTH123
+                    json.dump(data, file, indent=2)
+                    file.write("\n")
             except OSError as error:
                 print_json(data)
                 raise InvalidArgumentError(
                     f"{str(self._path)!r} cannot be written: {error.strerror}; the result is printed instead"
                 ) from error
         return not self.is_stdout
+
+
+def _pipe_at(path: Path) -> int | None:
+    """Open a named pipe, which somebody must be reading; None if it is another kind of file."""
+    try:
+        if not stat.S_ISFIFO(path.stat().st_mode):
+            return None
+        number = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # kept open: or the reader would be at its end
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        why = (
+            "is a pipe that nobody reads"
+            if error.errno == errno.ENXIO
+            else f"cannot be written: {error.strerror}"
+        )
+        raise InvalidArgumentError(f"{str(path)!r} {why}: start the reader first, or name a file") from error
+    os.set_blocking(number, True)
+    return number
 
 
 def shown(text: str) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 from transformers.utils import logging
 
+from memlong.bank.forks import free_after_fork
+
 _GGUF_READER = "transformers.modeling_gguf_pytorch_utils"
-_ONE_AT_A_TIME = threading.RLock()
+_ONE_AT_A_TIME = free_after_fork(threading.RLock())
 
 
 @contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dis
+import linecache
+import sys
+
 import pytest
 import torch
 
@@ -69,3 +73,42 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         tiers, "_slabs_for", lambda layout, codec, budget: Slabs(codec.nbytes, layout.device, budget)
     )
     return cuda
+
+
+@pytest.fixture
+def interrupting():
+    """Interrupt a call before a line of some files; from Python 3.12 on an interrupt comes at other places."""
+    if sys.version_info >= (3, 12):
+        pytest.skip("from Python 3.12 on an interrupt comes at other places than before a line")
+    return lambda files: lambda call, at: _interrupted(files, call, at)
+
+
+def _interrupted(files, call, at):
+    """Make the call, raise KeyboardInterrupt before the line number `at` that it runs; False if it ends before."""
+    left = at
+
+    def on_line(frame, event, _):
+        nonlocal left
+        if event == "line" and not _is_out_of_reach(frame):
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return on_line
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: on_line if frame.f_code.co_filename in files else None)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def _is_out_of_reach(frame):
+    """Python delivers no interrupt at a bare `try:`, nor between a `with` block and the call of `__exit__`."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+    leaves = line.lstrip().startswith("with ") and operation in ("LOAD_CONST", "PUSH_EXC_INFO", "SWAP")
+    return leaves or operation == "NOP"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -61,3 +63,11 @@ def arguments(model_folder):
 def invoke(arguments):
     """Run a command on the tiny model, in this process."""
     return lambda command, **changes: CliRunner().invoke(make_app(), arguments(command, **changes))
+
+
+@pytest.fixture(autouse=True)
+def interrupts_as_before():
+    """`main` leaves them to the system, as it is the end of its process."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from memlong.cli.app import main
+from memlong.cli import main
 from memlong.errors import (
     DeviceUnavailableError,
     InvalidArgumentError,

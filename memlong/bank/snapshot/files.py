@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from memlong.bank.snapshot.hashing import Hashing
 from memlong.errors import SnapshotError
 
 _ODD_FLAGS = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # not every system has all of them
@@ -147,9 +147,7 @@ class CheckedFile:
         self._path = folder / record.name
         self._record = record
         self._file = open_plain(self._path)
-        self._hash = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, "memlong-hash")
-        self._hashing: Future[None] | None = None
+        self._hash = Hashing()
         size = os.fstat(self._file.fileno()).st_size
         if size != record.nbytes:
             self._file.close()
@@ -161,14 +159,13 @@ class CheckedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hasher.shutdown()
+        self._hash.end()
         self._file.close()
 
     def read_into(self, buffer: Any) -> None:
         """Fill a buffer with the next bytes; they are proven by `finish` alone."""
         read_fully(self._file, self._path, buffer)
-        self._wait()
-        self._hashing = self._hasher.submit(self._hash.update, buffer)
+        self._hash.update(buffer)
 
     def read(self, count: int) -> bytearray:
         """Return the next bytes, as `read_into`."""
@@ -178,15 +175,8 @@ class CheckedFile:
 
     def finish(self) -> None:
         """Raise SnapshotError unless all that was read is what was saved."""
-        self._wait()
         if self._hash.hexdigest() != self._record.sha256:
             raise damaged(self._path, "is not what its SHA-256 says")
-
-    def _wait(self) -> None:
-        """At most one piece waits to be hashed, or all that is read would stay in memory."""
-        if self._hashing is not None:
-            self._hashing.result()
-            self._hashing = None
 
 
 def read_checked(folder: Path, record: FileRecord) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -12,8 +11,10 @@ from pathlib import Path
 import torch
 
 from memlong.bank.copying import stack, to_device
+from memlong.bank.forks import fork_lock
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.snapshot.files import damaged, open_plain, read_fully
+from memlong.bank.offsets import read_at
+from memlong.bank.snapshot.files import damaged, open_plain, unreadable
 from memlong.bank.snapshot.manifest import SegmentRecord
 from memlong.bank.snapshot.segments import SegmentChunks, check_blocks_size, check_finite
 from memlong.bank.snapshot.tensors import blocks_header, bytes_of
@@ -31,10 +32,12 @@ class SnapshotStore(KeyValueStore):
     def __init__(self) -> None:
         self._new = InMemoryStore()
         self._places: dict[int, tuple[BlocksFile, int]] = {}
+        self._files: weakref.WeakSet[BlocksFile] = weakref.WeakSet()
 
     def attach(self, file: BlocksFile, ids: Sequence[int]) -> None:
         """Take in the blocks of a file whose ids are given, if they are among those."""
         wanted = set(ids)
+        self._files.add(file)
         self._places |= {each: (file, row) for row, each in enumerate(file.ids) if each in wanted}
 
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -81,6 +84,11 @@ class SnapshotStore(KeyValueStore):
         """Bytes of those in memory."""
         return self._new.nbytes
 
+    @property
+    def open_files(self) -> int:
+        """How many files hold blocks that are not in memory."""
+        return len(self._files)
+
     def _one(self, chunk_id: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         place = self._places.get(chunk_id)
         if place is not None:
@@ -119,7 +127,7 @@ class BlocksFile:
         self._file = open_plain(self._path)
         self._close = weakref.finalize(self, self._file.close)
         self._proven: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = fork_lock()
         self.ids: list[int] = chunks.ids.tolist()
         size = os.fstat(self._file.fileno()).st_size
         if size != segment.blocks.nbytes:
@@ -149,6 +157,10 @@ class BlocksFile:
         return to_device(block, layout.device)
 
     def _read_at(self, offset: int, buffer: bytearray | memoryview) -> None:
-        with self._lock:
-            self._file.seek(offset)
-            read_fully(self._file, self._path, buffer)
+        try:
+            with self._lock:
+                missing = read_at(self._file, offset, memoryview(buffer))
+        except OSError as error:
+            raise unreadable(self._path, error) from error
+        if missing:
+            raise damaged(self._path, "is too short")

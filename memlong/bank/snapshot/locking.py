@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-import weakref
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from memlong.bank.forks import tell_after_fork
 from memlong.bank.snapshot.files import unwritable
 from memlong.errors import SnapshotError
 
@@ -36,68 +38,82 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
-        self._number = -1
-        _locks.add(self)
+        self._file: FileIO | None = None  # whatever an interrupt leaves undone, it is closed with this object
+        tell_after_fork(self)
 
     def __enter__(self) -> Self:
         try:
-            while not self._is_ours():
-                self.let_go()
-                flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-                self._number = os.open(self._path, flags, 0o666)
-                if not _try_lock(self._number):
-                    raise self._held_by_another()
+            self._lock()
             os.ftruncate(self._number, 0)
             os.write(self._number, f"{os.getpid()}\n".encode())
-        except SnapshotError:
-            self.let_go()
-            raise
         except OSError as error:
             self.let_go()
+            if isinstance(error, SnapshotError):
+                raise
             raise unwritable(self._path, error) from error
+        except BaseException:
+            self.let_go()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._number >= 0:
+        if self._file is not None:
             with suppress(OSError):
                 self._path.unlink()  # while it is held, so that nobody else's goes
         self.let_go()
 
+    def let_go(self) -> None:
+        """Unlock the file, also where a child that is just being forked has it open, too."""
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                _unlock(file.fileno())
+
+    def after_fork(self) -> None:
+        """Close the file, which is the parent's: or the lock would last as long as a child of its owner."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _lock(self) -> None:
+        """Wait for nobody, but for what an interrupted writer of this very process left to the garbage collector."""
+        tries = 0
+        while not self._is_ours():
+            self.let_go()
+            self._file = FileIO(self._path, "r+", opener=_opened)
+            if not _try_lock(self._number):
+                owner = os.read(self._number, 20).decode(errors="replace").strip()
+                tries += 1
+                if owner != str(os.getpid()) or tries > 1:
+                    raise self._held_by(owner)
+                self.after_fork()  # close it; there is nothing to unlock
+                gc.collect()
+
+    @property
+    def _number(self) -> int:
+        return -1 if self._file is None else self._file.fileno()
+
     def _is_ours(self) -> bool:
         """Whether the file that is locked still is the one of that name; its owner before may have removed it."""
-        if self._number < 0:
+        if self._file is None:
             return False
         try:
             return os.path.samestat(os.fstat(self._number), os.stat(self._path, follow_symlinks=False))  # noqa: PTH116
         except FileNotFoundError:
             return False
 
-    def let_go(self) -> None:
-        """Close the file, which is to hold the lock no longer in this process."""
-        if self._number >= 0:
-            os.close(self._number)
-        self._number = -1
-
-    def _held_by_another(self) -> SnapshotError:
-        owner = os.read(self._number, 20).decode(errors="replace").strip()
+    def _held_by(self, owner: str) -> SnapshotError:
         return SnapshotError(
             f"{str(self._path)!r} is held by {f'process {owner}' if owner else 'another process'}, which writes into "
             "this folder: two writers would overwrite each other. Wait until it is done, or name another folder."
         )
 
 
-_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
-
-
-def _let_go_of_all() -> None:
-    for lock in list(_locks):
-        lock.let_go()
-
-
-if hasattr(os, "register_at_fork"):  # or a lock would last as long as a child of its owner
-    os.register_at_fork(after_in_child=_let_go_of_all)
+def _opened(name: str, flags: int) -> int:
+    flags |= os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return os.open(name, flags, 0o666)
 
 
 def _try_lock(number: int) -> bool:
@@ -116,3 +132,11 @@ def _try_lock(number: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _unlock(number: int) -> None:
+    if sys.platform != "win32":  # there, closing does it, and no other process has it open
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_UN)

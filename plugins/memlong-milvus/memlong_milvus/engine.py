@@ -63,6 +63,7 @@ class Engine:
         BackendError
             If it fails for good; it names what, where and why.
         """
+        self.hub.require_owner()
         function = getattr(self._client, method)
         timeout = min(self._timeout, _LAST_TIMEOUT) if self.hub.is_ending else self._timeout
         return self._tried(method.replace("_", " "), lambda: function(*arguments, timeout=timeout, **options))

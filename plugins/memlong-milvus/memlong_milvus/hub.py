@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import shutil
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +14,9 @@ from pathlib import Path
 
 from pymilvus import MilvusClient
 
+from memlong.bank.forks import fork_lock, unless_forked
 from memlong.errors import InvalidArgumentError, MemlongError
+from memlong_milvus.errors import BackendError
 from memlong_milvus.uri import Address
 
 
@@ -29,7 +31,8 @@ class Hub:
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self.setting_up = threading.Lock()
+        self.setting_up = fork_lock()
+        self._owner = os.getpid()
         self.client: MilvusClient | None = None
         self.opened: set[str] = set()
         self.is_ending = False
@@ -40,6 +43,14 @@ class Hub:
     def has_ended(self) -> bool:
         """Whether nobody answers any more: Milvus Lite ends before what a process registers for its end."""
         return self.is_ending and self.address.is_local
+
+    def require_owner(self) -> None:
+        """Raise BackendError in a forked process: the connection, and what ends with it, are the parent's."""
+        if os.getpid() != self._owner:
+            raise BackendError(
+                f"the bank's connection to Milvus is that of process {self._owner}, from which this one was forked, "
+                "and does not survive that; make the bank in this process, or start processes with the method 'spawn'"
+            )
 
     def claim(self, key: str, name: str, end: Callable[[], None] | None) -> None:
         """Note that a bank has a session; ``end`` removes what nobody wants after it.
@@ -62,7 +73,7 @@ class Hub:
     def release(self, key: str) -> None:
         """Note that the bank is gone; safe in a finalizer, where nothing may be waited for."""
         end = self._claims.pop(key, None)
-        if end is not None:
+        if end is not None and os.getpid() == self._owner:  # a child's copy of a bank owns nothing
             self._doomed.append(end)
 
     def forget(self, key: str) -> None:
@@ -77,6 +88,8 @@ class Hub:
 
     def bury_all(self) -> None:
         """Remove what is left of all banks, as the process ends; after a failure nothing more is asked."""
+        if os.getpid() != self._owner:
+            return
         self.is_ending = True
         with suppress(MemlongError, OSError, RuntimeError):  # threads that a store needs may have ended, too
             for end in (*self._doomed, *self._claims.values()):
@@ -88,26 +101,27 @@ class Hubs:
     """The places in use: Milvus Lite allows one engine a file in a process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._hubs: dict[tuple[str, str, str], Hub] = {}
-        self._folder: Path | None = None
+        self._lock = fork_lock()
+        self._hubs: dict[tuple[str, ...], Hub] = {}
+        self._folders: dict[int, Path] = {}
 
     def at(self, address: Address | None) -> Hub:
         """Return what is shared at an address; None is Milvus Lite on a file that goes when this process does."""
         with self._lock:
             address = address or Address(str(self._temporary_folder() / "lite.db"))
             uri = str(Path(address.uri).resolve()) if address.is_local else address.uri
-            key = (uri, address.token, address.database)
+            key = (str(os.getpid()), uri, address.token, address.database)
             hub = self._hubs.get(key)
             if hub is None:
                 hub = self._hubs[key] = Hub(address)
             return hub
 
     def _temporary_folder(self) -> Path:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="memlong-milvus-"))
-            atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
-        return self._folder
+        folder = self._folders.get(os.getpid())
+        if folder is None:
+            folder = self._folders[os.getpid()] = Path(tempfile.mkdtemp(prefix="memlong-milvus-"))
+            atexit.register(unless_forked(shutil.rmtree, folder, ignore_errors=True))
+        return folder
 
 
 HUBS = Hubs()

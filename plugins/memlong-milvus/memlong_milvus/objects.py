@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from memlong.bank.forks import unless_forked
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
 from memlong_milvus.uri import redacted
 
@@ -221,7 +222,7 @@ class TemporaryObjects(LocalObjects):
     def __init__(self) -> None:
         folder = Path(tempfile.gettempdir(), f"memlong-milvus-kv-{secrets.token_hex(8)}")
         super().__init__(folder, synced=False)
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(self, unless_forked(shutil.rmtree, folder, ignore_errors=True))
 
 
 def _sync_folder(folder: Path) -> None:

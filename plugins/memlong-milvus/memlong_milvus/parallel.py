@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
+
+from memlong.bank.forks import fork_lock
 
 Given = TypeVar("Given")
 
@@ -26,7 +28,8 @@ class Workers:
     def __init__(self, count: int) -> None:
         self._count = count
         self._pool: ThreadPoolExecutor | None = None
-        self._starting = threading.Lock()
+        self._owner = os.getpid()
+        self._starting = fork_lock()
 
     def each(self, act: Callable[[Given], Any], given: Sequence[Given]) -> None:
         """Do something with each thing given; nothing of it goes on afterwards.
@@ -48,7 +51,8 @@ class Workers:
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._starting:
-            if self._pool is None:
+            if self._pool is None or os.getpid() != self._owner:  # a forked process has none of its threads
+                self._owner = os.getpid()
                 self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="memlong-kv")
             return self._pool
 

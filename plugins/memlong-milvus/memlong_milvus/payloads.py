@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -93,6 +94,7 @@ class PayloadStore(KeyValueStore):
         self._leftover: set[str] = set()
         self._layout: ChunkLayout | None = None
         self._workers = Workers(readers)
+        self._owner = os.getpid()
 
     def settle(self, folder: Folder) -> None:
         """Say whose objects these are; before anything else."""
@@ -105,6 +107,7 @@ class PayloadStore(KeyValueStore):
 
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write all of them, or remove what was written."""
+        self._require_owner()
         again = [chunk_id for chunk_id in ids if chunk_id in self._held]
         if again:
             raise InvalidArgumentError(f"the store already holds ids {again}; ids are never reused")
@@ -160,6 +163,7 @@ class PayloadStore(KeyValueStore):
 
     def remove(self, ids: Sequence[int]) -> None:
         """Forget them, and remove their objects."""
+        self._require_owner()
         self._check_held(ids)
         if self._lasting and self._newest in ids:
             self._note_newest()
@@ -175,6 +179,7 @@ class PayloadStore(KeyValueStore):
 
     def drop(self) -> None:
         """Remove the whole folder of the session; StorageError if the place does not let it go."""
+        self._require_owner()
         self._held.clear()
         self._leftover.clear()
         self._is_noted = False
@@ -238,6 +243,13 @@ class PayloadStore(KeyValueStore):
     def resident_bytes(self) -> int:
         """None: all are elsewhere."""
         return 0
+
+    def _require_owner(self) -> None:
+        if os.getpid() != self._owner:
+            raise StorageError(
+                f"the objects in {self.place!r} are those of process {self._owner}, from which this one was forked: "
+                "both would write the same. Make the bank in this process, or start processes with the method 'spawn'"
+            )
 
     def _check_held(self, ids: Sequence[int]) -> None:
         unknown = [chunk_id for chunk_id in ids if chunk_id not in self._held]

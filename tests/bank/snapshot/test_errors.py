@@ -484,7 +484,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
         os.read(at_start, 1)
         with pytest.raises(SnapshotError, match="is held by process"):
             FolderLock(tmp_path).__enter__()
-        lock.let_go()  # as when the process dies, but its child does not
+        lock.after_fork()  # closed, as when the process dies, but its child does not
         with FolderLock(tmp_path):
             assert names(tmp_path) == ["lock"]
     finally:

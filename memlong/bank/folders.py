@@ -1,0 +1,24 @@
+"""Folders that users name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memlong.errors import InvalidArgumentError
+
+
+def absolute(folder: str | Path) -> Path:
+    """Return a folder's path as it is from anywhere: a process may change its working directory later.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is relative to a working directory that is no longer there.
+    """
+    try:
+        return Path(folder).absolute()
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{str(folder)!r} is relative, but the working directory cannot be found: {error.strerror}. Give the whole "
+            "path."
+        ) from error

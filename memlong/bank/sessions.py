@@ -1,0 +1,213 @@
+"""Sessions: one user's bank each, in memory or in a folder, and what there is in memory of all of them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memlong.bank.base import MemoryBank
+from memlong.bank.snapshot.files import unreadable, unwritable
+from memlong.errors import SnapshotError
+
+_ONLY_OURS = 0o700  # what one user's memory holds is no other's to read
+_FEWEST_FILES = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """What banks take of what there is not without end: bytes of memory, and open files."""
+
+    nbytes: int = 0
+    files: int = 0
+
+    @classmethod
+    def of(cls, bank: MemoryBank | None) -> Size:
+        """Measure a bank."""
+        return cls() if bank is None else cls(bank.resident_bytes, bank.open_files)
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.nbytes + other.nbytes, self.files + other.files)
+
+    def __sub__(self, other: Size) -> Size:
+        return Size(self.nbytes - other.nbytes, self.files - other.files)
+
+    def fits(self, most: Size) -> bool:
+        """Whether it is no more than this."""
+        return self.nbytes <= most.nbytes and self.files <= most.files
+
+
+@dataclass(eq=False)
+class Session:
+    """One session's bank, None while it is on disk, and who may touch it."""
+
+    name: str
+    folder: Path
+    bank: MemoryBank | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    visits: set[weakref.ref[Visit]] = field(default_factory=set)
+    size: Size = Size()
+
+    @property
+    def users(self) -> int:
+        """How many use it."""
+        return len(self.visits)
+
+
+class Visit:
+    """One use of a session; over with `Sessions.leave`, or with this object, should an interrupt come before that.
+
+    Parameters
+    ----------
+    session : Session
+        Which is used.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        session.visits.add(weakref.ref(self, session.visits.discard))
+
+    def end(self) -> None:
+        """Note that it is over."""
+        self.session.visits.discard(weakref.ref(self))
+
+
+class Sessions:
+    """Sessions in memory, the one used longest ago first; no call takes longer where there are more of them.
+
+    What a session takes is measured when its last user leaves it: an idle one does not change.
+    """
+
+    def __init__(self) -> None:
+        self._all: OrderedDict[str, Session] = OrderedDict()
+        self._in_use: set[Session] = set()
+        self._idle = Size()
+
+    def enter(self, name: str, folder: Path) -> Visit:
+        """Begin to use a session, a new one if there is none."""
+        session = self._all.get(name) or Session(name, folder)
+        self._in_use.add(session)  # first: what an interrupt leaves half done is settled from here
+        self._all[name] = session
+        visit = Visit(session)
+        self._measure(session, Size())
+        self._all.move_to_end(name)
+        return visit
+
+    def leave(self, visit: Visit) -> None:
+        """Note that a user has left; the session is forgotten with the last one if it has no bank."""
+        visit.end()
+        self._settle()
+
+    def _settle(self) -> None:
+        for session in [each for each in self._in_use if not each.users]:
+            self._rest(session)
+            self._in_use.discard(session)
+
+    def _rest(self, session: Session) -> None:
+        if session.bank is not None and not session.bank.next_id:  # nothing was ever added
+            session.bank = None
+        self._measure(session, Size.of(session.bank))
+        if session.bank is None and self._all.get(session.name) is session:
+            del self._all[session.name]
+
+    def forget(self, session: Session) -> None:
+        """Let go of an idle session's bank."""
+        session.bank = None
+        self._measure(session, Size())
+        self._all.pop(session.name, None)
+
+    def oldest(self, but: set[Session]) -> Session | None:
+        """Return the idle session that was used longest ago, of others than these."""
+        for session in self._all.values():
+            if not session.users and session not in but:
+                return session
+        return None
+
+    def size(self) -> Size:
+        """Return what all sessions take."""
+        self._settle()
+        total = self._idle
+        for session in self._in_use:
+            total += Size.of(session.bank)
+        return total
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._all.values()))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._all
+
+    def _measure(self, session: Session, size: Size) -> None:
+        self._idle, session.size = self._idle - session.size + size, size
+
+
+def most_files() -> int:
+    """Return how many files may stay open: half of what the system lets this process open, which needs some to save."""
+    if sys.platform == "win32":
+        return 4096  # of 8192 that its C library has
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(_FEWEST_FILES, limit // 2)
+
+
+def save(session: Session) -> list[SnapshotError]:
+    """Save a session's bank, if it ever held anything; the error, where others are to be saved nevertheless."""
+    bank = session.bank
+    if bank is None or not bank.next_id:
+        return []
+    try:
+        make_folder(session.folder)
+        bank.save(session.folder)
+    except SnapshotError as error:
+        return [error]
+    except Exception as error:  # noqa: BLE001 - of a store or an index, of whatever kind; callers raise or warn
+        failure = SnapshotError(f"{str(session.folder)!r} could not be saved: {error}")
+        failure.__cause__ = error
+        return [failure]
+    return []
+
+
+def raise_all(failures: list[SnapshotError]) -> None:
+    """Raise what went wrong with some sessions, if anything did."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise SnapshotError(
+            f"{len(failures)} sessions could not be saved: {' '.join(map(str, failures))}"
+        ) from ExceptionGroup("sessions that could not be saved", failures)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that nobody else may look into."""
+    try:
+        folder.mkdir(_ONLY_OURS, parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def folders(folder: Path, prefix: str) -> list[Path]:
+    """Return what is in a folder by names that begin so."""
+    try:
+        return [path for path in folder.iterdir() if path.name.startswith(prefix)]
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def remove(folder: Path) -> None:
+    """Remove the folder of a session that was deleted."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise SnapshotError(
+            f"{str(folder)!r} holds a session that was deleted, and cannot be removed: {error.strerror or error}. "
+            "Remove it, or change its rights: the next pool in this folder tries again."
+        ) from error

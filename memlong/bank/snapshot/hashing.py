@@ -1,0 +1,87 @@
+"""SHA-256 of what is read, by a thread of its own where that is much."""
+
+from __future__ import annotations
+
+import _thread
+import hashlib
+import weakref
+from queue import Empty, SimpleQueue
+from typing import Any
+
+_LARGE = 1 << 16
+_PATIENCE = 10.0  # seconds
+
+
+class Hashing:
+    """The hash of pieces; a large one is hashed by another thread while its owner goes on.
+
+    An interrupt (KeyboardInterrupt) that comes while a `Thread` starts, as a pool of them does inside, can leave both
+    threads waiting for ever. Here every step that another thread sees is a single one, and this object's owner waits
+    only for what that thread has been given; one that was forgotten ends by itself.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._todo: SimpleQueue[Any] | None = None
+        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._is_waiting = False
+
+    def update(self, piece: Any) -> None:
+        """Take in a piece, which must stay as it is until the next one or the end."""
+        self._wait()
+        if self._todo is None and memoryview(piece).nbytes >= _LARGE:
+            self._start()
+        if self._todo is None:
+            self._hash.update(piece)
+        else:
+            self._todo.put(piece)
+            self._is_waiting = True
+
+    def hexdigest(self) -> str:
+        """Return the hash of all pieces."""
+        self._wait()
+        return self._hash.hexdigest()
+
+    def end(self) -> None:
+        """Let the thread go."""
+        if self._todo is not None:
+            self._todo.put(None)
+
+    def _start(self) -> None:
+        self._todo = SimpleQueue()
+        try:
+            _thread.start_new_thread(_work, (weakref.ref(self), self._hash, self._todo, self._done))
+        except RuntimeError:  # there is no other thread to be had
+            self._todo = None
+
+    def _wait(self) -> None:
+        """At most one piece waits to be hashed, or all that is read would stay in memory."""
+        if self._is_waiting:
+            error = self._done.get()
+            self._is_waiting = False
+            if error is not None:
+                raise error
+
+
+def _work(
+    owner: weakref.ref[Hashing],
+    digest: Any,
+    todo: SimpleQueue[Any],
+    done: SimpleQueue[BaseException | None],
+) -> None:
+    while True:
+        try:
+            piece = todo.get(timeout=_PATIENCE)
+        except Empty:
+            if owner() is None:
+                return
+            continue
+        if piece is None:
+            return
+        try:
+            digest.update(piece)
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+            done.put(error)
+        else:
+            done.put(None)
+        del piece

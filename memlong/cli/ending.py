@@ -1,0 +1,101 @@
+"""How the command begins and ends: an exit status and at most one line, whatever comes in between.
+
+It imports nothing of ours before it is ready for an interrupt, as that takes a while.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+_FAILED, _INTERRUPTED = 1, 130
+_STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 an error that is explained, 2 usage, 130 interrupted."""
+    try:
+        status = _run()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        status = _INTERRUPTED
+    with suppress(ValueError):  # in another thread than the main one
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, one more is to show no traceback
+    failure = _failure_to_print()
+    if failure is not None:
+        status = status or _unprinted(failure)
+        _print_nowhere()
+    if status == _INTERRUPTED:
+        _tell("\nmemlong: interrupted")
+    sys.exit(status)
+
+
+def _run() -> int:
+    had_output = sys.stdout is not None
+    _open_closed_streams()
+    if not had_output:
+        _tell(
+            "memlong: standard output is closed, so the answer has no place. Use > /dev/null to do without it."
+        )
+        return _FAILED
+    _print_anything()
+    from memlong.cli.app import run
+
+    try:
+        return run()
+    except OSError:
+        failure = _failure_to_print("\n")
+        if failure is None:
+            raise
+        return _unprinted(failure)
+
+
+def _open_closed_streams() -> None:
+    """Give closed streams a place: or the next file that is opened is one, and gets what others print."""
+    for number, (name, mode) in enumerate(_STREAMS):
+        if getattr(sys, name) is None:
+            place = os.open(os.devnull, os.O_RDWR)
+            if place != number:
+                os.dup2(place, number)
+                os.close(place)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
+
+
+def _print_anything() -> None:
+    """Print what the console has no character for as an escape, instead of failing after the work."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None and sys.stdout.errors == "strict":
+        reconfigure(errors="backslashreplace")
+
+
+def _failure_to_print(more: str = "") -> OSError | None:
+    """Return why what was printed, and a little more, does not reach its place; None if it does."""
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _unprinted(failure: OSError) -> int:
+    if not isinstance(failure, BrokenPipeError):  # else whoever read has had enough
+        _tell(f"memlong: the answer cannot be printed: {failure.strerror}. Name a file, or another place.")
+    return _FAILED
+
+
+def _print_nowhere() -> None:
+    """Let go of what cannot be printed: Python, too, tries it as it ends, and shows a traceback."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
