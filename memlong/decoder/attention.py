@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from memlong.decoder.interrupts import uninterrupted
 from memlong.decoder.kernels import Attend, Output
 from memlong.errors import MemlongError, UnsupportedModelError
 
@@ -114,27 +115,29 @@ def check_free(model: PreTrainedModel) -> None:
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Put the model into evaluation mode, and every module back into its own."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with uninterrupted():
+            for module, training in modes:
+                module.training = training
 
 
 @contextmanager
 def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put the slot on the modules, and leave them as they were."""
     modules = tuple(modules)
-    slot.modules = frozenset(map(id, modules))
     try:
+        slot.modules = frozenset(map(id, modules))
         for module in modules:
             setattr(module, _SLOT, slot)
         yield
     finally:
-        slot.modules = frozenset()
-        for module in modules:
-            vars(module).pop(_SLOT, None)
+        with uninterrupted():
+            slot.modules = frozenset()
+            for module in modules:
+                vars(module).pop(_SLOT, None)
 
 
 @contextmanager
@@ -183,9 +186,10 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
             )
         yield
     finally:
-        for part, own in parts:
-            if _implementation(part) != own:
-                part._attn_implementation = own  # noqa: SLF001 - transformers has no public setter
+        with uninterrupted():
+            for part, own in parts:
+                if _implementation(part) != own:
+                    part._attn_implementation = own  # noqa: SLF001 - transformers has no public setter
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -21,6 +21,7 @@ from memlong.decoder.banks import check_banks
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import make_gates
 from memlong.decoder.generation import plain_generate_told
+from memlong.decoder.interrupts import uninterrupted
 from memlong.decoder.layer_names import parse_layers, ranges
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.placement import check_positions, check_sight
@@ -108,20 +109,25 @@ class StreamingDecoder:
 
     def __enter__(self) -> Self:
         check_free(self.model)
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
-            stack.enter_context(installed(self._slot, self._layout.modules))
-            stack.enter_context(replaced_attention(self.model))
-            stack.enter_context(plain_generate_told(self.model))
-            self._attached = stack.pop_all()
-        self._is_attached = True
+        try:
+            with uninterrupted(), ExitStack() as stack:
+                stack.enter_context(evaluating(self.model))
+                stack.enter_context(installed(self._slot, self._layout.modules))
+                stack.enter_context(replaced_attention(self.model))
+                stack.enter_context(plain_generate_told(self.model))
+                self._attached = stack.pop_all()
+                self._is_attached = True
+        except BaseException:  # a Ctrl-C that has waited, too: what is not entered is not left
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._is_attached = False
-        self._attached.close()
+        with uninterrupted():
+            self._is_attached = False
+            self._attached.close()
 
     def __repr__(self) -> str:
         backend = self.config.as_dict()["backend"]  # without what is secret

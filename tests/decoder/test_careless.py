@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 import threading
 
 import pytest
@@ -177,3 +178,41 @@ def test_options_that_cannot_be_are_refused_before_anything_is_read(llama, small
         with pytest.raises(ValueError, match=message):
             decoder.generate(text(9), **options)
         assert decoder.tokens_read == ()
+
+
+@pytest.mark.parametrize("moment", ["while it attaches", "while it detaches", "while it is probed"])
+def test_a_model_is_given_back_whenever_an_interrupt_comes(llama, small, text, monkeypatch, moment):
+    llama.train()
+    decoder = None if moment == "while it is probed" else MemoryDecoder(llama, None, small())
+    calls, told = [], type(llama).set_attn_implementation
+
+    def interrupted(model, name):
+        calls.append(name)
+        signal.raise_signal(signal.SIGINT)
+        told(model, name)
+
+    def setting(module, name, value, inner=torch.nn.Module.__setattr__):
+        if name == "training" and value and not calls:  # as it gets its mode back
+            calls.append(name)
+            signal.raise_signal(signal.SIGINT)
+        inner(module, name, value)
+
+    def act():
+        if decoder is None:
+            MemoryDecoder(llama, None, small())
+            return
+        with decoder:
+            if moment == "while it detaches":
+                monkeypatch.setattr(torch.nn.Module, "__setattr__", setting)
+
+    if moment != "while it detaches":
+        monkeypatch.setattr(type(llama), "set_attn_implementation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        act()
+    monkeypatch.undo()
+    assert calls
+    assert all(module.training for module in llama.modules())
+    assert llama.config._attn_implementation == "sdpa"
+    assert "generate" not in vars(llama)
+    with MemoryDecoder(llama, None, small()) as other:
+        other.read(text(20))
