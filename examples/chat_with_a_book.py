@@ -68,8 +68,13 @@ def main(
         for asked in question or _typed():
             typer.echo(f"> {asked}" if question else "")
             # Every question is put to the book as it was read, not to the talk so far.
+            prompt = _prompt(tokenizer, asked)
             decoder.generate(
-                _prompt(tokenizer, asked), max_new_tokens=max_new_tokens, streamer=streamer, remember=False
+                prompt,
+                prompt.new_ones(prompt.shape),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                remember=False,
             )
 
 

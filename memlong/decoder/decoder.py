@@ -225,6 +225,7 @@ class MemoryDecoder(SavingDecoder):
         self._check_attached()
         check_options(self.model, options)
         token_lists(input_ids, attention_mask, self._layout)  # before anything is cut
+        is_inferred = attention_mask is None
         if attention_mask is None:
             attention_mask = inferred_mask(self.model, input_ids, options)
         known = 0 if past_key_values is None else self._columns_of(past_key_values, input_ids)
@@ -234,6 +235,7 @@ class MemoryDecoder(SavingDecoder):
             raise InvalidArgumentError(
                 "A row of the prompt is empty, or padded on the right; expected at least one token in every row, and "
                 "padding on the left: tokenizer.padding_side = 'left'."
+                + (" Where tokens that pad are text, give an attention_mask of ones." if is_inferred else "")
             )
         streams = self._streams_for(len(prompt)) if remember else self._forked(len(prompt))
 

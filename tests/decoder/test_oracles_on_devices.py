@@ -123,7 +123,10 @@ def test_1_off_means_off(model, settings, text):
         before = model(ids, attention_mask=mask).logits
         with MemoryDecoder(model, None, settings()):
             during = model(ids, attention_mask=mask).logits
-            answer = model.generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=2, do_sample=False)
+            with pytest.warns(UserWarning, match="knows nothing of the memory"):
+                answer = model.generate(
+                    ids, attention_mask=mask, max_new_tokens=8, num_beams=2, do_sample=False
+                )
         after = model(ids, attention_mask=mask).logits
     assert torch.equal(before, during)
     assert torch.equal(before, after)
