@@ -1,4 +1,4 @@
-"""PersistentBank: what a bank does to be saved and to be had again."""
+"""PersistentBank: what a bank does to be saved and loaded."""
 
 from __future__ import annotations
 

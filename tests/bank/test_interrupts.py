@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dis
 import errno
-import linecache
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -20,10 +17,6 @@ from memlong.bank.lock import ReadWriteLock
 from memlong.errors import StorageError
 from memlong_torch.bank import TorchBank
 
-pytestmark = pytest.mark.skipif(
-    sys.version_info >= (3, 12),
-    reason="from Python 3.12 on an interrupt comes at other places than before a line",
-)
 FILES = {
     str(Path(memlong.bank.__file__).with_name(f"{name}.py"))
     for name in (
@@ -35,35 +28,10 @@ SHAPE = (1, 1, 2, 2)
 BLOCK = 2 * 4 * 4
 
 
-def interrupted(call, at):
-    """Make the call, raise KeyboardInterrupt before the line number `at` that it runs; False if it ends before."""
-    left = at
-
-    def on_line(frame, event, _):
-        nonlocal left
-        if event == "line" and not is_out_of_reach(frame):
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-        return on_line
-
-    before = sys.gettrace()
-    sys.settrace(lambda frame, *_: on_line if frame.f_code.co_filename in FILES else None)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def is_out_of_reach(frame):
-    """Python delivers no interrupt at a bare `try:`, nor between a `with` block and the call of `__exit__`."""
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-    leaves = line.lstrip().startswith("with ") and operation in ("LOAD_CONST", "PUSH_EXC_INFO")
-    return leaves or operation == "NOP"
+@pytest.fixture
+def interrupted(interrupting):
+    """Interrupt a call before the line number `at` that it runs in the bank's files; False if it ends before."""
+    return interrupting(FILES)
 
 
 @pytest.fixture(params=["memory", "host-disk", "host-disk-in-slabs"])
@@ -149,7 +117,7 @@ def assert_nothing_is_lost_sight_of(store, ids):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
-def test_at_any_line_of_a_change(make, change):
+def test_at_any_line_of_a_change(interrupted, make, change):
     at = 0
     bank = make()
     while interrupted(lambda: CHANGES[change](bank), at):  # noqa: B023
@@ -166,7 +134,7 @@ def test_at_any_line_of_a_change(make, change):
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # a file that is just being opened
-def test_at_any_line_of_the_first_add_a_bank_stays_empty_and_takes_another_layout(tmp_path):
+def test_at_any_line_of_the_first_add_a_bank_stays_empty_and_takes_another_layout(interrupted, tmp_path):
     at, bank = 0, TorchBank(4, store=TieredStore(host=BLOCK, disk=tmp_path))
     while interrupted(lambda: add(bank, 2), at):  # noqa: B023
         if not len(bank):
@@ -178,7 +146,7 @@ def test_at_any_line_of_the_first_add_a_bank_stays_empty_and_takes_another_layou
     assert at > 20
 
 
-def test_at_any_line_of_undoing_an_add_for_which_the_disk_is_full(tmp_path, monkeypatch):
+def test_at_any_line_of_undoing_an_add_for_which_the_disk_is_full(interrupted, tmp_path, monkeypatch):
     write = DiskSlots._write_at
 
     def full(slots, slot, record):
@@ -202,7 +170,7 @@ def test_at_any_line_of_undoing_an_add_for_which_the_disk_is_full(tmp_path, monk
 
 
 @pytest.mark.parametrize("kind", ["read", "write"])
-def test_at_any_line_of_a_lock(kind):
+def test_at_any_line_of_a_lock(interrupted, kind):
     def use():
         with getattr(lock, kind)():
             pass
