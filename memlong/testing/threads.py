@@ -20,6 +20,7 @@ class ThreadTests(BankSuite):
             readers = [pool.submit(_read, bank, done, seed) for seed in range(3)]
             pool.submit(_write, bank, done).result()
             assert all(reader.result() > 0 for reader in readers)
+        assert _read(bank, done, seed=3) == 1  # what was read meanwhile may all have left since
         assert int(bank.usage.retrievals.sum()) > 0
         assert len(bank) == 80
 
