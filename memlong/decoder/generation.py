@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
-from weakref import WeakMethod
+from weakref import ref
 
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel, TextStreamer
@@ -45,10 +45,11 @@ class StreamCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, columns: int, reorder: Callable[[Sequence[int]], None]) -> None:
+    def __init__(self, columns: int, speaker: Speaker) -> None:
         super().__init__(layers=[])
         self.columns = columns
-        self._reorder = WeakMethod(reorder)  # or a turn would keep what it held until the collector comes
+        # Weak, or a turn would keep what it held until the collector comes; no WeakMethod, which swallows an interrupt.
+        self._speaker = ref(speaker)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - as transformers calls it
         """All columns but the last, which is what a forward call is about."""
@@ -56,9 +57,9 @@ class StreamCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i go on from what was row ``beam_idx[i]``."""
-        reorder = self._reorder()
-        if reorder is not None:
-            reorder(beam_idx.tolist())
+        speaker = self._speaker()
+        if speaker is not None:
+            speaker.reorder(beam_idx.tolist())
 
 
 class Speaker:
@@ -94,7 +95,7 @@ class Speaker:
         self._query_length = config.query_tokens or config.retrieval_interval
         self._draft: Streams | None = None
         self._steps = 0
-        self.cache = StreamCache(columns, self._reorder)
+        self.cache = StreamCache(columns, self)
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
@@ -141,7 +142,8 @@ class Speaker:
     def _is_due(self, row: Row) -> bool:
         return self._steps % self._every == 0 or row.is_full
 
-    def _reorder(self, rows: Sequence[int]) -> None:
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let fork i go on from what was fork ``rows[i]``, as beam search asks."""
         if self._draft is not None and list(rows) != list(range(len(rows))):
             self._draft = self._draft.fork(rows)
 

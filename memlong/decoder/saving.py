@@ -19,6 +19,7 @@ from memlong.bank.snapshot.segments import check_finite
 from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.fingerprint import differences, fingerprint
+from memlong.decoder.interrupts import uninterrupted
 from memlong.decoder.machine import DTYPES, loading_in
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.streaming import StreamingDecoder
@@ -140,8 +141,9 @@ class SavingDecoder(StreamingDecoder):
             return self._restored(folder, manifest, lazy=lazy, trust_index=trust_index, any_model=any_model)
 
         streams = open_snapshot(folder, restored, most_bytes)
-        self.reset()
-        self._streams = streams
+        with uninterrupted():  # the old streams or the new ones
+            self.reset()
+            self._streams = streams
 
     def fingerprint(self) -> dict[str, Any]:
         """Return all that stored keys, values and embeddings depend on, weights as a hash of all."""

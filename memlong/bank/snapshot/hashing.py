@@ -51,7 +51,7 @@ class Hashing:
         self._todo = SimpleQueue()
         try:
             _thread.start_new_thread(_work, (weakref.ref(self), self._hash, self._todo, self._done))
-        except RuntimeError:  # there is no other thread to be had
+        except RuntimeError:  # no other thread can be started
             self._todo = None
 
     def _wait(self) -> None:
