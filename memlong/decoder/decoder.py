@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
 from memlong.decoder.adapter_files import attach_adapter
-from memlong.decoder.generation import Speaker, StreamCache, check_options, inferred_mask, replaced
+from memlong.decoder.generation import Speaker, StreamCache, check_options, inferred_mask
 from memlong.decoder.loading import load_model
 from memlong.decoder.machine import AUTO, choose_machine
 from memlong.decoder.pretrained import read_pretrained, write_pretrained
 from memlong.decoder.recall import RandomChunks
+from memlong.decoder.replacing import replaced
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.saving import SavingDecoder
 from memlong.decoder.sources import LatentSource

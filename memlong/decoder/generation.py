@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.replacing import replaced
 from memlong.decoder.row import Row
 from memlong.decoder.streams import Streams
 from memlong.errors import InvalidArgumentError
@@ -137,7 +138,8 @@ class Speaker:
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
         """Let the model's forward calls for this turn, and what ends it, come here."""
-        inner, criteria = model.forward, model._get_stopping_criteria  # noqa: SLF001 - the only way to know of all
+        inner = model.forward
+        criteria: Any = model._get_stopping_criteria  # noqa: SLF001 - the only way to know of all
 
         @wraps(inner)
         def forward(*args: Any, **given: Any) -> Any:
@@ -195,19 +197,6 @@ class Speaker:
 def text_streamer(tokenizer: Any) -> TextStreamer:
     """Return a streamer for generate() that prints the answer as it is made."""
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-@contextmanager
-def replaced(model: PreTrainedModel, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Let a method of this model be another, and give it back as it was."""
-    own, before = name in vars(model), vars(model).get(name)
-    vars(model)[name] = method
-    try:
-        yield
-    finally:
-        del vars(model)[name]
-        if own:
-            vars(model)[name] = before
 
 
 @contextmanager
