@@ -83,10 +83,14 @@ class MemoryDecoder(SavingDecoder):
     """
 
     def reset(
-        self, banks: Sequence[MemoryBank] | None = None, *, random_chunks: RandomChunks | None = None
+        self,
+        banks: Sequence[MemoryBank] | None = None,
+        *,
+        random_chunks: RandomChunks | None = None,
+        any_model: bool = False,
     ) -> None:
         """Begin new streams, with empty windows; as :meth:`StreamingDecoder.reset`."""
-        super().reset(banks, random_chunks=random_chunks)
+        super().reset(banks, random_chunks=random_chunks, any_model=any_model)
         self._turn: _Turn | None = None
 
     @classmethod
