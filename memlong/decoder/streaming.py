@@ -227,8 +227,33 @@ class StreamingDecoder:
             raise InvalidArgumentError(
                 f"banks holds {len(given)} banks for {len(rows)} rows; expected one for each row that streams."
             )
-        for row, bank in zip(rows, given, strict=True):
-            row.bank, row.storing_from = bank, None
+        if self._streams is not None:
+            self._streams.use_banks(given)
+
+    def flush(self) -> list[list[int]]:
+        """Store what the windows still hold, and begin new streams over the same banks.
+
+        A bank is then worth keeping without its decoder, as in a :class:`~memlong.BankPool`.
+
+        Returns
+        -------
+        list of lists of int
+            Of each row, the latest tokens, fewer than a chunk, that no bank holds: to be read before what comes next.
+            The first ``sink_tokens`` of a stream are in no bank either.
+
+        Raises
+        ------
+        MemlongError
+            If the configuration has ``backend=None``: there are no banks.
+        """
+        if self.config.backend is None:
+            raise MemlongError("There is no bank to store the window in: the configuration has backend=None.")
+        if self._streams is None:
+            return []
+        banks = self.banks
+        left = self._streams.flush()
+        self.reset(banks, any_model=True)
+        return left
 
     def stream(
         self,
