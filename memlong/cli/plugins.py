@@ -12,6 +12,8 @@ from memlong.cli.output import print_json, print_section, print_table
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.report import PluginReport
 
+_MOST_NAMES = 40  # in a cell; --json and `memlong backends` have them all
+
 
 def add_plugin_commands(app: typer.Typer) -> None:
     """Add ``plugins`` to the application: by itself it lists them, and it has a command to write one."""
@@ -64,7 +66,12 @@ def _brought(report: PluginReport) -> str:
         "eviction policy": report.eviction_policies,
         "URI scheme": report.uri_schemes,
     }
-    return "; ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
+    return "; ".join(f"{kind} {_listed(names)}" for kind, names in kinds.items() if names)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _as_json(report: PluginReport) -> dict[str, object]:
