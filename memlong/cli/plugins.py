@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from memlong.cli.answer import answering
 from memlong.cli.new_plugin.command import new
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.plugins.manager import PluginManager
@@ -22,8 +23,8 @@ def add_plugin_commands(app: typer.Typer) -> None:
         subcommand_metavar="[COMMAND] ...",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    group.callback(invoke_without_command=True)(plugins)
-    group.command()(new)
+    group.callback(invoke_without_command=True)(answering(plugins))
+    group.command()(answering(new))
     app.add_typer(group, name="plugins")
 
 
