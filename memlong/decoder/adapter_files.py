@@ -121,7 +121,8 @@ def _options(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     with safe_open(folder / ADAPTER, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     most = _LARGEST * sum(parameter.numel() for parameter in model.parameters())
-    return lora_options(settings, shapes, {name for name, _ in model.named_modules()}, most)
+    widest = model.config.get_text_config(decoder=True).hidden_size
+    return lora_options(settings, shapes, {name for name, _ in model.named_modules()}, most, widest)
 
 
 def _load(model: PreTrainedModel, folder: Path, options: dict[str, Any]) -> None:

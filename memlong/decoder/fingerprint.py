@@ -84,7 +84,9 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     Of the configuration, only what both know counts: a release of transformers may add fields. Of other dtypes,
     weights cannot be compared.
     """
-    if not isinstance(theirs.get("config"), dict):
+    adapters = theirs.get("adapters") or {}
+    is_known = isinstance(theirs.get("config"), dict) and isinstance(adapters, dict)
+    if not is_known or not all(isinstance(each, str) for each in adapters.values()):
         return ["the form of the fingerprint, which is of an earlier memlong and cannot be compared"]
     names = (ours.keys() | theirs.keys()) - {"adapters", "config"}
     if ours.get("dtype") != theirs.get("dtype"):
@@ -94,13 +96,10 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         _told_apart(name, ours["config"][name], theirs["config"][name])
         for name in sorted(ours["config"].keys() & theirs["config"].keys())
     ]
-    mine, other = (each.get("adapters") or {} for each in (ours, theirs))
-    adapters = (
-        ""
-        if sorted(mine.values()) == sorted(other.values())
-        else f"adapters ({_names(other)} when it was saved, {_names(mine)} now)"
-    )
-    return [each for each in (adapters, *fields, *found) if each]
+    mine = ours.get("adapters") or {}
+    differ = sorted(mine.values()) != sorted(adapters.values())
+    told = f"adapters ({_names(adapters)} when it was saved, {_names(mine)} now)" if differ else ""
+    return [each for each in (told, *fields, *found) if each]
 
 
 def _told_apart(name: str, mine: object, other: object) -> str:

@@ -217,7 +217,7 @@ class SavingDecoder(StreamingDecoder):
         ours = self.fingerprint()
         odd = [] if any_model else differences(ours, theirs)
         if odd:
-            is_dtype = ours["dtype"] != theirs.get("dtype") and theirs.get("dtype") in DTYPES
+            is_dtype = ours["dtype"] != theirs.get("dtype") and theirs.get("dtype") in list(DTYPES)
             raise SnapshotError(
                 f"{str(folder)!r} was saved with another model or other settings, for which its keys and values were "
                 f"made; what differs: {', '.join(odd)}. Use those, or any_model=True if you know that they fit."
