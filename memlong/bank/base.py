@@ -61,6 +61,12 @@ class MemoryBank(PersistentBank):
     device : str or torch.device, optional
         Where the index computes, by default the CPU. Keys and values stay where they come in.
 
+    Attributes
+    ----------
+    origin : mapping or None
+        Which model made the chunks, with which settings and retriever, as the decoder that added the first has said;
+        None where nobody has. It is saved with the bank, and a decoder takes no bank of another origin.
+
     Raises
     ------
     InvalidArgumentError
@@ -93,6 +99,7 @@ class MemoryBank(PersistentBank):
         self._metric: Metric = metric
         self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
         self._counting = fork_lock()
+        self.origin = None
         self._unproven: list[tuple[Ids, Finiteness]] = []
 
     @property
@@ -374,6 +381,7 @@ class MemoryBank(PersistentBank):
             self._contents.restore()
             self._drop_index()
             self._unproven.clear()
+            self.origin = None
             with self._contents.change(None):
                 self._table.clear()
                 self._store.clear()

@@ -13,7 +13,13 @@ from memlong.decoder.gates import MemoryGates
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.sources import KvSource, LatentSource, LayerSource
-from memlong.decoder.weights import adapter_digests, module_digest, text_decoder, weights_digest
+from memlong.decoder.weights import (
+    adapter_digests,
+    module_digest,
+    text_decoder,
+    weights_digest,
+    weights_sample,
+)
 from memlong.plugins.uri import digested
 
 _DIGITS = 64  # of a SHA-256
@@ -69,6 +75,28 @@ def fingerprint(
         "gates": None if gates is None else module_digest(gates),
         "retriever": None if retriever is None else _retriever(config, retriever),
         **{name: getattr(config, name) for name in _SIZES},
+    }
+
+
+def origin_of(
+    model: PreTrainedModel,
+    config: MemoryConfig,
+    layout: ModelLayout,
+    source: KvSource,
+    retriever: Retriever | None,
+) -> dict[str, Any]:
+    """Describe what the chunks of a bank depend on, in a few milliseconds: of the weights, a sample is hashed."""
+    part = text_decoder(model, layout.modules)
+    return {
+        "model": type(part).__name__,
+        "config": _told(model.config.get_text_config(decoder=True)),
+        "weights": weights_sample(part),
+        "adapters": adapter_digests(model, part),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_source": config.kv_source,
+        "stored_layers": list(source.stored_layers),
+        "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
+        "retriever": None if retriever is None else _retriever(config, retriever),
     }
 
 

@@ -108,7 +108,9 @@ def lora_options(
         if "A" in (found["part"], found["of_embedding"]):
             ranks[found["layer"]] = shape[0] if shape else 0
     if max(ranks.values(), default=0) > widest:
-        raise ValueError(f"its rank is {max(ranks.values()):,}, more than the {widest:,} numbers that a token has")
+        raise ValueError(
+            f"its rank is {max(ranks.values()):,}, more than the {widest:,} numbers that a token has"
+        )
     count = sum(math.prod(shape) for shape in shapes.values())
     if count > most or not ranks or not all(rank >= 1 for rank in ranks.values()):
         raise ValueError(f"its {len(shapes)} tensors have {count:,} numbers, expected 1 to {most:,}")

@@ -19,6 +19,7 @@ from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.buffers import layer_groups, turned
 from memlong.decoder.calls import ModelCalls, Standing
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.fingerprint import origin_of
 from memlong.decoder.forward import Memory
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.layout import ModelLayout
@@ -154,11 +155,14 @@ class Streams:
     def go_on(self, facts: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
         """Stand where other streams stood; ValueError, KeyError or TypeError if none can have stood there."""
         blocks = self._source.block_layout(self._config.chunk_size, self._model.dtype, self._device)
+        by_row: dict[str, dict[str, Tensor]] = {}
+        for name, each in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "row":
+                number, _, what = rest.partition(".")
+                by_row.setdefault(number, {})[what] = each
         for index, (row, mine) in enumerate(zip(self.rows, facts, strict=True)):
-            prefix = f"row.{index}."
-            own = {
-                name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)
-            }
+            own = by_row.get(str(index), {})
             row.go_on(mine, own, blocks)
             if not all(0 <= token < self._layout.vocabulary for token in own["recent"].tolist()):
                 raise ValueError(f"tokens of row {index} are not the model's")
@@ -309,6 +313,8 @@ class Streams:
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving], device="cpu")
         embeddings = self._retriever.embed_chunks(leaving)
+        if isinstance(bank, MemoryBank) and not bank.next_id:
+            bank.origin = origin_of(self._model, self._config, self._layout, self._source, self._retriever)
         row.storing_from = bank.next_id
         keys, values = _in_chunks(keys, size), _in_chunks(values, size)
         bank.add(embeddings, keys, values, spans, check_first=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlong import MemoryConfig, MemoryDecoder, Retriever, create_bank
+from memlong import MemoryConfig, MemoryDecoder, Retriever, create_bank, load_bank
 from memlong.errors import InvalidArgumentError, MemlongError, UnknownNameError
 
 
@@ -250,6 +250,53 @@ def test_a_bank_of_another_dtype_is_refused(llama, small, text):
     other = MemoryDecoder(llama.bfloat16(), None, small())
     with pytest.raises(InvalidArgumentError, match=r"of dtype torch.float32, .* are of dtype torch.bfloat16"):
         other.reset(banks)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["at hand", "saved"])
+@pytest.mark.parametrize(
+    ("seed", "change", "odd"),
+    [
+        (1, {}, "weights"),
+        (0, {"retriever_options": {"sharpness": 2.0}}, "retriever"),
+        (0, {"retrieval_layers": "0,1,2,3"}, None),
+        (0, {"position_mode": "original", "top_k": 2, "local_window": 60}, None),
+    ],
+)
+def test_a_bank_that_another_model_filled_is_refused(
+    tiny_model, small, text, tmp_path, seed, change, odd, saved
+):
+    with MemoryDecoder(tiny_model("Llama"), None, small()) as decoder:
+        decoder.read(text(100))
+        banks = decoder.banks
+    if saved:
+        banks[0].save(tmp_path / "bank")
+        banks = [load_bank(tmp_path / "bank")]
+    with MemoryDecoder(tiny_model("Llama", seed=seed), None, small(**change)) as other:
+        if odd is None:
+            other.reset(banks)
+            other.read(text(100))
+            other.use_banks(banks)
+            return
+        with pytest.raises(
+            InvalidArgumentError, match=f"another model filled.*what differs: {odd}.*any_model=True"
+        ):
+            other.reset(banks)
+        other.reset(banks, any_model=True)
+        other.read(text(9))
+        with pytest.raises(InvalidArgumentError, match="another model filled"):
+            other.use_banks(banks)
+        other.use_banks(banks, any_model=True)
+
+
+def test_a_bank_that_others_filled_by_hand_says_nothing_of_a_model(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(100))
+        chunks = decoder.banks[0].fetch(decoder.banks[0].ids[:3])
+        bank = create_bank("torch", decoder.banks[0].dim, metric=decoder.banks[0].metric)
+        bank.add(decoder.banks[0].embeddings.embeddings[:3], chunks.keys, chunks.values, chunks.spans)
+        decoder.reset([bank])
+        decoder.read(text(100))
+        assert bank.origin is None
 
 
 @pytest.mark.parametrize("banks", [None, 5, "ab", [], [None]])

@@ -20,7 +20,7 @@ FORMAT, VERSION = "memlong-snapshot", 1
 
 Kind = Literal["bank", "decoder"]
 
-_MOST_BYTES = 64 << 20
+_MOST_BYTES = 32 << 20
 _MOST = 2**48  # of anything that is counted
 _WIDEST = 2**20
 _LARGEST = 2**27  # numbers in the keys of one chunk
@@ -71,6 +71,8 @@ class BankRecord:
         The id of the next chunk, and the clock of its usage.
     layout : LayoutRecord or None
         Of the chunks; None where nothing was ever added.
+    origin : mapping or None
+        What made the chunks, where the bank knows.
     state : FileRecord
         Which chunks are held, and how they were used.
     segments : tuple of SegmentRecord
@@ -91,6 +93,7 @@ class BankRecord:
     next_id: int
     clock: int
     layout: LayoutRecord | None
+    origin: Mapping[str, Any] | None
     state: FileRecord
     segments: tuple[SegmentRecord, ...]
     index: IndexRecord | None
@@ -261,6 +264,7 @@ def _bank(fields: Fields) -> BankRecord:
         next_id=fields.integer("next_id", 0, 2**62),
         clock=fields.integer("clock", 0, 2**62),
         layout=_layout(fields.part_or_none("layout")),
+        origin=fields.mapping_or_none("origin"),
         state=_file(fields.part("state")),
         segments=tuple(_segment(each) for each in fields.parts("segments")),
         index=_index(fields.part_or_none("index")),
