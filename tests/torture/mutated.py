@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,10 @@ class Snapshot(Target):
     def files(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         found = [data["extra"]["file"]] * 6 if data["extra"] else []
         for bank in data["banks"]:
-            found += [bank["state"], *(each[kind] for each in bank["segments"] for kind in ("chunks", "blocks"))]
+            found += [
+                bank["state"],
+                *(each[kind] for each in bank["segments"] for kind in ("chunks", "blocks")),
+            ]
         return found
 
 
@@ -151,7 +153,10 @@ class Streams(Snapshot):
                 decoder.save(folder)
 
     def use(self, folder: Path, rng: Rng) -> Any:
-        kind = {"lazy": rng.random() < 0.3 and self.config.backend is not None, "any_model": rng.random() < 0.3}
+        kind = {
+            "lazy": rng.random() < 0.3 and self.config.backend is not None,
+            "any_model": rng.random() < 0.3,
+        }
         with MemoryDecoder.load(folder, self.model, None, self.config, **kind) as decoder:
             rows = len(decoder.tokens_read)
             if not rows:
@@ -173,7 +178,9 @@ class Adapter(Target):
 
     def make(self, folder: Path) -> None:
         model, options = tiny_model(), dict(ADAPTERS[self.name])
-        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 2}, init_lora_weights=False)
+        lora = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 2}, init_lora_weights=False
+        )
         model.add_adapter(lora)
         if options:
             shape = (2, 4, 2, 12)
