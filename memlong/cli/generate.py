@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.choice import choose_decoder
+from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput
@@ -66,6 +67,9 @@ def generate(
       memlong generate --adapter trained --context book.txt --prompt "The whale was"
       memlong generate --model demo --context library.txt --store disk=/tmp --store host=1GB --prompt "Call me"
     """  # noqa: D301 - the backspace makes the help keep these line breaks
+    keep_apart(
+        {"--json": json_file}, {"--context": context or [], "--maps": [memory.maps], "--model": [model]}
+    )
     output = JsonOutput(json_file)
     import torch
 

@@ -14,8 +14,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.files import writable
 from memlong.cli.output import print_json, print_section, print_table, shown
-from memlong.cli.values import writable
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def models(
             raise InvalidArgumentError(
                 f"--markdown writes all model types, and {name!r} is one: leave one of them out"
             )
-        writable(markdown)
+        writable(markdown, replaces=(_PAGE.split("{")[0].encode(),))
     from memlong.architectures import is_model_type
 
     if name is not None and (_is_there(name) or not is_model_type(name)):
@@ -64,8 +64,11 @@ def models(
         try:
             markdown.write_text(page(trials), encoding="utf-8")
         except OSError as error:
-            raise InvalidArgumentError(f"{str(markdown)!r} cannot be written: {error.strerror}") from error
-        typer.echo(f"{markdown}: {_counted(trials)}")
+            typer.echo(page(trials))
+            raise InvalidArgumentError(
+                f"{str(markdown)!r} cannot be written: {error.strerror}; the page is printed instead"
+            ) from error
+        typer.echo(f"{shown(str(markdown))}: {_counted(trials)}")
     elif as_json:
         print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
     else:
