@@ -73,7 +73,7 @@ def generate(
     output = JsonOutput(json_file)
     import torch
 
-    from memlong.decoder import text_streamer
+    from memlong.decoder import printable, text_streamer
     from memlong.evaluation import read_text, tokenize
     from memlong.evaluation.text import check_characters
 
@@ -122,7 +122,7 @@ def generate(
         "new_tokens_per_second": len(new) / answering,
     }
     if output.write(result) and beams > 1:
-        typer.echo(answer)
+        typer.echo(printable(answer))
 
 
 def _sampling(option: str, value: float, least: float, most: float, *, sample: bool) -> float:

@@ -13,7 +13,7 @@ from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
-from memlong.cli.output import JsonOutput, print_table
+from memlong.cli.output import JsonOutput, print_table, shown
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryDecoder
@@ -65,7 +65,7 @@ def perplexity(
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
         decoder,
-        tqdm(total=input_ids.shape[1], unit="tok", desc=f"{text.name} ({told(decoder.model)})") as bar,
+        tqdm(total=input_ids.shape[1], unit="tok", desc=f"{shown(text.name)} ({told(decoder.model)})") as bar,
     ):
         result = evaluate_perplexity(
             decoder,

@@ -11,7 +11,7 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel, TextStreamer
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.decoder.attention import AttentionSlot
@@ -146,11 +146,6 @@ class Speaker:
         """Let fork i go on from what was fork ``rows[i]``, as beam search asks."""
         if self._draft is not None and list(rows) != list(range(len(rows))):
             self._draft = self._draft.fork(rows)
-
-
-def text_streamer(tokenizer: Any) -> TextStreamer:
-    """Return a streamer for generate() that prints the answer as it is made."""
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @contextmanager
