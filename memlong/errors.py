@@ -20,8 +20,18 @@ HIDDEN = "***"
 """What stands in messages and files instead of what may be secret."""
 
 
+_LONGEST = 8000
+
+
 class MemlongError(Exception):
     """Base of every error that memlong raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message as text, whatever names and values it quotes: bounded, and without what a terminal would obey."""
+        said = super().__str__()
+        if len(said) > _LONGEST:
+            said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+        return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in said)
 
 
 class InvalidArgumentError(MemlongError, ValueError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, get_args
+from typing import Literal, Protocol, TypedDict, get_args
+from weakref import ref
 
 import numpy as np
 import torch
@@ -22,6 +23,13 @@ from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, wh
 from memlong.errors import InvalidArgumentError
 
 Metric = Literal["cosine", "inner_product", "l2"]
+
+
+class Reader(Protocol):
+    """Who reads text and stores it in a bank, a window later."""
+
+    def unstored(self, bank: MemoryBank) -> int:
+        """How many tokens it has read that are still to be stored there."""
 
 
 class BankOptions(TypedDict, total=False):
@@ -61,6 +69,12 @@ class MemoryBank(PersistentBank):
     device : str or torch.device, optional
         Where the index computes, by default the CPU. Keys and values stay where they come in.
 
+    Attributes
+    ----------
+    origin : mapping or None
+        Which model made the chunks, with which settings and retriever, as the decoder that added the first has said;
+        None where nobody has. It is saved with the bank, and a decoder takes no bank of another origin.
+
     Raises
     ------
     InvalidArgumentError
@@ -93,6 +107,8 @@ class MemoryBank(PersistentBank):
         self._metric: Metric = metric
         self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
         self._counting = fork_lock()
+        self.origin = None
+        self._reader: ref[Reader] | None = None
         self._unproven: list[tuple[Ids, Finiteness]] = []
 
     @property
@@ -109,6 +125,16 @@ class MemoryBank(PersistentBank):
     def device(self) -> torch.device:
         """Where the index computes."""
         return self._device
+
+    @property
+    def unstored(self) -> int:
+        """How many tokens a decoder holds in its window that it has still to store here."""
+        reader = self._reader and self._reader()
+        return reader.unstored(self) if reader else 0
+
+    def is_read_into(self, reader: Reader) -> None:
+        """Note who reads into the bank, for `unstored`; not kept."""
+        self._reader = ref(reader)
 
     @property
     def next_id(self) -> int:
@@ -374,6 +400,7 @@ class MemoryBank(PersistentBank):
             self._contents.restore()
             self._drop_index()
             self._unproven.clear()
+            self.origin = None
             with self._contents.change(None):
                 self._table.clear()
                 self._store.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import isabstract
 from pathlib import Path
@@ -45,6 +46,7 @@ class PersistentBank(IndexHost):
     _capacity: Capacity
     _counting: threading.Lock
     _saved: SavedBank | None = None
+    origin: Mapping[str, Any] | None
 
     def save(self, path: str | Path, *, compact: bool = False) -> None:
         """Write the bank into a folder, as a whole or, where it was saved there before, what has changed.
@@ -196,6 +198,7 @@ class PersistentBank(IndexHost):
             next_id=self._contents.next_id,
             clock=self._table.clock,
             layout=layout_record(layout),
+            origin=self.origin,
             state=writer.write("state", encode(state)),
             segments=tuple(each.record for each in segments),
             index=None if native is None else IndexRecord(native[0], writer.write("index", native[1], "bin")),
@@ -288,6 +291,7 @@ class PersistentBank(IndexHost):
                 stored.record.clock,
             )
             self._contents.fill(layout, stored.record.next_id)
+            self.origin = stored.record.origin
             self._drop_index()
             if isinstance(self._store, SnapshotStore):
                 stored.attach_to(self._store, content.ids)

@@ -132,7 +132,8 @@ class BankPool:
         Warns
         -----
         RuntimeWarning
-            If a session, this one or another, could not be saved to make room; it stays in memory.
+            If a session, this one or another, could not be saved to make room; it stays in memory. Also if a decoder
+            has read into the bank what it has not stored yet.
         """
         visit = self._enter(session_id)
         session = visit.session
@@ -142,6 +143,14 @@ class BankPool:
                     session.bank = self._bank_of(session)
                 bank = session.bank
             yield bank
+            if bank.unstored:
+                warnings.warn(
+                    f"A decoder holds {bank.unstored} tokens in its window that are not in this session's bank, and a "
+                    "pool keeps banks alone: call decoder.flush() before the block ends, or generate(remember=False) "
+                    "for what need not be remembered.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
         finally:
             self._leave(visit)
             for error in self._spill(Size(self._budget, self._files)):

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlong.bank.snapshot.files import oddity
 from memlong.decoder.adapters import own_names
 from memlong.decoder.json_file import read_json
 from memlong.decoder.lora_settings import lora_options, unreadable_lora
 from memlong.decoder.quiet import quiet_loading
+from memlong.decoder.tensor_file import check_tensors
 from memlong.decoder.weights import left_as_they_are, true_tensor
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
 
@@ -116,12 +116,14 @@ def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None)
 def _options(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     """What peft is to make of the folder, which holds no more than a LoRA of this model."""
     settings = read_json(folder / ADAPTER_SETTINGS)
-    if odd := unreadable_lora(settings) or oddity(folder / ADAPTER):
+    if odd := unreadable_lora(settings):
         raise ValueError(odd)
+    check_tensors(folder / ADAPTER)
     with safe_open(folder / ADAPTER, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     most = _LARGEST * sum(parameter.numel() for parameter in model.parameters())
-    return lora_options(settings, shapes, {name for name, _ in model.named_modules()}, most)
+    widest = model.config.get_text_config(decoder=True).hidden_size
+    return lora_options(settings, shapes, {name for name, _ in model.named_modules()}, most, widest)
 
 
 def _load(model: PreTrainedModel, folder: Path, options: dict[str, Any]) -> None:
@@ -133,8 +135,12 @@ def _load(model: PreTrainedModel, folder: Path, options: dict[str, Any]) -> None
 
 
 def _check_loaded(model: PreTrainedModel, folder: Path) -> None:
+    stored = load_file(folder / ADAPTER)
+    spoilt = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
+    if spoilt:
+        raise ValueError(f"its tensor {min(spoilt)!r} holds numbers that are not finite")
     with left_as_they_are(model):
-        odd = _unlike(load_file(folder / ADAPTER), model.get_adapter_state_dict())
+        odd = _unlike(stored, model.get_adapter_state_dict())
     if odd:
         raise InvalidArgumentError(
             f"The adapter in {str(folder)!r} does not fit this {type(model).__name__}: {len(odd)} of its tensors are "

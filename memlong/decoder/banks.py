@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from memlong.bank import ChunkLayout, MemoryBank
+from memlong.decoder.fingerprint import differences
 from memlong.decoder.machine import dtype_name, loading_in
 from memlong.decoder.retrievers.base import Retriever
 from memlong.errors import InvalidArgumentError
+
+
+def check_origins(banks: Sequence[MemoryBank], ours: Mapping[str, Any]) -> None:
+    """Refuse banks whose chunks another model made.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming what differs from ``ours``, which is what this decoder would note down.
+    """
+    for bank in banks:
+        odd = [] if bank.origin is None else differences(ours, bank.origin)
+        if odd:
+            raise InvalidArgumentError(
+                "banks holds a bank that another model filled, or this one with other settings, for which its keys, "
+                f"values and embeddings were made; what differs: {', '.join(odd)}. Use those, or any_model=True if "
+                "you know that they fit."
+            )
 
 
 def check_banks(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from memlong.bank.copying import to_device
 from memlong.decoder.arrays import Ints
 from memlong.decoder.attention import AttentionSlot, check_attached
+from memlong.decoder.checkpointing import Again, Checkpointing
 from memlong.decoder.forward import AttentionPass, Memory
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.kernels import steady_kernels
@@ -63,30 +66,57 @@ class ModelCalls:
         """Take new tokens [rows, new], −1 where padded, through the model; return logits, and where it stands then."""
         check_attached(self.model)
         self._check_unchanged()
-        if torch.is_grad_enabled():
-            self._check_not_checkpointing()
         width = tokens.shape[1]
         # Sinks stand behind the memory with the text, as far apart as in it, until the window moves.
         incoming = positions_of(tokens, before.placements, sinks_apart=False)
         check_reach(int(incoming.max()), self.layout)
         window, memory = before.window.expecting(tokens, incoming), before.memory
+        with ExitStack() as during:
+            now = during.enter_context(self._through(window, memory, slot, width))
+            if self._checkpointing.is_on:
+                again = self._again(before, tokens, incoming, slot)
+                during.enter_context(self._checkpointing.done_here(window, again))
+            logits: Tensor = self.model(
+                input_ids=input_ids,
+                position_ids=to_device(torch.from_numpy(incoming), self.device),
+                past_key_values=window,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            ).logits
+        window.complete(width)
+        return logits, Standing(window, now.memory, before.placements)
+
+    @contextmanager
+    def _through(
+        self, window: LocalWindow, memory: Memory | None, slot: AttentionSlot, width: int
+    ) -> Iterator[AttentionPass]:
+        """Let attention of this thread go through a window that takes in ``width`` columns, and a memory."""
         slot.current = now = AttentionPass(self.layout, window, width, memory, self.gates, self.device)
         window.supply = now.supply
         try:
             with steady_kernels(self.device):
-                logits: Tensor = self.model(
-                    input_ids=input_ids,
-                    position_ids=to_device(torch.from_numpy(incoming), self.device),
-                    past_key_values=window,
-                    use_cache=True,
-                    logits_to_keep=logits_to_keep,
-                ).logits
+                yield now
         finally:
             slot.current = window.supply = None
             if memory is not None:
                 memory.wait()  # where no retrieval layer was reached
-        window.complete(width)
-        return logits, Standing(window, now.memory, before.placements)
+
+    def _again(self, before: Standing, tokens: Ints, incoming: Ints, slot: AttentionSlot) -> Again:
+        """What lets a layer run again in the backward pass, when the window has long moved on."""
+        kept = before.window.of_rows(range(len(tokens))) if torch.is_grad_enabled() else before.window
+
+        @contextmanager
+        def again() -> Iterator[LocalWindow]:
+            if not slot.modules:
+                raise MemlongError(
+                    "With gradient checkpointing, layers run again in the backward pass, which needs the memory: call "
+                    "backward() inside `with decoder:`."
+                )
+            window = kept.expecting(tokens, incoming)
+            with self._through(window, before.memory, slot, tokens.shape[1]):
+                yield window
+
+        return again
 
     def _check_unchanged(self) -> None:
         now = cast("Tensor", self.model.get_input_embeddings().weight)
@@ -96,15 +126,9 @@ class ModelCalls:
                 f"{self.device}: its window and its memory are. Move it back, or call reset() and read the text again."
             )
 
-    def _check_not_checkpointing(self) -> None:
-        if any(
-            getattr(module, "gradient_checkpointing", False) and module.training
-            for module in self.model.modules()
-        ):
-            raise MemlongError(
-                "Gradient checkpointing is on and the model in training mode: its layers would run without their "
-                "cache, and so without memory. Call model.eval(), or model.gradient_checkpointing_disable()."
-            )
+    @cached_property
+    def _checkpointing(self) -> Checkpointing:
+        return Checkpointing(self.model)
 
     def run_by_length(
         self,

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
 from memlong.decoder.adapter_files import attach_adapter
-from memlong.decoder.generation import Speaker, StreamCache, answers_of, check_options, inferred_mask
+from memlong.decoder.generation import Speaker, StreamCache, check_options, inferred_mask
 from memlong.decoder.loading import load_model
 from memlong.decoder.machine import AUTO, choose_machine
 from memlong.decoder.pretrained import read_pretrained, write_pretrained
 from memlong.decoder.recall import RandomChunks
+from memlong.decoder.replacing import replaced
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.saving import SavingDecoder
 from memlong.decoder.sources import LatentSource
@@ -82,10 +83,14 @@ class MemoryDecoder(SavingDecoder):
     """
 
     def reset(
-        self, banks: Sequence[MemoryBank] | None = None, *, random_chunks: RandomChunks | None = None
+        self,
+        banks: Sequence[MemoryBank] | None = None,
+        *,
+        random_chunks: RandomChunks | None = None,
+        any_model: bool = False,
     ) -> None:
         """Begin new streams, with empty windows; as :meth:`StreamingDecoder.reset`."""
-        super().reset(banks, random_chunks=random_chunks)
+        super().reset(banks, random_chunks=random_chunks, any_model=any_model)
         self._turn: _Turn | None = None
 
     @classmethod
@@ -258,9 +263,7 @@ class MemoryDecoder(SavingDecoder):
         if remember:
             # Read as any text is: what the streams hold must not depend on beams, or on the rows beside them.
             sequences = output if isinstance(output, Tensor) else output.sequences
-            streams.finish(
-                answers_of(self.model, sequences, input_ids.shape[1], len(prompt), options), self._slot
-            )
+            streams.finish(speaker.answers(sequences), self._slot)
             speaker.cache.columns = sequences.shape[1]
             self._turn = _Turn(speaker.cache, self.tokens_read, sequences[:: len(sequences) // len(prompt)])
         return output
@@ -271,20 +274,13 @@ class MemoryDecoder(SavingDecoder):
 
         Every call knows what was read in before, and nothing of another call (``remember=False``).
         """
-        before = vars(self.model).get("generate")
 
         def generate(inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Any:
             input_ids = options.pop("input_ids", inputs)
             return self.generate(input_ids, remember=False, generation_config=generation_config, **options)
 
-        setattr(self.model, "generate", generate)  # noqa: B010 - seen by mypy as a submodule
-        try:
+        with replaced(self.model, "generate", generate):
             yield
-        finally:
-            if before is None:
-                del self.model.generate
-            else:
-                setattr(self.model, "generate", before)  # noqa: B010
 
     def _columns_of(self, cache: StreamCache, input_ids: Tensor) -> int:
         """How many columns of a conversation the streams have read; it must begin with those."""

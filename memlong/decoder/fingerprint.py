@@ -13,7 +13,13 @@ from memlong.decoder.gates import MemoryGates
 from memlong.decoder.layout import ModelLayout
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.sources import KvSource, LatentSource, LayerSource
-from memlong.decoder.weights import adapter_digests, module_digest, text_decoder, weights_digest
+from memlong.decoder.weights import (
+    adapter_digests,
+    module_digest,
+    text_decoder,
+    weights_digest,
+    weights_sample,
+)
 from memlong.plugins.uri import digested
 
 _DIGITS = 64  # of a SHA-256
@@ -72,6 +78,28 @@ def fingerprint(
     }
 
 
+def origin_of(
+    model: PreTrainedModel,
+    config: MemoryConfig,
+    layout: ModelLayout,
+    source: KvSource,
+    retriever: Retriever | None,
+) -> dict[str, Any]:
+    """Describe what the chunks of a bank depend on, in a few milliseconds: of the weights, a sample is hashed."""
+    part = text_decoder(model, layout.modules)
+    return {
+        "model": type(part).__name__,
+        "config": _told(model.config.get_text_config(decoder=True)),
+        "weights": weights_sample(part),
+        "adapters": adapter_digests(model, part),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_source": config.kv_source,
+        "stored_layers": list(source.stored_layers),
+        "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
+        "retriever": None if retriever is None else _retriever(config, retriever),
+    }
+
+
 def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Yield what a fingerprint says, one fact at a time; parts of one after a dot."""
     for name, value in told.items():
@@ -84,7 +112,9 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     Of the configuration, only what both know counts: a release of transformers may add fields. Of other dtypes,
     weights cannot be compared.
     """
-    if not isinstance(theirs.get("config"), dict):
+    adapters = theirs.get("adapters") or {}
+    is_known = isinstance(theirs.get("config"), dict) and isinstance(adapters, dict)
+    if not is_known or not all(isinstance(each, str) for each in adapters.values()):
         return ["the form of the fingerprint, which is of an earlier memlong and cannot be compared"]
     names = (ours.keys() | theirs.keys()) - {"adapters", "config"}
     if ours.get("dtype") != theirs.get("dtype"):
@@ -94,13 +124,10 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         _told_apart(name, ours["config"][name], theirs["config"][name])
         for name in sorted(ours["config"].keys() & theirs["config"].keys())
     ]
-    mine, other = (each.get("adapters") or {} for each in (ours, theirs))
-    adapters = (
-        ""
-        if sorted(mine.values()) == sorted(other.values())
-        else f"adapters ({_names(other)} when it was saved, {_names(mine)} now)"
-    )
-    return [each for each in (adapters, *fields, *found) if each]
+    mine = ours.get("adapters") or {}
+    differ = sorted(mine.values()) != sorted(adapters.values())
+    told = f"adapters ({_names(adapters)} when it was saved, {_names(mine)} now)" if differ else ""
+    return [each for each in (told, *fields, *found) if each]
 
 
 def _told_apart(name: str, mine: object, other: object) -> str:

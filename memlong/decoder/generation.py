@@ -10,12 +10,14 @@ from functools import wraps
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.replacing import replaced
 from memlong.decoder.row import Row
 from memlong.decoder.streams import Streams
 from memlong.errors import InvalidArgumentError
@@ -62,6 +64,44 @@ class StreamCache(Cache):
             speaker.reorder(beam_idx.tolist())
 
 
+class Endings(StoppingCriteriaList):
+    """The stopping criteria of a turn, which note which sequence ended where.
+
+    What a row is given once it has ended (padding, or tokens that nobody reads) is not what it said.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, columns: int, *, beams: bool) -> None:
+        super().__init__(criteria)
+        for each in self:
+            if isinstance(each, MaxLengthCriteria):  # which warns of more positions than a memory takes
+                each.max_position_embeddings = None
+        self._columns = columns
+        self._beams = beams
+        self._done: list[Tensor] = []
+        self._said: set[tuple[int, ...]] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Tell which rows [rows] have ended, as transformers asks after each token."""
+        done: Tensor = super().__call__(input_ids, scores, **kwargs)
+        if self._beams:  # where rows change places
+            self._said |= set(map(tuple, input_ids[done, self._columns :].tolist()))
+        else:  # without waiting for the device
+            self._done.append(done)
+        return done
+
+    def answers(self, sequences: Tensor) -> list[list[int]]:
+        """Return what each of the sequences [rows, tokens] that were returned said."""
+        answers: list[list[int]] = sequences[:, self._columns :].tolist()
+        if self._beams:
+            for tokens in answers:
+                ends = (end for end in range(1, len(tokens)) if tuple(tokens[:end]) in self._said)
+                del tokens[next(ends, len(tokens)) :]
+        elif self._done:
+            for tokens, done in zip(answers, torch.stack(self._done, dim=1).tolist(), strict=True):
+                del tokens[(done.index(True) + 1 if True in done else len(tokens)) :]
+        return answers
+
+
 class Speaker:
     """One turn: forks the streams, one for every beam or sequence, and feeds the forks what generate() chooses.
 
@@ -95,12 +135,14 @@ class Speaker:
         self._query_length = config.query_tokens or config.retrieval_interval
         self._draft: Streams | None = None
         self._steps = 0
+        self._endings: Endings | None = None
         self.cache = StreamCache(columns, self)
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
-        """Let the model's forward calls for this turn come here."""
-        inner, own = model.forward, "forward" in vars(model)
+        """Let the model's forward calls for this turn, and what ends it, come here."""
+        inner = model.forward
+        criteria: Any = model._get_stopping_criteria  # noqa: SLF001 - the only way to know of all
 
         @wraps(inner)
         def forward(*args: Any, **given: Any) -> Any:
@@ -108,14 +150,21 @@ class Speaker:
                 return self._forward(given["input_ids"])
             return inner(*args, **given)
 
-        model.forward = forward
-        try:
+        @wraps(criteria)
+        def endings(generation_config: GenerationConfig, *args: Any, **given: Any) -> Endings:
+            beams = (generation_config.num_beams or 1) > 1
+            found = criteria(generation_config, *args, **given)
+            self._endings = Endings(found, self.cache.columns, beams=beams)
+            return self._endings
+
+        with replaced(model, "forward", forward), replaced(model, "_get_stopping_criteria", endings):
             yield
-        finally:
-            if own:
-                model.forward = inner
-            else:
-                del model.forward
+
+    def answers(self, sequences: Tensor) -> list[list[int]]:
+        """Return what each row said: of the sequences that generate() returned, its first, up to where it ended."""
+        assert self._endings is not None  # noqa: S101 - generate() has asked for criteria
+        per_row = len(sequences) // len(self._streams.rows)
+        return self._endings.answers(sequences)[::per_row]
 
     def _forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
         if self._draft is None:
@@ -151,7 +200,6 @@ class Speaker:
 @contextmanager
 def plain_generate_told(model: PreTrainedModel) -> Iterator[None]:
     """Warn where the model's own ``generate()`` is called meanwhile, which knows nothing of a memory."""
-    before = vars(model).get("generate")
     inner: Any = model.generate
 
     @wraps(inner)
@@ -163,13 +211,8 @@ def plain_generate_told(model: PreTrainedModel) -> Iterator[None]:
         )
         return inner(*args, **options)
 
-    vars(model)["generate"] = generate
-    try:
+    with replaced(model, "generate", generate):
         yield
-    finally:
-        del vars(model)["generate"]
-        if before is not None:
-            vars(model)["generate"] = before
 
 
 _NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
@@ -219,27 +262,6 @@ def inferred_mask(model: PreTrainedModel, input_ids: Tensor, options: dict[str, 
     if not isinstance(padding, int) or padding in stops or not bool((input_ids == padding).any()):
         return None
     return (input_ids != padding).long()
-
-
-def answers_of(
-    model: PreTrainedModel, sequences: Tensor, columns: int, rows: int, options: dict[str, Any]
-) -> list[list[int]]:
-    """Return what each row said: of its first sequence, the tokens after ``columns``, without padding."""
-    per_row = sequences.shape[0] // rows
-    ends = _setting(model, options, "eos_token_id")
-    ends = ends.flatten().tolist() if isinstance(ends, Tensor) else ends
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
-    padding = _setting(model, options, "pad_token_id")
-    answers = []
-    for tokens in sequences[::per_row, columns:].tolist():
-        end = next((place + 1 for place, token in enumerate(tokens) if token in stops), None)
-        if end is None:
-            end = len(tokens)
-            # Nothing is padded where nothing can end early: there the same token is the model's own.
-            while stops and end and len(sequences) > 1 and tokens[end - 1] == padding:
-                end -= 1
-        answers.append(tokens[:end])
-    return answers
 
 
 def _setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:

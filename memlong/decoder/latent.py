@@ -123,7 +123,10 @@ class LatentMaps(nn.Module):
         try:
             mean, both = tensors["mean"], [tensors[name] for name in _NAMES]
             if both[0].dtype == torch.int8:
-                both = [tensors[name] * tensors[f"{name}_scale"] for name in _NAMES]
+                scales = [tensors[f"{name}_scale"] for name in _NAMES]
+                if any(of.shape != (*each.shape[:-1], 1) for of, each in zip(scales, both, strict=True)):
+                    raise ValueError("its scales are not those of its steps")
+                both = [each * of for of, each in zip(scales, both, strict=True)]
             if not all(each.is_floating_point() for each in (mean, *both)):
                 raise TypeError("its numbers are integers")
             return cls(layers, mean, *both)

@@ -78,7 +78,7 @@ def unreadable_lora(settings: Mapping[str, Any]) -> str:
 
 
 def lora_options(
-    settings: Mapping[str, Any], shapes: Shapes, layers: Collection[str], most: int
+    settings: Mapping[str, Any], shapes: Shapes, layers: Collection[str], most: int, widest: int
 ) -> dict[str, Any]:
     """Return the arguments of peft's ``LoraConfig`` for the tensors of an adapter.
 
@@ -92,6 +92,8 @@ def lora_options(
         Names of the model's modules.
     most
         How many numbers it may have.
+    widest
+        How many the model has of a token.
 
     Raises
     ------
@@ -105,6 +107,10 @@ def lora_options(
             raise ValueError(f"its tensor {_shown(name)} belongs to no layer of the model")
         if "A" in (found["part"], found["of_embedding"]):
             ranks[found["layer"]] = shape[0] if shape else 0
+    if max(ranks.values(), default=0) > widest:
+        raise ValueError(
+            f"its rank is {max(ranks.values()):,}, more than the {widest:,} numbers that a token has"
+        )
     count = sum(math.prod(shape) for shape in shapes.values())
     if count > most or not ranks or not all(rank >= 1 for rank in ranks.values()):
         raise ValueError(f"its {len(shapes)} tensors have {count:,} numbers, expected 1 to {most:,}")
@@ -116,10 +122,22 @@ def lora_options(
         "target_modules": sorted(ranks),
         "rank_pattern": {re.escape(name): each for name, each in ranks.items() if each != rank},
         "lora_alpha": settings.get("lora_alpha", 8),
-        "alpha_pattern": dict(settings.get("alpha_pattern") or {}),
+        "alpha_pattern": _alphas(settings.get("alpha_pattern") or {}, ranks),
         "lora_dropout": settings.get("lora_dropout", 0.0),
         **{name: settings.get(name, False) for name in _FLAGS},
     }
+
+
+def _alphas(given: Mapping[str, float], layers: Collection[str]) -> dict[str, float]:
+    """Alphas by the whole names of layers: peft tries every pattern on every layer, and the first that fits counts."""
+    order = {name: number for number, name in enumerate(given)}
+    found = {}
+    for layer in layers:
+        parts = layer.split(".")
+        ends = {".".join(parts[start:]) for start in range(len(parts))} & order.keys()
+        if ends:
+            found[layer] = given[min(ends, key=order.__getitem__)]
+    return found
 
 
 def _shown(value: object) -> str:

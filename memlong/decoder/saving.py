@@ -7,15 +7,15 @@ from typing import Any, Self
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank, TieredStore
-from memlong.bank.snapshot.files import damaged, read_checked
+from memlong.bank.snapshot.files import damaged
 from memlong.bank.snapshot.manifest import ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.segments import check_finite
+from memlong.bank.snapshot.tensors import read_streams
 from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.fingerprint import differences, fingerprint
@@ -161,8 +161,10 @@ class SavingDecoder(StreamingDecoder):
         self._check_fingerprint(folder, extra, any_model=any_model)
         path = folder / extra.file.name
         try:
-            tensors = safetensors.torch.load(read_checked(folder, extra.file))
+            tensors = read_streams(folder, extra.file)
             rows = list(extra.facts["rows"])
+            if len(rows) > sum(name.endswith(".recent") for name in tensors):
+                raise ValueError(f"{len(rows):,} rows are named, and not all are there")
             if self.config.backend is not None and len(rows) != len(manifest.banks):
                 raise damaged(path, f"is of {len(rows)} rows, but there are {len(manifest.banks)} banks")
             for states in tensors.values():
@@ -174,7 +176,7 @@ class SavingDecoder(StreamingDecoder):
             self._check_fit(path, [bank for bank in banks if bank is not None])
             streams = self._streams_over(banks)
             streams.go_on(rows, tensors)
-        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, MemlongError):
                 raise
             if any_model:
@@ -188,7 +190,7 @@ class SavingDecoder(StreamingDecoder):
     def _check_fit(self, path: Path, banks: list[MemoryBank]) -> None:
         try:
             if banks:
-                self._checked(banks)
+                self._checked(banks, any_model=True)  # the fingerprint says more than what the banks know
         except InvalidArgumentError as error:
             raise SnapshotError(
                 f"{str(path)!r} comes with banks that this decoder cannot use: {error}"
@@ -217,7 +219,7 @@ class SavingDecoder(StreamingDecoder):
         ours = self.fingerprint()
         odd = [] if any_model else differences(ours, theirs)
         if odd:
-            is_dtype = ours["dtype"] != theirs.get("dtype") and theirs.get("dtype") in DTYPES
+            is_dtype = ours["dtype"] != theirs.get("dtype") and theirs.get("dtype") in list(DTYPES)
             raise SnapshotError(
                 f"{str(folder)!r} was saved with another model or other settings, for which its keys and values were "
                 f"made; what differs: {', '.join(odd)}. Use those, or any_model=True if you know that they fit."

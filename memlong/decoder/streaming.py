@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from memlong.bank import ChunkLayout, MemoryBank, TieredStore
 from memlong.decoder.adapters import unwrapped
 from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
-from memlong.decoder.banks import check_banks
+from memlong.decoder.banks import check_banks, check_origins
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.fingerprint import origin_of
 from memlong.decoder.gates import make_gates
 from memlong.decoder.generation import plain_generate_told
 from memlong.decoder.interrupts import uninterrupted
@@ -176,7 +177,11 @@ class StreamingDecoder:
         return self._source.block_layout(self.config.chunk_size, self.model.dtype, self.model.device)
 
     def reset(
-        self, banks: Sequence[MemoryBank] | None = None, *, random_chunks: RandomChunks | None = None
+        self,
+        banks: Sequence[MemoryBank] | None = None,
+        *,
+        random_chunks: RandomChunks | None = None,
+        any_model: bool = False,
     ) -> None:
         """Begin new streams, with empty windows.
 
@@ -187,38 +192,68 @@ class StreamingDecoder:
             same ``retrieval_layers``; new ones by default.
         random_chunks
             Now and then, chunks at random instead of those that were asked for, as training uses them.
+        any_model
+            Take banks that another model filled, or this one with other settings, if shapes fit. What this model makes
+            of their keys and values is another question.
 
         Raises
         ------
         InvalidArgumentError
             If a bank does not fit the retriever, the model or the settings, or two rows would share one.
         """
-        self._given_banks = None if banks is None else self._checked(banks)
+        self._given_banks = None if banks is None else self._checked(banks, any_model=any_model)
         self._random_chunks = random_chunks
         self._streams: Streams | None = None
         self._call = object()  # the latest call that reads; those before it have ended
 
-    def use_banks(self, banks: Sequence[MemoryBank]) -> None:
+    def use_banks(self, banks: Sequence[MemoryBank], *, any_model: bool = False) -> None:
         """Let the streams go on with other banks, from the next retrieval; their windows stay.
 
         Parameters
         ----------
         banks
             One for each row, as :meth:`reset` takes them.
+        any_model
+            As for :meth:`reset`.
 
         Raises
         ------
         InvalidArgumentError
             If a bank does not fit, two rows would share one, or there are not as many as rows.
         """
-        given = self._checked(banks)
+        given = self._checked(banks, any_model=any_model)
         rows = self._streams.rows if self._streams else ()
         if len(given) != len(rows):
             raise InvalidArgumentError(
                 f"banks holds {len(given)} banks for {len(rows)} rows; expected one for each row that streams."
             )
-        for row, bank in zip(rows, given, strict=True):
-            row.bank, row.storing_from = bank, None
+        if self._streams is not None:
+            self._streams.use_banks(given)
+
+    def flush(self) -> list[list[int]]:
+        """Store what the windows still hold, and begin new streams over the same banks.
+
+        A bank is then worth keeping without its decoder, as in a :class:`~memlong.BankPool`.
+
+        Returns
+        -------
+        list of lists of int
+            Of each row, the latest tokens, fewer than a chunk, that no bank holds: to be read before what comes next.
+            The first ``sink_tokens`` of a stream are in no bank either.
+
+        Raises
+        ------
+        MemlongError
+            If the configuration has ``backend=None``: there are no banks.
+        """
+        if self.config.backend is None:
+            raise MemlongError("There is no bank to store the window in: the configuration has backend=None.")
+        if self._streams is None:
+            return []
+        banks = self.banks
+        left = self._streams.flush()
+        self.reset(banks, any_model=True)
+        return left
 
     def stream(
         self,
@@ -351,9 +386,14 @@ class StreamingDecoder:
             options["store"] = TieredStore(**self.config.store)
         return self._registry.create_bank(self.config.backend, self.retriever.dim, **options)
 
-    def _checked(self, banks: Sequence[MemoryBank]) -> tuple[MemoryBank, ...]:
+    def _checked(self, banks: Sequence[MemoryBank], *, any_model: bool) -> tuple[MemoryBank, ...]:
         if self.retriever is None or self.config.backend is None:
             raise InvalidArgumentError(
                 "banks were given, but the configuration has backend=None: name a backend."
             )
-        return check_banks(banks, self.retriever, self.layout)
+        found = check_banks(banks, self.retriever, self.layout)
+        if not any_model and any(bank.origin is not None for bank in found):
+            check_origins(
+                found, origin_of(self.model, self.config, self._layout, self._source, self.retriever)
+            )
+        return found

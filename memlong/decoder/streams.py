@@ -19,6 +19,7 @@ from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.buffers import layer_groups, turned
 from memlong.decoder.calls import ModelCalls, Standing
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.fingerprint import origin_of
 from memlong.decoder.forward import Memory
 from memlong.decoder.gates import MemoryGates
 from memlong.decoder.layout import ModelLayout
@@ -87,6 +88,7 @@ class Streams:
         random_chunks: RandomChunks | None = None,
     ) -> None:
         self.rows = tuple(Row(config, bank, random_chunks) for bank in banks)
+        self.use_banks(banks)
         self._model = model
         self._layout = layout
         self._config = config
@@ -110,6 +112,29 @@ class Streams:
     def nbytes(self) -> int:
         """Bytes of keys and values that attention works on: the windows and what is retrieved."""
         return self._window.nbytes + (self._memory.nbytes if self._memory else 0)
+
+    def use_banks(self, banks: Sequence[MemoryBank | None]) -> None:
+        """Go on with other banks, from the next retrieval."""
+        for row, bank in zip(self.rows, banks, strict=True):
+            row.bank, row.storing_from = bank, None
+            if bank is not None:
+                bank.is_read_into(self)
+
+    def unstored(self, bank: MemoryBank) -> int:
+        """How many tokens are in a row's window alone, and belong in this bank."""
+        return sum(
+            row.seen - row.first_token for row in self.rows if row.bank is bank and row.seen > row.first_token
+        )
+
+    def flush(self) -> list[list[int]]:
+        """Let all whole chunks of the windows leave into the banks; return each row's tokens that make none."""
+        self._catch_up()
+        for index, row in enumerate(self.rows):
+            leaving = row.departing(everything=True)
+            if leaving:
+                self._store(index, leaving)
+                row.depart(len(leaving))
+        return [row.tail() for row in self.rows]
 
     def fork(self, rows: Sequence[int]) -> Streams:
         """Return streams that go on from these rows, which may come more than once; these stay as they are.
@@ -154,11 +179,14 @@ class Streams:
     def go_on(self, facts: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
         """Stand where other streams stood; ValueError, KeyError or TypeError if none can have stood there."""
         blocks = self._source.block_layout(self._config.chunk_size, self._model.dtype, self._device)
+        by_row: dict[str, dict[str, Tensor]] = {}
+        for name, each in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "row":
+                number, _, what = rest.partition(".")
+                by_row.setdefault(number, {})[what] = each
         for index, (row, mine) in enumerate(zip(self.rows, facts, strict=True)):
-            prefix = f"row.{index}."
-            own = {
-                name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)
-            }
+            own = by_row.get(str(index), {})
             row.go_on(mine, own, blocks)
             if not all(0 <= token < self._layout.vocabulary for token in own["recent"].tolist()):
                 raise ValueError(f"tokens of row {index} are not the model's")
@@ -309,6 +337,8 @@ class Streams:
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving], device="cpu")
         embeddings = self._retriever.embed_chunks(leaving)
+        if isinstance(bank, MemoryBank) and not bank.next_id:
+            bank.origin = origin_of(self._model, self._config, self._layout, self._source, self._retriever)
         row.storing_from = bank.next_id
         keys, values = _in_chunks(keys, size), _in_chunks(values, size)
         bank.add(embeddings, keys, values, spans, check_first=False)

@@ -12,7 +12,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memlong.bank.snapshot.files import oddity
+from memlong.bank.snapshot.tensors import has_long_header
 from memlong.errors import InvalidArgumentError
+
+
+def check_tensors(path: Path) -> None:
+    """Raise ValueError if a file is no plain one, or describes more tensors than are ever written; OSError if none is."""
+    if odd := oddity(path):
+        raise ValueError(f"it {odd}")
+    with path.open("rb") as file:
+        if has_long_header(file.read(8)):
+            raise ValueError("it describes more tensors than such a file ever holds")
 
 
 def write_tensors(
@@ -52,8 +62,7 @@ def read_tensors(
         If the file is missing, damaged or of another kind, or a number in it is not finite.
     """
     try:
-        if odd := oddity(Path(path)):
-            raise ValueError(f"it {odd}")
+        check_tensors(Path(path))
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:

@@ -126,16 +126,6 @@ def test_a_dtype_changed_in_the_middle_of_a_stream_is_refused(llama, small, text
         decoder.read(text(60))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # newer transformers have another name for it
-def test_gradient_checkpointing_that_would_go_without_memory_is_refused(llama, small, text):
-    llama.gradient_checkpointing_enable()
-    with MemoryDecoder(llama, None, small()) as decoder:
-        list(decoder.stream(text(20), gradients=True))  # in evaluation mode, layers keep their cache
-        llama.train()
-        with pytest.raises(MemlongError, match=r"Call model.eval\(\), or model.gradient_check"):
-            list(decoder.stream(text(20), gradients=True))
-
-
 @pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_decoder_is_saved_and_not_copied(llama, small, act):
     with pytest.raises(MemlongError, match=r"save\(path\), and go on elsewhere with MemoryDecoder.load"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlong import MemoryConfig, MemoryDecoder, Retriever, create_bank
+from memlong import BankPool, MemoryConfig, MemoryDecoder, Retriever, create_bank, load_bank
 from memlong.errors import InvalidArgumentError, MemlongError, UnknownNameError
 
 
@@ -250,6 +250,113 @@ def test_a_bank_of_another_dtype_is_refused(llama, small, text):
     other = MemoryDecoder(llama.bfloat16(), None, small())
     with pytest.raises(InvalidArgumentError, match=r"of dtype torch.float32, .* are of dtype torch.bfloat16"):
         other.reset(banks)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["at hand", "saved"])
+@pytest.mark.parametrize(
+    ("seed", "change", "odd"),
+    [
+        (1, {}, "weights"),
+        (0, {"retriever_options": {"sharpness": 2.0}}, "retriever"),
+        (0, {"retrieval_layers": "0,1,2,3"}, None),
+        (0, {"position_mode": "original", "top_k": 2, "local_window": 60}, None),
+    ],
+)
+def test_a_bank_that_another_model_filled_is_refused(
+    tiny_model, small, text, tmp_path, seed, change, odd, saved
+):
+    with MemoryDecoder(tiny_model("Llama"), None, small()) as decoder:
+        decoder.read(text(100))
+        banks = decoder.banks
+    if saved:
+        banks[0].save(tmp_path / "bank")
+        banks = [load_bank(tmp_path / "bank")]
+    with MemoryDecoder(tiny_model("Llama", seed=seed), None, small(**change)) as other:
+        if odd is None:
+            other.reset(banks)
+            other.read(text(100))
+            other.use_banks(banks)
+            return
+        with pytest.raises(
+            InvalidArgumentError, match=f"another model filled.*what differs: {odd}.*any_model=True"
+        ):
+            other.reset(banks)
+        other.reset(banks, any_model=True)
+        other.read(text(9))
+        with pytest.raises(InvalidArgumentError, match="another model filled"):
+            other.use_banks(banks)
+        other.use_banks(banks, any_model=True)
+
+
+@pytest.mark.parametrize("read", [0, 1, 5, 24, 101, 240])
+def test_flush_stores_what_the_window_holds(llama, small, text, read):
+    ids, later = text(240, rows=2)[:, :read], text(400, rows=2, seed=1)
+    mask = torch.ones_like(ids)
+    mask[1, : read // 2] = 0
+    with MemoryDecoder(llama, None, small()) as decoder:
+        if read > 1:
+            decoder.read(ids, mask)
+        banks = decoder.banks
+        stored, unstored = list(map(len, banks)), [bank.unstored for bank in banks]
+        left = decoder.flush()
+        for row, bank in enumerate(banks):
+            said = ids[row, int(mask[row].argmax()) :].tolist()
+            whole = max(0, len(said) - 2) // 4 * 4  # without sinks, in chunks
+            assert unstored[row] + 4 * stored[row] == max(0, len(said) - 2)
+            assert left[row] == said[2 + whole :]
+            assert bank.spans_of(bank.ids).tolist() == [[2 + at, 6 + at] for at in range(0, whole, 4)]
+            assert not bank.unstored
+        if read > 5:
+            decoder.read(later[:, :20])
+            assert decoder.banks == banks
+            assert decoder.tokens_read == (20, 20)
+            decoder.reset()
+            decoder.read(torch.cat([ids, later], dim=1), torch.cat([mask, torch.ones_like(later)], dim=1))
+            for bank, whole in zip(banks, decoder.banks, strict=True):  # as if they had left by and by
+                same = bank.ids[bank.ids < len(bank)]
+                expected, found = whole.fetch(same), bank.fetch(same)
+                torch.testing.assert_close(found.keys, expected.keys, rtol=0.0, atol=1e-5)
+                torch.testing.assert_close(found.values, expected.values, rtol=0.0, atol=1e-5)
+                assert torch.equal(found.spans, expected.spans)
+
+
+def test_flush_without_a_bank_is_refused(llama, small, text):
+    with MemoryDecoder(llama, None, small(backend=None)) as decoder:
+        decoder.read(text(50))
+        with pytest.raises(MemlongError, match="no bank to store the window in"):
+            decoder.flush()
+
+
+def test_a_pool_tells_of_a_window_that_it_would_lose(llama, small, text, tmp_path):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        dim, metric = decoder.retriever.dim, decoder.retriever.metric
+        pool = BankPool(
+            tmp_path / "pool", lambda: create_bank("torch", dim, metric=metric), load_bank, budget="1GB"
+        )
+        with pytest.warns(RuntimeWarning, match=r"holds 18 tokens in its window .* decoder.flush\(\) before"):
+            with pool.session("a") as bank:
+                decoder.reset([bank])
+                decoder.read(text(20))
+        with pool.session("b") as bank:
+            decoder.reset([bank])
+            decoder.read(text(20))
+            assert len(decoder.flush()[0]) == 2
+            assert len(bank) == 4
+        with pool.session("b") as bank:
+            decoder.reset([bank])
+            decoder.generate(text(20), max_new_tokens=2, do_sample=False, remember=False)
+        pool.close()
+
+
+def test_a_bank_that_others_filled_by_hand_says_nothing_of_a_model(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(100))
+        chunks = decoder.banks[0].fetch(decoder.banks[0].ids[:3])
+        bank = create_bank("torch", decoder.banks[0].dim, metric=decoder.banks[0].metric)
+        bank.add(decoder.banks[0].embeddings.embeddings[:3], chunks.keys, chunks.values, chunks.spans)
+        decoder.reset([bank])
+        decoder.read(text(100))
+        assert bank.origin is None
 
 
 @pytest.mark.parametrize("banks", [None, 5, "ab", [], [None]])

@@ -158,12 +158,77 @@ def test_rows_that_end_early_are_continued_without_their_padding(llama, small, t
     assert seen == [60 + length for length in lengths]
 
 
+class Says(StoppingCriteria):
+    """Ends a row that says one of some tokens, as a stop string does."""
+
+    def __init__(self, *tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores, **_):
+        return torch.isin(input_ids[:, -1], torch.tensor(self.tokens))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("padding", [0, 2], ids=["pad", "pad is eos"])
+@pytest.mark.parametrize("eos", [2, None], ids=["eos", "no eos"])
+def test_whatever_ends_a_row_the_stream_holds_what_it_said_as_alone(llama, small, text, beams, padding, eos):
+    ids = text(60, rows=3)
+    options = {"max_new_tokens": 20, "do_sample": False, "num_beams": beams, "eos_token_id": eos}
+    options |= {"pad_token_id": padding}
+    with MemoryDecoder(llama, None, small()) as decoder:
+        free = decoder.generate(ids, **options)[:, 60:].tolist()
+        ends = [row[4 + 3 * number] for number, row in enumerate(free[:2])]
+        decoder.reset()
+        decoder.generate(ids, **options, stopping_criteria=[Says(*ends)])
+        held = decoder.tokens_read
+        logits = decoder.read(text(5, rows=3, seed=1))
+        for row in range(3):
+            decoder.reset()
+            decoder.generate(ids[row : row + 1], **options, stopping_criteria=[Says(*ends)])
+            assert decoder.tokens_read == held[row : row + 1]
+            alone = decoder.read(text(5, rows=3, seed=1)[row : row + 1])
+            torch.testing.assert_close(alone[0], logits[row], rtol=0.0, atol=2e-5)
+    assert min(held) < 80
+
+
+def test_a_stop_string_ends_what_was_said_though_padding_is_the_end_of_text(llama, small, text):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {chr(33 + number): number for number in range(94)} | {"\u0120": 94}
+    bytes_alone = Tokenizer(models.BPE(letters, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+    ids = text(60, rows=2)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": 2, "pad_token_id": 2}
+    with MemoryDecoder(llama, tokenizer, small()) as decoder:
+        free = decoder.generate(ids, **options)[0, 60:].tolist()
+        decoder.reset()
+        ended = decoder.generate(ids, **options, tokenizer=tokenizer, stop_strings=chr(33 + free[3]))
+        first = free.index(free[3]) + 1
+        assert ended[0, 60:].tolist()[first:].count(2) == ended.shape[1] - 60 - first > 0
+        assert decoder.tokens_read[0] == 60 + first
+
+
 class After(StoppingCriteria):
     def __init__(self, length):
         self.length = length
 
     def __call__(self, input_ids, scores, **_):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_nobody_is_warned_of_more_positions_than_a_memory_takes(tiny_model, small, text, monkeypatch):
+    model = tiny_model()
+    model.config.max_position_embeddings = 64
+    monkeypatch.setattr(
+        "transformers.generation.stopping_criteria.logger.warning_once", lambda said: pytest.fail(said)
+    )
+    with MemoryDecoder(model, None, small()) as decoder:
+        assert decoder.generate(text(100), max_new_tokens=3, eos_token_id=None).shape == (1, 103)
+    with pytest.raises(pytest.fail.Exception, match="maximum length"):
+        model.generate(text(100), max_new_tokens=3, eos_token_id=None)
 
 
 def test_streamers_and_stopping_criteria_work(llama, small, text):

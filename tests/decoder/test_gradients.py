@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
+from memlong.errors import MemlongError
 from memlong.training import fit_latent_maps
 
 
@@ -88,3 +89,81 @@ def test_the_gradient_of_a_gate_is_what_small_steps_say(tiny_model, architecture
             decoder.gates.bias[layer, 1] -= 2 * step
             below = float(loss(False))
     assert slope == pytest.approx((above - below) / (2 * step), rel=0.05, abs=0.05)
+
+
+def gradients_of(decoder, ids, *, checkpointed, together):
+    """Losses, and gradients of all that learns, of a text read in training mode."""
+    model = decoder.model
+    model.train()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_disable()
+    learning = {**dict(model.named_parameters()), **dict(decoder.gates.named_parameters())}
+    for each in learning.values():
+        each.grad = None
+    decoder.reset()
+    losses = []
+    for segment in decoder.stream(ids, gradients=True):
+        losses.append(segment.logits.log_softmax(dim=-1)[..., 5].sum())
+        if not together and losses[-1].requires_grad:
+            losses[-1].backward()
+    if together:
+        torch.stack(losses).sum().backward()
+    found = {name: each.grad.clone() for name, each in learning.items() if each.grad is not None}
+    return torch.stack(losses).detach(), found
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # newer transformers have another name for it
+@pytest.mark.parametrize("together", [False, True], ids=["by segment", "all at the end"])
+def test_gradient_checkpointing_changes_no_gradient(tiny_model, architecture, small, text, together):
+    model = tiny_model(architecture)
+    with MemoryDecoder(model, None, small(gate_init=0.5)) as decoder:
+        losses, expected = gradients_of(decoder, text(80), checkpointed=False, together=together)
+        again, found = gradients_of(decoder, text(80), checkpointed=True, together=together)
+        assert model.is_gradient_checkpointing
+    assert torch.equal(again, losses)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0.0, atol=1e-5 * max(1.0, float(gradient.abs().max()))
+        )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing_of_either_kind_keeps_less_and_runs_layers_twice(llama, small, text):
+    calls = []
+    llama.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    with MemoryDecoder(llama, None, small()) as decoder:
+        for settings in ({"use_reentrant": True}, {"use_reentrant": False, "preserve_rng_state": False}):
+            llama.train()
+            llama.gradient_checkpointing_enable(settings)
+            decoder.reset()
+            *_, last = decoder.stream(text(60), gradients=True)
+            forward = len(calls)
+            last.logits.sum().backward()
+            assert len(calls) == forward + 1
+            calls.clear()
+        plain = decoder.read(text(8))
+        assert not plain.requires_grad
+        assert torch.isfinite(plain).all()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_runs_again_without_its_memory_is_refused(llama, small, text):
+    llama.gradient_checkpointing_enable()
+    with MemoryDecoder(llama, None, small()) as decoder:
+        llama.train()
+        *_, last = decoder.stream(text(60), gradients=True)
+    with pytest.raises(MemlongError, match="call backward\\(\\) inside `with decoder:`"):
+        last.logits.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_in_training_mode_that_checkpoints_reads_as_any(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        expected = decoder.read(text(60))
+        llama.gradient_checkpointing_enable()
+        llama.train()
+        decoder.reset()
+        assert torch.equal(decoder.read(text(60)), expected)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from memlong import MemoryDecoder
 from memlong.architectures import Architecture, tiny_model_of
 from memlong.errors import InvalidArgumentError
+from tests.decoder.test_gradients import gradients_of
 from tests.decoder.test_oracles import plain_logits, stream
 
 KINDS = {
@@ -294,3 +295,19 @@ def test_states_that_are_missing_or_of_another_shape_are_refused(small, text, tm
             streams = other._begin(1)
             with pytest.raises((KeyError, ValueError)):
                 streams.go_on(facts, changed)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # newer transformers have another name for it
+def test_gradient_checkpointing_changes_no_gradient(model, close, small, text):
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("this model has no gradient checkpointing")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with MemoryDecoder(model, None, small(gate_init=0.5)) as decoder:
+        losses, expected = gradients_of(decoder, text(60), checkpointed=False, together=True)
+        again, found = gradients_of(decoder, text(60), checkpointed=True, together=True)
+    close(again, losses)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        close(found[name], gradient)

@@ -105,6 +105,10 @@ class Fields:
             raise self.odd(name, value, "an object")
         return value
 
+    def mapping_or_none(self, name: str) -> Mapping[str, Any] | None:
+        """Take what may be any object, or None."""
+        return None if self._took_none(name) else self.mapping(name)
+
     def part(self, name: str) -> Fields:
         """Return the fields of an object in this one."""
         return Fields(self._take(name), self._path, self._place(name))

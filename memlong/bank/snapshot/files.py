@@ -89,14 +89,22 @@ def oddity(path: Path) -> str:
     return "claims to be far larger than what is on the disk" if is_hollow(path) else ""
 
 
-def is_hollow(path: Path) -> bool:
-    """Whether a large file has hardly anything on the disk: it costs a stranger nothing, and who reads it gigabytes."""
-    try:
-        found = path.stat()
-    except OSError:
-        return False
-    taken = 512 * getattr(found, "st_blocks", found.st_size)  # not every system says
-    return found.st_size > _LARGE and taken < found.st_size // _DENSEST
+def is_hollow(*paths: Path) -> bool:
+    """Whether large files have hardly anything on the disk: they cost a stranger nothing, and who reads them gigabytes.
+
+    So have holes, and many names of one file.
+    """
+    size, taken = 0, {}
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        size += found.st_size
+        blocks = getattr(found, "st_blocks", None)  # not every system says
+        place = (found.st_dev, found.st_ino) if found.st_ino else path
+        taken[place] = found.st_size if blocks is None else 512 * blocks
+    return size > _LARGE and sum(taken.values()) < size // _DENSEST
 
 
 def open_plain(path: Path) -> FileIO:

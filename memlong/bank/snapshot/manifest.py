@@ -20,7 +20,7 @@ FORMAT, VERSION = "memlong-snapshot", 1
 
 Kind = Literal["bank", "decoder"]
 
-_MOST_BYTES = 64 << 20
+_MOST_BYTES = 32 << 20
 _MOST = 2**48  # of anything that is counted
 _WIDEST = 2**20
 _LARGEST = 2**27  # numbers in the keys of one chunk
@@ -71,6 +71,8 @@ class BankRecord:
         The id of the next chunk, and the clock of its usage.
     layout : LayoutRecord or None
         Of the chunks; None where nothing was ever added.
+    origin : mapping or None
+        What made the chunks, where the bank knows.
     state : FileRecord
         Which chunks are held, and how they were used.
     segments : tuple of SegmentRecord
@@ -91,6 +93,7 @@ class BankRecord:
     next_id: int
     clock: int
     layout: LayoutRecord | None
+    origin: Mapping[str, Any] | None
     state: FileRecord
     segments: tuple[SegmentRecord, ...]
     index: IndexRecord | None
@@ -197,8 +200,16 @@ def has_manifest(folder: Path) -> bool:
 
 
 def _dumped(body: Mapping[str, Any]) -> bytes:
-    text = json.dumps(body, indent=1, allow_nan=False)
-    return (text[:-2] + f',\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n').encode()
+    text = json.dumps(body, indent=1, allow_nan=False).encode()
+    return text[:-2] + _signature(text)
+
+
+def _signature(text: bytes) -> bytes:
+    """What ends the file of a manifest, instead of the end of its text."""
+    return f',\n "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode()
+
+
+_SIGNED = len(_signature(b""))
 
 
 def _content(path: Path) -> bytearray:
@@ -218,7 +229,7 @@ def _check_size(path: Path, size: int) -> None:
 def _parsed(path: Path, content: bytes | bytearray) -> dict[str, Any]:
     _check_size(path, len(content))
     try:
-        data = json.loads(content)
+        data = json.loads(content, parse_constant=_no_number)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise damaged(path, "is no manifest of memlong")
         if data.get("version") != VERSION:
@@ -227,12 +238,16 @@ def _parsed(path: Path, content: bytes | bytearray) -> dict[str, Any]:
                 f"{VERSION}. Use the memlong that wrote it, or a newer one."
             )
         data.pop("sha256", None)
-        is_whole = _dumped(data) == content
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"is not the JSON that was written ({error})") from error
-    if not is_whole:
+    text = bytes(content[:-_SIGNED]) + b"\n}"
+    if text[:-2] + _signature(text) != content:
         raise damaged(path, "is not what its SHA-256 says")
     return data
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _bank(fields: Fields) -> BankRecord:
@@ -249,6 +264,7 @@ def _bank(fields: Fields) -> BankRecord:
         next_id=fields.integer("next_id", 0, 2**62),
         clock=fields.integer("clock", 0, 2**62),
         layout=_layout(fields.part_or_none("layout")),
+        origin=fields.mapping_or_none("origin"),
         state=_file(fields.part("state")),
         segments=tuple(_segment(each) for each in fields.parts("segments")),
         index=_index(fields.part_or_none("index")),

@@ -186,11 +186,12 @@ def _manifest(folder: Path) -> Manifest:
 
 def _check_size(folder: Path, manifest: Manifest, most_bytes: int | str | None) -> None:
     if most_bytes is None:
-        hollow = next((file for file in manifest.files if is_hollow(followed(folder / file.name))), None)
-        if hollow is not None:
+        paths = [followed(folder / file.name) for file in manifest.files]
+        if is_hollow(*paths):
+            hollow = next((f"{path.name!r} in " for path in paths if is_hollow(path)), "")
             raise SnapshotError(
-                f"{str(folder / hollow.name)!r} claims far more bytes than there are on the "
-                "disk. If you trust the snapshot, say as most_bytes how much may be read."
+                f"{hollow}{str(folder)!r} claims far more bytes than there are on the disk. If you trust the snapshot, "
+                "say as most_bytes how much may be read."
             )
         return
     limit = byte_count("most_bytes", most_bytes)

@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
-
-from memlong.bank.snapshot.files import damaged, read_checked
+from memlong.bank.snapshot.files import damaged
 from memlong.bank.snapshot.lazy import SnapshotStore
 from memlong.bank.snapshot.manifest import BankRecord, ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.segments import check_finite, read_blocks, write_segments
+from memlong.bank.snapshot.tensors import read_streams
 from memlong.bank.snapshot.writer import SnapshotWriter
 
 
@@ -134,13 +132,8 @@ def _verify_bank(stored: StoredBank, progress: Callable[[int], object]) -> None:
 
 
 def _verify_extra(folder: Path, extra: ExtraRecord) -> None:
-    path = folder / extra.file.name
-    try:
-        tensors = safetensors.torch.load(read_checked(folder, extra.file))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, f"is no safetensors file ({error})") from error
-    for states in tensors.values():
-        check_finite(path, states)
+    for states in read_streams(folder, extra.file).values():
+        check_finite(folder / extra.file.name, states)
 
 
 def _compacted(writer: SnapshotWriter, stored: StoredBank) -> BankRecord:
