@@ -198,7 +198,7 @@ class InputTests(BankSuite):
     @pytest.mark.parametrize("dim", [0, -3, 2.0, "8", 2**31, 2**70])
     def test_the_width_must_be_a_positive_int(self, dim: Any) -> None:
         """A wrong `dim`, or one that no snapshot may have (2**20), is an error, whatever the library says of it."""
-        with pytest.raises(InvalidArgumentError, match="dim must be an int (>= 1|from 1 to 1048576)"):
+        with pytest.raises(InvalidArgumentError, match=r"dim must be an int (>= 1|from 1 to 1048576)"):
             self.bank_class(dim, **self.options)
 
     @whatever_the_options
