@@ -15,8 +15,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,10 @@ class Snapshot(Target):
     def files(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         found = [data["extra"]["file"]] * 6 if data["extra"] else []
         for bank in data["banks"]:
-            found += [bank["state"], *(each[kind] for each in bank["segments"] for kind in ("chunks", "blocks"))]
+            found += [
+                bank["state"],
+                *(each[kind] for each in bank["segments"] for kind in ("chunks", "blocks")),
+            ]
         return found
 
 
@@ -151,7 +154,10 @@ class Streams(Snapshot):
                 decoder.save(folder)
 
     def use(self, folder: Path, rng: Rng) -> Any:
-        kind = {"lazy": rng.random() < 0.3 and self.config.backend is not None, "any_model": rng.random() < 0.3}
+        kind = {
+            "lazy": rng.random() < 0.3 and self.config.backend is not None,
+            "any_model": rng.random() < 0.3,
+        }
         with MemoryDecoder.load(folder, self.model, None, self.config, **kind) as decoder:
             rows = len(decoder.tokens_read)
             if not rows:
@@ -173,7 +179,9 @@ class Adapter(Target):
 
     def make(self, folder: Path) -> None:
         model, options = tiny_model(), dict(ADAPTERS[self.name])
-        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 2}, init_lora_weights=False)
+        lora = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 2}, init_lora_weights=False
+        )
         model.add_adapter(lora)
         if options:
             shape = (2, 4, 2, 12)
@@ -263,6 +271,17 @@ def forget_highest() -> None:
         file.write("5")
 
 
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Let the process take no more memory than it has, and what a case may take."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 def main(place: Path, first: int, count: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -277,8 +296,6 @@ def main(place: Path, first: int, count: int) -> None:
         for seed in range(6):
             shutil.rmtree(here / "again", ignore_errors=True)
             rights[target] = target.use(pristine, random.Random(seed))  # noqa: S311 - and all is imported
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, resource.RLIM_INFINITY))
     for case in range(first, first + count):
         rng = random.Random(case)  # noqa: S311
         target = all_targets[case % len(all_targets)]
@@ -294,7 +311,8 @@ def main(place: Path, first: int, count: int) -> None:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         forget_highest()
         before, began = highest(), time.monotonic()
-        outcome, words = judge(target, work, rng, rights[target], may_differ=may_differ)
+        with bounded():
+            outcome, words = judge(target, work, rng, rights[target], may_differ=may_differ)
         line |= {"outcome": outcome, "said": words[:3000], "seconds": round(time.monotonic() - began, 3)}
         faulthandler.cancel_dump_traceback_later()
         line["megabytes"] = (highest() - before) >> 20
