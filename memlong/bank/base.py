@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, get_args
+from typing import Literal, Protocol, TypedDict, get_args
+from weakref import ref
 
 import numpy as np
 import torch
@@ -24,12 +25,19 @@ from memlong.errors import InvalidArgumentError
 Metric = Literal["cosine", "inner_product", "l2"]
 
 
+class Reader(Protocol):
+    """Who reads text and stores it in a bank, a window later."""
+
+    def unstored(self, bank: MemoryBank) -> int:
+        """How many tokens it has read that are still to be stored there."""
+
+
 class BankOptions(TypedDict, total=False):
     """The options every bank takes, for subclasses to pass through; see `MemoryBank`."""
 
     metric: Metric
     max_chunks: int | None
-    max_bytes: int | None
+    max_bytes: int | str | None
     eviction: str | EvictionPolicy
     store: KeyValueStore | None
     device: str | torch.device | None
@@ -52,8 +60,10 @@ class MemoryBank(PersistentBank):
         Width of the embeddings.
     metric : {"cosine", "inner_product", "l2"}, default "cosine"
         What is near. Higher scores are better for each of them; "l2" is the negative squared distance.
-    max_chunks, max_bytes : int, optional
-        Capacity in chunks, and in bytes of embeddings and K-V. Whichever is reached first counts.
+    max_chunks : int, optional
+        Capacity in chunks.
+    max_bytes : int or str, optional
+        Capacity in bytes of embeddings and K-V, such as "8GB". Whichever is reached first counts.
     eviction : str or EvictionPolicy, default "fifo"
         Which chunks leave a bank that is over its capacity: "fifo", "lru", "retrieval_frequency".
     store : KeyValueStore, optional
@@ -81,7 +91,7 @@ class MemoryBank(PersistentBank):
         *,
         metric: Metric = "cosine",
         max_chunks: int | None = None,
-        max_bytes: int | None = None,
+        max_bytes: int | str | None = None,
         eviction: str | EvictionPolicy = "fifo",
         store: KeyValueStore | None = None,
         device: str | torch.device | None = None,
@@ -100,6 +110,7 @@ class MemoryBank(PersistentBank):
         self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
         self._counting = fork_lock()
         self.origin = None
+        self._reader: ref[Reader] | None = None
         self._unproven: list[tuple[Ids, Finiteness]] = []
 
     @property
@@ -116,6 +127,16 @@ class MemoryBank(PersistentBank):
     def device(self) -> torch.device:
         """Where the index computes."""
         return self._device
+
+    @property
+    def unstored(self) -> int:
+        """How many tokens a decoder holds in its window that it has still to store here."""
+        reader = self._reader and self._reader()
+        return reader.unstored(self) if reader else 0
+
+    def is_read_into(self, reader: Reader) -> None:
+        """Note who reads into the bank, for `unstored`; not kept."""
+        self._reader = ref(reader)
 
     @property
     def next_id(self) -> int:

@@ -9,8 +9,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say, shown
 from memlong.cli.loading import load, told
-from memlong.cli.output import shown
 from memlong.cli.values import writable
 from memlong.errors import InvalidTextError
 
@@ -64,7 +64,7 @@ def fit(
             language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed
         )
     maps.save(out)
-    typer.echo(
+    say(
         f"{shown(str(out))}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers "
         f"({told(language_model)})"
     )

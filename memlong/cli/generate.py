@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
@@ -89,7 +90,7 @@ def generate(
     tokenizer = decoder.tokenizer
     question = _prompt(tokenizer, prompt, chat=chat, begins=not texts, control_tokens=control_tokens)
     if not output.is_stdout and beams == 1:
-        said["streamer"] = text_streamer(tokenizer)
+        said["streamer"] = _told(text_streamer(tokenizer))
     torch.manual_seed(seed)
     with decoder:
         read = 0
@@ -118,7 +119,17 @@ def generate(
         "new_tokens_per_second": len(new) / answering,
     }
     if output.write(result) and beams > 1:
-        typer.echo(answer)
+        say(answer)
+
+
+def _told(streamer: Any) -> Any:
+    """Have a streamer print the answer where answers go."""
+
+    def on_finalized_text(text: str, stream_end: bool = False) -> None:
+        say(text, end="\n" if stream_end else "")
+
+    vars(streamer)["on_finalized_text"] = on_finalized_text
+    return streamer
 
 
 def _sampling(option: str, value: float, least: float, most: float, *, sample: bool) -> float:

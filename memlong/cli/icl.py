@@ -9,6 +9,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
@@ -115,7 +116,7 @@ def icl(
     }
     if output.write(result):
         _print(found)
-        typer.echo(f"\n{floor:.1%} if the answer were always {majority!r} ({told(decoder.model)})")
+        say(f"\n{floor:.1%} if the answer were always {majority!r} ({told(decoder.model)})")
 
 
 def _words(labels: str) -> dict[str, str]:

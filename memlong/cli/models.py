@@ -14,7 +14,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.output import print_json, print_section, print_table, shown
+from memlong.cli.answer import say, shown
+from memlong.cli.output import print_json, print_section, print_table
 from memlong.cli.values import writable
 from memlong.errors import InvalidArgumentError
 
@@ -65,7 +66,7 @@ def models(
             markdown.write_text(page(trials), encoding="utf-8")
         except OSError as error:
             raise InvalidArgumentError(f"{str(markdown)!r} cannot be written: {error.strerror}") from error
-        typer.echo(f"{markdown}: {_counted(trials)}")
+        say(f"{markdown}: {_counted(trials)}")
     elif as_json:
         print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
     else:

@@ -142,13 +142,17 @@ class Row:
             return self.asked
         return self._passage(max(self._recent.start, self.seen - self.query_length), self.seen)
 
-    def departing(self) -> list[Passage]:
-        """The chunks that must leave so that the coming segment fits into the window, oldest first."""
+    def departing(self, *, everything: bool = False) -> list[Passage]:
+        """The chunks that must leave so that the coming segment fits into the window, oldest first; or all that are."""
         size = self.config.chunk_size
-        excess = self.seen - self.first_token - self.config.window_past
-        count = max(0, -(-excess // size))
+        held = self.seen - self.first_token
+        count = max(0, held // size if everything else -(-(held - self.config.window_past) // size))
         starts = range(self.first_token, self.first_token + count * size, size)
         return [self._passage(start, start + size) for start in starts]
+
+    def tail(self) -> list[int]:
+        """The tokens of the window, after its sinks."""
+        return list(self._passage(min(self.first_token, self.seen), self.seen).token_ids)
 
     def has_stored(self, chunks: Sequence[Passage]) -> bool:
         """Whether the bank took these chunks in before something kept them from leaving."""

@@ -88,6 +88,7 @@ class Streams:
         random_chunks: RandomChunks | None = None,
     ) -> None:
         self.rows = tuple(Row(config, bank, random_chunks) for bank in banks)
+        self.use_banks(banks)
         self._model = model
         self._layout = layout
         self._config = config
@@ -111,6 +112,29 @@ class Streams:
     def nbytes(self) -> int:
         """Bytes of keys and values that attention works on: the windows and what is retrieved."""
         return self._window.nbytes + (self._memory.nbytes if self._memory else 0)
+
+    def use_banks(self, banks: Sequence[MemoryBank | None]) -> None:
+        """Go on with other banks, from the next retrieval."""
+        for row, bank in zip(self.rows, banks, strict=True):
+            row.bank, row.storing_from = bank, None
+            if bank is not None:
+                bank.is_read_into(self)
+
+    def unstored(self, bank: MemoryBank) -> int:
+        """How many tokens are in a row's window alone, and belong in this bank."""
+        return sum(
+            row.seen - row.first_token for row in self.rows if row.bank is bank and row.seen > row.first_token
+        )
+
+    def flush(self) -> list[list[int]]:
+        """Let all whole chunks of the windows leave into the banks; return each row's tokens that make none."""
+        self._catch_up()
+        for index, row in enumerate(self.rows):
+            leaving = row.departing(everything=True)
+            if leaving:
+                self._store(index, leaving)
+                row.depart(len(leaving))
+        return [row.tail() for row in self.rows]
 
     def fork(self, rows: Sequence[int]) -> Streams:
         """Return streams that go on from these rows, which may come more than once; these stay as they are.

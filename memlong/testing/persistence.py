@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from memlong.bank import MemoryBank
-from memlong.bank.snapshot.options import refused_option
 from memlong.errors import SnapshotError
 from memlong.testing.harness import BankSuite, assert_same_state, random_chunks, random_vectors, state_of
 
-_OF_EVERY_BANK = {"metric", "max_chunks", "max_bytes", "eviction", "store", "device"}
 _GO_ON = """
 import importlib, json, sys
 from memlong.testing.persistence import what_follows
@@ -71,13 +69,6 @@ class PersistenceTests(BankSuite):
             pytest.skip("this backend saves no index")
         bank.save(tmp_path)
         assert_same_state(state_of(bank), self.bank_class.load(tmp_path, trust_index=True))
-
-    def test_the_options_are_saved(self) -> None:
-        """`_index_options` names those that the bank was made with, and `saved_options` all that a file may choose."""
-        given = {name: value for name, value in self.options.items() if name not in _OF_EVERY_BANK}
-        options = self.make()._index_options()  # noqa: SLF001 - the seam under test
-        assert given.items() <= options.items()
-        assert not refused_option(self.bank_class, options, self.bank_class.saved_options)
 
     def test_saving_again_keeps_what_is_there(self, tmp_path: Path) -> None:
         """After an add, keys and values that were saved before are not written anew."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlong import MemoryConfig, MemoryDecoder, Retriever, create_bank, load_bank
+from memlong import BankPool, MemoryConfig, MemoryDecoder, Retriever, create_bank, load_bank
 from memlong.errors import InvalidArgumentError, MemlongError, UnknownNameError
 
 
@@ -286,6 +286,70 @@ def test_a_bank_that_another_model_filled_is_refused(
         with pytest.raises(InvalidArgumentError, match="another model filled"):
             other.use_banks(banks)
         other.use_banks(banks, any_model=True)
+
+
+@pytest.mark.parametrize("read", [0, 1, 5, 24, 101, 240])
+def test_flush_stores_what_the_window_holds(llama, small, text, read):
+    ids, later = text(240, rows=2)[:, :read], text(400, rows=2, seed=1)
+    mask = torch.ones_like(ids)
+    mask[1, : read // 2] = 0
+    with MemoryDecoder(llama, None, small()) as decoder:
+        if read > 1:
+            decoder.read(ids, mask)
+        banks = decoder.banks
+        stored, unstored = list(map(len, banks)), [bank.unstored for bank in banks]
+        left = decoder.flush()
+        for row, bank in enumerate(banks):
+            said = ids[row, int(mask[row].argmax()) :].tolist()
+            whole = max(0, len(said) - 2) // 4 * 4  # without sinks, in chunks
+            assert unstored[row] + 4 * stored[row] == max(0, len(said) - 2)
+            assert left[row] == said[2 + whole :]
+            assert bank.spans_of(bank.ids).tolist() == [[2 + at, 6 + at] for at in range(0, whole, 4)]
+            assert not bank.unstored
+        if read > 5:
+            decoder.read(later[:, :20])
+            assert decoder.banks == banks
+            assert decoder.tokens_read == (20, 20)
+            decoder.reset()
+            decoder.read(torch.cat([ids, later], dim=1), torch.cat([mask, torch.ones_like(later)], dim=1))
+            for bank, whole in zip(banks, decoder.banks, strict=True):  # as if they had left by and by
+                same = bank.ids[bank.ids < len(bank)]
+                expected, found = whole.fetch(same), bank.fetch(same)
+                torch.testing.assert_close(found.keys, expected.keys, rtol=0.0, atol=1e-5)
+                torch.testing.assert_close(found.values, expected.values, rtol=0.0, atol=1e-5)
+                assert torch.equal(found.spans, expected.spans)
+
+
+def test_flush_without_a_bank_is_refused(llama, small, text):
+    with MemoryDecoder(llama, None, small(backend=None)) as decoder:
+        decoder.read(text(50))
+        with pytest.raises(MemlongError, match="no bank to store the window in"):
+            decoder.flush()
+
+
+def read_in(decoder, pool, ids):
+    with pool.session("a") as bank:
+        decoder.reset([bank])
+        decoder.read(ids)
+
+
+def test_a_pool_tells_of_a_window_that_it_would_lose(llama, small, text, tmp_path):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        dim, metric = decoder.retriever.dim, decoder.retriever.metric
+        pool = BankPool(
+            tmp_path / "pool", lambda: create_bank("torch", dim, metric=metric), load_bank, budget="1GB"
+        )
+        with pytest.warns(RuntimeWarning, match=r"holds 18 tokens in its window .* decoder.flush\(\) before"):
+            read_in(decoder, pool, text(20))
+        with pool.session("b") as bank:
+            decoder.reset([bank])
+            decoder.read(text(20))
+            assert len(decoder.flush()[0]) == 2
+            assert len(bank) == 4
+        with pool.session("b") as bank:
+            decoder.reset([bank])
+            decoder.generate(text(20), max_new_tokens=2, do_sample=False, remember=False)
+        pool.close()
 
 
 def test_a_bank_that_others_filled_by_hand_says_nothing_of_a_model(llama, small, text):

@@ -13,6 +13,7 @@ import torch
 from memlong.bank import Chunks, Floats, Ids, KeyValueStore, MemoryBank, Retrieved
 from memlong.bank.arrays import FloatInput, IntInput
 from memlong.bank.snapshot.reader import StoredBank
+from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import CollectionPlan, ready_collection
 from memlong_milvus.engine import Engine
@@ -30,7 +31,7 @@ from memlong_milvus.sessions import Session
 Got = TypeVar("Got")
 
 
-class MilvusBank(MemoryBank):
+class MilvusBank(Uncopied, MemoryBank):
     """A bank whose embeddings Milvus searches, and whose keys and values lie in a folder or an object store.
 
     All sessions share a collection, and each is searched alone. The bank keeps embeddings and spans of its own
@@ -93,6 +94,8 @@ class MilvusBank(MemoryBank):
     """
 
     saved_options = SAVED
+
+    why_uncopied = "its chunks are in Milvus. Save it, and load it into a session of its own."
 
     def __init__(
         self,

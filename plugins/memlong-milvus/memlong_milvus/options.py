@@ -39,7 +39,7 @@ class OtherOptions(TypedDict, total=False):
 
     metric: Metric
     max_chunks: int | None
-    max_bytes: int | None
+    max_bytes: int | str | None
     eviction: str | EvictionPolicy
     device: str | torch.device | None
 
