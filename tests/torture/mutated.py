@@ -15,7 +15,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,17 @@ def forget_highest() -> None:
         file.write("5")
 
 
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Let the process take no more memory than it has, and what a case may take."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 def main(place: Path, first: int, count: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -284,8 +296,6 @@ def main(place: Path, first: int, count: int) -> None:
         for seed in range(6):
             shutil.rmtree(here / "again", ignore_errors=True)
             rights[target] = target.use(pristine, random.Random(seed))  # noqa: S311 - and all is imported
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, resource.RLIM_INFINITY))
     for case in range(first, first + count):
         rng = random.Random(case)  # noqa: S311
         target = all_targets[case % len(all_targets)]
@@ -301,7 +311,8 @@ def main(place: Path, first: int, count: int) -> None:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         forget_highest()
         before, began = highest(), time.monotonic()
-        outcome, words = judge(target, work, rng, rights[target], may_differ=may_differ)
+        with bounded():
+            outcome, words = judge(target, work, rng, rights[target], may_differ=may_differ)
         line |= {"outcome": outcome, "said": words[:3000], "seconds": round(time.monotonic() - began, 3)}
         faulthandler.cancel_dump_traceback_later()
         line["megabytes"] = (highest() - before) >> 20

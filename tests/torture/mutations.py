@@ -92,7 +92,9 @@ def mutate_json(data: Any, rng: Rng) -> str:
         elif kind == "add" and isinstance(home, dict):
             home[rng.choice(["more", "", "\x1b[31m", "x" * 3000])] = odd_value(rng)
         elif kind == "repeat" and isinstance(home, list):
-            home.extend([value] * rng.choice([1, 2, 1000]))
+            home.extend(
+                [value] * (1 if isinstance(value, list) and len(value) > 100 else rng.choice([1, 2, 1000]))
+            )
         elif kind == "swap":
             other, place = rng.choice(found)
             if place in other if isinstance(other, dict) else place < len(other):
