@@ -77,7 +77,7 @@ def chunks_found(
             spans = [(passage.start, passage.end) for passage in passages]
             bank.add(retriever.recalled(kind, passages), block, block, spans)
         else:
-            depth = min(config.retrieved_chunks, len(bank))
+            depth = min(config.top_k, len(bank))
             ids = bank.retrieve(retriever.recalled(kind, passages), depth).ids.tolist()
             found += [tuple(sorted(each)) for each in ids]
     return tuple(found)

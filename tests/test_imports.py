@@ -16,10 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BELOW = {
     "errors": set(),
+    "settings": {"errors"},
     "bank": {"errors"},
     "plugins": {"bank", "errors"},
-    "decoder": {"plugins", "bank", "errors"},
+    "decoder": {"settings", "plugins", "bank", "errors"},
     "training": {
+        "settings",
         "evaluation",
         "decoder",
         "plugins",
@@ -34,7 +36,7 @@ BELOW = {
         "errors",
     },  # a plugin's backend is proven by a model that reads with it
     "architectures": {"decoder", "plugins", "bank", "errors"},
-    "cli": {"architectures", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
+    "cli": {"settings", "architectures", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
     "__init__": {"training", "evaluation", "decoder", "plugins", "bank", "errors"},
 }
 OPEN_TO_BACKENDS = ("memlong.bank", "memlong.errors", "memlong.plugins.hookspecs")

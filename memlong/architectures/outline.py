@@ -130,7 +130,7 @@ def _attached(class_name: str, decoder: MemoryDecoder) -> Outline:
 
 def _greatest_window(layout: ModelLayout) -> int | None:
     default = MemoryConfig()
-    memory = default.memory_span(default.retrieved_chunks)
+    memory = default.memory_span(default.top_k)
     retrieving = [layout.layers[layer].sliding_window for layer in layout.full_attention_layers]
     limits = [size - memory for size in retrieving if size is not None]
     if layout.max_positions is not None:

@@ -27,7 +27,9 @@ def fit(
     text: Annotated[list[Path], typer.Option(help="UTF-8 text like what is to be remembered; repeatable.")],
     out: Annotated[Path, typer.Option(help="File for the maps, safetensors.")],
     dim: Annotated[int, typer.Option(help="Numbers in the vector of a token.")] = 1152,
-    retrieval_layers: options.RetrievalLayers = "all",
+    retrieval_layers: Annotated[
+        str, typer.Option(help="'all', or layers and ranges such as '15-29' or '3,7,11-13'.")
+    ] = "all",
     passages: Annotated[int, typer.Option(min=1, help="Passages read of each text, spread over it.")] = 8,
     passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a passage.")] = 1024,
     dtype: options.Dtype = "auto",

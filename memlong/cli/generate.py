@@ -21,7 +21,7 @@ from memlong.errors import InvalidArgumentError
 _COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, probabilities are all one token's, or all alike
 
 
-@with_memory(position_mode="before-window")
+@with_memory(without=("gate_init", "gates"), position_mode="before-window")
 def generate(
     ctx: typer.Context,
     *,
@@ -52,7 +52,6 @@ def generate(
             help="Let names of control tokens in context and prompt, such as <|im_end|>, stand for those tokens.",
         ),
     ] = False,
-    retrieve_every: options.RetrieveEvery = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -82,7 +81,7 @@ def generate(
         raise InvalidArgumentError("--prompt is empty; give at least a word to continue")
     check_characters("--prompt", prompt)
     texts = [read_text(path) for path in context or []]
-    config = memory.config(seed, retrieve_every=retrieve_every)
+    config = memory.config(seed)
     said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample}
     if temperature is not None:
         said["temperature"] = _sampling("--temperature", temperature, _COLDEST, _HOTTEST, sample=sample)

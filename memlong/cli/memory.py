@@ -1,120 +1,195 @@
-"""The options about memory, declared once for all commands that have one."""
+"""Settings as options of commands: what stands at a setting's field is what the option says and does."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
 from functools import wraps
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from memlong.cli import options
+import typer
+
 from memlong.cli.loading import runs_on
+from memlong.cli.values import key_values
+from memlong.decoder.config import MemoryConfig
+from memlong.errors import InvalidArgumentError
 from memlong.plugins.uri import hide_credentials, without_credentials
+from memlong.settings import default_of, told, types_of
+from memlong.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from memlong.decoder import MemoryConfig, MemoryDecoder
+    from memlong.decoder import MemoryDecoder
 
 Command = Callable[..., None]
 
 
 @dataclass(frozen=True)
+class Unset:
+    """A default of None for one command, and what it means there."""
+
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Memory:
-    """What a user typed about the memory; its fields are options of every command made by :func:`with_memory`."""
+    """What a user typed about the memory, by setting."""
 
-    backend: options.Backend = "torch"
-    backend_option: options.BackendOption = None
-    retriever: options.RetrieverName = "lm"
-    retriever_option: options.RetrieverOption = None
-    store: options.StoreOption = None
-    kv_source: options.KvSource = "layer"
-    memory_layer: options.MemoryLayer = None
-    maps: options.Maps = None
-    retrieval_layers: options.RetrievalLayers = "all"
-    chunk_size: options.ChunkSize = 128
-    top_k: options.TopK = 8
-    memory_tokens: options.MemoryTokens = None
-    neighbours: options.Neighbours = 0
-    min_score: options.MinScore = None
-    chunk_order: options.ChunkOrder = "position"
-    local_window: options.LocalWindow = 1024
-    sink_tokens: options.SinkTokens = 4
-    segment_size: options.SegmentSize = 256
-    query_tokens: options.QueryTokens = None
-    position_mode: options.PositionMode = "zero"
+    typed: Mapping[str, Any]
 
-    def config(self, seed: int, **settings: Any) -> MemoryConfig:
-        """Make the configuration; ``settings`` are more of its fields.
+    @property
+    def maps(self) -> str | None:
+        """File of latent maps."""
+        maps: str | None = self.typed["maps"]
+        return maps
+
+    def config(self, seed: int) -> MemoryConfig:
+        """Make the configuration.
 
         Raises
         ------
         InvalidArgumentError
             If an option cannot be used, or needs a backend where there is none.
         """
-        return options.memory_config(**asdict(self), seed=seed, **settings)
+        settings = values_of(MemoryConfig, self.typed)
+        if settings["backend"] == "none":
+            settings["backend"] = None
+            for each in fields(MemoryConfig):
+                needs = told(each).needs_backend or each.name in (
+                    "backend_options",
+                    "retriever_options",
+                    "store",
+                )
+                if needs and settings.get(each.name, default_of(each)) != default_of(each):
+                    raise InvalidArgumentError(
+                        f"--{option_of(each).replace('_', '-')} goes with a backend, and --backend is 'none'"
+                    )
+        if settings["retriever"] == "random":
+            settings["retriever_options"].setdefault("seed", seed)
+        return MemoryConfig(**settings)
 
 
-def with_memory(**defaults: Any) -> Callable[[Command], Command]:
-    """Let a command that takes a ``memory`` have the fields of :class:`Memory` as its options instead.
+def with_memory(
+    *, without: Collection[str] = ("gate_init", "gates", "retrieve_every"), **defaults: Any
+) -> Callable[[Command], Command]:
+    """Let a command that takes a ``memory`` have the settings of a `MemoryConfig` as options instead.
 
     Parameters
     ----------
+    without
+        Settings that are no options of this command.
     **defaults
-        Fields whose default is another one for this command.
+        Settings whose default is another one for this command.
     """
-    hints = get_type_hints(Memory, include_extras=True)
-    parameters = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(field.name, field.default),
-            annotation=hints[field.name],
-        )
-        for field in fields(Memory)
-    ]
+    return _with_options("memory", MemoryConfig, Memory, without, defaults)
+
+
+def with_training(**defaults: Any) -> Callable[[Command], Command]:
+    """Let a command that takes a ``training`` have the settings of a `TrainingConfig` as options instead."""
+
+    def made(typed: dict[str, Any]) -> TrainingConfig:
+        return TrainingConfig(**values_of(TrainingConfig, typed))
+
+    return _with_options("training", TrainingConfig, made, ("seed",), defaults)
+
+
+def option_of(each: Field[Any]) -> str:
+    """Return the name of a setting's option: of what may be repeated, that of one of them."""
+    repeats = told(each).metavar is not None and default_of(each) in ({}, ())
+    return each.name.removesuffix("s") if repeats else each.name
+
+
+def values_of(settings: type, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings from what was typed for them."""
+    found = {}
+    for each in fields(settings):
+        if each.name not in typed:
+            continue
+        value, said = typed[each.name], told(each)
+        if default_of(each) == {}:
+            option = f"--{option_of(each).replace('_', '-')}"
+            value = key_values(option, value or [], example=said.example, as_text=said.texts)
+        elif default_of(each) == ():
+            value = tuple(value or ())
+        elif value is None and default_of(each) is not None:
+            continue  # the command will say
+        found[each.name] = value
+    return found
+
+
+def _with_options(
+    name: str,
+    settings: type,
+    made: Callable[[dict[str, Any]], Any],
+    without: Collection[str],
+    defaults: dict[str, Any],
+) -> Callable[[Command], Command]:
+    chosen = [each for each in fields(settings) if each.name not in without]
+    parameters = [_parameter(settings, each, defaults) for each in chosen]
 
     def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**given: Any) -> None:
-            typed = {parameter.name: given.pop(parameter.name) for parameter in parameters}
-            command(memory=Memory(**typed), **given)
+            typed = {each.name: given.pop(option_of(each)) for each in chosen}
+            command(**{name: made(typed)}, **given)
 
         signature = inspect.signature(command, eval_str=True)
         shown: list[inspect.Parameter] = []
-        for name, parameter in signature.parameters.items():
+        for word, parameter in signature.parameters.items():
             own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            shown += parameters if name == "memory" else [own]
+            shown += parameters if word == name else [own]
         run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
         return run
 
     return decorate
 
 
+def _parameter(settings: type, each: Field[Any], defaults: Mapping[str, Any]) -> inspect.Parameter:
+    said, name = told(each), option_of(each)
+    default: Any = defaults.get(each.name, default_of(each))
+    repeats = default in ({}, ())
+    text = said.help
+    if repeats:
+        text = text.removesuffix(".") + "; may be repeated."
+    unset = said.unset if default is None or repeats else None
+    if isinstance(default, Unset):
+        meant: Unset = default
+        unset, default = meant.meaning, None
+    if unset:
+        text = f"{text}  [default: {unset}]"
+    kind: Any = list[str] | None if repeats else _typed_as(types_of(settings)[each.name])
+    names = [f"--{name.replace('_', '-')}"] if kind is not bool else []
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None if repeats else default,
+        annotation=Annotated[kind, typer.Option(*names, metavar=said.metavar, help=text)],
+    )
+
+
+def _typed_as(hint: Any) -> Any:
+    """Return as what a value is typed: choices are text, so that what is wrong is told like any other setting."""
+    parts = [str if get_origin(each) in (Literal, Sequence) else each for each in _parts(hint)]
+    kept = list(dict.fromkeys(parts))
+    return Union[tuple(kept)] if len(kept) > 1 else kept[0]  # noqa: UP007 - of a list
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return (hint,) if get_origin(hint) in (None, Literal, Sequence, Mapping) else get_args(hint)
+
+
 def described(decoder: MemoryDecoder) -> dict[str, Any]:
     """Return the settings of a decoder for JSON, and what its model runs on."""
     config = decoder.config
-    remembers = config.backend is not None
-    return {
-        **runs_on(decoder.model),
+    settings = {each.name: getattr(config, each.name) for each in fields(MemoryConfig)}
+    for name in ("backend_options", "retriever_options"):
+        settings[name] = hide_credentials(settings[name])
+    settings |= {
         "backend": without_credentials(config.backend or "none"),
-        "backend_options": hide_credentials(config.backend_options),
-        "retriever": config.retriever if remembers else None,
-        "retriever_options": hide_credentials(config.retriever_options) if remembers else {},
-        "kv_source": config.kv_source if remembers else None,
-        "memory_layer": config.memory_layer,
-        "maps": config.maps,
-        "gates": config.gates,
-        "retrieval_layers": list(decoder.retrieval_layers) if remembers else [],
-        "position_mode": config.position_mode,
+        "retrieval_layers": list(decoder.retrieval_layers),
         "store": {name: str(value) for name, value in config.store.items()},
-        "neighbours": config.neighbours,
-        "min_score": config.min_score,
-        "memory_tokens": config.memory_tokens,
-        "chunk_order": config.chunk_order,
-        "chunk_size": config.chunk_size,
-        "top_k": config.top_k,
-        "local_window": config.local_window,
-        "sink_tokens": config.sink_tokens,
-        "segment_size": config.segment_size,
         "query_tokens": config.query_length,
     }
+    if config.backend is None:
+        settings |= {"retriever": None, "retriever_options": {}, "kv_source": None, "retrieval_layers": []}
+    return {**runs_on(decoder.model), **settings}

@@ -3,199 +3,151 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from math import isfinite
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from memlong.decoder.layer_names import layers_as_text
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.uri import hide_credentials, without_credentials
+from memlong.settings import checked, documented, setting
 
 KvSourceName = Literal["layer", "shared", "latent"]
-ChunkOrder = Literal["position", "score"]
 PositionMode = Literal["zero", "overlaid", "before-window", "original"]
 
-_KINDS: dict[str, Any] = {
-    "backend": str | None,
-    "backend_options": Mapping,
-    "retriever": str,
-    "maps": str | None,
-    "gates": str | None,
-    "retriever_options": Mapping,
-    "retrieval_layers": str,
-    "store": Mapping,
-}
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _LARGEST_GATE = 10_000
-_EXPECTED: dict[Any, str] = {
-    str: "text",
-    str | None: "a name, or None",
-    Mapping: "a mapping from option to value",
-}
 
 
+@documented
 @dataclass(frozen=True)
 class MemoryConfig:
     """The settings of a :class:`~memlong.decoder.MemoryDecoder`. All sizes are in tokens unless said otherwise.
 
-    Parameters
-    ----------
-    backend
-        Name of the memory backend, as ``memlong backends`` lists them, or a URI that a plugin knows to read, such as
-        ``"milvus://localhost:19530"``; ``None`` streams over the plain local
-        window and remembers nothing (the baseline).
-    backend_options
-        Options of that backend, e.g. ``{"index": "HNSW32"}`` for ``faiss``.
-    retriever
-        Name of a retriever, or a sentence-transformers hub id or folder.
-    retriever_options
-        Options of that retriever.
-    kv_source
-        ``"layer"``: each retrieval layer stores and reads its own K-V (training-free). ``"shared"``: one memory layer's
-        K-V is stored and serves every retrieval layer (MemLong, arXiv 2408.16967); it needs training. ``"latent"``: one
-        vector a token is stored, from which ``maps`` make each retrieval layer's own K-V.
-    memory_layer
-        With ``kv_source="shared"``, the layer whose K-V is stored; ``None`` means the first of the upper half.
-    maps
-        With ``kv_source="latent"``, the file that ``memlong fit`` wrote.
-    gate_init
-        What each head of each retrieval layer adds to its logits of memory, until training changes it; ``None`` for no
-        gates at all. The lower, the nearer to the plain model does one start that was not trained to read memory.
-    gates
-        A file of gates that training wrote, instead of ``gate_init``.
-    retrieval_layers
-        ``"all"`` (every full-attention layer), or layers and ranges such as ``"15-29"`` or ``"3,7,11-13"``; a list of
-        numbers such as ``[3, 7]`` is read as such text.
-    chunk_size
-        Tokens of a chunk, the unit of memory.
-    top_k
-        Chunks that are retrieved for a segment.
-    memory_tokens
-        Tokens that are retrieved for a segment, at most, instead of ``top_k``.
-    neighbours
-        Chunks that come along with a hit, those that follow it in the text; they count toward ``top_k``.
-    min_score
-        Chunks that score less are not attended to; ``None`` takes whatever is best. Of what kind a score is, the
-        retriever's metric says: between -1 and 1 for cosine.
-    chunk_order
-        ``"position"``: retrieved chunks stand in the order of the text; ``"score"``: the best next to the window. Where
-        all stand at one position (``position_mode="zero"``), it makes no difference.
-    local_window
-        Tokens attended to locally at most, the segment itself included, sink tokens apart.
-    sink_tokens
-        First tokens of the stream that every layer keeps for good (attention sinks, arXiv 2309.17453).
-    segment_size
-        Tokens of one forward call, and so the interval of retrieval.
-    query_tokens
-        Tokens that make a query; ``None`` means the text since the last retrieval: ``segment_size`` tokens before a
-        segment, ``retrieve_every`` while text is generated.
-    position_mode
-        Where retrieved keys stand. ``"zero"``: all at the one position between sinks and window (the MemLong
-        paper's position 0, arXiv 2408.16967). ``"overlaid"``: every chunk in order, all of them over the same
-        positions just before the window. ``"before-window"``: one chunk after the other, running up to the window.
-        ``"original"``: where they stood in the text, the window too, so that memory of everything equals full
-        attention; only for texts within the model's trained positions.
-    retrieve_every
-        Tokens after which memory is retrieved anew while text is generated; ``None`` means half a chunk. At most
-        ``segment_size``.
-    store
-        Where keys and values are kept, as the arguments of :class:`~memlong.bank.TieredStore`:
-        ``{"host": "2GB", "disk": "/path/to/folder", "dtype": "int8"}``. By default they stay where they are made.
-
     Raises
     ------
     InvalidArgumentError
-        If a value cannot work, naming the field, the value and what was expected.
+        If a value cannot work, naming the field, what it must be and the value.
     """
 
-    backend: str | None = "torch"
-    backend_options: Mapping[str, Any] = field(default_factory=dict)
-    retriever: str = "lm"
-    retriever_options: Mapping[str, Any] = field(default_factory=dict)
-    kv_source: KvSourceName = "layer"
-    memory_layer: int | None = None
-    maps: str | None = None
-    gate_init: float | None = None
-    gates: str | None = None
-    retrieval_layers: str | Sequence[int] = "all"
-    chunk_size: int = 128
-    top_k: int = 8
-    memory_tokens: int | None = None
-    neighbours: int = 0
-    min_score: float | None = None
-    chunk_order: ChunkOrder = "position"
-    local_window: int = 1024
-    sink_tokens: int = 4
-    segment_size: int = 256
-    query_tokens: int | None = None
-    position_mode: PositionMode = "zero"
-    retrieve_every: int | None = None
-    store: Mapping[str, Any] = field(default_factory=dict)
+    backend: str | None = setting(
+        "torch",
+        "Memory backend, or 'none' for the plain window.",
+        more="A name, as ``memlong backends`` lists them, or a URI that a plugin knows to read, such as "
+        '``"milvus://localhost:19530"``. In Python, ``None`` is the plain window: it remembers nothing (the baseline).',
+    )
+    backend_options: Mapping[str, Any] = setting(
+        dict, "Options of the backend.", more='Such as ``{"index": "HNSW32"}`` for ``faiss``.', metavar="K=V"
+    )
+    retriever: str = setting("lm", "Retriever by name, or a sentence-transformers hub id or folder.")
+    retriever_options: Mapping[str, Any] = setting(
+        dict, "Options of the retriever.", metavar="K=V", example="dim=1024"
+    )
+    kv_source: KvSourceName = setting(
+        "layer",
+        "'layer': each layer's own K-V; 'shared': one layer's; 'latent': a vector a token.",
+        more='The first is training-free. With ``"shared"`` one memory layer\'s K-V is stored and serves every '
+        'retrieval layer (MemLong, arXiv 2408.16967); it needs training. With ``"latent"``, ``maps`` make each '
+        "retrieval layer's own K-V of the vector.",
+        needs_backend=True,
+    )
+    memory_layer: int | None = setting(
+        None,
+        "Layer whose K-V is 'shared'.",
+        unset="the first of the upper half",
+        least=0,
+        needs_backend=True,
+    )
+    maps: str | None = setting(
+        None, "Maps of kv_source 'latent', as memlong fit writes them.", metavar="FILE", needs_backend=True
+    )
+    gate_init: float | None = setting(
+        None,
+        "Bias of each head of each retrieval layer on its logits of memory, before training.",
+        unset="no gates",
+        more="The lower it is, the closer an untrained start is to the plain model.",
+        least=-_LARGEST_GATE,
+        most=_LARGEST_GATE,
+    )
+    gates: str | None = setting(None, "Gates that training wrote, instead of gate_init.", metavar="FILE")
+    retrieval_layers: str | Sequence[int] = setting(
+        "all",
+        "'all', or layers and ranges such as '15-29' or '3,7,11-13'.",
+        more='``"all"`` is every full-attention layer. A list of numbers is read as such text.',
+        needs_backend=True,
+    )
+    chunk_size: int = setting(128, "Tokens of a chunk, the unit of memory.", least=1)
+    top_k: int = setting(8, "Chunks retrieved for a segment.", least=1)
+    local_window: int = setting(
+        1024, "Local tokens attended to at most, the segment included, sink tokens apart.", least=1
+    )
+    sink_tokens: int = setting(
+        4, "First tokens that every layer keeps (attention sinks).", more="See arXiv 2309.17453.", least=0
+    )
+    segment_size: int = setting(256, "Tokens of a forward call, and so the interval of retrieval.", least=1)
+    query_tokens: int | None = setting(
+        None,
+        "Tokens that make a query.",
+        unset="the text since the last retrieval",
+        more="These are ``segment_size`` tokens before a segment, and ``retrieve_every`` while text is generated.",
+        least=1,
+    )
+    position_mode: PositionMode = setting(
+        "zero",
+        "Retrieved keys stand at 'zero', 'overlaid', 'before-window' or 'original'.",
+        more='``"zero"``: all at the one position between sinks and window (the MemLong paper\'s position 0). '
+        '``"overlaid"``: every chunk in order, all of them over the same positions just before the window. '
+        '``"before-window"``: one chunk after the other, running up to the window. ``"original"``: where they stood in '
+        "the text, the window too, so that memory of everything equals full attention; only for texts within the "
+        "model's trained positions.",
+    )
+    retrieve_every: int | None = setting(
+        None,
+        "Tokens generated between retrievals, at most segment_size.",
+        unset="half a chunk",
+        least=1,
+    )
+    store: Mapping[str, Any] = setting(
+        dict,
+        "Where keys and values are kept: device, host, disk, disk_budget, dtype.",
+        unset="where they are made",
+        more='The arguments of :class:`~memlong.bank.TieredStore`: ``{"host": "2GB", "disk": "/path/to/folder"}``.',
+        metavar="K=V",
+        example="host=1GB",
+        texts=frozenset({"disk", "dtype"}),
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retrieval_layers", layers_as_text(self.retrieval_layers))
-        for name, least in (
-            ("chunk_size", 1),
-            ("top_k", 1),
-            ("local_window", 1),
-            ("sink_tokens", 0),
-            ("segment_size", 1),
-            ("neighbours", 0),
-        ):
-            _check_integer(name, getattr(self, name), least)
-        for name in ("query_tokens", "retrieve_every", "memory_tokens"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        if self.memory_layer is not None:
-            _check_integer("memory_layer", self.memory_layer, 0)
+        for name, value in checked(self).items():
+            object.__setattr__(self, name, value)
+        if not isinstance(self.retrieval_layers, str):
+            raise InvalidArgumentError(
+                f"retrieval_layers must be text such as 'all' or '15-29', or a list of layer numbers, got "
+                f"{self.retrieval_layers!r}."
+            )
         if self.retrieval_interval > self.segment_size:
             raise InvalidArgumentError(
-                f"retrieve_every is {self.retrieve_every}; expected at most segment_size, {self.segment_size}, for "
-                "which the window keeps room."
+                f"retrieve_every must be at most segment_size ({self.segment_size}), for which the window keeps room, "
+                f"got {self.retrieve_every}."
             )
-        _check_choice("position_mode", self.position_mode, get_args(PositionMode))
-        _check_choice("kv_source", self.kv_source, get_args(KvSourceName))
-        _check_choice("chunk_order", self.chunk_order, get_args(ChunkOrder))
-        for name, kind in _KINDS.items():
+        for name, source in (("memory_layer", "shared"), ("maps", "latent")):
             value = getattr(self, name)
-            if not isinstance(value, kind):
-                shown = f"of type {type(value).__name__}" if name.endswith("_options") else repr(value)
-                raise InvalidArgumentError(f"{name} is {shown}; expected {_EXPECTED[kind]}.")
-        if self.memory_layer is not None and self.kv_source != "shared":
-            raise InvalidArgumentError(
-                f"memory_layer is {self.memory_layer}, but kv_source is {self.kv_source!r}: it goes with 'shared' "
-                "alone."
-            )
-        if self.maps is not None and self.kv_source != "latent":
-            raise InvalidArgumentError(
-                f"maps is {self.maps!r}, but kv_source is {self.kv_source!r}: set kv_source to 'latent', or leave maps "
-                "out."
-            )
+            if value is not None and self.kv_source != source:
+                raise InvalidArgumentError(
+                    f"{name} must be None unless kv_source is {source!r}, got {value!r} with {self.kv_source!r}: set "
+                    f"kv_source to {source!r}, or leave {name} out."
+                )
         taken = sorted(_NOT_OPTIONS & set(self.backend_options))
         if taken:
             raise InvalidArgumentError(
-                f"backend_options holds {', '.join(taken)}, which the decoder sets itself: dim is the retriever's, and "
-                "where keys and values live is said with store."
-            )
-        for name in ("min_score", "gate_init"):
-            number = getattr(self, name)
-            if number is not None and not (type(number) in (int, float) and isfinite(number)):
-                raise InvalidArgumentError(f"{name} is {number!r}; expected a number.")
-        if self.gate_init is not None and abs(self.gate_init) > _LARGEST_GATE:
-            raise InvalidArgumentError(
-                f"gate_init is {self.gate_init!r}; expected a number from {-_LARGEST_GATE} to {_LARGEST_GATE}, as it "
-                "is added to logits."
-            )
-        if self.memory_tokens is not None and self.memory_tokens < self.chunk_size:
-            raise InvalidArgumentError(
-                f"memory_tokens is {self.memory_tokens}, less than one chunk ({self.chunk_size}): nothing would ever "
-                "be retrieved. Raise it, or lower chunk_size."
+                f"backend_options must not hold {', '.join(taken)}, which the decoder sets itself: dim is the "
+                "retriever's, and store is a setting of its own."
             )
         if self.local_window < self.segment_size + self.chunk_size:
             raise InvalidArgumentError(
-                f"local_window is {self.local_window}, but it must hold a segment ({self.segment_size} tokens) and a "
-                f"chunk that is still filling ({self.chunk_size}): use local_window >= "
-                f"{self.segment_size + self.chunk_size}, or a smaller segment_size or chunk_size."
+                f"local_window must be at least {self.segment_size + self.chunk_size}, to hold a segment "
+                f"({self.segment_size} tokens) and a chunk that is still filling ({self.chunk_size}), got "
+                f"{self.local_window}: raise it, or lower segment_size or chunk_size."
             )
 
     def __repr__(self) -> str:
@@ -225,11 +177,6 @@ class MemoryConfig:
         return min(max(1, self.chunk_size // 2), self.segment_size)
 
     @property
-    def retrieved_chunks(self) -> int:
-        """Chunks that are retrieved for a segment, at most."""
-        return self.top_k if self.memory_tokens is None else self.memory_tokens // self.chunk_size
-
-    @property
     def window_past(self) -> int:
         """Tokens before a segment, sinks apart, that the local window can keep."""
         return self.local_window - self.segment_size
@@ -237,23 +184,9 @@ class MemoryConfig:
     @property
     def position_span(self) -> int:
         """Positions that a stream of any length needs, for the modes that re-base the window."""
-        return (
-            self.sink_tokens
-            + (self.memory_span(self.retrieved_chunks) if self.backend else 0)
-            + self.local_window
-        )
+        return self.sink_tokens + (self.memory_span(self.top_k) if self.backend else 0) + self.local_window
 
     def memory_span(self, chunks: int) -> int:
         """Positions that so many retrieved chunks take between sinks and window."""
         spans = {"zero": 1, "overlaid": self.chunk_size}
         return spans.get(self.position_mode, chunks * self.chunk_size) if chunks else 0
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least {least}.")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")

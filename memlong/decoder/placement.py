@@ -99,7 +99,7 @@ def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tupl
     if config.backend is None or config.position_mode == "original":
         return
     windows = {layer: model.layers[layer].sliding_window for layer in retrieval_layers}
-    span = config.memory_span(config.retrieved_chunks)
+    span = config.memory_span(config.top_k)
     reach = config.local_window + span
     blind = {layer: size for layer, size in windows.items() if size is not None and size < reach}
     if blind:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memlong.bank import Draft, MemoryBank, Retrieved, SearchResult
+from memlong.bank import Draft, MemoryBank
 from memlong.bank.copying import to_device
 from memlong.decoder.config import MemoryConfig
 
@@ -21,7 +21,7 @@ class Retrieval:
     query
         Its embedding [dim].
     ids, scores
-        Of the chunks found [found], best first, whether or not they are near enough to be attended to.
+        Of the chunks found [found], best first.
     """
 
     query: Tensor
@@ -70,7 +70,7 @@ class RandomChunks:
     ) -> tuple[Retrieval, RowMemory | None]:
         """Take as many chunks as :func:`recall` would look for, any of the bank's, in the order of the text."""
         stored = bank.ids
-        some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.retrieved_chunks]
+        some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.top_k]
         ids = stored[some].sort().values
         chunks = bank.fetch(ids)
         memory = RowMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans) if len(ids) else None
@@ -80,69 +80,18 @@ class RandomChunks:
 def recall(
     bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
 ) -> tuple[Retrieval, RowMemory | None]:
-    """Retrieve chunks for a query's embedding [dim], and put together what is attended to.
-
-    The memory is None if nothing was found that is near enough.
-    """
-    most = min(config.retrieved_chunks, len(bank))
-    if config.neighbours:
-        return _recall_with_neighbours(bank, query, most, config)
-    found = bank.retrieve(query[None], most)
-    retrieval = _retrieval(query, found)
-    near = _near(retrieval, config)
-    if not near:
+    """Retrieve chunks for a query's embedding [dim], and put together what is attended to; None where nothing is."""
+    found = bank.retrieve(query[None], min(config.top_k, len(bank)))
+    count = int((found.ids[0] >= 0).sum())
+    retrieval = Retrieval(query, found.ids[0, :count], found.scores[0, :count])
+    if not count:
         return retrieval, None
     # Chunks leave the window in the order of the text, so that is the order of ids.
-    order = (
-        torch.arange(near, device="cpu").flip(0)
-        if config.chunk_order == "score"
-        else retrieval.ids[:near].argsort()
-    )
+    order = retrieval.ids.argsort()
     keys, values = (
         _in_line(states[0], to_device(order, states.device)) for states in (found.keys, found.values)
     )
     return retrieval, RowMemory(keys, values, found.spans[0, order])
-
-
-def _recall_with_neighbours(
-    bank: MemoryBank | Draft, query: Tensor, most: int, config: MemoryConfig
-) -> tuple[Retrieval, RowMemory | None]:
-    retrieval = _retrieval(query, bank.search(query[None], most))
-    hits = retrieval.ids[: _near(retrieval, config)].tolist()
-    chosen: list[int] = []
-    following = min(config.neighbours, most - 1)  # more would find no room
-    for hit in hits:
-        group = [each for each in _with_what_follows(bank, hit, following) if each not in chosen]
-        group = group[: most - len(chosen)]
-        chosen = [*group, *chosen]  # the best ends up next to the window
-    if config.chunk_order == "position":
-        chosen.sort()
-    chunks = bank.fetch(chosen)
-    if not len(chunks.ids):
-        return retrieval, None
-    return retrieval, RowMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans)
-
-
-def _with_what_follows(bank: MemoryBank | Draft, hit: int, count: int) -> list[int]:
-    """The chunk, and up to ``count`` after it in its text; the bank may hold several texts."""
-    ids = list(range(hit, hit + count + 1))
-    spans = bank.spans_of(ids).tolist()
-    whole = 1
-    while whole <= count and spans[whole][0] == spans[whole - 1][1]:
-        whole += 1
-    return ids[:whole]
-
-
-def _retrieval(query: Tensor, found: Retrieved | SearchResult) -> Retrieval:
-    count = int((found.ids[0] >= 0).sum())
-    return Retrieval(query, found.ids[0, :count], found.scores[0, :count])
-
-
-def _near(retrieval: Retrieval, config: MemoryConfig) -> int:
-    """Return how many of the chunks found, the best first, are near enough."""
-    if config.min_score is None:
-        return len(retrieval.ids)
-    return int((retrieval.scores >= config.min_score).sum())
 
 
 def _in_line(blocks: Tensor, order: Tensor | None = None) -> Tensor:

@@ -1,11 +1,28 @@
 """Learning what memory needs: maps to a latent vector in closed form, and training by the language-model loss."""
 
-from memlong.training.config import TrainingConfig
-from memlong.training.curve import Step
-from memlong.training.documents import read_dataset, read_documents
-from memlong.training.latent import fit_latent_maps
-from memlong.training.parts import usual_retrieval_layers
-from memlong.training.trainer import Trainer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memlong.training.config import TrainingConfig
+    from memlong.training.curve import Step
+    from memlong.training.documents import read_dataset, read_documents
+    from memlong.training.latent import fit_latent_maps
+    from memlong.training.parts import usual_retrieval_layers
+    from memlong.training.trainer import Trainer
+
+# Loaded when first asked for: the options of a command must not import torch.
+_HOMES = {
+    "Step": "memlong.training.curve",
+    "Trainer": "memlong.training.trainer",
+    "TrainingConfig": "memlong.training.config",
+    "fit_latent_maps": "memlong.training.latent",
+    "read_dataset": "memlong.training.documents",
+    "read_documents": "memlong.training.documents",
+    "usual_retrieval_layers": "memlong.training.parts",
+}
 
 __all__ = [
     "Step",
@@ -16,3 +33,9 @@ __all__ = [
     "read_documents",
     "usual_retrieval_layers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

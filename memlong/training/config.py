@@ -4,117 +4,85 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from math import isfinite
 
 from memlong.errors import InvalidArgumentError
+from memlong.settings import checked, documented, setting
 
 _FLOOR = 0.1  # of the learning rate, where the schedule ends
 
 
+@documented
 @dataclass(frozen=True)
 class TrainingConfig:
     """The settings of a :class:`~memlong.training.Trainer`.
 
-    Parameters
-    ----------
-    steps
-        Steps of the optimizer.
-    rows
-        Documents that are read side by side, each with a bank of its own.
-    document_tokens
-        Tokens of an episode: longer documents are cut, and memory begins anew with each.
-    lr, gate_lr
-        Highest learning rates, of LoRA and maps, and of gates; both follow one schedule: a linear rise over
-        ``warmup_steps``, then half a cosine down to a tenth.
-    warmup_steps
-        Steps of that rise.
-    weight_decay
-        Of LoRA and maps (AdamW).
-    accumulate
-        Segments of an optimizer step; an episode's last step may have fewer.
-    max_grad_norm
-        Gradients longer than that are cut to it.
-    lora_rank, lora_alpha
-        Width and scale of LoRA (arXiv 2106.09685); rank 0 trains none.
-    lora_targets
-        Names of linear layers, such as ``("q_proj", "up_proj")``; by default all that an attention module has.
-    train_maps, train_gates
-        Whether latent maps and gates learn, where the memory has them.
-    warmup_stage_steps
-        Steps of a first stage: LoRA on all layers and no memory, as MemLong has it (arXiv 2408.16967). Only in it do
-        lower layers learn; what they have learned is frozen afterwards. The stage ends with an episode.
-    long_range_weight
-        What a long-range token weighs beyond the 1 of any other; long-range is what was last met farther back than the
-        local window.
-    random_share
-        Share of retrievals that bring random chunks instead, so that training tells one from the other.
-    seed
-        Of all that is random.
-    checkpoint_every
-        Steps between checkpoints, at least: they are written where episodes end.
-
     Raises
     ------
     InvalidArgumentError
-        If a value cannot work, naming the field, the value and what was expected.
+        If a value cannot work, naming the field, what it must be and the value.
     """
 
-    steps: int = 1000
-    rows: int = 4
-    document_tokens: int = 16_384
-    lr: float = 2e-4
-    gate_lr: float = 1e-2
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
-    accumulate: int = 4
-    max_grad_norm: float = 1.0
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] = ()
-    train_maps: bool = True
-    train_gates: bool = True
-    warmup_stage_steps: int = 0
-    long_range_weight: float = 0.0
-    random_share: float = 0.0
-    seed: int = 0
-    checkpoint_every: int = 100
+    steps: int = setting(1000, "Steps of the optimizer.", least=1)
+    rows: int = setting(4, "Documents read side by side.", more="Each has a bank of its own.", least=1)
+    document_tokens: int = setting(
+        16_384, "Tokens after which a document is cut and memory begins again.", least=2
+    )
+    accumulate: int = setting(
+        4, "Segments of an optimizer step.", more="The last step of a document may have fewer.", least=1
+    )
+    lr: float = setting(
+        2e-4,
+        "Highest learning rate of LoRA and maps.",
+        more="It rises linearly over ``warmup_steps``, then falls along half a cosine to a tenth.",
+        above=0,
+    )
+    gate_lr: float = setting(1e-2, "Highest learning rate of gates.", above=0)
+    warmup_steps: int = setting(50, "Steps in which the rate rises.", least=0)
+    weight_decay: float = setting(0.0, "Weight decay of LoRA and maps (AdamW).", least=0)
+    max_grad_norm: float = setting(1.0, "Norm at which gradients are clipped.", above=0)
+    lora_rank: int = setting(16, "Rank of LoRA; 0 trains none.", more="See arXiv 2106.09685.", least=0)
+    lora_alpha: float = setting(32.0, "Scale of LoRA.", above=0)
+    lora_targets: tuple[str, ...] = setting(
+        (),
+        "Linear layers with LoRA.",
+        unset="attention's",
+        more='Such as ``("q_proj", "up_proj")``.',
+        metavar="NAME",
+    )
+    train_maps: bool = setting(True, "Train the maps of kv_source 'latent'.")
+    train_gates: bool = setting(True, "Train the gates, where there are any.")
+    warmup_stage_steps: int = setting(
+        0,
+        "Steps of a first stage, with LoRA on all layers and no memory.",
+        more="MemLong has it (arXiv 2408.16967). Only in it do lower layers learn; what they have learned is frozen "
+        "afterwards. The stage ends with a document.",
+        least=0,
+    )
+    long_range_weight: float = setting(
+        0.0,
+        "What long-range tokens weigh beyond the 1 of others.",
+        more="A token is long-range if it was last met farther back than the local window.",
+        least=0,
+    )
+    random_share: float = setting(
+        0.0,
+        "Share of retrievals that bring random chunks instead.",
+        more="Training then tells one from the other.",
+        least=0,
+        most=1,
+    )
+    seed: int = setting(0, "Random seed.", least=0, most=2**63 - 1)
+    checkpoint_every: int = setting(
+        100, "Steps between checkpoints, at least.", more="They are written where documents end.", least=1
+    )
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("rows", 1),
-            ("document_tokens", 2),
-            ("warmup_steps", 0),
-            ("accumulate", 1),
-            ("lora_rank", 0),
-            ("warmup_stage_steps", 0),
-            ("seed", 0),
-            ("checkpoint_every", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least {least}.")
-        if self.seed >= 2**63:
-            raise InvalidArgumentError(f"seed is {self.seed}; expected an integer below 2**63.")
-        for name in ("train_maps", "train_gates"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}; expected True or False.")
-        for name in ("lr", "gate_lr", "max_grad_norm", "lora_alpha"):
-            self._check_number(name, above=0.0)
-        for name in ("weight_decay", "long_range_weight", "random_share"):
-            self._check_number(name)
-        if self.random_share > 1:
-            raise InvalidArgumentError(f"random_share is {self.random_share!r}; expected a share, at most 1.")
+        for name, value in checked(self).items():
+            object.__setattr__(self, name, value)
         if self.warmup_stage_steps and not self.lora_rank:
             raise InvalidArgumentError(
-                f"warmup_stage_steps is {self.warmup_stage_steps}, but lora_rank is 0: there would be nothing to train "
-                "in that stage. Set lora_rank, or leave the stage out."
-            )
-        if not isinstance(self.lora_targets, tuple | list) or not all(
-            isinstance(name, str) for name in self.lora_targets
-        ):
-            raise InvalidArgumentError(
-                f"lora_targets is {self.lora_targets!r}; expected a sequence of names."
+                f"warmup_stage_steps must be 0 where lora_rank is 0, as there would be nothing to train in that stage, "
+                f"got {self.warmup_stage_steps}: set lora_rank, or leave the stage out."
             )
 
     def share_of_rate(self, step: int) -> float:
@@ -122,10 +90,3 @@ class TrainingConfig:
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
         progress = min(1.0, max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         return rise * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * progress)) / 2)
-
-    def _check_number(self, name: str, above: float | None = None) -> None:
-        value = getattr(self, name)
-        is_number = type(value) in (int, float) and isfinite(value)
-        if not is_number or value < 0 or (above is not None and value <= above):
-            wanted = "a number above 0" if above is not None else "a number of at least 0"
-            raise InvalidArgumentError(f"{name} is {value!r}; expected {wanted}.")

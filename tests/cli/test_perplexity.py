@@ -63,7 +63,7 @@ def test_a_backend_that_cannot_be_had_is_told_before_the_model_is_loaded(run):
 
 def test_recall_is_at_as_many_chunks_as_are_retrieved(run, tmp_path):
     file = tmp_path / "result.json"
-    assert "recall@5" in run(memory_tokens=20, json=file).stdout
+    assert "recall@5" in run(top_k=5, json=file).stdout
     assert json.loads(file.read_text(encoding="utf-8"))["recall_k"] == 5
 
 
@@ -117,7 +117,7 @@ def test_the_seed_chooses_the_random_chunks(run):
         ({"device": "gpu"}, InvalidArgumentError, "device is 'gpu'; expected 'cpu'"),
         ({"device": "cuda:99"}, DeviceUnavailableError, "torch sees . CUDA devices"),
         ({"max_tokens": 5}, InvalidTextError, r"5 tokens, fewer than one segment \(8\)"),
-        ({"top_k": 0}, InvalidArgumentError, "top_k is 0"),
+        ({"top_k": 0}, InvalidArgumentError, "top_k must be"),
         ({"long_range_distance": -3}, InvalidArgumentError, "long_range_distance is -3"),
         (
             {"backend": "none", "backend_option": "index=Flat"},

@@ -142,7 +142,7 @@ def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
         ({"text": []}, InvalidArgumentError, "nothing to train on"),
         ({"text": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
         ({"resume": True}, InvalidArgumentError, "holds no checkpoint to go on from"),
-        ({"steps": 0}, InvalidArgumentError, "steps is 0"),
+        ({"steps": 0}, InvalidArgumentError, "steps must be"),
         ({"backend": "none"}, InvalidArgumentError, "--backend is none"),
         ({"kv_source": "latent"}, InvalidArgumentError, "maps is None"),
         (

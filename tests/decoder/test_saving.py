@@ -55,10 +55,8 @@ def test_streams_go_on_as_if_nothing_had_happened(tiny_model, architecture, smal
     [
         {"backend": None},
         {"position_mode": "overlaid"},
-        {"position_mode": "before-window", "chunk_order": "score"},
+        {"position_mode": "before-window"},
         {"kv_source": "shared"},
-        {"neighbours": 1},
-        {"min_score": 0.99},
         {"gate_init": -1.0},
         {"store": {"host": "all"}},
     ],

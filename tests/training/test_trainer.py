@@ -214,10 +214,10 @@ def test_a_model_is_trained_once(trainer, documents, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"steps": 0}, "steps is 0; expected an integer of at least 1"),
-        ({"lr": 0.0}, "lr is 0.0; expected a number above 0"),
-        ({"random_share": 1.5}, "random_share is 1.5; expected a share"),
-        ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj'; expected a sequence"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be a number above 0, got 0.0"),
+        ({"random_share": 1.5}, "random_share must be a number from 0 to 1, got 1.5"),
+        ({"lora_targets": "q_proj"}, "lora_targets must be a sequence of names, got 'q_proj'"),
         ({"warmup_stage_steps": 4, "lora_rank": 0}, "nothing to train in that stage"),
     ],
 )
