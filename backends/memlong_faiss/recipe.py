@@ -189,7 +189,7 @@ def training_points(index: Any, train_size: int | None) -> int:
         If `train_size` is no whole number, or less than the number of centroids.
     """
     if train_size is not None:
-        train_size = whole_number("train_size", train_size, at_least=1)
+        train_size = whole_number("train_size", train_size, at_least=1, at_most=2**62)
     if index.is_trained:
         return 0
     core = core_of(index)

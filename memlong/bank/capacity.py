@@ -9,6 +9,8 @@ from memlong.bank.eviction import EvictionPolicy, Usage
 from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
 
+_MOST = 2**64
+
 
 class Capacity:
     """Limits in chunks and bytes, enforced by an eviction policy.
@@ -22,8 +24,8 @@ class Capacity:
     """
 
     def __init__(self, max_chunks: int | None, max_bytes: int | None, policy: EvictionPolicy) -> None:
-        self.max_chunks = None if max_chunks is None else whole_number("max_chunks", max_chunks, at_least=1)
-        self.max_bytes = None if max_bytes is None else whole_number("max_bytes", max_bytes, at_least=1)
+        self.max_chunks = None if max_chunks is None else _limit("max_chunks", max_chunks)
+        self.max_bytes = None if max_bytes is None else _limit("max_bytes", max_bytes)
         self.policy = policy
 
     def in_chunks(self, embedding_bytes: int, block_bytes: int, store_bytes: int | None) -> int | None:
@@ -78,3 +80,7 @@ class Capacity:
                 f"of {len(usage)} chunks in use, but chose {len(chosen)} (unknown: {strangers.tolist()[:9]})"
             )
         return chosen
+
+
+def _limit(name: str, value: int) -> int:
+    return whole_number(name, value, at_least=1, at_most=_MOST)  # more could not be saved
