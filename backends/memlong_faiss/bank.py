@@ -190,8 +190,7 @@ class FaissBank(MemoryBank):
 
     def _trained_rows(self, embeddings: Floats) -> RowIndex:
         index = self._recipe.build()
-        if not index.is_trained:
-            index.train(embeddings)
+        self._recipe.train(index, embeddings)
         if self.device.type == "cuda":
             self._gpu = gpu_resources(self.device.index or 0)  # held, so that a rebuilt index takes the same
             return GpuRows(index, self._recipe, self._gpu)

@@ -8,6 +8,7 @@ from typing import Any
 
 import faiss
 
+from memlong.bank import Floats
 from memlong.bank.exact import Similarity
 from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
@@ -21,6 +22,13 @@ _LONGEST = 200
 
 MOST_EFFORT = 2**20
 """Of building and searching; FAISS does not take all that Python does."""
+_FINDERS = (
+    faiss.IndexFlat,
+    faiss.IndexHNSW,
+    faiss.IndexScalarQuantizer,
+    faiss.IndexIVF,
+    faiss.MultiIndexQuantizer,
+)
 _EXAMPLES = "'Flat', 'HNSW32', 'IVF256,Flat', 'IVF256,PQ48', 'SQ8'"
 
 
@@ -74,10 +82,9 @@ class Recipe:
         try:
             index = faiss.index_factory(self.dim, self.factory, self.metric)
         except RuntimeError as error:
-            reason = str(error).partition(": ")[2] or str(error)
             raise InvalidArgumentError(
                 f"index {self.factory!r} is not one that FAISS can build for dim {self.dim} and "
-                f"{self.similarity}: {reason}. Examples: {_EXAMPLES}"
+                f"{self.similarity}: {_reason(error)}. Examples: {_EXAMPLES}"
             ) from error
         core = core_of(index)
         families = (faiss.IndexFlat, faiss.IndexHNSW, faiss.IndexIVF, faiss.IndexScalarQuantizer)
@@ -87,6 +94,8 @@ class Recipe:
                 "use a Flat, HNSW, IVF or SQ one. Leave out IDMap and Refine: the bank itself keeps ids and "
                 f"scores exactly. Examples: {_EXAMPLES}"
             )
+        if odd := _fails_later(index, core):
+            raise InvalidArgumentError(f"index {self.factory!r} {odd}. Examples: {_EXAMPLES}")
         if isinstance(core, faiss.IndexHNSW):
             core.hnsw.efConstruction = self.ef_construction
         if isinstance(core, faiss.IndexIVF):
@@ -98,6 +107,46 @@ class Recipe:
         if hasattr(coder, "do_polysemous_training"):
             coder.do_polysemous_training = False  # takes most of the training, for a filter that is not used
         return index
+
+    def train(self, index: Any, embeddings: Floats) -> None:
+        """Train an index that has to be.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If FAISS cannot, with its reason.
+        """
+        if index.is_trained:
+            return
+        try:
+            index.train(embeddings)
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"FAISS cannot train index {self.factory!r} on {len(embeddings):,} embeddings: {_reason(error)}. Give "
+                f"another index, or a larger train_size. Examples: {_EXAMPLES}"
+            ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).partition(": ")[2] or str(error)
+
+
+def _fails_later(index: Any, core: Any) -> str | None:
+    """Say what FAISS builds, and fails on only when it trains or searches."""
+    chain: Any = index.chain if isinstance(index, faiss.IndexPreTransform) else None
+    for number in range(chain.size() if chain else 0):
+        each = faiss.downcast_VectorTransform(chain.at(number))
+        if isinstance(each, faiss.PCAMatrix) and each.d_out > each.d_in:
+            return f"reduces {each.d_in} numbers to {each.d_out} by PCA; give at most {each.d_in}"
+    if isinstance(core, faiss.IndexIVFAdditiveQuantizerFastScan) or isinstance(
+        coder_of(core), faiss.Index2Layer
+    ):
+        return f"makes a {type(core).__name__} that takes no settings of a search"
+    if isinstance(core, faiss.IndexIVF):
+        lists = faiss.downcast_index(core.quantizer)
+        if not isinstance(lists, _FINDERS):
+            return f"finds its lists by a {type(lists).__name__}; use a Flat, HNSW or SQ one, or leave it out"
+    return None
 
 
 def _absurdity(factory: str, dim: int) -> str | None:
@@ -140,7 +189,7 @@ def training_points(index: Any, train_size: int | None) -> int:
         If `train_size` is no whole number, or less than the number of centroids.
     """
     if train_size is not None:
-        train_size = whole_number("train_size", train_size, at_least=1)
+        train_size = whole_number("train_size", train_size, at_least=1, at_most=2**62)
     if index.is_trained:
         return 0
     core = core_of(index)

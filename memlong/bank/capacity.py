@@ -10,6 +10,8 @@ from memlong.bank.sizes import byte_count
 from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
 
+_MOST = 2**64
+
 
 class Capacity:
     """Limits in chunks and bytes, enforced by an eviction policy.
@@ -25,8 +27,13 @@ class Capacity:
     """
 
     def __init__(self, max_chunks: int | None, max_bytes: int | str | None, policy: EvictionPolicy) -> None:
-        self.max_chunks = None if max_chunks is None else whole_number("max_chunks", max_chunks, at_least=1)
-        self.max_bytes = None if max_bytes is None else byte_count("max_bytes", max_bytes, at_least=1)
+        # More could not be saved.
+        self.max_chunks = (
+            None if max_chunks is None else whole_number("max_chunks", max_chunks, at_least=1, at_most=_MOST)
+        )
+        self.max_bytes = (
+            None if max_bytes is None else byte_count("max_bytes", max_bytes, at_least=1, at_most=_MOST)
+        )
         self.policy = policy
 
     def in_chunks(self, embedding_bytes: int, block_bytes: int, store_bytes: int | None) -> int | None:

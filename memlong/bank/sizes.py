@@ -18,8 +18,8 @@ _UNITS = {"": 1, "b": 1} | {
 _DIGITS = 20
 
 
-def byte_count(name: str, size: int | str, *, at_least: int = 0) -> int:
-    """Return a size in bytes: an int of at least so many, or text such as "500MB" or "2GiB".
+def byte_count(name: str, size: int | str, *, at_least: int = 0, at_most: int | None = None) -> int:
+    """Return a size in bytes: an int within the bounds, or text such as "500MB" or "2GiB".
 
     Raises
     ------
@@ -27,7 +27,7 @@ def byte_count(name: str, size: int | str, *, at_least: int = 0) -> int:
         If it is neither.
     """
     count = _count(size)
-    if count is None or count < at_least:
+    if count is None or count < at_least or (at_most is not None and count > at_most):
         least = ", at least 1" if at_least else ""
         raise InvalidArgumentError(
             f"{name} is {size!r}; expected bytes{least}, such as 2000000, '500MB' or '2GiB'"

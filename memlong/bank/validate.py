@@ -39,10 +39,17 @@ def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = 
     except TypeError:
         number = None
     if number is None or isinstance(value, (bool, np.bool_)) or number < at_least:
-        raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {value!r}")
+        raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {_shown(value)}")
     if at_most is not None and number > at_most:
-        raise InvalidArgumentError(f"{name} must be an int from {at_least} to {at_most}, got {value!r}")
+        raise InvalidArgumentError(f"{name} must be an int from {at_least} to {at_most}, got {_shown(value)}")
     return number
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # it has more digits than Python prints
+        return "a number of thousands of digits"
 
 
 def embeddings_of(name: str, value: FloatInput, dim: int, *, unit: bool) -> Floats:

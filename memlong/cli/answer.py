@@ -24,9 +24,8 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with redirect_stdout(_Aside()):
                 command(*arguments, **options)
-        except (
-            SystemExit
-        ) as ended:  # no command of ours ends so, and with status 0 it would look like an answer
+        except SystemExit as ended:
+            # No command of ours ends so, and with status 0 it would look like an answer.
             raise MemlongError(
                 f"a plugin or a library ended the program (exit status {ended.code!r}) before there was an answer: "
                 "MEMLONG_PLUGINS= leaves all plugins of others out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def backends(
     unavailable = [report for report in registry.manager.reports if report.status != "loaded"]
     claims = Counter(spec.name for spec in specs)
     contested = {name for name, count in claims.items() if count > 1}
-    missing = {spec: spec.missing() for spec in specs}
+    missing = _missing(specs)
     status = {spec: _status(spec, contested, missing[spec]) for spec in specs}
     if as_json:
         print_json(
@@ -57,6 +58,15 @@ def backends(
         "Plugins that are not loaded",
         [f"{report.name} ({report.origin}): {report.reason}" for report in unavailable],
     )
+
+
+def _missing(specs: Iterable[Spec]) -> dict[Spec, tuple[str, ...]]:
+    """Return what each lacks; what many need is looked for once."""
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for spec in specs:
+        if spec.requires not in found:
+            found[spec.requires] = spec.missing()
+    return {spec: found[spec.requires] for spec in specs}
 
 
 def _status(spec: Spec, contested: set[str], missing: tuple[str, ...]) -> str:

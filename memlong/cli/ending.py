@@ -76,7 +76,7 @@ def _keep_output_for_the_answer() -> None:
     try:
         if ours.fileno() != 1:
             return
-    except OSError:  # it is no file, as in a test
+    except (OSError, ValueError):  # it is no file, as in a test, or closed
         return
     ours.flush()
     place = os.dup(1)

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from memlong.cli.files import writable
 from memlong.errors import InvalidArgumentError
 
 _RESULTS = (b'{\n  "model":',)  # how the result of a command begins
+_MOST_ROWS = 1_000
 _STYLES = {
     "available": "green",
     "loaded": "green",
@@ -104,23 +105,30 @@ def _pipe_at(path: Path) -> int | None:
     return number
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table of plain text; a cell that is a known status is coloured."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of plain text, of very many rows the first; a cell that is a known status is coloured."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(shown(column), overflow="fold")
-    for row in rows:
+    for row in rows[:_MOST_ROWS]:
         # As Text: a bracket in a name or a command is no markup.
         table.add_row(*(Text(shown(cell), style=_STYLES.get(cell, "")) for cell in row))
     Console(file=answer()).print(table)
+    _count_the_rest(rows)
 
 
 def print_section(title: str, lines: Sequence[str]) -> None:
-    """Print a heading and its lines, which are never wrapped so that commands can be copied."""
+    """Print a heading and its lines, never wrapped so that commands can be copied; of very many the first."""
     if not lines:
         return
     console = Console(file=answer(), highlight=False)
     console.print(Text(f"\n{title}", style="bold"))
-    for line in lines:
+    for line in lines[:_MOST_ROWS]:
         text = "\n".join(f"  {shown(part)}" for part in line.split("\n"))
         console.print(Text(text), soft_wrap=True)
+    _count_the_rest(lines)
+
+
+def _count_the_rest(rows: Sequence[object]) -> None:
+    if len(rows) > _MOST_ROWS:
+        say(f"… and {len(rows) - _MOST_ROWS:,} more; --json has them all")

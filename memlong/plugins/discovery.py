@@ -14,7 +14,10 @@ ENTRY_POINT_GROUP = "memlong"
 BUILT_IN = "built-in"
 IN_CODE = "registered in code"
 
-_MOST_PLUGINS, _LONGEST = 100, 200  # of one distribution; of a name that messages and tables call it by
+LONGEST = 200
+"""Characters of a name that a plugin or its distribution goes by."""
+
+_MOST_PLUGINS = 100  # of one distribution
 
 # Named as text: importing any of them here would turn the import rules upside down.
 _BUILT_IN_MODULES = {
@@ -82,7 +85,7 @@ def third_parties() -> Iterator[Candidate]:
             continue
         label, version = _name_and_version(distribution)
         if not _is_shadowed(distribution, label):
-            found.extend(_candidates(distribution, cut(label, _LONGEST), _origin(label, version)))
+            found.extend(_candidates(distribution, cut(label, LONGEST), _origin(label, version)))
     yield from sorted(found, key=lambda candidate: (candidate.name, candidate.distribution))
 
 
@@ -118,7 +121,7 @@ def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[st
 
 
 def _origin(label: str, version: str) -> str:
-    return f"{cut(label, _LONGEST) or 'an unnamed distribution'} {cut(version, _LONGEST)}".strip()
+    return f"{cut(label, LONGEST) or 'an unnamed distribution'} {cut(version, LONGEST)}".strip()
 
 
 def _candidates(
@@ -134,7 +137,7 @@ def _candidates(
         yield Candidate(label, origin, "entry_points.txt", _raiser(many), label)
         return
     for point in entry_points:
-        yield Candidate(cut(point.name, _LONGEST), origin, cut(point.value, _LONGEST), point.load, label)
+        yield Candidate(cut(point.name, LONGEST), origin, cut(point.value, LONGEST), point.load, label)
 
 
 def _raiser(error: Exception) -> Callable[[], object]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
 
-from memlong.errors import MissingDependencyError, PluginError
-from memlong.plugins.names import explained
+from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, PluginError
+from memlong.plugins.names import explained, text_of
 from memlong.plugins.spec import Spec
+from memlong.plugins.uri import scheme_of, scrubbed, without_credentials
 
 
 def load_class(spec: Spec, base: type | None = None) -> type:
@@ -39,12 +39,38 @@ def load_class(spec: Spec, base: type | None = None) -> type:
     return found
 
 
-def load_function(spec: Spec) -> Callable[..., object]:
-    """Import and return the function behind ``spec``; raises as `load_class` does."""
-    found = _load(spec)
-    if not callable(found) or isinstance(found, type):
-        raise fault(spec, f"its target {spec.target!r} is not a function but {type(found).__name__}")
-    return found
+def read_uri(spec: Spec, uri: str) -> tuple[str, dict[str, object]]:
+    """Return the backend and the options that the function behind a URI scheme makes of a URI.
+
+    Raises
+    ------
+    PluginError, MissingDependencyError
+        As `load_class` does; also if the function does not keep its contract.
+    InvalidArgumentError
+        If the URI is not one that the function knows to read.
+    """
+    function = _load(spec)
+    if not callable(function) or isinstance(function, type):
+        raise fault(spec, f"its target {spec.target!r} is not a function but {type(function).__name__}")
+    try:
+        found = function(uri)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        said = text_of(error)
+        cause = error if said == scrubbed(said, uri) else None
+        if isinstance(error, MemlongError):
+            if cause is error:
+                raise
+            # Not from the error: its text, which a traceback shows, holds what is secret.
+            raise InvalidArgumentError(scrubbed(said, uri)) from None
+        what = f"{spec.target!r} raises {type(error).__name__} for {without_credentials(uri)!r}"
+        raise fault(spec, what) from cause
+    match found:
+        case (str() as backend, dict() as held) if scheme_of(backend) is None:
+            if all(isinstance(each, str) for each in held):
+                return backend, held
+    raise fault(spec, f"{spec.target!r} returns no pair of a backend's name and a dict of options")
 
 
 def _load(spec: Spec) -> object:

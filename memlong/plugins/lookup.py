@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memlong.errors import PluginError, UnknownNameError
 from memlong.plugins.manager import PluginManager
-from memlong.plugins.names import did_you_mean, normalise, quoted
+from memlong.plugins.names import brief, cut, did_you_mean, normalise, quoted
 from memlong.plugins.report import PluginReport
 from memlong.plugins.spec import Kind, Spec
 
@@ -15,10 +15,12 @@ def find(manager: PluginManager, kind: Kind, name: str) -> Spec:
     Raises
     ------
     UnknownNameError
-        If none did.
+        If none did, or it is no name.
     PluginError
         If two did, or the plugin of this name failed.
     """
+    if not isinstance(name, str):
+        raise UnknownNameError(f"a {kind} is asked for by its name, such as 'my-index', got {brief(name)}")
     specs = manager.specs(kind)
     found = [spec for spec in specs if spec.name == name]
     if len(found) > 1:
@@ -56,7 +58,7 @@ def _contested(manager: PluginManager, specs: list[Spec]) -> PluginError:
 def _shown(name: str) -> str:
     # No name holds an "@": this is a URI without its "://", and what stands before may be a password.
     _, at, rest = name.rpartition("@")
-    return f"***@{rest}" if at else name
+    return cut(f"***@{rest}" if at else name, 100)
 
 
 def _namesake(report: PluginReport, name: str) -> bool:

@@ -10,8 +10,8 @@ import pluggy
 
 from memlong.errors import InvalidArgumentError, PluginError
 from memlong.plugins import hookspecs
-from memlong.plugins.discovery import IN_CODE, Candidate, built_ins, third_parties
-from memlong.plugins.names import did_you_mean, explained, normalise
+from memlong.plugins.discovery import IN_CODE, LONGEST, Candidate, built_ins, third_parties
+from memlong.plugins.names import brief, did_you_mean, explained, normalise
 from memlong.plugins.report import PluginReport, Status
 from memlong.plugins.selection import DISABLE_VARIABLE, Selection
 from memlong.plugins.spec import Kind, Spec
@@ -76,9 +76,15 @@ class PluginManager:
 
         Raises
         ------
+        InvalidArgumentError
+            If the name is no text, empty or huge.
         PluginError
             If a plugin of this name is there already or this one fails; nothing of it is kept.
         """
+        if not isinstance(name, str) or not 0 < len(name.strip()) <= LONGEST:
+            raise InvalidArgumentError(
+                f"name must be text of at most {LONGEST} characters, got {brief(name)}"
+            )
         if any(normalise(record.candidate.name) == normalise(name) for record in self._records):
             raise PluginError(f"cannot register plugin {name!r}: a plugin of this name is there already")
         # A module has a name; an object or a class has the module it comes from.

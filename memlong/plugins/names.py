@@ -36,7 +36,10 @@ def quoted(names: Collection[str]) -> str:
 
 def brief(value: object) -> str:
     """Return the repr of what somebody gave, cut if it is long, and something in its place if it has none."""
-    return _BRIEF.repr(value)
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # of an int with more digits than Python prints
+        return f"a huge {type(value).__name__}"
 
 
 def cut(text: str, most: int) -> str:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection
 
 from memlong.errors import InvalidArgumentError
-from memlong.plugins.names import did_you_mean, quoted
+from memlong.plugins.names import brief, did_you_mean, quoted
 
 
 def accepted_options(cls: type, *, besides: Collection[str] = ()) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def check_options(what: str, cls: type, given: Collection[str], *, besides: Coll
     for name in given:
         if name not in accepted:
             raise InvalidArgumentError(
-                f"{what} has no option {name!r}.{did_you_mean(name, accepted)} It accepts: {quoted(accepted)}"
+                f"{what} has no option {brief(name)}.{did_you_mean(name, accepted)} It accepts: {quoted(accepted)}"
             )
     for name in _needed(cls):
         if name not in given and name not in besides:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlong.errors import InvalidArgumentError, MemlongError
-from memlong.plugins.loading import fault, load_class, load_function
+from memlong.errors import InvalidArgumentError
+from memlong.plugins.loading import fault, load_class, read_uri
 from memlong.plugins.lookup import find
 from memlong.plugins.manager import PluginManager
-from memlong.plugins.names import explained, quoted, text_of
+from memlong.plugins.names import explained, quoted
 from memlong.plugins.options import check_options
 from memlong.plugins.spec import Kind, Spec
-from memlong.plugins.uri import scheme_of, scrubbed, without_credentials
+from memlong.plugins.uri import scheme_of
 
 if TYPE_CHECKING:
     from memlong.bank.base import MemoryBank
@@ -111,27 +111,7 @@ class Registry:
         if scheme is None:
             return name, options
         spec = self._one("URI scheme", scheme)
-        try:
-            found = load_function(spec)(name)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            said = text_of(error)
-            cause = error if said == scrubbed(said, name) else None
-            if isinstance(error, MemlongError):
-                if cause is error:
-                    raise
-                raise InvalidArgumentError(scrubbed(said, name)) from None  # whose text holds what is secret
-            raise fault(
-                spec, f"{spec.target!r} raises {type(error).__name__} for {without_credentials(name)!r}"
-            ) from cause
-        match found:
-            case (str() as backend, dict() as held) if scheme_of(backend) is None:
-                pass
-            case _:
-                raise fault(
-                    spec, f"{spec.target!r} returns no pair of a backend's name and a dict of options"
-                )
+        backend, held = read_uri(spec, name)
         if twice := sorted(held.keys() & options.keys()):
             raise InvalidArgumentError(
                 f"{quoted(twice)} stands in the URI of the backend and is given as an option, too: say it once"

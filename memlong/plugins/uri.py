@@ -35,7 +35,9 @@ _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[\w.,-]*)(?::(?P<port>[0-9]{1,5
 
 
 def scheme_of(name: str) -> str | None:
-    """Return the scheme of a URI such as ``"milvus://host"``, in lower case; None for a plain name."""
+    """Return the scheme of a URI such as ``"milvus://host"``, in lower case; None for a plain name, or for no text."""
+    if not isinstance(name, str):
+        return None
     scheme, colon, _ = name.partition("://")
     return scheme.lower() if colon else None
 

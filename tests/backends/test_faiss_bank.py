@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import faiss
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
 from memlong_faiss import gpu
 from memlong_faiss.bank import FaissBank
+from memlong_faiss.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -24,12 +27,35 @@ from memlong_faiss.bank import FaissBank
         ("PQ8", "IndexPQ"),
         ("NSG32,Flat", "IndexNSGFlat"),
         (None, "index must be an index-factory string"),
+        # What FAISS builds, and then fails on as it trains or searches:
+        ("PCA64,Flat", "reduces 32 numbers to 64 by PCA; give at most 32"),
+        ("RR8,PCAR16,IVF16,Flat", "reduces 8 numbers to 16"),
+        ("HNSW32_16+PQ8", "takes no settings of a search"),
+        ("IVF16,RQ4x4fs", "takes no settings of a search"),
+        ("IVF16_NSG8,Flat", "finds its lists by a IndexNSGFlat"),
+        ("IVF16(PQ4),Flat", "finds its lists by a IndexPQ"),
     ],
 )
 def test_an_index_that_cannot_be_used_is_an_error_with_examples(index, reason):
     with pytest.raises(InvalidArgumentError, match=reason) as caught:
         FaissBank(32, index=index)
     assert "IVF256,Flat" in str(caught.value)
+
+
+def test_an_index_that_cannot_be_trained_is_named_with_the_reason():
+    def train(embeddings):
+        raise RuntimeError("Error in train at here.cpp:1: too few")
+
+    recipe = Recipe(16, "IVF16,Flat", "inner_product", 200, 64, 16)
+    with pytest.raises(InvalidArgumentError, match=r"cannot train index 'IVF16,Flat' on 3 .*: too few"):
+        recipe.train(SimpleNamespace(is_trained=False, train=train), torch.zeros(3, 16).numpy())
+
+
+@pytest.mark.parametrize("train_size", [0, -1, float("nan"), True, "many"])
+@pytest.mark.parametrize("index", ["Flat", "HNSW32", "IVF16,Flat"])
+def test_train_size_is_checked_whether_or_not_it_is_needed(index, train_size):
+    with pytest.raises(InvalidArgumentError, match="train_size must be an int >= 1"):
+        FaissBank(16, index=index, train_size=train_size)
 
 
 ABSURD = ["HNSW0", "HNSW1", "HNSW999999999", "IVF4_HNSW1,Flat", "IVF99999999,Flat", "Pad999999999,Flat"]

@@ -156,11 +156,17 @@ def test_a_backend_that_ends_the_program_is_told(site, arguments, story):
     assert "memlong: a plugin or a library ended the program (exit status 0)" in result.stderr
 
 
-def test_a_plugin_of_very_many_names_fills_no_screen(site):
+def test_plugins_of_very_many_names_fill_no_screen(site):
     put(site, "many", GOOD.replace('register("acme"', 'for i in range(1000): register(f"n{i}"'))
     said = " ".join(memlong("plugins", site=site).stdout.split())
     assert "n39 and 960 more" in said
     assert len(said) < 5_000
+    for number in range(2, 5):
+        loop = f'for i in range(1000): register(f"m{number}.{{i}}"'
+        put(site, f"many{number}", GOOD.replace('register("acme"', loop))
+    listed = memlong("backends", site=site)
+    assert "more; --json has them all" in listed.stdout
+    assert len(json.loads(memlong("backends", "--json", site=site).stdout)["backends"]) > 4_000
 
 
 @pytest.mark.parametrize("command", ["plugins", "backends"])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from memlong.errors import PluginError
+from memlong.errors import InvalidArgumentError, PluginError
 from memlong.plugins import PluginManager, Registry, hookimpl
 
 
@@ -64,6 +64,12 @@ def test_a_name_is_taken_once(manager):
     manager.register(plugin("a"), name="mine")
     with pytest.raises(PluginError, match="a plugin of this name is there already"):
         manager.register(plugin("b"), name="Mine")
+
+
+@pytest.mark.parametrize("name", [None, 3, "", " ", "x" * 201])
+def test_a_plugin_needs_a_name(manager, name):
+    with pytest.raises(InvalidArgumentError, match="name must be text of at most 200 characters, got "):
+        manager.register(plugin("a"), name=name)
 
 
 def test_the_same_object_is_taken_once(manager):

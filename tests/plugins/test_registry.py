@@ -213,6 +213,23 @@ def test_a_library_that_ends_the_program_does_not(registry, module):
         registry.create_bank("acme", 4)
 
 
+@pytest.mark.parametrize("name", [None, 3, b"torch", ["torch"]])
+def test_what_is_no_name_is_refused(registry, name):
+    with pytest.raises(
+        UnknownNameError, match="a backend is asked for by its name, such as 'my-index', got "
+    ):
+        registry.create_bank(name, 4)
+    with pytest.raises(UnknownNameError, match="a retriever is asked for by its name"):
+        registry.retriever(name)
+
+
+def test_a_huge_name_is_told_in_brief(registry):
+    for ask in (registry.retriever, lambda name: registry.create_bank(name, 4)):
+        with pytest.raises(UnknownNameError) as caught:
+            ask("x" * 10**6)
+        assert len(str(caught.value)) < 500
+
+
 def test_an_unknown_name_among_very_many_is_told_in_brief(registry):
     for plugin in range(20):
         many = [{"name": f"a{plugin}.{number}", "target": "a:B"} for number in range(1000)]

@@ -64,7 +64,11 @@ class Unprintable:
 
 
 @pytest.mark.parametrize("field", ["name", "target", "requires", "install", "description"])
-@pytest.mark.parametrize("value", ["x" * 10**6, ["x"] * 10**6, Unprintable()], ids=["text", "list", "object"])
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, ["x"] * 10**6, Unprintable(), 10**5000],
+    ids=["text", "list", "object", "number"],
+)
 def test_what_is_long_or_cannot_be_printed_is_told_in_brief(field, value):
     with pytest.raises(InvalidArgumentError, match=f"^{field}=") as caught:
         spec(**{field: value})

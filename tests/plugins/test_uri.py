@@ -21,9 +21,19 @@ def resolve(uri):
         return None
     if uri.endswith("again"):
         return uri, {}
+    if uri.endswith("numbered"):
+        return "torch", {3: 4}
+    if uri.endswith("exit"):
+        raise SystemExit(uri)
+    if uri.endswith("unprintable"):
+        raise Unprintable
     return "torch", {"max_chunks": int(uri.rpartition("=")[2])}  # a ValueError for what is no number
 
 class Thing: ...
+
+class Unprintable(BaseException):
+    def __str__(self):
+        raise RuntimeError
 """
 
 
@@ -76,7 +86,7 @@ def test_an_unknown_scheme_is_named_and_nothing_secret_is_shown(registry):
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("end", ["nothing", "again"])
+@pytest.mark.parametrize("end", ["nothing", "again", "numbered"])
 def test_a_function_that_returns_something_else_is_its_authors_fault(registry, end):
     with pytest.raises(PluginError, match="no pair of a backend's name and a dict"):
         registry.create_bank(f"acme+db://{end}", 4)
@@ -87,6 +97,12 @@ def test_a_function_that_raises_something_else_is_its_authors_fault(registry):
         PluginError, match=r"raises ValueError for 'acme\+db://\*\*\*@host/\?max_chunks=many'"
     ):
         registry.create_bank("acme+db://me:secret@host/?max_chunks=many", 4)
+
+
+@pytest.mark.parametrize(("end", "kind"), [("exit", "SystemExit"), ("unprintable", "Unprintable")])
+def test_a_function_that_raises_what_is_no_exception_ends_nothing(registry, end, kind):
+    with pytest.raises(PluginError, match=rf"raises {kind} for 'acme\+db://\*\*\*@host/{end}'"):
+        registry.create_bank(f"acme+db://me:secret@host/{end}", 4)
 
 
 def test_a_plugins_own_error_is_told_without_what_is_secret(registry):
