@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from math import isfinite
 
 from memlong.errors import InvalidArgumentError
 
 _FLOOR = 0.1  # of the learning rate, where the schedule ends
+_LARGEST = 1e30  # beyond, float32 overflows
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,22 @@ class TrainingConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("rows", 1),
-            ("document_tokens", 2),
-            ("warmup_steps", 0),
-            ("accumulate", 1),
-            ("lora_rank", 0),
-            ("warmup_stage_steps", 0),
-            ("seed", 0),
-            ("checkpoint_every", 1),
+        for name, least, most in (
+            ("steps", 1, 2**63 - 1),
+            ("rows", 1, 4096),
+            ("document_tokens", 2, 2**63 - 1),
+            ("warmup_steps", 0, 2**63 - 1),
+            ("accumulate", 1, 2**63 - 1),
+            ("lora_rank", 0, 16_384),
+            ("warmup_stage_steps", 0, 2**63 - 1),
+            ("seed", 0, 2**63 - 1),
+            ("checkpoint_every", 1, 2**63 - 1),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least {least}.")
-        if self.seed >= 2**63:
-            raise InvalidArgumentError(f"seed is {self.seed}; expected an integer below 2**63.")
+            if value > most:
+                raise InvalidArgumentError(f"{name} is {value}; expected at most {most:,}.")
         for name in ("train_maps", "train_gates"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}; expected True or False.")
@@ -125,7 +125,7 @@ class TrainingConfig:
 
     def _check_number(self, name: str, above: float | None = None) -> None:
         value = getattr(self, name)
-        is_number = type(value) in (int, float) and isfinite(value)
+        is_number = type(value) in (int, float) and value <= _LARGEST
         if not is_number or value < 0 or (above is not None and value <= above):
             wanted = "a number above 0" if above is not None else "a number of at least 0"
-            raise InvalidArgumentError(f"{name} is {value!r}; expected {wanted}.")
+            raise InvalidArgumentError(f"{name} is {value!r}; expected {wanted} and at most {_LARGEST:g}.")

@@ -216,6 +216,12 @@ def test_a_model_is_trained_once(trainer, documents, tmp_path):
     [
         ({"steps": 0}, "steps is 0; expected an integer of at least 1"),
         ({"lr": 0.0}, "lr is 0.0; expected a number above 0"),
+        ({"lr": 1e300}, r"lr is 1e\+300; expected .* at most 1e\+30"),
+        ({"gate_lr": 10**400}, "expected a number above 0 and at most"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; expected a number"),
+        ({"lora_rank": 10**9}, "lora_rank is 1000000000; expected at most 16,384"),
+        ({"rows": 10**9}, "rows is 1000000000; expected at most 4,096"),
+        ({"document_tokens": 10**30}, "expected at most"),
         ({"random_share": 1.5}, "random_share is 1.5; expected a share"),
         ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj'; expected a sequence"),
         ({"warmup_stage_steps": 4, "lora_rank": 0}, "nothing to train in that stage"),
