@@ -145,6 +145,7 @@ def test_a_checkpoint_that_was_being_written_is_forgotten(trainer, cut, tmp_path
     for name in (".checkpoint-16.writing", ".checkpoint-4.removing"):
         (tmp_path / "run" / name).mkdir()
         (tmp_path / "run" / name / "training.safetensors").write_bytes(b"half of it")
+        (tmp_path / "run" / name / ".tmpYMTdNC").write_bytes(b"half of it")
     assert len(trainer(**SETTINGS).run(resume=True)) == 20
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
