@@ -111,10 +111,12 @@ def checked(settings: Any) -> dict[str, Any]:
         kinds, optional = _kinds(hints[each.name])
         good = next((kind for kind in kinds if _is(kind, value, said)), None)
         if good is None and not (value is None and optional):
-            wanted = " or ".join(dict.fromkeys(_wanted(kind, said) for kind in kinds))
+            wanted = " or ".join(dict.fromkeys(_wanted(kind, value, said) for kind in kinds))
             # A mapping may hold what is secret.
             got = (
-                f"a {type(value).__name__}" if Mapping in map(_plain, kinds) and said.metavar else repr(value)
+                f"a {type(value).__name__}"
+                if Mapping in map(_plain, kinds) and said.metavar
+                else _shown(value)
             )
             raise InvalidArgumentError(
                 f"{each.name} must be {wanted}{', or None' if optional else ''}, got {got}."
@@ -123,6 +125,13 @@ def checked(settings: Any) -> dict[str, Any]:
             operator.index(value) if good is int else tuple(value) if _plain(good) is tuple else value
         )
     return found
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # it has more digits than Python prints
+        return "a number of thousands of digits"
 
 
 def _kinds(hint: Any) -> tuple[tuple[Any, ...], bool]:
@@ -147,7 +156,8 @@ def _is(kind: Any, value: object, said: Setting) -> bool:
         except TypeError:
             return False
     if plain is float:
-        return type(value) in (int, float) and isfinite(value) and _is_within(value, said)  # type: ignore[arg-type]
+        # First the bounds: a very long integer is no float.
+        return type(value) in (int, float) and _is_within(value, said) and isfinite(value)  # type: ignore[arg-type]
     if issubclass(plain, Sequence) and plain is not str:
         return isinstance(value, list | tuple) and all(isinstance(each, get_args(kind)[0]) for each in value)
     return isinstance(value, plain)
@@ -157,25 +167,29 @@ def _is_within(value: float, said: Setting) -> bool:
     return (
         (said.least is None or value >= said.least)
         and (said.above is None or value > said.above)
-        and (said.most is None or value <= said.most)
+        and value <= (_most(value) if said.most is None else said.most)
     )
 
 
-def _wanted(kind: Any, said: Setting) -> str:
+def _most(value: object) -> float:
+    """Return a bound that every number has: what 64 bits hold, and what float32 does."""
+    return 2**63 - 1 if isinstance(value, int) else 1e30
+
+
+def _wanted(kind: Any, value: object, said: Setting) -> str:
     plain = _plain(kind)
     if plain is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
     if plain in (int, float):
         noun = "an integer" if plain is int else "a number"
         if said.most is not None and said.least is not None:
-            return f"{noun} from {said.least:g} to {said.most:g}"
-        return noun + (
-            f" of at least {said.least:g}"
-            if said.least is not None
-            else f" above {said.above:g}"
-            if said.above is not None
-            else ""
-        )
+            return f"{noun} from {said.least} to {said.most}"
+        if said.least is not None:
+            noun += f" of at least {said.least}"
+        elif said.above is not None:
+            noun += f" above {said.above}"
+        is_too_large = isinstance(value, int | float) and value > _most(value)
+        return f"{noun} and at most {_most(value)}" if is_too_large else noun
     if issubclass(plain, Sequence) and plain is not str:
         return "a sequence of names" if get_args(kind)[0] is str else "a list of integers"
     words = {str: "text", bool: "True or False", Mapping: "a mapping from option to value"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from memlong.cli.plugins import add_plugin_commands
 from memlong.cli.train import train
 from memlong.errors import MemlongError
 
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
 _COMMANDS = (generate, perplexity, needle, icl, fit, train, models, backends)
 
 
@@ -48,11 +50,23 @@ def run() -> int:
     try:
         make_app()(prog_name="memlong")
     except MemlongError as error:
-        sys.stderr.write("\n".join(shown(line) for line in f"memlong: {error}".split("\n")) + "\n")
-        return 1
+        return _failed(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        why = str(error).partition("\n")[0] or "Python has none left"
+        return _failed(
+            f"There is not enough memory ({why}). Take a smaller model, --segment-size, --rows or --beams, or keep "
+            "less on the device: --store."
+        )
     except SystemExit as ended:  # how typer ends, with 130 for a KeyboardInterrupt
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0
+
+
+def _failed(why: str) -> int:
+    sys.stderr.write("\n".join(shown(line) for line in f"memlong: {why}".split("\n")) + "\n")
+    return 1
 
 
 def _options(

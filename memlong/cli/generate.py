@@ -18,6 +18,7 @@ from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.errors import InvalidArgumentError
 
+_MOST_BEAMS = 4096
 _COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, probabilities are all one token's, or all alike
 
 
@@ -43,7 +44,7 @@ def generate(
             help="Of sampling: share of probability to choose from  [default: the model's own, else 1]"
         ),
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1 is none.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, max=_MOST_BEAMS, help="Beams of beam search; 1 is none.")] = 1,
     memory: Memory,
     control_tokens: Annotated[
         bool,

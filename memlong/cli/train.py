@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,10 +82,8 @@ def train(
     from memlong.training.trainer import check_settings
 
     check_settings(config, training)
-    check_folder(out, resume=resume)
-    if out.exists():
-        with lock(out):  # no other run is at work in it
-            pass
+    with lock(out) if out.is_dir() else nullcontext():  # no other run is at work in it
+        check_folder(out, resume=resume)
     texts = list(read_documents(text or []))
     if dataset is not None:
         texts += read_dataset(dataset, split=dataset_split, column=dataset_column)

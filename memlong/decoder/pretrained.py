@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -30,7 +31,7 @@ SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
 CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "store")
 """Fields of a MemoryConfig that can be others than those trained with."""
 
-_FORMAT = "memlong-decoder-1"
+_FORMAT, _MODEL = "memlong-decoder-1", "config.json"
 _PACKAGES = ("memlong", "torch", "transformers", "peft")
 
 
@@ -79,17 +80,23 @@ def write_pretrained(
     training: Mapping[str, Any] | None,
     registry: Registry,
 ) -> None:
-    """Write a decoder's folder, for :func:`read_pretrained`.
+    """Write a decoder's folder, for :func:`read_pretrained`; what is there of another one is replaced at the end.
 
     Raises
     ------
     InvalidArgumentError
-        If several adapters are at work, of which a folder holds one.
+        If several adapters are at work, of which a folder holds one; or the folder holds a model, of which transformers
+        would take the adapter to be a part.
     StorageError
-        If it cannot be written.
+        If it cannot be written; a decoder that was there is as it was.
     """
     folder = Path(folder)
     has_adapter = bool(getattr(model, "peft_config", None))
+    if has_adapter and (folder / _MODEL).exists():
+        raise InvalidArgumentError(
+            f"The folder {str(folder)!r} holds a model, which would be loaded with this adapter from now on: name "
+            "another folder."
+        )
     memory = replace(config, maps=MAPS if maps else None, gates=GATES if gates else None).as_dict()
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
     memory |= declared_options(config, registry)
@@ -108,13 +115,20 @@ def write_pretrained(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if has_adapter:
-            write_adapter(folder, model)
-        if maps is not None:
-            maps.save(folder / MAPS)
-        if gates is not None:
-            gates.save(folder / GATES)
-        (folder / SETTINGS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        with TemporaryDirectory(prefix=".memlong-", dir=folder) as made:
+            beside = Path(made)
+            if has_adapter:
+                write_adapter(beside, model)
+            if maps is not None:
+                maps.save(beside / MAPS)
+            if gates is not None:
+                gates.save(beside / GATES)
+            settings = beside / SETTINGS
+            settings.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+            # Without it there is no decoder: better none than one of old parts and new ones.
+            (folder / SETTINGS).unlink(missing_ok=True)
+            for path in sorted(beside.iterdir(), key=lambda path: path == settings):
+                path.replace(folder / path.name)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"The decoder cannot be written to {str(folder)!r}: {error}") from error
 

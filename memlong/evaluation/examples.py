@@ -189,6 +189,11 @@ def _rows(path: str | Path) -> _Cells:
             if any(cell.strip() for cell in cells):
                 rows.append((reader.line_num, cells))
     except csv.Error as error:
+        if "field limit" in str(error):
+            raise InvalidTextError(
+                f"{str(path)!r} holds a text of more than {csv.field_size_limit():,} characters that ends in line "
+                f"{reader.line_num}: shorten it, or look for a quote that is never closed."
+            ) from error
         raise InvalidTextError(
             f"{str(path)!r} is not CSV: {error} (line {reader.line_num}). Put a text that holds quotes into quotes, "
             "and double those within."

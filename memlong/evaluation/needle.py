@@ -20,6 +20,8 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
 
+_LONGEST = 10**8  # tokens of a prompt, which is held in memory
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -52,8 +54,11 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
     Raises
     ------
     InvalidArgumentError
-        If the length leaves no room for anything but needle and question, or the depth is not within 0 and 1.
+        If the length leaves no room for anything but needle and question, or is beyond all reason, or the depth is not
+        within 0 and 1.
     """
+    if length > _LONGEST:
+        raise InvalidArgumentError(f"length is {length}; expected at most {_LONGEST:,}.")
     if not 0 <= depth <= 1:
         raise InvalidArgumentError(f"depth is {depth}; expected a number from 0 to 1.")
     opening, needle, question = (

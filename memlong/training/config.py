@@ -23,7 +23,9 @@ class TrainingConfig:
     """
 
     steps: int = setting(1000, "Steps of the optimizer.", least=1)
-    rows: int = setting(4, "Documents read side by side.", more="Each has a bank of its own.", least=1)
+    rows: int = setting(
+        4, "Documents read side by side.", more="Each has a bank of its own.", least=1, most=4096
+    )
     document_tokens: int = setting(
         16_384, "Tokens after which a document is cut and memory begins again.", least=2
     )
@@ -40,7 +42,9 @@ class TrainingConfig:
     warmup_steps: int = setting(50, "Steps in which the rate rises.", least=0)
     weight_decay: float = setting(0.0, "Weight decay of LoRA and maps (AdamW).", least=0)
     max_grad_norm: float = setting(1.0, "Norm at which gradients are clipped.", above=0)
-    lora_rank: int = setting(16, "Rank of LoRA; 0 trains none.", more="See arXiv 2106.09685.", least=0)
+    lora_rank: int = setting(
+        16, "Rank of LoRA; 0 trains none.", more="See arXiv 2106.09685.", least=0, most=16_384
+    )
     lora_alpha: float = setting(32.0, "Scale of LoRA.", above=0)
     lora_targets: tuple[str, ...] = setting(
         (),

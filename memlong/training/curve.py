@@ -118,8 +118,12 @@ class Curve:
         axes.set_xlabel("step")
         axes.set_ylabel("negative log-likelihood (nats)")
         axes.legend()
-        with _told(path):
-            figure.savefig(path, dpi=120)
+        try:
+            with _told(path):
+                figure.savefig(path, dpi=120)
+        except StorageError:
+            path.unlink(missing_ok=True)  # half a picture
+            raise
         return True
 
 

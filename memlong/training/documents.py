@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ SUFFIXES = (".txt", ".md", ".py")
 def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
     """Yield the text of files, and of all files of folders that hold UTF-8 text, in the order of their names.
 
+    A warning tells of files of a folder that hold none, and are left out.
+
     Raises
     ------
     InvalidTextError
@@ -31,14 +34,22 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
         if not source.is_dir():
             yield read_text(source)
             continue
-        found = 0
+        found, left_out = 0, []
         for path in sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
             try:
                 text = read_text(path)
-            except InvalidTextError:  # empty, or in an old encoding: a folder is taken for what it has
+            except (
+                InvalidTextError
+            ) as error:  # empty, or in an old encoding: a folder is taken for what it has
+                left_out.append(str(error))
                 continue
             found += 1
             yield text
+        if left_out:
+            warnings.warn(
+                f"{len(left_out)} files of {str(source)!r} are left out. The first: {left_out[0]}",
+                stacklevel=2,
+            )
         if not found:
             raise InvalidTextError(
                 f"The folder {str(source)!r} holds no text in files named *{', *'.join(SUFFIXES)}. Name another, or "
@@ -54,7 +65,7 @@ def read_dataset(name: str, *, split: str = "train", column: str = "text") -> It
     MissingDependencyError
         If ``datasets`` is not installed.
     InvalidArgumentError
-        If the dataset cannot be loaded, or has no such column of text.
+        If the dataset cannot be loaded, has no such column, or one that holds other things than text.
     """
     if find_spec("datasets") is None:
         raise MissingDependencyError(
@@ -76,8 +87,13 @@ def read_dataset(name: str, *, split: str = "train", column: str = "text") -> It
         raise InvalidArgumentError(
             f"The dataset {name!r} has no column {column!r}, but {', '.join(map(repr, data.column_names))}."
         )
-    for row in data:
-        yield str(row[column])
+    for number, row in enumerate(data):
+        if not isinstance(row[column], str):
+            raise InvalidArgumentError(
+                f"Row {number} of the dataset {name!r} holds a {type(row[column]).__name__} in the column {column!r}, "
+                "and no text: name another column, or filter such rows out and save_to_disk."
+            )
+        yield row[column]
 
 
 class Episodes:

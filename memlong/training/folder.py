@@ -27,8 +27,9 @@ FORMATS = "memlong-checkpoint-"
 MOST_FACTS = 256 << 20
 """Bytes of a checkpoint's JSON, which has a line for each tensor and more."""
 
-_MODEL = "config.json"
+_MODEL, _GENERATION = "config.json", "generation_config.json"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_OURS = re.compile(rf"{re.escape(TENSORS)}|{re.escape(FACTS)}|\.tmp\w+")  # the last as safetensors writes it
 _UNFINISHED = re.compile(r"\.checkpoint-[0-9]+\.(writing|removing)")
 
 
@@ -86,7 +87,7 @@ def _check_new(folder: Path) -> None:
             f"The folder {str(folder)!r} holds the checkpoint of a run that has not ended: resume it, remove "
             "the checkpoint, or name another folder."
         )
-    for name in (SETTINGS, CURVE, PICTURE, MAPS, GATES, ADAPTER_SETTINGS, ADAPTER, _MODEL):
+    for name in (SETTINGS, CURVE, PICTURE, MAPS, GATES, ADAPTER_SETTINGS, ADAPTER, _MODEL, _GENERATION):
         path = folder / name
         if path.is_symlink() or (path.exists() and not (path.is_file() and not path.stat().st_size)):
             what = "a model, which an adapter beside it would change" if name == _MODEL else "of another run"
@@ -149,8 +150,9 @@ def clear(path: Path) -> None:
     """Remove what memlong writes into a checkpoint, and the folder if there is nothing else."""
     if path.is_dir() and not path.is_symlink():
         with suppress(OSError):
-            for name in (FACTS, TENSORS):
-                (path / name).unlink(missing_ok=True)
+            for each in path.iterdir():
+                if _OURS.fullmatch(each.name):
+                    each.unlink()
             path.rmdir()
 
 
@@ -163,5 +165,5 @@ def _strange(path: Path) -> str:
     if not path.is_dir():
         return "is no folder"
     names = {each.name for each in path.iterdir()}
-    is_ours = names <= {FACTS, TENSORS} if path.name.startswith(".") else FACTS in names
+    is_ours = all(map(_OURS.fullmatch, names)) if path.name.startswith(".") else FACTS in names
     return "" if is_ours else "holds files of another program"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memlong.bank.folders import absolute
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.fingerprint import facts
 from memlong.decoder.pretrained import SETTINGS
@@ -83,9 +84,9 @@ class Trainer:
     ) -> None:
         self.decoder = decoder
         self.config = config = TrainingConfig() if config is None else config
-        self.folder = Path(folder)
+        self.folder = absolute(folder)
         self._base_model = base_model
-        self._tensorboard = None if tensorboard is None else Path(tensorboard)
+        self._tensorboard = None if tensorboard is None else absolute(tensorboard)
         check_settings(decoder.config, config)
         if decoder.model.dtype == torch.float16:
             raise InvalidArgumentError(

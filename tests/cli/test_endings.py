@@ -13,6 +13,7 @@ import time
 import pytest
 
 from memlong import create_bank
+from memlong.cli import app
 from memlong.testing.harness import DIM, random_chunks
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
@@ -151,6 +152,20 @@ def test_interrupts_from_the_first_moment_on(arguments, tmp_path, pauses):
     assert process.returncode in (130, -signal.SIGINT)
     if len(pauses) == 1:
         assert said.splitlines()[-1] == "memlong: interrupted"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nC++")]
+)
+def test_too_little_memory(monkeypatch, capsys, error):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr("memlong.cli.app.make_app", lambda: fail)
+    assert app.run() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("memlong: There is not enough memory (")
+    assert len(said.splitlines()) == 1
 
 
 @posix

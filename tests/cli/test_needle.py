@@ -99,6 +99,7 @@ def test_the_one_who_knows_is_found_right(monkeypatch):
     [
         ({"lengths": "100,many"}, "--lengths is '100,many'; expected numbers"),
         ({"depths": "2"}, "depth is 2.0; expected a number from 0 to 1"),
+        ({"lengths": "99999999999"}, "length is 99999999999; expected at most 100,000,000"),
         ({"lengths": "20"}, "length is 20, but opening, pass key and question alone take"),
         ({"lengths": "80,10"}, "length is 10, but"),
         ({"plot": "out.foo"}, "expected a file that ends in .png, .svg or .pdf"),

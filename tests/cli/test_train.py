@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from memlong.cli.app import make_app
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
+from memlong.training.folder import lock
 
 QUICK = {
     "rows": 2,
@@ -179,3 +180,14 @@ def test_resuming_what_has_ended_says_so(run):
     result = run(resume=True)
     assert result.exit_code == 0, result.output
     assert "the run has ended" in result.stdout
+
+
+@pytest.mark.parametrize("resume", [True, []])
+def test_a_second_run_in_a_folder_is_refused_before_any_work(run, tmp_path, monkeypatch, resume):
+    monkeypatch.setattr("memlong.decoder.load_model", lambda *_, **__: pytest.fail("it works already"))
+    (tmp_path / "trained" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "trained" / "checkpoint-3" / "training.json").write_text("{}")
+    with lock(tmp_path / "trained"):
+        assert "is held by" in str(run(resume=resume).exception)
+    (tmp_path / "trained" / "checkpoint-4").symlink_to(tmp_path)
+    assert "checkpoint-4' is a link" in str(run(resume=resume).exception)

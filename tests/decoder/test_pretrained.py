@@ -246,3 +246,35 @@ def test_a_model_is_saved_under_the_name_it_was_loaded_by(base, small, tmp_path,
     assert changed.config.retriever == "random"
     with pytest.raises(InvalidArgumentError):
         MemoryDecoder.from_pretrained("x" * 300)
+
+
+def test_a_full_disk_leaves_the_decoder_that_was_there(trained, text, monkeypatch):
+    folder, decoder = trained(kv_source="shared")
+    said = read(decoder, text(60))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        for name, parameter in decoder.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("memlong.decoder.gates.MemoryGates.save", full)
+        with pytest.raises(StorageError, match=r"cannot be written to .*No space left"):
+            decoder.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    again = MemoryDecoder.from_pretrained(folder, dtype="float32")
+    torch.testing.assert_close(read(again, text(60)), said, rtol=0.0, atol=1e-6)
+    decoder.save_pretrained(folder, base_model=again.model.memlong_name)
+    again = MemoryDecoder.from_pretrained(folder, dtype="float32")
+    torch.testing.assert_close(read(again, text(60)), read(decoder, text(60)), rtol=0.0, atol=1e-6)
+
+
+def test_no_adapter_is_put_into_the_folder_of_a_model(trained, base):
+    _, decoder = trained(kv_source="shared")
+    before = sorted(base.iterdir())
+    with pytest.raises(InvalidArgumentError, match="holds a model, which would be loaded with this adapter"):
+        decoder.save_pretrained(base)
+    assert sorted(base.iterdir()) == before

@@ -270,3 +270,10 @@ def test_the_interval_of_an_accuracy_covers_it_about_as_often_as_it_says():
 def test_a_file_of_nothing_is_empty(file, content):
     with pytest.raises(InvalidTextError, match="is empty"):
         read_examples(file(content))
+
+
+def test_a_text_beyond_the_limit_of_csv_is_told_from_wrong_quotes(tmp_path):
+    path = tmp_path / "examples.csv"
+    path.write_text('text,label\n"never closed,0\n' + "a good text,1\n" * 20_000, encoding="utf-8")
+    with pytest.raises(InvalidTextError, match="look for a quote that is never closed"):
+        read_examples(path)

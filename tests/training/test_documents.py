@@ -20,7 +20,8 @@ def test_files_and_folders_are_read_in_order(tmp_path):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "old.txt").write_bytes(b"caf\xe9")
     (tmp_path / "alone.rst").write_text("zero")
-    found = list(read_documents([tmp_path / "alone.rst", tmp_path]))
+    with pytest.warns(UserWarning, match=r"2 files of .* are left out. The first: .*empty.py' is empty"):
+        found = list(read_documents([tmp_path / "alone.rst", tmp_path]))
     assert found == ["zero", "one", "two", "three"]
 
 
@@ -46,7 +47,7 @@ def fake_datasets(monkeypatch):
     def load_dataset(name, split):
         if name != "some/data":
             raise FileNotFoundError(f"no dataset {name}")
-        return Table({"text": f"{split} {number}", "label": 0} for number in range(3))
+        return Table({"text": f"{split} {number}", "label": None} for number in range(3))
 
     module = ModuleType("datasets")
     module.load_dataset = load_dataset
@@ -56,6 +57,10 @@ def fake_datasets(monkeypatch):
 
 def test_a_dataset_is_read_by_its_column(fake_datasets):
     assert list(read_dataset("some/data", split="test")) == ["test 0", "test 1", "test 2"]
+    with pytest.raises(
+        InvalidArgumentError, match=r"Row 0 .* holds a NoneType in the column 'label', and no text"
+    ):
+        list(read_dataset("some/data", column="label"))
     with pytest.raises(InvalidArgumentError, match="no column 'content', but 'text', 'label'"):
         list(read_dataset("some/data", column="content"))
     with pytest.raises(InvalidArgumentError, match="'other' could not be loaded: no dataset other"):

@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from memlong.errors import InvalidArgumentError, StorageError
+from memlong.training import Trainer, TrainingConfig
 from memlong.training import checkpoint as checkpoint_module
 
+QUICK = {"rows": 2, "document_tokens": 64, "accumulate": 2, "warmup_steps": 0, "lora_rank": 4}
 SETTINGS = {"steps": 20, "checkpoint_every": 4}
 
 
@@ -122,6 +124,18 @@ def test_two_runs_in_one_folder_are_kept_apart(trainer, tmp_path):
     assert not list((tmp_path / "run").glob("*lock*"))
 
 
+def test_a_run_stays_in_its_folder_when_the_working_directory_changes(
+    decoder, documents, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = Trainer(decoder(), documents, TrainingConfig(steps=6, checkpoint_every=1, **QUICK), folder="run")
+    run.run(progress=lambda _: os.chdir(tmp_path / "there"))
+    assert (tmp_path / "here" / "run" / "memlong.json").is_file()
+    assert not list((tmp_path / "there").iterdir())
+
+
 @pytest.mark.parametrize("error", [SafetensorError("No space left"), OSError(errno.ENOSPC, "No space left")])
 def test_a_full_disk_loses_no_checkpoint(trainer, cut, tmp_path, monkeypatch, error):
     whole = trainer(folder="whole", **SETTINGS).run()
@@ -145,6 +159,7 @@ def test_a_checkpoint_that_was_being_written_is_forgotten(trainer, cut, tmp_path
     for name in (".checkpoint-16.writing", ".checkpoint-4.removing"):
         (tmp_path / "run" / name).mkdir()
         (tmp_path / "run" / name / "training.safetensors").write_bytes(b"half of it")
+        (tmp_path / "run" / name / ".tmpYMTdNC").write_bytes(b"half of it")
     assert len(trainer(**SETTINGS).run(resume=True)) == 20
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 

@@ -218,6 +218,15 @@ def test_a_model_is_trained_once(trainer, documents, tmp_path):
         ({"lr": 0.0}, "lr must be a number above 0, got 0.0"),
         ({"random_share": 1.5}, "random_share must be a number from 0 to 1, got 1.5"),
         ({"lora_targets": "q_proj"}, "lora_targets must be a sequence of names, got 'q_proj'"),
+        ({"lr": 1e300}, r"lr must be a number above 0 and at most 1e\+30, got 1e\+300"),
+        ({"gate_lr": 10**400}, "gate_lr must be a number above 0 and at most"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0, got nan"),
+        ({"lora_rank": 10**9}, "lora_rank must be an integer from 0 to 16384, got 1000000000"),
+        ({"rows": 10**9}, "rows must be an integer from 1 to 4096, got 1000000000"),
+        (
+            {"document_tokens": 10**30},
+            "document_tokens must be an integer of at least 2 and at most 9223372036854775807",
+        ),
         ({"warmup_stage_steps": 4, "lora_rank": 0}, "nothing to train in that stage"),
     ],
 )
