@@ -14,6 +14,7 @@ from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
 from memlong.errors import InvalidArgumentError
 
 _LARGEST_NORM = 1e18
+_LONGEST = 80  # of a value in a message
 _SMALLEST_SQUARE = 1e-200  # what underflows in a sum of squares above this is nothing beside it
 
 
@@ -178,4 +179,5 @@ def _int64(name: str, value: IntInput) -> Ids:
 def _describe(value: object) -> str:
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return f"{type(value).__name__} of {value.dtype}"
-    return f"{value!r} of type {type(value).__name__}"
+    shown = repr(value)
+    return f"{shown if len(shown) <= _LONGEST else f'{shown[:_LONGEST]}...'} of type {type(value).__name__}"

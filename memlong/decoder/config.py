@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from memlong.decoder.layer_names import layers_as_text
 from memlong.errors import InvalidArgumentError
@@ -25,8 +28,21 @@ _KINDS: dict[str, Any] = {
     "retrieval_layers": str,
     "store": Mapping,
 }
+_WHOLE = {  # the least that a number of tokens, chunks or layers may be
+    "chunk_size": 1,
+    "top_k": 1,
+    "local_window": 1,
+    "sink_tokens": 0,
+    "segment_size": 1,
+    "neighbours": 0,
+    "query_tokens": 1,
+    "retrieve_every": 1,
+    "memory_tokens": 1,
+    "memory_layer": 0,
+}
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _LARGEST_GATE = 10_000
+_LAYERS = "'all', layers and ranges such as '3,7,11-13', or a list of numbers such as [3, 7]"
 _EXPECTED: dict[Any, str] = {
     str: "text",
     str | None: "a name, or None",
@@ -134,20 +150,9 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retrieval_layers", layers_as_text(self.retrieval_layers))
-        for name, least in (
-            ("chunk_size", 1),
-            ("top_k", 1),
-            ("local_window", 1),
-            ("sink_tokens", 0),
-            ("segment_size", 1),
-            ("neighbours", 0),
-        ):
-            _check_integer(name, getattr(self, name), least)
-        for name in ("query_tokens", "retrieve_every", "memory_tokens"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        if self.memory_layer is not None:
-            _check_integer("memory_layer", self.memory_layer, 0)
+        for name, least in _WHOLE.items():
+            if getattr(self, name) is not None or _FIELDS[name].default is not None:
+                object.__setattr__(self, name, _integer(name, getattr(self, name), least))
         if self.retrieval_interval > self.segment_size:
             raise InvalidArgumentError(
                 f"retrieve_every is {self.retrieve_every}; expected at most segment_size, {self.segment_size}, for "
@@ -160,7 +165,10 @@ class MemoryConfig:
             value = getattr(self, name)
             if not isinstance(value, kind):
                 shown = f"of type {type(value).__name__}" if name.endswith("_options") else repr(value)
-                raise InvalidArgumentError(f"{name} is {shown}; expected {_EXPECTED[kind]}.")
+                expected = _LAYERS if name == "retrieval_layers" else _EXPECTED[kind]
+                raise InvalidArgumentError(f"{name} is {shown}; expected {expected}.")
+            if kind is Mapping:  # a copy: whoever gave it may change it
+                object.__setattr__(self, name, dict(value))
         if self.memory_layer is not None and self.kv_source != "shared":
             raise InvalidArgumentError(
                 f"memory_layer is {self.memory_layer}, but kv_source is {self.kv_source!r}: it goes with 'shared' "
@@ -178,9 +186,17 @@ class MemoryConfig:
                 "where keys and values live is said with store."
             )
         for name in ("min_score", "gate_init"):
-            number = getattr(self, name)
-            if number is not None and not (type(number) in (int, float) and isfinite(number)):
+            number: Any = getattr(self, name)
+            if number is None:
+                continue
+            if (
+                isinstance(number, bool)
+                or not isinstance(number, int | float | np.floating | np.integer)
+                or not isfinite(number)
+            ):
                 raise InvalidArgumentError(f"{name} is {number!r}; expected a number.")
+            if type(number) not in (int, float):  # NumPy's
+                object.__setattr__(self, name, float(number))
         if self.gate_init is not None and abs(self.gate_init) > _LARGEST_GATE:
             raise InvalidArgumentError(
                 f"gate_init is {self.gate_init!r}; expected a number from {-_LARGEST_GATE} to {_LARGEST_GATE}, as it "
@@ -249,9 +265,18 @@ class MemoryConfig:
         return spans.get(self.position_mode, chunks * self.chunk_size) if chunks else 0
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+_FIELDS = {each.name: each for each in fields(MemoryConfig)}
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    """Return a plain integer, for NumPy and torch have integers of their own."""
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
         raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least {least}.")
+    return number
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

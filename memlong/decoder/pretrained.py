@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from memlong.bank.snapshot.reader import folder_of
 from memlong.decoder.adapter_files import base_weights, write_adapter
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import MemoryGates
@@ -87,7 +88,7 @@ def write_pretrained(
     StorageError
         If it cannot be written.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     has_adapter = bool(getattr(model, "peft_config", None))
     memory = replace(config, maps=MAPS if maps else None, gates=GATES if gates else None).as_dict()
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
@@ -182,7 +183,7 @@ def read_pretrained(
 
 
 def _folder(name: str | Path) -> Path:
-    folder = Path(name)
+    folder = folder_of(name)
     try:
         is_folder, is_there = folder.is_dir(), folder.exists()
     except OSError as error:  # such as a name that is too long
