@@ -163,9 +163,11 @@ def test_streaming_detached_says_how_to_attach(llama, small, text):
 
 def test_wrong_tensors_are_named(llama, small, text):
     with MemoryDecoder(llama, None, small()) as decoder:
-        with pytest.raises(InvalidArgumentError, match=r"input_ids is \(5,\); expected an integer tensor"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"input_ids is \(5,\) of torch.int64; .*input_ids\[None\]"
+        ):
             decoder.stream(torch.arange(5))
-        with pytest.raises(InvalidArgumentError, match="input_ids is list"):
+        with pytest.raises(InvalidArgumentError, match=r"input_ids is list; .*torch\.as_tensor"):
             decoder.stream([[1, 2]])
         with pytest.raises(InvalidArgumentError, match="input_ids has no rows"):
             decoder.read(torch.ones(0, 3, dtype=torch.long))
@@ -457,8 +459,8 @@ def test_what_a_broken_retriever_makes_is_refused_and_nothing_is_stored(
         ({"kv_source": "other"}, "kv_source is 'other'; expected one of 'layer', 'shared', 'latent'"),
         ({"backend": 5}, "backend is 5; expected a name, or None"),
         ({"retriever": None}, "retriever is None; expected text"),
-        ({"retrieval_layers": [0.5]}, r"retrieval_layers is \[0\.5\]; expected text"),
-        ({"retrieval_layers": range(10**9)}, r"retrieval_layers is range\(0, 1000000000\); expected text"),
+        ({"retrieval_layers": [0.5]}, r"retrieval_layers is \[0\.5\]; expected 'all'.* list"),
+        ({"retrieval_layers": range(10**9)}, r"retrieval_layers is range\(0, 1000000000\); expected 'all'"),
         ({"store": "disk"}, "store is 'disk'; expected a mapping"),
         ({"gate_init": 1e308}, r"gate_init is 1e\+308; expected a number from -10000 to 10000"),
         ({"min_score": float("nan")}, "min_score is nan; expected a number"),

@@ -23,6 +23,7 @@ from memlong.bank.snapshot.manifest import (
     LayoutRecord,
     Manifest,
     has_manifest,
+    is_state,
     read_manifest,
 )
 from memlong.bank.snapshot.segments import Segment, SegmentChunks, read_blocks, read_chunks
@@ -55,7 +56,7 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
         try:
             return action(manifest)
         except SnapshotError:
-            if _manifest(folder).token == manifest.token:
+            if is_state(folder, manifest.token):
                 raise
     raise SnapshotError(
         f"{str(folder)!r} was written anew {_TRIES} times while it was read. Load it when its writer rests."
