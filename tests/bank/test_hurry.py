@@ -28,7 +28,6 @@ def test_a_tilde_is_the_users_home(bank, monkeypatch, tmp_path):
     (tmp_path / "home" / "disk").mkdir()
     tiered = create_bank("torch", DIM, store=TieredStore(host=0, disk="~/disk"))
     random_chunks(3).into(tiered)
-    assert list((tmp_path / "home" / "disk").iterdir())
     assert len(load_bank("~/saved", store=TieredStore(disk="~/disk"))) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
