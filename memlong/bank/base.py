@@ -57,7 +57,7 @@ class MemoryBank(PersistentBank):
     Parameters
     ----------
     dim : int
-        Width of the embeddings.
+        Width of the embeddings, at most 2**20, as in a snapshot.
     metric : {"cosine", "inner_product", "l2"}, default "cosine"
         What is near. Higher scores are better for each of them; "l2" is the negative squared distance.
     max_chunks : int, optional
@@ -96,7 +96,7 @@ class MemoryBank(PersistentBank):
         store: KeyValueStore | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        dim = whole_number("dim", dim, at_least=1)
+        dim = whole_number("dim", dim, at_least=1, at_most=2**20)
         if metric not in get_args(Metric):
             raise InvalidArgumentError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
         store = InMemoryStore() if store is None else store

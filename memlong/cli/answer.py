@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, TextIO
 
+from memlong.errors import MemlongError
+
 _answer: ContextVar[TextIO | None] = ContextVar("answer", default=None)
 
 
@@ -22,6 +24,13 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with redirect_stdout(_Aside()):
                 command(*arguments, **options)
+        except (
+            SystemExit
+        ) as ended:  # no command of ours ends so, and with status 0 it would look like an answer
+            raise MemlongError(
+                f"a plugin or a library ended the program (exit status {ended.code!r}) before there was an answer: "
+                "MEMLONG_PLUGINS= leaves all plugins of others out"
+            ) from ended
         finally:
             _answer.reset(token)
 

@@ -93,7 +93,7 @@ def _keep_output_for_the_answer() -> None:
 def _print_anything() -> None:
     """Print what the console has no character for as an escape, instead of failing after the work."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None and sys.stdout.errors == "strict":
+    if reconfigure is not None and sys.stdout.errors in ("strict", "surrogateescape"):
         reconfigure(errors="backslashreplace")
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.answer import say, shown
+from memlong.cli.files import keep_apart, writable
 from memlong.cli.loading import load, told
-from memlong.cli.values import writable
-from memlong.errors import InvalidTextError
+from memlong.errors import InvalidArgumentError, InvalidTextError
+
+if TYPE_CHECKING:
+    from memlong.decoder.latent import LatentMaps
+
+_MAPS = (b"memlong-latent-maps",)
 
 
 def fit(
@@ -38,7 +45,10 @@ def fit(
       memlong fit --model demo --text book.txt --text other.txt --out maps.safetensors
       memlong perplexity --model demo --text novel.txt --kv-source latent --maps maps.safetensors
     """  # noqa: D301 - the backspace makes the help keep these line breaks
-    writable(out)
+    keep_apart({"--out": out}, {"--text": text, "--model": [model]})
+    writable(out, replaces=_MAPS)
+    if out.exists() and not out.is_file():
+        raise InvalidArgumentError(f"{str(out)!r} is no plain file; name one for the maps")
     import torch
 
     from memlong.evaluation import read_text, tokenize
@@ -63,8 +73,20 @@ def fit(
         maps = fit_latent_maps(
             language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed
         )
-    maps.save(out)
+    _save(maps, out)
     say(
         f"{shown(str(out))}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers "
         f"({told(language_model)})"
     )
+
+
+def _save(maps: LatentMaps, out: Path) -> None:
+    """Write maps, elsewhere if need be: they took long."""
+    try:
+        maps.save(out)
+    except (OSError, SafetensorError) as error:
+        kept = Path(tempfile.mkdtemp(prefix="memlong-")) / out.name
+        maps.save(kept)
+        raise InvalidArgumentError(
+            f"{str(out)!r} cannot be written: {error}; the maps are in {str(kept)!r} instead"
+        ) from error

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
+from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput
@@ -67,10 +68,13 @@ def generate(
       memlong generate --adapter trained --context book.txt --prompt "The whale was"
       memlong generate --model demo --context library.txt --store disk=/tmp --store host=1GB --prompt "Call me"
     """  # noqa: D301 - the backspace makes the help keep these line breaks
+    keep_apart(
+        {"--json": json_file}, {"--context": context or [], "--maps": [memory.maps], "--model": [model]}
+    )
     output = JsonOutput(json_file)
     import torch
 
-    from memlong.decoder import text_streamer
+    from memlong.decoder import printable, text_streamer
     from memlong.evaluation import read_text, tokenize
     from memlong.evaluation.text import check_characters
 
@@ -90,7 +94,7 @@ def generate(
     tokenizer = decoder.tokenizer
     question = _prompt(tokenizer, prompt, chat=chat, begins=not texts, control_tokens=control_tokens)
     if not output.is_stdout and beams == 1:
-        said["streamer"] = _told(text_streamer(tokenizer))
+        said["streamer"] = text_streamer(tokenizer, lambda text: say(text, end=""))
     torch.manual_seed(seed)
     with decoder:
         read = 0
@@ -119,17 +123,7 @@ def generate(
         "new_tokens_per_second": len(new) / answering,
     }
     if output.write(result) and beams > 1:
-        say(answer)
-
-
-def _told(streamer: Any) -> Any:
-    """Have a streamer print the answer where answers go."""
-
-    def on_finalized_text(text: str, stream_end: bool = False) -> None:
-        say(text, end="\n" if stream_end else "")
-
-    vars(streamer)["on_finalized_text"] = on_finalized_text
-    return streamer
+        say(printable(answer))
 
 
 def _sampling(option: str, value: float, least: float, most: float, *, sample: bool) -> float:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
+from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
@@ -70,6 +71,15 @@ def icl(
       memlong icl --model demo --demonstrations news.csv --label-column first --shots 8,400 --calibrate \\
           --template 'Article: {text}\\nTopic: {word}\\n\\n' --json out.json
     """  # noqa: D301 - the backspace makes the help keep these line breaks
+    keep_apart(
+        {"--json": json_file},
+        {
+            "--demonstrations": [demonstrations],
+            "--tests": [tests],
+            "--maps": [memory.maps],
+            "--model": [model],
+        },
+    )
     output = JsonOutput(json_file)
     from memlong.evaluation import draw_task, evaluate_icl, read_examples
     from memlong.evaluation.environment import versions

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.answer import say, shown
+from memlong.cli.files import writable
 from memlong.cli.output import print_json, print_section, print_table
-from memlong.cli.values import writable
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def models(
             raise InvalidArgumentError(
                 f"--markdown writes all model types, and {name!r} is one: leave one of them out"
             )
-        writable(markdown)
+        writable(markdown, replaces=(_PAGE.split("{")[0].encode(),))
     from memlong.architectures import is_model_type
 
     if name is not None and (_is_there(name) or not is_model_type(name)):
@@ -65,8 +65,11 @@ def models(
         try:
             markdown.write_text(page(trials), encoding="utf-8")
         except OSError as error:
-            raise InvalidArgumentError(f"{str(markdown)!r} cannot be written: {error.strerror}") from error
-        say(f"{markdown}: {_counted(trials)}")
+            say(page(trials))
+            raise InvalidArgumentError(
+                f"{str(markdown)!r} cannot be written: {error.strerror}; the page is printed instead"
+            ) from error
+        say(f"{shown(str(markdown))}: {_counted(trials)}")
     elif as_json:
         print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
     else:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
+from memlong.cli.files import keep_apart, writable
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
-from memlong.cli.values import numbers, writable
+from memlong.cli.values import numbers
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -58,9 +59,13 @@ def needle(
       memlong needle --adapter trained --lengths 8192
       memlong needle --model demo --lengths 131072 --store disk=/tmp --store host=1GB --plot needle.png
     """  # noqa: D301 - the backspace makes the help keep these line breaks
+    keep_apart(
+        {"--json": json_file, "--plot": plot},
+        {"--filler": [filler], "--maps": [memory.maps], "--model": [model]},
+    )
     output = JsonOutput(json_file)
     if plot is not None:
-        _check_plot(plot, json_file)
+        _check_plot(plot)
     from memlong.evaluation import read_text
     from memlong.evaluation.environment import versions
     from memlong.evaluation.needle import FILLER, evaluate_needle
@@ -98,15 +103,13 @@ def needle(
         _draw(cells, f"{model or adapter}, memory: {result['backend']}", plot)
 
 
-def _check_plot(plot: Path, json_file: Path | None) -> None:
+def _check_plot(plot: Path) -> None:
     """Find out now what would spoil the picture after the long work."""
     writable(plot)
     if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InvalidArgumentError(
             f"--plot is {str(plot)!r}; expected a file that ends in .png, .svg or .pdf"
         )
-    if json_file is not None and plot.resolve() == json_file.resolve():
-        raise InvalidArgumentError(f"--plot and --json both name {str(plot)!r}; give each a file of its own")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError("--plot needs matplotlib: pip install 'memlong[plot]'")
 

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from memlong.cli.answer import answer, say, shown
-from memlong.cli.values import writable
+from memlong.cli.files import writable
 from memlong.errors import InvalidArgumentError
 
+_RESULTS = (b'{\n  "model":',)  # how the result of a command begins
 _STYLES = {
     "available": "green",
     "loaded": "green",
@@ -52,14 +53,14 @@ class JsonOutput:
     Raises
     ------
     InvalidArgumentError
-        If the file cannot be written; better now than after the long work.
+        If the file cannot be written, or holds what is no result of a command; better now than after the long work.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._pipe: int | None = None
         if path is not None and path != Path("-"):
-            writable(path)
+            writable(path, replaces=_RESULTS)
             self._pipe = _pipe_at(path)
 
     @property

@@ -9,7 +9,9 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import shown
 from memlong.cli.choice import choose_decoder
+from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
@@ -51,6 +53,7 @@ def perplexity(
       memlong perplexity --model HuggingFaceTB/SmolLM2-360M --text book.txt --retriever lm --json out.json
       memlong perplexity --adapter trained --text book.txt
     """  # noqa: D301 - the backspace makes the help keep these line breaks
+    keep_apart({"--json": json_file}, {"--text": [text], "--maps": [memory.maps], "--model": [model]})
     output = JsonOutput(json_file)
     # Torch and transformers take seconds to import: only here, where they are needed.
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
@@ -63,7 +66,7 @@ def perplexity(
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
         decoder,
-        tqdm(total=input_ids.shape[1], unit="tok", desc=f"{text.name} ({told(decoder.model)})") as bar,
+        tqdm(total=input_ids.shape[1], unit="tok", desc=f"{shown(text.name)} ({told(decoder.model)})") as bar,
     ):
         result = evaluate_perplexity(
             decoder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +139,7 @@ def train(
     from memlong.decoder import MemoryDecoder
     from memlong.evaluation import tokenize
     from memlong.training import Trainer, TrainingConfig, read_dataset, read_documents, usual_retrieval_layers
+    from memlong.training.folder import check_folder, lock
     from memlong.training.trainer import check_settings
 
     training = TrainingConfig(
@@ -164,6 +164,10 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     check_settings(config, training)
+    check_folder(out, resume=resume)
+    if out.exists():
+        with lock(out):  # no other run is at work in it
+            pass
     texts = list(read_documents(text or []))
     if dataset is not None:
         texts += read_dataset(dataset, split=dataset_split, column=dataset_column)
@@ -195,10 +199,10 @@ def train(
 
 def _begun(folder: Path) -> tuple[str, str] | None:
     """Dtype of the run that the folder holds a checkpoint of, and the folder; what is wrong with it is told later."""
-    from memlong.training.checkpoint import checkpoints
+    from memlong.decoder.json_file import read_json
+    from memlong.training.folder import FACTS, MOST_FACTS, checkpoints
 
     with suppress(OSError, ValueError, LookupError, TypeError):
-        latest = checkpoints(folder)[-1]
-        facts = json.loads((latest / "training.json").read_text(encoding="utf-8"))
+        facts = read_json(checkpoints(folder)[-1] / FACTS, MOST_FACTS)
         return str(facts["made_of"]["model.dtype"]), str(folder)
     return None

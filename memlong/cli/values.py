@@ -1,12 +1,10 @@
-"""Read what users type: ``K=V`` options and paths to write to."""
+"""Read what users type: ``K=V`` options and numbers."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
 from memlong.errors import InvalidArgumentError
@@ -68,31 +66,3 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
         raise InvalidArgumentError(
             f"{option} is {text!r}; expected numbers separated by commas, such as {option} 1,2"
         ) from error
-
-
-def writable(path: Path) -> Path:
-    """Check, before the long work begins, that a file can be written.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If its folder does not exist, it is a folder, or it may not be written.
-    """
-    try:
-        _check_writable(path)
-    except OSError as error:  # such as a name that is too long
-        raise InvalidArgumentError(f"{str(path)!r} cannot be written: {error.strerror}") from error
-    return path
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise InvalidArgumentError(f"{str(path)!r} is a folder; name a file to write to")
-    if not path.parent.is_dir():
-        raise InvalidArgumentError(
-            f"the folder {str(path.parent)!r} of {path.name!r} does not exist: mkdir -p {path.parent}"
-        )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InvalidArgumentError(
-            f"{str(path)!r} may not be written: name another file, or change its rights"
-        )

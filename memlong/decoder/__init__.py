@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memlong.decoder.config import MemoryConfig
     from memlong.decoder.decoder import MemoryDecoder
-    from memlong.decoder.generation import text_streamer
     from memlong.decoder.loading import load_model
     from memlong.decoder.machine import Machine, choose_machine
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
+    from memlong.decoder.streamer import printable, text_streamer
     from memlong.decoder.streams import Segment
 
 # Loaded when first asked for: listing the retrievers must not import transformers.
@@ -26,7 +26,8 @@ _HOMES = {
     "choose_machine": "memlong.decoder.machine",
     "create_retriever": "memlong.decoder.retrievers.create",
     "load_model": "memlong.decoder.loading",
-    "text_streamer": "memlong.decoder.generation",
+    "printable": "memlong.decoder.streamer",
+    "text_streamer": "memlong.decoder.streamer",
 }
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "choose_machine",
     "create_retriever",
     "load_model",
+    "printable",
     "text_streamer",
 ]
 

@@ -138,7 +138,8 @@ class MemoryDecoder(SavingDecoder):
         if model is None:
             if found.base_model is None:
                 raise InvalidArgumentError(
-                    f"{str(name)!r} does not say for which model it was trained: give `model` and `tokenizer`."
+                    f"{str(name)!r} does not say for which model it was trained, or names a place on another host: "
+                    "give `model` and `tokenizer`, or --model."
                 )
             dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
             model, tokenizer = load_model(

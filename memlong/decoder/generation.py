@@ -12,7 +12,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, TextStreamer
+from transformers import Cache, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.bank.uncopied import Uncopied
@@ -77,6 +77,9 @@ class Endings(StoppingCriteriaList):
 
     def __init__(self, criteria: StoppingCriteriaList, columns: int, *, beams: bool) -> None:
         super().__init__(criteria)
+        for each in self:
+            if isinstance(each, MaxLengthCriteria):  # which warns of more positions than a memory takes
+                each.max_position_embeddings = None
         self._columns = columns
         self._beams = beams
         self._done: list[Tensor] = []
@@ -197,11 +200,6 @@ class Speaker:
         """Let fork i go on from what was fork ``rows[i]``, as beam search asks."""
         if self._draft is not None and list(rows) != list(range(len(rows))):
             self._draft = self._draft.fork(rows)
-
-
-def text_streamer(tokenizer: Any) -> TextStreamer:
-    """Return a streamer for generate() that prints the answer as it is made."""
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @contextmanager

@@ -11,8 +11,15 @@ from memlong.bank.snapshot.files import oddity
 _MOST_BYTES = 4 << 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
     """Return the object in a file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    most_bytes
+        That it may have.
 
     Raises
     ------
@@ -24,9 +31,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if odd := oddity(path):
         raise ValueError(f"it {odd}")
     with path.open("rb") as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes:,} bytes")
     try:
         found = json.loads(content)
     except RecursionError as error:

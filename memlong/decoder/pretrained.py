@@ -21,7 +21,7 @@ from memlong.decoder.json_file import read_json
 from memlong.decoder.latent import LatentMaps
 from memlong.decoder.loading import NAME, stable_name
 from memlong.decoder.machine import dtype_name
-from memlong.decoder.strangers import chosen_config, declared_options
+from memlong.decoder.strangers import chosen_config, declared_options, is_on_another_host
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.plugins import Registry
 
@@ -44,7 +44,8 @@ class Pretrained:
     folder
         Where it is.
     base_model
-        Under which name :func:`load_model` finds the model that the adapter goes with; None if it was not known.
+        Under which name :func:`load_model` finds the model that the adapter goes with; None if it was not known, or
+        is a place on another host.
     config
         The settings, maps and gates named by their place.
     has_adapter
@@ -162,7 +163,7 @@ def read_pretrained(
         config = chosen_config(folder, str(folder / SETTINGS), facts["memory"], changes or {}, registry)
         return Pretrained(
             folder,
-            facts["base_model"],
+            None if is_on_another_host(facts["base_model"]) else facts["base_model"],
             config,
             bool(facts["adapter"]),
             facts.get("dtype"),

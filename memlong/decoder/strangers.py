@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from memlong.decoder.retrievers.create import retriever_class
 from memlong.errors import HIDDEN, InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
 from memlong.plugins.uri import scheme_of, without_credentials
-
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def chosen_config(
@@ -64,14 +61,20 @@ def chosen_config(
         )
     registry = registry or Registry()
     known = {spec.name for spec in registry.list_retrievers()}
-    name = config.retriever_options.get("name", config.retriever)
-    is_given = "retriever" in changes or "retriever_options" in changes
-    if not is_given and name not in known and not _is_hub_id(name):
-        raise _for_the_user(where, "retriever", name, "a place on this machine")
+    known = {spec.name for spec in registry.list_retrievers()}
+    if "retriever" not in changes and config.retriever not in known:
+        raise _for_the_user(
+            where, "retriever", config.retriever, "a model to download, or a place on this machine"
+        )
     for field, (cls, allowed) in _declared(config, changes, registry).items():
         if refused := _refused(cls, getattr(config, field), allowed):
             raise InvalidArgumentError(f"{where!r} {refused} Here that is changes={{{field!r}: {{...}}}}.")
     return config
+
+
+def is_on_another_host(name: str | None) -> bool:
+    """Whether a name of a model is one that Windows would log in to a stranger's host for."""
+    return name is not None and name.startswith(("//", "\\\\"))
 
 
 def declared_options(config: MemoryConfig, registry: Registry) -> dict[str, dict[str, Any]]:
@@ -104,10 +107,6 @@ def _refused(cls: type, options: Mapping[str, Any], allowed: SavedOptions) -> st
     if hidden := [name for name, value in options.items() if value == HIDDEN]:
         return f"hides the option {hidden[0]!r}, as it may be secret: give it yourself when loading."
     return refused_option(cls, options, allowed)
-
-
-def _is_hub_id(name: object) -> bool:
-    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def _for_the_user(where: str, field: str, value: object, what: str) -> MemlongError:

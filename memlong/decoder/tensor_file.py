@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,13 +29,16 @@ def check_tensors(path: Path) -> None:
 def write_tensors(
     path: str | Path, kind: str, layers: tuple[int, ...], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write tensors for some layers.
+    """Write tensors for some layers; a file of that name, or what a link leads to, is replaced when all is written.
 
     Raises
     ------
     OSError, SafetensorError
         If they cannot be written.
     """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():  # which would be replaced, too
+        raise OSError(errno.EINVAL, "is no plain file", str(path))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, path, metadata={"format": kind, "layers": json.dumps(layers)})
 

@@ -113,7 +113,7 @@ def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[st
         # From Python 3.12 on it is deprecated to ask for a key that is not there.
         name, version = ((metadata.get_all(key) or [""])[0] for key in ("Name", "Version"))
         return name or "", version or ""
-    except (FileNotFoundError, KeyError):  # half removed: no METADATA is left
+    except Exception:  # noqa: BLE001 - half removed, no METADATA is left, or it is no text
         return "", ""
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
-import shutil
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memlong.errors import InvalidArgumentError
+from memlong.bank.snapshot.files import oddity, sync_folder
+from memlong.decoder.json_file import read_json
+from memlong.errors import InvalidArgumentError, StorageError
+from memlong.training.folder import FACTS, FORMATS, MOST_FACTS, TENSORS, checkpoints, clear, remove_checkpoint
 
-_FORMAT = "memlong-checkpoint-3"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_FORMAT = f"{FORMATS}4"
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+_RANDOM = ("random.chunks", "random.torch", "random.cuda")
+_WIDEST_RANDOM = 1 << 16
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
@@ -67,39 +72,53 @@ def save_checkpoint(
         Of random chunks. The state of torch's own is written as well.
     made_of
         What a run that goes on must have in common with this one.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written; what was there before is as it was.
     """
-    state = optimizer.state_dict()
+    names = list(parameters)
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
-    for index, entries in state["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(entry) for name, entry in entries.items()}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, entry in entries.items():
+            tensors[f"optimizer.{names[index]}.{name}"] = torch.as_tensor(entry)
     tensors |= {"random.chunks": generator.get_state(), "random.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
+    target = folder / f"checkpoint-{progress.step}"
+    beside = folder / f".{target.name}.writing"
     facts = {
         "format": _FORMAT,
         "progress": vars(progress),
-        "groups": state["param_groups"],
         "made_of": made_of,
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
-    target = folder / f"checkpoint-{progress.step}"
-    beside = folder / f".{target.name}.writing"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        beside / "training.safetensors",
-    )
-    (beside / "training.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-    for file in beside.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
-    for other in checkpoints(folder):
-        if other != target:
-            shutil.rmtree(other)
+    try:
+        beside.mkdir()
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
+        facts["sha256"] = _digest(beside / TENSORS)
+        (beside / FACTS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        for file in beside.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        sync_folder(beside)
+        if os.path.lexists(target):
+            raise FileExistsError(0, "something else of that name is there")
+        beside.rename(target)
+        sync_folder(folder)
+        for other in checkpoints(folder):
+            if other != target:
+                remove_checkpoint(other)
+    except BaseException as error:
+        clear(beside)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"The checkpoint {str(target)!r} cannot be written: {why}. The one before, if there is any, is as it was. "
+            "Free some space, or make the folder writable, and resume."
+        ) from error
 
 
 def load_checkpoint(
@@ -124,16 +143,12 @@ def load_checkpoint(
         )
     latest = found[-1]
     try:
-        facts = json.loads((latest / "training.json").read_text(encoding="utf-8"))
+        facts = read_json(latest / FACTS, MOST_FACTS)
         _check_kind(latest, facts, made_of)
-        tensors = load_file(latest / "training.safetensors")
         progress = _progress(latest, facts["progress"])
-        _check_shapes(tensors, facts["shapes"], parameters)
-        _restore(tensors, facts["groups"], parameters, optimizer)
-        generator.set_state(tensors["random.chunks"])
-        torch.set_rng_state(tensors["random.torch"])
-        if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"])
+        tensors = _read(latest / TENSORS, facts, parameters)
+        _check_values(tensors, progress)
+        _check_random(tensors)
     except InvalidArgumentError:
         raise
     except (*_DAMAGE, SafetensorError) as error:
@@ -141,13 +156,19 @@ def load_checkpoint(
             f"The checkpoint {str(latest)!r} cannot be read: {error!r}. Remove it, and begin anew or go on from an "
             "older one."
         ) from error
+    _restore(tensors, parameters, optimizer)
+    generator.set_state(tensors["random.chunks"])
+    torch.set_rng_state(tensors["random.torch"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
     return progress
 
 
 def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) -> None:
     if facts["format"] != _FORMAT:
         raise InvalidArgumentError(
-            f"The checkpoint {str(latest)!r} has the format {facts['format']!r}; expected {_FORMAT!r}."
+            f"The checkpoint {str(latest)!r} has the format {facts['format']!r}; expected {_FORMAT!r}. Resume it "
+            "with the memlong that wrote it, or begin anew in another folder."
         )
     for name, ours in json.loads(json.dumps(made_of, default=str)).items():
         if name.startswith("model.config.") and name not in facts["made_of"]:
@@ -163,52 +184,76 @@ def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) ->
 def _progress(latest: Path, facts: dict[str, Any]) -> Progress:
     progress = Progress(**facts)
     counts = (progress.step, progress.episodes, progress.tokens)
-    if not all(type(each) is int and each >= 0 for each in counts) or not progress.seconds >= 0:
+    seconds = progress.seconds
+    if not all(type(each) is int and each >= 0 for each in counts) or not (
+        isfinite(seconds) and seconds >= 0
+    ):
         raise ValueError(f"progress is {facts}")
     if latest.name != f"checkpoint-{progress.step}":
         raise ValueError(f"it is of step {progress.step}")
     return progress
 
 
+def _read(path: Path, facts: dict[str, Any], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the tensors of a file, once it is known to be the one that was written, and to hold what is wanted."""
+    if odd := oddity(path):
+        raise ValueError(f"its {path.name} {odd}")
+    if facts["sha256"] != _digest(path):
+        raise ValueError(f"its {path.name} is not the one that was written with its {FACTS}")
+    with safe_open(path, framework="pt") as file:
+        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        _check_shapes(found, facts["shapes"], parameters)
+        return {name: file.get_tensor(name) for name in found}
+
+
 def _check_shapes(
-    tensors: dict[str, Tensor], written: dict[str, list[int]], parameters: dict[str, nn.Parameter]
+    found: dict[str, list[int]], written: dict[str, list[int]], parameters: dict[str, nn.Parameter]
 ) -> None:
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    wanted = {f"parameter.{name}": list(parameter.shape) for name, parameter in parameters.items()}
-    ours = {name: shape for name, shape in found.items() if name.startswith("parameter.")}
-    for one, other in ((found, written), (ours, wanted)):
-        if odd := sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name)):
+    wanted = {name: found[name] for name in _RANDOM if name in found}
+    for name, parameter in parameters.items():
+        shape = list(parameter.shape)
+        wanted[f"parameter.{name}"] = shape
+        if any(
+            f"optimizer.{name}.{entry}" in found for entry in _STATE
+        ):  # none of what has had no gradient yet
+            wanted |= {f"optimizer.{name}.{entry}": [] if entry == "step" else shape for entry in _STATE}
+    for other in (written, wanted):
+        if odd := sorted(name for name in found.keys() | other.keys() if found.get(name) != other.get(name)):
             raise ValueError(f"{len(odd)} tensors are missing, unknown or of another shape, such as {odd[0]}")
+    if any(len(shape) != 1 or shape[0] > _WIDEST_RANDOM for name, shape in found.items() if name in _RANDOM):
+        raise ValueError("what it holds of random numbers is of another shape")
 
 
-def _restore(
-    tensors: dict[str, Tensor],
-    groups: list[dict[str, Any]],
-    parameters: dict[str, nn.Parameter],
-    optimizer: Optimizer,
-) -> None:
+def _check_values(tensors: dict[str, Tensor], progress: Progress) -> None:
+    for name, tensor in tensors.items():
+        entry = name.rpartition(".")[2] if name.startswith("optimizer.") else ""
+        least, most = {"step": (1, progress.step), "exp_avg_sq": (0, None)}.get(entry, (None, None))
+        if (
+            not bool(tensor.isfinite().all())
+            or (least is not None and bool((tensor < least).any()))
+            or (most is not None and bool((tensor > most).any()))
+        ):
+            raise ValueError(f"{name} holds numbers that no run comes to")
+
+
+def _check_random(tensors: dict[str, Tensor]) -> None:
+    for name in ("random.chunks", "random.torch"):
+        torch.Generator().set_state(tensors[name])
+
+
+def _restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        if part == "optimizer":
-            index, _, entry = rest.partition(".")
-            state.setdefault(int(index), {})[entry] = tensor
-    for group in groups:
-        if "betas" in group:  # JSON knows no tuples
-            group["betas"] = tuple(group["betas"])
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    state = {
+        index: {entry: tensors[f"optimizer.{name}.{entry}"] for entry in _STATE}
+        for index, name in enumerate(parameters)
+        if f"optimizer.{name}.step" in tensors
+    }
+    # Its settings are those of the run, which are compared; the rate is set at each step.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, the oldest first."""
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove what only a run that goes on needs."""
-    for path in checkpoints(folder):
-        shutil.rmtree(path)
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

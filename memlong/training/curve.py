@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from memlong.errors import InvalidArgumentError, MissingDependencyError
+from memlong.bank.snapshot.files import oddity
+from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
 
 _SMOOTHED_OVER = 20  # steps
 
@@ -59,19 +63,25 @@ class Curve:
         If the file does not hold the steps that the run goes on from.
     MissingDependencyError
         If ``tensorboard`` is named and not installed.
+    StorageError
+        If a file cannot be written, here and in what follows.
     """
 
     def __init__(self, path: Path, keep: int = 0, tensorboard: Path | None = None) -> None:
-        self.steps = _read(path, keep) if keep else []
+        self.steps, size = _read(path, keep) if keep else ([], 0)
         self._writer = None if tensorboard is None else _tensorboard(tensorboard)
         self._path = path
-        path.write_text("".join(map(_line, self.steps)), encoding="utf-8")
+        with (
+            _told(path),
+            path.open("r+b" if keep else "wb") as file,
+        ):  # never emptied on the way: a disk may be full
+            file.truncate(size)
         self.sync()
 
     def add(self, step: Step) -> None:
         """Note a step; it is in the file at once, and on the disk after :meth:`sync`."""
         self.steps.append(step)
-        with self._path.open("a", encoding="utf-8") as file:
+        with _told(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(step))
         if self._writer is not None:
             self._writer.add_scalar("loss", step.loss, step.step)
@@ -81,7 +91,7 @@ class Curve:
 
     def sync(self) -> None:
         """Wait until all steps are on the disk: a checkpoint goes with the steps before it."""
-        with self._path.open("ab") as file:
+        with _told(self._path), self._path.open("ab") as file:
             os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -108,32 +118,57 @@ class Curve:
         axes.set_xlabel("step")
         axes.set_ylabel("negative log-likelihood (nats)")
         axes.legend()
-        figure.savefig(path, dpi=120)
+        with _told(path):
+            figure.savefig(path, dpi=120)
         return True
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}. Checkpoints, and a decoder that was saved, "
+            "are as they were. Free some space, or make the folder writable, and resume."
+        ) from error
 
 
 def _line(step: Step) -> str:
     return json.dumps(asdict(step)) + "\n"
 
 
-def _read(path: Path, count: int) -> list[Step]:
-    """The first steps; what follows them may be cut off."""
+def _read(path: Path, count: int) -> tuple[list[Step], int]:
+    """The first steps, and their bytes; what follows them may be cut off."""
     steps: list[Step] = []
+    size = 0
     try:
-        lines = path.read_bytes().split(b"\n")[:count]
-        for line in lines:
+        if odd := oddity(path):
+            raise ValueError(f"it {odd}")
+        for line in path.read_bytes().splitlines(keepends=True)[:count]:
             step = Step(**json.loads(line))
-            if step.step != len(steps) + 1 or not isinstance(step.loss, float):
+            if step.step != len(steps) + 1 or not _is_possible(step) or not line.endswith(b"\n"):
                 raise ValueError(f"step {step.step!r} with the loss {step.loss!r}")
             steps.append(step)
+            size += len(line)
         if len(steps) < count:
             raise ValueError("it ends")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InvalidArgumentError(
             f"{str(path)!r} should hold the {count} steps that the checkpoint was made after, but cannot be read at "
             f"line {len(steps) + 1}: {error}. Put the file back, or begin anew in another folder."
         ) from error
-    return steps
+    return steps, size
+
+
+def _is_possible(step: Step) -> bool:
+    numbers = (
+        step.loss,
+        step.lr,
+        step.seconds,
+        *([] if step.long_range_loss is None else [step.long_range_loss]),
+    )
+    return all(type(each) in (int, float) and isfinite(each) for each in numbers) and type(step.tokens) is int
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
@@ -148,4 +183,5 @@ def _tensorboard(folder: Path) -> Any:
             f"Writing curves to {str(folder)!r} needs the package tensorboard: pip install tensorboard. The curve is "
             "written as JSON in any case."
         )
-    return import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+    with _told(folder):
+        return import_module("torch.utils.tensorboard").SummaryWriter(str(folder))

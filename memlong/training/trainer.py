@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,21 +18,22 @@ from memlong.decoder.fingerprint import facts
 from memlong.decoder.pretrained import SETTINGS
 from memlong.decoder.recall import RandomChunks
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
-from memlong.training.checkpoint import (
-    Progress,
-    checkpoints,
-    load_checkpoint,
-    remove_checkpoints,
-    save_checkpoint,
-)
+from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from memlong.training.config import TrainingConfig
 from memlong.training.curve import Curve, Step
 from memlong.training.documents import Episodes
+from memlong.training.folder import (
+    CURVE,
+    PICTURE,
+    check_folder,
+    checkpoints,
+    clear_unfinished,
+    holds_decoder,
+    lock,
+    remove_checkpoints,
+)
 from memlong.training.loss import Batch, segment_loss
 from memlong.training.parts import LearningParts
-
-CURVE, PICTURE = "curve.jsonl", "curve.png"
-"""What a run leaves in its folder, beside the decoder."""
 
 
 class Trainer:
@@ -119,24 +119,7 @@ class Trainer:
     @property
     def ended(self) -> bool:
         """Whether the folder holds the decoder that a run of these settings has trained."""
-        path = self.folder / SETTINGS
-        if checkpoints(self.folder) or not path.is_file():
-            return False
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            theirs = [dict(facts["training"]), dict(facts["memory"])]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        ours = json.loads(json.dumps([asdict(self.config), self.decoder.config.as_dict()], default=str))
-        for each in (*theirs, *ours):
-            for name in (
-                "checkpoint_every",
-                "store",
-                "maps",
-                "gates",
-            ):  # maps and gates are in the folder itself
-                each.pop(name, None)
-        return bool(theirs == ours)
+        return holds_decoder(self.folder, asdict(self.config), self.decoder.config.as_dict())
 
     def run(self, *, resume: bool = False, progress: Callable[[Step], None] | None = None) -> list[Step]:
         """Train, save the decoder into the folder, and return the steps.
@@ -153,7 +136,10 @@ class Trainer:
         ------
         InvalidArgumentError
             If there is no checkpoint to resume from, or one of another model, other settings or other text; or there is
-            one, and ``resume`` is not set; or the folder holds a trained decoder, or this trainer has made one.
+            one, and ``resume`` is not set; or the folder holds a trained decoder, or this trainer has made one; or it
+            holds what a run would overwrite, and is not its own.
+        StorageError
+            If the folder cannot be written, or another run is at work in it. Checkpoints stay.
         MemlongError
             If the loss or the gradient is no longer finite.
         """
@@ -161,19 +147,20 @@ class Trainer:
             raise InvalidArgumentError(
                 "This trainer has run to its end, and its decoder is frozen: make another one, on the plain model."
             )
+        with lock(self.folder):
+            return self._run(resume, progress)
+
+    def _run(self, resume: bool, progress: Callable[[Step], None] | None) -> list[Step]:
         order = {name: self._parts.parameters[name] for name in self._in_order()}
         state = (order, self._optimizer, self._generator, self._made_of())
-        if not resume and checkpoints(self.folder):
-            raise InvalidArgumentError(
-                f"The folder {str(self.folder)!r} holds the checkpoint of a run that has not ended: resume it, remove "
-                "the checkpoint, or name another folder."
-            )
         if (self.folder / SETTINGS).exists() and not checkpoints(self.folder):
             kind = "these settings, which has ended" if self.ended else "other settings"
             raise InvalidArgumentError(
                 f"The folder {str(self.folder)!r} holds a decoder, of a run of {kind}. Load it with "
                 "MemoryDecoder.from_pretrained, or name another folder."
             )
+        check_folder(self.folder, resume=resume)
+        clear_unfinished(self.folder)
         at = load_checkpoint(self.folder, *state) if resume else Progress()
         self._sums.clear()
         self._optimizer.zero_grad(set_to_none=True)
@@ -194,8 +181,8 @@ class Trainer:
         self._parts.settle()
         self._settled = True
         self.decoder.save_pretrained(self.folder, base_model=self._base_model, training=asdict(self.config))
-        curve.plot(self.folder / PICTURE)
         remove_checkpoints(self.folder)
+        curve.plot(self.folder / PICTURE)
         return curve.steps
 
     def _read_episodes(self, at: Progress, curve: Curve, progress: Callable[[Step], None] | None) -> None:

@@ -146,6 +146,16 @@ def test_a_backend_that_prints_while_it_works_does_not_spoil_the_answer(loud, ar
     assert {"late", "search"} <= set(result.stderr.split())
 
 
+@pytest.mark.slow
+def test_a_backend_that_ends_the_program_is_told(site, arguments, story):
+    put(site, "quits", LOUD.replace("loud", "quits"))
+    bank = "class Bank(TorchBank):\n    def __init__(self, *_, **__): exit(0)\n"
+    (site / "quits_bank.py").write_text(f"from memlong_torch.bank import TorchBank\n{bank}")
+    result = memlong(*map(str, arguments("perplexity", text=story, backend="quits", json="-")), site=site)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "memlong: a plugin or a library ended the program (exit status 0)" in result.stderr
+
+
 def test_a_plugin_of_very_many_names_fills_no_screen(site):
     put(site, "many", GOOD.replace('register("acme"', 'for i in range(1000): register(f"n{i}"'))
     said = " ".join(memlong("plugins", site=site).stdout.split())

@@ -219,6 +219,18 @@ class After(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
 
+def test_nobody_is_warned_of_more_positions_than_a_memory_takes(tiny_model, small, text, monkeypatch):
+    model = tiny_model()
+    model.config.max_position_embeddings = 64
+    monkeypatch.setattr(
+        "transformers.generation.stopping_criteria.logger.warning_once", lambda said: pytest.fail(said)
+    )
+    with MemoryDecoder(model, None, small()) as decoder:
+        assert decoder.generate(text(100), max_new_tokens=3, eos_token_id=None).shape == (1, 103)
+    with pytest.raises(pytest.fail.Exception, match="maximum length"):
+        model.generate(text(100), max_new_tokens=3, eos_token_id=None)
+
+
 def test_streamers_and_stopping_criteria_work(llama, small, text):
     class Letters:
         def decode(self, ids, **_):

@@ -186,3 +186,15 @@ def test_the_language_models_weights_do_not_depend_on_its_mode(llama):
     llama.train()
     assert torch.equal(create_retriever("lm", llama, None).embed_chunks([passage]), expected)
     assert llama.training
+
+
+@pytest.mark.parametrize("token", [97, -1, 2**40])
+def test_a_beginning_outside_the_vocabulary_is_named(tiny_model, token):
+    model = tiny_model()
+    model.config.bos_token_id = token
+    with pytest.raises(
+        InvalidArgumentError, match=r"bos_token_id is .*, but the model's tokens go from 0 to 96"
+    ):
+        create_retriever("lm", model, None)
+    model.config.bos_token_id = None
+    assert create_retriever("lm", model, None).dim

@@ -61,9 +61,10 @@ def test_the_users_token_goes_to_no_host_of_an_adapter(folder, tiny_model, monke
         ({"backend": "hnswlib", "backend_options": {"M": [16]}}, "no text or number"),
         ({"retriever": "/usr"}, "a place on this machine"),
         ({"retriever": "../model"}, "a place on this machine"),
-        (
-            {"retriever": "sentence-transformers", "retriever_options": {"name": "//host/share"}},
-            "a place on this",
+        ({"retriever": "stranger/model"}, r"a model to download.*changes=\{'retriever'"),
+        *(
+            ({"retriever": "sentence-transformers", "retriever_options": {"name": name}}, "the option 'name'")
+            for name in ("//host/share", "stranger/model")
         ),
         ({"retriever": "random", "retriever_options": {"dim": 10**9}}, "more than a file may ask for"),
         ({"gates": "/etc/passwd"}, "expected the name of a file in the folder"),
@@ -76,6 +77,21 @@ def test_a_folder_chooses_no_place_and_no_endless_effort(folder, tiny_model, cha
     remember(folder, **changes)
     with pytest.raises(InvalidArgumentError, match=words):
         MemoryDecoder.from_pretrained(folder, tiny_model(), None)
+
+
+@pytest.mark.parametrize("place", ["//host/share/model", r"\\host\share"])
+def test_a_folder_names_no_model_on_another_host(folder, tiny_model, place):
+    edit(folder / "memlong.json", base_model=place)
+    with pytest.raises(InvalidArgumentError, match="a place on another host"):
+        MemoryDecoder.from_pretrained(folder)
+    assert MemoryDecoder.from_pretrained(folder, tiny_model(), None)
+
+
+def test_options_of_a_retriever_choose_none(folder, tiny_model):
+    remember(folder, retriever="stranger/model")
+    with pytest.raises(InvalidArgumentError, match="a model to download"):
+        MemoryDecoder.from_pretrained(folder, tiny_model(), None, changes={"retriever_options": {"dim": 8}})
+    assert MemoryDecoder.from_pretrained(folder, tiny_model(), None, changes={"retriever": "recent"})
 
 
 def test_what_does_no_harm_is_taken(folder, tiny_model):

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from memlong.errors import InvalidTextError
 from memlong.evaluation import chat_turn, long_range_tokens, read_text, tokenize
+from memlong.evaluation.needle import passkey_prompt
 
 
 def test_a_text_is_read_as_utf8(tmp_path):
@@ -115,3 +116,13 @@ def test_long_range_tokens_were_last_met_beyond_the_distance():
     assert long_range_tokens(text, 3).tolist() == [False] * 5 + [True, True, False]
     assert long_range_tokens(text, 4).tolist() == [False] * 8
     assert np.count_nonzero(long_range_tokens(range(100), 1)) == 0
+
+
+def test_a_long_text_draws_no_warning_of_the_models_length(begins, monkeypatch):
+    begins.model_max_length = 4
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda said: pytest.fail(said))
+    assert tokenize(begins, "who " * 20).shape == (1, 21)
+    assert chat_turn(begins, "who " * 20).shape == (1, 22)
+    assert passkey_prompt(begins, 200, 0.5, 12345).shape == (1, 200)
+    with pytest.raises(pytest.fail.Exception, match="longer than the specified maximum"):
+        begins("who " * 20)

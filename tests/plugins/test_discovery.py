@@ -191,6 +191,20 @@ def test_an_installation_without_metadata_does_no_harm(site: Path, install_good)
     assert "acme" in backend_names(PluginManager())
 
 
+@pytest.mark.parametrize("metadata", [b"Name: caf\xe9\nVersion: 1\n", None], ids=["no text", "a folder"])
+def test_metadata_that_cannot_be_read_hides_no_plugin(install, install_good, metadata):
+    info = install("odd-memory", entry="odd", module="fake_odd_memory", source="1 / 0")
+    (info / "METADATA").unlink()
+    if metadata is None:
+        (info / "METADATA").mkdir()
+    else:
+        (info / "METADATA").write_bytes(metadata)
+    install_good("acme")
+    manager = PluginManager()
+    assert report_of(manager, "odd").origin == "an unnamed distribution"
+    assert "acme" in backend_names(manager)
+
+
 def test_what_is_left_of_a_removed_distribution_hides_no_later_one(install_good, tmp_path, monkeypatch):
     install_good("acme")
     left = tmp_path / "left"

@@ -29,6 +29,8 @@ class FolderLock:
     ----------
     folder : Path
         It must exist.
+    name : str
+        Of the file in it that is locked.
 
     Raises
     ------
@@ -36,8 +38,8 @@ class FolderLock:
         On entering, if another process or thread holds the folder, or nothing can be written there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK
+    def __init__(self, folder: Path, name: str = LOCK) -> None:
+        self._path = folder / name
         self._file: FileIO | None = None  # whatever an interrupt leaves undone, it is closed with this object
         tell_after_fork(self)
 

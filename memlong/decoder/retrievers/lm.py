@@ -77,8 +77,8 @@ class LanguageModelRetriever(Retriever):
         self._pairs = pairs
         scale = whole_number("recency_scale", recency_scale, at_least=1, at_most=_FARTHEST)
         self._recency = RecencyPrior(recency, scale)
-        start = getattr(model.config, "bos_token_id", None) or 0
-        device = model.get_input_embeddings().weight.device
+        embeddings = model.get_input_embeddings().weight
+        start, device = _beginning(model.config, embeddings.shape[0]), embeddings.device
         with torch.no_grad(), evaluating(model):
             logits = model(torch.tensor([[start]], dtype=torch.long, device=device)).logits[0, -1]
         self._weights = (-logits.float().log_softmax(dim=0)).to("cpu") ** sharpness
@@ -115,3 +115,13 @@ class LanguageModelRetriever(Retriever):
 
     def _add(self, sketch: Tensor, places: Tensor, signs: Tensor, weights: Tensor) -> None:
         sketch.index_add_(0, places.flatten(), (weights[:, None] * signs).flatten())
+
+
+def _beginning(config: Any, vocabulary: int) -> int:
+    start = getattr(config, "bos_token_id", None) or 0
+    if not isinstance(start, int) or not 0 <= start < vocabulary:
+        raise InvalidArgumentError(
+            f"model.config.bos_token_id is {start!r}, but the model's tokens go from 0 to {vocabulary - 1}: set it to "
+            "the token with which a text begins, or to None."
+        )
+    return start

@@ -47,7 +47,6 @@ class SentenceTransformersRetriever(Retriever):
     """
 
     saved_options: ClassVar[SavedOptions] = {
-        "name": None,
         "device": None,
         "piece_tokens": 2**16,
         "query_prompt": None,

@@ -21,7 +21,7 @@ from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
 from memlong_milvus.hold import Hold
 from memlong_milvus.hub import HUBS
 from memlong_milvus.index import SessionIndex
-from memlong_milvus.options import SAVED, OtherOptions, Tuning
+from memlong_milvus.options import SAVED, OtherOptions, Tuning, check_resume, device_of
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.place import find_place
 from memlong_milvus.resume import kept_of
@@ -124,8 +124,8 @@ class MilvusBank(Uncopied, MemoryBank):
             consistency, staleness, M, ef_construction, ef, partitions, timeout, attempts, readers
         )
         self._session = Session.of(session)
-        if resume and not self._session.named:
-            raise InvalidArgumentError("resume goes on with a session: name it, as session='…'")
+        check_resume(resume, named=self._session.named)
+        blocks_go_to = device_of(kv_device)
         metric = bank_options.get("metric", "cosine")
         place = find_place(uri, token, database, store, self._session)
         blocks, facts = place.store, {"dim": dim, "metric": metric}
@@ -146,7 +146,7 @@ class MilvusBank(Uncopied, MemoryBank):
         )
         self._hold = Hold(self, self._engine.hub, self._session, self._rows, self._table, self._store)
         if self._session.named:
-            self._go_on(facts, resume=resume, kv_device=torch.device(kv_device))
+            self._go_on(facts, resume=resume, kv_device=blocks_go_to)
 
     @property
     def session(self) -> str:
