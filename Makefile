@@ -41,8 +41,8 @@ test-fast: $(INSTALLED) ## Run the tests that are not slow, of models one case f
 test-versions: $(INSTALLED) ## Test the core on other Pythons, and with the lowest versions of what it needs
 	$(BIN)/python tests/versions.py $(ARGS)
 
-torture: $(INSTALLED) ## Corrupt, kill and crowd snapshots and banks thousands of times (ten minutes)
-	MEMLONG_TORTURE=1 $(BIN)/pytest -q tests/bank/snapshot/test_corpus.py tests/bank/snapshot/test_killed.py \
+torture: $(INSTALLED) ## Corrupt, mutate, kill and crowd snapshots, adapters and banks thousands of times (20 minutes)
+	MEMLONG_TORTURE=1 $(BIN)/pytest -q tests/bank/snapshot/test_corpus.py tests/bank/snapshot/test_killed.py tests/torture \
 		tests/backends/test_threads.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style, format and types

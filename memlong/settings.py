@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from math import isfinite
+from numbers import Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from memlong.errors import InvalidArgumentError
@@ -116,18 +117,27 @@ def checked(settings: Any) -> dict[str, Any]:
             got = (
                 f"a {type(value).__name__}"
                 if Mapping in map(_plain, kinds) and said.metavar
-                else _shown(value)
+                else shown_value(value)
             )
             raise InvalidArgumentError(
                 f"{each.name} must be {wanted}{', or None' if optional else ''}, got {got}."
             )
-        found[each.name] = (
-            operator.index(value) if good is int else tuple(value) if _plain(good) is tuple else value
-        )
+        found[each.name] = _own(good, value)
     return found
 
 
-def _shown(value: object) -> str:
+def _own(kind: Any, value: Any) -> Any:
+    """Return a value as Python's own, and a container as nobody else's."""
+    plain = _plain(kind)
+    if plain is int:
+        return operator.index(value)
+    if plain is float:
+        return value if type(value) in (int, float) else float(value)
+    return {tuple: tuple, Mapping: dict}.get(plain, lambda same: same)(value)
+
+
+def shown_value(value: object) -> str:
+    """Return a value for a message."""
     try:
         return repr(value)
     except ValueError:  # it has more digits than Python prints
@@ -156,8 +166,9 @@ def _is(kind: Any, value: object, said: Setting) -> bool:
         except TypeError:
             return False
     if plain is float:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
         # First the bounds: a very long integer is no float.
-        return type(value) in (int, float) and _is_within(value, said) and isfinite(value)  # type: ignore[arg-type]
+        return is_number and _is_within(value, said) and isfinite(value)  # type: ignore[arg-type]
     if issubclass(plain, Sequence) and plain is not str:
         return isinstance(value, list | tuple) and all(isinstance(each, get_args(kind)[0]) for each in value)
     return isinstance(value, plain)

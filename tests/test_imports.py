@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BELOW = {
     "errors": set(),
     "settings": {"errors"},
-    "bank": {"errors"},
-    "plugins": {"bank", "errors"},
+    "bank": {"settings", "errors"},
+    "plugins": {"settings", "bank", "errors"},
     "decoder": {"settings", "plugins", "bank", "errors"},
     "training": {
         "settings",
@@ -28,18 +28,19 @@ BELOW = {
         "bank",
         "errors",
     },  # it weighs tokens as they are measured
-    "evaluation": {"decoder", "plugins", "bank", "errors"},
+    "evaluation": {"settings", "decoder", "plugins", "bank", "errors"},
     "testing": {
+        "settings",
         "decoder",
         "plugins",
         "bank",
         "errors",
     },  # a plugin's backend is proven by a model that reads with it
-    "architectures": {"decoder", "plugins", "bank", "errors"},
+    "architectures": {"settings", "decoder", "plugins", "bank", "errors"},
     "cli": {"settings", "architectures", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
-    "__init__": {"training", "evaluation", "decoder", "plugins", "bank", "errors"},
+    "__init__": {"settings", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
 }
-OPEN_TO_BACKENDS = ("memlong.bank", "memlong.errors", "memlong.plugins.hookspecs")
+OPEN_TO_BACKENDS = ("memlong.bank", "memlong.errors", "memlong.plugins.hookspecs", "memlong.settings")
 RUN_CODE_WHEN_READ = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

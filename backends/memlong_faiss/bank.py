@@ -19,6 +19,7 @@ from memlong_faiss.rows import CpuRows, GpuRows, RowIndex, one_thread_after_fork
 
 _TIE_MARGIN = 16
 _MOST_THREADS = 1024
+_MOST_RUNS = 400_000  # of ids, which nearly fill the largest manifest that is read
 _SAVED = {
     "index": None,
     "ef_construction": 1024,
@@ -173,6 +174,8 @@ class FaissBank(MemoryBank):
             return None
         row_ids = self._numbers.ids
         ends = np.flatnonzero(np.diff(row_ids) != 1) + 1
+        if len(ends) >= _MOST_RUNS:  # then it is built anew when it is loaded
+            return None
         runs = [[int(run[0]), int(run[-1]) + 1] for run in np.split(row_ids, ends)]
         return {"library": faiss.__version__, "row_ids": runs}, self._rows.to_bytes()
 

@@ -101,7 +101,9 @@ class MemoryBank(PersistentBank):
             raise InvalidArgumentError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
         store = InMemoryStore() if store is None else store
         if not isinstance(store, KeyValueStore):
-            raise InvalidArgumentError(f"store must be a KeyValueStore, got {store!r}")
+            raise InvalidArgumentError(
+                f"store must be a KeyValueStore, such as TieredStore(host='2GB', disk='/tmp'), got {store!r}"
+            )
         if len(store):
             raise InvalidArgumentError(f"store must be empty, got one of {len(store)} blocks")
         super().__init__(dim, "l2" if metric == "l2" else "inner_product", device, store)

@@ -7,6 +7,22 @@ from pathlib import Path
 from memlong.errors import InvalidArgumentError
 
 
+def at_home(path: str | Path) -> Path:
+    """Return a path, in which ``~`` is the user's home as it is in a shell.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If nobody knows where that is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            f"{str(path)!r} is in a home that is not known. Give the whole path."
+        ) from error
+
+
 def absolute(folder: str | Path) -> Path:
     """Return a folder's path as it is from anywhere: a process may change its working directory later.
 
@@ -16,7 +32,7 @@ def absolute(folder: str | Path) -> Path:
         If it is relative to a working directory that is no longer there.
     """
     try:
-        return Path(folder).absolute()
+        return at_home(folder).absolute()
     except OSError as error:
         raise InvalidArgumentError(
             f"{str(folder)!r} is relative, but the working directory cannot be found: {error.strerror}. Give the whole "

@@ -15,6 +15,7 @@ from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import saved_name
 from memlong.bank.index import IndexHost
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.of_class import of_class
 from memlong.bank.snapshot.content import Content
 from memlong.bank.snapshot.files import damaged, unwritable
 from memlong.bank.snapshot.lazy import SnapshotStore
@@ -75,7 +76,7 @@ class PersistentBank(IndexHost):
             writer.commit([saved.record])
             self.keep_saved(saved)
 
-    @classmethod
+    @of_class
     def load(
         cls,
         path: str | Path,

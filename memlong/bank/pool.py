@@ -95,6 +95,12 @@ class BankPool(Uncopied):
         budget: int | str,
     ) -> None:
         self._folder = absolute(folder_of(folder))
+        for name, given in (("make", make), ("load", load)):
+            if not callable(given):
+                raise InvalidArgumentError(
+                    f"{name} is {given!r}; expected a function that makes a bank, such as "
+                    "make=lambda: create_bank('faiss', 384), load=load_bank"
+                )
         self._make, self._load = make, load
         self._budget = byte_count("budget", budget)
         self._files = most_files()

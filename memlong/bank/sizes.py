@@ -8,6 +8,7 @@ import re
 import numpy as np
 
 from memlong.errors import InvalidArgumentError
+from memlong.settings import shown_value
 
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{ending}": base**power
@@ -28,9 +29,12 @@ def byte_count(name: str, size: int | str, *, at_least: int = 0, at_most: int | 
     """
     count = _count(size)
     if count is None or count < at_least or (at_most is not None and count > at_most):
-        least = ", at least 1" if at_least else ""
+        most = (
+            f" and at most {at_most}" if at_most is not None and count is not None and count > at_most else ""
+        )
         raise InvalidArgumentError(
-            f"{name} is {size!r}; expected bytes{least}, such as 2000000, '500MB' or '2GiB'"
+            f"{name} must be a size in bytes of at least {at_least}{most}, such as 2000000, '500MB' or '2GiB', got "
+            f"{shown_value(size)}"
         )
     return count
 

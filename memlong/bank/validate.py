@@ -12,8 +12,10 @@ import torch
 
 from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
 from memlong.errors import InvalidArgumentError
+from memlong.settings import shown_value
 
 _LARGEST_NORM = 1e18
+_LONGEST = 80  # of a value in a message
 _SMALLEST_SQUARE = 1e-200  # what underflows in a sum of squares above this is nothing beside it
 
 
@@ -39,17 +41,12 @@ def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = 
     except TypeError:
         number = None
     if number is None or isinstance(value, (bool, np.bool_)) or number < at_least:
-        raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {_shown(value)}")
+        raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {shown_value(value)}")
     if at_most is not None and number > at_most:
-        raise InvalidArgumentError(f"{name} must be an int from {at_least} to {at_most}, got {_shown(value)}")
+        raise InvalidArgumentError(
+            f"{name} must be an int from {at_least} to {at_most}, got {shown_value(value)}"
+        )
     return number
-
-
-def _shown(value: object) -> str:
-    try:
-        return repr(value)
-    except ValueError:  # it has more digits than Python prints
-        return "a number of thousands of digits"
 
 
 def embeddings_of(name: str, value: FloatInput, dim: int, *, unit: bool) -> Floats:
@@ -185,4 +182,5 @@ def _int64(name: str, value: IntInput) -> Ids:
 def _describe(value: object) -> str:
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return f"{type(value).__name__} of {value.dtype}"
-    return f"{value!r} of type {type(value).__name__}"
+    shown = repr(value)
+    return f"{shown if len(shown) <= _LONGEST else f'{shown[:_LONGEST]}...'} of type {type(value).__name__}"

@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from memlong.bank.forks import free_after_fork
 from memlong.decoder.interrupts import uninterrupted
 from memlong.decoder.kernels import Attend, Output
 from memlong.errors import MemlongError, UnsupportedModelError
@@ -61,11 +62,14 @@ class AttentionSlot:
     ----------
     modules
         On which it stands, by identity: a copy of the model has copies of them.
+    reading
+        Held while a segment is read or streams are saved: other threads wait.
     """
 
     def __init__(self) -> None:
         self.modules: frozenset[int] = frozenset()
         self._here = threading.local()
+        self.reading = free_after_fork(threading.RLock())
 
     def __deepcopy__(self, _: dict[int, Any]) -> AttentionSlot:
         return AttentionSlot()  # on a copy of the model, which has no memory

@@ -118,13 +118,13 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retrieval_layers", layers_as_text(self.retrieval_layers))
-        for name, value in checked(self).items():
-            object.__setattr__(self, name, value)
         if not isinstance(self.retrieval_layers, str):
             raise InvalidArgumentError(
-                f"retrieval_layers must be text such as 'all' or '15-29', or a list of layer numbers, got "
-                f"{self.retrieval_layers!r}."
+                "retrieval_layers must be 'all', layers and ranges such as '3,7,11-13', or a list of numbers such as "
+                f"[3, 7], got {self.retrieval_layers!r}."
             )
+        for name, value in checked(self).items():
+            object.__setattr__(self, name, value)
         if self.retrieval_interval > self.segment_size:
             raise InvalidArgumentError(
                 f"retrieve_every must be at most segment_size ({self.segment_size}), for which the window keeps room, "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
+from typing import Any
 
 from memlong.errors import InvalidArgumentError
 
@@ -61,8 +63,14 @@ def ranges(layers: tuple[int, ...]) -> str:
 
 def layers_as_text(layers: object) -> object:
     """Write a list of layer numbers as text; leave what is none to the checks that follow."""
-    if isinstance(layers, list | tuple | range) and 0 < len(layers) <= _MOST_LAYERS:
-        numbers = tuple(layers)
-        if all(type(each) is int and each >= 0 for each in numbers):
-            return ranges(numbers)
-    return layers
+    if isinstance(layers, str):
+        return layers
+    given: Any = layers
+    try:
+        some = [given] if isinstance(given, int) or not hasattr(given, "__len__") else given
+        if isinstance(given, bool) or not 0 < len(some) <= _MOST_LAYERS:
+            return layers
+        numbers = [operator.index(each) for each in some]  # of NumPy and torch, too
+    except TypeError:
+        return layers
+    return ranges(tuple(numbers)) if min(numbers) >= 0 else layers

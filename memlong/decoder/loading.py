@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from memlong.bank.folders import at_home
 from memlong.decoder.machine import AUTO, choose_machine
 from memlong.decoder.quiet import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError
@@ -95,6 +96,8 @@ def load_model(
     if not isinstance(name, str | os.PathLike):
         raise InvalidArgumentError(f"name is {name!r}; expected a hub id, a folder, a GGUF file, or 'demo'.")
     name = os.fspath(name)
+    if name.startswith("~"):
+        name = str(at_home(name))
     machine = choose_machine(dtype, device)
     if machine.passed_over:
         warnings.warn(f"The model runs on the CPU{machine.passed_over}", stacklevel=2)

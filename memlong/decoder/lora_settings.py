@@ -107,13 +107,13 @@ def lora_options(
             raise ValueError(f"its tensor {_shown(name)} belongs to no layer of the model")
         if "A" in (found["part"], found["of_embedding"]):
             ranks[found["layer"]] = shape[0] if shape else 0
-    if max(ranks.values(), default=0) > widest:
-        raise ValueError(
-            f"its rank is {max(ranks.values()):,}, more than the {widest:,} numbers that a token has"
-        )
     count = sum(math.prod(shape) for shape in shapes.values())
     if count > most or not ranks or not all(rank >= 1 for rank in ranks.values()):
         raise ValueError(f"its {len(shapes)} tensors have {count:,} numbers, expected 1 to {most:,}")
+    if max(ranks.values()) > widest:
+        raise ValueError(
+            f"its rank is {max(ranks.values()):,}, more than the {widest:,} numbers that a token has"
+        )
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     if not settings.get("rank_pattern") and set(ranks.values()) != {settings.get("r", 8)}:
         raise ValueError(f"its r is {_shown(settings.get('r'))}, but its tensors are of rank {rank}")

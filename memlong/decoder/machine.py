@@ -52,8 +52,8 @@ class Machine:
 
 
 def choose_machine(
-    dtype: str = AUTO,
-    device: str = AUTO,
+    dtype: str | torch.dtype = AUTO,
+    device: str | torch.device = AUTO,
     *,
     trained: tuple[str, str] | None = None,
     trains: bool = False,
@@ -80,6 +80,8 @@ def choose_machine(
     DeviceUnavailableError
         If the device is not there, or does not compute what memlong needs.
     """
+    dtype = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
+    device = str(device) if isinstance(device, torch.device) else device
     if dtype not in (AUTO, *DTYPES):
         raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join((*DTYPES, AUTO))}.")
     if device != AUTO:

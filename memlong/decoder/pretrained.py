@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from memlong.bank.snapshot.reader import folder_of
 from memlong.decoder.adapter_files import base_weights, write_adapter
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.gates import MemoryGates
@@ -90,7 +91,7 @@ def write_pretrained(
     StorageError
         If it cannot be written; a decoder that was there is as it was.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     has_adapter = bool(getattr(model, "peft_config", None))
     if has_adapter and (folder / _MODEL).exists():
         raise InvalidArgumentError(
@@ -197,7 +198,7 @@ def read_pretrained(
 
 
 def _folder(name: str | Path) -> Path:
-    folder = Path(name)
+    folder = folder_of(name)
     try:
         is_folder, is_there = folder.is_dir(), folder.exists()
     except OSError as error:  # such as a name that is too long

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank, TieredStore
+from memlong.bank.of_class import of_class
 from memlong.bank.snapshot.files import damaged
 from memlong.bank.snapshot.manifest import ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
@@ -56,16 +57,17 @@ class SavingDecoder(StreamingDecoder):
             raise MemlongError(
                 "There is nothing to save: no text has been read since the decoder was made or reset."
             )
-        facts = {"fingerprint": self.fingerprint(), "rows": [row.facts() for row in streams.rows]}
-        tensors = {name: _own(tensor) for name, tensor in streams.tensors().items()}
-        with SnapshotWriter(folder_of(path), "decoder") as writer:
+        # After the segment that another thread may be reading, so that window and rows belong together.
+        with self._slot.reading, SnapshotWriter(folder_of(path), "decoder") as writer:
+            facts = {"fingerprint": self.fingerprint(), "rows": [row.facts() for row in streams.rows]}
+            tensors = {name: _own(tensor) for name, tensor in streams.tensors().items()}
             saved = [bank.write_snapshot(writer, compact=compact) for bank in self.banks]
             file = writer.write("streams", safetensors.torch.save(tensors))
             writer.commit([each.record for each in saved], ExtraRecord(facts, file))
             for bank, each in zip(self.banks, saved, strict=True):
                 bank.keep_saved(each)
 
-    @classmethod
+    @of_class
     def load(
         cls,
         path: str | Path,

@@ -80,6 +80,10 @@ class StreamingDecoder(Uncopied):
         self.config = MemoryConfig() if config is None else config
         if not isinstance(self.config, MemoryConfig):
             raise InvalidArgumentError(f"config is {config!r}; expected a MemoryConfig.")
+        if tokenizer is not None and not callable(tokenizer):
+            raise InvalidArgumentError(
+                f"tokenizer is {tokenizer!r:.80}; expected the model's tokenizer, or None, before the config."
+            )
         if retriever is not None and not isinstance(retriever, Retriever):
             raise InvalidArgumentError(
                 f"retriever is {retriever!r}; expected a Retriever. Its name goes into the MemoryConfig."
@@ -318,8 +322,9 @@ class StreamingDecoder(Uncopied):
         return cast("Tensor", last)
 
     def _begun(self, pending: list[list[int]], logits_to_keep: int, *, gradients: bool) -> Segments:
-        self._streams = streams = self._streams_for(len(pending))
-        self._call = object()
+        with self._slot.reading:
+            self._streams = streams = self._streams_for(len(pending))
+            self._call = object()
         return Segments(
             self._segments(streams, pending, logits_to_keep, gradients=gradients),
             streams.segments_of(pending),

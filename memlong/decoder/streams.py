@@ -253,21 +253,24 @@ class Streams:
         ``gradients``, this forward call records them; the window that it leaves behind, and what is stored of it, are
         constants.
         """
-        starting = [row for row, new in zip(self.rows, upcoming, strict=True) if new and retrieve(row)]
-        self._turn_over(starting, gradients=gradients)
-        indices = [range(row.seen, row.seen + len(new)) for row, new in zip(self.rows, upcoming, strict=True)]
-        input_ids, tokens = _left_padded(upcoming, 0), _left_padded(indices, -1)
-        on_device = to_device(torch.from_numpy(input_ids), self._device)
-        try:
-            with torch.set_grad_enabled(gradients):
-                logits = self._forward(on_device, tokens, slot, logits_to_keep)
-        finally:
-            if gradients:
-                self._memory = self._memory and self._memory.detach()
-        for row, new in zip(self.rows, upcoming, strict=True):
-            row.take(new)
-        retrievals = tuple(row.retrieval if row in starting else None for row in self.rows)
-        return Segment(on_device, to_device(torch.from_numpy(tokens), self._device), logits, retrievals)
+        with slot.reading:
+            starting = [row for row, new in zip(self.rows, upcoming, strict=True) if new and retrieve(row)]
+            self._turn_over(starting, gradients=gradients)
+            indices = [
+                range(row.seen, row.seen + len(new)) for row, new in zip(self.rows, upcoming, strict=True)
+            ]
+            input_ids, tokens = _left_padded(upcoming, 0), _left_padded(indices, -1)
+            on_device = to_device(torch.from_numpy(input_ids), self._device)
+            try:
+                with torch.set_grad_enabled(gradients):
+                    logits = self._forward(on_device, tokens, slot, logits_to_keep)
+            finally:
+                if gradients:
+                    self._memory = self._memory and self._memory.detach()
+            for row, new in zip(self.rows, upcoming, strict=True):
+                row.take(new)
+            retrievals = tuple(row.retrieval if row in starting else None for row in self.rows)
+            return Segment(on_device, to_device(torch.from_numpy(tokens), self._device), logits, retrievals)
 
     @torch.no_grad()
     def step(self, input_ids: Tensor, slot: AttentionSlot, *, retrieve: Callable[[Row], bool]) -> Tensor:
@@ -276,14 +279,15 @@ class Streams:
         Which tokens they are is not asked before the next retrieval, so that the host need not wait for it. Rows for
         which ``retrieve`` holds retrieve first.
         """
-        self._turn_over([row for row in self.rows if retrieve(row)], gradients=False)
-        tokens = np.array([[row.seen] for row in self.rows])
-        input_ids = to_device(input_ids, self._device)  # generate() leaves them where the prompt was
-        logits = self._forward(input_ids, tokens, slot, 1)
-        self._unread.append(input_ids)
-        for row in self.rows:
-            row.ahead += 1
-        return logits
+        with slot.reading:
+            self._turn_over([row for row in self.rows if retrieve(row)], gradients=False)
+            tokens = np.array([[row.seen] for row in self.rows])
+            input_ids = to_device(input_ids, self._device)  # generate() leaves them where the prompt was
+            logits = self._forward(input_ids, tokens, slot, 1)
+            self._unread.append(input_ids)
+            for row in self.rows:
+                row.ahead += 1
+            return logits
 
     def _catch_up(self) -> None:
         """Let each row note the tokens that it has taken in."""

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from memlong.bank.folders import at_home
 from memlong.bank.snapshot.files import oddity
 from memlong.bank.snapshot.tensors import has_long_header
 from memlong.errors import InvalidArgumentError
@@ -62,7 +63,8 @@ def read_tensors(
         If the file is missing, damaged or of another kind, or a number in it is not finite.
     """
     try:
-        check_tensors(Path(path))
+        path = at_home(path)
+        check_tensors(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:

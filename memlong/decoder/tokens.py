@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def token_lists(input_ids: Tensor, attention_mask: Tensor | None, layout: ModelL
     """
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in _INTEGERS:
         raise InvalidArgumentError(
-            f"input_ids is {_kind(input_ids)}; expected an integer tensor [rows, tokens]."
+            f"input_ids is {_kind(input_ids)}; expected an integer tensor [rows, tokens].{_remedy(input_ids)}"
         )
     if attention_mask is None:
         rows: list[list[int]] = input_ids.tolist()
@@ -43,6 +45,8 @@ def token_lists(input_ids: Tensor, attention_mask: Tensor | None, layout: ModelL
         raise InvalidArgumentError(
             f"attention_mask is {_kind(attention_mask)}; expected a tensor like input_ids, {tuple(input_ids.shape)}."
         )
+    elif not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise InvalidArgumentError("attention_mask holds other numbers than 1, and 0 where padded.")
     else:
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
     if not rows:
@@ -65,4 +69,16 @@ def token_lists(input_ids: Tensor, attention_mask: Tensor | None, layout: ModelL
 
 
 def _kind(given: object) -> str:
-    return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
+    if isinstance(given, Tensor):
+        return f"{tuple(given.shape)} of {given.dtype}"
+    return type(given).__name__
+
+
+def _remedy(given: object) -> str:
+    if isinstance(given, str):
+        return " Make tokens of text with tokenizer(text, return_tensors='pt').input_ids."
+    if isinstance(given, Mapping):
+        return " Give what the tokenizer returned as **encoding, or its input_ids alone."
+    if isinstance(given, Tensor):
+        return " For one text, that is input_ids[None]." if given.ndim == 1 else ""
+    return " Make one of lists or arrays with torch.as_tensor."

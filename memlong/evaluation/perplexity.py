@@ -121,9 +121,9 @@ def evaluate_perplexity(
 
 
 def _check(input_ids: Tensor, score_from: int, distance: int, segment_size: int) -> None:
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise InvalidArgumentError(
-            f"input_ids is {tuple(input_ids.shape)}; expected one document, [1, tokens]."
+            f"input_ids is {getattr(input_ids, 'shape', input_ids)!r:.80}; expected one document, [1, tokens]."
         )
     if score_from < 1:
         raise InvalidArgumentError(

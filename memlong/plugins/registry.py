@@ -107,6 +107,8 @@ class Registry:
         InvalidArgumentError
             If the URI is not one that the plugin knows to read, or holds an option that is given, too.
         """
+        if not isinstance(name, str):
+            raise InvalidArgumentError(f"backend is {name!r}; expected its name, such as 'torch', or a URI")
         scheme = scheme_of(name)
         if scheme is None:
             return name, options

@@ -73,6 +73,11 @@ def fit_latent_maps(
             f"{type(model).__name__} has keys and values of several shapes in the layers {ranges(chosen)}; latent maps "
             "need one. Name layers that are alike."
         )
+    for passage in passages:
+        if not isinstance(passage, Tensor) or passage.ndim != 2:
+            raise InvalidArgumentError(
+                "passages holds what is no tensor of token ids [1, tokens]; give a list of such tensors, one a passage."
+            )
     tokens = sum(passage.shape[1] for passage in passages)
     if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(

@@ -179,5 +179,7 @@ def test_a_limit_in_bytes_is_written_as_people_do(size):
 
 @pytest.mark.parametrize("size", ["8 gigs", "", 0, "0GB", -1, True, 1.5, "1e9", "9" * 30])
 def test_a_limit_that_is_no_size_is_refused(size):
-    with pytest.raises(InvalidArgumentError, match=r"max_bytes is .*; expected bytes, at least 1, such as"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"max_bytes must be a size in bytes of at least 1.*, such as .*, got"
+    ):
         create_bank("torch", 8, max_bytes=size)

@@ -339,7 +339,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     ("options", "message"),
     [
         ({}, "no tier is named"),
-        ({"host": "much"}, "host is 'much'; expected bytes, such as"),
+        ({"host": "much"}, "host must be a size in bytes of at least 0, such as .*, got 'much'"),
         ({"device": -1}, "device is -1"),
         ({"host": "1XB"}, "host is '1XB'"),
         ({"host": "1GB", "disk_budget": "1GB"}, "no folder: name one with disk"),

@@ -58,7 +58,7 @@ def test_no_secret_is_saved_and_a_new_one_reads_what_was(tiny_model, small, regi
 
 def test_an_error_about_options_shows_none():
     with pytest.raises(
-        InvalidArgumentError, match="backend_options must be a mapping .*, got a str"
+        InvalidArgumentError, match=r"backend_options must be a mapping .*, got a str"
     ) as caught:
         MemoryConfig(backend_options="token=secret")
     assert "secret" not in str(caught.value)

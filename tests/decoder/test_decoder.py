@@ -163,9 +163,11 @@ def test_streaming_detached_says_how_to_attach(llama, small, text):
 
 def test_wrong_tensors_are_named(llama, small, text):
     with MemoryDecoder(llama, None, small()) as decoder:
-        with pytest.raises(InvalidArgumentError, match=r"input_ids is \(5,\); expected an integer tensor"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"input_ids is \(5,\) of torch.int64; .*input_ids\[None\]"
+        ):
             decoder.stream(torch.arange(5))
-        with pytest.raises(InvalidArgumentError, match="input_ids is list"):
+        with pytest.raises(InvalidArgumentError, match=r"input_ids is list; .*torch\.as_tensor"):
             decoder.stream([[1, 2]])
         with pytest.raises(InvalidArgumentError, match="input_ids has no rows"):
             decoder.read(torch.ones(0, 3, dtype=torch.long))
@@ -457,8 +459,8 @@ def test_what_a_broken_retriever_makes_is_refused_and_nothing_is_stored(
         ({"kv_source": "other"}, "kv_source must be one of 'layer', 'shared', 'latent', got 'other'"),
         ({"backend": 5}, "backend must be text, or None, got 5"),
         ({"retriever": None}, "retriever must be text, got None"),
-        ({"retrieval_layers": [0.5]}, r"retrieval_layers must be text .*, got \[0\.5\]"),
-        ({"retrieval_layers": range(10**9)}, r"retrieval_layers must be text .*, got range\(0, 1000000000\)"),
+        ({"retrieval_layers": [0.5]}, r"retrieval_layers must be 'all'.* list .*, got \[0\.5\]"),
+        ({"retrieval_layers": range(10**9)}, r"retrieval_layers must be 'all'.*, got range\(0, 1000000000\)"),
         ({"store": "disk"}, "store must be a mapping from option to value, got a str"),
         ({"backend_options": "key=secret"}, "backend_options must be a mapping .*, got a str"),
         ({"gate_init": 1e308}, r"gate_init must be a number from -10000 to 10000, or None, got 1e\+308"),

@@ -1,4 +1,4 @@
-"""Snapshots and adapters that were changed in their structure, by a seed, each loaded and judged: a line of JSON a case.
+"""Snapshots and adapters, changed in their structure by a seed, each loaded and judged: one line of JSON a case.
 
 python tests/torture/mutated.py FOLDER FIRST COUNT
 """

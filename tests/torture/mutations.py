@@ -269,7 +269,8 @@ def _rename(content: bytes, rng: Rng) -> tuple[bytes, str]:
 def _raw(content: bytes, rng: Rng) -> tuple[bytes, str]:
     which = rng.randrange(8)
     size, header = len(content), content[8:]
-    made = [
+    entry = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    made: bytes = [
         lambda: content[: rng.randrange(size)],
         lambda: content + bytes(rng.randrange(1, 9000)),
         lambda: rng.choice([2**63, 2**64 - 1, 2**40, 99_999_999, 0, 1, size]).to_bytes(8, "little") + header,
@@ -277,8 +278,8 @@ def _raw(content: bytes, rng: Rng) -> tuple[bytes, str]:
         lambda: rng.randbytes(size),
         lambda: _with_text(raw_json(rng)),
         lambda: _with_text(b'{"a":' * 100_000),
-        lambda: _with_text(b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(50_000)) + b"}"),
-    ][which]()  # fmt: skip
+        lambda: _with_text(b"{" + b",".join(entry % number for number in range(50_000)) + b"}"),
+    ][which]()
     return made, f"{which}"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from memlong.bank.arrays import Ids
+from memlong.bank.folders import at_home
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.sizes import byte_count
 from memlong.bank.snapshot.content import Content, check_state
@@ -22,6 +23,7 @@ from memlong.bank.snapshot.manifest import (
     LayoutRecord,
     Manifest,
     has_manifest,
+    is_state,
     read_manifest,
 )
 from memlong.bank.snapshot.segments import Segment, SegmentChunks, read_blocks, read_chunks
@@ -36,8 +38,8 @@ _TRIES = 5
 def folder_of(path: str | Path) -> Path:
     """Return the folder that a user named."""
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise InvalidArgumentError(f"path is {path!r}; expected the path of a folder")
-    return Path(path)
+        raise InvalidArgumentError(f"path is {path!r:.80}; expected the path of a folder")
+    return at_home(path)
 
 
 def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes: int | str | None) -> Result:
@@ -54,7 +56,7 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
         try:
             return action(manifest)
         except SnapshotError:
-            if _manifest(folder).token == manifest.token:
+            if is_state(folder, manifest.token):
                 raise
     raise SnapshotError(
         f"{str(folder)!r} was written anew {_TRIES} times while it was read. Load it when its writer rests."
@@ -177,6 +179,8 @@ def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str 
 
 
 def _manifest(folder: Path) -> Manifest:
+    if folder.is_file():
+        raise SnapshotError(f"{str(folder)!r} is a file. Name the folder that something was saved to.")
     if not has_manifest(folder):
         raise SnapshotError(
             f"{str(folder)!r} holds no {MANIFEST}, so no snapshot. Name the folder that something was saved to."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,9 +13,11 @@ import pytest
 import torch
 
 from memlong import SnapshotError, load_bank
+from memlong.bank.snapshot.files import FileRecord
 from memlong.bank.snapshot.manifest import _dumped
 from memlong.bank.snapshot.options import options_to_save, refused_option
 from memlong.bank.snapshot.tending import verify
+from memlong.bank.snapshot.tensors import read_streams
 from memlong_torch.bank import TorchBank
 
 
@@ -154,3 +158,79 @@ def test_efforts_without_bound_are_the_users_to_ask_for(make, tmp_path, backend,
 def test_text_that_may_be_secret_is_not_saved():
     options = {"effort": 3, "address": "http://me:secret@host", "beam": 4}
     assert options_to_save(options, Remote.saved_options) == {"effort": 3, "address": "***", "beam": 4}
+
+
+def signed(folder, data):
+    """Write a manifest as a stranger would: any JSON, and its hash."""
+    text = json.dumps(data, indent=1)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json").write_text(f'{text[:-2]},\n "sha256": "{digest}"\n}}\n')
+
+
+def test_a_deep_and_wide_manifest_is_refused_soon(make, tmp_path):
+    make().save(tmp_path)
+    wide = b"[" * 900 + b"[]," * 300_000 + b"[]" + b"]" * 900  # which takes gigabytes when it is indented
+    (tmp_path / "manifest.json").write_bytes(
+        b'{"format": "memlong-snapshot", "version": 1, "x": ' + wide + b"}"
+    )
+    began = time.process_time()
+    with pytest.raises(SnapshotError, match="is not what its SHA-256 says"):
+        load_bank(tmp_path)
+    assert time.process_time() - began < 4
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_taken_from_a_manifest(make, tmp_path, number):
+    make().save(tmp_path)
+    data = json.loads((tmp_path / "manifest.json").read_bytes())
+    del data["sha256"]
+    data["banks"][0]["options"]["x"] = number
+    signed(tmp_path, data)
+    with pytest.raises(SnapshotError, match="is no number"):
+        load_bank(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["holes", "names of one file"])
+def test_files_that_are_hollow_together_are_not_read(make, tmp_path, kind):
+    make().save(tmp_path)
+    data = json.loads((tmp_path / "manifest.json").read_bytes())
+    del data["sha256"]
+    size = 20_000_000
+    for number in range(100, 120):
+        path = tmp_path / f"index-{number}-1.bin"
+        if kind == "holes":
+            path.touch()
+            os.truncate(path, size)
+        elif number == 100:
+            path.write_bytes(bytes(size))
+        else:
+            path.hardlink_to(tmp_path / "index-100-1.bin")
+        file = {"name": path.name, "nbytes": size, "sha256": "0" * 64}
+        data["banks"][0]["segments"].append(
+            {"count": 1, "chunks": file, "blocks": dict(file, name=f"blocks-{number}-1.safetensors")}
+        )
+    signed(tmp_path, data)
+    with pytest.raises(SnapshotError, match="claims far more bytes than there are on the disk"):
+        load_bank(tmp_path)
+
+
+def test_a_file_of_endless_tensors_is_not_parsed(tmp_path):
+    path, text = tmp_path / "streams-1-1.safetensors", b"{" + b" " * (9 << 20) + b"}"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    content = path.read_bytes()
+    record = FileRecord(path.name, len(content), hashlib.sha256(content).hexdigest())
+    with pytest.raises(SnapshotError, match="says more of its tensors than such a file ever does"):
+        read_streams(tmp_path, record)
+
+
+def test_a_message_is_text_and_no_longer_than_can_be_read(make, tmp_path):
+    make().save(tmp_path)
+    data = json.loads((tmp_path / "manifest.json").read_bytes())
+    del data["sha256"]
+    data["\x1b[31m" + "x" * 100_000] = 1
+    signed(tmp_path, data)
+    with pytest.raises(SnapshotError) as caught:
+        load_bank(tmp_path)
+    assert "\x1b" not in str(caught.value)
+    assert r"\x1b[31mxxx" in str(caught.value)
+    assert len(str(caught.value)) < 10_000
