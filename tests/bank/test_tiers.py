@@ -340,10 +340,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     [
         ({}, "no tier is named"),
         ({"host": "much"}, "host must be a size in bytes of at least 0, such as .*, got 'much'"),
-        ({"device": -1}, "device is -1"),
-        ({"host": "1XB"}, "host is '1XB'"),
+        ({"device": -1}, "device must be a size in bytes of at least 0, .*, got -1"),
+        ({"host": "1XB"}, "host must be a size in bytes .*, got '1XB'"),
         ({"host": "1GB", "disk_budget": "1GB"}, "no folder: name one with disk"),
-        ({"host": "9" * 400 + "GB"}, "host is '999"),
+        ({"host": "9" * 400 + "GB"}, "host must be a size in bytes .*, got '999"),
         ({"disk": 5}, "disk is 5; expected the path of a folder"),
         ({"disk": ""}, "disk is ''; expected the path of a folder"),
         (
