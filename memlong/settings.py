@@ -39,6 +39,10 @@ class Setting:
         Of a mapping: keys whose values are text, whatever they look like.
     needs_backend
         Whether it says nothing without a memory backend.
+    is_saved
+        Whether a snapshot holds it: never an address, a credential, a place to write to, or code.
+    most_of_strangers
+        The most that a file may ask for, which may be a stranger's; by default ``most``.
     """
 
     help: str
@@ -51,6 +55,8 @@ class Setting:
     example: str = "index=HNSW32"
     texts: frozenset[str] = frozenset()
     needs_backend: bool = False
+    is_saved: bool = True
+    most_of_strangers: float | None = None
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as argparse and typer have it

@@ -10,7 +10,7 @@ def memlong_register_backends(register: Register) -> None:
     """Offer the backend "faiss"."""
     register(
         "faiss",
-        "memlong_faiss.bank:FaissBank",
+        "memlong_faiss.index:FaissIndex",
         requires=("faiss",),
         install="pip install 'memlong[faiss]'",
         description="FAISS: Flat, HNSW, IVF and quantised indexes on the CPU; Flat and IVF on a GPU",

@@ -10,7 +10,6 @@ import faiss
 
 from memlong.bank import Floats
 from memlong.bank.exact import Similarity
-from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
 
 _SEED = 1234
@@ -56,12 +55,6 @@ class Recipe:
     nprobe: int
 
     def __post_init__(self) -> None:
-        for name in ("ef_construction", "ef_search", "nprobe"):
-            whole_number(name, getattr(self, name), at_least=1, at_most=MOST_EFFORT)
-        if not isinstance(self.factory, str):
-            raise InvalidArgumentError(
-                f"index must be an index-factory string such as {_EXAMPLES}, got {self.factory!r}"
-            )
         odd = _absurdity(self.factory, self.dim)
         if odd:
             raise InvalidArgumentError(f"index {self.factory[:_LONGEST]!r} {odd}. Examples: {_EXAMPLES}")
@@ -186,10 +179,8 @@ def training_points(index: Any, train_size: int | None) -> int:
     Raises
     ------
     InvalidArgumentError
-        If `train_size` is no whole number, or less than the number of centroids.
+        If `train_size` is less than the number of centroids.
     """
-    if train_size is not None:
-        train_size = whole_number("train_size", train_size, at_least=1, at_most=2**62)
     if index.is_trained:
         return 0
     core = core_of(index)

@@ -10,7 +10,7 @@ def memlong_register_backends(register: Register) -> None:
     """Offer the backend "hnswlib"."""
     register(
         "hnswlib",
-        "memlong_hnswlib.bank:HnswlibBank",
+        "memlong_hnswlib.index:HnswlibIndex",
         requires=("hnswlib",),
         install="pip install 'memlong[hnswlib]'",
         description="hnswlib: a fast HNSW graph on the CPU",

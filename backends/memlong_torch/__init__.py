@@ -10,7 +10,7 @@ def memlong_register_backends(register: Register) -> None:
     """Offer the backend "torch"."""
     register(
         "torch",
-        "memlong_torch.bank:TorchBank",
+        "memlong_torch.index:TorchIndex",
         requires=("torch",),
         install="pip install memlong",
         description="exact search, CPU and CUDA",

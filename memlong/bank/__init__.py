@@ -1,9 +1,10 @@
 """What a memory is: chunks found by embedding, each with its keys, values and token span. Knows no model."""
 
 from memlong.bank.arrays import Floats, Ids
-from memlong.bank.base import BankOptions, MemoryBank, Metric
+from memlong.bank.base import BankOptions, MemoryBank, Metric, bank_of
 from memlong.bank.draft import Draft
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
+from memlong.bank.index import Index, IndexRows, NoOptions
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.pool import BankPool
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
@@ -21,14 +22,18 @@ __all__ = [
     "Floats",
     "Ids",
     "InMemoryStore",
+    "Index",
+    "IndexRows",
     "KeyValueStore",
     "MemoryBank",
     "Metric",
+    "NoOptions",
     "Retrieved",
     "SearchResult",
     "StoredEmbeddings",
     "TieredStore",
     "Usage",
+    "bank_of",
     "eviction_policy",
     "whole_number",
 ]

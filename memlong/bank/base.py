@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypedDict, get_args
+from functools import cache
+from typing import Any, Literal, Protocol, TypedDict, get_args
 from weakref import ref
 
 import numpy as np
@@ -46,10 +47,10 @@ class BankOptions(TypedDict, total=False):
 class MemoryBank(PersistentBank):
     """The memory of one token stream: chunks found by embedding, each with its keys, values and span.
 
-    The base owns ids, embeddings, spans, usage counts and (through its store) keys and values; it validates,
-    locks, scores and evicts. A backend adds an index, which only has to name likely candidates, and can be
-    rebuilt from the base at any time: the four methods of `IndexHost`. Many threads may search while one
-    writes.
+    It owns ids, embeddings, spans, usage counts and (through its store) keys and values; it validates, locks, scores
+    and evicts. A backend is an `Index`, which only names likely candidates and can be rebuilt at any time; `bank_of`
+    makes a class of banks of it, and `create_bank` a bank by its name. Where an engine keeps more than an index, a
+    backend is a subclass of `MemoryBank`. Many threads may search while one writes.
 
     With CUDA, a bank gives work to the current stream of whoever calls it; who calls it from several streams orders
     them, as for any tensor. A forked process cannot use a bank with anything on a device: CUDA does not survive it.
@@ -70,6 +71,8 @@ class MemoryBank(PersistentBank):
         Where keys and values live: an empty store, this bank's alone; by default in memory, on their device.
     device : str or torch.device, optional
         Where the index computes, by default the CPU. Keys and values stay where they come in.
+    **index_options
+        Options of the index.
 
     Attributes
     ----------
@@ -95,7 +98,12 @@ class MemoryBank(PersistentBank):
         eviction: str | EvictionPolicy = "fifo",
         store: KeyValueStore | None = None,
         device: str | torch.device | None = None,
+        **index_options: Any,
     ) -> None:
+        if not hasattr(type(self), "index_class"):
+            raise InvalidArgumentError(
+                "a MemoryBank needs an index: make one by its backend's name, as create_bank('torch', dim) does"
+            )
         dim = whole_number("dim", dim, at_least=1, at_most=2**20)
         if metric not in get_args(Metric):
             raise InvalidArgumentError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
@@ -106,10 +114,10 @@ class MemoryBank(PersistentBank):
             )
         if len(store):
             raise InvalidArgumentError(f"store must be empty, got one of {len(store)} blocks")
-        super().__init__(dim, "l2" if metric == "l2" else "inner_product", device, store)
+        self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
         self._dim = dim
         self._metric: Metric = metric
-        self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
+        super().__init__(dim, "l2" if metric == "l2" else "inner_product", device, store, index_options)
         self._counting = fork_lock()
         self.origin = None
         self._reader: ref[Reader] | None = None
@@ -278,7 +286,7 @@ class MemoryBank(PersistentBank):
             with self._contents.change(layout, ids):
                 self._store.put(ids.tolist(), key_blocks, value_blocks)
                 self._table.append(ids, vectors, positions)
-                self._change_index(self._index_add, ids, self._table.embeddings[before:])
+                self._change_index(self._index.add, ids, self._table.embeddings[before:])
                 self._discard(victims)
             if not check_first and not finiteness.is_known:
                 self._unproven.append((ids, finiteness))
@@ -439,6 +447,15 @@ class MemoryBank(PersistentBank):
     def _discard(self, ids: Ids) -> None:
         if not len(ids):
             return
-        self._change_index(self._index_remove, ids)
+        self._change_index(self._index.remove, ids)
         self._table.remove(self._table.rows_of(ids))
         self._store.remove(ids.tolist())
+
+
+@cache
+def bank_of(maker: type) -> type[MemoryBank]:
+    """Return the class of banks that search by an index; a class of banks is returned as it is."""
+    if issubclass(maker, MemoryBank):
+        return maker
+    name = f"{maker.__name__.removesuffix('Index')}Bank"
+    return type(name, (MemoryBank,), {"index_class": maker, "maker": maker, "__module__": maker.__module__})

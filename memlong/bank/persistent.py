@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import isabstract
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import saved_name
-from memlong.bank.index import IndexHost
+from memlong.bank.hosting import IndexHost
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.of_class import of_class
 from memlong.bank.snapshot.content import Content
@@ -48,6 +47,19 @@ class PersistentBank(IndexHost):
     _capacity: Capacity
     _counting: threading.Lock
     _saved: SavedBank | None = None
+
+    maker: ClassVar[type]
+    """The class that snapshots name: that of the index, or of the bank where it is more than its index."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "maker" not in vars(cls):
+            cls.maker = cls
+
+    def options_to_save(self) -> dict[str, Any]:
+        """Return the backend's own options for a snapshot."""
+        return options_to_save(self._index.options_to_save(), self.saved_options)
+
     origin: Mapping[str, Any] | None
 
     def save(self, path: str | Path, *, compact: bool = False) -> None:
@@ -121,7 +133,7 @@ class PersistentBank(IndexHost):
         DeviceUnavailableError
             If a device is not there.
         """
-        if isabstract(cls):
+        if not hasattr(cls, "index_class"):
             raise InvalidArgumentError(
                 f"{cls.__name__} is no backend: memlong.load_bank(path) makes a bank of the one that was saved, "
                 "load_bank(path, backend='torch') of another"
@@ -157,7 +169,7 @@ class PersistentBank(IndexHost):
     def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
         """A copy holds the same chunks, usage and index, with keys and values in memory, whatever the store is."""
         policy = self._capacity.policy
-        return unpacked, (type(self), packed(self), {} if saved_name(policy) else {"eviction": policy})
+        return unpacked, (self.maker, packed(self), {} if saved_name(policy) else {"eviction": policy})
 
     def write_snapshot(self, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
         """Write what a state of a folder needs of this bank; `keep_saved` follows when the state is current."""
@@ -189,12 +201,12 @@ class PersistentBank(IndexHost):
     ) -> BankRecord:
         state = {name: getattr(content, name) for name in ("ids", "retrievals", "last_used")}
         try:
-            native = self._index_save()
+            native = self._index.dump()
         except OSError as error:  # libraries write files of their own, elsewhere
             raise unwritable(writer.folder, error) from error
         return BankRecord(
-            made_by=_name(type(self)),
-            options=options_to_save(self._index_options(), self.saved_options),
+            made_by=_name(self.maker),
+            options=self.options_to_save(),
             dim=self._dim,
             metric=self._metric,
             max_chunks=self._capacity.max_chunks,
@@ -246,7 +258,7 @@ class PersistentBank(IndexHost):
             name: getattr(record, name) for name in ("metric", "max_chunks", "max_bytes")
         }
         options["eviction"] = record.eviction
-        if record.made_by == _name(cls):
+        if record.made_by == _name(cls.maker):
             odd = _OF_EVERY_BANK & record.options.keys()
             if odd:
                 raise damaged(stored.manifest_path, f"has options of no backend's own: {', '.join(odd)}")
@@ -308,8 +320,8 @@ class PersistentBank(IndexHost):
                     self._store.take(ids, keys, values)
         made_by, options = stored.record.made_by, dict(stored.record.options)
         if trust_index and (made_by, options) == (
-            _name(type(self)),
-            options_to_save(self._index_options(), self.saved_options),
+            _name(self.maker),
+            self.options_to_save(),
         ):
             index = stored.index_file()
             if index is not None:
@@ -325,7 +337,7 @@ class PersistentBank(IndexHost):
             if len(self._table) != stored.record.count:  # some were evicted at once
                 return
             try:
-                self._index_load(record.facts, content)
+                self._index.load(record.facts, content)
                 self._index_is_current = True
             except (
                 RuntimeError,

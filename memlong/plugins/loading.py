@@ -11,28 +11,29 @@ from memlong.plugins.spec import Spec
 from memlong.plugins.uri import scheme_of, scrubbed, without_credentials
 
 
-def load_class(spec: Spec, base: type | None = None) -> type:
+def load_class(spec: Spec, *bases: type) -> type:
     """Import and return the class behind ``spec``.
 
     Parameters
     ----------
     spec
         What a plugin registered.
-    base
-        What the class must derive from; any class will do if left out.
+    *bases
+        What the class must derive from, one of them; any class will do if there are none.
 
     Raises
     ------
     MissingDependencyError
         If a module the spec requires is not installed, or is and raises when imported.
     PluginError
-        If the target is not there, does not import or is not a concrete class derived from ``base``.
+        If the target is not there, does not import or is not a concrete class derived from one of ``bases``.
     """
     found = _load(spec)
     if not isinstance(found, type):
         raise fault(spec, f"its target {spec.target!r} is not a class but {type(found).__name__}")
-    if base is not None and not issubclass(found, base):
-        raise fault(spec, f"its target {spec.target!r} is not a subclass of {base.__name__}")
+    if bases and not issubclass(found, bases):
+        names = " or ".join(each.__name__ for each in bases)
+        raise fault(spec, f"its target {spec.target!r} is not a subclass of {names}")
     if inspect.isabstract(found):
         unmet = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise fault(spec, f"its target {spec.target!r} leaves abstract: {unmet}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
+from dataclasses import fields
+from typing import Any
 
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.names import brief, did_you_mean, quoted
+from memlong.settings import default_of, types_of
 
 
 def accepted_options(cls: type, *, besides: Collection[str] = ()) -> tuple[str, ...]:
@@ -30,9 +33,25 @@ def option_parameters(cls: type) -> dict[str, inspect.Parameter]:
     for constructor in _constructors(cls):
         for parameter in _by_name(constructor):
             found.setdefault(parameter.name, parameter)
-        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values()):
+        others = [
+            p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.VAR_KEYWORD
+        ]
+        if "index_options" in others and hasattr(cls, "index_class"):
+            return {**index_parameters(cls.index_class.options_class), **found}
+        if not others:
             break
     return found
+
+
+def index_parameters(options: Any) -> dict[str, inspect.Parameter]:
+    """Return the fields of a settings dataclass as parameters."""
+    hints = types_of(options)
+    return {
+        each.name: inspect.Parameter(
+            each.name, inspect.Parameter.KEYWORD_ONLY, default=default_of(each), annotation=hints[each.name]
+        )
+        for each in fields(options)
+    }
 
 
 def check_options(what: str, cls: type, given: Collection[str], *, besides: Collection[str] = ()) -> None:

@@ -65,20 +65,21 @@ class Registry:
         return self._one("retriever", name)
 
     def load_backend_class(self, name: str) -> type[MemoryBank]:
-        """Import and return the class of a backend, named as for `create_bank`.
+        """Import a backend, named as for `create_bank`, and return the class of its banks.
 
         Raises
         ------
         UnknownNameError, PluginError
-            As `backend` does; `PluginError` also if the class is not there or not a `MemoryBank`.
+            As `backend` does; `PluginError` also if the class is not there, or neither an `Index` nor a `MemoryBank`.
         MissingDependencyError
             If a library it needs is not installed or does not import.
         """
         spec = self.backend(self.resolve(name)[0])
         # Listing backends must stay quick, and the bank brings torch.
-        from memlong.bank.base import MemoryBank
+        from memlong.bank.base import MemoryBank, bank_of
+        from memlong.bank.index import Index
 
-        return load_class(spec, MemoryBank)
+        return bank_of(load_class(spec, Index, MemoryBank))
 
     def load_retriever_class(self, name: str, base: type | None = None) -> type:
         """Import and return the class of a retriever, which must derive from ``base`` if it is given.
@@ -88,7 +89,7 @@ class Registry:
         UnknownNameError, PluginError, MissingDependencyError
             As `load_backend_class` does.
         """
-        return load_class(self.retriever(name), base)
+        return load_class(self.retriever(name), *([] if base is None else [base]))
 
     def resolve(self, name: str, **options: object) -> tuple[str, dict[str, object]]:
         """Return the name of the backend that a name or URI stands for, and all options.

@@ -15,8 +15,10 @@ class DeviceTests(BankSuite):
     @pytest.mark.gpu
     def test_a_gpu_finds_what_the_cpu_does(self) -> None:
         """Where the backend names "cuda" among its devices, a bank there reaches the recall floor, and scores alike."""
-        if "cuda" not in self.bank_class.devices:
-            pytest.skip(f"{self.bank_class.__name__} computes on: {', '.join(self.bank_class.devices)}")
+        if "cuda" not in self.bank_class.index_class.devices:
+            pytest.skip(
+                f"{self.bank_class.__name__} computes on: {', '.join(self.bank_class.index_class.devices)}"
+            )
         if not torch.cuda.is_available():
             pytest.skip("torch sees no CUDA device")
         try:

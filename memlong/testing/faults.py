@@ -74,7 +74,7 @@ class FaultTests(BankSuite):
         """Whether or not the index has taken the chunks before it raised."""
         bank, chunks = self.filled(300)
         before = state_of(bank)
-        add = bank._index_add  # noqa: SLF001 -- the seam under test
+        add = bank.index.add
 
         def failing(*arguments: object) -> None:
             if when == "after":
@@ -82,7 +82,7 @@ class FaultTests(BankSuite):
             raise MemoryError("no room")
 
         with monkeypatch.context() as patch:
-            patch.setattr(bank, "_index_add", failing)
+            patch.setattr(bank.index, "add", failing)
             with pytest.raises(MemoryError, match="no room"):
                 random_chunks(3, seed=1).into(bank)
         assert_same_state(before, bank)
@@ -97,7 +97,7 @@ class FaultTests(BankSuite):
         """Nothing has been removed; an add that would have evicted has not added either."""
         bank, _ = self.filled(10, max_chunks=10)
         before = state_of(bank)
-        remove = bank._index_remove  # noqa: SLF001 -- the seam under test
+        remove = bank.index.remove
 
         def failing(*arguments: object) -> None:
             if when == "after":
@@ -105,12 +105,12 @@ class FaultTests(BankSuite):
             raise MemoryError("no room")
 
         with monkeypatch.context() as patch:
-            patch.setattr(bank, "_index_remove", failing)
+            patch.setattr(bank.index, "remove", failing)
             with pytest.raises(MemoryError, match="no room"):
                 random_chunks(1, seed=1).into(bank)
         assert_same_state(before, bank)
         with monkeypatch.context() as patch:
-            patch.setattr(bank, "_index_remove", failing)
+            patch.setattr(bank.index, "remove", failing)
             with pytest.raises(MemoryError, match="no room"):
                 bank.remove([4])
         assert_same_state(before, bank)

@@ -21,8 +21,8 @@ def index_bytes(bank: MemoryBank) -> int:
 
     What a library holds outside of Python is not seen, unless it is saved.
     """
-    saved = bank._index_save()  # noqa: SLF001 - the seams under test
-    held = reachable_bytes(bank, besides=(bank._table, bank._store, bank._contents))  # noqa: SLF001
+    saved = bank.index.dump()
+    held = reachable_bytes(bank.index, besides=(bank.index.rows,))
     return held + (0 if saved is None else len(saved[1]))
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from memlong.bank import MemoryBank
+from memlong.bank import Index, MemoryBank, bank_of
 from memlong.testing.footprint import index_bytes
 
 _Clause = TypeVar("_Clause", bound=Callable[..., None])
@@ -41,10 +41,16 @@ class Suite:
 class BankSuite(Suite):
     """The settings of a bank's suite; see `MemoryBankTests`."""
 
+    index_class: type[Index[Any]]
     bank_class: type[MemoryBank]
     options: ClassVar[Mapping[str, Any]] = {}
     recall_floor: float = 0.95
     exact: bool = False
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "index_class" in vars(cls):
+            cls.bank_class = bank_of(cls.index_class)
 
     def make(self, **options: Any) -> MemoryBank:
         """Return a new, empty bank of width `DIM`."""
@@ -77,7 +83,7 @@ def another_configuration(suite: _Class) -> _Class:
     --------
     >>> @another_configuration
     ... class TestFaissHnsw(MemoryBankTests):
-    ...     bank_class = FaissBank
+    ...     index_class = FaissIndex
     ...     options = {"index": "HNSW32"}
     """
     for name in dir(suite):
@@ -119,7 +125,7 @@ def assert_found(share: float, floor: float, what: str = "the index names") -> N
     """Fail if less than the floor was found, and say what to look at."""
     assert share >= floor, (
         f"{what} {share:.3f} of what is best, and recall_floor is {floor:g}. Look at the metric (does the library rank "
-        "by self._similarity, and nearest first?), at the effort of a search (ef, nprobe, candidates), at how the "
+        "by rows.similarity, and nearest first?), at the effort of a search (ef, nprobe, candidates), at how the "
         "index is built or trained (links, effort, enough vectors of the right kind), and at what it returns (ids of "
         "chunks, not the library's rows; no place for what has left)"
     )

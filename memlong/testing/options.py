@@ -28,11 +28,11 @@ class OptionTests(BankSuite):
     not_saved: ClassVar[Collection[str]] = ()
 
     def test_the_options_are_saved(self) -> None:
-        """`_index_options` names all but those in `not_saved`, and `saved_options` those that a file may choose."""
-        own, options = own_options(self.bank_class), self.make()._index_options()  # noqa: SLF001 - the seam under test
+        """A snapshot names all but those in `not_saved`, and `saved_options` those that a file may choose."""
+        own, options = own_options(self.bank_class), self.make().options_to_save()
         forgotten = sorted(own.keys() - options.keys() - set(self.not_saved))
         assert not forgotten, (
-            f"_index_options does not return {forgotten}, so a bank that is loaded has their defaults. Return them, or "
+            f"options_to_save does not return {forgotten}, so a loaded bank has their defaults. Return them, or "
             "name in `not_saved` what a file must not hold: addresses, credentials, places"
         )
         assert not options.keys() & set(self.not_saved)
@@ -50,11 +50,11 @@ class OptionTests(BankSuite):
                 bank = None if is_too_much else self._made(name, other)
                 if bank is None:
                     continue
-                assert bank._index_options()[name] == other  # noqa: SLF001 - the seam under test
+                assert bank.options_to_save()[name] == other
                 random_chunks(5).into(bank)
                 bank.save(tmp_path / name)
                 loaded = self.bank_class.load(tmp_path / name)
-                assert loaded._index_options() == bank._index_options()  # noqa: SLF001
+                assert loaded.options_to_save() == bank.options_to_save()
                 break
 
     def test_absurd_options_are_refused(self) -> None:

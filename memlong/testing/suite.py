@@ -32,8 +32,8 @@ class MemoryBankTests(
 
     Attributes
     ----------
-    bank_class : type of MemoryBank
-        The class under test; it must be given.
+    index_class : type of Index
+        The class under test; or `bank_class`, a type of MemoryBank. One of both must be given.
     options : dict
         Keyword options for every bank made, such as an index's settings.
     recall_floor : float, default 0.95

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from memlong.bank.snapshot.locking import LOCK
 from memlong.bank.snapshot.manifest import BankRecord
 from memlong.bank.snapshot.writer import SnapshotWriter
+
+if TYPE_CHECKING:
+    from memlong.bank.base import MemoryBank
 
 
 class Written(Protocol):
@@ -26,10 +29,6 @@ class Whole(Protocol):
     def write_snapshot(self, writer: SnapshotWriter) -> Written:
         """Write what a state of a folder needs of it."""
 
-    @classmethod
-    def load(cls, path: Path, *, trust_index: bool, **options: Any) -> Self:
-        """Make one of what was written."""
-
 
 def packed(bank: Whole) -> dict[str, bytes]:
     """Return the files of a snapshot of a bank, by name; what is known of its own folder stays as it is."""
@@ -40,9 +39,11 @@ def packed(bank: Whole) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
 
 
-def unpacked(kind: type[Whole], files: Mapping[str, bytes], options: Mapping[str, Any]) -> Whole:
-    """Make a bank of its files, with keys and values in memory. Like all of pickle, for files of one's own alone."""
+def unpacked(kind: type, files: Mapping[str, bytes], options: Mapping[str, Any]) -> MemoryBank:
+    """Make a bank of a snapshot's files, with keys and values in memory. For one's own files alone."""
+    from memlong.bank.base import bank_of  # which comes to this module for its own pickling
+
     with TemporaryDirectory(prefix="memlong-") as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)
-        return kind.load(Path(folder), trust_index=True, **options)
+        return bank_of(kind).load(Path(folder), trust_index=True, **options)

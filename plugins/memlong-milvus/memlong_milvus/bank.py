@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 from warnings import warn
+from weakref import ref
 
 import numpy as np
 import torch
 
-from memlong.bank import Chunks, Floats, Ids, KeyValueStore, MemoryBank, Retrieved
+from memlong.bank import Chunks, IndexRows, KeyValueStore, MemoryBank, Retrieved
 from memlong.bank.arrays import FloatInput, IntInput
+from memlong.bank.snapshot.options import options_to_save
 from memlong.bank.snapshot.reader import StoredBank
 from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError
@@ -93,6 +95,7 @@ class MilvusBank(Uncopied, MemoryBank):
         If Milvus does not answer, or refuses.
     """
 
+    index_class = SessionIndex
     saved_options = SAVED
 
     why_uncopied = "its chunks are in Milvus. Save it, and load it into a session of its own."
@@ -127,23 +130,12 @@ class MilvusBank(Uncopied, MemoryBank):
         check_resume(resume, named=self._session.named)
         blocks_go_to = device_of(kv_device)
         metric = bank_options.get("metric", "cosine")
-        place = find_place(uri, token, database, store, self._session)
+        self._place = place = find_place(uri, token, database, store, self._session)
+        self._given_collection = collection
         blocks, facts = place.store, {"dim": dim, "metric": metric}
         if blocks is None:
             blocks = PayloadStore(place.objects, readers=readers, lasting=self._session.named, facts=facts)
         super().__init__(dim, store=blocks, **bank_options)
-        self._engine = Engine(HUBS.at(place.address), timeout=self._tuning.timeout, attempts=attempts)
-        self._engine.hub.bury()
-        name = collection or f"memlong_{dim}_{'l2' if metric == 'l2' else 'ip'}"
-        plan = CollectionPlan(name, dim, self._similarity, partitions, M, ef_construction)
-        made = ready_collection(self._engine, plan)
-        if isinstance(self._store, PayloadStore):
-            self._store.settle(Folder(made.name, made.origin, self._session))
-        self._rows = SessionRows(self._engine, made, self._session, consistency)
-        is_current = self._engine.address.is_local or consistency == "strong"
-        self._index = SessionIndex(
-            self._rows, self._table, self._similarity, self._tuning, is_current=is_current
-        )
         self._hold = Hold(self, self._engine.hub, self._session, self._rows, self._table, self._store)
         if self._session.named:
             self._go_on(facts, resume=resume, kv_device=blocks_go_to)
@@ -246,29 +238,32 @@ class MilvusBank(Uncopied, MemoryBank):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _index_options(self) -> dict[str, Any]:
-        # Not where Milvus is: a snapshot must not lead another process, with its token, to a place of its choice.
-        return self._tuning.as_options()
+    def make_index(self, rows: IndexRows, options: Mapping[str, Any]) -> SessionIndex:  # noqa: ARG002 - it has none
+        """Find or make the collection, and the session's place in it."""
+        tuning = self._tuning
+        self._engine = Engine(HUBS.at(self._place.address), timeout=tuning.timeout, attempts=tuning.attempts)
+        self._engine.hub.bury()
+        name = self._given_collection or f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
+        plan = CollectionPlan(
+            name, rows.dim, rows.similarity, tuning.partitions, tuning.M, tuning.ef_construction
+        )
+        made = ready_collection(self._engine, plan)
+        if isinstance(self._store, PayloadStore):
+            self._store.settle(Folder(made.name, made.origin, self._session))
+        self._rows = SessionRows(self._engine, made, self._session, tuning.consistency)
+        is_current = self._engine.address.is_local or tuning.consistency == "strong"
+        bank = ref(self)
 
-    def _index_add(self, ids: Ids, embeddings: Floats) -> None:
-        self._index.add(ids, embeddings)
+        def next_id() -> int:
+            owner = bank()
+            return 0 if owner is None else owner.next_id
 
-    def _index_search(self, queries: Floats, k: int) -> Ids:
-        return self._index.search(queries, k)
+        self._session_index = SessionIndex(rows, self._rows, tuning, is_current=is_current, next_id=next_id)
+        return self._session_index
 
-    def _index_remove(self, ids: Ids) -> None:
-        self._index.remove(ids)
-
-    def _index_reset(self) -> None:
-        self._index.reset(self.next_id)
-
-    def _change_index(self, change: Callable[..., None], *arguments: Ids | Floats) -> None:
-        """Change the index as every bank does, but first do what an earlier failure has left undone.
-
-        What was added is then in Milvus, too, for whoever goes on with the session.
-        """
-        self._rebuild_index()
-        super()._change_index(change, *arguments)
+    def options_to_save(self) -> dict[str, Any]:
+        """Not where Milvus is: a snapshot must not lead another process, with its token, to a place of its choice."""
+        return options_to_save(self._tuning.as_options(), self.saved_options)
 
     def _go_on(self, facts: dict[str, Any], *, resume: bool, kv_device: torch.device) -> None:
         try:
@@ -287,7 +282,7 @@ class MilvusBank(Uncopied, MemoryBank):
                 clock=count,
             )
             self._contents.fill(kept.layout, kept.next_id)
-            self._index.take_over()
+            self._session_index.take_over()
             self._drop_index()  # rows that an interrupted change has left go before the first search
 
     def _restore(self, stored: StoredBank, *, trust_index: bool) -> None:

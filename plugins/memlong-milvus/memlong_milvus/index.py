@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from memlong.bank import Floats, Ids
-from memlong.bank.exact import Similarity, nearest_rows
-from memlong.bank.table import ChunkTable
+from memlong.bank import Floats, Ids, Index, IndexRows, NoOptions
+from memlong.bank.exact import nearest_rows
 from memlong_milvus.options import Tuning
 from memlong_milvus.recent import Recent
 from memlong_milvus.rows import MOST_ROWS, SessionRows
@@ -15,33 +16,39 @@ from memlong_milvus.rows import MOST_ROWS, SessionRows
 _SPARE, _MOST_SPARE = 8, 256
 
 
-class SessionIndex:
+class SessionIndex(Index[NoOptions]):
     """The rows of one session as the index over a bank's table.
 
     Parameters
     ----------
-    rows : SessionRows
+    rows : IndexRows
+        Of the bank, in step with the session's but for what the bank does at the time.
+    session : SessionRows
         Of the session.
-    table : ChunkTable
-        The bank's, in step with the rows but for what the bank does at the time.
-    similarity : "inner_product" or "l2"
-        What to rank by.
     tuning : Tuning
         How to search.
     is_current : bool
         Whether a search finds all that was written before it.
+    next_id : callable
+        The id that the bank's next chunk will get.
     """
+
+    repairs_before_changes = (
+        True  # what was added is then in Milvus, too, for whoever goes on with the session
+    )
 
     def __init__(
         self,
-        rows: SessionRows,
-        table: ChunkTable,
-        similarity: Similarity,
+        rows: IndexRows,
+        session: SessionRows,
         tuning: Tuning,
         *,
         is_current: bool,
+        next_id: Callable[[], int],
     ) -> None:
-        self._rows, self._table, self._similarity = rows, table, similarity
+        super().__init__(rows, NoOptions())
+        self._session = session
+        self._next_id = next_id
         self._effort = tuning.ef
         self._recent = Recent(0.0 if is_current else tuning.staleness)
         self._is_empty = True
@@ -54,36 +61,37 @@ class SessionIndex:
         self._is_empty = False
         ids = ids[fresh]
         if len(ids):
-            self._rows.upsert(ids, embeddings[fresh], self._table.spans[self._table.rows_of(ids)])
+            self._session.upsert(ids, embeddings[fresh], self.rows.spans[self.rows.rows_of(ids)])
             self._recent.note_added(int(ids[0]))
 
     def search(self, queries: Floats, k: int) -> Ids:
         """Name candidates for the k best chunks of each query, int64 [q, c]; -1 stands for none."""
         spare = _SPARE + min(self._recent.removed(), _MOST_SPARE)
-        found = self._rows.search(queries, min(MOST_ROWS, k + spare), self._effort)
+        found = self._session.search(queries, min(MOST_ROWS, k + spare), self._effort)
         lowest = self._recent.lowest_added()
-        first = len(self._table) if lowest is None else int(np.searchsorted(self._table.ids, lowest))
-        if first == len(self._table):
+        first = len(self.rows) if lowest is None else int(np.searchsorted(self.rows.ids, lowest))
+        if first == len(self.rows):
             return found
         return np.concatenate([found, self._newest(queries, k, first)], axis=1)
 
     def _newest(self, queries: Floats, k: int, first: int) -> Ids:
         rows = nearest_rows(
             torch.from_numpy(queries),
-            torch.from_numpy(self._table.embeddings[first:]),
-            torch.from_numpy(self._table.squared_norms[first:]),
-            min(k, len(self._table) - first),
-            self._similarity,
+            torch.from_numpy(self.rows.embeddings[first:]),
+            torch.from_numpy(self.rows.squared_norms[first:]),
+            min(k, len(self.rows) - first),
+            self.rows.similarity,
         ).numpy()
-        ids: Ids = np.where(rows < 0, -1, self._table.ids[first:][rows])
+        ids: Ids = np.where(rows < 0, -1, self.rows.ids[first:][rows])
         return ids
 
-    def remove(self, ids: Ids) -> None:
+    def remove(self, ids: Ids) -> bool:
         """Remove rows."""
-        self._rows.delete(ids)
+        self._session.delete(ids)
         self._recent.note_removed(len(ids))
+        return True
 
-    def reset(self, next_id: int) -> None:
+    def reset(self) -> None:
         """Remove the rows of chunks that the table does not hold, and note which rows of others are there.
 
         A row of a chunk in the table is right: the ids of chunks that are gone are not given again, but for those of an
@@ -91,8 +99,8 @@ class SessionIndex:
         """
         if self._is_empty:
             return
-        held = self._rows.held(next_id)
-        is_wanted = self._table.rows_of(held) >= 0
+        held = self._session.held(self._next_id())
+        is_wanted = self.rows.rows_of(held) >= 0
         if not is_wanted.all():
             self.remove(held[~is_wanted])
         self._standing = held[is_wanted]

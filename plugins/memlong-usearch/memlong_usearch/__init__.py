@@ -10,7 +10,7 @@ def memlong_register_backends(register: Register) -> None:
     """Offer the backend "usearch"; its library is imported only when a bank is made."""
     register(
         "usearch",
-        "memlong_usearch.bank:UsearchBank",
+        "memlong_usearch.index:UsearchIndex",
         requires=("usearch",),
         install="pip install memlong-usearch",
         description="usearch: a small and fast HNSW graph on the CPU",

@@ -1,44 +1,37 @@
-"""TorchBank: exact search by brute force in torch."""
+"""TorchIndex: exact search by brute force in torch."""
 
 from __future__ import annotations
-
-from typing import Unpack
 
 import numpy as np
 import torch
 
-from memlong.bank import BankOptions, Floats, Ids, MemoryBank
+from memlong.bank import Floats, Ids, Index, IndexRows, NoOptions
 from memlong.bank.copying import keep_while_read, to_device
 from memlong.bank.exact import nearest_rows
 from memlong.bank.traffic import Traffic, note
 from memlong.errors import DeviceUnavailableError
 
 
-class TorchBank(MemoryBank):
-    """A bank that always finds the true k best chunks, on the CPU or on a CUDA device.
+class TorchIndex(Index[NoOptions]):
+    """Always finds the true k best chunks, on the CPU or on a CUDA device.
 
-    On the CPU it searches the base's own table and keeps no second copy. On a CUDA device it keeps one
+    On the CPU it searches the bank's own table and keeps no second copy. On a CUDA device it keeps one
     float32 matrix there, beside the table, with the rows' squared lengths for "l2". A search then waits for the
     device once, for what it has found.
-
-    Parameters
-    ----------
-    dim : int
-        Width of the embeddings.
-    **bank_options
-        The options of `MemoryBank`.
     """
 
     devices = ("cpu", "cuda")
 
-    def __init__(self, dim: int, **bank_options: Unpack[BankOptions]) -> None:
-        super().__init__(dim, **bank_options)
-        on_device = self.device.type != "cpu"
-        self._mirror = DeviceMatrix(dim, self.device) if on_device else None
-        self._norms = DeviceMatrix(1, self.device) if on_device and self._similarity == "l2" else None
+    def __init__(self, rows: IndexRows, options: NoOptions) -> None:
+        super().__init__(rows, options)
+        on_device = rows.device.type != "cpu"
+        self._mirror = DeviceMatrix(rows.dim, rows.device) if on_device else None
+        self._norms = DeviceMatrix(1, rows.device) if on_device and rows.similarity == "l2" else None
 
-    def _usable_device(self, device: str | torch.device | None) -> torch.device:
-        chosen = super()._usable_device(device)
+    @classmethod
+    def usable_device(cls, device: str | torch.device | None) -> torch.device:
+        """Return the device asked for, if torch has it."""
+        chosen = super().usable_device(device)
         if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
             raise DeviceUnavailableError(
                 f"device {str(chosen)!r} was asked for, but torch {torch.__version__} sees "
@@ -47,30 +40,34 @@ class TorchBank(MemoryBank):
             )
         return chosen
 
-    def _index_add(self, ids: Ids, embeddings: Floats) -> None:
+    def add(self, ids: Ids, embeddings: Floats) -> None:
+        """Copy new rows to the device."""
         if self._mirror is not None:
             self._mirror.append(embeddings)
         if self._norms is not None:
-            self._norms.append(self._table.squared_norms[-len(ids) :, None])
+            self._norms.append(self.rows.squared_norms[-len(ids) :, None])
 
-    def _index_search(self, queries: Floats, k: int) -> Ids:
-        table, mirror = self._table, self._mirror
-        vectors = torch.from_numpy(table.embeddings) if mirror is None else mirror.rows
+    def search(self, queries: Floats, k: int) -> Ids:
+        """Score all rows."""
+        rows, mirror = self.rows, self._mirror
+        vectors = torch.from_numpy(rows.embeddings) if mirror is None else mirror.rows
         if mirror is None:
-            squared_norms = torch.from_numpy(table.squared_norms)
+            squared_norms = torch.from_numpy(rows.squared_norms)
         else:  # nothing reads them for an inner product
             squared_norms = vectors[:0] if self._norms is None else self._norms.rows[:, 0]
-        rows = nearest_rows(
-            torch.from_numpy(queries), vectors, squared_norms, k, self._similarity, longest=table.longest
-        )
-        numbers = rows.numpy()
-        return np.where(numbers < 0, -1, self._table.ids[numbers])
+        numbers = nearest_rows(
+            torch.from_numpy(queries), vectors, squared_norms, k, rows.similarity, longest=rows.longest
+        ).numpy()
+        return np.where(numbers < 0, -1, rows.ids[numbers])
 
-    def _index_remove(self, ids: Ids) -> None:
+    def remove(self, ids: Ids) -> bool:
+        """Let later rows move up."""
         for matrix in self._matrices:
-            matrix.remove(self._table.rows_of(ids))
+            matrix.remove(self.rows.rows_of(ids))
+        return True
 
-    def _index_reset(self) -> None:
+    def reset(self) -> None:
+        """Drop all rows."""
         for matrix in self._matrices:
             matrix.clear()
 
