@@ -29,52 +29,47 @@ from rich.table import Table
 from same_chunks import Asked, Found, RememberingRetriever, chunks_found
 from tqdm import tqdm
 
-from memlong import MemoryBank, MemoryConfig, MemoryDecoder, PluginManager, Registry, hookimpl, load_model
+from memlong import MemoryConfig, MemoryDecoder, PluginManager, Registry, hookimpl, load_model
+from memlong.bank import IndexRows
 from memlong.decoder import choose_machine, create_retriever
 from memlong.errors import MemlongError
 from memlong.evaluation import Perplexity, Ratio, evaluate_perplexity, perplexity_ratio, read_text, tokenize
 from memlong.evaluation.environment import versions
+from memlong.settings import documented, setting
+from memlong_torch.index import TorchIndex
 
 TEXT = Path(inspect.getfile(typing))
 WINDOW = "plain window"
 EQUAL = "plain window, equal budget"
 
 
-class NoisyBank(MemoryBank):
-    """Exact search that swaps each chunk found for a random one, with a given probability: recall at will.
+@documented
+@dataclass(frozen=True)
+class NoisyOptions:
+    """The options of a `NoisyIndex`."""
 
-    Parameters
-    ----------
-    dim
-        Width of the embeddings.
-    noise
-        Probability of a swap; 1 is random retrieval.
-    seed
-        Seed of the swaps.
-    """
+    noise: float = setting(1.0, "Probability of a swap; 1 is random retrieval.", least=0, most=1)
+    seed: int = setting(0, "Random seed of the swaps.", least=0)
 
-    def __init__(self, dim: int, *, noise: float = 1.0, seed: int = 0, **bank_options: Any) -> None:
-        super().__init__(dim, **bank_options)
-        self._noise = noise
-        self._random = np.random.default_rng(seed)
 
-    def _index_search(self, queries: Any, k: int) -> Any:
-        exact = self._rank_exactly(queries, k).ids
-        return np.stack([self._swap(row) for row in exact])
+class NoisyIndex(TorchIndex):
+    """Exact search that swaps each chunk found for a random one, with a given probability: recall at will."""
+
+    options_class = NoisyOptions
+    options: Any
+
+    def __init__(self, rows: IndexRows, options: Any) -> None:
+        super().__init__(rows, options)
+        self._random = np.random.default_rng(options.seed)
+
+    def search(self, queries: Any, k: int) -> Any:
+        """Find the best, and swap some."""
+        return np.stack([self._swap(row) for row in super().search(queries, k)])
 
     def _swap(self, found: Any) -> Any:
-        kept = found[self._random.random(len(found)) >= self._noise]
-        others = np.setdiff1d(self._table.ids, kept)
+        kept = found[self._random.random(len(found)) >= self.options.noise]
+        others = np.setdiff1d(self.rows.ids, kept)
         return np.concatenate([kept, self._random.choice(others, len(found) - len(kept), replace=False)])
-
-    def _index_add(self, ids: Any, embeddings: Any) -> None:
-        pass
-
-    def _index_remove(self, ids: Any) -> None:
-        pass
-
-    def _index_reset(self) -> None:
-        pass
 
 
 class NoisyPlugin:
@@ -83,7 +78,7 @@ class NoisyPlugin:
     @hookimpl
     def memlong_register_backends(self, register: Any) -> None:
         """Register the bank above as ``noisy``."""
-        register("noisy", f"{__name__}:NoisyBank", description="exact search with random mistakes")
+        register("noisy", f"{__name__}:NoisyIndex", description="exact search with random mistakes")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class Setting:
     is_saved
         Whether a snapshot holds it: never an address, a credential, a place to write to, or code.
     most_of_strangers
-        The most that a file may ask for, which may be a stranger's; by default ``most``.
+        The most that a file may ask for, which may be a stranger's; by default ``most``. Infinity where no number does
+        harm.
     """
 
     help: str

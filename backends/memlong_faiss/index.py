@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import faiss
@@ -55,6 +56,7 @@ class FaissOptions:
         "of the embeddings.",
         least=1,
         most=2**62,
+        most_of_strangers=inf,
     )
     refine: int = setting(
         4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
@@ -213,7 +214,8 @@ class Index(ABC, Generic[Options]):
     def saved_options(cls) -> SavedOptions:
         """Return the options that a file may choose, each with the most that a stranger's may ask for, or None."""
         chosen = [each for each in fields(cls.options_class) if told(each).is_saved]
-        return {each.name: told(each).most_of_strangers or told(each).most for each in chosen}
+        most = {each.name: told(each).most_of_strangers or told(each).most for each in chosen}
+        return {name: None if bound == inf else bound for name, bound in most.items()}
 
     def options_to_save(self) -> dict[str, Any]:
         """Return the options that go into a snapshot."""

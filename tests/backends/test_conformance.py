@@ -3,63 +3,64 @@
 One configuration of each is held to every clause, the others to those that an index may keep or break.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
+from memlong.bank import IndexRows, NoOptions, bank_of
 from memlong.testing import MemoryBankTests
 from memlong.testing.harness import another_configuration
-from memlong_faiss.bank import FaissBank
-from memlong_hnswlib.bank import HnswlibBank
-from memlong_torch.bank import DeviceMatrix, TorchBank
+from memlong_faiss.index import FaissIndex
+from memlong_hnswlib.index import HnswlibIndex
+from memlong_torch.index import DeviceMatrix, TorchIndex
 
 
 class TestTorch(MemoryBankTests):
-    bank_class = TorchBank
+    index_class = TorchIndex
     exact = True
 
 
 class TestFaissFlat(MemoryBankTests):
-    bank_class = FaissBank
+    index_class = FaissIndex
     recall_floor = 1.0
 
 
 @another_configuration
 class TestFaissHnsw(MemoryBankTests):
-    bank_class = FaissBank
+    index_class = FaissIndex
     options: ClassVar = {"index": "HNSW32"}
 
 
 @another_configuration
 class TestFaissIvf(MemoryBankTests):
-    bank_class = FaissBank
+    index_class = FaissIndex
     options: ClassVar = {"index": "IVF16,Flat", "train_size": 64, "nprobe": 12}
 
 
 @another_configuration
 class TestFaissIvfPq(MemoryBankTests):
-    bank_class = FaissBank
+    index_class = FaissIndex
     options: ClassVar = {"index": "IVF16,PQ8", "train_size": 256, "nprobe": 16}
     recall_floor = 0.6
 
 
 class TestHnswlib(MemoryBankTests):
-    bank_class = HnswlibBank
+    index_class = HnswlibIndex
     options: ClassVar = {"initial_capacity": 8}
 
 
-class MirroredTorchBank(TorchBank):
+class MirroredTorchIndex(TorchIndex):
     """Searches a matrix of its own, as on a CUDA device, but on the CPU."""
 
-    def __init__(self, dim: int, **bank_options: Any) -> None:
-        super().__init__(dim, **bank_options)
-        self._mirror = DeviceMatrix(dim, self.device)
-        self._norms = DeviceMatrix(1, self.device) if self.metric == "l2" else None
+    def __init__(self, rows: IndexRows, options: NoOptions) -> None:
+        super().__init__(rows, options)
+        self._mirror = DeviceMatrix(rows.dim, rows.device)
+        self._norms = DeviceMatrix(1, rows.device) if rows.similarity == "l2" else None
 
 
 @another_configuration
 class TestTorchMirror(MemoryBankTests):
-    bank_class = MirroredTorchBank
+    index_class = MirroredTorchIndex
     exact = True
     fresh_process = False
 
@@ -69,7 +70,7 @@ class TestTorchMirror(MemoryBankTests):
 class TestFaissGpuLogicFlat(MemoryBankTests):
     """The code around FAISS-GPU, on an index of the CPU that can pass over nothing."""
 
-    bank_class = FaissBank
+    index_class = FaissIndex
     options: ClassVar = {"device": "cuda"}
     recall_floor = 1.0
     fresh_process = False
@@ -78,7 +79,7 @@ class TestFaissGpuLogicFlat(MemoryBankTests):
 @another_configuration
 @pytest.mark.usefixtures("fake_gpu")
 class TestFaissGpuLogicIvf(MemoryBankTests):
-    bank_class = FaissBank
+    index_class = FaissIndex
     options: ClassVar = {"device": "cuda", "index": "IVF16,Flat", "train_size": 64, "nprobe": 12}
     fresh_process = False
 
@@ -87,4 +88,4 @@ def test_one_configuration_of_each_backend_is_held_to_every_clause():
     clauses = [name for name in dir(MemoryBankTests) if name.startswith("test_")]
     suites = [each for name, each in globals().items() if name.startswith("Test")]
     whole = {suite.bank_class for suite in suites if all(getattr(suite, clause) for clause in clauses)}
-    assert whole == {TorchBank, FaissBank, HnswlibBank}
+    assert whole == {bank_of(index) for index in (TorchIndex, FaissIndex, HnswlibIndex)}

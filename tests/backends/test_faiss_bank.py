@@ -8,10 +8,13 @@ import faiss
 import pytest
 import torch
 
+from memlong.bank import bank_of
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
 from memlong_faiss import gpu
-from memlong_faiss.bank import FaissBank
+from memlong_faiss.index import FaissIndex
 from memlong_faiss.recipe import Recipe
+
+FaissBank = bank_of(FaissIndex)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,6 @@ from memlong_faiss.recipe import Recipe
         ("IVF16,Flat,RFlat", "IndexRefineFlat"),
         ("PQ8", "IndexPQ"),
         ("NSG32,Flat", "IndexNSGFlat"),
-        (None, "index must be an index-factory string"),
         # What FAISS builds, and then fails on as it trains or searches:
         ("PCA64,Flat", "reduces 32 numbers to 64 by PCA; give at most 32"),
         ("RR8,PCAR16,IVF16,Flat", "reduces 8 numbers to 16"),
@@ -54,7 +56,7 @@ def test_an_index_that_cannot_be_trained_is_named_with_the_reason():
 @pytest.mark.parametrize("train_size", [0, -1, float("nan"), True, "many"])
 @pytest.mark.parametrize("index", ["Flat", "HNSW32", "IVF16,Flat"])
 def test_train_size_is_checked_whether_or_not_it_is_needed(index, train_size):
-    with pytest.raises(InvalidArgumentError, match="train_size must be an int >= 1"):
+    with pytest.raises(InvalidArgumentError, match="train_size must be an integer"):
         FaissBank(16, index=index, train_size=train_size)
 
 
@@ -69,14 +71,14 @@ def test_an_index_that_faiss_would_die_of_is_refused(index):
 
 @pytest.mark.parametrize("option", ["ef_search", "ef_construction", "nprobe", "refine", "build_threads"])
 def test_options_have_a_limit(option):
-    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int from 1 to"):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an integer (.* at most|from 1 to)"):
         FaissBank(16, **{option: 2**40})
 
 
 @pytest.mark.parametrize("option", ["ef_search", "ef_construction", "nprobe", "refine", "build_threads"])
 @pytest.mark.parametrize("value", [0, 1.5, "many"])
 def test_options_are_checked(option, value):
-    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int >= 1"):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an integer"):
         FaissBank(32, **{option: value})
 
 
@@ -86,7 +88,7 @@ def test_other_factories_work(index, metric, fill):
     bank = FaissBank(32, index=index, metric=metric, train_size=256, refine=8)
     vectors = torch.randn(600, 32)
     fill(bank, vectors)
-    assert bank.is_trained
+    assert bank.index.is_trained
     bank.remove(range(0, 100, 2))
     queries = torch.randn(20, 32)
     found, true = bank.search(queries, 10), bank.exact_search(queries, 10)
@@ -98,10 +100,10 @@ def test_searches_are_exact_until_there_is_enough_to_train_on(fill):
     bank = FaissBank(32, index="IVF16,PQ8", train_size=300, nprobe=1)
     queries = torch.randn(20, 32)
     fill(bank, torch.randn(299, 32))
-    assert not bank.is_trained
+    assert not bank.index.is_trained
     assert torch.equal(bank.search(queries, 10).ids, bank.exact_search(queries, 10).ids)
     fill(bank, torch.randn(1, 32))
-    assert bank.is_trained
+    assert bank.index.is_trained
     assert not torch.equal(bank.search(queries, 10).ids, bank.exact_search(queries, 10).ids)
 
 
@@ -111,17 +113,17 @@ def test_a_bank_that_shrinks_below_the_training_size_is_exact_again(fill):
     bank.remove(range(100))
     queries = torch.randn(20, 32)
     assert torch.equal(bank.search(queries, 10).ids, bank.exact_search(queries, 10).ids)
-    assert not bank.is_trained
+    assert not bank.index.is_trained
 
 
 def test_the_default_training_size_is_what_faiss_advises(fill):
     bank = FaissBank(8, index="IVF4,Flat")
     fill(bank, torch.randn(39 * 4 - 1, 8))
-    assert not bank.is_trained
+    assert not bank.index.is_trained
     fill(bank, torch.randn(1, 8))
-    assert bank.is_trained
-    assert FaissBank(8).is_trained
-    assert not FaissBank(8, index="HNSW8").is_trained
+    assert bank.index.is_trained
+    assert FaissBank(8).index.is_trained
+    assert not FaissBank(8, index="HNSW8").index.is_trained
 
 
 def test_too_small_a_training_size_is_an_error():
@@ -135,10 +137,10 @@ def test_the_index_is_rebuilt_once_a_fifth_is_dead(index, train_size, fill):
     fill(bank, torch.randn(100, 16))
     bank.remove(range(20))
     bank.search(torch.randn(1, 16), 1)
-    assert len(bank._numbers) == 100
+    assert len(bank.index._numbers) == 100
     bank.remove([20])
     bank.search(torch.randn(1, 16), 1)
-    assert len(bank._numbers) == len(bank) == 79
+    assert len(bank.index._numbers) == len(bank) == 79
 
 
 @pytest.mark.parametrize("index", ["HNSW16", "IVF16,Flat", "IVF16,SQ8", "SQ8", "PCA16,IVF16,Flat"])
@@ -146,7 +148,7 @@ def test_dead_rows_are_passed_over_by_the_index_itself(index, fill):
     bank = FaissBank(32, index=index, train_size=64, nprobe=16)
     fill(bank, torch.randn(300, 32))
     bank.remove(range(50))
-    named = bank._index_search(torch.randn(20, 32).numpy(), 10)
+    named = bank.index.search(torch.randn(20, 32).numpy(), 10)
     assert (named >= 50).all()
 
 

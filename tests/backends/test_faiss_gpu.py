@@ -14,15 +14,18 @@ faiss = pytest.importorskip("faiss")
 if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
     pytest.skip("FAISS has no GPU code or sees no GPU", allow_module_level=True)
 
-from memlong_faiss.bank import FaissBank  # noqa: E402 - its library first
+from memlong.bank import bank_of  # noqa: E402 - its library first
+from memlong_faiss.index import FaissIndex  # noqa: E402 - its library first
+
+FaissBank = bank_of(FaissIndex)
 
 
 class TestFaissGpuFlat(MemoryBankTests):
-    bank_class = FaissBank
+    index_class = FaissIndex
     options: ClassVar = {"device": "cuda"}
     recall_floor = 1.0
 
 
 class TestFaissGpuIvf(MemoryBankTests):
-    bank_class = FaissBank
+    index_class = FaissIndex
     options: ClassVar = {"device": "cuda", "index": "IVF16,Flat", "train_size": 64, "nprobe": 12}

@@ -14,7 +14,10 @@ from memlong.errors import DeviceUnavailableError
 
 faiss = pytest.importorskip("faiss")
 
-from memlong_faiss.bank import FaissBank  # noqa: E402 - its library first
+from memlong.bank import bank_of  # noqa: E402 - its library first
+from memlong_faiss.index import FaissIndex  # noqa: E402 - its library first
+
+FaissBank = bank_of(FaissIndex)
 
 
 @pytest.fixture
@@ -78,11 +81,11 @@ def test_an_index_is_given_up_only_when_no_other_is_in_use(made, fill):
     for bank in banks:
         fill(bank, torch.randn(9, 8))
     gone = threading.Event()
-    index = banks[0]._rows._index[0]
+    index = banks[0].index._native._index[0]
     weakref.finalize(index, gone.set)
     del index
     letting_go = threading.Thread(target=banks[0].reset)
-    with banks[1]._gpu.using():
+    with banks[1].index._gpu.using():
         letting_go.start()
         assert not gone.wait(0.2)
     assert gone.wait(10)

@@ -7,20 +7,23 @@ import os
 import pytest
 import torch
 
+from memlong.bank import bank_of
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, SnapshotError
-from memlong_hnswlib.bank import HnswlibBank
+from memlong_hnswlib.index import HnswlibIndex
+
+HnswlibBank = bank_of(HnswlibIndex)
 
 
 @pytest.mark.parametrize("option", ["ef", "ef_construction", "initial_capacity", "build_threads", "M"])
 @pytest.mark.parametrize("value", [0, 2.0, "many"])
 def test_options_are_checked(option, value):
-    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int >= "):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an integer from "):
         HnswlibBank(8, **{option: value})
 
 
 @pytest.mark.parametrize("option", ["ef", "ef_construction", "initial_capacity", "build_threads", "M"])
 def test_options_have_an_upper_bound(option):
-    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int from . to .*, got 100000"):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an integer from . to .*, got 100000"):
         HnswlibBank(8, **{option: 10**14})
 
 
@@ -32,24 +35,24 @@ def test_a_graph_that_no_memory_holds_is_refused_with_what_to_do(monkeypatch):
         def init_index(self, *_, **__):
             raise RuntimeError("Not enough memory")
 
-    monkeypatch.setattr("memlong_hnswlib.bank.hnswlib.Index", Full)
+    monkeypatch.setattr("memlong_hnswlib.index.hnswlib.Index", Full)
     with pytest.raises(InvalidArgumentError, match="no memory for a graph of initial_capacity 1024"):
         HnswlibBank(8)
 
 
 def test_only_the_cpu_will_do():
-    with pytest.raises(DeviceUnavailableError, match="HnswlibBank cannot compute on cuda; it can on: cpu"):
+    with pytest.raises(DeviceUnavailableError, match="HnswlibIndex cannot compute on cuda; it can on: cpu"):
         HnswlibBank(8, device="cuda")
 
 
 def test_the_graph_doubles_when_it_is_full(fill):
     bank = HnswlibBank(8, initial_capacity=10)
     fill(bank, torch.randn(10, 8))
-    assert bank._graph.max_elements == 10
+    assert bank.index._graph.max_elements == 10
     fill(bank, torch.randn(1, 8))
-    assert bank._graph.max_elements == 20
+    assert bank.index._graph.max_elements == 20
     fill(bank, torch.randn(100, 8))
-    assert bank._graph.max_elements == 111
+    assert bank.index._graph.max_elements == 111
 
 
 def test_the_graph_is_rebuilt_once_a_third_is_dead(fill):
@@ -57,10 +60,10 @@ def test_the_graph_is_rebuilt_once_a_third_is_dead(fill):
     fill(bank, torch.randn(90, 8))
     bank.remove(range(30))
     bank.search(torch.randn(1, 8), 1)
-    assert bank._graph.element_count == 90
+    assert bank.index._graph.element_count == 90
     bank.remove([30])
     bank.search(torch.randn(1, 8), 1)
-    assert bank._graph.element_count == 59
+    assert bank.index._graph.element_count == 59
 
 
 def test_a_graph_that_falls_short_is_made_up_for(fill):
@@ -70,7 +73,7 @@ def test_a_graph_that_falls_short_is_made_up_for(fill):
     bank.remove(range(0, 180, 2))
     found = bank.search(torch.randn(5, 8), 210)
     assert torch.equal(found.ids.sort(dim=1).values, bank.ids.expand(5, -1))
-    assert bank._nearest(torch.randn(5, 8).numpy(), 210) is None
+    assert bank.index._nearest(torch.randn(5, 8).numpy(), 210) is None
 
 
 def test_other_errors_of_the_library_are_not_hidden(fill, monkeypatch):
@@ -81,7 +84,7 @@ def test_other_errors_of_the_library_are_not_hidden(fill, monkeypatch):
         def knn_query(self, *_, **__):
             raise RuntimeError("Index not loaded")
 
-    monkeypatch.setattr(bank, "_graph", Broken())
+    monkeypatch.setattr(bank.index, "_graph", Broken())
     with pytest.raises(RuntimeError, match="not loaded"):
         bank.search(torch.randn(1, 8), 1)
 
@@ -98,7 +101,7 @@ def test_building_is_reproducible(fill):
 def test_a_disk_that_is_full_while_the_index_is_written_is_said(fill, tmp_path):
     bank = HnswlibBank(8)
     fill(bank, torch.randn(10, 8))
-    graph = bank._graph
+    graph = bank.index._graph
 
     class Cut:
         def save_index(self, path):
@@ -108,7 +111,7 @@ def test_a_disk_that_is_full_while_the_index_is_written_is_said(fill, tmp_path):
         def __getattr__(self, name):
             return getattr(graph, name)
 
-    bank._graph = Cut()
+    bank.index._graph = Cut()
     with pytest.raises(SnapshotError, match=r"hnswlib wrote 100 bytes .* instead of"):
         bank.save(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memlong.bank import bank_of
 from memlong.errors import DeviceUnavailableError
-from memlong_torch.bank import DeviceMatrix, TorchBank
+from memlong_torch.index import DeviceMatrix, TorchIndex
+
+TorchBank = bank_of(TorchIndex)
 
 
 def brute_force(metric, queries, vectors, k):

@@ -7,8 +7,11 @@ from typing import ClassVar
 import pytest
 import torch
 
+from memlong.bank import bank_of
 from memlong.testing import MemoryBankTests
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
+
+TorchBank = bank_of(TorchIndex)
 
 pytestmark = pytest.mark.gpu
 
@@ -17,7 +20,7 @@ if not torch.cuda.is_available():
 
 
 class TestTorchCuda(MemoryBankTests):
-    bank_class = TorchBank
+    index_class = TorchIndex
     options: ClassVar = {"device": "cuda"}
     exact = True
 

@@ -9,33 +9,39 @@ import numpy as np
 import pytest
 import torch
 
-from memlong.bank import MemoryBank
+from memlong.bank import Index, bank_of
 
 
-class Careless(MemoryBank):
+class CarelessIndex(Index):
     """Names what it is told to name, and writes down what happens to it."""
 
-    def __init__(self, dim, **options):
-        super().__init__(dim, **options)
+    def __init__(self, rows, options):
+        super().__init__(rows, options)
         self.log, self.names = [], lambda queries, k: np.empty((len(queries), 0), np.int64)
+        self.is_good = True
 
-    def _index_add(self, ids, embeddings):
-        self.log.append(("add", ids.tolist(), len(embeddings), len(self._table)))
+    def add(self, ids, embeddings):
+        self.log.append(("add", ids.tolist(), len(embeddings), len(self.rows)))
 
-    def _index_search(self, queries, k):
+    def search(self, queries, k):
         self.log.append(("search", len(queries), k))
         return self.names(queries, k)
 
-    def _index_remove(self, ids):
-        self.log.append(("remove", ids.tolist(), len(self._table)))
+    def remove(self, ids):
+        self.log.append(("remove", ids.tolist(), len(self.rows)))
+        return self.is_good
 
-    def _index_reset(self):
+    def reset(self):
         self.log.append(("reset",))
+
+
+Careless = bank_of(CarelessIndex)
 
 
 @pytest.fixture
 def bank():
     made = Careless(4)
+    made.index.log.clear()
     blocks = torch.ones(6, 1, 1, 1, 1)
     made.add(torch.randn(6, 4), blocks, blocks, [[0, 1]] * 6)
     return made
@@ -45,7 +51,12 @@ def test_the_table_holds_the_ids_that_an_index_is_given(bank):
     bank.remove([2, 4])
     bank.search(torch.randn(2, 4), 9)
     bank.reset()
-    assert bank.log == [("add", list(range(6)), 6, 6), ("remove", [2, 4], 6), ("search", 2, 4), ("reset",)]
+    assert bank.index.log == [
+        ("add", list(range(6)), 6, 6),
+        ("remove", [2, 4], 6),
+        ("search", 2, 4),
+        ("reset",),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,32 +68,34 @@ def test_the_table_holds_the_ids_that_an_index_is_given(bank):
     ],
 )
 def test_what_an_index_fails_to_name_is_found_by_brute_force(bank, names):
-    bank.names = names
+    bank.index.names = names
     queries = torch.randn(3, 4)
     found, true = bank.search(queries, 4), bank.exact_search(queries, 4)
     assert torch.equal(found.ids, true.ids)
     assert torch.equal(found.scores, true.scores)
 
 
-def test_a_dropped_index_is_rebuilt_once_before_the_next_search(bank):
-    bank._drop_index()
+def test_an_index_that_asks_for_it_is_rebuilt_once_before_the_next_search(bank):
+    bank.index.is_good = False
+    bank.remove([0])
+    bank.index.log.clear()
     blocks = torch.ones(1, 1, 1, 1, 1)
     bank.add(torch.randn(1, 4), blocks, blocks, [[0, 1]])
-    bank.remove([0])
-    bank.log.clear()
+    bank.remove([1])
+    assert not bank.index.log
     for _ in range(2):
         bank.search(torch.randn(1, 4), 1)
-    assert bank.log == [("reset",), ("add", [1, 2, 3, 4, 5, 6], 6, 6), ("search", 1, 1), ("search", 1, 1)]
+    assert bank.index.log == [("reset",), ("add", [2, 3, 4, 5, 6], 5, 5), ("search", 1, 1), ("search", 1, 1)]
 
 
 def test_an_empty_bank_does_not_ask_its_index():
     bank = Careless(4)
     bank.search(torch.randn(2, 4), 3)
-    assert bank.log == []
+    assert bank.index.log == [("reset",)]
 
 
 def test_it_says_what_it_is(bank):
-    assert repr(bank) == "Careless(dim=4, metric='cosine', chunks=6)"
+    assert repr(bank) == "CarelessBank(dim=4, metric='cosine', chunks=6)"
     assert (bank.dim, bank.metric, bank.device) == (4, "cosine", torch.device("cpu"))
 
 

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlong import create_bank
-from memlong.bank import EvictionPolicy, Usage, eviction_policy
+from memlong.bank import EvictionPolicy, Usage, bank_of, eviction_policy
 from memlong.bank.eviction import POLICIES
 from memlong.errors import InvalidArgumentError, UnknownNameError
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
+
+TorchBank = bank_of(TorchIndex)
 
 
 def fifo(chunks, capacity):

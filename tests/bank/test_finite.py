@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlong.bank import Draft, base, draft
+from memlong.bank import Draft, bank_of, base, draft
 from memlong.bank.finite import Finiteness
 from memlong.errors import InvalidArgumentError
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
+
+TorchBank = bank_of(TorchIndex)
 
 SHAPE = (2, 1, 4, 8)
 SPOILED = [

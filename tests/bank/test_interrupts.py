@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import memlong.bank
-from memlong.bank import InMemoryStore, TieredStore
+from memlong.bank import InMemoryStore, TieredStore, bank_of
 from memlong.bank.disk import DiskSlots
 from memlong.bank.lock import ReadWriteLock
 from memlong.errors import StorageError
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
+
+TorchBank = bank_of(TorchIndex)
 
 FILES = {
     str(Path(memlong.bank.__file__).with_name(f"{name}.py"))

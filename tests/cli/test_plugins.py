@@ -105,13 +105,13 @@ def memlong_register_backends(register):
 """
 LOUD_BANK = """
 from loud_memory import shout
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
 shout("late")
 
-class Bank(TorchBank):
-    def _index_search(self, queries, k):
+class Bank(TorchIndex):
+    def search(self, queries, k):
         shout("search")
-        return super()._index_search(queries, k)
+        return super().search(queries, k)
 """
 
 
@@ -149,8 +149,8 @@ def test_a_backend_that_prints_while_it_works_does_not_spoil_the_answer(loud, ar
 @pytest.mark.slow
 def test_a_backend_that_ends_the_program_is_told(site, arguments, story):
     put(site, "quits", LOUD.replace("loud", "quits"))
-    bank = "class Bank(TorchBank):\n    def __init__(self, *_, **__): exit(0)\n"
-    (site / "quits_bank.py").write_text(f"from memlong_torch.bank import TorchBank\n{bank}")
+    bank = "class Bank(TorchIndex):\n    def __init__(self, *_, **__): exit(0)\n"
+    (site / "quits_bank.py").write_text(f"from memlong_torch.index import TorchIndex\n{bank}")
     result = memlong(*map(str, arguments("perplexity", text=story, backend="quits", json="-")), site=site)
     assert (result.returncode, result.stdout) == (1, "")
     assert "memlong: a plugin or a library ended the program (exit status 0)" in result.stderr

@@ -9,16 +9,18 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from memlong.bank import InMemoryStore, MemoryBank, SearchResult
+from memlong.bank import InMemoryStore, MemoryBank, SearchResult, bank_of
 from memlong.errors import InvalidArgumentError, SnapshotError
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
+
+TorchBank = bank_of(TorchIndex)
 
 
-class SignFlipped(TorchBank):
+class SignFlipped(TorchIndex):
     """Takes a library's distance for a similarity, and names the worst."""
 
-    def _index_search(self, queries, k):
-        return super()._index_search(-queries, k)
+    def search(self, queries, k):
+        return super().search(-queries, k)
 
 
 class NegativeDistance(TorchBank):
@@ -139,7 +141,7 @@ class SavesTheDefaults(TorchBank):
     def __init__(self, dim, *, effort=1, **bank_options):
         super().__init__(dim, **bank_options)
 
-    def _index_options(self):
+    def options_to_save(self):
         return {"effort": 1}
 
 
@@ -152,7 +154,7 @@ class TakesAnyOption(TorchBank):
         super().__init__(dim, **bank_options)
         self._effort = effort
 
-    def _index_options(self):
+    def options_to_save(self):
         return {"effort": self._effort}
 
 
@@ -239,11 +241,12 @@ class CountsSearches(TorchBank):
         return found
 
 
-class FallsBack(TorchBank):
+class FallsBack(TorchIndex):
     """Computes on the CPU whatever was asked for."""
 
-    def _usable_device(self, device):
-        return super()._usable_device(None)
+    @classmethod
+    def usable_device(cls, device):
+        return super().usable_device(None)
 
 
 class Overfull(TorchBank):
@@ -253,11 +256,11 @@ class Overfull(TorchBank):
         super().__init__(dim, **bank_options)
 
 
-class StopsGrowing(TorchBank):
+class StopsGrowing(TorchIndex):
     """Names only the first thousand chunks, as an index does that has no room for more."""
 
-    def _index_search(self, queries, k):
-        return np.minimum(super()._index_search(queries, k), 999)
+    def search(self, queries, k):
+        return np.minimum(super().search(queries, k), 999)
 
 
 WRONG: dict[type[MemoryBank], str] = {

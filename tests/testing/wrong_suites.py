@@ -3,10 +3,11 @@
 import wrong_banks
 import wrong_indexes
 
+from memlong.bank import bank_of
 from memlong.testing import MemoryBankTests
 
 pytest_plugins = ["memlong.testing.plugin"]
 
 for _bank in (*wrong_banks.WRONG, *wrong_indexes.WRONG, wrong_indexes.RightIndex):
-    _settings = {"bank_class": _bank, "exact": True, "fresh_process": False}
+    _settings = {"bank_class": bank_of(_bank), "exact": True, "fresh_process": False}
     globals()[f"Test{_bank.__name__}"] = type(f"Test{_bank.__name__}", (MemoryBankTests,), _settings)

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from memlong import Registry
+from memlong.bank import bank_of
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
 from memlong.testing import BackendPluginTests, MemoryBankTests
-from memlong_usearch.bank import UsearchBank
+from memlong_usearch.index import UsearchIndex
+
+UsearchBank = bank_of(UsearchIndex)
 
 OPTIONS = ["connectivity", "expansion_add", "expansion_search"]
 
 
 class TestUsearch(MemoryBankTests):
-    bank_class = UsearchBank
+    index_class = UsearchIndex
     options = {"expansion_search": 96}
 
 
@@ -43,23 +46,23 @@ def test_the_plugin_offers_the_backend():
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("value", [0, 2.0, True, "many"])
 def test_options_are_checked(option, value):
-    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int >= "):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an integer from "):
         UsearchBank(8, **{option: value})
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_have_an_upper_bound(option):
-    with pytest.raises(InvalidArgumentError, match=f"{option} must be an int from . to .*, got 100000"):
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be an integer from . to .*, got 100000"):
         UsearchBank(8, **{option: 10**14})
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_reach_the_graph(option):
-    assert getattr(UsearchBank(8, **{option: 37})._graph, option) == 37
+    assert getattr(UsearchBank(8, **{option: 37}).index._graph, option) == 37
 
 
 def test_only_the_cpu_will_do():
-    with pytest.raises(DeviceUnavailableError, match="UsearchBank cannot compute on cuda; it can on: cpu"):
+    with pytest.raises(DeviceUnavailableError, match="UsearchIndex cannot compute on cuda; it can on: cpu"):
         UsearchBank(8, device="cuda")
 
 
@@ -67,8 +70,8 @@ def test_only_the_cpu_will_do():
 def test_what_the_graph_does_not_find_is_no_candidate(queries):
     bank = UsearchBank(8)
     fill(bank, random_vectors(20, 8))
-    bank._graph.remove([0, 4, 5])
-    candidates = bank._index_search(random_vectors(queries, 8, seed=1).numpy(), 20)
+    bank.index._graph.remove([0, 4, 5])
+    candidates = bank.index.search(random_vectors(queries, 8, seed=1).numpy(), 20)
     found = set(range(20)) - {0, 4, 5}
     assert [set(row) - {-1} for row in candidates.tolist()] == [found] * queries
 
@@ -76,12 +79,12 @@ def test_what_the_graph_does_not_find_is_no_candidate(queries):
 def test_chunks_that_have_left_make_room():
     bank = UsearchBank(8)
     fill(bank, random_vectors(60, 8))
-    nodes = bank._graph.stats.nodes
+    nodes = bank.index._graph.stats.nodes
     for seed in range(5):
         bank.remove(bank.ids[:30])
         fill(bank, random_vectors(30, 8, seed=seed))
-    assert len(bank._graph) == 60
-    assert bank._graph.stats.nodes <= nodes + 30
+    assert len(bank.index._graph) == 60
+    assert bank.index._graph.stats.nodes <= nodes + 30
 
 
 def test_recall_stays_while_chunks_come_and_go():
@@ -107,11 +110,11 @@ def test_a_saved_graph_is_used_again_and_searched_with_the_same_effort(tmp_path,
     fill(bank, random_vectors(50, 8))
     bank.save(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(UsearchBank, "_index_add", None)  # building it anew would fail
+        patch.setattr(UsearchIndex, "add", None)  # building it anew would fail
         loaded = UsearchBank.load(tmp_path, trust_index=True)
         found = loaded.search(random_vectors(2, 8, seed=1), 5)
     assert torch.equal(found.ids, bank.search(random_vectors(2, 8, seed=1), 5).ids)
-    assert [getattr(loaded._graph, option) for option in OPTIONS] == [7, 33, 21]
+    assert [getattr(loaded.index._graph, option) for option in OPTIONS] == [7, 33, 21]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_a_graph_that_does_not_fit_is_refused(facts, chunks, why):
     bank, other = UsearchBank(8), UsearchBank(8)
     fill(bank, random_vectors(20, 8))
     fill(other, random_vectors(chunks, 8))
-    saved, content = other._index_save()
+    saved, content = other.index.dump()
     with pytest.raises(ValueError, match=why):
-        bank._index_load({**saved, **facts}, content)
-    assert len(bank._graph) == 20
+        bank.index.load({**saved, **facts}, content)
+    assert len(bank.index._graph) == 20

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from memlong import SnapshotError, create_bank, load_bank
-from memlong.bank import InMemoryStore, TieredStore
+from memlong.bank import InMemoryStore, TieredStore, bank_of
 from memlong.bank.snapshot import files, manifest, writer
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import _dumped
 from memlong.bank.snapshot.segments import check_finite
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, StorageError
 from memlong.testing.harness import DIM, assert_same_state, random_chunks, state_of
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
 
 
 @pytest.fixture
@@ -339,7 +339,7 @@ def test_an_index_that_is_not_wanted_is_never_held(make, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{"bogus": 1}, {"store": 3}, {"max_chunks": "many"}])
 def test_an_option_that_the_caller_gave_is_not_blamed_on_the_snapshot(saved, options):
     with pytest.raises(InvalidArgumentError, match=f"{next(iter(options))}"):
-        TorchBank.load(saved[1], **options)
+        bank_of(TorchIndex).load(saved[1], **options)
 
 
 def test_options_of_the_snapshot_are_blamed_on_it_whatever_the_caller_gave(saved):
@@ -392,7 +392,7 @@ def test_a_manifest_is_as_long_as_the_file_that_was_opened(saved, monkeypatch):
 
 def test_an_option_that_json_cannot_hold(tmp_path, monkeypatch):
     bank = create_bank("torch", DIM)
-    monkeypatch.setattr(bank, "_index_options", lambda: {"size": object()})
+    monkeypatch.setattr(bank.index, "options_to_save", lambda: {"size": object()})
     with pytest.raises(InvalidArgumentError, match="the option size"):
         bank.save(tmp_path)
     assert names(tmp_path) == []
@@ -406,7 +406,7 @@ def test_no_byte_of_a_changed_index_reaches_its_library(make, tmp_path, monkeypa
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    monkeypatch.setattr(type(bank), "_index_load", None)
+    monkeypatch.setattr(type(bank.index), "load", None)
     with pytest.raises(SnapshotError, match=path.name):
         load_bank(tmp_path, trust_index=True)
 

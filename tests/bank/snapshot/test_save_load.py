@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from memlong import SnapshotError, load_bank
-from memlong.bank import InMemoryStore, MemoryBank, TieredStore
+from memlong import SnapshotError, create_bank, load_bank
+from memlong.bank import InMemoryStore, MemoryBank, TieredStore, bank_of
 from memlong.bank.eviction import Fifo
 from memlong.errors import InvalidArgumentError, UnknownNameError
 from memlong.testing.harness import (
@@ -24,7 +24,7 @@ from memlong.testing.harness import (
     state_of,
 )
 from memlong.testing.persistence import what_follows
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
 
 
 def assert_same_blocks(bank, other):
@@ -75,7 +75,7 @@ def test_the_file_of_the_index_is_read_where_it_is_trusted(make, tmp_path, monke
     bank = make("hnswlib", chunks=300)
     bank.save(tmp_path / "bank")
     loaded = load_bank(tmp_path / "bank", trust_index=True)
-    monkeypatch.setattr(loaded, "_index_reset", None)  # no rebuilding
+    monkeypatch.setattr(loaded.index, "reset", None)  # no rebuilding
     assert_same_state(state_of(bank), loaded)
 
 
@@ -91,11 +91,11 @@ def test_the_index_is_built_anew_where_its_file_does_not_fit(make, tmp_path, opt
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_keys_and_values_keep_their_bits(tmp_path, dtype, lazy):
-    bank, chunks = TorchBank(DIM), random_chunks(5)
+    bank, chunks = create_bank("torch", DIM), random_chunks(5)
     keys = torch.randn(5, *BLOCK).to(dtype)
     bank.add(chunks.embeddings, keys, keys, chunks.spans)
     bank.save(tmp_path)
-    got = TorchBank.load(tmp_path, lazy=lazy).fetch(range(5))
+    got = load_bank(tmp_path, lazy=lazy).fetch(range(5))
     assert got.keys.dtype == dtype
     assert torch.equal(got.keys.view(torch.uint8), keys.view(torch.uint8))
 
@@ -281,10 +281,10 @@ def test_lazy_and_a_store_do_not_go_together(make, tmp_path):
 
 
 def test_a_class_that_no_plugin_has_is_never_imported(make, tmp_path):
-    class Private(TorchBank):
+    class PrivateIndex(TorchIndex):
         pass
 
-    bank = Private(DIM)
+    bank = bank_of(PrivateIndex)(DIM)
     random_chunks(3).into(bank)
     bank.save(tmp_path)
     with pytest.raises(InvalidArgumentError, match="no backend of a plugin here"):

@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from memlong import SnapshotError, load_bank
+from memlong.bank import bank_of
 from memlong.bank.snapshot.files import FileRecord
 from memlong.bank.snapshot.manifest import _dumped
 from memlong.bank.snapshot.options import options_to_save, refused_option
 from memlong.bank.snapshot.tending import verify
 from memlong.bank.snapshot.tensors import read_streams
-from memlong_torch.bank import TorchBank
+from memlong_torch.index import TorchIndex
+
+TorchBank = bank_of(TorchIndex)
 
 
 def forge(folder, **changes):
@@ -147,7 +150,7 @@ def test_a_snapshot_asks_for_no_more_than_its_author_allows(of_remote, effort):
 def test_efforts_without_bound_are_the_users_to_ask_for(make, tmp_path, backend, option, value):
     bank = make(backend)
     bank.save(tmp_path)
-    forge(tmp_path, options={**bank._index_options(), option: value})
+    forge(tmp_path, options={**bank.options_to_save(), option: value})
     with pytest.raises(
         SnapshotError, match=rf"{option}', {value}, more than a file may ask for .*give {option} yourself"
     ):
