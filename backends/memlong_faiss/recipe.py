@@ -137,8 +137,10 @@ def training_points(index: Any, train_size: int | None) -> int:
     Raises
     ------
     InvalidArgumentError
-        If `train_size` is less than the number of centroids.
+        If `train_size` is no whole number, or less than the number of centroids.
     """
+    if train_size is not None:
+        train_size = whole_number("train_size", train_size, at_least=1)
     if index.is_trained:
         return 0
     core = core_of(index)
@@ -146,7 +148,7 @@ def training_points(index: Any, train_size: int | None) -> int:
     centroids = max(getattr(core, "nlist", 1), coder.pq.ksub if hasattr(coder, "pq") else 1)
     if train_size is None:
         return max(_POINTS_PER_CENTROID * int(centroids), int(index.d))
-    if whole_number("train_size", train_size, at_least=1) < centroids:
+    if train_size < centroids:
         raise InvalidArgumentError(
             f"train_size is {train_size}, but the index learns {centroids} centroids and needs at least one "
             "vector for each; raise it, or take fewer lists or bits"

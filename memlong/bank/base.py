@@ -37,7 +37,7 @@ class BankOptions(TypedDict, total=False):
 
     metric: Metric
     max_chunks: int | None
-    max_bytes: int | None
+    max_bytes: int | str | None
     eviction: str | EvictionPolicy
     store: KeyValueStore | None
     device: str | torch.device | None
@@ -57,11 +57,13 @@ class MemoryBank(PersistentBank):
     Parameters
     ----------
     dim : int
-        Width of the embeddings.
+        Width of the embeddings, at most 2**20, as in a snapshot.
     metric : {"cosine", "inner_product", "l2"}, default "cosine"
         What is near. Higher scores are better for each of them; "l2" is the negative squared distance.
-    max_chunks, max_bytes : int, optional
-        Capacity in chunks, and in bytes of embeddings and K-V. Whichever is reached first counts.
+    max_chunks : int, optional
+        Capacity in chunks.
+    max_bytes : int or str, optional
+        Capacity in bytes of embeddings and K-V, such as "8GB". Whichever is reached first counts.
     eviction : str or EvictionPolicy, default "fifo"
         Which chunks leave a bank that is over its capacity: "fifo", "lru", "retrieval_frequency".
     store : KeyValueStore, optional
@@ -89,12 +91,12 @@ class MemoryBank(PersistentBank):
         *,
         metric: Metric = "cosine",
         max_chunks: int | None = None,
-        max_bytes: int | None = None,
+        max_bytes: int | str | None = None,
         eviction: str | EvictionPolicy = "fifo",
         store: KeyValueStore | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        dim = whole_number("dim", dim, at_least=1)
+        dim = whole_number("dim", dim, at_least=1, at_most=2**20)
         if metric not in get_args(Metric):
             raise InvalidArgumentError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
         store = InMemoryStore() if store is None else store

@@ -6,6 +6,7 @@ import numpy as np
 
 from memlong.bank.arrays import Ids
 from memlong.bank.eviction import EvictionPolicy, Usage
+from memlong.bank.sizes import byte_count
 from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
 
@@ -15,15 +16,17 @@ class Capacity:
 
     Parameters
     ----------
-    max_chunks, max_bytes : int or None
-        The most chunks, and the most bytes of embeddings, keys and values; None is no limit.
+    max_chunks : int or None
+        The most chunks; None is no limit.
+    max_bytes : int, str or None
+        The most bytes of embeddings, keys and values, such as 2000000 or "8GB".
     policy : EvictionPolicy
         Chooses who leaves.
     """
 
-    def __init__(self, max_chunks: int | None, max_bytes: int | None, policy: EvictionPolicy) -> None:
+    def __init__(self, max_chunks: int | None, max_bytes: int | str | None, policy: EvictionPolicy) -> None:
         self.max_chunks = None if max_chunks is None else whole_number("max_chunks", max_chunks, at_least=1)
-        self.max_bytes = None if max_bytes is None else whole_number("max_bytes", max_bytes, at_least=1)
+        self.max_bytes = None if max_bytes is None else byte_count("max_bytes", max_bytes, at_least=1)
         self.policy = policy
 
     def in_chunks(self, embedding_bytes: int, block_bytes: int, store_bytes: int | None) -> int | None:

@@ -16,6 +16,7 @@ from memlong.bank.exact import Similarity, true_scores
 from memlong.bank.finite import Finiteness
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.results import Chunks, Retrieved, SearchResult
+from memlong.bank.uncopied import Uncopied
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError
 
@@ -30,7 +31,7 @@ class _Chunk:
     span: torch.Tensor
 
 
-class Draft:
+class Draft(Uncopied):
     """What a beam remembers: a bank, and the chunks of a continuation that will be dropped.
 
     The draft's own chunks are kept where they were made, whatever store and capacity the bank has, and searched by
@@ -44,6 +45,8 @@ class Draft:
     chunks
         What another draft over the same bank holds already.
     """
+
+    why_uncopied = "it lies over a bank. Fork it, or copy the bank."
 
     def __init__(self, bank: MemoryBank | Draft, chunks: Sequence[_Chunk] = ()) -> None:
         self._bank = bank

@@ -23,6 +23,7 @@ from memlong.bank.snapshot.options import options_to_save, refused_option
 from memlong.bank.snapshot.reader import StoredBank, folder_of, layout_record, open_snapshot, read_bank
 from memlong.bank.snapshot.segments import Segment, keepable, write_segments
 from memlong.bank.snapshot.tensors import encode
+from memlong.bank.snapshot.whole import packed, unpacked
 from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, SnapshotError
 
@@ -151,6 +152,11 @@ class PersistentBank(IndexHost):
             bank._store.clear()  # noqa: SLF001 - its own; what was not proven is nobody's, and there may be another try
             raise
         return bank
+
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        """A copy holds the same chunks, usage and index, with keys and values in memory, whatever the store is."""
+        policy = self._capacity.policy
+        return unpacked, (type(self), packed(self), {} if saved_name(policy) else {"eviction": policy})
 
     def write_snapshot(self, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
         """Write what a state of a folder needs of this bank; `keep_saved` follows when the state is current."""

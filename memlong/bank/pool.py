@@ -31,13 +31,14 @@ from memlong.bank.snapshot.files import sync_folder, unwritable
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import has_manifest
 from memlong.bank.snapshot.reader import folder_of
+from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 
 _PREFIX, _DELETED = "session-", "deleted-"
 _LONGEST = 1024
 
 
-class BankPool:
+class BankPool(Uncopied):
     """Banks by session, within a budget of bytes for all that are in memory.
 
     A session has a bank of its own, in a folder of its own, and nothing that one session calls can reach the chunks of
@@ -80,6 +81,10 @@ class BankPool:
     >>> with pool.session("8f14e45f") as bank:  # doctest: +SKIP
     ...     bank.retrieve(query, k=8)
     """
+
+    why_uncopied = (
+        "it alone holds its folder. Make it in the process that uses it; banks of sessions can be copied."
+    )
 
     def __init__(
         self,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
+
+import numpy as np
 
 from memlong.errors import InvalidArgumentError
 
@@ -15,19 +18,30 @@ _UNITS = {"": 1, "b": 1} | {
 _DIGITS = 20
 
 
-def byte_count(name: str, size: int | str) -> int:
-    """Return a size in bytes: an int >= 0, or text such as "500MB" or "2GiB".
+def byte_count(name: str, size: int | str, *, at_least: int = 0) -> int:
+    """Return a size in bytes: an int of at least so many, or text such as "500MB" or "2GiB".
 
     Raises
     ------
     InvalidArgumentError
         If it is neither.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    match = (
-        re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size.strip().lower()) if isinstance(size, str) else None
-    )
+    count = _count(size)
+    if count is None or count < at_least:
+        least = ", at least 1" if at_least else ""
+        raise InvalidArgumentError(
+            f"{name} is {size!r}; expected bytes{least}, such as 2000000, '500MB' or '2GiB'"
+        )
+    return count
+
+
+def _count(size: object) -> int | None:
+    if not isinstance(size, str):
+        try:
+            return None if isinstance(size, (bool, np.bool_)) else operator.index(size)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size.strip().lower())
     if match is None or match[2] not in _UNITS or len(match[1]) > _DIGITS:
-        raise InvalidArgumentError(f"{name} is {size!r}; expected bytes, such as 2000000, '500MB' or '2GiB'")
+        return None
     return int(float(match[1]) * _UNITS[match[2]])

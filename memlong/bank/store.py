@@ -9,10 +9,11 @@ import torch
 
 from memlong.bank.copying import keep_while_read, separate, stack
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError
 
 
-class KeyValueStore(ABC):
+class KeyValueStore(Uncopied, ABC):
     """A map from chunk id to the chunk's keys and values.
 
     The bank calls `put`, `remove` and `clear` alone, and `get`, `in`, `len` and both counts of bytes from many
@@ -23,6 +24,8 @@ class KeyValueStore(ABC):
     An interrupt (KeyboardInterrupt) may leave `put` and `remove` half done; the bank then asks with `in` for what
     is there, and can get or remove all of that.
     """
+
+    why_uncopied = "it belongs to one bank. Copy or pickle that, or save it and load it elsewhere."
 
     @abstractmethod
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -99,7 +102,7 @@ class KeyValueStore(ABC):
         """Bytes that a block of this layout takes."""
         return layout.nbytes
 
-    def check_layout(self, layout: ChunkLayout) -> None:  # noqa: B027 -- most stores need not check
+    def check_layout(self, layout: ChunkLayout) -> None:
         """Raise InvalidArgumentError if not even one block of this layout could be kept; by default all can."""
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from memlong.cli.answer import answering, shown
 from memlong.cli.backends import backends
 from memlong.cli.bank import add_bank_commands
 from memlong.cli.fit import fit
@@ -16,7 +17,6 @@ from memlong.cli.generate import generate
 from memlong.cli.icl import icl
 from memlong.cli.models import models
 from memlong.cli.needle import needle
-from memlong.cli.output import shown
 from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import add_plugin_commands
 from memlong.cli.train import train
@@ -39,7 +39,7 @@ def make_app() -> typer.Typer:
     )
     app.callback()(_options)
     for command in _COMMANDS:
-        app.command()(command)
+        app.command()(answering(command))
     add_bank_commands(app)
     add_plugin_commands(app)
     return app

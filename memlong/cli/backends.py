@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Annotated
 
@@ -29,13 +30,15 @@ def backends(
     registry = Registry()
     specs = registry.list_backends()
     unavailable = [report for report in registry.manager.reports if report.status != "loaded"]
-    contested = {spec.name for spec in specs if sum(other.name == spec.name for other in specs) > 1}
-    status = {spec: _status(spec, contested) for spec in specs}
+    claims = Counter(spec.name for spec in specs)
+    contested = {name for name, count in claims.items() if count > 1}
+    missing = {spec: spec.missing() for spec in specs}
+    status = {spec: _status(spec, contested, missing[spec]) for spec in specs}
     if as_json:
         print_json(
             {
                 "backends": [
-                    asdict(spec) | {"status": status[spec], "missing": spec.missing()} for spec in specs
+                    asdict(spec) | {"status": status[spec], "missing": missing[spec]} for spec in specs
                 ],
                 "unavailable_plugins": [_as_json(report) for report in unavailable],
             }
@@ -45,7 +48,10 @@ def backends(
         ("backend", "status", "plugin", "what it is"),
         [(spec.name, status[spec], spec.plugin, spec.description) for spec in specs],
     )
-    print_section("To install", [_how_to_get(spec) for spec in specs if status[spec] == "not installed"])
+    print_section(
+        "To install",
+        [_how_to_get(spec, missing[spec]) for spec in specs if status[spec] == "not installed"],
+    )
     print_section("Claimed by more than one plugin; turn all but one off", _contests(specs, contested))
     print_section(
         "Plugins that are not loaded",
@@ -53,14 +59,14 @@ def backends(
     )
 
 
-def _status(spec: Spec, contested: set[str]) -> str:
+def _status(spec: Spec, contested: set[str], missing: tuple[str, ...]) -> str:
     if spec.name in contested:
         return "conflict"
-    return "not installed" if spec.missing() else "available"
+    return "not installed" if missing else "available"
 
 
-def _how_to_get(spec: Spec) -> str:
-    needs = f"{spec.name} needs {', '.join(spec.missing())}"
+def _how_to_get(spec: Spec, missing: tuple[str, ...]) -> str:
+    needs = f"{spec.name} needs {', '.join(missing)}"
     return f"{needs}: {spec.install}" if spec.install else needs
 
 

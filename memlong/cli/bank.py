@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from memlong.cli.output import print_json, print_section, print_table, shown
+from memlong.cli.answer import answering, say, shown
+from memlong.cli.output import print_json, print_section, print_table
 from memlong.plugins.uri import hide_credentials
 
 Folder = Annotated[
@@ -52,7 +53,7 @@ def verify(path: Folder, as_json: AsJson = False) -> None:
         found = verified(path, bar.update)
     _show(path, found | {"is_whole": True}, as_json=as_json)
     if not as_json:
-        typer.echo(f"\n{shown(str(path))}: all {found['files']} files are what was saved")
+        say(f"\n{shown(str(path))}: all {found['files']} files are what was saved")
 
 
 def compact(path: Folder, as_json: AsJson = False) -> None:
@@ -72,7 +73,7 @@ def compact(path: Folder, as_json: AsJson = False) -> None:
     found = compacted(path)
     _show(path, found | {"bytes_before": before}, as_json=as_json)
     if not as_json:
-        typer.echo(f"\n{before:,} bytes before, {found['bytes']:,} now")
+        say(f"\n{before:,} bytes before, {found['bytes']:,} now")
 
 
 def add_bank_commands(app: typer.Typer) -> None:
@@ -84,7 +85,7 @@ def add_bank_commands(app: typer.Typer) -> None:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     for command in (info, verify, compact):
-        group.command()(command)
+        group.command()(answering(command))
     app.add_typer(group, name="bank")
 
 

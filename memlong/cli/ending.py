@@ -5,6 +5,7 @@ It imports nothing of ours before it is ready for an interrupt, as that takes a 
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 an error that is explained, 2 usage, 130 interrupted."""
+    before = sys.stdout
     try:
         status = _run()
     except KeyboardInterrupt:
@@ -30,6 +32,7 @@ def main() -> NoReturn:
         _print_nowhere()
     if status == _INTERRUPTED:
         _tell("\nmemlong: interrupted")
+    sys.stdout = before or sys.stdout  # so that what others print at the exit is not taken for the answer
     sys.exit(status)
 
 
@@ -41,6 +44,7 @@ def _run() -> int:
             "memlong: standard output is closed, so the answer has no place. Use > /dev/null to do without it."
         )
         return _FAILED
+    _keep_output_for_the_answer()
     _print_anything()
     from memlong.cli.app import run
 
@@ -62,6 +66,28 @@ def _open_closed_streams() -> None:
                 os.dup2(place, number)
                 os.close(place)
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - as long as the process
+
+
+def _keep_output_for_the_answer() -> None:
+    """Take standard output away from all others: what libraries print, those in C, too, goes to standard error."""
+    ours = sys.stdout
+    if not isinstance(ours, io.TextIOWrapper):
+        return
+    try:
+        if ours.fileno() != 1:
+            return
+    except OSError:  # it is no file, as in a test
+        return
+    ours.flush()
+    place = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = io.TextIOWrapper(
+        os.fdopen(place, "wb", 0 if ours.write_through else -1),
+        ours.encoding,
+        ours.errors,
+        line_buffering=ours.line_buffering,
+        write_through=ours.write_through,
+    )
 
 
 def _print_anything() -> None:

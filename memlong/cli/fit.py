@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say, shown
 from memlong.cli.files import keep_apart, writable
 from memlong.cli.loading import load, told
-from memlong.cli.output import shown
 from memlong.errors import InvalidArgumentError, InvalidTextError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def fit(
             language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed
         )
     _save(maps, out)
-    typer.echo(
+    say(
         f"{shown(str(out))}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers "
         f"({told(language_model)})"
     )

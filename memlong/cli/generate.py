@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
@@ -94,7 +95,7 @@ def generate(
     tokenizer = decoder.tokenizer
     question = _prompt(tokenizer, prompt, chat=chat, begins=not texts, control_tokens=control_tokens)
     if not output.is_stdout and beams == 1:
-        said["streamer"] = text_streamer(tokenizer)
+        said["streamer"] = text_streamer(tokenizer, lambda text: say(text, end=""))
     torch.manual_seed(seed)
     with decoder:
         read = 0
@@ -123,7 +124,7 @@ def generate(
         "new_tokens_per_second": len(new) / answering,
     }
     if output.write(result) and beams > 1:
-        typer.echo(printable(answer))
+        say(printable(answer))
 
 
 def _sampling(option: str, value: float, least: float, most: float, *, sample: bool) -> float:

@@ -9,6 +9,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
@@ -125,7 +126,7 @@ def icl(
     }
     if output.write(result):
         _print(found)
-        typer.echo(f"\n{floor:.1%} if the answer were always {majority!r} ({told(decoder.model)})")
+        say(f"\n{floor:.1%} if the answer were always {majority!r} ({told(decoder.model)})")
 
 
 def _words(labels: str) -> dict[str, str]:

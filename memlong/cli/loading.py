@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from memlong.cli.output import shown
+from memlong.cli.answer import shown
 
 
 def load(

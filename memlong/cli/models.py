@@ -14,8 +14,9 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say, shown
 from memlong.cli.files import writable
-from memlong.cli.output import print_json, print_section, print_table, shown
+from memlong.cli.output import print_json, print_section, print_table
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def models(
         try:
             markdown.write_text(page(trials), encoding="utf-8")
         except OSError as error:
-            typer.echo(page(trials))
+            say(page(trials))
             raise InvalidArgumentError(
                 f"{str(markdown)!r} cannot be written: {error.strerror}; the page is printed instead"
             ) from error
-        typer.echo(f"{shown(str(markdown))}: {_counted(trials)}")
+        say(f"{shown(str(markdown))}: {_counted(trials)}")
     elif as_json:
         print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
     else:

@@ -11,6 +11,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart, writable
 from memlong.cli.loading import told
@@ -97,7 +98,7 @@ def needle(
     }
     if output.write(result):
         _print(cells)
-        typer.echo(f"\n{found:.0%} found ({told(decoder.model)})")
+        say(f"\n{found:.0%} found ({told(decoder.model)})")
     if plot is not None:
         _draw(cells, f"{model or adapter}, memory: {result['backend']}", plot)
 

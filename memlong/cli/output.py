@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from memlong.cli.answer import answer, say, shown
 from memlong.cli.files import writable
 from memlong.errors import InvalidArgumentError
 
@@ -33,8 +34,7 @@ def print_json(data: Mapping[str, object]) -> None:
     """Write ``data`` to stdout as one JSON document and nothing else; to stderr, where that fails."""
     text = json.dumps(data, indent=2) + "\n"
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        say(text, end="")
     except BrokenPipeError:  # whoever reads has had enough
         raise
     except OSError:
@@ -104,11 +104,6 @@ def _pipe_at(path: Path) -> int | None:
     return number
 
 
-def shown(text: str) -> str:
-    """Return text that may come from a stranger without what would command the terminal."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table of plain text; a cell that is a known status is coloured."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -117,14 +112,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         # As Text: a bracket in a name or a command is no markup.
         table.add_row(*(Text(shown(cell), style=_STYLES.get(cell, "")) for cell in row))
-    Console().print(table)
+    Console(file=answer()).print(table)
 
 
 def print_section(title: str, lines: Sequence[str]) -> None:
     """Print a heading and its lines, which are never wrapped so that commands can be copied."""
     if not lines:
         return
-    console = Console(highlight=False)
+    console = Console(file=answer(), highlight=False)
     console.print(Text(f"\n{title}", style="bold"))
     for line in lines:
         text = "\n".join(f"  {shown(part)}" for part in line.split("\n"))

@@ -9,11 +9,12 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import shown
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
 from memlong.cli.memory import Memory, described, with_memory
-from memlong.cli.output import JsonOutput, print_table, shown
+from memlong.cli.output import JsonOutput, print_table
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryDecoder

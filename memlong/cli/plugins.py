@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from memlong.cli.answer import answering
 from memlong.cli.new_plugin.command import new
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.report import PluginReport
+
+_MOST_NAMES = 40  # in a cell; --json and `memlong backends` have them all
 
 
 def add_plugin_commands(app: typer.Typer) -> None:
@@ -20,8 +23,8 @@ def add_plugin_commands(app: typer.Typer) -> None:
         subcommand_metavar="[COMMAND] ...",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    group.callback(invoke_without_command=True)(plugins)
-    group.command()(new)
+    group.callback(invoke_without_command=True)(answering(plugins))
+    group.command()(answering(new))
     app.add_typer(group, name="plugins")
 
 
@@ -64,7 +67,12 @@ def _brought(report: PluginReport) -> str:
         "eviction policy": report.eviction_policies,
         "URI scheme": report.uri_schemes,
     }
-    return "; ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
+    return "; ".join(f"{kind} {_listed(names)}" for kind, names in kinds.items() if names)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _as_json(report: PluginReport) -> dict[str, object]:

@@ -11,8 +11,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
+from memlong.cli.answer import say, shown
 from memlong.cli.loading import load, told
-from memlong.cli.output import shown
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -179,9 +179,9 @@ def train(
     decoder = MemoryDecoder(language_model, tokenizer, config)
     trainer = Trainer(decoder, documents, training, folder=out, tensorboard=tensorboard)
     if resume and trainer.ended:
-        typer.echo(f"{shown(str(out))}: the run has ended, and its decoder is here")
+        say(f"{shown(str(out))}: the run has ended, and its decoder is here")
         return
-    typer.echo(
+    say(
         f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} numbers learn, "
         f"{told(language_model)}"
     )
@@ -192,7 +192,7 @@ def train(
             bar.update()
 
         made = trainer.run(resume=resume, progress=show)
-    typer.echo(f"{shown(str(out))}: {steps:,} steps, last loss {made[-1].loss:.3f}")
+    say(f"{shown(str(out))}: {steps:,} steps, last loss {made[-1].loss:.3f}")
 
 
 def _begun(folder: Path) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from memlong.bank.uncopied import Uncopied
 from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.replacing import replaced
@@ -34,7 +35,7 @@ _REFUSED = {
 }
 
 
-class StreamCache(Cache):
+class StreamCache(Uncopied, Cache):
     """Stands for the streams where transformers expects a K-V cache.
 
     ``generate(return_dict_in_generate=True)`` hands it out as ``past_key_values``, and takes it for the next turn.
@@ -46,6 +47,10 @@ class StreamCache(Cache):
     """
 
     is_compileable = False
+    why_uncopied = (
+        "it stands for the streams of a decoder. Write those with decoder.save(path), and of what generate() returned "
+        "keep the sequences."
+    )
 
     def __init__(self, columns: int, speaker: Speaker) -> None:
         super().__init__(layers=[])

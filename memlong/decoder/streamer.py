@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TextStreamer
 
 
-def text_streamer(tokenizer: Any) -> TextStreamer:
+def text_streamer(tokenizer: Any, say: Callable[[str], object] | None = None) -> TextStreamer:
     """Return a streamer for generate() that prints the answer as it is made.
 
     What would command the terminal, and characters that it does not have, are printed as escapes.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's.
+    say
+        Prints a part of the answer; by default on standard output.
     """
-    return _SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return _SafeStreamer(tokenizer, say or _print)
 
 
 def printable(text: str) -> str:
@@ -29,6 +37,15 @@ def _commands(character: str) -> bool:
 
 
 class _SafeStreamer(TextStreamer):
+    def __init__(self, tokenizer: Any, say: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._say = say
+
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is decided."""
-        super().on_finalized_text(printable(text), stream_end)
+        self._say(printable(text) + ("\n" if stream_end else ""))
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import ChunkLayout, MemoryBank, TieredStore
+from memlong.bank.uncopied import Uncopied
 from memlong.decoder.adapters import unwrapped
 from memlong.decoder.attention import AttentionSlot, check_free, evaluating, installed, replaced_attention
 from memlong.decoder.banks import check_banks, check_origins
@@ -54,11 +55,16 @@ class Segments(Iterator[Segment]):
         return self._left
 
 
-class StreamingDecoder:
+class StreamingDecoder(Uncopied):
     """A model, its streams and their memory: attaching, reading and detaching.
 
     Parameters and errors are those of :class:`~memlong.decoder.MemoryDecoder`.
     """
+
+    why_uncopied = (
+        "it has a model, and streams that go through it. Write them with save(path), and go on elsewhere with "
+        "MemoryDecoder.load(path, model, tokenizer, config)."
+    )
 
     def __init__(
         self,
@@ -138,12 +144,6 @@ class StreamingDecoder:
         if self._streams is not None:
             told += [f"tokens_read={self.tokens_read}", f"chunks={tuple(map(len, self.banks))}"]
         return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(told)})"
-
-    def __reduce_ex__(self, _: object) -> NoReturn:
-        raise MemlongError(
-            f"A {type(self).__name__} cannot be copied or pickled: it has a model, and streams that go through it. "
-            "Write them with save(path), and go on elsewhere with MemoryDecoder.load(path, model, tokenizer, config)."
-        )
 
     @property
     def banks(self) -> tuple[MemoryBank, ...]:

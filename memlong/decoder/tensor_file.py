@@ -17,7 +17,7 @@ from memlong.errors import InvalidArgumentError
 
 
 def check_tensors(path: Path) -> None:
-    """Raise ValueError if a file is no plain one, or describes more tensors than are ever written; OSError if none is."""
+    """Raise ValueError if a file is no plain one, or describes more tensors than are ever written."""
     if odd := oddity(path):
         raise ValueError(f"it {odd}")
     with path.open("rb") as file:

@@ -7,11 +7,14 @@ import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from memlong.plugins.names import normalise
+from memlong.errors import PluginError
+from memlong.plugins.names import cut, normalise
 
 ENTRY_POINT_GROUP = "memlong"
 BUILT_IN = "built-in"
 IN_CODE = "registered in code"
+
+_MOST_PLUGINS, _LONGEST = 100, 200  # of one distribution; of a name that messages and tables call it by
 
 # Named as text: importing any of them here would turn the import rules upside down.
 _BUILT_IN_MODULES = {
@@ -79,9 +82,7 @@ def third_parties() -> Iterator[Candidate]:
             continue
         label, version = _name_and_version(distribution)
         if not _is_shadowed(distribution, label):
-            found.extend(
-                _candidates(distribution, label, f"{label or 'an unnamed distribution'} {version}".strip())
-            )
+            found.extend(_candidates(distribution, cut(label, _LONGEST), _origin(label, version)))
     yield from sorted(found, key=lambda candidate: (candidate.name, candidate.distribution))
 
 
@@ -112,8 +113,12 @@ def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[st
         # From Python 3.12 on it is deprecated to ask for a key that is not there.
         name, version = ((metadata.get_all(key) or [""])[0] for key in ("Name", "Version"))
         return name or "", version or ""
-    except (FileNotFoundError, KeyError):  # half removed: no METADATA is left
+    except Exception:  # noqa: BLE001 - half removed, no METADATA is left, or it is no text
         return "", ""
+
+
+def _origin(label: str, version: str) -> str:
+    return f"{cut(label, _LONGEST) or 'an unnamed distribution'} {cut(version, _LONGEST)}".strip()
 
 
 def _candidates(
@@ -124,8 +129,12 @@ def _candidates(
     except Exception as error:  # noqa: BLE001 - whatever a broken file raises is that plugin's report
         yield Candidate(label, origin, "entry_points.txt", _raiser(error), label)
         return
+    if len(entry_points) > _MOST_PLUGINS:
+        many = PluginError(f"it names {len(entry_points):,} plugins, of at most {_MOST_PLUGINS}")
+        yield Candidate(label, origin, "entry_points.txt", _raiser(many), label)
+        return
     for point in entry_points:
-        yield Candidate(point.name, origin, point.value, point.load, label)
+        yield Candidate(cut(point.name, _LONGEST), origin, cut(point.value, _LONGEST), point.load, label)
 
 
 def _raiser(error: Exception) -> Callable[[], object]:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 
 from memlong.errors import MissingDependencyError, PluginError
+from memlong.plugins.names import explained
 from memlong.plugins.spec import Spec
 
 
@@ -47,9 +48,15 @@ def load_function(spec: Spec) -> Callable[..., object]:
 
 
 def _load(spec: Spec) -> object:
-    for module in spec.requires:
-        _import_requirement(spec, module)
-    found = getattr(_import_target(spec), spec.target.partition(":")[2], None)
+    for required in spec.requires:
+        _import_requirement(spec, required)
+    module = _import_target(spec)
+    try:
+        found = getattr(module, spec.target.partition(":")[2], None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise fault(spec, f"its target {spec.target!r} cannot be had: {explained(error)}") from error
     if found is None:
         raise fault(spec, f"its target {spec.target!r} does not exist")
     return found
@@ -58,11 +65,13 @@ def _load(spec: Spec) -> object:
 def _import_requirement(spec: Spec, module: str) -> None:
     try:
         importlib.import_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too, and what bindings to other languages raise
         if isinstance(error, ModuleNotFoundError) and error.name and _is_same_or_inside(module, error.name):
             raise _lacks(spec, module) from error
         raise MissingDependencyError(
-            f"{_needs(spec, module)} is installed but does not import: {_say(error)}{_remedy(spec)}"
+            f"{_needs(spec, module)} is installed but does not import: {explained(error)}{_remedy(spec)}"
         ) from error
 
 
@@ -76,9 +85,11 @@ def _import_target(spec: Spec) -> object:
             raise fault(spec, f"its module {module!r} does not exist") from error
         if absent.partition(".")[0] != module.partition(".")[0]:
             raise _lacks(spec, absent) from error
-        raise fault(spec, f"its module {module!r} does not import: {_say(error)}") from error
-    except Exception as error:
-        raise fault(spec, f"its module {module!r} does not import: {_say(error)}") from error
+        raise fault(spec, f"its module {module!r} does not import: {explained(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise fault(spec, f"its module {module!r} does not import: {explained(error)}") from error
 
 
 def _is_same_or_inside(module: str, package: str) -> bool:
@@ -95,10 +106,6 @@ def _needs(spec: Spec, module: str) -> str:
 
 def _remedy(spec: Spec) -> str:
     return f"\nInstall it with: {spec.install}" if spec.install else ""
-
-
-def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def fault(spec: Spec, what: str) -> PluginError:

@@ -11,7 +11,7 @@ import pluggy
 from memlong.errors import InvalidArgumentError, PluginError
 from memlong.plugins import hookspecs
 from memlong.plugins.discovery import IN_CODE, Candidate, built_ins, third_parties
-from memlong.plugins.names import did_you_mean, normalise
+from memlong.plugins.names import did_you_mean, explained, normalise
 from memlong.plugins.report import PluginReport, Status
 from memlong.plugins.selection import DISABLE_VARIABLE, Selection
 from memlong.plugins.spec import Kind, Spec
@@ -32,12 +32,16 @@ class _Record:
         return tuple(spec.name for spec in self.specs if spec.kind == kind)
 
 
+_Owners = dict[tuple[Kind, str], list[_Record]]
+
+
 class PluginManager:
     """The plugins of this process, as they were when the manager was made.
 
     memlong's own plugins and those of installed distributions (entry-point group ``memlong``) are loaded
     one by one. One that fails, at import or in a hook, is left out as a whole and reported with its
-    reason; the others do not notice. ``SystemExit`` counts as a failure: no plugin may end its host.
+    reason; the others do not notice. Whatever it raises counts as a failure, ``SystemExit`` included: no plugin may end
+    its host. Only a ``KeyboardInterrupt`` is the user's.
 
     Parameters
     ----------
@@ -51,18 +55,7 @@ class PluginManager:
         self._selection = Selection.from_environment(os.environ if environ is None else environ)
         self._staging = Staging()
         self._records: list[_Record] = []
-        self._pluggy = pluggy.PluginManager("memlong")
-        self._pluggy.add_hookspecs(hookspecs)
-        # Historic calls reach each plugin as it is registered, so each runs inside a try of its own.
-        hooks = self._pluggy.hook
-        callers: dict[Kind, pluggy.HookCaller] = {
-            "backend": hooks.memlong_register_backends,
-            "retriever": hooks.memlong_register_retrievers,
-            "eviction policy": hooks.memlong_register_eviction_policies,
-            "URI scheme": hooks.memlong_register_uri_schemes,
-        }
-        for kind, caller in callers.items():
-            caller.call_historic(kwargs={"register": self._staging.register_for(kind)})
+        self._plugins: list[object] = []
         for candidate in (*built_ins(), *third_parties()):
             self._records.append(self._take(candidate))
 
@@ -122,30 +115,45 @@ class PluginManager:
     @property
     def reports(self) -> tuple[PluginReport, ...]:
         """What became of each plugin, and of each name in the environment that matches none."""
-        return (*(self._report(record) for record in self._records), *self._unmatched())
+        owners = self._owners()
+        return (*(self._report(record, owners) for record in self._records), *self._unmatched())
 
     def _take(self, candidate: Candidate) -> _Record:
         if reason := self._selection.reason_against(candidate):
             return _Record(candidate, "disabled", reason)
-        # Distributions may give their plugins the same name; pluggy must still tell them apart.
-        key = f"{len(self._records)}: {candidate.name}"
-        with self._staging.collecting(candidate.name) as specs:
-            try:
-                self._register(candidate.load(), key)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
-                self._pluggy.unregister(name=key)
-                return _Record(candidate, "failed", _reason(error), error=error)
-            return _Record(candidate, "loaded", specs=tuple(specs))
-
-    def _register(self, plugin: object, key: str) -> None:
-        if self._pluggy.is_registered(plugin):
-            raise PluginError("its hooks are those of a plugin that is loaded under another name")
         try:
-            self._pluggy.register(plugin, name=key)
+            with self._staging.collecting(candidate.name) as found:
+                plugin = candidate.load()
+                self._call_hooks(plugin)
+                specs = tuple(found.values())
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
+            return _Record(candidate, "failed", _reason(error), error=error)
+        self._plugins.append(plugin)
+        return _Record(candidate, "loaded", specs=specs)
+
+    def _call_hooks(self, plugin: object) -> None:
+        if any(plugin is other for other in self._plugins):
+            raise PluginError("its hooks are those of a plugin that is loaded under another name")
+        # One for each plugin: pluggy compares plugins with one another, and one of them may not bear that.
+        host = pluggy.PluginManager("memlong")
+        host.add_hookspecs(hookspecs)
+        hooks = host.hook
+        kinds: dict[Kind, pluggy.HookCaller] = {
+            "backend": hooks.memlong_register_backends,
+            "retriever": hooks.memlong_register_retrievers,
+            "eviction policy": hooks.memlong_register_eviction_policies,
+            "URI scheme": hooks.memlong_register_uri_schemes,
+        }
+        for kind, caller in kinds.items():
+            caller.call_historic(kwargs={"register": self._staging.register_for(kind)})
+        try:
+            host.register(plugin, name="it")
         except pluggy.PluginValidationError as error:
-            said = " ".join(str(error).splitlines()[1:])  # the first line holds only the key
+            said = " ".join(str(error).splitlines()[1:])  # the first line holds only the name
             raise PluginError(f"it has a hook that is not as memlong calls it: {said}") from error
-        callers = self._pluggy.get_hookcallers(plugin) or []
+        callers = host.get_hookcallers(plugin) or []
         known = [name for name in dir(hookspecs) if name.startswith("memlong_")]
         for caller in callers:
             optional = all(impl.optionalhook for impl in caller.get_hookimpls() if impl.plugin is plugin)
@@ -159,7 +167,14 @@ class PluginManager:
                 "mark them with @memlong.hookimpl"
             )
 
-    def _report(self, record: _Record) -> PluginReport:
+    def _owners(self) -> _Owners:
+        owners: _Owners = {}
+        for record in self._records:
+            for spec in record.specs:
+                owners.setdefault((spec.kind, spec.name), []).append(record)
+        return owners
+
+    def _report(self, record: _Record, owners: _Owners | None = None) -> PluginReport:
         return PluginReport(
             name=record.candidate.name,
             origin=record.candidate.origin,
@@ -171,17 +186,17 @@ class PluginManager:
             retrievers=record.names("retriever"),
             eviction_policies=record.names("eviction policy"),
             uri_schemes=record.names("URI scheme"),
-            conflicts=tuple(self._conflicts(record)),
+            conflicts=tuple(self._conflicts(record, self._owners() if owners is None else owners)),
             error=record.error,
         )
 
-    def _conflicts(self, record: _Record) -> list[str]:
+    def _conflicts(self, record: _Record, owners: _Owners) -> list[str]:
         return [
             f"{spec.kind} {spec.name!r} is also registered by plugin "
             f"{other.candidate.name!r} ({other.candidate.origin})"
             for spec in record.specs
-            for other in self._records
-            if other is not record and any(theirs.claims_same(spec) for theirs in other.specs)
+            for other in owners[spec.kind, spec.name]
+            if other is not record
         ]
 
     def _unmatched(self) -> list[PluginReport]:
@@ -202,6 +217,5 @@ class PluginManager:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, PluginError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    said = explained(error)
+    return said.removeprefix("PluginError: ") if isinstance(error, PluginError) else said

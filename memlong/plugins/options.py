@@ -21,12 +21,18 @@ def accepted_options(cls: type, *, besides: Collection[str] = ()) -> tuple[str, 
     besides
         Parameters that are not options because the caller always gives them.
     """
-    names: dict[str, None] = {}
+    return tuple(name for name in option_parameters(cls) if name not in besides)
+
+
+def option_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the parameters that `accepted_options` names."""
+    found: dict[str, inspect.Parameter] = {}
     for constructor in _constructors(cls):
-        names.update((parameter.name, None) for parameter in _by_name(constructor))
+        for parameter in _by_name(constructor):
+            found.setdefault(parameter.name, parameter)
         if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values()):
             break
-    return tuple(name for name in names if name not in besides)
+    return found
 
 
 def check_options(what: str, cls: type, given: Collection[str], *, besides: Collection[str] = ()) -> None:

@@ -9,7 +9,7 @@ from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins.loading import fault, load_class, load_function
 from memlong.plugins.lookup import find
 from memlong.plugins.manager import PluginManager
-from memlong.plugins.names import quoted
+from memlong.plugins.names import explained, quoted, text_of
 from memlong.plugins.options import check_options
 from memlong.plugins.spec import Kind, Spec
 from memlong.plugins.uri import scheme_of, scrubbed, without_credentials
@@ -113,13 +113,15 @@ class Registry:
         spec = self._one("URI scheme", scheme)
         try:
             found = load_function(spec)(name)
-        except MemlongError as error:
-            if str(error) == scrubbed(str(error), name):
-                raise
-            # Not from the error: its text, which a traceback shows, holds what is secret.
-            raise InvalidArgumentError(scrubbed(str(error), name)) from None
-        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
-            cause = error if str(error) == scrubbed(str(error), name) else None  # as above
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            said = text_of(error)
+            cause = error if said == scrubbed(said, name) else None
+            if isinstance(error, MemlongError):
+                if cause is error:
+                    raise
+                raise InvalidArgumentError(scrubbed(said, name)) from None  # whose text holds what is secret
             raise fault(
                 spec, f"{spec.target!r} raises {type(error).__name__} for {without_credentials(name)!r}"
             ) from cause
@@ -149,13 +151,13 @@ class Registry:
         spec = self._one("eviction policy", name)
         policy_class = load_class(spec, EvictionPolicy)
         if vars(policy_class).get("name") != name:
-            raise fault(
-                spec, f"the class {spec.target!r} has not the name {name!r}, by which snapshots remember it"
-            )
+            what = f"the class {spec.target!r} has not the name {name!r}, by which snapshots remember it"
+            raise fault(spec, what)
         try:
             return policy_class()  # type: ignore[no-any-return]
-        except TypeError as error:
-            raise fault(spec, f"the class {spec.target!r} is not made without arguments ({error})") from error
+        except Exception as error:
+            what = f"the class {spec.target!r} is not made without arguments ({explained(error)})"
+            raise fault(spec, what) from error
 
     def create_bank(self, name: str, dim: int, **options: object) -> MemoryBank:
         """Construct an empty bank.

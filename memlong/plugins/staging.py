@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from memlong.errors import PluginError
 from memlong.plugins.hookspecs import Register
+from memlong.plugins.names import brief
 from memlong.plugins.spec import Kind, Spec
+
+_MOST = 1_000
 
 
 class Staging:
@@ -15,16 +18,25 @@ class Staging:
 
     def __init__(self) -> None:
         self._plugin: str | None = None
-        self._specs: list[Spec] = []
+        self._specs: dict[tuple[Kind, str], Spec] = {}
+        self._has_too_many = False
 
     @contextmanager
-    def collecting(self, plugin: str) -> Iterator[list[Spec]]:
-        """Collect what ``plugin`` registers inside the ``with`` statement."""
-        self._plugin, self._specs = plugin, []
+    def collecting(self, plugin: str) -> Iterator[Mapping[tuple[Kind, str], Spec]]:
+        """Collect what ``plugin`` registers inside the ``with`` statement.
+
+        Raises
+        ------
+        PluginError
+            If that was too much, even if the plugin has gone on after it was told so.
+        """
+        self._plugin, self._specs, self._has_too_many = plugin, {}, False
         try:
             yield self._specs
+            if self._has_too_many:
+                raise _too_many()
         finally:
-            self._plugin, self._specs = None, []
+            self._plugin, self._specs = None, {}
 
     def register_for(self, kind: Kind) -> Register:
         """Return the callback for the hook of a kind; see `Spec` for its arguments."""
@@ -44,12 +56,19 @@ class Staging:
     def _owner(self, name: str) -> str:
         if self._plugin is None:
             raise PluginError(
-                f"register({name!r}, ...) was called after its hook had returned, so nobody can tell whose "
+                f"register({brief(name)}, ...) was called after its hook had returned, so nobody can tell whose "
                 "it is: call it inside the hook that received it"
             )
         return self._plugin
 
     def _stage(self, spec: Spec) -> None:
-        if any(earlier.claims_same(spec) for earlier in self._specs):
+        if (spec.kind, spec.name) in self._specs:
             raise PluginError(f"it registers the {spec.kind} {spec.name!r} twice")
-        self._specs.append(spec)
+        if len(self._specs) == _MOST:
+            self._has_too_many = True
+            raise _too_many()
+        self._specs[spec.kind, spec.name] = spec
+
+
+def _too_many() -> PluginError:
+    return PluginError(f"it registers more than {_MOST:,} names, and perhaps without end")

@@ -1,6 +1,6 @@
 """What plugin authors test with: suites that hold the whole contract, tiny models, and a pytest plugin.
 
-class TestBank(MemoryBankTests):  # the class: contract, metrics, dtypes, eviction, snapshots, growth, threads, recall
+class TestBank(MemoryBankTests):  # the class: metrics, dtypes, options, eviction, snapshots, growth, threads, recall
     bank_class = MyBank
     options = {"effort": 64}
     recall_floor = 0.9
@@ -25,6 +25,7 @@ _PARTS = (
     "index",
     "threads",
     "persistence",
+    "options",
     "devices",
     "harness",
     "backend",
@@ -35,7 +36,7 @@ from memlong.testing.backend import BackendPluginTests  # noqa: E402 -- after th
 from memlong.testing.models import ARCHITECTURES, VOCABULARY, tiny_model  # noqa: E402
 from memlong.testing.suite import MemoryBankTests  # noqa: E402
 
-CONTRACT = 2
+CONTRACT = 3
 """Version of the contract that the suites hold."""
 
 __all__ = ["ARCHITECTURES", "CONTRACT", "VOCABULARY", "BackendPluginTests", "MemoryBankTests", "tiny_model"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from memlong.bank import MemoryBank
+from memlong.testing.footprint import index_bytes
 
 _Clause = TypeVar("_Clause", bound=Callable[..., None])
 _Class = TypeVar("_Class", bound="type[BankSuite]")
@@ -48,6 +49,10 @@ class BankSuite(Suite):
     def make(self, **options: Any) -> MemoryBank:
         """Return a new, empty bank of width `DIM`."""
         return self.bank_class(DIM, **{**self.options, **options})
+
+    def index_bytes(self, bank: MemoryBank) -> int:
+        """Return how much the index of a bank holds; by default what Python sees of it, and what would be saved."""
+        return index_bytes(bank)
 
     def filled(self, count: int, **options: Any) -> tuple[MemoryBank, Chunks]:
         """Return a bank of `count` chunks, and these."""
@@ -108,6 +113,16 @@ def state_of(bank: MemoryBank) -> list[np.ndarray[Any, Any]]:
         found.ids.numpy(),
         found.scores.numpy(),
     ]
+
+
+def assert_found(share: float, floor: float, what: str = "the index names") -> None:
+    """Fail if less than the floor was found, and say what to look at."""
+    assert share >= floor, (
+        f"{what} {share:.3f} of what is best, and recall_floor is {floor:g}. Look at the metric (does the library rank "
+        "by self._similarity, and nearest first?), at the effort of a search (ef, nprobe, candidates), at how the "
+        "index is built or trained (links, effort, enough vectors of the right kind), and at what it returns (ids of "
+        "chunks, not the library's rows; no place for what has left)"
+    )
 
 
 def assert_same_state(before: list[np.ndarray[Any, Any]], bank: MemoryBank) -> None:

@@ -195,10 +195,10 @@ class InputTests(BankSuite):
         assert found.ids[:, 0].tolist() == [0, 1, 2, 3]
         assert found.scores[:, 0].tolist() == pytest.approx([1.0] * 4)
 
-    @pytest.mark.parametrize("dim", [0, -3, 2.0, "8"])
+    @pytest.mark.parametrize("dim", [0, -3, 2.0, "8", 2**31, 2**70])
     def test_the_width_must_be_a_positive_int(self, dim: Any) -> None:
-        """A wrong `dim` is an error."""
-        with pytest.raises(InvalidArgumentError, match="dim must be an int >= 1"):
+        """A wrong `dim`, or one that no snapshot may have (2**20), is an error, whatever the library says of it."""
+        with pytest.raises(InvalidArgumentError, match=r"dim must be an int (>= 1|from 1 to 1048576)"):
             self.bank_class(dim, **self.options)
 
     @whatever_the_options

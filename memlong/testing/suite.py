@@ -8,6 +8,7 @@ from memlong.testing.faults import FaultTests
 from memlong.testing.index import IndexTests
 from memlong.testing.inputs import InputTests
 from memlong.testing.lifecycle import LifecycleTests
+from memlong.testing.options import OptionTests
 from memlong.testing.persistence import PersistenceTests
 from memlong.testing.retrieval import RetrievalTests
 from memlong.testing.search import SearchTests
@@ -24,6 +25,7 @@ class MemoryBankTests(
     FaultTests,
     ThreadTests,
     PersistenceTests,
+    OptionTests,
     DeviceTests,
 ):
     """Every clause of the contract of a memory bank; each test's docstring states one.
@@ -39,11 +41,13 @@ class MemoryBankTests(
         the index must name by itself, without the base's brute force.
     exact : bool, default False
         The bank always finds the true best, and keeps the lowest ids among equal scores.
-
+    not_saved : collection of str, default ()
+        Options that a snapshot must not hold: addresses, credentials, places to write to.
     fresh_process : bool, default True
         A fresh process can import the class by its name, and make a bank with these options.
 
     Notes
     -----
-    Override `make` if a bank takes more to set up; use a fixture with `autouse` if it takes tearing down.
+    Override `make` if a bank takes more to set up; use a fixture with `autouse` if it takes tearing down. Override
+    `index_bytes` if the library holds the index where Python does not see it and the bank saves none.
     """

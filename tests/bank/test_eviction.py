@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memlong import create_bank
 from memlong.bank import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.eviction import POLICIES
 from memlong.errors import InvalidArgumentError, UnknownNameError
@@ -169,3 +170,14 @@ def test_a_policy_that_breaks_its_contract_is_named_and_nothing_is_added(ids):
     with pytest.raises(InvalidArgumentError, match="Chooses must choose at least 2 of 5 chunks"):
         bank.add(torch.randn(2, 4), blocks[:2], blocks[:2], [[0, 1]] * 2)
     assert bank.ids.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", ["1kB", 1000, np.int64(1000), " 1 KB "])
+def test_a_limit_in_bytes_is_written_as_people_do(size):
+    assert create_bank("torch", 8, max_bytes=size)._capacity.max_bytes == 1000
+
+
+@pytest.mark.parametrize("size", ["8 gigs", "", 0, "0GB", -1, True, 1.5, "1e9", "9" * 30])
+def test_a_limit_that_is_no_size_is_refused(size):
+    with pytest.raises(InvalidArgumentError, match=r"max_bytes is .*; expected bytes, at least 1, such as"):
+        create_bank("torch", 8, max_bytes=size)

@@ -79,6 +79,90 @@ def test_the_table_says_why_a_plugin_is_not_loaded(site):
     assert "typo: MEMLONG_DISABLE_PLUGINS names it, and no installed plugin has this name" in result.stdout
 
 
+LOUD = """
+import atexit, ctypes, logging, os, subprocess, sys
+from memlong.plugins.hookspecs import hookimpl
+
+def shout(where):
+    print("print", where, "\\x1b[2J")
+    sys.stdout.buffer.write(b"buffer\\n")
+    sys.__stdout__.write("dunder\\n")
+    os.write(1, b"descriptor\\n")
+    ctypes.CDLL(None).puts(b"from C")
+    subprocess.run(["echo", "child"])
+    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.flush()
+
+shout("import")
+atexit.register(shout, "exit")
+logging.basicConfig(stream=sys.stdout, level=0)
+
+@hookimpl
+def memlong_register_backends(register):
+    shout("hook")
+    logging.info("logged")
+    register("loud", "loud_bank:Bank")
+"""
+LOUD_BANK = """
+from loud_memory import shout
+from memlong_torch.bank import TorchBank
+shout("late")
+
+class Bank(TorchBank):
+    def _index_search(self, queries, k):
+        shout("search")
+        return super()._index_search(queries, k)
+"""
+
+
+@pytest.fixture
+def loud(site: Path) -> Path:
+    """A plugin that prints in every way and at every time."""
+    put(site, "loud", LOUD)
+    (site / "loud_bank.py").write_text(LOUD_BANK)
+    return site
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("command", ["plugins", "backends"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_plugin_that_prints_does_not_spoil_the_answer(loud, command, unbuffered):
+    result = memlong(command, "--json", site=loud, PYTHONUNBUFFERED=unbuffered)
+    assert result.returncode == 0, result.stderr
+    assert "loud" in json.dumps(json.loads(result.stdout))
+    said = ["print import \\x1b[2J", "print hook", "print exit", "INFO:root:logged"]
+    said += ["buffer", "dunder", "descriptor", "from C", "child"]
+    assert not [each for each in said if each not in result.stderr]
+    assert "\nprint hook" not in memlong(command, site=loud).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_a_backend_that_prints_while_it_works_does_not_spoil_the_answer(loud, arguments, story):
+    typed = map(str, arguments("perplexity", text=story, backend="loud", json="-"))
+    result = memlong(*typed, site=loud)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["backend"] == "loud"
+    assert {"late", "search"} <= set(result.stderr.split())
+
+
+@pytest.mark.slow
+def test_a_backend_that_ends_the_program_is_told(site, arguments, story):
+    put(site, "quits", LOUD.replace("loud", "quits"))
+    bank = "class Bank(TorchBank):\n    def __init__(self, *_, **__): exit(0)\n"
+    (site / "quits_bank.py").write_text(f"from memlong_torch.bank import TorchBank\n{bank}")
+    result = memlong(*map(str, arguments("perplexity", text=story, backend="quits", json="-")), site=site)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "memlong: a plugin or a library ended the program (exit status 0)" in result.stderr
+
+
+def test_a_plugin_of_very_many_names_fills_no_screen(site):
+    put(site, "many", GOOD.replace('register("acme"', 'for i in range(1000): register(f"n{i}"'))
+    said = " ".join(memlong("plugins", site=site).stdout.split())
+    assert "n39 and 960 more" in said
+    assert len(said) < 5_000
+
+
 @pytest.mark.parametrize("command", ["plugins", "backends"])
 def test_what_others_wrote_does_not_command_the_terminal(site, command):
     put(site, "evil", "raise RuntimeError('\\x1b]0;title\\x07 \\x1b[2J \\u202e \\ud800 two\\nlines')")

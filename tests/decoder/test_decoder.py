@@ -327,6 +327,12 @@ def test_flush_without_a_bank_is_refused(llama, small, text):
             decoder.flush()
 
 
+def read_in(decoder, pool, ids):
+    with pool.session("a") as bank:
+        decoder.reset([bank])
+        decoder.read(ids)
+
+
 def test_a_pool_tells_of_a_window_that_it_would_lose(llama, small, text, tmp_path):
     with MemoryDecoder(llama, None, small()) as decoder:
         dim, metric = decoder.retriever.dim, decoder.retriever.metric
@@ -334,9 +340,7 @@ def test_a_pool_tells_of_a_window_that_it_would_lose(llama, small, text, tmp_pat
             tmp_path / "pool", lambda: create_bank("torch", dim, metric=metric), load_bank, budget="1GB"
         )
         with pytest.warns(RuntimeWarning, match=r"holds 18 tokens in its window .* decoder.flush\(\) before"):
-            with pool.session("a") as bank:
-                decoder.reset([bank])
-                decoder.read(text(20))
+            read_in(decoder, pool, text(20))
         with pool.session("b") as bank:
             decoder.reset([bank])
             decoder.read(text(20))

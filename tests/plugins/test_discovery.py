@@ -71,10 +71,37 @@ BROKEN = {
     "import": ("raise RuntimeError('no licence key')", "RuntimeError: no licence key"),
     "missing library": ("import no_such_library_at_all", "No module named 'no_such_library_at_all'"),
     "exit at import": ("raise SystemExit('bye')", "SystemExit: bye"),
+    "no exception": ("class Odd(BaseException): pass\nraise Odd('panic')", "Odd: panic"),
+    "exception without a text": (
+        "class Odd(Exception):\n    def __str__(self): raise ValueError\n    __repr__ = __str__\nraise Odd",
+        "Odd: (it cannot be printed: its text raises ValueError)",
+    ),
+    "exception whose text ends the program": (
+        "class Odd(BaseException):\n    def __str__(self): raise SystemExit\nraise Odd",
+        "its text raises SystemExit",
+    ),
+    "a book": ("raise ValueError('x' * 10**6)", "xxx… and 998,000 characters more"),
     "syntax": ("def (", "SyntaxError"),
     "hook": (hook(HALF, "raise KeyError('second')"), "KeyError: 'second'"),
     "bad argument": (hook("register('half', 'half.Half')"), "expected 'module:Class'"),
     "twice": (hook(HALF, HALF), "registers the backend 'half' twice"),
+    "exit in the hook": (hook(HALF, "raise SystemExit"), "SystemExit"),
+    "names without end": (
+        hook(HALF, "for i in __import__('itertools').count():", "    register(f'n{i}', 'a:B')"),
+        "it registers more than 1,000 names",
+    ),
+    "too many names, whatever it is told": (
+        hook(
+            HALF, "for i in range(3000):", "    try: register(f'n{i}', 'a:B')", "    except Exception: pass"
+        ),
+        "it registers more than 1,000 names",
+    ),
+    "requires without end": (
+        hook(HALF, "register('b', 'a:B', requires=(f'm{i}' for i in __import__('itertools').count()))"),
+        "does not name modules",
+    ),
+    "a huge name": (hook(HALF, "register('x' * 10**7, 'a:B')"), "at most 100 lower-case letters"),
+    "no name": (hook(HALF, "register(object(), 'a:B')"), "name=<object object at"),
     "misspelt hook": (
         hook(HALF, name="memlong_register_backend"),
         "unknown hook, 'memlong_register_backend'. Did you mean 'memlong_register_backends'?",
@@ -100,6 +127,7 @@ def test_a_broken_plugin_is_reported_and_takes_nothing_down(install, install_goo
     assert report.status == "failed"
     assert report.origin == "broken-memory 1.0"
     assert reason in report.reason
+    assert len(report.reason) < 2_500
     assert report.error is not None
     assert (report.backends, report.retrievers) == ((), ())
     names = backend_names(manager)
@@ -125,10 +153,56 @@ def test_an_unreadable_entry_points_file_is_reported_and_hides_no_other(install,
     assert "acme" in backend_names(manager)
 
 
+def test_a_distribution_of_many_plugins_is_reported_once(install, install_good):
+    info = install("many-memory", entry="x", module="fake_many", source="")
+    (info / "entry_points.txt").write_text("[memlong]\n" + "".join(f"p{i} = m{i}\n" for i in range(5000)))
+    install_good("acme")
+    manager = PluginManager()
+    assert report_of(manager, "many-memory").reason == "it names 5,000 plugins, of at most 100"
+    assert len(manager.reports) < 20
+    assert "acme" in backend_names(manager)
+
+
+def test_a_huge_name_of_a_plugin_is_cut(install):
+    info = install("huge-memory", entry="x", module="fake_huge", source="")
+    (info / "entry_points.txt").write_text(f"[memlong]\n{'x' * 10**6} = fake_huge\n")
+    assert max(len(report.label) for report in PluginManager().reports) < 500
+
+
+def test_a_plugin_that_cannot_be_compared_is_in_nobodys_way(install, install_good):
+    source = (
+        "from memlong.plugins.hookspecs import hookimpl\n"
+        "class Odd:\n"
+        "    __hash__ = object.__hash__\n"
+        "    def __eq__(self, other): return self is other or 1 / 0\n"
+        "    @hookimpl\n"
+        "    def memlong_register_backends(self, register): register('odd', 'a:B')\n"
+        "odd = Odd()\n"
+    )
+    info = install("odd-memory", entry="a_odd", module="fake_odd", source=source)
+    (info / "entry_points.txt").write_text("[memlong]\na_odd = fake_odd:odd\n")
+    install_good("zeta")
+    assert {"odd", "zeta"} <= set(backend_names(PluginManager()))
+
+
 def test_an_installation_without_metadata_does_no_harm(site: Path, install_good):
     (site / "gone-1.0.dist-info").mkdir()
     install_good("acme")
     assert "acme" in backend_names(PluginManager())
+
+
+@pytest.mark.parametrize("metadata", [b"Name: caf\xe9\nVersion: 1\n", None], ids=["no text", "a folder"])
+def test_metadata_that_cannot_be_read_hides_no_plugin(install, install_good, metadata):
+    info = install("odd-memory", entry="odd", module="fake_odd_memory", source="1 / 0")
+    (info / "METADATA").unlink()
+    if metadata is None:
+        (info / "METADATA").mkdir()
+    else:
+        (info / "METADATA").write_bytes(metadata)
+    install_good("acme")
+    manager = PluginManager()
+    assert report_of(manager, "odd").origin == "an unnamed distribution"
+    assert "acme" in backend_names(manager)
 
 
 def test_what_is_left_of_a_removed_distribution_hides_no_later_one(install_good, tmp_path, monkeypatch):

@@ -206,6 +206,22 @@ def test_listing_imports_no_library(registry, module):
     assert library not in sys.modules
 
 
+def test_a_library_that_ends_the_program_does_not(registry, module):
+    library = module("raise SystemExit(0)")
+    with_backend(registry, f"{library}:Bank", requires=(library,))
+    with pytest.raises(MissingDependencyError, match="is installed but does not import: SystemExit: 0"):
+        registry.create_bank("acme", 4)
+
+
+def test_an_unknown_name_among_very_many_is_told_in_brief(registry):
+    for plugin in range(20):
+        many = [{"name": f"a{plugin}.{number}", "target": "a:B"} for number in range(1000)]
+        registry.manager.register(Plugin(*many), name=f"plugin{plugin}")
+    with pytest.raises(UnknownNameError, match=r"no backend 'name'.* and 19,9.. more") as caught:
+        registry.backend("name")
+    assert len(str(caught.value)) < 2_000
+
+
 # Targets
 
 
@@ -217,6 +233,9 @@ def test_listing_imports_no_library(registry, module):
         ("class Bank: ...", "its target '{target}' is not a subclass of MemoryBank"),
         ("from memlong.bank.base import MemoryBank as Bank", "its target '{target}' leaves abstract: "),
         ("1 / 0", "does not import: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(0)", "does not import: SystemExit: 0"),
+        ("class Panic(BaseException): ...\nraise Panic('rust')", "does not import: Panic: rust"),
+        ("def __getattr__(name): raise SystemExit", "its target '{target}' cannot be had: SystemExit"),
     ],
 )
 def test_a_bad_target_is_the_plugins_fault(registry, module, source, reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 
@@ -15,7 +16,7 @@ def spec(name="acme", target="acme.bank:Bank", **more) -> Spec:
     return Spec("backend", name, target, "plugin", **more)
 
 
-@pytest.mark.parametrize("name", ["", "Acme", "a b", "-a", "a-", "a/b", "a\n", None, 3])
+@pytest.mark.parametrize("name", ["", "Acme", "a b", "-a", "a-", "a/b", "a\n", None, 3, "a" * 101])
 def test_a_bad_name_is_refused(name):
     with pytest.raises(InvalidArgumentError, match=r"name=.* cannot name a backend"):
         spec(name=name)
@@ -35,7 +36,7 @@ def test_a_bad_target_is_refused(target):
         spec(target=target)
 
 
-@pytest.mark.parametrize("requires", ["faiss", (3,), ("faiss-cpu",), ("",)])
+@pytest.mark.parametrize("requires", ["faiss", (3,), ("faiss-cpu",), ("",), 3])
 def test_requirements_are_import_names(requires):
     with pytest.raises(InvalidArgumentError, match=r"requires=.* of backend 'acme' does not name modules"):
         spec(requires=requires)
@@ -47,8 +48,27 @@ def test_text_is_text(field):
         spec(**{field: None})
 
 
-def test_a_list_of_requirements_becomes_a_tuple():
-    assert spec(requires=["faiss"]).requires == ("faiss",)
+@pytest.mark.parametrize("requires", [["faiss"], iter(["faiss"])])
+def test_requirements_become_a_tuple(requires):
+    assert spec(requires=requires).requires == ("faiss",)
+
+
+def test_requirements_without_end_are_refused():
+    with pytest.raises(InvalidArgumentError, match=r"requires=<generator .* at most 100$"):
+        spec(requires=(f"module{number}" for number in itertools.count()))
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("field", ["name", "target", "requires", "install", "description"])
+@pytest.mark.parametrize("value", ["x" * 10**6, ["x"] * 10**6, Unprintable()], ids=["text", "list", "object"])
+def test_what_is_long_or_cannot_be_printed_is_told_in_brief(field, value):
+    with pytest.raises(InvalidArgumentError, match=f"^{field}=") as caught:
+        spec(**{field: value})
+    assert len(str(caught.value)) < 500
 
 
 def test_missing_names_what_is_not_installed_and_imports_nothing(tmp_path, monkeypatch):

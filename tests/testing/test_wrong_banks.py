@@ -67,6 +67,14 @@ def test_the_suite_finds_a_wrong_bank_and_names_the_clause(failures, bank):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["NamesNothing", "SignFlipped", "StopsGrowing"])
+def test_a_failure_for_low_recall_says_what_to_look_at(failures, name):
+    (said,) = [each for test, each in failures.items() if test.startswith(f"Test{name}.")]
+    assert "Look at the metric" in said
+    assert "ef, nprobe" in said
+
+
+@pytest.mark.slow
 def test_what_the_wrong_indexes_derive_from_is_right(failures):
     assert not [said for name, said in failures.items() if name.startswith("TestRightIndex.")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -130,6 +131,31 @@ class ForgetsOptions(TorchBank):
         super().__init__(dim, **bank_options)
 
 
+class SavesTheDefaults(TorchBank):
+    """Names its option, but not the value that the bank was made with."""
+
+    saved_options: ClassVar = {"effort": 8}
+
+    def __init__(self, dim, *, effort=1, **bank_options):
+        super().__init__(dim, **bank_options)
+
+    def _index_options(self):
+        return {"effort": 1}
+
+
+class TakesAnyOption(TorchBank):
+    """Leaves it to its library to fail on an option, or to take gigabytes for it."""
+
+    saved_options: ClassVar = {"effort": 8}
+
+    def __init__(self, dim, *, effort=1, **bank_options):
+        super().__init__(dim, **bank_options)
+        self._effort = effort
+
+    def _index_options(self):
+        return {"effort": self._effort}
+
+
 class MutatesItsInput(TorchBank):
     """Scales the caller's own embeddings."""
 
@@ -247,6 +273,8 @@ WRONG: dict[type[MemoryBank], str] = {
     LosesTheNewest: "test_all_that_a_bank_holds_comes_back",
     TrustsFiles: "test_what_is_damaged_is_refused",
     ForgetsOptions: "test_the_options_are_saved",
+    SavesTheDefaults: "test_other_options_come_back",
+    TakesAnyOption: "test_absurd_options_are_refused",
     MutatesItsInput: "test_any_float_array_is_taken_and_left_alone",
     KeepsNoCopy: "test_later_changes_by_the_caller_do_not_reach_the_bank",
     LendsItsBlocks: "test_results_belong_to_the_caller",

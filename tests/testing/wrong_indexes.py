@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from memlong.bank import MemoryBank
+from memlong_hnswlib.bank import HnswlibBank
 
 
 class RightIndex(MemoryBank):
@@ -65,6 +66,30 @@ class NeverForgets(RightIndex):
         pass
 
 
+class KeepsWhatHasLeft(RightIndex):
+    """Passes over what has left, and keeps it for good."""
+
+    def _index_reset(self):
+        super()._index_reset()
+        self._gone = np.empty(0, dtype=np.int64)
+
+    def _index_search(self, queries, k):
+        everything = super()._index_search(queries, len(self._ids))
+        return np.stack([row[~np.isin(row, self._gone)][:k] for row in everything])
+
+    def _index_remove(self, ids):
+        self._gone = np.concatenate([self._gone, ids])
+
+
+class NeverRebuilds(HnswlibBank):
+    """Leaves a library that marks what has left with ever more of it; Python sees that only in what is saved."""
+
+    def _index_remove(self, ids):
+        for each in ids.tolist():
+            self._graph.mark_deleted(each)
+        self._dead += len(ids)
+
+
 class KeepsTheArrays(RightIndex):
     """Keeps the very arrays of the first add, which the base will write over."""
 
@@ -114,6 +139,8 @@ WRONG: dict[type[MemoryBank], str] = {
     AnswersOneQuery: "test_the_index_itself_finds_the_best",
     UnsignedIds: "test_candidates_are_int64_rows_of_ids",
     NeverForgets: "test_what_has_left_takes_no_places",
+    KeepsWhatHasLeft: "test_what_has_left_takes_no_memory",
+    NeverRebuilds: "test_what_has_left_takes_no_memory",
     KeepsTheArrays: "test_arrays_are_lent_for_the_call_alone",
     NormalisesInPlace: "test_arrays_are_lent_for_the_call_alone",
     SharesItsScratch: "test_searches_side_by_side_find_what_they_find_alone",

@@ -9,6 +9,4 @@ pytest_plugins = ["memlong.testing.plugin"]
 
 for _bank in (*wrong_banks.WRONG, *wrong_indexes.WRONG, wrong_indexes.RightIndex):
     _settings = {"bank_class": _bank, "exact": True, "fresh_process": False}
-    if _bank is wrong_banks.ForgetsOptions:
-        _settings["options"] = {"effort": 2}
     globals()[f"Test{_bank.__name__}"] = type(f"Test{_bank.__name__}", (MemoryBankTests,), _settings)

@@ -218,7 +218,7 @@ def _layout(path: Path, record: LayoutRecord, kv_device: str | None) -> ChunkLay
         raise damaged(path, f"has keys and values of dtype {record.dtype!r}, expected {' or '.join(DTYPES)}")
     try:
         device = torch.device(record.device if kv_device is None else kv_device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         if kv_device is not None:
             raise InvalidArgumentError(f"kv_device is {kv_device!r}, no torch device") from error
         raise damaged(path, f"has keys and values on {record.device!r}, which is no device") from error

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from memlong.cli.answer import say, shown
 from memlong.cli.new_plugin.names import PluginNames
 from memlong.cli.new_plugin.writing import write_plugin
-from memlong.cli.output import print_section, shown
+from memlong.cli.output import print_section
 from memlong.plugins.manager import PluginManager
 
 
@@ -35,7 +36,7 @@ def new(
     folder = Path(names.distribution) if out is None else out
     write_plugin(names, folder)
     plain = str(folder) if folder.is_absolute() or folder == Path() else f"./{folder}"
-    typer.echo(f"{names.distribution} is written into {shown(str(folder))}")
+    say(f"{names.distribution} is written into {shown(str(folder))}")
     print_section(
         "Next",
         [

@@ -13,6 +13,7 @@ import torch
 from memlong.bank import Chunks, Floats, Ids, KeyValueStore, MemoryBank, Retrieved
 from memlong.bank.arrays import FloatInput, IntInput
 from memlong.bank.snapshot.reader import StoredBank
+from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import CollectionPlan, ready_collection
 from memlong_milvus.engine import Engine
@@ -20,7 +21,7 @@ from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
 from memlong_milvus.hold import Hold
 from memlong_milvus.hub import HUBS
 from memlong_milvus.index import SessionIndex
-from memlong_milvus.options import SAVED, OtherOptions, Tuning
+from memlong_milvus.options import SAVED, OtherOptions, Tuning, check_resume, device_of
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.place import find_place
 from memlong_milvus.resume import kept_of
@@ -30,7 +31,7 @@ from memlong_milvus.sessions import Session
 Got = TypeVar("Got")
 
 
-class MilvusBank(MemoryBank):
+class MilvusBank(Uncopied, MemoryBank):
     """A bank whose embeddings Milvus searches, and whose keys and values lie in a folder or an object store.
 
     All sessions share a collection, and each is searched alone. The bank keeps embeddings and spans of its own
@@ -94,6 +95,8 @@ class MilvusBank(MemoryBank):
 
     saved_options = SAVED
 
+    why_uncopied = "its chunks are in Milvus. Save it, and load it into a session of its own."
+
     def __init__(
         self,
         dim: int,
@@ -121,8 +124,8 @@ class MilvusBank(MemoryBank):
             consistency, staleness, M, ef_construction, ef, partitions, timeout, attempts, readers
         )
         self._session = Session.of(session)
-        if resume and not self._session.named:
-            raise InvalidArgumentError("resume goes on with a session: name it, as session='…'")
+        check_resume(resume, named=self._session.named)
+        blocks_go_to = device_of(kv_device)
         metric = bank_options.get("metric", "cosine")
         place = find_place(uri, token, database, store, self._session)
         blocks, facts = place.store, {"dim": dim, "metric": metric}
@@ -143,7 +146,7 @@ class MilvusBank(MemoryBank):
         )
         self._hold = Hold(self, self._engine.hub, self._session, self._rows, self._table, self._store)
         if self._session.named:
-            self._go_on(facts, resume=resume, kv_device=torch.device(kv_device))
+            self._go_on(facts, resume=resume, kv_device=blocks_go_to)
 
     @property
     def session(self) -> str:

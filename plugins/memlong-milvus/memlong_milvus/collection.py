@@ -91,7 +91,7 @@ def ready_collection(engine: Engine, plan: CollectionPlan) -> Collection:
     BackendError
         If Milvus does not answer.
     """
-    if not _NAME.fullmatch(plan.name):
+    if not isinstance(plan.name, str) or not _NAME.fullmatch(plan.name):
         raise InvalidArgumentError(
             f"collection is {plan.name!r}; expected up to 255 letters, digits and underscores, no digit first"
         )

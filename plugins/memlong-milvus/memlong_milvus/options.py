@@ -39,7 +39,7 @@ class OtherOptions(TypedDict, total=False):
 
     metric: Metric
     max_chunks: int | None
-    max_bytes: int | None
+    max_bytes: int | str | None
     eviction: str | EvictionPolicy
     device: str | torch.device | None
 
@@ -83,6 +83,26 @@ class Tuning:
     def as_options(self) -> dict[str, Any]:
         """Return them by name."""
         return dict(vars(self))
+
+
+def check_resume(resume: object, *, named: bool) -> None:
+    """Raise unless it is True or False, and True only for a session that is named."""
+    if not isinstance(resume, bool):
+        raise InvalidArgumentError(f"resume must be True or False, got {resume!r}")
+    if resume and not named:
+        raise InvalidArgumentError("resume goes on with a session: name it, as session='…'")
+
+
+def device_of(kv_device: str) -> torch.device:
+    """Return the device that keys and values go to."""
+    try:
+        if isinstance(kv_device, str | torch.device):
+            return torch.device(kv_device)
+    except RuntimeError:
+        pass
+    raise InvalidArgumentError(
+        f"kv_device must be the name of a torch device, such as 'cpu', got {kv_device!r}"
+    )
 
 
 def _seconds(name: str, value: object) -> float:

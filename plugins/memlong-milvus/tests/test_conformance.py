@@ -13,15 +13,23 @@ from memlong.testing.harness import another_configuration
 from memlong_milvus.bank import MilvusBank
 
 
+class Milvus(MemoryBankTests):
+    bank_class = MilvusBank
+    not_saved = ("uri", "token", "database", "collection", "session", "resume", "kv_device")
+
+    def index_bytes(self, bank: MemoryBank) -> int:
+        """The rows of the session that there are, a row being 4 bytes a number."""
+        assert isinstance(bank, MilvusBank)
+        return 4 * bank.dim * len(bank._rows.held(bank.next_id))
+
+
 @pytest.mark.slow
-class TestLite(MemoryBankTests):
-    bank_class = MilvusBank
+class TestLite(Milvus):
+    """Embedded in this process."""
 
 
-class OnServer(MemoryBankTests):
+class OnServer(Milvus):
     """Where a bank is comes from the environment, as for a bank that is loaded from a snapshot."""
-
-    bank_class = MilvusBank
 
     @pytest.fixture(autouse=True)
     def _there(self, server: Server, nowhere_else: None, monkeypatch: pytest.MonkeyPatch) -> None:

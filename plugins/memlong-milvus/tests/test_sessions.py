@@ -194,6 +194,15 @@ def test_a_session_that_is_to_last_needs_a_place_that_does(tmp_path: Path) -> No
         MilvusBank(DIM, resume=True)
 
 
+@pytest.mark.parametrize("option", ["resume", "kv_device", "collection"])
+def test_options_of_another_type_are_refused(option: str, tmp_path: Path) -> None:
+    for value in (float("nan"), ["no"], 1):
+        with pytest.raises(InvalidArgumentError, match=f"{option} "):
+            MilvusBank(DIM, uri=str(tmp_path / "memory.db"), session="a", **{option: value})  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="resume must be True or False, got 'no'"):
+        MilvusBank(DIM, uri=str(tmp_path / "memory.db"), session="a", resume="no")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["", "x" * 257, 7])
 def test_odd_names_are_refused(name: object) -> None:
     with pytest.raises(InvalidArgumentError, match=r"session is .*; expected text of 1 to 256 characters"):
