@@ -77,6 +77,7 @@ def generate(
 
     from memlong.decoder import printable, text_streamer
     from memlong.evaluation import read_text, tokenize
+    from memlong.evaluation.numbers import checked_logits
     from memlong.evaluation.text import check_characters
 
     if not prompt:
@@ -84,7 +85,12 @@ def generate(
     check_characters("--prompt", prompt)
     texts = [read_text(path) for path in context or []]
     config = memory.config(seed, retrieve_every=retrieve_every)
-    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample}
+    said: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": beams,
+        "do_sample": sample,
+        "logits_processor": [checked_logits],
+    }
     if temperature is not None:
         said["temperature"] = _sampling("--temperature", temperature, _COLDEST, _HOTTEST, sample=sample)
     if top_p is not None:
