@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from types import FrameType
 from typing import NoReturn
 
 _FAILED, _INTERRUPTED = 1, 130
@@ -19,10 +20,14 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 an error that is explained, 2 usage, 130 interrupted."""
     before = sys.stdout
+    interrupts = _noted_interrupts()
     try:
         status = _run()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt) and not interrupts:
+            raise
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         status = _INTERRUPTED
     with suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, one more is to show no traceback
@@ -34,6 +39,20 @@ def main() -> NoReturn:
         _tell("\nmemlong: interrupted")
     sys.stdout = before or sys.stdout  # so that what others print at the exit is not taken for the answer
     sys.exit(status)
+
+
+def _noted_interrupts() -> list[int]:
+    """Return a list that gets each Ctrl-C: some libraries, while they are imported, make errors of their own of it."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with suppress(ValueError):  # in another thread than the main one
+            signal.signal(signal.SIGINT, note)
+    return noted
 
 
 def _run() -> int:

@@ -76,6 +76,7 @@ def generate(
 
     from memlong.decoder import printable, text_streamer
     from memlong.evaluation import read_text, tokenize
+    from memlong.evaluation.numbers import checked_logits
     from memlong.evaluation.text import check_characters
 
     if not prompt:
@@ -83,7 +84,12 @@ def generate(
     check_characters("--prompt", prompt)
     texts = [read_text(path) for path in context or []]
     config = memory.config(seed)
-    said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": sample}
+    said: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": beams,
+        "do_sample": sample,
+        "logits_processor": [checked_logits],
+    }
     if temperature is not None:
         said["temperature"] = _sampling("--temperature", temperature, _COLDEST, _HOTTEST, sample=sample)
     if top_p is not None:

@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +34,7 @@ _STYLES = {
 
 def print_json(data: Mapping[str, object]) -> None:
     """Write ``data`` to stdout as one JSON document and nothing else; to stderr, where that fails."""
-    text = json.dumps(data, indent=2) + "\n"
+    text = json.dumps(_in_json(data), indent=2) + "\n"
     try:
         say(text, end="")
     except BrokenPipeError:  # whoever reads has had enough
@@ -76,7 +77,7 @@ class JsonOutput:
         elif self._path is not None:
             try:
                 with open(self._path if self._pipe is None else self._pipe, "w", encoding="utf-8") as file:  # noqa: PTH123
-                    json.dump(data, file, indent=2)
+                    json.dump(_in_json(data), file, indent=2)
                     file.write("\n")
             except OSError as error:
                 print_json(data)
@@ -84,6 +85,15 @@ class JsonOutput:
                     f"{str(self._path)!r} cannot be written: {error.strerror}; the result is printed instead"
                 ) from error
         return not self.is_stdout
+
+
+def _in_json(data: object) -> object:
+    """Return data with null for numbers that JSON does not have, such as an infinite perplexity."""
+    if isinstance(data, Mapping):
+        return {name: _in_json(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_in_json(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 def _pipe_at(path: Path) -> int | None:

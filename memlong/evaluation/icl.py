@@ -15,6 +15,7 @@ from memlong.decoder import MemoryDecoder
 from memlong.errors import InvalidArgumentError
 from memlong.evaluation.bootstrap import Accuracy, accuracy_interval
 from memlong.evaluation.examples import Example, Task
+from memlong.evaluation.numbers import checked_logits
 from memlong.evaluation.text import check_characters, tokenize
 
 TEMPLATE = "Review: {text}\nSentiment: {word}\n\n"
@@ -135,6 +136,8 @@ def evaluate_icl(
         If a number of shots or the template cannot be used, or two words begin with the same token.
     InvalidTextError
         If a text holds half a character.
+    MemlongError
+        If the model's logits are not numbers.
     """
     for count in shots:
         if not 1 <= count <= len(task.demonstrations):
@@ -181,7 +184,7 @@ def _log_probabilities(decoder: MemoryDecoder, question: str, tokens: Sequence[i
         return_dict_in_generate=True,
         output_logits=True,
     )
-    logits: Tensor = said.logits[0][0]  # of the first token
+    logits: Tensor = checked_logits(None, said.logits[0][0])  # of the first token
     return logits.float().log_softmax(-1)[list(tokens)].cpu()
 
 

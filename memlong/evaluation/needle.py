@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memlong.decoder import MemoryDecoder
 from memlong.errors import InvalidArgumentError
+from memlong.evaluation.numbers import checked_logits
 from memlong.evaluation.text import opening_tokens
 
 OPENING = "There is an important pass key hidden inside a lot of irrelevant text. Find it and remember it.\n"
@@ -112,6 +113,8 @@ def evaluate_needle(
     ------
     InvalidArgumentError
         If a length, a depth or the number of trials cannot be used.
+    MemlongError
+        If the model's logits are not numbers.
     """
     if trials < 1:
         raise InvalidArgumentError(f"trials is {trials}; expected at least 1.")
@@ -136,7 +139,14 @@ def _finds(decoder: MemoryDecoder, prompt: Tensor, key: str, progress: Callable[
             progress(segment.tokens.shape[1])
     new = len(_ids(decoder.tokenizer, f" {key}.")) + 2
     last = prompt[:, -1:]
-    said = decoder.generate(last, torch.ones_like(last), max_new_tokens=new, do_sample=False, remember=False)
+    said = decoder.generate(
+        last,
+        torch.ones_like(last),
+        max_new_tokens=new,
+        do_sample=False,
+        remember=False,
+        logits_processor=[checked_logits],
+    )
     answer: str = decoder.tokenizer.decode(said[0, 1:])
     return answer.strip().startswith(key)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from memlong.decoder import MemoryDecoder, Segment
 from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.evaluation.long_range import long_range_tokens
+from memlong.evaluation.numbers import checked_logits, perplexity_of
 from memlong.evaluation.recall import recall_at_k
 
 
@@ -56,12 +57,12 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean negative log-likelihood."""
-        return float(np.exp(self.token_nll.mean()))
+        return perplexity_of(self.token_nll)
 
     @property
     def long_range_perplexity(self) -> float | None:
         """The same over the long-range tokens; None if there are none."""
-        return float(np.exp(self.token_nll[self.long_range].mean())) if self.long_range.any() else None
+        return perplexity_of(self.token_nll[self.long_range]) if self.long_range.any() else None
 
 
 def evaluate_perplexity(
@@ -93,6 +94,8 @@ def evaluate_perplexity(
         If the text is shorter than one segment, or than ``score_from``.
     InvalidArgumentError
         If there is more than one row, or ``score_from`` or ``long_range_distance`` is below 1.
+    MemlongError
+        If the model's logits are not numbers.
     """
     config = decoder.config
     distance = config.local_window if long_range_distance is None else long_range_distance
@@ -160,7 +163,8 @@ def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.
         predicting = logits[:-1][skip - 1 :]
     else:
         predicting = torch.cat([previous[0], logits[:-1]])[skip:]
-    losses = torch.nn.functional.cross_entropy(predicting.float(), targets[skip:], reduction="none")
+    predicting = checked_logits(None, predicting.float())
+    losses = torch.nn.functional.cross_entropy(predicting, targets[skip:], reduction="none")
     return losses.cpu().double().numpy()  # there, as not every device has float64
 
 

@@ -57,7 +57,7 @@ def fit_latent_maps(
     Raises
     ------
     InvalidArgumentError
-        If there is too little text for ``dim``, or a layer does not exist.
+        If there is too little text for ``dim``, a layer does not exist, or keys or values are not finite.
     UnsupportedModelError
         If memory cannot be attached to the model, or its attention has no linear output projection.
     """
@@ -96,6 +96,11 @@ def fit_latent_maps(
         if progress is not None:
             progress(passage.shape[1])
     states = watch.states()  # [tokens, 2, layers, kv_heads, head_dim]
+    if not bool(states.isfinite().all()):
+        raise InvalidArgumentError(
+            f"{type(model).__name__} makes keys or values that are not finite: its weights are damaged, or its dtype "
+            "does not hold them. Load it in float32 or bfloat16."
+        )
     mean = states.mean(dim=0)
     states -= mean
     key_scale, value_scale = _importance(states, watch)

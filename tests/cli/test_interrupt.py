@@ -38,3 +38,24 @@ def test_ctrl_c_while_a_text_is_read(arguments, tmp_path):
     assert said.decode().splitlines()[-1] == "memlong: interrupted"
     assert "Traceback" not in said.decode()
     assert list(tier.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_an_interrupt_that_a_library_makes_an_error_of():
+    program = PROGRAM.replace("from", "import os\nfrom").replace(
+        "main()",
+        """
+from memlong.cli import app
+def run():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        input()
+    except KeyboardInterrupt:
+        raise ModuleNotFoundError("Could not import module") from None
+app.run = run
+main()
+""",
+    )
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.split("\n") == ["", "memlong: interrupted", ""]
