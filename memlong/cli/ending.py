@@ -18,11 +18,17 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 an error that is explained, 2 usage, 130 interrupted."""
-    before = sys.stdout
+    before, interrupts = sys.stdout, _Interrupts()
     try:
         status = _run()
+        if status and interrupts.came:  # and was made an error of another kind
+            status = _INTERRUPTED
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        status = _INTERRUPTED
+    except Exception:
+        if not interrupts.came:
+            raise
         status = _INTERRUPTED
     with suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, one more is to show no traceback
@@ -34,6 +40,20 @@ def main() -> NoReturn:
         _tell("\nmemlong: interrupted")
     sys.stdout = before or sys.stdout  # so that what others print at the exit is not taken for the answer
     sys.exit(status)
+
+
+class _Interrupts:
+    """Whether one came: libraries make others of it, as transformers a RecursionError while it imports."""
+
+    def __init__(self) -> None:
+        self.came = False
+        with suppress(ValueError):  # in another thread than the main one
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, self._raise)
+
+    def _raise(self, *_: object) -> NoReturn:
+        self.came = True
+        raise KeyboardInterrupt
 
 
 def _run() -> int:
