@@ -63,3 +63,6 @@ class _Aside(io.TextIOWrapper):
         with suppress(OSError):  # nobody is there to read it
             super().write(shown(text, keep="\n\r\t"))
         return len(text)
+
+    def close(self) -> None:
+        """Stay open, as the next one may print, too."""

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from types import FrameType
 from typing import NoReturn
 
 _FAILED, _INTERRUPTED = 1, 130
@@ -19,15 +18,17 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 an error that is explained, 2 usage, 130 interrupted."""
-    before = sys.stdout
-    interrupts = _noted_interrupts()
+    before, interrupts = sys.stdout, _Interrupts()
     try:
         status = _run()
-    except (KeyboardInterrupt, Exception) as error:
-        if not isinstance(error, KeyboardInterrupt) and not interrupts:
+        if status and interrupts.came:  # and was made an error of another kind
+            status = _INTERRUPTED
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        status = _INTERRUPTED
+    except Exception:
+        if not interrupts.came:
             raise
-        with suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
         status = _INTERRUPTED
     with suppress(ValueError):  # in another thread than the main one
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, one more is to show no traceback
@@ -41,18 +42,18 @@ def main() -> NoReturn:
     sys.exit(status)
 
 
-def _noted_interrupts() -> list[int]:
-    """Return a list that gets each Ctrl-C: some libraries, while they are imported, make errors of their own of it."""
-    noted: list[int] = []
+class _Interrupts:
+    """Whether one came: libraries make others of it, as transformers a RecursionError while it imports."""
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.default_int_handler(number, frame)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    def __init__(self) -> None:
+        self.came = False
         with suppress(ValueError):  # in another thread than the main one
-            signal.signal(signal.SIGINT, note)
-    return noted
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, self._raise)
+
+    def _raise(self, *_: object) -> NoReturn:
+        self.came = True
+        raise KeyboardInterrupt
 
 
 def _run() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import pytest
@@ -95,6 +96,23 @@ def test_an_error_of_ours_is_one_message_and_exit_code_one(monkeypatch, capsys):
 def test_an_interrupt_is_told(monkeypatch, capsys):
     assert run_main(monkeypatch, KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.strip() == "memlong: interrupted"
+
+
+@pytest.mark.parametrize("other", [RecursionError("too deep"), MissingDependencyError("it does not import")])
+def test_an_interrupt_that_a_library_makes_another_error_of_is_told(monkeypatch, capsys, other):
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise other from None
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(application, "_COMMANDS", (command,))
+    monkeypatch.setattr(sys, "argv", ["memlong", "command"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "memlong: interrupted"
 
 
 def test_any_other_error_is_not_hidden(monkeypatch):

@@ -136,6 +136,17 @@ def test_a_plugin_that_prints_does_not_spoil_the_answer(loud, command, unbuffere
     assert "\nprint hook" not in memlong(command, site=loud).stdout
 
 
+@pytest.mark.parametrize(
+    "harm", ["sys.stdout.close()", "os.close(1)", "sys.stdout = None", "sys.stdout = open(os.devnull, 'w')"]
+)
+def test_a_plugin_that_takes_the_output_away_takes_no_answer(loud, harm):
+    put(loud, "a_thief", f"import os, sys\n{harm}")
+    result = memlong("plugins", "--json", site=loud)
+    plugins = {each["name"]: each for each in json.loads(result.stdout)["plugins"]}
+    assert plugins["acme"]["status"] == "loaded"
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 def test_a_backend_that_prints_while_it_works_does_not_spoil_the_answer(loud, arguments, story):
