@@ -80,7 +80,7 @@ class StreamingDecoder(Uncopied):
         self.config = MemoryConfig() if config is None else config
         if not isinstance(self.config, MemoryConfig):
             raise InvalidArgumentError(f"config is {config!r}; expected a MemoryConfig.")
-        if tokenizer is not None and not callable(tokenizer):
+        if isinstance(tokenizer, str | MemoryConfig):
             raise InvalidArgumentError(
                 f"tokenizer is {tokenizer!r:.80}; expected the model's tokenizer, or None, before the config."
             )
