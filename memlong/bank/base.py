@@ -148,6 +148,10 @@ class MemoryBank(PersistentBank):
         """Note who reads into the bank, for `unstored`; not kept."""
         self._reader = ref(reader)
 
+    def refuse_changes(self, why: str) -> None:
+        """From now on raise MemlongError, for this reason, at whatever would change the bank."""
+        self._lock.why_closed = why
+
     @property
     def next_id(self) -> int:
         """The id that the next chunk will get."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal
 
+from memlong.errors import MemlongError
+
 
 class ReadWriteLock:
     """Let any number of readers in together, and a writer only alone.
@@ -23,6 +25,7 @@ class ReadWriteLock:
         self._readers: set[Hold] = set()
         self._writers: set[Hold] = set()
         self._writers_waiting: set[Hold] = set()
+        self.why_closed = ""  # to writers; nothing where they may come
 
     def without_others(self) -> bool:
         """In a process that was just forked, let go of what its parent's other threads hold; whether there was any."""
@@ -54,6 +57,8 @@ class ReadWriteLock:
                 if hold.kind == "read":
                     self._wait(hold, lambda: not (self._writers or self._writers_waiting))
                     self._readers.add(hold)
+                elif self.why_closed:
+                    raise MemlongError(self.why_closed)
                 else:
                     self._writers_waiting.add(hold)
                     self._wait(hold, lambda: not (self._writers or self._readers))

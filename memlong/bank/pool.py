@@ -36,6 +36,10 @@ from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 
 _PREFIX, _DELETED = "session-", "deleted-"
 _LONGEST = 1024
+_GIVEN_BACK = (
+    "The bank was given back to its pool, which has saved it and let go of it: what is changed here would be lost. Use "
+    "it inside `with pool.session(...)`, and get it there anew."
+)
 
 
 class BankPool(Uncopied):
@@ -319,11 +323,13 @@ class BankPool(Uncopied):
             with session.lock:  # whoever wants the bank from here on waits, and is counted as a user
                 if session.bank is None or session.users:
                     continue
+                bank = session.bank
                 failed = save(session)
                 failures += failed
                 with self._lock:
                     if not session.users and not failed:
                         self._sessions.forget(session)
+                        bank.refuse_changes(_GIVEN_BACK)  # which would be lost
         return failures
 
     def _to_spill(self, most: Size, but: set[Session]) -> Session | None:

@@ -247,6 +247,10 @@ def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
         value = _setting(model, options, name)
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least 1.")
+    for name in ("logits_processor", "stopping_criteria"):
+        odd = next((each for each in options.get(name) or () if not callable(each)), None)
+        if odd is not None:
+            raise InvalidArgumentError(f"{name} holds {odd!r}; expected a list of functions or their like.")
     for name, reason in _REFUSED.items():
         value = _setting(model, options, name)
         if isinstance(value, Tensor) or value:

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlong.decoder import attention
 from memlong.decoder.layout import KvShape, LayerLayout, ModelLayout
+from memlong.decoder.machine import dtype_name
 from memlong.decoder.probe_pass import NotingLayer, ProbePass, Reading
 from memlong.decoder.rope import Angles, LayerRope, possible_ropes
 from memlong.errors import UnsupportedModelError
@@ -46,6 +47,8 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         raise _unsupported(
             model, "it is not a decoder-only language model; load it with AutoModelForCausalLM"
         )
+    if getattr(model.config, "return_dict", True) is False:
+        raise _unsupported(model, "its config.return_dict is False: set it to True")
     _check_device(model)
     attention.check_free(model)
     try:
@@ -212,6 +215,12 @@ def _layer(
     found: list[LayerRope],
 ) -> LayerLayout:
     first, second = seen.cached(number)
+    if not bool(first.isfinite().all() and second.isfinite().all()):
+        raise _unsupported(
+            model,
+            f"keys or values of layer {number} are NaN or infinite, as of weights that are damaged or overflow in "
+            f"{dtype_name(model.dtype)}: load it anew, or in another dtype",
+        )
     module = readings[0].module
     windows = {seen.window_of(reading) for reading in readings}
     heads = {reading.heads for reading in readings}

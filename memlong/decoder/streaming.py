@@ -88,6 +88,7 @@ class StreamingDecoder(Uncopied):
             raise InvalidArgumentError(
                 f"retriever is {retriever!r}; expected a Retriever. Its name goes into the MemoryConfig."
             )
+        _check_made_for(retriever, model)
         self._registry = registry or Registry()
         self._layout = probe(model)
         if self._layout.is_unusual:
@@ -402,3 +403,17 @@ class StreamingDecoder(Uncopied):
                 found, origin_of(self.model, self.config, self._layout, self._source, self.retriever)
             )
         return found
+
+
+def _check_made_for(retriever: Retriever | None, model: PreTrainedModel) -> None:
+    """Raise InvalidArgumentError if a retriever was made for tokens that are not the model's."""
+    other = getattr(retriever, "model", None)
+    if isinstance(other, PreTrainedModel):
+        theirs, ours = (
+            cast("Tensor", each.get_input_embeddings().weight).shape[0] for each in (other, model)
+        )
+        if theirs != ours:
+            raise InvalidArgumentError(
+                f"retriever was made for a {type(other).__name__} of {theirs:,} tokens, and this "
+                f"{type(model).__name__} has {ours:,}: make one for this model, or name one in the MemoryConfig."
+            )

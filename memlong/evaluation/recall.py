@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memlong.bank import MemoryBank
+from memlong.bank import MemoryBank, whole_number
 
 
 def recall_at_k(bank: MemoryBank, query: Tensor, ids: Tensor, k: int) -> float:
@@ -31,7 +31,7 @@ def recall_at_k(bank: MemoryBank, query: Tensor, ids: Tensor, k: int) -> float:
     -----
     Tie-safe recall as ann-benchmarks counts it: a result counts if it is as good as the k-th best.
     """
-    depth = min(k, len(bank))
+    depth = min(whole_number("k", k, at_least=1), len(bank))
     if depth == 0:
         return 1.0
     best = bank.exact_search(query[None], len(bank))

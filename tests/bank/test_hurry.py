@@ -6,8 +6,8 @@ import pytest
 
 from memlong import BankPool, create_bank, load_bank
 from memlong.bank import TieredStore
-from memlong.errors import InvalidArgumentError, SnapshotError
-from memlong.testing.harness import DIM, random_chunks
+from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
+from memlong.testing.harness import DIM, random_chunks, random_vectors
 
 
 @pytest.fixture
@@ -69,3 +69,30 @@ def test_a_long_list_is_not_all_of_a_message():
 def test_a_store_is_an_object_here(bank):
     with pytest.raises(InvalidArgumentError, match=r"such as TieredStore\(host='2GB'"):
         create_bank("torch", DIM, store={"host": "2GB"})
+
+
+def test_a_bank_that_a_pool_has_let_go_of_takes_no_chunks_that_would_be_lost(tmp_path):
+    pool = BankPool(tmp_path, lambda: create_bank("torch", DIM), load_bank, budget=0)
+    with pool.session("a") as kept:
+        random_chunks(3).into(kept)
+    for change in (lambda: random_chunks(1, first=3).into(kept), lambda: kept.remove([0]), kept.reset):
+        with pytest.raises(MemlongError, match="was given back to its pool"):
+            change()
+    assert len(kept.search(random_vectors(1), 5).ids) == 1
+    with pool.session("a") as bank:
+        random_chunks(1, first=3).into(bank)
+        assert len(bank) == 4
+    pool.close()
+
+
+def test_a_session_that_could_not_be_saved_goes_on(tmp_path, monkeypatch):
+    pool = BankPool(tmp_path, lambda: create_bank("torch", DIM), load_bank, budget="1GB")
+    with pool.session("a") as bank:
+        random_chunks(3).into(bank)
+    monkeypatch.setattr("memlong.bank.pool.save", lambda _: [SnapshotError("the disk is full")])
+    with pytest.raises(SnapshotError, match="the disk is full"):
+        pool.close()
+    random_chunks(1, first=3).into(bank)
+    monkeypatch.undo()
+    pool.close()
+    assert len(load_bank(next(tmp_path.glob("session-*")))) == 4

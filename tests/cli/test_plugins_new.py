@@ -71,10 +71,10 @@ def test_a_whole_package_is_written(folder):
         "README.md",
         "pyproject.toml",
         "memlong_my_index/__init__.py",
-        "memlong_my_index/bank.py",
+        "memlong_my_index/index.py",
         "memlong_my_index/py.typed",
         "tests/conftest.py",
-        "tests/test_bank.py",
+        "tests/test_index.py",
     }
 
 
@@ -86,9 +86,9 @@ def test_every_file_bears_the_names(folder, name):
     assert project["name"] == names.distribution
     assert project["entry-points"]["memlong"] == {name: names.package}
     assert project["dependencies"][0] == "memlong>=0.1,<0.2"
-    init, bank = ((folder / "mine" / names.package / file).read_text() for file in ("__init__.py", "bank.py"))
-    assert f'"{name}",\n        "{names.package}.bank:{names.bank_class}"' in init
-    assert f"class {names.bank_class}(MemoryBank):" in bank
+    init, bank = ((folder / "mine" / names.package / file).read_text() for file in ("__init__.py", "index.py"))
+    assert f'"{name}",\n        "{names.package}.index:{names.index_class}"' in init
+    assert f"class {names.index_class}(Index[Options]):" in bank
     for path in written(folder):
         text = Path(path).read_text()
         assert "$" not in text
@@ -96,16 +96,16 @@ def test_every_file_bears_the_names(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "distribution", "package", "bank_class"),
+    ("name", "distribution", "package", "index_class"),
     [
-        ("my-index", "memlong-my-index", "memlong_my_index", "MyIndexBank"),
+        ("my-index", "memlong-my-index", "memlong_my_index", "MyIndex"),
         ("a", "memlong-a", "memlong_a", "ABank"),
         ("pq_4.bit", "memlong-pq-4-bit", "memlong_pq_4_bit", "Pq4BitBank"),
     ],
 )
-def test_all_names_follow_from_the_one(name, distribution, package, bank_class):
+def test_all_names_follow_from_the_one(name, distribution, package, index_class):
     names = PluginNames(name)
-    assert (names.distribution, names.package, names.bank_class) == (distribution, package, bank_class)
+    assert (names.distribution, names.package, names.index_class) == (distribution, package, index_class)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_what_to_do_next_is_said(out, install, tests):
         f"pytest {tests}",
         "memlong backends",
     ]
-    assert lines[-1].endswith("memlong_my_index/bank.py")
+    assert lines[-1].endswith("memlong_my_index/index.py")
     assert Path(lines[-1]).is_file()
 
 

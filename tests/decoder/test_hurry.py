@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from memlong import MemoryConfig, MemoryDecoder
-from memlong.errors import InvalidArgumentError, MemlongError
+from memlong import MemoryConfig, MemoryDecoder, load_bank
+from memlong.errors import InvalidArgumentError, MemlongError, UnsupportedModelError
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(small):
@@ -142,3 +142,43 @@ def test_streams_are_saved_between_segments_whoever_reads(llama, small, text, tm
             (count,), (bank,) = loaded.tokens_read, loaded.banks
             assert not len(bank) or int(bank.fetch(bank.ids).spans.max()) <= count
             loaded.read(text(9))
+
+
+def test_a_retriever_of_other_tokens_is_refused(llama, tiny_model, small):
+    other = tiny_model(seed=1)
+    other.resize_token_embeddings(80, mean_resizing=False)
+    retriever = MemoryDecoder(other, None, small()).retriever
+    with pytest.raises(InvalidArgumentError, match="of 80 tokens, and this LlamaForCausalLM has 97"):
+        MemoryDecoder(llama, None, small(), retriever=retriever)
+
+
+def test_damaged_weights_are_called_so(llama, small):
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    with pytest.raises(UnsupportedModelError, match="layer 1 are NaN or infinite"):
+        MemoryDecoder(llama, None, small())
+
+
+def test_a_model_that_returns_tuples_is_told_what_to_set(llama, small):
+    llama.config.return_dict = False
+    with pytest.raises(UnsupportedModelError, match=r"config\.return_dict is False: set it to True"):
+        MemoryDecoder(llama, None, small())
+
+
+@pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
+def test_what_cannot_be_called_while_a_text_is_generated_is_refused_before(llama, small, text, name):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        with pytest.raises(InvalidArgumentError, match=f"{name} holds 3; expected a list of functions"):
+            decoder.generate(text(9), max_new_tokens=2, **{name: [3]})
+        assert decoder.tokens_read == ()
+
+
+def test_a_row_of_a_snapshot_is_a_number(llama, small, text, tmp_path):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(60, rows=2))
+        decoder.save(tmp_path)
+        banks = decoder.banks
+    assert len(load_bank(tmp_path, row=np.int64(1))) == len(banks[1])
+    for row in (True, "0", -1, 1.0):
+        with pytest.raises(InvalidArgumentError, match="row must be an int"):
+            load_bank(tmp_path, row=row)

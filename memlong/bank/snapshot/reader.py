@@ -28,6 +28,7 @@ from memlong.bank.snapshot.manifest import (
 )
 from memlong.bank.snapshot.segments import Segment, SegmentChunks, read_blocks, read_chunks
 from memlong.bank.snapshot.tensors import DTYPES, dtype_name, read_arrays
+from memlong.bank.validate import whole_number
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, SnapshotError
 
 Result = TypeVar("Result")
@@ -211,10 +212,10 @@ def _chosen(folder: Path, manifest: Manifest, row: int | None) -> BankRecord:
     banks = manifest.banks
     if row is None and len(banks) != 1:
         raise InvalidArgumentError(f"{str(folder)!r} holds {len(banks)} banks: say which with row, from 0")
-    row = 0 if row is None else row
-    if not isinstance(row, int) or not 0 <= row < len(banks):
-        raise InvalidArgumentError(f"row is {row!r}, but {str(folder)!r} holds {len(banks)} banks")
-    return banks[row]
+    number = whole_number("row", 0 if row is None else row, at_least=0)
+    if number >= len(banks):
+        raise InvalidArgumentError(f"row is {row!r}, but {str(folder)!r} holds {len(banks)} banks, from 0")
+    return banks[number]
 
 
 def _layout(path: Path, record: LayoutRecord, kv_device: str | None) -> ChunkLayout:

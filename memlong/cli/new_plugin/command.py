@@ -45,4 +45,4 @@ def new(
             "memlong backends",
         ],
     )
-    print_section("Then put your index into", [shown(str(folder / names.package / "bank.py"))])
+    print_section("Then put your index into", [shown(str(folder / names.package / "index.py"))])

@@ -68,9 +68,10 @@ class PluginNames:
         return f"memlong_{normalise(self.backend)}"
 
     @property
-    def bank_class(self) -> str:
-        """The name of the class, such as ``"MyIndexBank"``."""
-        return "".join(word.capitalize() for word in normalise(self.backend).split("_")) + "Bank"
+    def index_class(self) -> str:
+        """The name of the class, such as ``"MyIndex"``."""
+        name = "".join(word.capitalize() for word in normalise(self.backend).split("_"))
+        return f"{name.removesuffix('Index')}Index"
 
     def refuse_taken(self, reports: Iterable[PluginReport]) -> None:
         """Raise if something that is installed has one of these names already.

@@ -70,7 +70,7 @@ def _content(names: PluginNames) -> dict[PurePosixPath, str]:
         "backend": names.backend,
         "distribution": names.distribution,
         "package": names.package,
-        "bank_class": names.bank_class,
+        "index_class": names.index_class,
         "memlong": f">={major}.{minor},<" + (f"0.{int(minor) + 1}" if major == "0" else str(int(major) + 1)),
     }
     return {
