@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from memlong.errors import InvalidArgumentError
 
+__all__ = ["Setting", "documented", "setting"]
+
 Settings = TypeVar("Settings")
 
 

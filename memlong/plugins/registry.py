@@ -79,7 +79,10 @@ class Registry:
         from memlong.bank.base import MemoryBank, bank_of
         from memlong.bank.index import Index
 
-        return bank_of(load_class(spec, Index, MemoryBank))
+        found = bank_of(load_class(spec, Index, MemoryBank))
+        if not hasattr(found, "index_class"):
+            raise fault(spec, f"its target {spec.target!r} leaves abstract: index_class")
+        return found
 
     def load_retriever_class(self, name: str, base: type | None = None) -> type:
         """Import and return the class of a retriever, which must derive from ``base`` if it is given.
@@ -108,9 +111,7 @@ class Registry:
         InvalidArgumentError
             If the URI is not one that the plugin knows to read, or holds an option that is given, too.
         """
-        if not isinstance(name, str):
-            raise InvalidArgumentError(f"backend is {name!r}; expected its name, such as 'torch', or a URI")
-        scheme = scheme_of(name)
+        scheme = scheme_of(name) if isinstance(name, str) else None
         if scheme is None:
             return name, options
         spec = self._one("URI scheme", scheme)

@@ -68,7 +68,7 @@ class Spec:
         if not _is_target(self.target):
             raise InvalidArgumentError(
                 f"target={brief(self.target)} of {self.kind} {self.name!r} does not say where it is: "
-                f"expected 'module:{'function' if is_scheme else 'Class'}', such as 'my_package.bank:MyBank'"
+                f"expected 'module:{'function' if is_scheme else 'Class'}', such as 'my_package.index:MyIndex'"
             )
         # A bare string is the likely slip, and it would be taken apart into letters.
         given = self.requires

@@ -1,7 +1,7 @@
 """What plugin authors test with: suites that hold the whole contract, tiny models, and a pytest plugin.
 
 class TestBank(MemoryBankTests):  # the class: metrics, dtypes, options, eviction, snapshots, growth, threads, recall
-    bank_class = MyBank
+    index_class = MyIndex
     options = {"effort": 64}
     recall_floor = 0.9
 

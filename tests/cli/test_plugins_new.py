@@ -86,7 +86,9 @@ def test_every_file_bears_the_names(folder, name):
     assert project["name"] == names.distribution
     assert project["entry-points"]["memlong"] == {name: names.package}
     assert project["dependencies"][0] == "memlong>=0.1,<0.2"
-    init, bank = ((folder / "mine" / names.package / file).read_text() for file in ("__init__.py", "index.py"))
+    init, bank = (
+        (folder / "mine" / names.package / file).read_text() for file in ("__init__.py", "index.py")
+    )
     assert f'"{name}",\n        "{names.package}.index:{names.index_class}"' in init
     assert f"class {names.index_class}(Index[Options]):" in bank
     for path in written(folder):
@@ -99,8 +101,8 @@ def test_every_file_bears_the_names(folder, name):
     ("name", "distribution", "package", "index_class"),
     [
         ("my-index", "memlong-my-index", "memlong_my_index", "MyIndex"),
-        ("a", "memlong-a", "memlong_a", "ABank"),
-        ("pq_4.bit", "memlong-pq-4-bit", "memlong_pq_4_bit", "Pq4BitBank"),
+        ("a", "memlong-a", "memlong_a", "AIndex"),
+        ("pq_4.bit", "memlong-pq-4-bit", "memlong_pq_4_bit", "Pq4BitIndex"),
     ],
 )
 def test_all_names_follow_from_the_one(name, distribution, package, index_class):

@@ -247,7 +247,7 @@ def test_an_unknown_name_among_very_many_is_told_in_brief(registry):
     [
         ("", "its target '{target}' does not exist"),
         ("def Bank(dim): ...", "its target '{target}' is not a class but function"),
-        ("class Bank: ...", "its target '{target}' is not a subclass of MemoryBank"),
+        ("class Bank: ...", "its target '{target}' is not a subclass of Index or MemoryBank"),
         ("from memlong.bank.base import MemoryBank as Bank", "its target '{target}' leaves abstract: "),
         ("1 / 0", "does not import: ZeroDivisionError: division by zero"),
         ("raise SystemExit(0)", "does not import: SystemExit: 0"),
