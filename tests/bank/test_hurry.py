@@ -6,7 +6,7 @@ import pytest
 
 from memlong import BankPool, create_bank, load_bank
 from memlong.bank import TieredStore
-from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
+from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError, UnknownNameError
 from memlong.testing.harness import DIM, random_chunks, random_vectors
 
 
@@ -47,7 +47,9 @@ def test_load_is_not_called_on_a_bank_that_it_would_leave_as_it_is(bank, tmp_pat
 
 @pytest.mark.parametrize("name", [8, None, ["torch"]])
 def test_a_name_that_is_none_is_refused(name):
-    with pytest.raises(UnknownNameError, match="a backend is asked for by its name, such as 'my-index', got "):
+    with pytest.raises(
+        UnknownNameError, match="a backend is asked for by its name, such as 'my-index', got "
+    ):
         create_bank(name, 8)
 
 

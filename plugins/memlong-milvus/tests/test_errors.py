@@ -96,7 +96,7 @@ def test_who_may_not_is_told_and_who_may_leaves_no_trace_of_the_password(
         chunks.into(bank)
         assert bank.retrieve(chunks.embeddings, 1).ids[:, 0].tolist() == list(range(5))
         bank.save(tmp_path / way)
-        shown = [repr(bank), bank.uri, repr(bank._engine), str(bank._index_options())]
+        shown = [repr(bank), bank.uri, repr(bank._engine), str(bank.options_to_save())]
         shown += [path.read_text(errors="replace") for path in (tmp_path / way).iterdir()]
         assert not any("hush" in each for each in shown)
     assert "not-it" not in caplog.text

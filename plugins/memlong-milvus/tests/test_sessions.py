@@ -168,7 +168,7 @@ def test_a_loaded_snapshot_is_a_session_of_its_own(place: dict[str, Any], tmp_pa
     bank.save(tmp_path / "saved")
     loaded = MilvusBank.load(tmp_path / "saved", **place)
     assert loaded.session != bank.session
-    assert loaded._index_options()["ef"] == 99
+    assert loaded.options_to_save()["ef"] == 99
     loaded.remove(range(5))
     assert bank.search(chunks.embeddings[:5], 1).ids[:, 0].tolist() == list(range(5))
 
