@@ -16,7 +16,7 @@ from memlong.bank.snapshot.files import FileRecord, damaged, open_plain, read_fu
 from memlong.errors import SnapshotError
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "memlong-snapshot", 1
+FORMAT, VERSION = "memlong-snapshot", 2
 
 Kind = Literal["bank", "decoder"]
 
