@@ -30,7 +30,7 @@ from memlong.decoder.placement import check_positions, check_sight
 from memlong.decoder.probe import probe
 from memlong.decoder.recall import RandomChunks
 from memlong.decoder.retrievers.base import Retriever
-from memlong.decoder.retrievers.create import create_retriever
+from memlong.decoder.retrievers.create import check_made_for, create_retriever
 from memlong.decoder.sources import KvSource, make_source
 from memlong.decoder.streams import Segment, Streams
 from memlong.decoder.tokens import token_lists
@@ -88,7 +88,7 @@ class StreamingDecoder(Uncopied):
             raise InvalidArgumentError(
                 f"retriever is {retriever!r}; expected a Retriever. Its name goes into the MemoryConfig."
             )
-        _check_made_for(retriever, model)
+        check_made_for(retriever, model)
         self._registry = registry or Registry()
         self._layout = probe(model)
         if self._layout.is_unusual:
@@ -403,17 +403,3 @@ class StreamingDecoder(Uncopied):
                 found, origin_of(self.model, self.config, self._layout, self._source, self.retriever)
             )
         return found
-
-
-def _check_made_for(retriever: Retriever | None, model: PreTrainedModel) -> None:
-    """Raise InvalidArgumentError if a retriever was made for tokens that are not the model's."""
-    other = getattr(retriever, "model", None)
-    if isinstance(other, PreTrainedModel):
-        theirs, ours = (
-            cast("Tensor", each.get_input_embeddings().weight).shape[0] for each in (other, model)
-        )
-        if theirs != ours:
-            raise InvalidArgumentError(
-                f"retriever was made for a {type(other).__name__} of {theirs:,} tokens, and this "
-                f"{type(model).__name__} has {ours:,}: make one for this model, or name one in the MemoryConfig."
-            )

@@ -32,6 +32,8 @@ from memlong.decoder.row import Row
 from memlong.decoder.sources import KvSource
 from memlong.decoder.window import LocalWindow
 
+_LONGEST = 1 << 17  # tokens of a model that does not say how many it can read
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -99,7 +101,8 @@ class Streams:
         self._groups = layer_groups(
             layout, source.retrieval_layers, source.stored_layers, config.local_window
         )
-        capacity = config.sink_tokens + config.local_window
+        # However long a window may become, room is made for what the model can read.
+        capacity = min(config.sink_tokens + config.local_window, layout.max_positions or _LONGEST)
         self._window = LocalWindow(layout, self._groups, len(self.rows), capacity, embeddings.detach())
         self._calls = ModelCalls(model, layout, gates, self._device, embeddings.dtype)
         self._begun_with = self._window.states  # by row, when its present segment began

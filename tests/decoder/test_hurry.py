@@ -182,3 +182,12 @@ def test_a_row_of_a_snapshot_is_a_number(llama, small, text, tmp_path):
     for row in (True, "0", -1, 1.0):
         with pytest.raises(InvalidArgumentError, match="row must be an int"):
             load_bank(tmp_path, row=row)
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_a_window_without_bound_takes_no_more_room_than_a_text(llama, small, text, backend):
+    with MemoryDecoder(
+        llama, None, small(backend=backend, position_mode="original", local_window=10**12)
+    ) as decoder:
+        found = decoder.read(text(300))
+    torch.testing.assert_close(found, llama(text(300)).logits[:, -1], rtol=0, atol=1e-4)

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from memlong.decoder.retrievers.base import Retriever
+from memlong.errors import InvalidArgumentError
 from memlong.plugins import Registry
 from memlong.plugins.options import check_options
 
@@ -66,3 +69,16 @@ def _is_folder(name: str) -> bool:
         return Path(name).is_dir()
     except OSError:  # such as a name that is too long
         return False
+
+
+def check_made_for(retriever: Retriever | None, model: Any) -> None:
+    """Raise InvalidArgumentError if a retriever was made for tokens that are not the model's."""
+    other: Any = getattr(retriever, "model", None)
+    if isinstance(other, PreTrainedModel):
+        embeddings: list[Any] = [each.get_input_embeddings() for each in (other, model)]
+        theirs, ours = (each.weight.shape[0] for each in embeddings)
+        if theirs != ours:
+            raise InvalidArgumentError(
+                f"retriever was made for a {type(other).__name__} of {theirs:,} tokens, and this "
+                f"{type(model).__name__} has {ours:,}: make one for this model, or name one in the MemoryConfig."
+            )
