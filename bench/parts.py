@@ -84,7 +84,7 @@ class PartClock:
 
 @contextmanager
 def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartClock]:
-    """Time the parts of what an attached decoder does; arguments as :class:`PartClock` has them."""
+    """Time the parts of what an attached decoder does; arguments as `PartClock` has them."""
     watch = PartClock(decoder.model.device, clock)
     seams: list[tuple[Any, str, Callable[..., Any], str]] = [
         (decoder.model, "forward", decoder.model.forward, "upper layers")

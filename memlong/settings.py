@@ -63,7 +63,7 @@ class Setting:
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as argparse and typer have it
-    """Declare a field of a settings dataclass; ``more`` are other attributes of a :class:`Setting`.
+    """Declare a field of a settings dataclass; ``more`` are other attributes of a `Setting`.
 
     A default of ``dict`` is an empty one of its own.
     """
@@ -74,7 +74,7 @@ def setting(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as arg
 
 
 def told(each: Field[Any]) -> Setting:
-    """Return what is known of a field that :func:`setting` declared."""
+    """Return what is known of a field that `setting` declared."""
     found: Setting = each.metadata["setting"]
     return found
 

@@ -139,7 +139,7 @@ def _greatest_window(layout: ModelLayout) -> int | None:
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
-    """Return the class that :func:`~memlong.load_model` takes for this configuration; None if there is none."""
+    """Return the class that `load_model` takes for this configuration; None if there is none."""
     own = getattr(config, "auto_map", None) or {}
     for kind in _KINDS:
         if type(config) in kind._model_mapping:  # noqa: SLF001 - no public name holds for all

@@ -19,7 +19,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     name
         A hub id, a folder, a configuration file (JSON), a GGUF file, or ``"demo"``.
     trust_remote_code
-        Whether Python code that the folder or the repository brings may run, as for :func:`~memlong.load_model`.
+        Whether Python code that the folder or the repository brings may run, as for `load_model`.
 
     Raises
     ------

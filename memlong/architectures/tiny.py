@@ -41,7 +41,7 @@ def tiny_model_of(
     Parameters
     ----------
     architecture
-        One of :func:`~memlong.architectures.architectures`, or a model type, of which the first class is meant.
+        One of `architectures`, or a model type, of which the first class is meant.
     attention
         The attention implementation; by default transformers chooses.
     seed

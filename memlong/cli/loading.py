@@ -25,14 +25,14 @@ def load(
     name
         Of the model.
     dtype, device, trained, trains
-        As :func:`~memlong.decoder.choose_machine` takes them.
+        As `choose_machine` takes them.
     trust_remote_code
-        As :func:`~memlong.load_model` takes it.
+        As `load_model` takes it.
 
     Raises
     ------
     MemlongError
-        If it cannot be loaded, as :func:`~memlong.load_model` explains.
+        If it cannot be loaded, as `load_model` explains.
     """
     from memlong.decoder import choose_machine, load_model
 

@@ -35,7 +35,7 @@ def write_adapter(folder: Path, model: PreTrainedModel) -> None:
     Raises
     ------
     InvalidArgumentError
-        If several are, or it is none that :func:`attach_adapter` would load.
+        If several are, or it is none that `attach_adapter` would load.
     """
     flag = "_hf_peft_config_loaded"  # not set by a PeftModel; without it all weights are written
     was_loaded = getattr(model, flag, False)
@@ -68,7 +68,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None)
     model, folder
         Which and where.
     trained_on
-        The :func:`base_weights` that it was trained for; None if that is not known.
+        The `base_weights` that it was trained for; None if that is not known.
 
     Raises
     ------

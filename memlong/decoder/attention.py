@@ -1,8 +1,8 @@
 """Hooking a model's attention: what stands on its attention modules decides what they attend to.
 
 transformers calls an attention function by name. ``memlong_sdpa`` and ``memlong_eager`` wrap the functions of the
-same name: without a forward pass of a :class:`~memlong.decoder.MemoryDecoder` they call them as they are; during one,
-the pass (:mod:`memlong.decoder.forward`) decides.
+same name: without a forward pass of a `MemoryDecoder` they call them as they are; during one,
+the pass (`memlong.decoder.forward`) decides.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class LayerBuffer:
         return self.keys.nbytes + self.values.nbytes
 
     def fits(self, rows: int, columns: int, memory: int, like: Tensor) -> bool:
-        """Whether a buffer that :meth:`of` makes of these, for the same group, would be much like this one."""
+        """Whether a buffer that `of` makes of these, for the same group, would be much like this one."""
         mine, room = self.keys, self.keys.shape[3]
         return (mine.dtype, mine.device, mine.shape[0]) == (like.dtype, like.device, rows) and (
             memory + columns <= room <= 2 * (memory + columns)

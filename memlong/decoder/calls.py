@@ -139,7 +139,7 @@ class ModelCalls:
         slot: AttentionSlot,
         logits_to_keep: int,
     ) -> tuple[Tensor, Standing]:
-        """Do as :meth:`run` does, rows with as many new tokens together: padding would enter a recurrent state.
+        """Do as `run` does, rows with as many new tokens together: padding would enter a recurrent state.
 
         ``begun`` tells which rows have read something before.
         """

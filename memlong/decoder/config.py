@@ -21,7 +21,7 @@ _LARGEST_GATE = 10_000
 @documented
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The settings of a :class:`~memlong.decoder.MemoryDecoder`. All sizes are in tokens unless said otherwise.
+    """The settings of a `MemoryDecoder`. All sizes are in tokens unless said otherwise.
 
     Raises
     ------
@@ -110,7 +110,7 @@ class MemoryConfig:
         dict,
         "Where keys and values are kept: device, host, disk, disk_budget, dtype.",
         unset="where they are made",
-        more='The arguments of :class:`~memlong.bank.TieredStore`: ``{"host": "2GB", "disk": "/path/to/folder"}``.',
+        more='The arguments of `TieredStore`: ``{"host": "2GB", "disk": "/path/to/folder"}``.',
         metavar="K=V",
         example="host=1GB",
         texts=frozenset({"disk", "dtype"}),
@@ -151,7 +151,7 @@ class MemoryConfig:
             )
 
     def __repr__(self) -> str:
-        """All settings, as :meth:`as_dict` gives them."""
+        """All settings, as `as_dict` gives them."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
         return f"{type(self).__name__}({settings})"
 

@@ -51,7 +51,7 @@ class MemoryDecoder(SavingDecoder):
     tokenizer
         Its tokenizer; retrievers that read text need it.
     config
-        What to remember and how; see :class:`MemoryConfig`.
+        What to remember and how; see `MemoryConfig`.
     retriever
         A retriever at hand, instead of the one that ``config`` names.
     registry
@@ -76,7 +76,7 @@ class MemoryDecoder(SavingDecoder):
     -----
     While it is attached, the model is in evaluation mode. A decoder serves one thread at a time; several decoders, each
     with a model of its own, may work in threads of their own. Where a call ends in an error or an interrupt,
-    :attr:`tokens_read` tells how far it came; going on from there loses nothing.
+    `tokens_read` tells how far it came; going on from there loses nothing.
 
     The method is MemLong's (arXiv 2408.16967), with K-V of each layer's own (training-free) and attention sinks
     (arXiv 2309.17453).
@@ -89,7 +89,7 @@ class MemoryDecoder(SavingDecoder):
         random_chunks: RandomChunks | None = None,
         any_model: bool = False,
     ) -> None:
-        """Begin new streams, with empty windows; as :meth:`StreamingDecoder.reset`."""
+        """Begin new streams, with empty windows; as `StreamingDecoder.reset`."""
         super().reset(banks, random_chunks=random_chunks, any_model=any_model)
         self._turn: _Turn | None = None
 
@@ -112,19 +112,19 @@ class MemoryDecoder(SavingDecoder):
         Parameters
         ----------
         name
-            A folder that :meth:`save_pretrained` or ``memlong train`` wrote, or a hub id.
+            A folder that `save_pretrained` or ``memlong train`` wrote, or a hub id.
         model, tokenizer
             The model that it was trained for, and its tokenizer, if they are at hand. The model gets the adapter.
         changes
             Settings that may be others than those of the training: ``backend``, ``backend_options``, ``retriever``,
             ``retriever_options`` and ``store``.
         retriever, registry
-            As for :class:`MemoryDecoder`.
+            As for `MemoryDecoder`.
         dtype, device
-            Of the model, if it is to be loaded, as :func:`~memlong.load_model` takes them; but ``"auto"`` is the dtype
+            Of the model, if it is to be loaded, as `load_model` takes them; but ``"auto"`` is the dtype
             of the training, where the folder names it.
         trust_remote_code
-            Whether code that the model brings may run here, as :func:`~memlong.load_model` takes it. The decoder's own
+            Whether code that the model brings may run here, as `load_model` takes it. The decoder's own
             folder holds no code.
 
         Raises
@@ -154,14 +154,14 @@ class MemoryDecoder(SavingDecoder):
     def save_pretrained(
         self, folder: str | Path, *, base_model: str | None = None, training: Mapping[str, Any] | None = None
     ) -> None:
-        """Write what was trained into a folder, for :meth:`from_pretrained`: adapter, maps, gates and settings.
+        """Write what was trained into a folder, for `from_pretrained`: adapter, maps, gates and settings.
 
         Parameters
         ----------
         folder
             Made if it does not exist.
         base_model
-            Under which name :func:`~memlong.load_model` finds the model; by default, where transformers loaded it from.
+            Under which name `load_model` finds the model; by default, where transformers loaded it from.
         training
             Settings of the training, to be noted down.
 
@@ -206,7 +206,7 @@ class MemoryDecoder(SavingDecoder):
         remember
             Whether the streams go on from the prompt and its answer (of several, the first returned), or from
             where they are now, so that the next prompt does not know of this one; a single stream then serves any
-            number of prompts, side by side. A long text is better given to :meth:`read` first: what a prompt adds to
+            number of prompts, side by side. A long text is better given to `read` first: what a prompt adds to
             memory without being remembered stays on the device.
         past_key_values
             What an earlier call returned in its dict: then ``input_ids`` is the whole conversation, as transformers has

@@ -203,7 +203,7 @@ def _taken(parts: Sequence[Tensor], columns: Columns) -> Tensor:
 
 
 def _take(parts: Sequence[Tensor], columns: Columns, out: Tensor) -> None:
-    """Copy columns as :func:`_taken` does, to ``out``."""
+    """Copy columns as `_taken` does, to ``out``."""
     if isinstance(columns, Tensor):
         out.copy_(_taken(parts, columns))
         return

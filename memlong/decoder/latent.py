@@ -80,7 +80,7 @@ class LatentMaps(nn.Module):
         return keys, values
 
     def round_to_saved(self) -> None:
-        """Make the maps what :meth:`save` writes, which has fewer digits."""
+        """Make the maps what `save` writes, which has fewer digits."""
         for name in _NAMES:
             tensor = getattr(self, name).detach()
             steps, scale = _quantized(tensor.float())
@@ -112,7 +112,7 @@ class LatentMaps(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what :meth:`save` wrote, float32.
+        """Read what `save` wrote, float32.
 
         Raises
         ------

@@ -51,7 +51,7 @@ def parse_layers(text: str, eligible: tuple[int, ...], layers: Collection[int]) 
 
 
 def ranges(layers: tuple[int, ...]) -> str:
-    """Write layer numbers as :func:`parse_layers` reads them, such as ``"0-3,7"``."""
+    """Write layer numbers as `parse_layers` reads them, such as ``"0-3,7"``."""
     found: list[list[int]] = []
     for layer in sorted(set(layers)):
         if found and found[-1][-1] == layer - 1:

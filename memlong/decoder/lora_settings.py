@@ -85,7 +85,7 @@ def lora_options(
     Parameters
     ----------
     settings
-        What ``adapter_config.json`` holds, found good by :func:`unreadable_lora`.
+        What ``adapter_config.json`` holds, found good by `unreadable_lora`.
     shapes
         Those of the tensors, by name.
     layers

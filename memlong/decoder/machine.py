@@ -44,7 +44,7 @@ class Machine:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Dtype and device as :func:`load_model` takes them."""
+        """Dtype and device as `load_model` takes them."""
         return dtype_name(self.dtype), str(self.device)
 
     def __str__(self) -> str:

@@ -45,7 +45,7 @@ class Pretrained:
     folder
         Where it is.
     base_model
-        Under which name :func:`load_model` finds the model that the adapter goes with; None if it was not known, or
+        Under which name `load_model` finds the model that the adapter goes with; None if it was not known, or
         is a place on another host.
     config
         The settings, maps and gates named by their place.
@@ -66,7 +66,7 @@ class Pretrained:
 
     @property
     def trained_in(self) -> tuple[str, str] | None:
-        """Dtype of the training, and the folder, as :func:`choose_machine` takes them."""
+        """Dtype of the training, and the folder, as `choose_machine` takes them."""
         return None if self.dtype is None else (self.dtype, str(self.folder))
 
 
@@ -81,7 +81,7 @@ def write_pretrained(
     training: Mapping[str, Any] | None,
     registry: Registry,
 ) -> None:
-    """Write a decoder's folder, for :func:`read_pretrained`; what is there of another one is replaced at the end.
+    """Write a decoder's folder, for `read_pretrained`; what is there of another one is replaced at the end.
 
     Raises
     ------

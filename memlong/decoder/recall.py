@@ -68,7 +68,7 @@ class RandomChunks:
     def recall(
         self, bank: MemoryBank, query: Tensor, config: MemoryConfig
     ) -> tuple[Retrieval, RowMemory | None]:
-        """Take as many chunks as :func:`recall` would look for, any of the bank's, in the order of the text."""
+        """Take as many chunks as `recall` would look for, any of the bank's, in the order of the text."""
         stored = bank.ids
         some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.top_k]
         ids = stored[some].sort().values

@@ -123,15 +123,15 @@ class LayerRope:
         return self.rotated(keys, angles).to(keys.dtype)
 
     def unrotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
-        """Undo :meth:`rotate`. Angles may be scaled by s (YaRN), so the inverse is R(-a) / s²."""
+        """Undo `rotate`. Angles may be scaled by s (YaRN), so the inverse is R(-a) / s²."""
         return self.unrotated(keys, angles).to(keys.dtype)
 
     def rotated(self, keys: Tensor, angles: Angles | None) -> Tensor:
-        """Do what :meth:`rotate` does, in float32."""
+        """Do what `rotate` does, in float32."""
         return keys if angles is None else self._turn(keys, *angles)
 
     def unrotated(self, keys: Tensor, angles: Angles | None) -> Tensor:
-        """Do what :meth:`unrotate` does, in float32."""
+        """Do what `unrotate` does, in float32."""
         if angles is None:
             return keys
         cos, sin = angles

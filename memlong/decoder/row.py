@@ -189,7 +189,7 @@ class Row:
         return memory_positions(self.config, self.placement, self.memory.spans.numpy())
 
     def facts(self) -> dict[str, int | bool | None]:
-        """Return what JSON can hold of where the stream stands, for :meth:`go_on`."""
+        """Return what JSON can hold of where the stream stands, for `go_on`."""
         return {
             "departed": self._departed,
             "recent_start": self._recent.start,

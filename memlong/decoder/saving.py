@@ -87,17 +87,17 @@ class SavingDecoder(StreamingDecoder):
         Parameters
         ----------
         path
-            The folder that :meth:`save` wrote.
+            The folder that `save` wrote.
         model, tokenizer, config, retriever, registry
             As for the decoder that was saved. Another backend, other options of it, and another store are fine: keys,
             values and embeddings stay what they are.
         lazy, trust_index, any_model, most_bytes
-            As for :meth:`restore`.
+            As for `restore`.
 
         Raises
         ------
         SnapshotError
-            As :meth:`restore` does.
+            As `restore` does.
         MemlongError
             As making the decoder does.
         """
@@ -119,7 +119,7 @@ class SavingDecoder(StreamingDecoder):
         Parameters
         ----------
         path
-            The folder that :meth:`save` wrote.
+            The folder that `save` wrote.
         lazy
             Leave the banks' keys and values on disk. Not with ``store``, which says where else they are to be.
         trust_index

@@ -36,7 +36,7 @@ class KvSource(ABC):
 
     @abstractmethod
     def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
-        """Of what kind the blocks are that :meth:`collect` makes for a chunk."""
+        """Of what kind the blocks are that `collect` makes for a chunk."""
 
     @abstractmethod
     def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:

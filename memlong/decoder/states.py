@@ -79,7 +79,7 @@ class States:
         return States(begun, tensors)
 
     def saved(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors by name, for :meth:`loaded`."""
+        """Tensors by name, for `loaded`."""
         found = {f"{prefix}.begun": torch.from_numpy(self.begun)}
         return found | {
             f"{prefix}.{layer}.{kind}.{index}": state for (layer, kind, index), state in self.tensors.items()
@@ -94,7 +94,7 @@ class States:
         shapes: Mapping[Key, torch.Size],
         device: torch.device,
     ) -> States:
-        """Read what :meth:`saved` wrote; ValueError or KeyError if it cannot be states of ``shapes``."""
+        """Read what `saved` wrote; ValueError or KeyError if it cannot be states of ``shapes``."""
         begun = tensor_of(
             tensors, f"{prefix}.begun", rows, like=torch.empty(0, dtype=torch.bool, device="cpu")
         )

@@ -1,6 +1,6 @@
 """StreamingDecoder: lets text of any length go through a transformers model over a memory.
 
-What it is for, and how it is used, :class:`~memlong.decoder.MemoryDecoder` says.
+What it is for, and how it is used, `MemoryDecoder` says.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Segments(Iterator[Segment]):
 class StreamingDecoder(Uncopied):
     """A model, its streams and their memory: attaching, reading and detaching.
 
-    Parameters and errors are those of :class:`~memlong.decoder.MemoryDecoder`.
+    Parameters and errors are those of `MemoryDecoder`.
     """
 
     why_uncopied = (
@@ -217,9 +217,9 @@ class StreamingDecoder(Uncopied):
         Parameters
         ----------
         banks
-            One for each row, as :meth:`reset` takes them.
+            One for each row, as `reset` takes them.
         any_model
-            As for :meth:`reset`.
+            As for `reset`.
 
         Raises
         ------
@@ -238,7 +238,7 @@ class StreamingDecoder(Uncopied):
     def flush(self) -> list[list[int]]:
         """Store what the windows still hold, and begin new streams over the same banks.
 
-        A bank is then worth keeping without its decoder, as in a :class:`~memlong.BankPool`.
+        A bank is then worth keeping without its decoder, as in a `BankPool`.
 
         Returns
         -------
@@ -288,7 +288,7 @@ class StreamingDecoder(Uncopied):
         Returns
         -------
         Segments
-            An iterator over a :class:`Segment` for each forward call, whose length is how many are to come.
+            An iterator over a `Segment` for each forward call, whose length is how many are to come.
 
         Raises
         ------
@@ -308,7 +308,7 @@ class StreamingDecoder(Uncopied):
         Raises
         ------
         InvalidArgumentError
-            If a row holds no token, or as :meth:`stream` does.
+            If a row holds no token, or as `stream` does.
         """
         pending = token_lists(input_ids, attention_mask, self._layout)
         if not all(pending):

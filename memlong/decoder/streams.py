@@ -172,7 +172,7 @@ class Streams:
         return [row.rewind(None) for row in self.rows]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that the streams go on from, for :meth:`go_on`; the rest is each row's facts."""
+        """Return all tensors that the streams go on from, for `go_on`; the rest is each row's facts."""
         self._catch_up()
         found = self._window.tensors() | self._begun_with.saved("begun")
         for index, row in enumerate(self.rows):
@@ -230,7 +230,7 @@ class Streams:
             yield segment
 
     def segments_of(self, pending: Sequence[Sequence[int]]) -> int:
-        """How many forward calls :meth:`read` makes of these tokens."""
+        """How many forward calls `read` makes of these tokens."""
         size = self._config.segment_size
         each = zip(self.rows, pending, strict=True)
         return max((-(-(row.seen % size + len(new)) // size) for row, new in each if new), default=0)

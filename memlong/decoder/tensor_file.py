@@ -46,7 +46,7 @@ def write_tensors(
 def read_tensors(
     path: str | Path, kind: str, *, field: str, command: str
 ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-    """Read what :func:`write_tensors` wrote: the layers, and tensors by name.
+    """Read what `write_tensors` wrote: the layers, and tensors by name.
 
     Parameters
     ----------

@@ -211,7 +211,7 @@ class LocalWindow(Cache):
         return sum(window.nbytes for window in self._windows) + self.states.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that the window holds, for :meth:`of_tensors`."""
+        """Return all that the window holds, for `of_tensors`."""
         found = {_tokens_name(reach): torch.from_numpy(held.tokens) for reach, held in self.held.items()}
         for layer, (number, place) in sorted(self._place.items()):
             window = self._windows[number]
@@ -238,7 +238,7 @@ class LocalWindow(Cache):
         Parameters
         ----------
         tensors
-            What :meth:`tensors` gave.
+            What `tensors` gave.
         place
             From tokens [rows, columns], and the reach of their layers, to their positions.
         memory

@@ -14,7 +14,7 @@ _FLOOR = 0.1  # of the learning rate, where the schedule ends
 @documented
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The settings of a :class:`~memlong.training.Trainer`.
+    """The settings of a `Trainer`.
 
     Raises
     ------

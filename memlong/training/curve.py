@@ -79,7 +79,7 @@ class Curve:
         self.sync()
 
     def add(self, step: Step) -> None:
-        """Note a step; it is in the file at once, and on the disk after :meth:`sync`."""
+        """Note a step; it is in the file at once, and on the disk after `sync`."""
         self.steps.append(step)
         with _told(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(step))

@@ -48,7 +48,7 @@ def fit_latent_maps(
     dim
         Width of the vector; even, less than the number of tokens, and at most that of the numbers it stands for.
     layers
-        The retrieval layers, as :class:`~memlong.decoder.MemoryConfig` has them.
+        The retrieval layers, as `MemoryConfig` has them.
     progress
         Called with the number of tokens of each passage read.
     seed

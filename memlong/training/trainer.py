@@ -55,7 +55,7 @@ class Trainer:
     folder
         Where curve, checkpoints and the trained decoder go; made if it does not exist.
     base_model
-        Under which name :func:`~memlong.load_model` finds the model, for :meth:`MemoryDecoder.from_pretrained`.
+        Under which name `load_model` finds the model, for `MemoryDecoder.from_pretrained`.
     tensorboard
         Folder for tensorboard's event files, or None.
 

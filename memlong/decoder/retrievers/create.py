@@ -53,7 +53,7 @@ def create_retriever(
 
 
 def retriever_class(name: str, registry: Registry) -> type[Retriever]:
-    """Return the class that :func:`create_retriever` makes one of; raises as that does."""
+    """Return the class that `create_retriever` makes one of; raises as that does."""
     name = _OF_MODELS if _is_model(name, registry) else name
     found: type[Retriever] = registry.load_retriever_class(name, Retriever)
     return found
