@@ -274,8 +274,14 @@ def test_the_site_builds_without_the_network_or_a_warning(tmp_path):
     built = list((tmp_path / "site").rglob("*.html"))
     assert len(built) > len(PAGES)
     for path in built:
-        loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"([^\"]+)", path.read_text())
+        page = path.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"([^\"]+)", page)
         assert not [address for address in loaded if "://" in address or address.startswith("//")]
+        assert any(address.endswith("iframe-worker.js") for address in loaded)  # search from a folder
+        assert not re.findall(r":(?:class|meth|func|attr|mod|exc|data):`?", page)
+    assert (tmp_path / "site/search/search_index.js").is_file()
+    decoder = (tmp_path / "site/api/memlong.html").read_text(encoding="utf-8")
+    assert re.search(r'<a [^>]*href="#memlong\.MemoryConfig"><code>MemoryConfig</code></a>', decoder)
 
 
 @pytest.mark.parametrize("page", PAGES)

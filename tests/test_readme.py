@@ -1,4 +1,4 @@
-"""The make targets that README and docs name exist; what else they show is tested in test_docs.py."""
+"""The README is short, and make targets that README and docs name exist; all else is tested in test_docs.py."""
 
 from __future__ import annotations
 
@@ -20,3 +20,7 @@ def test_make_targets_exist(target):
 
 def test_make_targets_are_seen():
     assert {"demo", "test", "test-fast", "lint", "bench"} <= set(TARGETS)
+
+
+def test_the_readme_fits_a_minute():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) < 90

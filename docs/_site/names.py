@@ -14,8 +14,8 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 _ENTRY = re.compile(r"^::: (\S+)$", re.MULTILINE)
-_LEFT_ALONE = re.compile(r"(<(a|pre|h[1-6]|autoref)\b.*?</\2>)", re.DOTALL)
-_CODE = re.compile(r"<code>([A-Za-z_][\w.]*)</code>")
+_LEFT_ALONE = r"<(?P<tag>a|pre|h[1-6]|autoref)\b.*?</(?P=tag)>"
+_NAME = re.compile(rf"{_LEFT_ALONE}|<code>(?P<name>[A-Za-z_][\w.]*)</code>", re.DOTALL)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
@@ -23,15 +23,10 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     entries = _entries(Path(config.docs_dir))
 
     def linked(match: re.Match[str]) -> str:
-        entry = entries.get(match[1])
+        entry = entries.get(match["name"] or "")
         return f'<autoref identifier="{entry}" optional>{match[0]}</autoref>' if entry else match[0]
 
-    parts = re.split(_LEFT_ALONE, html)  # what is between, a part left alone, and the name of its tag; and again
-    return "".join(
-        _CODE.sub(linked, part) if number % 3 == 0 else part
-        for number, part in enumerate(parts)
-        if number % 3 != 2  # noqa: PLR2004
-    )
+    return _NAME.sub(linked, html)
 
 
 def _entries(docs: Path) -> dict[str, str]:
