@@ -1,8 +1,8 @@
 """Writes docs/cli.md from the command-line application itself.
 
-    python docs/_site/commands.py            # anew, after a command or an option has changed
+    python docs/_site/commands.py            # after a command or an option has changed
 
-A test compares the page with what this makes.
+A test checks that the page is up to date.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PAGE = Path(__file__).parents[1] / "cli.md"
 INTRODUCTION = """\
 # Command line
 
-`memlong COMMAND --help` (or `-h`) says what stands here. Exit codes: 0 done, 1 an error that is explained, 2 wrong
-usage, 130 interrupted. Results go to the standard output, progress and errors to the standard error. `--json` makes a
-command's results readable for programs.
+`memlong COMMAND --help` (or `-h`) prints what this page says. Exit codes: 0 success, 1 an error with an explanation, 2 wrong
+usage, 130 interrupted. Results go to standard output, progress and errors to standard error. `--json` makes a command's
+results machine-readable.
 
-This page is written by `python docs/_site/commands.py` from the commands themselves.
+This page is generated from the commands themselves by `python docs/_site/commands.py`.
 """
 
 
