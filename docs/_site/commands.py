@@ -20,9 +20,9 @@ PAGE = Path(__file__).parents[1] / "cli.md"
 INTRODUCTION = """\
 # Command line
 
-`memlong COMMAND --help` (or `-h`) prints what this page says. Exit codes: 0 success, 1 an error with an explanation, 2 wrong
-usage, 130 interrupted. Results go to standard output, progress and errors to standard error. `--json` makes a command's
-results machine-readable.
+`memlong COMMAND --help` (or `-h`) prints what this page says. Exit codes: 0 success, 1 an error with an explanation,
+2 wrong usage, 130 interrupted. Results go to standard output, progress and errors to standard error. `--json` makes a
+command's results machine-readable.
 
 This page is generated from the commands themselves by `python docs/_site/commands.py`.
 """
