@@ -9,7 +9,7 @@ import typer
 
 from memlong.cli.loading import load
 from memlong.errors import InvalidArgumentError
-from memlong.plugins.registry import Registry
+from memlong.plugins.registry import installed_registry
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryConfig, MemoryDecoder
@@ -55,7 +55,7 @@ class DecoderChoice:
         from memlong.decoder.pretrained import read_pretrained
 
         if self.config.backend is not None:
-            Registry().load_backend_class(self.config.backend)
+            installed_registry().load_backend_class(self.config.backend)
         found = None if self.adapter is None else read_pretrained(self.adapter, self.changes)
         name, trained = self.model, None
         if found is not None:

@@ -11,6 +11,7 @@ from memlong.decoder.config import MemoryConfig
 from memlong.decoder.retrievers.create import retriever_class
 from memlong.errors import HIDDEN, InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
+from memlong.plugins.registry import installed_registry
 from memlong.plugins.uri import scheme_of, without_credentials
 
 
@@ -59,7 +60,7 @@ def chosen_config(
         raise _for_the_user(
             where, "backend", without_credentials(config.backend or ""), "a place to connect to"
         )
-    registry = registry or Registry()
+    registry = registry or installed_registry()
     known = {spec.name for spec in registry.list_retrievers()}
     known = {spec.name for spec in registry.list_retrievers()}
     if "retriever" not in changes and config.retriever not in known:

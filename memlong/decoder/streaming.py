@@ -38,6 +38,7 @@ from memlong.decoder.trial import try_out
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
 from memlong.plugins.options import check_options as check_store_options
+from memlong.plugins.registry import installed_registry
 
 
 class Segments(Iterator[Segment]):
@@ -89,7 +90,7 @@ class StreamingDecoder(Uncopied):
                 f"retriever is {retriever!r}; expected a Retriever. Its name goes into the MemoryConfig."
             )
         check_made_for(retriever, model)
-        self._registry = registry or Registry()
+        self._registry = registry or installed_registry()
         self._layout = probe(model)
         if self._layout.is_unusual:
             try_out(model, self._layout, self._registry)
