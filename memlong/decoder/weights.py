@@ -95,7 +95,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], most: int | None = None) ->
             continue
         flat = tensor.detach().flatten()
         if most is not None and len(flat) > most:
-            places = torch.linspace(0, len(flat) - 1, most, dtype=torch.float64).long()
+            places = torch.linspace(0, len(flat) - 1, most, dtype=torch.float64, device="cpu").long()
             flat = flat[places.to(flat.device)]
         digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -255,7 +255,7 @@ def test_tensors_beyond_the_model_are_not_read(adapter, tiny_model):
     tensors = load_file(folder / "adapter_model.safetensors")
     name = min(each for each in tensors if "lora_A" in each)
     save_file({name: torch.empty(10**6, tensors[name].shape[1])}, folder / "adapter_model.safetensors")
-    with pytest.raises(InvalidArgumentError, match=r"its rank is 1,000,000, more than the"):
+    with pytest.raises(InvalidArgumentError, match=r"its 1 tensors have 48,000,000 numbers, expected 1 to"):
         MemoryDecoder.from_pretrained(folder, tiny_model(), None)
     save_file({"base_model.model.x.lora_A.weight": torch.ones(4, 4)}, folder / "adapter_model.safetensors")
     with pytest.raises(InvalidArgumentError, match="belongs to no layer of the model"):
