@@ -78,7 +78,7 @@ class IndexHost:
     def after_fork(self) -> None:
         """Go on without the threads that only the parent has; what one of them was changing is undone before any use.
 
-        The index of a library may hold locks of theirs: it is built anew. torch computes with one thread from here on,
+        The index of a library may hold locks of theirs: it is rebuilt. torch computes with one thread from here on,
         as in its own data loaders' workers: it would wait for threads of the parent's for ever.
         """
         torch.set_num_threads(1)
@@ -99,7 +99,7 @@ class IndexHost:
                     yield
                     return
             with self._lock.write():
-                self._contents.mend()
+                self._contents.repair()
                 if searching:
                     self._rebuild_index()
 

@@ -38,7 +38,7 @@ _PREFIX, _DELETED = "session-", "deleted-"
 _LONGEST = 1024
 _GIVEN_BACK = (
     "The bank was given back to its pool, which has saved it and let go of it: what is changed here would be lost. Use "
-    "it inside `with pool.session(...)`, and get it there anew."
+    "it inside `with pool.session(...)`, and get it there again."
 )
 
 

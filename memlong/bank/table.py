@@ -66,7 +66,7 @@ class TableRows:
         return Usage(*views)
 
     def measured(self) -> TableRows:
-        """Return these rows with `longest` taken anew."""
+        """Return these rows with `longest` measured again."""
         longest = math.sqrt(self.columns[_SQUARED_NORMS][self.window].max(initial=0.0))
         return replace(self, longest=longest)
 

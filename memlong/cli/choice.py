@@ -50,7 +50,7 @@ class DecoderChoice:
     trust_remote_code: bool
 
     def open(self) -> MemoryDecoder:
-        """Load the model and give it its memory; a backend that cannot be had is told before the model is loaded."""
+        """Load the model and give it its memory; a backend that is missing is reported before that."""
         from memlong.decoder import MemoryDecoder
         from memlong.decoder.pretrained import read_pretrained
 

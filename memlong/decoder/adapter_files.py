@@ -82,7 +82,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None)
         if not (folder / file).exists():
             raise InvalidArgumentError(
                 f"The folder {str(folder)!r} holds no {file}, but its settings say that there is an adapter. Get the "
-                "folder anew."
+                "folder again."
             )
     if getattr(model, "peft_config", None):
         raise InvalidArgumentError(

@@ -171,7 +171,7 @@ class MemoryConfig:
 
     @property
     def retrieval_interval(self) -> int:
-        """Tokens after which memory is retrieved anew while text is generated."""
+        """Tokens after which memory is retrieved again while text is generated."""
         if self.retrieve_every is not None:
             return self.retrieve_every
         return min(max(1, self.chunk_size // 2), self.segment_size)

@@ -64,7 +64,7 @@ class MemoryDecoder(SavingDecoder):
     InvalidArgumentError
         If a setting does not fit the model.
     UnknownNameError, MissingDependencyError, PluginError
-        If the backend or the retriever cannot be had.
+        If the backend or the retriever is not available.
 
     Examples
     --------

@@ -121,7 +121,7 @@ class Speaker:
     columns
         Columns of the prompt as generate() gets it.
     config
-        Says after how many tokens memory is retrieved anew, for which text.
+        Says after how many tokens memory is retrieved again, for which text.
     """
 
     def __init__(

@@ -211,7 +211,7 @@ def _folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:  # which all errors of huggingface_hub are
         raise InvalidArgumentError(
-            f"{str(name)!r} is no folder here, and cannot be had from the hub: {error}"
+            f"{str(name)!r} is no folder here, and cannot be downloaded from the hub: {error}"
         ) from error
 
 

@@ -219,7 +219,7 @@ def _layer(
         raise _unsupported(
             model,
             f"keys or values of layer {number} are NaN or infinite, as of weights that are damaged or overflow in "
-            f"{dtype_name(model.dtype)}: load it anew, or in another dtype",
+            f"{dtype_name(model.dtype)}: load it again, or in another dtype",
         )
     module = readings[0].module
     windows = {seen.window_of(reading) for reading in readings}

@@ -43,7 +43,7 @@ class SavingDecoder(StreamingDecoder):
         path
             A folder, made if it does not exist.
         compact
-            Write everything anew, so that nothing of chunks that have left a bank remains.
+            Rewrite everything, so that nothing of chunks that have left a bank remains.
 
         Raises
         ------
@@ -123,7 +123,7 @@ class SavingDecoder(StreamingDecoder):
         lazy
             Leave the banks' keys and values on disk. Not with ``store``, which says where else they are to be.
         trust_index
-            Read the files of index libraries; say this of your own snapshots only. Otherwise indexes are built anew.
+            Read the files of index libraries; say this of your own snapshots only. Otherwise indexes are rebuilt.
         any_model
             Take streams of another model, or of other settings. What it makes of their keys and values is another
             question.

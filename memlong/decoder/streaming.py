@@ -104,7 +104,7 @@ class StreamingDecoder(Uncopied):
         self.gates = make_gates(self.config, self._layout, self.retrieval_layers, like)
         self.retriever = retriever
         if self.config.backend is not None:
-            self._registry.load_backend_class(self.config.backend)  # say now what cannot be had
+            self._registry.load_backend_class(self.config.backend)  # say now what is missing
             if self.config.store:
                 check_store_options("store", TieredStore, self.config.store)
                 TieredStore(**self.config.store).check_device(model.device)

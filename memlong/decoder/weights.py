@@ -105,7 +105,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], most: int | None = None) ->
 def left_as_they_are(module: nn.Module) -> Iterator[None]:
     """Keep a module's weights from being changed where its ``state_dict()`` is asked for.
 
-    On a CPU, bitsandbytes 0.50 packs 4-bit weights anew for computing, unpacks them in place for a state_dict, and
+    On a CPU, bitsandbytes 0.50 repacks 4-bit weights for computing, unpacks them in place for a state_dict, and
     loses the order of their scales in doing so: the model then computes something else.
     """
     quantized: Iterable[Any] = (getattr(each, "quant_state", None) for each in module.parameters())

@@ -360,7 +360,7 @@ class LocalWindow(Cache):
     def moved(
         self, wanted: Mapping[int | None, Bools], place: Callable[[Ints, int | None], Ints], memory: int
     ) -> LocalWindow:
-        """Return a window of the columns marked in ``wanted``, placed anew, with room for retrieved tokens."""
+        """Return a window of the columns marked in ``wanted``, placed again, with room for retrieved tokens."""
         held: dict[int | None, Held] = {}
         columns: dict[int | None, Columns] = {}
         for reach, marked in wanted.items():

@@ -111,7 +111,7 @@ class Registry:
         Raises
         ------
         UnknownNameError, PluginError, MissingDependencyError
-            If no plugin registered the scheme, two did, or its function cannot be had or does not keep its contract.
+            If no plugin registered the scheme, two did, or its function cannot be loaded or does not keep its contract.
         InvalidArgumentError
             If the URI is not one that the plugin knows to read, or holds an option that is given, too.
         """
@@ -190,7 +190,7 @@ class Registry:
         path
             The folder.
         backend
-            The name of the backend; by default, the one that was saved. Another one builds its index anew.
+            The name of the backend; by default, the one that was saved. Another one rebuilds its index.
         row, lazy, trust_index, most_bytes, kv_device, **options
             As `MemoryBank.load` takes them.
 

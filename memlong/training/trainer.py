@@ -234,7 +234,7 @@ class Trainer:
             kept = checkpoints(self.folder)
             raise MemlongError(
                 f"The run has diverged: in step {at.step + 1} the sum of the losses is {sums[0]} and the length of the "
-                f"gradient {length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Begin anew in "
+                f"gradient {length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Start over in "
                 "another folder, with a lower lr or gate_lr, or more warmup_steps."
             )
         self._optimizer.step()

@@ -60,7 +60,7 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
             if is_state(folder, manifest.token):
                 raise
     raise SnapshotError(
-        f"{str(folder)!r} was written anew {_TRIES} times while it was read. Load it when its writer rests."
+        f"{str(folder)!r} was rewritten {_TRIES} times while it was read. Load it when its writer rests."
     )
 
 

@@ -1,4 +1,4 @@
-"""Segments: chunks that were saved together, never changed afterwards, dropped or written anew as a whole."""
+"""Segments: chunks that were saved together, never changed afterwards, dropped or rewritten as a whole."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SegmentChunks:
 
 
 def keepable(segments: Sequence[Segment], living: Ids, chunk_bytes: int) -> list[Segment]:
-    """Return the segments that need not be written anew.
+    """Return the segments that need not be rewritten.
 
     One more than half of whose chunks have left is not kept; and where there are many small ones, none of these.
     """
