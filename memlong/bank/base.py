@@ -14,12 +14,12 @@ from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.finite import Finiteness
 from memlong.bank.forks import fork_lock
-from memlong.bank.gather import gather
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.persistent import PersistentBank, SavedBank
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.snapshot.writer import SnapshotWriter
-from memlong.bank.store import InMemoryStore, KeyValueStore
+from memlong.bank.store.gather import gather
+from memlong.bank.store.store import InMemoryStore, KeyValueStore
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError
 

@@ -11,9 +11,9 @@ from weakref import ref
 import numpy as np
 
 from memlong.bank.arrays import Ids
+from memlong.bank.index.table import ChunkTable, TableRows
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.store import KeyValueStore
-from memlong.bank.table import ChunkTable, TableRows
+from memlong.bank.store.store import KeyValueStore
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import saved_name
-from memlong.bank.hosting import IndexHost
+from memlong.bank.index.hosting import IndexHost
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.of_class import of_class
 from memlong.bank.snapshot.content import Content

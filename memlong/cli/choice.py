@@ -52,7 +52,7 @@ class DecoderChoice:
     def open(self) -> MemoryDecoder:
         """Load the model and give it its memory; a backend that is missing is reported before that."""
         from memlong.decoder import MemoryDecoder
-        from memlong.decoder.pretrained import read_pretrained
+        from memlong.decoder.persistence.pretrained import read_pretrained
 
         if self.config.backend is not None:
             installed_registry().load_backend_class(self.config.backend)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from memlong.decoder.layer_names import layers_as_text
+from memlong.decoder.model.layer_names import layers_as_text
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.uri import hide_credentials, without_credentials
 from memlong.settings import checked, documented, setting

@@ -81,7 +81,7 @@ class Registry:
         spec = self.backend(self.resolve(name)[0])
         # Listing backends must stay quick, and the bank brings torch.
         from memlong.bank.base import MemoryBank, bank_of
-        from memlong.bank.index import Index
+        from memlong.bank.index.index import Index
 
         found = bank_of(load_class(spec, Index, MemoryBank))
         if not hasattr(found, "index_class"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memlong.bank.snapshot.files import oddity, sync_folder
-from memlong.decoder.json_file import read_json
+from memlong.decoder.persistence.json_file import read_json
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.training.folder import FACTS, FORMATS, MOST_FACTS, TENSORS, checkpoints, clear, remove_checkpoint
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlong.bank.folders import absolute
+from memlong.bank.sessions.folders import absolute
 from memlong.decoder import MemoryConfig, MemoryDecoder
-from memlong.decoder.fingerprint import facts
-from memlong.decoder.pretrained import SETTINGS
-from memlong.decoder.recall import RandomChunks
+from memlong.decoder.persistence.fingerprint import facts
+from memlong.decoder.persistence.pretrained import SETTINGS
+from memlong.decoder.stream.recall import RandomChunks
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from memlong.training.config import TrainingConfig

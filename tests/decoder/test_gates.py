@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
-from memlong.decoder.gates import MemoryGates
-from memlong.decoder.tensor_file import write_tensors
+from memlong.decoder.model.gates import MemoryGates
+from memlong.decoder.persistence.tensor_file import write_tensors
 from memlong.errors import InvalidArgumentError
 
 

@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_decoder_that_was_there(trained, text, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("memlong.decoder.gates.MemoryGates.save", full)
+        patched.setattr("memlong.decoder.model.gates.MemoryGates.save", full)
         with pytest.raises(StorageError, match=r"cannot be written to .*No space left"):
             decoder.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -276,7 +276,7 @@ def test_an_interrupt_leaves_no_adapter(adapter, tiny_model, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memlong.decoder.adapter_files._check_loaded", interrupt)
+    monkeypatch.setattr("memlong.decoder.persistence.adapter_files._check_loaded", interrupt)
     with pytest.raises(KeyboardInterrupt):
         MemoryDecoder.from_pretrained(folder, model, None)
     assert not [name for name, _ in model.named_modules() if "lora" in name]

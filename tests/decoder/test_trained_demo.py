@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
-from memlong.decoder.loading import DEMO_PACKAGE
+from memlong.decoder.model.loading import DEMO_PACKAGE
 from memlong.evaluation import read_text, tokenize
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from memlong.bank.arrays import Ids
-from memlong.bank.folders import at_home
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.sessions.folders import at_home
 from memlong.bank.sizes import byte_count
 from memlong.bank.snapshot.content import Content, check_state
 from memlong.bank.snapshot.files import check_file, damaged, followed, is_hollow, read_checked

@@ -19,7 +19,7 @@ from memlong.bank.snapshot.files import CheckedFile, damaged
 from memlong.bank.snapshot.manifest import BankRecord, SegmentRecord
 from memlong.bank.snapshot.tensors import Arrays, blocks_header, bytes_of, encode, read_arrays
 from memlong.bank.snapshot.writer import SnapshotWriter
-from memlong.bank.store import KeyValueStore
+from memlong.bank.store.store import KeyValueStore
 
 _SEGMENT_BYTES = 256 << 20
 _BATCH_BYTES = 1 << 20  # so that a block of usual size is read into memory of its own, and stays there

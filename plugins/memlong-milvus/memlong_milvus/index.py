@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from memlong.bank import Floats, Ids, Index, IndexRows, NoOptions
-from memlong.bank.exact import nearest_rows
+from memlong.bank.index.exact import nearest_rows
 from memlong_milvus.options import Tuning
 from memlong_milvus.recent import Recent
 from memlong_milvus.rows import MOST_ROWS, SessionRows
