@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # The workers share the cores, so each has one thread; they take tests from each other's ends, where a fixture is not shared.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses logical --dist worksteal
 
-.PHONY: help install demo test test-fast test-versions torture lint docs bench clean
+.PHONY: help install demo test test-fast test-versions torture lint docs dist bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,11 @@ lint: $(INSTALLED) ## Check style, format and types
 
 docs: $(INSTALLED) ## Build the documentation into out/docs, without the network, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(INSTALLED) ## Build the wheel and the source archive into dist/, and check them as PyPI does
+	rm -rf dist
+	$(BIN)/uv build
+	$(BIN)/uvx twine check --strict dist/*
 
 bench: $(INSTALLED) ## Measure speed and memory, each beside a baseline (under 15 minutes)
 	mkdir -p out

@@ -28,8 +28,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memlong.decoder.kernels import steady_kernels
-from memlong.decoder.machine import DTYPES
+from memlong.decoder.model.kernels import steady_kernels
+from memlong.decoder.model.machine import DTYPES
 
 Kernels = Callable[[], AbstractContextManager[None]]
 """Within what torch is to choose."""

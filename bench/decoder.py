@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.decoder import choose_machine
-from memlong.decoder.kernels import steady_kernels
+from memlong.decoder.model.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.training import TrainingConfig
 from memlong.training.parts import LearningParts

@@ -37,7 +37,7 @@ from transformers import DynamicCache
 from memlong import MemoryConfig, MemoryDecoder
 from memlong.cli.values import numbers
 from memlong.decoder import choose_machine
-from memlong.decoder.kernels import steady_kernels
+from memlong.decoder.model.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text
 

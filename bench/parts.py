@@ -11,10 +11,11 @@ import torch
 from ratios import Clock
 
 from memlong import MemoryBank, MemoryDecoder
-from memlong.decoder import kernels, row
-from memlong.decoder.attention import AttentionSlot
-from memlong.decoder.streams import Streams
-from memlong.decoder.window import LocalWindow, WindowLayer
+from memlong.decoder.kv.window import LocalWindow, WindowLayer
+from memlong.decoder.model import kernels
+from memlong.decoder.model.attention import AttentionSlot
+from memlong.decoder.stream import row
+from memlong.decoder.stream.streams import Streams
 
 PARTS = {
     "lower layers": "below the first retrieval layer, attention apart",

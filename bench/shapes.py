@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from memlong import load_model
-from memlong.decoder.machine import DTYPES
+from memlong.decoder.model.machine import DTYPES
 from memlong.errors import InvalidTextError
 from memlong.evaluation import read_text, tokenize
 

@@ -1,4 +1,4 @@
-"""The errors that memlong raises; every message says what is wrong, why it matters and how to mend it."""
+"""The errors that memlong raises; every message says what is wrong, why it matters and how to fix it."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_what_register_takes_stands_in_the_docs():
 
 def test_the_page_of_the_command_line_is_what_the_commands_are():
     made = script("docs/_site/commands.py").page()
-    assert read("docs/cli.md") == made, "update it: python docs/_site/commands.py"
+    assert read("docs/cli.md") == made, "rewrite it: python docs/_site/commands.py"
 
 
 @pytest.mark.parametrize("module", API)

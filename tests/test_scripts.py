@@ -432,7 +432,7 @@ def test_the_bank_bench_leaves_out_what_cannot_compute_on_a_device(brief, capsys
     graphs = [each for each in brief.SETTINGS if not each.is_exact]
     assert brief._able(graphs, torch.device("cuda")) == []
     said = capsys.readouterr().out
-    assert "hnswlib is left out: HnswlibBank cannot compute on cuda" in said
+    assert "hnswlib is left out: HnswlibIndex cannot compute on cuda" in said
     assert "faiss HNSW32 is left out: " in said
 
 

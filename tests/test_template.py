@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -120,14 +119,3 @@ def test_a_plugin_that_was_written_is_clean(place):
         cwd=package,
     )
     run(sys.executable, "-m", "ruff", "format", "--isolated", "--line-length=110", "--check", cwd=package)
-
-
-@pytest.mark.slow
-def test_a_source_archive_holds_the_files_that_plugins_are_made_of(tmp_path):
-    run(sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", tmp_path, cwd=ROOT)
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "memlong").rglob("*.template")}
-    assert len(templates) == 7
-    assert templates <= names
-    assert "plugins/memlong-usearch/pyproject.toml" in names

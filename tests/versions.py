@@ -63,7 +63,7 @@ class Setting:
         return "the lowest versions in pyproject.toml" if self.lowest else "the versions in constraints.txt"
 
 
-SETTINGS = (Setting("3.11", lowest=True), Setting("3.12"), Setting("3.13"))
+SETTINGS = (Setting("3.11", lowest=True), Setting("3.12"), Setting("3.13"), Setting("3.14"))
 
 
 def uv(*arguments: object) -> str:

@@ -82,7 +82,7 @@ class FaissIndex(Index[FaissOptions]):
     and, with one thread, reproducible.
 
     An index that has to be trained (IVF, PQ, SQ) is trained on the bank's own embeddings as soon as there are
-    `train_size` of them, and anew whenever it is rebuilt. **Until then searches are exact**, by brute force
+    `train_size` of them; and again whenever it is rebuilt. **Until then searches are exact**, by brute force
     over the embeddings; `is_trained` tells which it is.
 
     On a GPU (``device="cuda"``) it is a Flat or IVF index of FAISS-GPU; k is then at most 2,048.
@@ -175,7 +175,7 @@ class FaissIndex(Index[FaissOptions]):
             return None
         row_ids = self._numbers.ids
         ends = np.flatnonzero(np.diff(row_ids) != 1) + 1
-        if len(ends) >= _MOST_RUNS:  # then it is built anew when it is loaded
+        if len(ends) >= _MOST_RUNS:  # then it is rebuilt when it is loaded
             return None
         runs = [[int(run[0]), int(run[-1]) + 1] for run in np.split(row_ids, ends)]
         return {"library": faiss.__version__, "row_ids": runs}, self._native.to_bytes()

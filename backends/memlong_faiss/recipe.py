@@ -9,7 +9,7 @@ from typing import Any
 import faiss
 
 from memlong.bank import Floats
-from memlong.bank.exact import Similarity
+from memlong.bank.index.exact import Similarity
 from memlong.errors import InvalidArgumentError
 
 _SEED = 1234

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from memlong.bank import Floats, Ids, Index, IndexRows, NoOptions
-from memlong.bank.copying import keep_while_read, to_device
-from memlong.bank.exact import nearest_rows
-from memlong.bank.traffic import Traffic, note
+from memlong.bank.index.exact import nearest_rows
+from memlong.bank.store.copying import keep_while_read, to_device
+from memlong.bank.store.traffic import Traffic, note
 from memlong.errors import DeviceUnavailableError
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from memlong.bank.codec import make_codec
+from memlong.bank.store.codec import make_codec
 from memlong.decoder import MemoryDecoder
-from memlong.decoder.layout import ModelLayout
+from memlong.decoder.model.layout import ModelLayout
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

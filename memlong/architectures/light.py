@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from memlong.architectures.shrinking import leaned
-from memlong.decoder.layout import ModelLayout
+from memlong.decoder.model.layout import ModelLayout
 
 Attempt = tuple[Callable[[], PreTrainedModel], Callable[[ModelLayout], bool]]
 

@@ -20,8 +20,8 @@ from memlong.architectures.light import light_models
 from memlong.architectures.listing import Architecture, architectures, encoder_decoders
 from memlong.architectures.trial import try_architecture
 from memlong.decoder import MemoryConfig, MemoryDecoder
-from memlong.decoder.layout import ModelLayout
-from memlong.decoder.quiet import quiet_loading
+from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.model.quiet import quiet_loading
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
 _TOO_LARGE = (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from memlong.decoder.loading import source_of
-from memlong.decoder.quiet import quiet_loading
+from memlong.decoder.model.loading import source_of
+from memlong.decoder.model.quiet import quiet_loading
 from memlong.errors import InvalidArgumentError
 
 

@@ -4,12 +4,12 @@ from memlong.bank.arrays import Floats, Ids
 from memlong.bank.base import BankOptions, MemoryBank, Metric, bank_of
 from memlong.bank.draft import Draft
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
-from memlong.bank.index import Index, IndexRows, NoOptions
+from memlong.bank.index.index import Index, IndexRows, NoOptions
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.pool import BankPool
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
-from memlong.bank.store import InMemoryStore, KeyValueStore
-from memlong.bank.tiers import TieredStore
+from memlong.bank.sessions.pool import BankPool
+from memlong.bank.store.store import InMemoryStore, KeyValueStore
+from memlong.bank.store.tiers import TieredStore
 from memlong.bank.validate import whole_number
 
 __all__ = [

@@ -14,12 +14,12 @@ from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.finite import Finiteness
 from memlong.bank.forks import fork_lock
-from memlong.bank.gather import gather
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.persistent import PersistentBank, SavedBank
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.snapshot.writer import SnapshotWriter
-from memlong.bank.store import InMemoryStore, KeyValueStore
+from memlong.bank.store.gather import gather
+from memlong.bank.store.store import InMemoryStore, KeyValueStore
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError
 
@@ -279,7 +279,7 @@ class MemoryBank(PersistentBank):
             # less is not possible, and with a store on the host it would be no less, as the copies there need none.
             finiteness.require()
         with self._lock.write():
-            self._contents.mend()
+            self._contents.repair()
             self._prove()
             if self._contents.layout is not None:
                 self._contents.layout.require_same(layout)
@@ -383,7 +383,7 @@ class MemoryBank(PersistentBank):
         """
         n = whole_number("n", n, at_least=0)
         with self._lock.write():
-            self._contents.mend()
+            self._contents.repair()
             self._prove()
             victims = self._capacity.victims(self._table.usage, max(len(self._table) - n, 0))
             with self._contents.change(self._contents.layout):
@@ -400,7 +400,7 @@ class MemoryBank(PersistentBank):
         """
         leaving = np.unique(ids_of(ids))
         with self._lock.write():
-            self._contents.mend()
+            self._contents.repair()
             self._prove()
             unknown = leaving[self._table.rows_of(leaving) < 0]
             if len(unknown):
@@ -425,7 +425,7 @@ class MemoryBank(PersistentBank):
     def write_snapshot(self, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
         """Write what a state of a folder needs of this bank; `keep_saved` follows when the state is current."""
         with self._lock.write():
-            self._contents.mend()
+            self._contents.repair()
             self._prove()
         return super().write_snapshot(writer, compact=compact)
 

@@ -11,9 +11,9 @@ from weakref import ref
 import numpy as np
 
 from memlong.bank.arrays import Ids
+from memlong.bank.index.table import ChunkTable, TableRows
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.store import KeyValueStore
-from memlong.bank.table import ChunkTable, TableRows
+from memlong.bank.store.store import KeyValueStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Contents:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether a change was cut short, so that `mend` must come before any use."""
+        """Whether a change was cut short, so that `repair` must come before any use."""
         return self._before is not None
 
     def fill(self, layout: ChunkLayout | None, next_id: int) -> None:
@@ -92,7 +92,7 @@ class Contents:
         """
         return _Change(self, layout, [] if added is None else added.tolist())
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Undo what was cut short, down to the last block."""
         self.restore()
         if not self._strays:
@@ -150,4 +150,4 @@ class _Change:
         if kind is None:
             self._contents.end()
         else:
-            self._contents.mend()
+            self._contents.repair()

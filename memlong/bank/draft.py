@@ -11,11 +11,11 @@ import torch
 
 from memlong.bank.arrays import FloatInput, Floats, IntInput
 from memlong.bank.base import MemoryBank
-from memlong.bank.copying import stack
-from memlong.bank.exact import Similarity, true_scores
 from memlong.bank.finite import Finiteness
+from memlong.bank.index.exact import Similarity, true_scores
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.results import Chunks, Retrieved, SearchResult
+from memlong.bank.store.copying import stack
 from memlong.bank.uncopied import Uncopied
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError

@@ -117,7 +117,7 @@ POLICIES: tuple[type[EvictionPolicy], ...] = (Fifo, Lru, RetrievalFrequency)
 
 
 def saved_name(policy: EvictionPolicy) -> str | None:
-    """Return the name that a policy can be had again by; None if its class has none of its own."""
+    """Return the name that a policy is created again by; None if its class has none of its own."""
     name = vars(type(policy)).get("name")
     if not isinstance(name, str) or (
         type(policy) not in POLICIES and name in {each.name for each in POLICIES}

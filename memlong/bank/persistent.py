@@ -12,7 +12,7 @@ import numpy as np
 
 from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import saved_name
-from memlong.bank.hosting import IndexHost
+from memlong.bank.index.hosting import IndexHost
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.of_class import of_class
 from memlong.bank.snapshot.content import Content
@@ -74,7 +74,7 @@ class PersistentBank(IndexHost):
         path : str or Path
             A folder, made if it does not exist. What another bank was saved there is replaced.
         compact : bool, default False
-            Write everything anew, the index as well, so that nothing of chunks that have left remains.
+            Rewrite everything, the index as well, so that nothing of chunks that have left remains.
 
         Raises
         ------
@@ -115,7 +115,7 @@ class PersistentBank(IndexHost):
         trust_index : bool, default False
             Read the index library's own file, where this class, with the same options, wrote one. These libraries read
             whatever they are given, and a file that was made to harm can: so say this of your own snapshots only.
-            Otherwise the index is built anew from the embeddings.
+            Otherwise the index is rebuilt from the embeddings.
         most_bytes : int or str, optional
             Refuse a snapshot whose files take more.
         kv_device : str, optional
@@ -350,7 +350,7 @@ class PersistentBank(IndexHost):
             ) as error:
                 raise SnapshotError(
                     f"{str(stored.folder / record.file.name)!r} is not read by this backend's library ({error}). Load "
-                    "the snapshot without trust_index, which builds the index anew."
+                    "the snapshot without trust_index, which rebuilds the index."
                 ) from error
 
     def _room_for(self, layout: ChunkLayout, stored: StoredBank) -> int | None:

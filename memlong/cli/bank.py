@@ -57,7 +57,7 @@ def verify(path: Folder, as_json: AsJson = False) -> None:
 
 
 def compact(path: Folder, as_json: AsJson = False) -> None:
-    """Write a snapshot anew without the chunks that have left, so that nothing of them remains.
+    """Rewrite a snapshot without the chunks that have left, so that nothing of them remains.
 
     A bank that is in use somewhere is not disturbed; when it is saved next, it is saved as a whole.
 

@@ -9,7 +9,7 @@ import typer
 
 from memlong.cli.loading import load
 from memlong.errors import InvalidArgumentError
-from memlong.plugins.registry import Registry
+from memlong.plugins.registry import installed_registry
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryConfig, MemoryDecoder
@@ -50,12 +50,12 @@ class DecoderChoice:
     trust_remote_code: bool
 
     def open(self) -> MemoryDecoder:
-        """Load the model and give it its memory; a backend that cannot be had is told before the model is loaded."""
+        """Load the model and give it its memory; a backend that is missing is reported before that."""
         from memlong.decoder import MemoryDecoder
-        from memlong.decoder.pretrained import read_pretrained
+        from memlong.decoder.persistence.pretrained import read_pretrained
 
         if self.config.backend is not None:
-            Registry().load_backend_class(self.config.backend)
+            installed_registry().load_backend_class(self.config.backend)
         found = None if self.adapter is None else read_pretrained(self.adapter, self.changes)
         name, trained = self.model, None
         if found is not None:

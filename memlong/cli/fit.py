@@ -17,7 +17,7 @@ from memlong.cli.loading import load, told
 from memlong.errors import InvalidArgumentError, InvalidTextError
 
 if TYPE_CHECKING:
-    from memlong.decoder.latent import LatentMaps
+    from memlong.decoder.kv.latent import LatentMaps
 
 _MAPS = (b"memlong-latent-maps",)
 

@@ -44,7 +44,7 @@ def load(
 
 def runs_on(model: Any) -> dict[str, str]:
     """Return device and dtype of a model, for JSON."""
-    from memlong.decoder.machine import dtype_name
+    from memlong.decoder.model.machine import dtype_name
 
     return {"device": str(model.device), "dtype": dtype_name(model.dtype)}
 

@@ -202,7 +202,7 @@ def _local_window(least: int, most: int | None) -> str:
 
 
 def _told(found: Outline) -> list[tuple[str, str]]:
-    from memlong.decoder.layer_names import ranges
+    from memlong.decoder.model.layer_names import ranges
 
     class_row = ("class", found.class_name)
     if not found.attaches:

@@ -115,7 +115,7 @@ def train(
 
 def _begun(folder: Path) -> tuple[str, str] | None:
     """Dtype of the run that the folder holds a checkpoint of, and the folder; what is wrong with it is told later."""
-    from memlong.decoder.json_file import read_json
+    from memlong.decoder.persistence.json_file import read_json
     from memlong.training.folder import FACTS, MOST_FACTS, checkpoints
 
     with suppress(OSError, ValueError, LookupError, TypeError):

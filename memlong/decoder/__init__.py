@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memlong.decoder.config import MemoryConfig
     from memlong.decoder.decoder import MemoryDecoder
-    from memlong.decoder.loading import load_model
-    from memlong.decoder.machine import Machine, choose_machine
+    from memlong.decoder.model.loading import load_model
+    from memlong.decoder.model.machine import Machine, choose_machine
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
-    from memlong.decoder.streamer import printable, text_streamer
-    from memlong.decoder.streams import Segment
+    from memlong.decoder.stream.streamer import printable, text_streamer
+    from memlong.decoder.stream.streams import Segment
 
 # Loaded when first asked for: listing the retrievers must not import transformers.
 _HOMES = {
-    "Machine": "memlong.decoder.machine",
+    "Machine": "memlong.decoder.model.machine",
     "MemoryConfig": "memlong.decoder.config",
     "MemoryDecoder": "memlong.decoder.decoder",
     "Passage": "memlong.decoder.retrievers.base",
     "Retriever": "memlong.decoder.retrievers.base",
-    "Segment": "memlong.decoder.streams",
-    "choose_machine": "memlong.decoder.machine",
+    "Segment": "memlong.decoder.stream.streams",
+    "choose_machine": "memlong.decoder.model.machine",
     "create_retriever": "memlong.decoder.retrievers.create",
-    "load_model": "memlong.decoder.loading",
-    "printable": "memlong.decoder.streamer",
-    "text_streamer": "memlong.decoder.streamer",
+    "load_model": "memlong.decoder.model.loading",
+    "printable": "memlong.decoder.stream.streamer",
+    "text_streamer": "memlong.decoder.stream.streamer",
 }
 
 __all__ = [

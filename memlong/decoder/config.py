@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from memlong.decoder.layer_names import layers_as_text
+from memlong.decoder.model.layer_names import layers_as_text
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.uri import hide_credentials, without_credentials
 from memlong.settings import checked, documented, setting
@@ -171,7 +171,7 @@ class MemoryConfig:
 
     @property
     def retrieval_interval(self) -> int:
-        """Tokens after which memory is retrieved anew while text is generated."""
+        """Tokens after which memory is retrieved again while text is generated."""
         if self.retrieve_every is not None:
             return self.retrieve_every
         return min(max(1, self.chunk_size // 2), self.segment_size)

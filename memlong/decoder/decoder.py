@@ -12,18 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
-from memlong.decoder.adapter_files import attach_adapter
 from memlong.decoder.generation import Speaker, StreamCache, check_options, inferred_mask
-from memlong.decoder.loading import load_model
-from memlong.decoder.machine import AUTO, choose_machine
-from memlong.decoder.pretrained import read_pretrained, write_pretrained
-from memlong.decoder.recall import RandomChunks
-from memlong.decoder.replacing import replaced
+from memlong.decoder.kv.sources import LatentSource
+from memlong.decoder.model.loading import load_model
+from memlong.decoder.model.machine import AUTO, choose_machine
+from memlong.decoder.model.replacing import replaced
+from memlong.decoder.persistence.adapter_files import attach_adapter
+from memlong.decoder.persistence.pretrained import read_pretrained, write_pretrained
+from memlong.decoder.persistence.saving import SavingDecoder
 from memlong.decoder.retrievers.base import Retriever
-from memlong.decoder.saving import SavingDecoder
-from memlong.decoder.sources import LatentSource
-from memlong.decoder.streams import Streams
-from memlong.decoder.tokens import token_lists
+from memlong.decoder.stream.recall import RandomChunks
+from memlong.decoder.stream.streams import Streams
+from memlong.decoder.stream.tokens import token_lists
 from memlong.errors import InvalidArgumentError
 from memlong.plugins import Registry
 
@@ -64,7 +64,7 @@ class MemoryDecoder(SavingDecoder):
     InvalidArgumentError
         If a setting does not fit the model.
     UnknownNameError, MissingDependencyError, PluginError
-        If the backend or the retriever cannot be had.
+        If the backend or the retriever is not available.
 
     Examples
     --------

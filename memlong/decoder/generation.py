@@ -16,11 +16,11 @@ from transformers import Cache, GenerationConfig, MaxLengthCriteria, PreTrainedM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.bank.uncopied import Uncopied
-from memlong.decoder.attention import AttentionSlot
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.replacing import replaced
-from memlong.decoder.row import Row
-from memlong.decoder.streams import Streams
+from memlong.decoder.model.attention import AttentionSlot
+from memlong.decoder.model.replacing import replaced
+from memlong.decoder.stream.row import Row
+from memlong.decoder.stream.streams import Streams
 from memlong.errors import InvalidArgumentError
 
 _REFUSED = {
@@ -121,7 +121,7 @@ class Speaker:
     columns
         Columns of the prompt as generate() gets it.
     config
-        Says after how many tokens memory is retrieved anew, for which text.
+        Says after how many tokens memory is retrieved again, for which text.
     """
 
     def __init__(

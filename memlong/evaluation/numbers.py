@@ -20,7 +20,7 @@ def checked_logits(_input_ids: Tensor | None, logits: Tensor) -> Tensor:
     if bool(logits.isnan().any()):
         raise MemlongError(
             "The model's logits are not numbers (NaN): its weights are damaged, or its dtype does not hold what it "
-            "computes. Load it in float32 or bfloat16, or get the model anew."
+            "computes. Load it in float32 or bfloat16, or download the model again."
         )
     return logits
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from memlong.bank import MemoryBank, whole_number
 
 
-def recall_at_k(bank: MemoryBank, query: Tensor, ids: Tensor, k: int) -> float:
+def recall_at_k(bank: MemoryBank, query: Tensor, scores: Tensor, k: int) -> float:
     """Share of the exact top-k that a search returned, by score rather than by id, so that ties do no harm.
 
     Parameters
@@ -17,8 +16,8 @@ def recall_at_k(bank: MemoryBank, query: Tensor, ids: Tensor, k: int) -> float:
         The bank that was searched, with the content it had then.
     query
         The query's embedding [dim].
-    ids
-        What the search returned [found].
+    scores
+        Of what the search returned [found].
     k
         How many were asked for; where the bank holds fewer chunks, that many count.
 
@@ -34,8 +33,7 @@ def recall_at_k(bank: MemoryBank, query: Tensor, ids: Tensor, k: int) -> float:
     depth = min(whole_number("k", k, at_least=1), len(bank))
     if depth == 0:
         return 1.0
-    best = bank.exact_search(query[None], len(bank))
-    threshold = best.scores[0, depth - 1]
+    threshold = bank.exact_search(query[None], depth).scores[0, -1]
     # One query's scores may differ in the last bits between two ways to sum.
-    good = best.ids[0, best.scores[0] >= threshold - 1e-6 * threshold.abs()]
-    return min(1.0, float(torch.isin(ids, good).sum()) / depth)
+    good = scores >= threshold - 1e-6 * threshold.abs()
+    return min(1.0, float(good.sum()) / depth)

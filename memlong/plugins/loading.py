@@ -83,7 +83,7 @@ def _load(spec: Spec) -> object:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise fault(spec, f"its target {spec.target!r} cannot be had: {explained(error)}") from error
+        raise fault(spec, f"its target {spec.target!r} cannot be loaded: {explained(error)}") from error
     if found is None:
         raise fault(spec, f"its target {spec.target!r} does not exist")
     return found
@@ -139,5 +139,5 @@ def fault(spec: Spec, what: str) -> PluginError:
     """Return the error for a plugin that does not keep its part of the bargain."""
     return PluginError(
         f"{spec.kind} {spec.name!r} cannot be loaded: {what}. This is for the authors of plugin "
-        f"{spec.plugin!r} to mend; MEMLONG_DISABLE_PLUGINS={spec.plugin} turns the plugin off"
+        f"{spec.plugin!r} to fix; MEMLONG_DISABLE_PLUGINS={spec.plugin} turns the plugin off"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ from memlong.plugins.lookup import find
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.names import explained, quoted
 from memlong.plugins.options import check_options
+from memlong.plugins.selection import DISABLE_VARIABLE, SELECT_VARIABLE
 from memlong.plugins.spec import Kind, Spec
 from memlong.plugins.uri import scheme_of
 
@@ -77,7 +81,7 @@ class Registry:
         spec = self.backend(self.resolve(name)[0])
         # Listing backends must stay quick, and the bank brings torch.
         from memlong.bank.base import MemoryBank, bank_of
-        from memlong.bank.index import Index
+        from memlong.bank.index.index import Index
 
         found = bank_of(load_class(spec, Index, MemoryBank))
         if not hasattr(found, "index_class"):
@@ -107,7 +111,7 @@ class Registry:
         Raises
         ------
         UnknownNameError, PluginError, MissingDependencyError
-            If no plugin registered the scheme, two did, or its function cannot be had or does not keep its contract.
+            If no plugin registered the scheme, two did, or its function cannot be loaded or does not keep its contract.
         InvalidArgumentError
             If the URI is not one that the plugin knows to read, or holds an option that is given, too.
         """
@@ -186,7 +190,7 @@ class Registry:
         path
             The folder.
         backend
-            The name of the backend; by default, the one that was saved. Another one builds its index anew.
+            The name of the backend; by default, the one that was saved. Another one rebuilds its index.
         row, lazy, trust_index, most_bytes, kv_device, **options
             As `MemoryBank.load` takes them.
 
@@ -255,18 +259,27 @@ class Registry:
         return find(self.manager, kind, name)
 
 
+def installed_registry() -> Registry:
+    """Return the registry of all installed plugins, looked up once for a process and what it may load."""
+    return _installed(os.environ.get(SELECT_VARIABLE), os.environ.get(DISABLE_VARIABLE), tuple(sys.path))
+
+
+@lru_cache(maxsize=4)
+def _installed(*_: object) -> Registry:
+    return Registry()
+
+
 def create_bank(name: str, dim: int, *, registry: Registry | None = None, **options: object) -> MemoryBank:
     """Construct an empty bank of the backend ``name``, which may be a URI; see `Registry.create_bank`.
 
-    Without a ``registry`` the installed plugins are looked up afresh, which takes tens of milliseconds:
-    make a `Registry` once where many banks are made.
+    Without a ``registry``, that of the plugins installed when the process first asked is used.
 
     Raises
     ------
     UnknownNameError, PluginError, MissingDependencyError, InvalidArgumentError
         As `Registry.create_bank` does.
     """
-    return (Registry() if registry is None else registry).create_bank(name, dim, **options)
+    return (installed_registry() if registry is None else registry).create_bank(name, dim, **options)
 
 
 def load_bank(
@@ -281,9 +294,9 @@ def load_bank(
     UnknownNameError, PluginError, MissingDependencyError
         As `Registry.load_bank` does.
     """
-    return (Registry() if registry is None else registry).load_bank(path, backend, **options)
+    return (installed_registry() if registry is None else registry).load_bank(path, backend, **options)
 
 
 def list_backends(registry: Registry | None = None) -> tuple[Spec, ...]:
     """Return all backends, installed or not; `Spec.missing` tells which libraries are not there."""
-    return (Registry() if registry is None else registry).list_backends()
+    return (installed_registry() if registry is None else registry).list_backends()

@@ -1,4 +1,4 @@
-"""The contract of snapshots: a bank that was saved can be had again, in any process."""
+"""The contract of snapshots: a bank that was saved can be loaded again, in any process."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PersistenceTests(BankSuite):
         assert_same_state(state_of(bank), self.bank_class.load(tmp_path, trust_index=True))
 
     def test_saving_again_keeps_what_is_there(self, tmp_path: Path) -> None:
-        """After an add, keys and values that were saved before are not written anew."""
+        """After an add, keys and values that were saved before are not rewritten."""
         bank, _ = self.filled(100)
         bank.save(tmp_path)
         before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("blocks-*")}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memlong.bank.snapshot.files import oddity, sync_folder
-from memlong.decoder.json_file import read_json
+from memlong.decoder.persistence.json_file import read_json
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.training.folder import FACTS, FORMATS, MOST_FACTS, TENSORS, checkpoints, clear, remove_checkpoint
 
@@ -139,7 +139,7 @@ def load_checkpoint(
     if not found:
         raise InvalidArgumentError(
             f"The folder {str(folder)!r} holds no checkpoint to go on from. Name the folder of a run that has written "
-            "one, or begin anew without resuming."
+            "one, or start over without resuming."
         )
     latest = found[-1]
     try:
@@ -153,7 +153,7 @@ def load_checkpoint(
         raise
     except (*_DAMAGE, SafetensorError) as error:
         raise InvalidArgumentError(
-            f"The checkpoint {str(latest)!r} cannot be read: {error!r}. Remove it, and begin anew or go on from an "
+            f"The checkpoint {str(latest)!r} cannot be read: {error!r}. Remove it, and start over or go on from an "
             "older one."
         ) from error
     _restore(tensors, parameters, optimizer)
@@ -168,7 +168,7 @@ def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) ->
     if facts["format"] != _FORMAT:
         raise InvalidArgumentError(
             f"The checkpoint {str(latest)!r} has the format {facts['format']!r}; expected {_FORMAT!r}. Resume it "
-            "with the memlong that wrote it, or begin anew in another folder."
+            "with the memlong that wrote it, or start over in another folder."
         )
     for name, ours in json.loads(json.dumps(made_of, default=str)).items():
         if name.startswith("model.config.") and name not in facts["made_of"]:
@@ -177,7 +177,7 @@ def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) ->
         if ours != theirs:
             raise InvalidArgumentError(
                 f"The checkpoint {str(latest)!r} was made with {name} {theirs!r}, but now it is {ours!r}. Resume with "
-                "the model, the settings and the text of the run, or begin anew in another folder."
+                "the model, the settings and the text of the run, or start over in another folder."
             )
 
 

@@ -160,7 +160,7 @@ def _read(path: Path, count: int) -> tuple[list[Step], int]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InvalidArgumentError(
             f"{str(path)!r} should hold the {count} steps that the checkpoint was made after, but cannot be read at "
-            f"line {len(steps) + 1}: {error}. Put the file back, or begin anew in another folder."
+            f"line {len(steps) + 1}: {error}. Put the file back, or start over in another folder."
         ) from error
     return steps, size
 

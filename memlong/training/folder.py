@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from memlong.bank.snapshot.locking import FolderLock
-from memlong.decoder.adapter_files import ADAPTER, ADAPTER_SETTINGS
-from memlong.decoder.json_file import read_json
-from memlong.decoder.pretrained import GATES, MAPS, SETTINGS
+from memlong.decoder.persistence.adapter_files import ADAPTER, ADAPTER_SETTINGS
+from memlong.decoder.persistence.json_file import read_json
+from memlong.decoder.persistence.pretrained import GATES, MAPS, SETTINGS
 from memlong.errors import InvalidArgumentError, StorageError
 
 CURVE, PICTURE = "curve.jsonl", "curve.png"

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlong.decoder.attention import AttentionSlot, evaluating, installed, replaced_attention
-from memlong.decoder.kernels import Attend, Output
-from memlong.decoder.latent import LatentMaps
-from memlong.decoder.layer_names import parse_layers, ranges
-from memlong.decoder.layout import ModelLayout
-from memlong.decoder.probe import probe
-from memlong.decoder.rope import AngleCache
+from memlong.decoder.kv.latent import LatentMaps
+from memlong.decoder.model.attention import AttentionSlot, evaluating, installed, replaced_attention
+from memlong.decoder.model.kernels import Attend, Output
+from memlong.decoder.model.layer_names import parse_layers, ranges
+from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.model.probe import probe
+from memlong.decoder.model.rope import AngleCache
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
 _SMALLEST = 1e-4  # directions that matter less than this, beside the most important one, are not told apart

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from memlong.decoder import MemoryConfig, MemoryDecoder
-from memlong.decoder.probe import probe
-from memlong.decoder.sources import LatentSource, shared_memory_layer
+from memlong.decoder.kv.sources import LatentSource, shared_memory_layer
+from memlong.decoder.model.probe import probe
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 from memlong.training.config import TrainingConfig
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlong.bank.folders import absolute
+from memlong.bank.sessions.folders import absolute
 from memlong.decoder import MemoryConfig, MemoryDecoder
-from memlong.decoder.fingerprint import facts
-from memlong.decoder.pretrained import SETTINGS
-from memlong.decoder.recall import RandomChunks
+from memlong.decoder.persistence.fingerprint import facts
+from memlong.decoder.persistence.pretrained import SETTINGS
+from memlong.decoder.stream.recall import RandomChunks
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from memlong.training.config import TrainingConfig
@@ -234,7 +234,7 @@ class Trainer:
             kept = checkpoints(self.folder)
             raise MemlongError(
                 f"The run has diverged: in step {at.step + 1} the sum of the losses is {sums[0]} and the length of the "
-                f"gradient {length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Begin anew in "
+                f"gradient {length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Start over in "
                 "another folder, with a lower lr or gate_lr, or more warmup_steps."
             )
         self._optimizer.step()

@@ -3,7 +3,7 @@
 python bench.py --start                           the server of ``pip install 'milvus==2.3.5'``, started for this
 python bench.py --uri http://127.0.0.1:19530      a server of yours
 
-Each query is asked in four ways, in an order drawn anew for each. "pymilvus" is `MilvusClient.search` for the same
+Each query is asked in four ways, in an order drawn for each. "pymilvus" is `MilvusClient.search` for the same
 eight hits of the same session at the same consistency; "reads" are the files of its hits, one after the other, put
 together as one tensor, with nothing checked. Last, other sessions fill the collection, and a small one is asked.
 """

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from memlong.bank import slabs, tiers
-from memlong.bank.slabs import Slabs
+from memlong.bank.store import slabs, tiers
+from memlong.bank.store.slabs import Slabs
 
 
 class Stream:

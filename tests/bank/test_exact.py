@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from memlong.bank import exact, ranking
-from memlong.bank.table import ChunkTable
+from memlong.bank.index import exact, ranking
+from memlong.bank.index.table import ChunkTable
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_a_session_that_could_not_be_saved_goes_on(tmp_path, monkeypatch):
     pool = BankPool(tmp_path, lambda: create_bank("torch", DIM), load_bank, budget="1GB")
     with pool.session("a") as bank:
         random_chunks(3).into(bank)
-    monkeypatch.setattr("memlong.bank.pool.save", lambda _: [SnapshotError("the disk is full")])
+    monkeypatch.setattr("memlong.bank.sessions.pool.save", lambda _: [SnapshotError("the disk is full")])
     with pytest.raises(SnapshotError, match="the disk is full"):
         pool.close()
     random_chunks(1, first=3).into(bank)

@@ -12,8 +12,8 @@ import torch
 
 import memlong.bank
 from memlong.bank import InMemoryStore, TieredStore, bank_of
-from memlong.bank.disk import DiskSlots
 from memlong.bank.lock import ReadWriteLock
+from memlong.bank.store.disk import DiskSlots
 from memlong.errors import StorageError
 from memlong_torch.index import TorchIndex
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from memlong import BankPool, SnapshotError, create_bank, load_bank
-from memlong.bank import TieredStore, sessions
-from memlong.bank import pool as pool_module
+from memlong.bank import TieredStore
+from memlong.bank.sessions import pool as pool_module
+from memlong.bank.sessions import sessions
 from memlong.testing.harness import DIM, random_chunks
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from memlong.bank import exact
-from memlong.bank.exact import nearest_rows
+from memlong.bank.index import exact
+from memlong.bank.index.exact import nearest_rows
 
 LEGACY = ("highest", "high", "medium")
 NEW = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memlong.bank import TieredStore
-from memlong.bank.slabs import Slabs, page_locked
+from memlong.bank.store.slabs import Slabs, page_locked
 from memlong.errors import StorageError
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlong.bank.table import ChunkTable
+from memlong.bank.index.table import ChunkTable
 
 STEPS = st.lists(
     st.one_of(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from memlong.bank import ChunkLayout, InMemoryStore, TieredStore
-from memlong.bank.disk import DiskSlots
-from memlong.bank.tier import TensorTier
+from memlong.bank.store.disk import DiskSlots
+from memlong.bank.store.tier import TensorTier
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.plugins import Registry
 

@@ -31,7 +31,7 @@ def folder(tmp_path):
 def test_info_says_what_there_is(folder):
     result = memlong("info", folder)
     assert result.exit_code == 0
-    assert "memlong_faiss.bank:FaissBank" in result.stdout
+    assert "memlong_faiss.index:FaissIndex" in result.stdout
     assert "index=HNSW16" in result.stdout
     assert "state 2, 5 files" in result.stdout
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from memlong.decoder.streamer import printable, text_streamer
+from memlong.decoder.stream.streamer import printable, text_streamer
 
 PROGRAM = "from memlong.cli import main; main()"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

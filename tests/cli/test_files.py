@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from memlong.cli.app import make_app
-from memlong.decoder.tensor_file import write_tensors
+from memlong.decoder.persistence.tensor_file import write_tensors
 from memlong.errors import InvalidArgumentError
 
 
@@ -139,7 +139,7 @@ def test_that_it_works_a_second_time(invoke, story, model_folder, tmp_path):
 
 
 def test_that_maps_which_cannot_be_written_works_elsewhere(model_folder, story, tmp_path, monkeypatch):
-    from memlong.decoder.latent import LatentMaps
+    from memlong.decoder.kv.latent import LatentMaps
 
     save, out = LatentMaps.save, tmp_path / "maps.safetensors"
 

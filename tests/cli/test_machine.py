@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from memlong.cli.app import make_app
-from memlong.decoder import machine
+from memlong.decoder.model import machine
 
 TRAINING: dict[str, Any] = {
     "rows": 2,

@@ -139,7 +139,7 @@ def test_the_seed_chooses_the_random_chunks(run):
         (
             {"backend": "hnswlib", "backend_option": f"initial_capacity={10**14}"},
             InvalidArgumentError,
-            "initial_capacity must be an int from 1 to",
+            "initial_capacity must be an integer from 1 to",
         ),
         ({"json": "/no/such/folder/out.json"}, InvalidArgumentError, "mkdir -p /no/such/folder"),
     ],

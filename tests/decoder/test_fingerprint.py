@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from memlong import MemoryDecoder
-from memlong.decoder.fingerprint import differences
+from memlong.decoder.persistence.fingerprint import differences
 from memlong.errors import SnapshotError, UnsupportedModelError
 
 TEXT = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
-from memlong.decoder.gates import MemoryGates
-from memlong.decoder.tensor_file import write_tensors
+from memlong.decoder.model.gates import MemoryGates
+from memlong.decoder.persistence.tensor_file import write_tensors
 from memlong.errors import InvalidArgumentError
 
 
@@ -72,7 +72,7 @@ def test_gates_come_back_as_they_were_saved(llama, small, tmp_path):
     ("changes", "words"),
     [
         ({"gates": "/nowhere"}, "gates names '/nowhere', which cannot be read"),
-        ({"gate_init": "open"}, "gate_init is 'open'; expected a number"),
+        ({"gate_init": "open"}, "gate_init must be a number .*, got 'open'"),
         (
             {"gates": "{file}", "retrieval_layers": "2"},
             r"made for the layers \(1, 3\) with 4 heads, but memory",

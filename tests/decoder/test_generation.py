@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from memlong import MemoryDecoder
-from memlong.decoder.recall import recall
+from memlong.decoder.stream.recall import recall
 from memlong.errors import InvalidArgumentError, MemlongError
 
 
@@ -257,7 +257,7 @@ def test_memory_is_refreshed_every_so_many_tokens(llama, small, text, monkeypatc
             seen.append(args)
             return recall(*args)
 
-        monkeypatch.setattr("memlong.decoder.row.recall", noting)
+        monkeypatch.setattr("memlong.decoder.stream.row.recall", noting)
         options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "remember": False}
         decoder.generate(text(4, seed=1), **options)
     # At the end of the prompt, and after every third of the 23 tokens that go in.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
-from memlong.decoder.overlap import SideStream
+from memlong.decoder.kv.overlap import SideStream
 
 pytestmark = [
     pytest.mark.gpu,

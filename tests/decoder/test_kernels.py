@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
-from memlong.decoder import kernels
-from memlong.decoder.forward import AttentionPass
+from memlong.decoder.model import kernels
+from memlong.decoder.model.forward import AttentionPass
 from memlong.testing import ARCHITECTURES
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}

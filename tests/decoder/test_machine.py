@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from memlong import MemoryDecoder, load_model
-from memlong.decoder import choose_machine, machine
+from memlong.decoder import choose_machine
+from memlong.decoder.model import machine
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
 from memlong.testing import tiny_model
 

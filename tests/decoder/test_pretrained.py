@@ -170,7 +170,7 @@ def test_what_cannot_be_loaded_is_said(trained, tiny_model, tmp_path):
 
     fails("holds no memlong.json", name=tmp_path)
     fails("is a file; name the folder", name=folder / "memlong.json")
-    fails("no folder here, and cannot be had from the hub", name="no/such/folder")
+    fails("no folder here, and cannot be downloaded from the hub", name="no/such/folder")
     fails("top_k was decided when the decoder was trained", changes={"top_k": 2})
     wide = tiny_model("Qwen3")
     fails("Use the model that it was trained", model=wide)
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_decoder_that_was_there(trained, text, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("memlong.decoder.gates.MemoryGates.save", full)
+        patched.setattr("memlong.decoder.model.gates.MemoryGates.save", full)
         with pytest.raises(StorageError, match=r"cannot be written to .*No space left"):
             decoder.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

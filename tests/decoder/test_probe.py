@@ -10,9 +10,9 @@ import transformers
 
 from memlong import MemoryDecoder, Registry
 from memlong.architectures import tiny_model_of
-from memlong.decoder import attention
-from memlong.decoder.probe import probe
-from memlong.decoder.trial import try_out
+from memlong.decoder.model import attention
+from memlong.decoder.model.probe import probe
+from memlong.decoder.model.trial import try_out
 from memlong.errors import UnsupportedModelError
 
 SIZES = {

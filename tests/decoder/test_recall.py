@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memlong import MemoryConfig, MemoryDecoder, create_bank
-from memlong.decoder.recall import recall
-from memlong.decoder.row import Row
+from memlong.decoder.stream.recall import recall
+from memlong.decoder.stream.row import Row
 
 
 def ends(bank, query, **settings):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from memlong import MemoryDecoder
-from memlong.decoder.probe import probe
+from memlong.decoder.model.probe import probe
 from memlong.errors import InvalidArgumentError
 
 TOLERANCE = {"rtol": 0.0, "atol": 2e-5}

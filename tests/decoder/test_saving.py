@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from memlong import MemoryConfig, MemoryDecoder, SnapshotError, create_bank, load_bank
-from memlong.decoder import weights
-from memlong.decoder.sources import LayerSource
+from memlong.decoder.kv.sources import LayerSource
+from memlong.decoder.model import weights
 from memlong.errors import InvalidArgumentError, MemlongError
 
 

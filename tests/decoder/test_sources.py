@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
-from memlong.decoder.latent import LatentMaps
+from memlong.decoder.kv.latent import LatentMaps
 from memlong.errors import InvalidArgumentError
 from memlong.training import fit_latent_maps
 
@@ -169,7 +169,7 @@ def test_more_numbers_than_there_are_is_refused(llama, text):
     [torch.zeros(3), torch.zeros(2, 4, 2, 12, 8, dtype=torch.int64), torch.full((2, 4, 2, 12, 8), torch.nan)],
 )
 def test_maps_that_cannot_be_are_named_with_their_file(llama, text, tmp_path, odd):
-    from memlong.decoder.tensor_file import read_tensors, write_tensors
+    from memlong.decoder.persistence.tensor_file import read_tensors, write_tensors
 
     path = tmp_path / "maps.safetensors"
     fit_latent_maps(llama, [text(60)], dim=8).save(path, compact=False)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from memlong import MemoryDecoder
-from memlong.decoder.fingerprint import differences
+from memlong.decoder.persistence.fingerprint import differences
 from memlong.errors import InvalidArgumentError, SnapshotError, UnsupportedModelError
 
 # peft asks transformers under a name that is going.

@@ -252,7 +252,7 @@ def test_an_unknown_name_among_very_many_is_told_in_brief(registry):
         ("1 / 0", "does not import: ZeroDivisionError: division by zero"),
         ("raise SystemExit(0)", "does not import: SystemExit: 0"),
         ("class Panic(BaseException): ...\nraise Panic('rust')", "does not import: Panic: rust"),
-        ("def __getattr__(name): raise SystemExit", "its target '{target}' cannot be had: SystemExit"),
+        ("def __getattr__(name): raise SystemExit", "its target '{target}' cannot be loaded: SystemExit"),
     ],
 )
 def test_a_bad_target_is_the_plugins_fault(registry, module, source, reason):

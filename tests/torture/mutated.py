@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, MemoryDecoder, Registry, create_bank
 from memlong.architectures.tiny import tiny_model_of
-from memlong.decoder.latent import LatentMaps
+from memlong.decoder.kv.latent import LatentMaps
 from memlong.errors import MemlongError
 from memlong.testing import tiny_model
 from memlong.testing.harness import DIM, random_chunks, random_vectors

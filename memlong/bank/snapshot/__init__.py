@@ -1,1 +1,1 @@
-"""Snapshots: a bank in a folder, from which it can be had again by another process, on another machine."""
+"""Snapshots: a bank in a folder, from which it is created again by another process, on another machine."""

@@ -43,7 +43,7 @@ def damaged(path: Path, why: str) -> SnapshotError:
     """Return the error for a file that is not what was saved."""
     return SnapshotError(
         f"{str(path)!r} {why}: the snapshot is damaged, and nothing was loaded from it. Get the folder from a copy, or "
-        "save anew into another one."
+        "save into another one."
     )
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from memlong.bank.copying import stack, to_device
 from memlong.bank.forks import fork_lock
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.offsets import read_at
 from memlong.bank.snapshot.files import damaged, open_plain, unreadable
 from memlong.bank.snapshot.manifest import SegmentRecord
 from memlong.bank.snapshot.segments import SegmentChunks, check_blocks_size, check_finite
 from memlong.bank.snapshot.tensors import blocks_header, bytes_of
-from memlong.bank.store import InMemoryStore, KeyValueStore
+from memlong.bank.store.copying import stack, to_device
+from memlong.bank.store.offsets import read_at
+from memlong.bank.store.store import InMemoryStore, KeyValueStore
 from memlong.errors import InvalidArgumentError
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from memlong.bank.arrays import Ids
-from memlong.bank.folders import at_home
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.sessions.folders import at_home
 from memlong.bank.sizes import byte_count
 from memlong.bank.snapshot.content import Content, check_state
 from memlong.bank.snapshot.files import check_file, damaged, followed, is_hollow, read_checked
@@ -60,7 +60,7 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
             if is_state(folder, manifest.token):
                 raise
     raise SnapshotError(
-        f"{str(folder)!r} was written anew {_TRIES} times while it was read. Load it when its writer rests."
+        f"{str(folder)!r} was rewritten {_TRIES} times while it was read. Load it when its writer rests."
     )
 
 

@@ -1,4 +1,4 @@
-"""Segments: chunks that were saved together, never changed afterwards, dropped or written anew as a whole."""
+"""Segments: chunks that were saved together, never changed afterwards, dropped or rewritten as a whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memlong.bank.snapshot.files import CheckedFile, damaged
 from memlong.bank.snapshot.manifest import BankRecord, SegmentRecord
 from memlong.bank.snapshot.tensors import Arrays, blocks_header, bytes_of, encode, read_arrays
 from memlong.bank.snapshot.writer import SnapshotWriter
-from memlong.bank.store import KeyValueStore
+from memlong.bank.store.store import KeyValueStore
 
 _SEGMENT_BYTES = 256 << 20
 _BATCH_BYTES = 1 << 20  # so that a block of usual size is read into memory of its own, and stays there
@@ -52,7 +52,7 @@ class SegmentChunks:
 
 
 def keepable(segments: Sequence[Segment], living: Ids, chunk_bytes: int) -> list[Segment]:
-    """Return the segments that need not be written anew.
+    """Return the segments that need not be rewritten.
 
     One more than half of whose chunks have left is not kept; and where there are many small ones, none of these.
     """

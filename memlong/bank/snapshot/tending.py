@@ -56,7 +56,7 @@ def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None)
 
 
 def compact(path: str | Path) -> dict[str, Any]:
-    """Write the chunks that are held anew, so that nothing of others remains, and describe the result.
+    """Rewrite the chunks that are held, so that nothing of others remains, and describe the result.
 
     Once a chunk has left the bank, the file of its index goes, too: the library may remember embeddings there. What a
     decoder's streams have retrieved stays.

@@ -12,6 +12,7 @@ from memlong.decoder.retrievers.base import Retriever
 from memlong.errors import InvalidArgumentError
 from memlong.plugins import Registry
 from memlong.plugins.options import check_options
+from memlong.plugins.registry import installed_registry
 
 _OF_MODELS = "sentence-transformers"
 
@@ -43,7 +44,7 @@ def create_retriever(
     InvalidArgumentError
         If an option or a model of that name does not exist.
     """
-    registry = registry or Registry()
+    registry = registry or installed_registry()
     given = dict(options or {})
     if _is_model(name, registry):
         name, given = _OF_MODELS, {"name": name, **given}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
-from memlong.decoder.attention import evaluating
+from memlong.decoder.model.attention import evaluating
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.retrievers.recency import RecencyPrior
 from memlong.errors import InvalidArgumentError

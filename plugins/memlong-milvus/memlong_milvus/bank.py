@@ -300,7 +300,7 @@ class MilvusBank(Uncopied, MemoryBank):
     def _forget(self, lost: dict[int, str]) -> None:
         ids = np.array(sorted(lost), dtype=np.int64)
         with self._lock.write():
-            self._contents.mend()
+            self._contents.repair()
             held = ids[self._table.rows_of(ids) >= 0]
             with self._contents.change(self._contents.layout):
                 self._discard(held)

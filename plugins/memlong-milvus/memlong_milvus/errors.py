@@ -6,7 +6,7 @@ from memlong.errors import StorageError
 
 
 class BackendError(StorageError):
-    """Milvus did not do what it was asked; the message says what, why and how to mend it, and names no secret."""
+    """Milvus did not do what it was asked; the message says what, why and how to fix it, and names no secret."""
 
 
 class LostBlocksError(StorageError):
@@ -19,7 +19,7 @@ class LostBlocksError(StorageError):
     """
 
     def __init__(self, reasons: dict[int, str]) -> None:
-        super().__init__(f"the keys and values of {named(reasons)} cannot be had")
+        super().__init__(f"the keys and values of {named(reasons)} cannot be read")
         self.reasons = dict(reasons)
 
 

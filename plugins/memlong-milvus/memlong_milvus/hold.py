@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 
 from memlong.bank import KeyValueStore
-from memlong.bank.table import ChunkTable
+from memlong.bank.index.table import ChunkTable
 from memlong_milvus.hub import Hub
 from memlong_milvus.payloads import PayloadStore
 from memlong_milvus.rows import SessionRows

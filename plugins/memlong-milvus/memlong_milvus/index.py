@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from memlong.bank import Floats, Ids, Index, IndexRows, NoOptions
-from memlong.bank.exact import nearest_rows
+from memlong.bank.index.exact import nearest_rows
 from memlong_milvus.options import Tuning
 from memlong_milvus.recent import Recent
 from memlong_milvus.rows import MOST_ROWS, SessionRows
@@ -95,7 +95,7 @@ class SessionIndex(Index[NoOptions]):
         """Remove the rows of chunks that the table does not hold, and note which rows of others are there.
 
         A row of a chunk in the table is right: the ids of chunks that are gone are not given again, but for those of an
-        add that failed, and the next add writes those anew.
+        add that failed, and the next add writes those again.
         """
         if self._is_empty:
             return

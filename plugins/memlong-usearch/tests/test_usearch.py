@@ -110,7 +110,7 @@ def test_a_saved_graph_is_used_again_and_searched_with_the_same_effort(tmp_path,
     fill(bank, random_vectors(50, 8))
     bank.save(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(UsearchIndex, "add", None)  # building it anew would fail
+        patch.setattr(UsearchIndex, "add", None)  # rebuilding it would fail
         loaded = UsearchBank.load(tmp_path, trust_index=True)
         found = loaded.search(random_vectors(2, 8, seed=1), 5)
     assert torch.equal(found.ids, bank.search(random_vectors(2, 8, seed=1), 5).ids)

@@ -1,0 +1,1 @@
+"""A bank for each session of a server."""

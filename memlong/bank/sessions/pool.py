@@ -1,0 +1,351 @@
+"""BankPool: a bank for each session of a server, idle ones on disk, deleted ones gone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from memlong.bank.base import MemoryBank
+from memlong.bank.forks import fork_lock, unless_forked
+from memlong.bank.sessions.folders import absolute
+from memlong.bank.sessions.sessions import (
+    Session,
+    Sessions,
+    Size,
+    Visit,
+    folders,
+    make_folder,
+    most_files,
+    raise_all,
+    remove,
+    save,
+)
+from memlong.bank.sizes import byte_count
+from memlong.bank.snapshot.files import sync_folder, unwritable
+from memlong.bank.snapshot.locking import FolderLock
+from memlong.bank.snapshot.manifest import has_manifest
+from memlong.bank.snapshot.reader import folder_of
+from memlong.bank.uncopied import Uncopied
+from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
+
+_PREFIX, _DELETED = "session-", "deleted-"
+_LONGEST = 1024
+_GIVEN_BACK = (
+    "The bank was given back to its pool, which has saved it and let go of it: what is changed here would be lost. Use "
+    "it inside `with pool.session(...)`, and get it there again."
+)
+
+
+class BankPool(Uncopied):
+    """Banks by session, within a budget of bytes for all that are in memory.
+
+    A session has a bank of its own, in a folder of its own, and nothing that one session calls can reach the chunks of
+    another: whoever knows a session's id has that session, so ids are to be unguessable, or checked by the server.
+
+    What exceeds the budget is saved, the session that was used longest ago first, and loaded again when it is wanted.
+    Banks in use are never spilled: their bytes are over the budget until they are given back. What has not been spilled
+    is lost if the process dies, unless `flush` has saved it. A session that cannot be saved stays in memory, and the
+    others go on. A session to which nothing was ever added is dropped at once.
+
+    A pool is that of the process that made it, and refuses to be used in one forked from that: a server that forks
+    makes its pool in the process that uses the banks.
+
+    Banks that `load` leaves on disk (``lazy=True``) keep files open: sessions are spilled, too, when these are half of
+    what the system allows.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where idle sessions are kept; sessions of an earlier pool there go on. A pool holds the lock of its folder until
+        it is closed. Where it makes the folder, it alone may look into it (mode 0700).
+    make : callable
+        Makes the empty bank of a new session.
+    load : callable
+        Makes a session's bank of its folder, such as `memlong.load_bank`.
+    budget : int or str
+        Bytes of embeddings, keys and values in memory, over all sessions, such as "8GB". What an index takes beside
+        them is not counted, and neither is what a store keeps on disk.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an argument has a value that cannot be used.
+    SnapshotError
+        If the folder cannot be made, another pool holds it, or what an earlier one deleted there cannot be removed.
+
+    Examples
+    --------
+    >>> pool = BankPool("sessions", lambda: create_bank("faiss", 384), load_bank, budget="8GB")  # doctest: +SKIP
+    >>> with pool.session("8f14e45f") as bank:  # doctest: +SKIP
+    ...     bank.retrieve(query, k=8)
+    """
+
+    why_uncopied = (
+        "it alone holds its folder. Make it in the process that uses it; banks of sessions can be copied."
+    )
+
+    def __init__(
+        self,
+        folder: str | Path,
+        make: Callable[[], MemoryBank],
+        load: Callable[[Path], MemoryBank],
+        *,
+        budget: int | str,
+    ) -> None:
+        self._folder = absolute(folder_of(folder))
+        for name, given in (("make", make), ("load", load)):
+            if not callable(given):
+                raise InvalidArgumentError(
+                    f"{name} is {given!r}; expected a function that makes a bank, such as "
+                    "make=lambda: create_bank('faiss', 384), load=load_bank"
+                )
+        self._make, self._load = make, load
+        self._budget = byte_count("budget", budget)
+        self._files = most_files()
+        self._sessions = Sessions()
+        self._lock = fork_lock()
+        self._owner = os.getpid()
+        self._given: weakref.WeakSet[MemoryBank] = weakref.WeakSet()
+        make_folder(self._folder)
+        held = FolderLock(self._folder)
+        held.__enter__()
+        self._let_go = weakref.finalize(self, unless_forked(held.__exit__, None, None, None))
+        try:
+            for path in folders(self._folder, _DELETED):  # a process that died while it deleted them
+                remove(path)
+        except BaseException:
+            self._let_go()
+            raise
+
+    @contextmanager
+    def session(self, session_id: str) -> Iterator[MemoryBank]:
+        """Use a session's bank, in a `with` block; a session that there was not begins with an empty one.
+
+        Several threads may use one session at the same time, as they may use one bank. The bank is not to be kept
+        beyond the block.
+
+        Parameters
+        ----------
+        session_id : str
+            Whose bank.
+
+        Raises
+        ------
+        SnapshotError
+            If the session is damaged on disk.
+        InvalidArgumentError
+            If `make` or `load` returned what is no bank of this session alone.
+        MemlongError
+            If the pool is closed.
+
+        Warns
+        -----
+        RuntimeWarning
+            If a session, this one or another, could not be saved to make room; it stays in memory. Also if a decoder
+            has read into the bank what it has not stored yet.
+        """
+        visit = self._enter(session_id)
+        session = visit.session
+        try:
+            with session.lock:
+                if session.bank is None:
+                    session.bank = self._bank_of(session)
+                bank = session.bank
+            yield bank
+            if bank.unstored:
+                warnings.warn(
+                    f"A decoder holds {bank.unstored} tokens in its window that are not in this session's bank, and a "
+                    "pool keeps banks alone: call decoder.flush() before the block ends, or generate(remember=False) "
+                    "for what need not be remembered.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        finally:
+            self._leave(visit)
+            for error in self._spill(Size(self._budget, self._files)):
+                warnings.warn(
+                    f"A session could not be saved to make room, and stays in memory: {error}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    def delete(self, session_id: str) -> bool:
+        """Remove a session with all that it holds, in memory and on disk; whether there was anything.
+
+        It is there as a whole, or gone, whenever the process ends; what files are left then, the next pool in this
+        folder removes.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the session is in use.
+        SnapshotError
+            If its files cannot be removed, or something else writes into its folder.
+        """
+        visit = self._enter(session_id)
+        session = visit.session
+        try:
+            with session.lock:  # so that nobody loads or saves it meanwhile
+                others = session.users - 1
+                if others:
+                    raise InvalidArgumentError(
+                        f"session {session_id!r} is in use by {others} `with` blocks; delete it when they have ended"
+                    )
+                there = session.bank is not None or session.folder.exists()
+                removed = self._set_aside(session.folder) if session.folder.exists() else None
+                session.bank = None
+                if removed is not None:
+                    sync_folder(self._folder)  # from here on it is gone for good
+                    remove(removed)
+        finally:
+            self._leave(visit)
+        return there
+
+    def flush(self) -> None:
+        """Save every session that is in memory, and keep it there; those in use as they are at this moment.
+
+        Raises
+        ------
+        SnapshotError
+            If some could not be saved, when all others have been; the message names each.
+        """
+        self._require_owner()
+        failures: list[SnapshotError] = []
+        for session in self._snapshot():
+            with session.lock:
+                failures += save(session)
+        raise_all(failures)
+
+    def close(self) -> None:
+        """Save every session, let go of its memory, and of the folder, which another pool may use then.
+
+        Raises
+        ------
+        SnapshotError
+            If some could not be saved; they are still in memory, and the pool goes on.
+        InvalidArgumentError
+            If some are in use; the pool goes on.
+        """
+        self._require_owner()
+        raise_all(self._spill(Size(-1, -1)))
+        with self._lock:
+            if self._sessions:
+                raise InvalidArgumentError(
+                    f"{len(self._sessions)} sessions are in use; close the pool when their `with` blocks have ended"
+                )
+            self._let_go()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of embeddings, keys and values in memory, over all sessions."""
+        banks = [session.bank for session in self._snapshot()]
+        return sum(bank.resident_bytes for bank in banks if bank is not None)
+
+    @property
+    def in_memory(self) -> int:
+        """How many sessions are in memory."""
+        return sum(session.bank is not None for session in self._snapshot())
+
+    def __len__(self) -> int:
+        with self._lock:
+            in_memory = {session.folder.name for session in self._sessions}
+            on_disk = {path.name for path in folders(self._folder, _PREFIX)}
+        return len(in_memory | on_disk)
+
+    def __contains__(self, session_id: str) -> bool:
+        with self._lock:
+            return session_id in self._sessions or self._folder_of(session_id).exists()
+
+    def _enter(self, session_id: str) -> Visit:
+        self._require_owner()
+        folder = self._folder_of(session_id)
+        with self._lock:
+            if not self._let_go.alive:
+                raise MemlongError("The pool is closed: make another one of this folder.")
+            return self._sessions.enter(session_id, folder)
+
+    def _leave(self, visit: Visit) -> None:
+        with self._lock:
+            self._sessions.leave(visit)
+
+    def _require_owner(self) -> None:
+        if os.getpid() != self._owner:
+            raise MemlongError(
+                f"The pool was made by process {self._owner}, from which this one was forked: two that save the same "
+                "sessions would overwrite each other. Make a pool in this process, in a folder of its own, or start "
+                "processes with the method 'spawn'."
+            )
+
+    def _bank_of(self, session: Session) -> MemoryBank:
+        is_known = has_manifest(session.folder)
+        bank = self._load(session.folder) if is_known else self._make()
+        name = "load" if is_known else "make"
+        if not isinstance(bank, MemoryBank):
+            raise InvalidArgumentError(f"{name} returned {bank!r}; expected a MemoryBank")
+        if not is_known and bank.next_id:
+            raise InvalidArgumentError(
+                f"make returned {bank!r}; expected a new, empty bank, or sessions would share one"
+            )
+        with self._lock:
+            if bank in self._given:
+                raise InvalidArgumentError(
+                    f"{name} returned the bank of another session, or one that it returned before; expected a new one"
+                )
+            self._given.add(bank)
+        return bank
+
+    def _set_aside(self, folder: Path) -> Path:
+        """Give a session's folder a name that is no session's, in one step."""
+        aside = self._folder / f"{_DELETED}{secrets.token_hex(16)}"
+        with FolderLock(folder):
+            pass  # nobody is writing there; whoever begins now finds no folder to end in
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        return aside
+
+    def _spill(self, most: Size) -> list[SnapshotError]:
+        """Save idle sessions and let go of them, the one used longest ago first, until the rest is no more than this.
+
+        Those that cannot be saved stay; the errors are returned.
+        """
+        failures: list[SnapshotError] = []
+        tried: set[Session] = set()
+        while (session := self._to_spill(most, tried)) is not None:
+            tried.add(session)
+            with session.lock:  # whoever wants the bank from here on waits, and is counted as a user
+                if session.bank is None or session.users:
+                    continue
+                bank = session.bank
+                failed = save(session)
+                failures += failed
+                with self._lock:
+                    if not session.users and not failed:
+                        self._sessions.forget(session)
+                        bank.refuse_changes(_GIVEN_BACK)  # which would be lost
+        return failures
+
+    def _to_spill(self, most: Size, but: set[Session]) -> Session | None:
+        with self._lock:
+            return None if self._sessions.size().fits(most) else self._sessions.oldest(but)
+
+    def _snapshot(self) -> list[Session]:
+        with self._lock:
+            return list(self._sessions)
+
+    def _folder_of(self, session_id: str) -> Path:
+        if not isinstance(session_id, str) or not session_id or len(session_id) > _LONGEST:
+            raise InvalidArgumentError(
+                f"session_id is {session_id!r}; expected text of 1 to {_LONGEST} characters"
+            )
+        digest = hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()
+        return (
+            self._folder / f"{_PREFIX}{digest}"
+        )  # whatever the id is, it names a folder here and nowhere else

@@ -1,0 +1,259 @@
+"""TieredStore: keys and values on the device, in the host's memory and on disk, what is wanted lately kept near."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memlong.bank.forks import fork_lock
+from memlong.bank.layout import ChunkLayout
+from memlong.bank.sessions.folders import absolute
+from memlong.bank.sizes import byte_count
+from memlong.bank.store.codec import BlockCodec, StorageDtype, check_storage_dtype, make_codec
+from memlong.bank.store.disk import DiskSlots
+from memlong.bank.store.records import Records
+from memlong.bank.store.slabs import Slabs
+from memlong.bank.store.store import KeyValueStore
+from memlong.bank.store.tier import DiskTier, MemoryTier, PinnedTier, TensorTier, Tier
+from memlong.errors import InvalidArgumentError, StorageError
+
+_HOST = torch.device("cpu")
+
+
+class TieredStore(KeyValueStore):
+    """Keys and values in up to three tiers: ``device``, ``host`` and ``disk``.
+
+    The farthest tier that is named holds every block; its budget is the capacity of the whole, which the bank's
+    eviction keeps to. The tiers nearer to the model hold copies of those blocks that were stored or retrieved lately,
+    as many as their budgets admit. So a block is written to the disk once, when it is stored: an error there comes
+    before anything has changed, and reading never has to write.
+
+    Where the model runs on the CPU, ``device`` and ``host`` are the same memory; name one of them.
+
+    Parameters
+    ----------
+    device : int or str, optional
+        Budget in bytes (or text such as "500MB") where the blocks come from; "all" is no limit.
+    host : int or str, optional
+        Budget in the host's memory.
+    disk : str or Path, optional
+        A folder. What is kept there is gone with this object.
+    disk_budget : int or str, optional
+        Budget in that folder, by default no limit.
+    dtype : "bfloat16", "float8" or "int8", optional
+        Store numbers in this dtype, with scales where it has eight bits; by default as they are. Blocks come back in
+        their own dtype, rounded.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no tier is named, or an argument has a value that cannot be used.
+    StorageError
+        If the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: int | str | None = None,
+        host: int | str | None = None,
+        disk: str | Path | None = None,
+        disk_budget: int | str | None = None,
+        dtype: StorageDtype | None = None,
+    ) -> None:
+        check_storage_dtype(dtype)
+        if device is None and host is None and disk is None:
+            raise InvalidArgumentError("no tier is named; expected at least one of device, host and disk")
+        if disk is None and disk_budget is not None:
+            raise InvalidArgumentError("disk_budget is given, but no folder: name one with disk")
+        if disk is not None and (not isinstance(disk, str | Path) or not str(disk) or "\0" in str(disk)):
+            raise InvalidArgumentError(f"disk is {disk!r}; expected the path of a folder")
+        self._device = _budget("device", device)
+        self._host = _budget("host", host)
+        self._disk = None if disk is None else absolute(disk)
+        self._disk_budget = _budget("disk_budget", disk_budget)
+        self._has_device, self._has_host = device is not None, host is not None
+        self._dtype = dtype
+        if self._disk is not None:
+            DiskSlots(self._disk, 1).close()  # say now what cannot be written
+        self._codec: BlockCodec | None = None
+        self._near: list[MemoryTier[Any]] = []
+        self._slabs: Slabs | None = None
+        self._whole: Tier | None = None
+        self._ids: set[int] = set()
+        self._lock = fork_lock()
+
+    def record_bytes(self, layout: ChunkLayout) -> int:
+        """Bytes that a block of this layout takes."""
+        return make_codec(layout, self._dtype).nbytes
+
+    def check_layout(self, layout: ChunkLayout) -> None:
+        """Raise InvalidArgumentError if the budget of a tier is smaller than one block of this layout."""
+        needed = self.record_bytes(layout)
+        budgets = {"device": self._device, "host": self._host, "disk_budget": self._disk_budget}
+        for name, budget in budgets.items():
+            if budget is not None and budget < needed:
+                raise InvalidArgumentError(
+                    f"{name} is {budget} bytes, but the keys and values of one chunk take {needed}: that tier could "
+                    "never hold any; raise it, or leave it out"
+                )
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise InvalidArgumentError if blocks from this device cannot be kept in the tiers that are named."""
+        if device.type == "cpu" and self._has_device and self._has_host:
+            raise InvalidArgumentError(
+                "device and host are both named, but the model runs on the CPU, where they are one memory; name one"
+            )
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Budget of the farthest tier, which holds everything; None is no limit."""
+        if self._disk is not None:
+            return self._disk_budget
+        return self._host if self._has_host else self._device
+
+    def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store blocks in the farthest tier, and copies in the nearer ones."""
+        with self._lock:
+            held = [chunk_id for chunk_id in ids if chunk_id in self._ids]
+            if held or len(set(ids)) < len(ids):
+                raise InvalidArgumentError(f"the store already holds ids {held or ids}; ids are never reused")
+            codec, whole = self._opened(ChunkLayout.of(keys))
+            encoded = codec.encode(keys, values)
+            records = Records(list(encoded), apart=len(ids) == 1, slabs=self._slabs)
+            self._drop(ids)  # what a call that was interrupted twice may have left of them
+            try:
+                whole.put(ids, records)
+                self._keep_near(ids, records)
+                self._ids.update(ids)
+            except BaseException:
+                self._ids.difference_update(ids)
+                self._drop(ids)
+                raise
+
+    def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fetch blocks from the nearest tiers that hold them, and keep copies near."""
+        with self._lock:
+            codec, whole = self._holding(ids)
+            parts: list[tuple[Tier, list[int], Records]] = []
+            far = list(dict.fromkeys(ids))
+            for tier in self._near:
+                here = [chunk_id for chunk_id in far if chunk_id in tier]
+                parts.append((tier, here, tier.get(here)))
+                far = [chunk_id for chunk_id in far if chunk_id not in tier]
+            if far:
+                parts.append((whole, far, whole.get(far)))
+            found: dict[int, torch.Tensor] = {}
+            for _, there, records in parts:
+                found.update(zip(there, records.at(codec.layout.device), strict=True))
+            for source, there, records in parts:
+                if source not in self._near[:1]:
+                    self._keep_near(there, records)
+        return codec.decode([found[chunk_id] for chunk_id in ids])
+
+    def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Read from the farthest tier, which holds everything, and leave the nearer ones to those that search."""
+        for chunk_id in ids:
+            with self._lock:
+                codec, whole = self._holding([chunk_id])
+                records = whole.get([chunk_id])
+                where = codec.layout.device if self._slabs is None else _HOST
+                (record,) = records.at(where)
+            keys, values = codec.decode([record])  # `records` keeps a slot from being written over meanwhile
+            yield keys[0], values[0]
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Forget blocks in every tier."""
+        with self._lock:
+            self._holding(ids)
+            try:
+                self._ids.difference_update(ids)
+                self._drop(ids)
+            except StorageError:
+                self._ids.update(ids)
+                raise
+            except BaseException:
+                self._ids.difference_update(ids)
+                self._drop(ids)
+                raise
+
+    def clear(self) -> None:
+        """Forget every block, and the layout; the disk's file goes."""
+        with self._lock:
+            self._ids.clear()  # first: the next `put` makes new tiers then
+            self._codec = self._whole = self._slabs = None
+            self._near = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, chunk_id: object) -> bool:
+        return chunk_id in self._ids
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks held, copies in nearer tiers apart."""
+        return 0 if self._codec is None else len(self._ids) * self._codec.nbytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the blocks on the device and in the host's memory, copies included."""
+        in_memory = [tier for tier in (self._whole, *self._near) if isinstance(tier, MemoryTier)]
+        return 0 if self._codec is None else sum(map(len, in_memory)) * self._codec.nbytes
+
+    @property
+    def open_files(self) -> int:
+        """How many files are kept open: one where there is a disk tier that holds, or held, anything."""
+        return int(self._disk is not None and self._whole is not None)
+
+    def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, Tier]:
+        """Make the tiers, where there are no blocks yet, for this layout."""
+        if self._ids and self._codec is not None and self._whole is not None:
+            self._codec.layout.require_same(layout)
+            return self._codec, self._whole
+        self.check_device(layout.device)
+        codec = make_codec(layout, self._dtype)
+        on_host = self._has_host or self._disk is not None
+        slabs = _slabs_for(layout, codec, self._host) if on_host else None
+        tiers: list[Tier] = []
+        if self._has_device:
+            tiers.append(TensorTier(self._device, layout.device, slabs))
+        if self._has_host:
+            host = TensorTier(self._host, _HOST) if slabs is None else PinnedTier(self._host, slabs)
+            tiers.append(host)
+        if self._disk is not None:
+            tiers.append(DiskTier(self._disk_budget, self._disk, codec.nbytes, slabs))
+        *near, self._whole = tiers
+        self._near = [tier for tier in near if isinstance(tier, MemoryTier)]
+        self._slabs = slabs
+        self._codec = codec
+        return codec, self._whole
+
+    def _holding(self, ids: Sequence[int]) -> tuple[BlockCodec, Tier]:
+        unknown = [chunk_id for chunk_id in ids if chunk_id not in self._ids]
+        if unknown or self._codec is None or self._whole is None:
+            raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
+        return self._codec, self._whole
+
+    def _drop(self, ids: Sequence[int]) -> None:
+        for tier in (self._whole, *self._near):  # the farthest first: it alone can fail
+            if tier is not None:
+                tier.remove(ids)
+
+    def _keep_near(self, ids: Sequence[int], records: Records) -> None:
+        assert self._codec is not None  # noqa: S101 - there are records
+        for tier in self._near:
+            tier.put(ids, records)
+            tier.trim(self._codec.nbytes)
+
+
+def _slabs_for(layout: ChunkLayout, codec: BlockCodec, budget: int | None) -> Slabs | None:
+    """Return where records lie on the host if a CUDA device copies them, None where it is the host that does."""
+    return Slabs(codec.nbytes, layout.device, budget) if layout.device.type == "cuda" else None
+
+
+def _budget(name: str, given: int | str | None) -> int | None:
+    return None if given is None or given == "all" else byte_count(name, given)

@@ -1,0 +1,163 @@
+"""Keys and values of alike layers in one buffer: retrieved chunks on the left, the local window on their right.
+
+What attention reads of a layer is a slice of the buffer, so nothing is copied for it; what moves the window (rotating,
+dropping columns, bringing in memory) is done for all layers of a buffer at once, in a few operations on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from memlong.decoder.model.layout import KvShape, ModelLayout
+from memlong.decoder.model.rope import Angles, LayerRope
+
+_SPARE = 64
+# Numbers that are rotated at a time: on a CPU what fits its caches, on a device what bounds float32 temporaries.
+_PIECE = {"cpu": 1 << 17}
+_LARGE_PIECE = 1 << 25
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that are moved together: of one shape and one rotation, that keep the same tokens.
+
+    Attributes
+    ----------
+    has_memory
+        Whether they attend to memory.
+    reach
+        How many tokens, a coming one included, its window keeps: those that a sliding layer sees; None for the local
+        window of the whole model.
+    """
+
+    layers: tuple[int, ...]
+    rope: LayerRope
+    shape: KvShape
+    has_memory: bool
+    reach: int | None = None
+
+
+def layer_groups(
+    layout: ModelLayout,
+    retrieval_layers: Sequence[int],
+    memory_layers: Sequence[int] = (),
+    local_window: int = 0,
+) -> tuple[LayerGroup, ...]:
+    """Sort the layers of a model into groups, each ascending.
+
+    A sliding layer keeps what it sees by itself, unless it attends to memory; one whose K-V are stored keeps the local
+    window, too.
+    """
+    groups: dict[tuple[bool, KvShape, object, int | None], list[int]] = {}
+    for index, layer in layout.layers.items():
+        has_memory = index in retrieval_layers
+        reach = None if has_memory else layer.sliding_window
+        if reach is not None and index in memory_layers:
+            reach = max(reach, local_window + 1)
+        groups.setdefault((has_memory, layer.shape, layer.rope.kind, reach), []).append(index)
+    return tuple(
+        LayerGroup(tuple(layers), layout.layers[layers[0]].rope, shape, has_memory, reach)
+        for (has_memory, shape, _, reach), layers in groups.items()
+    )
+
+
+Turn = Callable[[Tensor, Angles | None], Tensor]
+"""A rotation of keys [rows, heads, tokens, head_dim], or its inverse, in float32."""
+
+
+def turned(states: Tensor, angles: Angles | None, turn: Turn, out: Tensor | None = None) -> Tensor:
+    """Rotate keys [rows, layers, kv_heads, tokens, head_dim] with ``turn``, some layers at a time, into ``out``."""
+    rows, layers, heads, tokens, width = states.shape
+    most = _PIECE.get(states.device.type, _LARGE_PIECE)
+    step = max(1, most // max(1, rows * heads * tokens * width))
+    if out is None and (angles is None or step >= layers):
+        whole = turn(states.flatten(1, 2), angles).to(states.dtype)
+        return whole.view(rows, layers, heads, tokens, width)
+    parts = [slice(start, start + step) for start in range(0, layers, step)]
+    if torch.is_grad_enabled() and states.requires_grad:  # what has gradients is not written over
+        return torch.cat([turned(states[:, part], angles, turn) for part in parts], dim=1)
+    if out is None:
+        out = torch.empty_like(states, memory_format=torch.contiguous_format)
+    for part in parts:
+        out[:, part] = turn(states[:, part].flatten(1, 2), angles).view(rows, -1, heads, tokens, width)
+    return out
+
+
+@dataclass(frozen=True)
+class LayerBuffer:
+    """Keys and values [rows, layers, heads, columns, width] each, of which the first columns are in use.
+
+    The first ``memory`` columns are for retrieved tokens. What is written behind the columns that a window knows
+    changes nothing for it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    memory: int
+
+    @classmethod
+    def of(cls, group: LayerGroup, rows: int, columns: int, memory: int, like: Tensor) -> Self:
+        """Make a buffer for the layers of a group, of the dtype and on the device of ``like``."""
+        sizes = [
+            (rows, len(group.layers), heads, memory + columns, width)
+            for heads, width in (
+                (group.shape.kv_heads, group.shape.head_dim),
+                (group.shape.value_heads, group.shape.value_dim),
+            )
+        ]
+        with torch.inference_mode(False):  # it is written to later, whatever the mode is then
+            keys, values = (torch.empty(size, dtype=like.dtype, device=like.device) for size in sizes)
+        return cls(keys, values, memory)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def fits(self, rows: int, columns: int, memory: int, like: Tensor) -> bool:
+        """Whether a buffer that `of` makes of these, for the same group, would be much like this one."""
+        mine, room = self.keys, self.keys.shape[3]
+        return (mine.dtype, mine.device, mine.shape[0]) == (like.dtype, like.device, rows) and (
+            memory + columns <= room <= 2 * (memory + columns)
+        )
+
+    def has_space(self, columns: int) -> bool:
+        """Whether the window may have so many columns."""
+        return self.memory + columns <= self.keys.shape[3]
+
+    def grown(self, group: LayerGroup, columns: int, used: int) -> LayerBuffer:
+        """Return a buffer for so many columns and some more, which holds the memory and the first ``used`` of these."""
+        with torch.no_grad():
+            other = self.of(group, self.keys.shape[0], columns + _SPARE, self.memory, self.keys)
+            end = self.memory + used
+            other.keys[:, :, :, :end] = self.keys[:, :, :, :end]
+            other.values[:, :, :, :end] = self.values[:, :, :, :end]
+        return other
+
+    def of_rows(self, rows: Tensor) -> LayerBuffer:
+        """Return the buffer of these rows."""
+        with torch.inference_mode(False), torch.no_grad():
+            return LayerBuffer(
+                self.keys.index_select(0, rows), self.values.index_select(0, rows), self.memory
+            )
+
+    def window(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the window's first ``count`` columns, of all layers."""
+        columns = slice(self.memory, self.memory + count)
+        return self.keys[:, :, :, columns], self.values[:, :, :, columns]
+
+    def hold_memory(
+        self, keys: Tensor, values: Tensor, angles: Angles | None = None, turn: Turn | None = None
+    ) -> None:
+        """Take in the K-V of all retrieved tokens, and rotate the keys if there are angles."""
+        target = self.keys[:, :, :, : self.memory]
+        if angles is None or turn is None:
+            target.copy_(keys)
+        else:
+            turned(keys, angles, turn, out=target)
+        self.values[:, :, :, : self.memory] = values

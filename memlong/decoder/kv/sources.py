@@ -1,0 +1,251 @@
+"""K-V sources: which keys and values of a chunk are stored, and what each retrieval layer makes of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from memlong.bank import ChunkLayout
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.kv.latent import LatentMaps
+from memlong.decoder.kv.window import LocalWindow
+from memlong.decoder.model.layer_names import ranges
+from memlong.decoder.model.layout import ModelLayout
+from memlong.errors import InvalidArgumentError
+
+
+class KvSource(ABC):
+    """What stands between a model's K-V and the blocks of the bank.
+
+    Parameters
+    ----------
+    retrieval_layers
+        The layers that attend to retrieved K-V.
+    """
+
+    def __init__(self, retrieval_layers: tuple[int, ...]) -> None:
+        self.retrieval_layers = retrieval_layers
+
+    @property
+    def stored_layers(self) -> tuple[int, ...]:
+        """The layers whose K-V are stored, or what is stored is made of."""
+        return self.retrieval_layers
+
+    @abstractmethod
+    def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
+        """Of what kind the blocks are that `collect` makes for a chunk."""
+
+    @abstractmethod
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """What is stored of some columns of a row's window as keys, and as values: [layers, heads, columns, width]."""
+
+    @abstractmethod
+    def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys, and values, [layers, heads, tokens, width], of some retrieval layers that are alike.
+
+        ``keys`` and ``values`` are what was collected.
+        """
+
+
+class LayerSource(KvSource):
+    """Some memory layers store their K-V as it is, and each retrieval layer reads that of one of them.
+
+    Parameters
+    ----------
+    layout
+        The model's layers.
+    memory_layer_of
+        By retrieval layer, the layer whose K-V it reads: its own (training-free), or one for all (MemLong,
+        arXiv 2408.16967).
+    """
+
+    def __init__(self, layout: ModelLayout, memory_layer_of: dict[int, int]) -> None:
+        super().__init__(tuple(memory_layer_of))
+        self.memory_layers = tuple(sorted(set(memory_layer_of.values())))
+        self._place = {layer: self.memory_layers.index(read) for layer, read in memory_layer_of.items()}
+        shape = layout.layers[self.memory_layers[0]].shape
+        self._kv_heads, self._head_dim = shape.kv_heads, shape.head_dim
+
+    @property
+    def stored_layers(self) -> tuple[int, ...]:
+        """The memory layers."""
+        return self.memory_layers
+
+    def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
+        """One block layer for each memory layer."""
+        shape = (len(self.memory_layers), self._kv_heads, chunk_size, self._head_dim)
+        return ChunkLayout(shape, dtype, device)
+
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The memory layers' K-V."""
+        return window.stacked(row, start, end, self.memory_layers)
+
+    def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The K-V of the memory layers that these layers read."""
+        places = [self._place[layer] for layer in layers]
+        if places == list(range(keys.shape[0])):
+            return keys, values
+        if len(set(places)) == 1:
+            one = slice(places[0], places[0] + 1)
+            return keys[one].expand(len(layers), -1, -1, -1), values[one].expand(len(layers), -1, -1, -1)
+        return torch.stack([keys[place] for place in places]), torch.stack(
+            [values[place] for place in places]
+        )
+
+
+class PackedSource(KvSource):
+    """Each retrieval layer stores and reads its own K-V, whatever their shapes are.
+
+    All that a token takes is put in one row and cut into pieces of one width, half of which are stored as a block's
+    keys and half as its values. With multi-head latent attention that is what the model's own cache takes.
+
+    Parameters
+    ----------
+    layout
+        The model's layers.
+    retrieval_layers
+        Those that store and read.
+    """
+
+    def __init__(self, layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
+        super().__init__(retrieval_layers)
+        shapes = [layout.layers[layer].shape for layer in retrieval_layers]
+        # Of each layer's keys and then of its values: heads and width.
+        self._parts = [
+            part
+            for shape in shapes
+            for part in ((shape.kv_heads, shape.head_dim), (shape.value_heads, shape.value_dim))
+        ]
+        self._width = gcd(*(width for _, width in self._parts))
+        self._pieces = sum(heads * width for heads, width in self._parts) // self._width
+
+    def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
+        """One layer, whose heads are the pieces."""
+        return ChunkLayout((1, -(-self._pieces // 2), chunk_size, self._width), dtype, device)
+
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """All layers' K-V, in pieces."""
+        each = window.keys_and_values(row, start, end, self.retrieval_layers)
+        pieces = [self._cut(states) for pair in each for states in pair]
+        if self._pieces % 2:
+            pieces.append(torch.zeros_like(pieces[0][:1]))
+        first, second = torch.cat(pieces)[None].chunk(2, dim=1)
+        return first, second
+
+    def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The layers' own K-V, put together from the pieces."""
+        pieces = torch.cat([keys[0], values[0]])
+        sizes = [heads * width // self._width for heads, width in self._parts]
+        each = pieces[: self._pieces].split(sizes)
+        whole = [self._joined(states, *part) for states, part in zip(each, self._parts, strict=True)]
+        places = [2 * self.retrieval_layers.index(layer) for layer in layers]
+        return torch.stack([whole[place] for place in places]), torch.stack(
+            [whole[place + 1] for place in places]
+        )
+
+    def _cut(self, states: Tensor) -> Tensor:
+        """[heads, tokens, width] -> [pieces, tokens, width of a piece]."""
+        heads, tokens, width = states.shape
+        each = states.reshape(heads, tokens, width // self._width, self._width)
+        return each.transpose(1, 2).reshape(-1, tokens, self._width)
+
+    def _joined(self, pieces: Tensor, heads: int, width: int) -> Tensor:
+        """[pieces, tokens, width of a piece] -> [heads, tokens, width]."""
+        each = pieces.view(heads, width // self._width, -1, self._width)
+        return each.transpose(1, 2).reshape(heads, -1, width)
+
+
+class LatentSource(KvSource):
+    """One latent vector a token is stored, from which each retrieval layer makes its own K-V.
+
+    Half of the vector is stored as a block's keys, half as its values.
+
+    Parameters
+    ----------
+    maps
+        Between the vector and the layers' K-V.
+    """
+
+    def __init__(self, maps: LatentMaps) -> None:
+        super().__init__(maps.layers)
+        self.maps = maps
+
+    def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
+        """One layer with one head of half the latent width."""
+        return ChunkLayout((1, 1, chunk_size, self.maps.dim // 2), dtype, device)
+
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The latent vectors' halves."""
+        latent = self.maps.to_latent(*window.stacked(row, start, end, self.retrieval_layers))
+        first, second = latent[None, None].chunk(2, dim=-1)
+        return first, second
+
+    def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The layers' own K-V, made from the vectors."""
+        return self.maps.from_latent(torch.cat([keys[0, 0], values[0, 0]], dim=-1), layers)
+
+
+def make_source(
+    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+) -> KvSource:
+    """Make the source that the configuration names; maps get the dtype and the device of ``like``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the memory layer does not exist, or maps are missing or made for another model.
+    """
+    if config.kv_source == "layer":
+        if not layout.alike(retrieval_layers):
+            return PackedSource(layout, retrieval_layers)
+        return LayerSource(layout, {layer: layer for layer in retrieval_layers})
+    if config.kv_source == "latent":
+        _check_alike(config, layout, retrieval_layers)
+        return LatentSource(_fitting_maps(config, layout, retrieval_layers, like))
+    memory_layer = shared_memory_layer(config, layout)
+    _check_alike(config, layout, (*retrieval_layers, memory_layer))
+    return LayerSource(layout, dict.fromkeys(retrieval_layers, memory_layer))
+
+
+def shared_memory_layer(config: MemoryConfig, layout: ModelLayout) -> int:
+    """Return the layer whose K-V is stored for all: ``memory_layer``, or the first of the upper half that sees all."""
+    numbers = tuple(layout.layers)
+    upper = numbers[len(numbers) // 2 :]
+    usual = next((number for number in upper if number in layout.full_attention_layers), upper[0])
+    layer = usual if config.memory_layer is None else config.memory_layer
+    if layer not in layout.layers:
+        raise InvalidArgumentError(
+            f"memory_layer is {layer}, which has no K-V of its own; the layers that have are {ranges(numbers)}."
+        )
+    return layer
+
+
+def _check_alike(config: MemoryConfig, layout: ModelLayout, layers: tuple[int, ...]) -> None:
+    if not layout.alike(layers):
+        raise InvalidArgumentError(
+            f"kv_source is {config.kv_source!r}, which needs keys and values of one shape in all of the layers "
+            f"{ranges(layers)}, but this model's differ. Name layers that are alike, or use kv_source='layer'."
+        )
+
+
+def _fitting_maps(
+    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+) -> LatentMaps:
+    if config.maps is None:
+        raise InvalidArgumentError(
+            "kv_source is 'latent', but maps is None; name the file that `memlong fit` wrote for this model."
+        )
+    maps = LatentMaps.load(config.maps)
+    shape = layout.layers[retrieval_layers[0]].shape
+    ours = (retrieval_layers, shape.kv_heads, shape.head_dim)
+    theirs = (maps.layers, *maps.mean.shape[2:])
+    if ours != theirs:
+        raise InvalidArgumentError(
+            f"maps names {config.maps!r}, made for the layers {theirs[0]} with {theirs[1]} K-V heads of {theirs[2]}, "
+            f"but memory is in the layers {ours[0]} with {ours[1]} of {ours[2]}. Set retrieval_layers to those of the "
+            "maps, or make maps for this model with `memlong fit`."
+        )
+    return maps.to(device=like.device, dtype=like.dtype)

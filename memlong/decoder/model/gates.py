@@ -1,0 +1,101 @@
+"""Gates: how willing each head is to look into memory, as a bias on its logits that training can change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.persistence.tensor_file import read_tensors, write_tensors
+from memlong.errors import InvalidArgumentError
+
+_FORMAT = "memlong-gates-1"
+
+
+class MemoryGates(nn.Module):
+    """What each head of each retrieval layer adds to its logits of memory, before the one softmax.
+
+    A gate of 0 changes nothing; one of -8 leaves a token of memory a three-thousandth of its weight: the lower, the
+    nearer to the plain model does one start that was not trained to read memory.
+
+    Parameters
+    ----------
+    layers
+        The retrieval layers, ascending.
+    bias
+        [layers, heads].
+    """
+
+    def __init__(self, layers: tuple[int, ...], bias: Tensor) -> None:
+        super().__init__()
+        if bias.ndim != 2 or bias.shape[0] != len(layers):
+            raise InvalidArgumentError(
+                f"bias is {tuple(bias.shape)} for {len(layers)} layers; expected [layers, heads]."
+            )
+        self.layers = layers
+        self.bias = nn.Parameter(bias)
+
+    def of(self, layer: int) -> Tensor:
+        """Return the gates [heads] of a retrieval layer."""
+        return self.bias[self.layers.index(layer)]
+
+    def save(self, path: str | Path) -> None:
+        """Write the gates as one safetensors file."""
+        write_tensors(path, _FORMAT, self.layers, {"bias": self.bias})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the file is missing or holds something else.
+        """
+        layers, tensors = read_tensors(path, _FORMAT, field="gates", command="memlong train")
+        try:
+            if not tensors["bias"].is_floating_point():
+                raise TypeError("its numbers are integers")
+            return cls(layers, tensors["bias"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise InvalidArgumentError(
+                f"gates names {str(path)!r}, which holds no gates: {error}. Make the file with `memlong train`."
+            ) from error
+
+
+def make_gates(
+    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+) -> MemoryGates | None:
+    """Make the gates that the configuration asks for, float32, on the device of ``like``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the file of gates cannot be read, or was made for other layers or heads, or layers differ in their heads.
+    """
+    if config.gates is None and config.gate_init is None:
+        return None
+    counts = {layout.layers[layer].heads for layer in retrieval_layers}
+    if len(counts) > 1:
+        raise InvalidArgumentError(
+            f"Gates need as many heads in each retrieval layer, but they have {sorted(counts)}. Leave gate_init and "
+            "gates out, or set retrieval_layers to those that are alike."
+        )
+    heads = counts.pop()
+    if config.gates is None:
+        assert config.gate_init is not None  # noqa: S101 - one of both is set
+        shape = (len(retrieval_layers), heads)
+        bias = torch.full(shape, float(config.gate_init), dtype=torch.float32, device=like.device)
+        return MemoryGates(retrieval_layers, bias)
+    gates = MemoryGates.load(config.gates)
+    theirs, ours = (gates.layers, gates.bias.shape[1]), (retrieval_layers, heads)
+    if theirs != ours:
+        raise InvalidArgumentError(
+            f"gates names {config.gates!r}, made for the layers {theirs[0]} with {theirs[1]} heads, but memory is in "
+            f"the layers {ours[0]} with {ours[1]}. Set retrieval_layers to those of the gates."
+        )
+    return gates.to(device=like.device, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Files: streams that are saved, and decoders that were trained."""

@@ -1,0 +1,176 @@
+"""What stored keys and values depend on: without the same model, they mean nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.kv.sources import KvSource, LatentSource, LayerSource
+from memlong.decoder.model.gates import MemoryGates
+from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.model.weights import (
+    adapter_digests,
+    module_digest,
+    text_decoder,
+    weights_digest,
+    weights_sample,
+)
+from memlong.decoder.retrievers.base import Retriever
+from memlong.plugins.uri import digested
+
+_DIGITS = 64  # of a SHA-256
+
+_SAYS_NOTHING = {  # of a text configuration: names, and what decides how a model is run, trained or made
+    "architectures",
+    "auto_map",
+    "chunk_size_feed_forward",
+    "dtype",
+    "final_logit_softcapping",
+    "is_decoder",
+    "logit_scale",
+    "logits_scaling",
+    "num_logits_to_keep",
+    "output_router_logits",
+    "pretraining_tp",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "tie_word_embeddings",
+    "torch_dtype",
+}
+_OF_TRAINING = {"aux", "dropout", "init", "initializer", "jitter", "layerdrop", "loss", "pdrop"}
+_OF_OTHERS = ("_", "audio_", "classifier_", "id2label", "label2id", "num_labels", "summary_", "vision_")
+_OF_TOKENS = ("_token_id", "_token_index")
+_SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
+
+
+def fingerprint(
+    model: PreTrainedModel,
+    config: MemoryConfig,
+    layout: ModelLayout,
+    source: KvSource,
+    gates: MemoryGates | None,
+    retriever: Retriever | None,
+) -> dict[str, Any]:
+    """Describe, as JSON can hold it, all that keys, values and embeddings of a memory depend on.
+
+    Of the weights, every byte is. While the same tensors stay in place, they are read once, and then a sample of each.
+    """
+    part = text_decoder(model, layout.modules)
+    return {
+        "model": type(part).__name__,
+        "config": _told(model.config.get_text_config(decoder=True)),
+        "weights": weights_digest(model, part),
+        "adapters": adapter_digests(model, part),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": len(layout.layers),
+        "retrieval_layers": list(source.retrieval_layers),
+        "kv_source": config.kv_source,
+        "memory_layers": list(source.memory_layers) if isinstance(source, LayerSource) else None,
+        "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
+        "gates": None if gates is None else module_digest(gates),
+        "retriever": None if retriever is None else _retriever(config, retriever),
+        **{name: getattr(config, name) for name in _SIZES},
+    }
+
+
+def origin_of(
+    model: PreTrainedModel,
+    config: MemoryConfig,
+    layout: ModelLayout,
+    source: KvSource,
+    retriever: Retriever | None,
+) -> dict[str, Any]:
+    """Describe what the chunks of a bank depend on, in a few milliseconds: of the weights, a sample is hashed."""
+    part = text_decoder(model, layout.modules)
+    return {
+        "model": type(part).__name__,
+        "config": _told(model.config.get_text_config(decoder=True)),
+        "weights": weights_sample(part),
+        "adapters": adapter_digests(model, part),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_source": config.kv_source,
+        "stored_layers": list(source.stored_layers),
+        "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
+        "retriever": None if retriever is None else _retriever(config, retriever),
+    }
+
+
+def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield what a fingerprint says, one fact at a time; parts of one after a dot."""
+    for name, value in told.items():
+        yield from _leaves(name, value)
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return which parts of two fingerprints differ, with what they are where that says something.
+
+    Of the configuration, only what both know counts: a release of transformers may add fields. Of other dtypes,
+    weights cannot be compared.
+    """
+    adapters = theirs.get("adapters") or {}
+    is_known = isinstance(theirs.get("config"), dict) and isinstance(adapters, dict)
+    if not is_known or not all(isinstance(each, str) for each in adapters.values()):
+        return ["the form of the fingerprint, which is of an earlier memlong and cannot be compared"]
+    names = (ours.keys() | theirs.keys()) - {"adapters", "config"}
+    if ours.get("dtype") != theirs.get("dtype"):
+        names -= {"weights"}
+    found = [_told_apart(name, ours.get(name), theirs.get(name)) for name in sorted(names)]
+    fields = [
+        _told_apart(name, ours["config"][name], theirs["config"][name])
+        for name in sorted(ours["config"].keys() & theirs["config"].keys())
+    ]
+    mine = ours.get("adapters") or {}
+    differ = sorted(mine.values()) != sorted(adapters.values())
+    told = f"adapters ({_names(adapters)} when it was saved, {_names(mine)} now)" if differ else ""
+    return [each for each in (told, *fields, *found) if each]
+
+
+def _told_apart(name: str, mine: object, other: object) -> str:
+    if mine == other:
+        return ""
+    is_digest = any(isinstance(each, str) and len(each) == _DIGITS for each in (mine, other))
+    return name if is_digest else f"{name} ({other!r} when it was saved, {mine!r} now)"
+
+
+def _names(adapters: Mapping[str, str]) -> str:
+    """Name adapters, so that two of one name and other weights are told apart."""
+    return ", ".join(f"{name!r} {digest[:8]}" for name, digest in sorted(adapters.items())) or "none"
+
+
+def _told(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return all that keys and values may depend on of a text configuration; parts of a field after a dot."""
+    silent = _SAYS_NOTHING | (GenerationConfig().to_dict().keys() - {"top_k"})  # which may be that of experts
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(each) for name, each in _leaves("", rope) if name.endswith("rope_type")}
+    if kinds <= {"default"}:  # only other kinds of rotation ask how long the model's texts may be
+        silent |= {"max_position_embeddings"}
+    settings = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in silent
+        and not name.startswith(_OF_OTHERS)
+        and not name.endswith(_OF_TOKENS)
+        and not _OF_TRAINING & set(name.split("_"))
+    }
+    plain = json.loads(json.dumps(settings, default=str), parse_constant=str)  # a limit may be infinite
+    return dict(_leaves("", plain))
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key in sorted(value, key=str):
+        yield from _leaves(f"{name}.{key}" if name else str(key), value[key])
+
+
+def _retriever(config: MemoryConfig, retriever: Retriever) -> list[object]:
+    kind = type(retriever)
+    options = {name: value for name, value in config.retriever_options.items() if name != "device"}
+    said = json.dumps(digested(options), sort_keys=True, default=str)
+    return [f"{kind.__module__}:{kind.__qualname__}", config.retriever, said, retriever.dim, retriever.metric]

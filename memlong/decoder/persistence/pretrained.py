@@ -1,0 +1,220 @@
+"""A trained decoder as a folder: the peft adapter, maps, gates, and ``memlong.json``, which says what goes together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from memlong.bank.snapshot.reader import folder_of
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.kv.latent import LatentMaps
+from memlong.decoder.model.gates import MemoryGates
+from memlong.decoder.model.loading import NAME, stable_name
+from memlong.decoder.model.machine import dtype_name
+from memlong.decoder.persistence.adapter_files import base_weights, write_adapter
+from memlong.decoder.persistence.json_file import read_json
+from memlong.decoder.persistence.strangers import chosen_config, declared_options, is_on_another_host
+from memlong.errors import InvalidArgumentError, StorageError
+from memlong.plugins import Registry
+
+SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
+"""Files of the folder, beside those of the adapter."""
+
+CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "store")
+"""Fields of a MemoryConfig that can be others than those trained with."""
+
+_FORMAT, _MODEL = "memlong-decoder-1", "config.json"
+_PACKAGES = ("memlong", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a folder says of its decoder.
+
+    Attributes
+    ----------
+    folder
+        Where it is.
+    base_model
+        Under which name `load_model` finds the model that the adapter goes with; None if it was not known, or
+        is a place on another host.
+    config
+        The settings, maps and gates named by their place.
+    has_adapter
+        Whether weights of the model were trained.
+    dtype
+        That of the model when it was trained; None if the folder is older than its being noted down.
+    base_weights
+        A hash of the model's own weights, likewise.
+    """
+
+    folder: Path
+    base_model: str | None
+    config: MemoryConfig
+    has_adapter: bool
+    dtype: str | None = None
+    base_weights: str | None = None
+
+    @property
+    def trained_in(self) -> tuple[str, str] | None:
+        """Dtype of the training, and the folder, as `choose_machine` takes them."""
+        return None if self.dtype is None else (self.dtype, str(self.folder))
+
+
+def write_pretrained(
+    folder: str | Path,
+    model: PreTrainedModel,
+    config: MemoryConfig,
+    maps: LatentMaps | None,
+    gates: MemoryGates | None,
+    *,
+    base_model: str | None,
+    training: Mapping[str, Any] | None,
+    registry: Registry,
+) -> None:
+    """Write a decoder's folder, for `read_pretrained`; what is there of another one is replaced at the end.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If several adapters are at work, of which a folder holds one; or the folder holds a model, of which transformers
+        would take the adapter to be a part.
+    StorageError
+        If it cannot be written; a decoder that was there is as it was.
+    """
+    folder = folder_of(folder)
+    has_adapter = bool(getattr(model, "peft_config", None))
+    if has_adapter and (folder / _MODEL).exists():
+        raise InvalidArgumentError(
+            f"The folder {str(folder)!r} holds a model, which would be loaded with this adapter from now on: name "
+            "another folder."
+        )
+    memory = replace(config, maps=MAPS if maps else None, gates=GATES if gates else None).as_dict()
+    del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
+    memory |= declared_options(config, registry)
+    facts = {
+        "format": _FORMAT,
+        "base_model": base_model
+        or getattr(model, NAME, None)
+        or stable_name(model.name_or_path or "")
+        or None,
+        "base_weights": base_weights(model),
+        "dtype": dtype_name(model.dtype),
+        "adapter": has_adapter,
+        "memory": memory,
+        "training": training,
+        "versions": {package: importlib.metadata.version(package) for package in _installed()},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".memlong-", dir=folder) as made:
+            beside = Path(made)
+            if has_adapter:
+                write_adapter(beside, model)
+            if maps is not None:
+                maps.save(beside / MAPS)
+            if gates is not None:
+                gates.save(beside / GATES)
+            settings = beside / SETTINGS
+            settings.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+            # Without it there is no decoder: better none than one of old parts and new ones.
+            (folder / SETTINGS).unlink(missing_ok=True)
+            for path in sorted(beside.iterdir(), key=lambda path: path == settings):
+                path.replace(folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"The decoder cannot be written to {str(folder)!r}: {error}") from error
+
+
+def read_pretrained(
+    name: str | Path, changes: Mapping[str, Any] | None = None, registry: Registry | None = None
+) -> Pretrained:
+    """Read what a folder, or a repository of the hub, says of its decoder.
+
+    Parameters
+    ----------
+    name
+        The folder; where there is none, a hub id.
+    changes
+        Fields of the MemoryConfig that are to be others, of those in ``CHANGEABLE``.
+    registry
+        Where the backend and the retriever are looked up; a new one by default.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no such folder, it holds no decoder, a field cannot be changed, or the folder, which may be a
+        stranger's, names a place to connect or write to, which is for the user to name.
+
+    Notes
+    -----
+    A backend or retriever that takes the place of another gets its own options, or none.
+    """
+    for field in changes or {}:
+        if field not in CHANGEABLE:
+            raise InvalidArgumentError(
+                f"{field} was decided when the decoder was trained; what can be changed is {', '.join(CHANGEABLE)}."
+            )
+    folder = _folder(name)
+    try:
+        facts = read_json(folder / SETTINGS)
+        if facts["format"] != _FORMAT:
+            raise InvalidArgumentError(
+                f"{str(folder / SETTINGS)!r} has the format {facts['format']!r}; expected {_FORMAT!r}. Use the memlong "
+                "that wrote it, or a newer one."
+            )
+        for field in ("base_model", "dtype", "base_weights"):
+            if not isinstance(facts.get(field), str | None):
+                raise TypeError(f"{field} is {facts[field]!r}")
+        config = chosen_config(folder, str(folder / SETTINGS), facts["memory"], changes or {}, registry)
+        return Pretrained(
+            folder,
+            None if is_on_another_host(facts["base_model"]) else facts["base_model"],
+            config,
+            bool(facts["adapter"]),
+            facts.get("dtype"),
+            facts.get("base_weights"),
+        )
+    except FileNotFoundError as error:
+        raise InvalidArgumentError(
+            f"The folder {str(name)!r} holds no {SETTINGS}, so no decoder that save_pretrained or `memlong train` "
+            "wrote. Name one that does."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(
+            f"{str(folder / SETTINGS)!r} cannot be read as a decoder's settings: {error!r}. Save the decoder again, or "
+            "use the memlong that wrote it."
+        ) from error
+
+
+def _folder(name: str | Path) -> Path:
+    folder = folder_of(name)
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError as error:  # such as a name that is too long
+        raise InvalidArgumentError(f"{str(name)!r} cannot be read: {error.strerror}.") from error
+    if is_folder:
+        return folder
+    if is_there:
+        raise InvalidArgumentError(f"{str(name)!r} is a file; name the folder that holds {SETTINGS}.")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:  # which all errors of huggingface_hub are
+        raise InvalidArgumentError(
+            f"{str(name)!r} is no folder here, and cannot be downloaded from the hub: {error}"
+        ) from error
+
+
+def _installed() -> list[str]:
+    found = {each.metadata["Name"] for each in importlib.metadata.distributions()}
+    return [package for package in _PACKAGES if package in found]

@@ -1,0 +1,86 @@
+"""Tensors in a safetensors file that says what it is and for which layers: what maps and gates are kept in."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memlong.bank.sessions.folders import at_home
+from memlong.bank.snapshot.files import oddity
+from memlong.bank.snapshot.tensors import has_long_header
+from memlong.errors import InvalidArgumentError
+
+
+def check_tensors(path: Path) -> None:
+    """Raise ValueError if a file is no plain one, or describes more tensors than are ever written."""
+    if odd := oddity(path):
+        raise ValueError(f"it {odd}")
+    with path.open("rb") as file:
+        if has_long_header(file.read(8)):
+            raise ValueError("it describes more tensors than such a file ever holds")
+
+
+def write_tensors(
+    path: str | Path, kind: str, layers: tuple[int, ...], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write tensors for some layers; a file of that name, or what a link leads to, is replaced when all is written.
+
+    Raises
+    ------
+    OSError, SafetensorError
+        If they cannot be written.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():  # which would be replaced, too
+        raise OSError(errno.EINVAL, "is no plain file", str(path))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata={"format": kind, "layers": json.dumps(layers)})
+
+
+def read_tensors(
+    path: str | Path, kind: str, *, field: str, command: str
+) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+    """Read what `write_tensors` wrote: the layers, and tensors by name.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kind
+        Of what kind it must be.
+    field, command
+        For messages: the setting that names the file, and the command that writes one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the file is missing, damaged or of another kind, or a number in it is not finite.
+    """
+    try:
+        path = at_home(path)
+        check_tensors(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise InvalidArgumentError(
+                    f"{field} names {str(path)!r}, whose format is {metadata.get('format')!r}; expected {kind!r}, as "
+                    f"`{command}` writes it."
+                )
+            layers = tuple(json.loads(metadata["layers"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            for name, tensor in tensors.items():
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{name} holds numbers that are not finite")
+            return layers, tensors
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(
+            f"{field} names {str(path)!r}, which cannot be read: {error}. Make the file with `{command}`."
+        ) from error

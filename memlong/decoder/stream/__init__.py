@@ -1,0 +1,1 @@
+"""Token streams: rows, what they retrieve, where it stands, and how they go through the model."""

@@ -1,0 +1,250 @@
+"""One token stream: how far it is, which chunks have left its window, and what it has retrieved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlong.bank import ChunkLayout, Draft, MemoryBank
+from memlong.decoder.arrays import Bools, Ints
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.persistence.stored import fact_of, tensor_of
+from memlong.decoder.retrievers.base import Passage
+from memlong.decoder.stream.placement import Placement, memory_positions, place
+from memlong.decoder.stream.recall import RandomChunks, Retrieval, RowMemory, recall
+
+_MOST_IDS = 1 << 62
+
+
+class Row:
+    """Bookkeeping of one stream. Tokens are counted from its start.
+
+    Attributes
+    ----------
+    bank
+        The row's memory, or None for the plain window.
+    query_length
+        Tokens that make a query.
+    asked
+        What the next query is, if not the text just before the coming segment.
+    storing_from
+        The bank's next id when chunks were last given to it, until they have left the window.
+    ahead
+        Tokens taken in whose ids are still to be noted.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        bank: MemoryBank | Draft | None,
+        random_chunks: RandomChunks | None = None,
+    ) -> None:
+        self.config = config
+        self.bank = bank
+        self._random_chunks = random_chunks
+        self.query_length = config.query_length
+        self.memory: RowMemory | None = None
+        self.retrieval: Retrieval | None = None
+        self.asked: Passage | None = None
+        self.storing_from: int | None = None
+        self.ahead = 0
+        self._departed = 0  # chunks that have left the window
+        self._recent = Passage((), 0)  # the latest tokens, as far back as a chunk or a query may reach
+
+    @property
+    def seen(self) -> int:
+        """Tokens taken in so far."""
+        return self._recent.end + self.ahead
+
+    @property
+    def first_token(self) -> int:
+        """The first token of the window after the sinks."""
+        return self.config.sink_tokens + self._departed * self.config.chunk_size
+
+    def begins_segment(self) -> bool:
+        """Whether the next token begins a segment."""
+        return self.seen % self.config.segment_size == 0
+
+    @property
+    def segment_rest(self) -> int:
+        """Tokens that the present segment still takes."""
+        return self.config.segment_size - self.seen % self.config.segment_size
+
+    @property
+    def placement(self) -> Placement:
+        """Where the window stands now."""
+        return place(self.config, self.first_token, self.memory.tokens if self.memory else 0)
+
+    def keeps(self, tokens: Ints, reach: int | None = None) -> Bools:
+        """Which tokens [columns], by index and −1 for padding, belong in the window.
+
+        With a ``reach``, in that of a layer whose tokens see so many, themselves included: also of tokens that may be
+        taken back.
+        """
+        if reach is not None:
+            return (tokens >= self._first_seen(reach)) & (tokens < self.seen)
+        kept = ((tokens >= 0) & (tokens < self.config.sink_tokens)) | (tokens >= self.first_token)
+        return kept & (tokens < self.seen)
+
+    def check_window(self, tokens: Ints, reach: int | None) -> None:
+        """Raise ValueError unless a window of these tokens [columns], −1 for padding, holds all that the row keeps."""
+        held = tokens[tokens != -1]
+        if reach is None:
+            needed = [*range(min(self.config.sink_tokens, self.seen)), *range(self.first_token, self.seen)]
+        else:
+            needed = [*range(self._first_seen(reach), self.seen)]
+        if (held < 0).any() or (np.diff(held) <= 0).any() or held[self.keeps(held, reach)].tolist() != needed:
+            raise ValueError(f"its window does not hold, in order, what precedes token {self.seen}")
+
+    def _first_seen(self, reach: int) -> int:
+        return max(0, self.seen + 1 - reach - self.config.segment_size)
+
+    def fork(self) -> Row:
+        """Return a row that goes its own way from here; what it stores stays in a draft of the bank."""
+        other = copy(self)
+        other._random_chunks = None  # noqa: SLF001 - its own; a fork is never trained on
+        if self.bank is not None:
+            other.bank = self.bank.fork() if isinstance(self.bank, Draft) else Draft(self.bank)
+        return other
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        """Note the tokens of a forward call, or ids of tokens taken in before."""
+        self._recent = Passage((*self._recent.token_ids, *token_ids), self._recent.start)
+        self.ahead = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the local window has no room for another token."""
+        return self.seen - self.first_token >= self.config.local_window
+
+    def rewind(self, most: int | None) -> list[int]:
+        """Take back the latest tokens, ``most`` at most, to be read again with memory that they themselves ask for.
+
+        None is all since the last segment began, of which at least one. The next query is the text that ends with them.
+        """
+        since = self.first_token if self._departed else 0
+        if most is None:
+            most = (self.seen - 1) % self.config.segment_size + 1
+        count = min(most, self.seen - since)
+        self.asked = self.query()
+        taken = self._passage(self.seen - count, self.seen)
+        self._recent = self._passage(self._recent.start, taken.start)
+        return list(taken.token_ids)
+
+    def query(self) -> Passage:
+        """The text just before the coming segment."""
+        if self.asked is not None:
+            return self.asked
+        return self._passage(max(self._recent.start, self.seen - self.query_length), self.seen)
+
+    def departing(self, *, everything: bool = False) -> list[Passage]:
+        """The chunks that must leave so that the coming segment fits into the window, oldest first; or all that are."""
+        size = self.config.chunk_size
+        held = self.seen - self.first_token
+        count = max(0, held // size if everything else -(-(held - self.config.window_past) // size))
+        starts = range(self.first_token, self.first_token + count * size, size)
+        return [self._passage(start, start + size) for start in starts]
+
+    def tail(self) -> list[int]:
+        """The tokens of the window, after its sinks."""
+        return list(self._passage(min(self.first_token, self.seen), self.seen).token_ids)
+
+    def has_stored(self, chunks: Sequence[Passage]) -> bool:
+        """Whether the bank took these chunks in before something kept them from leaving."""
+        if self.bank is None or self.storing_from is None:
+            return False
+        end = min(self.storing_from + len(chunks), self.bank.next_id)
+        spans = self.bank.spans_of(list(range(self.storing_from, end))).tolist()
+        return [chunks[-1].start, chunks[-1].end] in spans
+
+    def depart(self, count: int) -> None:
+        """Note that ``count`` chunks have left, and forget text that is needed no more."""
+        self._departed += count
+        self.storing_from = None
+        needed = min(self.first_token, self.seen - self.config.query_length)
+        self._recent = self._passage(max(self._recent.start, needed), self.seen)
+
+    def forget(self) -> None:
+        """Let go of what was retrieved for the last segment."""
+        self.memory = self.retrieval = None
+
+    def recall(self, query: Tensor) -> None:
+        """Retrieve chunks for a query's embedding [dim]."""
+        assert self.bank is not None  # noqa: S101 - the plain window has nothing to recall
+        by_chance = self._random_chunks
+        if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
+            self.retrieval, self.memory = by_chance.recall(self.bank, query, self.config)
+        else:
+            self.retrieval, self.memory = recall(self.bank, query, self.config)
+
+    def memory_positions(self) -> Ints:
+        """Positions [tokens] of the retrieved chunks."""
+        if self.memory is None:
+            return np.empty(0, dtype=np.int64)
+        return memory_positions(self.config, self.placement, self.memory.spans.numpy())
+
+    def facts(self) -> dict[str, int | bool | None]:
+        """Return what JSON can hold of where the stream stands, for `go_on`."""
+        return {
+            "departed": self._departed,
+            "recent_start": self._recent.start,
+            "storing_from": self.storing_from,
+            "has_retrieved": self.retrieval is not None,
+            "has_memory": self.memory is not None,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the rest of it: the latest tokens, and what was retrieved."""
+        found = {"recent": torch.tensor(self._recent.token_ids, dtype=torch.int64, device="cpu")}
+        if self.retrieval is not None:
+            found |= {f"retrieval.{name}": each for name, each in vars(self.retrieval).items()}
+        if self.memory is not None:
+            found |= {f"memory.{name}": each for name, each in vars(self.memory).items()}
+        return found
+
+    def go_on(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: ChunkLayout) -> None:
+        """Stand where another row stood; ValueError, KeyError or TypeError if none can have stood there."""
+        departed, start = fact_of(facts, "departed", int), fact_of(facts, "recent_start", int)
+        recent = tensor_of(tensors, "recent", None).tolist()
+        self._departed, self._recent = departed, Passage(tuple(recent), start)
+        if departed < 0 or not 0 <= start <= self.first_token or (departed and self.first_token > self.seen):
+            raise ValueError(
+                f"a row cannot stand at token {self.seen}, and know the text from token {start} on, when {departed} "
+                "chunks have left"
+            )
+        self.storing_from = fact_of(facts, "storing_from", int, type(None))
+        if self.storing_from is not None and not 0 <= self.storing_from < _MOST_IDS:
+            raise ValueError(f"storing_from is {self.storing_from}, which is no id of a chunk")
+        self.retrieval = self.memory = None
+        if fact_of(facts, "has_retrieved", bool):
+            ids = tensor_of(tensors, "retrieval.ids", None)
+            self.retrieval = Retrieval(
+                tensor_of(
+                    tensors, "retrieval.query", None, like=torch.empty(0, dtype=torch.float32, device="cpu")
+                ),
+                ids,
+                tensor_of(
+                    tensors,
+                    "retrieval.scores",
+                    len(ids),
+                    like=torch.empty(0, dtype=torch.float32, device="cpu"),
+                ),
+            )
+        if fact_of(facts, "has_memory", bool):
+            spans = tensor_of(tensors, "memory.spans", None, 2)
+            layers, heads, size, width = layout.shape
+            like = layout.empty(0)
+            keys, values = (
+                tensor_of(tensors, f"memory.{name}", layers, heads, len(spans) * size, width, like=like)
+                for name in ("keys", "values")
+            )
+            self.memory = RowMemory(keys, values, spans)
+
+    def _passage(self, start: int, end: int) -> Passage:
+        first = self._recent.start
+        return Passage(self._recent.token_ids[start - first : end - first], start)
