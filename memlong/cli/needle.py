@@ -15,7 +15,7 @@ from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart, writable
 from memlong.cli.loading import told
-from memlong.cli.memory import Memory, described, with_memory
+from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
 from memlong.errors import InvalidArgumentError, MissingDependencyError
@@ -36,7 +36,7 @@ def needle(
     filler: Annotated[
         Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few dull sentences]")
     ] = None,
-    memory: Memory,
+    memory: MemoryOptions,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,

@@ -43,7 +43,7 @@ from memlong.decoder.stream.streams import Segment, Streams
 from memlong.decoder.stream.tokens import token_lists
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
-from memlong.plugins.options import check_options as check_store_options
+from memlong.plugins.options import check_options
 from memlong.plugins.registry import installed_registry
 
 
@@ -112,7 +112,7 @@ class StreamingDecoder(Uncopied):
         if self.config.backend is not None:
             self._registry.load_backend_class(self.config.backend)  # say now what is missing
             if self.config.store:
-                check_store_options("store", TieredStore, self.config.store)
+                check_options("store", TieredStore, self.config.store)
                 TieredStore(**self.config.store).check_device(model.device)
             if retriever is None:
                 self.retriever = create_retriever(
