@@ -82,7 +82,7 @@ def icl(
     )
     output = JsonOutput(json_file)
     from memlong.evaluation import draw_task, evaluate_icl, read_examples
-    from memlong.evaluation.environment import versions
+    from memlong.versions import versions
 
     counts = list(dict.fromkeys(numbers("--shots", shots, int)))
     words = None if labels is None else _words(labels)

@@ -67,8 +67,8 @@ def needle(
     if plot is not None:
         _check_plot(plot)
     from memlong.evaluation import read_text
-    from memlong.evaluation.environment import versions
     from memlong.evaluation.needle import FILLER, evaluate_needle
+    from memlong.versions import versions
 
     wanted = list(dict.fromkeys(numbers("--lengths", lengths, int)))
     places = list(dict.fromkeys(numbers("--depths", depths, float)))

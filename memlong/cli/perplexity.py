@@ -83,7 +83,8 @@ def perplexity(
 
 
 def _summary(decoder: MemoryDecoder, result: Perplexity, **given: object) -> dict[str, Any]:
-    from memlong.evaluation.environment import peak_rss_bytes, versions
+    from memlong.evaluation.environment import peak_rss_bytes
+    from memlong.versions import versions
 
     return {
         **given,
