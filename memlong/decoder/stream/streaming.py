@@ -262,9 +262,10 @@ class StreamingDecoder(Uncopied):
             raise MemlongError("There is no bank to store the window in: the configuration has backend=None.")
         if self._streams is None:
             return []
-        banks = self.banks
-        left = self._streams.flush()
-        self.reset(banks, any_model=True)
+        with self._slot.reading:
+            banks = self.banks
+            left = self._streams.flush()
+            self.reset(banks, any_model=True)
         return left
 
     def stream(
