@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from memlong import MemlongError, MemoryBank, Registry
 from memlong.errors import InvalidTextError
-from memlong.evaluation.environment import versions
+from memlong.versions import versions
 
 K = 8
 QUERIES = 512

@@ -32,7 +32,7 @@ from memlong.cli.values import numbers
 from memlong.decoder import choose_machine
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
 from memlong.evaluation import evaluate_perplexity, long_range_tokens, perplexity_ratio, read_text, tokenize
-from memlong.evaluation.environment import versions
+from memlong.versions import versions
 
 WINDOW, EQUAL, FULL = "plain window", "plain window, equal budget", "full attention"
 LAYER, RANDOM = "memory", "random chunks"

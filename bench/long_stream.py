@@ -34,7 +34,7 @@ from memlong.cli.values import numbers
 from memlong.decoder import choose_machine
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text, tokenize
-from memlong.evaluation.environment import versions
+from memlong.versions import versions
 
 STORY = "_pydecimal.py"
 CHAPTERS, LEAD_IN, PASSAGE = 8192, 2048, 2048

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from ratios import Ratio, summary
 
-from memlong.evaluation.environment import versions
+from memlong.versions import versions
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

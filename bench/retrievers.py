@@ -31,7 +31,7 @@ from memlong import MemoryConfig, MemoryDecoder, Passage, Retriever, load_model
 from memlong.decoder import choose_machine, create_retriever
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
 from memlong.evaluation import evaluate_perplexity, read_text, tokenize
-from memlong.evaluation.environment import versions
+from memlong.versions import versions
 
 TEXT = Path(inspect.getfile(typing))
 

@@ -25,7 +25,7 @@ import typer
 
 from memlong import MemlongError, create_bank, load_bank
 from memlong.bank import MemoryBank
-from memlong.evaluation.environment import versions
+from memlong.versions import versions
 
 DIM = 384
 SHAPE = (30, 3, 128, 64)  # SmolLM2-135M: layers, K-V heads, chunk, head width

@@ -34,8 +34,8 @@ from memlong.bank import IndexRows
 from memlong.decoder import choose_machine, create_retriever
 from memlong.errors import MemlongError
 from memlong.evaluation import Perplexity, Ratio, evaluate_perplexity, perplexity_ratio, read_text, tokenize
-from memlong.evaluation.environment import versions
 from memlong.settings import documented, setting
+from memlong.versions import versions
 from memlong_torch.index import TorchIndex
 
 TEXT = Path(inspect.getfile(typing))

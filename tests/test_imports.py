@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BELOW = {
     "errors": set(),
+    "versions": set(),
     "settings": {"errors"},
-    "bank": {"settings", "errors"},
+    "bank": {"versions", "settings", "errors"},
     "plugins": {"settings", "bank", "errors"},
-    "decoder": {"settings", "plugins", "bank", "errors"},
+    "decoder": {"versions", "settings", "plugins", "bank", "errors"},
     "training": {
         "settings",
         "evaluation",
@@ -28,7 +29,7 @@ BELOW = {
         "bank",
         "errors",
     },  # it weighs tokens as they are measured
-    "evaluation": {"settings", "decoder", "plugins", "bank", "errors"},
+    "evaluation": {"versions", "settings", "decoder", "plugins", "bank", "errors"},
     "testing": {
         "settings",
         "decoder",
@@ -37,7 +38,7 @@ BELOW = {
         "errors",
     },  # a plugin's backend is proven by a model that reads with it
     "architectures": {"settings", "decoder", "plugins", "bank", "errors"},
-    "cli": {"settings", "architectures", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
+    "cli": {"versions", "settings", "architectures", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
     "__init__": {"settings", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
 }
 OPEN_TO_BACKENDS = ("memlong.bank", "memlong.errors", "memlong.plugins.hookspecs", "memlong.settings")

@@ -14,7 +14,7 @@ from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
-from memlong.cli.memory import Memory, described, with_memory
+from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.errors import InvalidArgumentError
 
@@ -45,7 +45,7 @@ def generate(
         ),
     ] = None,
     beams: Annotated[int, typer.Option(min=1, max=_MOST_BEAMS, help="Beams of beam search; 1 is none.")] = 1,
-    memory: Memory,
+    memory: MemoryOptions,
     control_tokens: Annotated[
         bool,
         typer.Option(

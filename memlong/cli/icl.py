@@ -13,7 +13,7 @@ from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
-from memlong.cli.memory import Memory, described, with_memory
+from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
 from memlong.errors import InvalidArgumentError
@@ -51,7 +51,7 @@ def icl(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Divide by each word's probability where the text is N/A.")
     ] = False,
-    memory: Memory,
+    memory: MemoryOptions,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -82,7 +82,7 @@ def icl(
     )
     output = JsonOutput(json_file)
     from memlong.evaluation import draw_task, evaluate_icl, read_examples
-    from memlong.evaluation.environment import versions
+    from memlong.versions import versions
 
     counts = list(dict.fromkeys(numbers("--shots", shots, int)))
     words = None if labels is None else _words(labels)

@@ -32,7 +32,7 @@ class Unset:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryOptions:
     """What a user typed about the memory, by setting."""
 
     typed: Mapping[str, Any]
@@ -81,7 +81,7 @@ def with_memory(
     **defaults
         Settings whose default is another one for this command.
     """
-    return _with_options("memory", MemoryConfig, Memory, without, defaults)
+    return _with_options("memory", MemoryConfig, MemoryOptions, without, defaults)
 
 
 def with_training(**defaults: Any) -> Callable[[Command], Command]:

@@ -15,7 +15,7 @@ from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart, writable
 from memlong.cli.loading import told
-from memlong.cli.memory import Memory, described, with_memory
+from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
 from memlong.errors import InvalidArgumentError, MissingDependencyError
@@ -36,7 +36,7 @@ def needle(
     filler: Annotated[
         Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few dull sentences]")
     ] = None,
-    memory: Memory,
+    memory: MemoryOptions,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -67,8 +67,8 @@ def needle(
     if plot is not None:
         _check_plot(plot)
     from memlong.evaluation import read_text
-    from memlong.evaluation.environment import versions
     from memlong.evaluation.needle import FILLER, evaluate_needle
+    from memlong.versions import versions
 
     wanted = list(dict.fromkeys(numbers("--lengths", lengths, int)))
     places = list(dict.fromkeys(numbers("--depths", depths, float)))

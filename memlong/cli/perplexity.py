@@ -13,7 +13,7 @@ from memlong.cli.answer import shown
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import told
-from memlong.cli.memory import Memory, described, with_memory
+from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def perplexity(
     text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
     model: options.ModelUnlessAdapter = None,
     adapter: options.Adapter = None,
-    memory: Memory,
+    memory: MemoryOptions,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first N tokens.")] = None,
     score_from: Annotated[int, typer.Option(help="First token that is scored.")] = 1,
     long_range_distance: Annotated[
@@ -83,7 +83,8 @@ def perplexity(
 
 
 def _summary(decoder: MemoryDecoder, result: Perplexity, **given: object) -> dict[str, Any]:
-    from memlong.evaluation.environment import peak_rss_bytes, versions
+    from memlong.evaluation.environment import peak_rss_bytes
+    from memlong.versions import versions
 
     return {
         **given,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from memlong.cli import options
 from memlong.cli.answer import say, shown
 from memlong.cli.loading import load, told
-from memlong.cli.memory import Memory, Unset, with_memory, with_training
+from memlong.cli.memory import MemoryOptions, Unset, with_memory, with_training
 from memlong.errors import InvalidArgumentError
 from memlong.training.config import TrainingConfig
 
@@ -47,7 +47,7 @@ def train(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write curves for tensorboard, too.")
     ] = None,
-    memory: Memory,
+    memory: MemoryOptions,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import MemoryBank
-from memlong.decoder.generation import Speaker, StreamCache, check_options, inferred_mask
+from memlong.decoder.generation import Speaker, StreamCache, check_generate_options, inferred_mask
 from memlong.decoder.kv.sources import LatentSource
 from memlong.decoder.model.loading import load_model
 from memlong.decoder.model.machine import AUTO, choose_machine
@@ -229,7 +229,7 @@ class MemoryDecoder(SavingDecoder):
             If the decoder is not attached.
         """
         self._check_attached()
-        check_options(self.model, options)
+        check_generate_options(self.model, options)
         token_lists(input_ids, attention_mask, self._layout)  # before anything is cut
         is_inferred = attention_mask is None
         if attention_mask is None:

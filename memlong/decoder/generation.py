@@ -223,7 +223,7 @@ def plain_generate_told(model: PreTrainedModel) -> Iterator[None]:
 _NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
 
 
-def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
+def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """Refuse what generate() can do only with a cache of its own.
 
     Raises

@@ -311,3 +311,19 @@ def test_gradient_checkpointing_changes_no_gradient(model, close, small, text):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         close(found[name], gradient)
+
+
+def test_flush_stores_what_would_have_left_the_window(model, close, small, text):
+    ids, later = text(50), text(60, seed=1)
+    with MemoryDecoder(model, None, small()) as decoder:
+        decoder.read(ids)
+        (bank,) = decoder.banks
+        decoder.flush()
+        decoder.reset()
+        decoder.read(torch.cat([ids, later], dim=1))
+        (whole,) = decoder.banks
+        found, expected = bank.fetch(bank.ids), whole.fetch(bank.ids)
+        assert len(bank) == 12
+    assert torch.equal(found.spans, expected.spans)
+    close(found.keys, expected.keys)
+    close(found.values, expected.values)

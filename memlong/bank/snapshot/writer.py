@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,9 +24,9 @@ from memlong.bank.snapshot.manifest import (
     read_manifest,
 )
 from memlong.errors import InvalidArgumentError, SnapshotError
+from memlong.versions import versions
 
 _NEW_MANIFEST = f"{MANIFEST}.new"
-_PACKAGES = ("memlong", "torch", "numpy", "safetensors", "faiss-cpu", "hnswlib", "transformers")
 
 
 class SnapshotWriter:
@@ -117,7 +115,7 @@ class SnapshotWriter:
 
     def commit(self, banks: Sequence[BankRecord], extra: ExtraRecord | None = None) -> Manifest:
         """Make what was written the current state, and remove what it does not need."""
-        manifest = Manifest(self._kind, self.token, self._generation, _versions(), tuple(banks), extra)
+        manifest = Manifest(self._kind, self.token, self._generation, dict(versions()), tuple(banks), extra)
         path, beside = self._folder / MANIFEST, self._folder / _NEW_MANIFEST
         content = _readable(path, manifest)
         sync_folder(self._folder)
@@ -185,12 +183,3 @@ def _names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))  # noqa: PTH208 - names are wanted, and no paths
     except OSError as error:
         raise unwritable(folder, error) from error
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

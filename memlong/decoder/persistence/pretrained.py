@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from memlong.decoder.persistence.json_file import read_json
 from memlong.decoder.persistence.strangers import chosen_config, declared_options, is_on_another_host
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.plugins import Registry
+from memlong.versions import versions
 
 SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
 """Files of the folder, beside those of the adapter."""
@@ -33,7 +33,6 @@ CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "s
 """Fields of a MemoryConfig that can be others than those trained with."""
 
 _FORMAT, _MODEL = "memlong-decoder-1", "config.json"
-_PACKAGES = ("memlong", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def write_pretrained(
         "adapter": has_adapter,
         "memory": memory,
         "training": training,
-        "versions": {package: importlib.metadata.version(package) for package in _installed()},
+        "versions": dict(versions()),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,8 +212,3 @@ def _folder(name: str | Path) -> Path:
         raise InvalidArgumentError(
             f"{str(name)!r} is no folder here, and cannot be downloaded from the hub: {error}"
         ) from error
-
-
-def _installed() -> list[str]:
-    found = {each.metadata["Name"] for each in importlib.metadata.distributions()}
-    return [package for package in _PACKAGES if package in found]

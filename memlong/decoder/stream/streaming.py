@@ -43,7 +43,7 @@ from memlong.decoder.stream.streams import Segment, Streams
 from memlong.decoder.stream.tokens import token_lists
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
-from memlong.plugins.options import check_options as check_store_options
+from memlong.plugins.options import check_options
 from memlong.plugins.registry import installed_registry
 
 
@@ -112,7 +112,7 @@ class StreamingDecoder(Uncopied):
         if self.config.backend is not None:
             self._registry.load_backend_class(self.config.backend)  # say now what is missing
             if self.config.store:
-                check_store_options("store", TieredStore, self.config.store)
+                check_options("store", TieredStore, self.config.store)
                 TieredStore(**self.config.store).check_device(model.device)
             if retriever is None:
                 self.retriever = create_retriever(
@@ -262,9 +262,10 @@ class StreamingDecoder(Uncopied):
             raise MemlongError("There is no bank to store the window in: the configuration has backend=None.")
         if self._streams is None:
             return []
-        banks = self.banks
-        left = self._streams.flush()
-        self.reset(banks, any_model=True)
+        with self._slot.reading:
+            banks = self.banks
+            left = self._streams.flush()
+            self.reset(banks, any_model=True)
         return left
 
     def stream(
