@@ -208,6 +208,8 @@ def _wanted(kind: Any, value: object, said: Setting) -> str:
             noun += f" of at least {said.least}"
         elif said.above is not None:
             noun += f" above {said.above}"
+        if said.most is not None:
+            return f"{noun} and at most {said.most}"
         is_too_large = isinstance(value, int | float) and value > _most(value)
         return f"{noun} and at most {_most(value)}" if is_too_large else noun
     if issubclass(plain, Sequence) and plain is not str:

@@ -38,7 +38,17 @@ BELOW = {
         "errors",
     },  # a plugin's backend is proven by a model that reads with it
     "architectures": {"settings", "decoder", "plugins", "bank", "errors"},
-    "cli": {"versions", "settings", "architectures", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
+    "cli": {
+        "versions",
+        "settings",
+        "architectures",
+        "training",
+        "evaluation",
+        "decoder",
+        "plugins",
+        "bank",
+        "errors",
+    },
     "__init__": {"settings", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
 }
 OPEN_TO_BACKENDS = ("memlong.bank", "memlong.errors", "memlong.plugins.hookspecs", "memlong.settings")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -113,9 +113,10 @@ class PersistentBank(IndexHost):
         lazy : bool, default False
             Leave keys and values on disk, each to be read, and checked, when it is wanted.
         trust_index : bool, default False
-            Read the index library's own file, where this class, with the same options, wrote one. These libraries read
-            whatever they are given, and a file that was made to harm can: so say this of your own snapshots only.
-            Otherwise the index is rebuilt from the embeddings.
+            Take saved options beyond the bounds that hold for a stranger's, and read the index library's own file,
+            where this class, with the same options, wrote one. These libraries read whatever they are given, and a file
+            that was made to harm can: so say this of your own snapshots only. Otherwise the index is rebuilt from the
+            embeddings.
         most_bytes : int or str, optional
             Refuse a snapshot whose files take more.
         kv_device : str, optional
@@ -156,10 +157,13 @@ class PersistentBank(IndexHost):
             raise InvalidArgumentError(
                 "lazy leaves keys and values in the snapshot, but a store is given: use one of both"
             )
+        has_room_asked = bool({"max_chunks", "max_bytes", "store"} & options.keys())
         if lazy:
             options["store"] = SnapshotStore()
-        bank = cls._made_for(stored, options)
+        bank = cls._made_for(stored, options, trusted=trust_index)
         try:
+            if not has_room_asked:
+                bank._check_room(stored)  # noqa: SLF001 - its own
             bank._restore(stored, trust_index=trust_index)  # noqa: SLF001 - its own
         except BaseException:
             bank._store.clear()  # noqa: SLF001 - its own; what was not proven is nobody's, and there may be another try
@@ -167,9 +171,9 @@ class PersistentBank(IndexHost):
         return bank
 
     def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
-        """A copy holds the same chunks, usage and index, with keys and values in memory, whatever the store is."""
-        policy = self._capacity.policy
-        return unpacked, (self.maker, packed(self), {} if saved_name(policy) else {"eviction": policy})
+        """A copy holds the same chunks, usage, options and index, with keys and values in memory, in as many bits."""
+        options = {**asdict(self._index.options), "eviction": self._capacity.policy}
+        return unpacked, (self.maker, packed(self), options, self._store.storage_dtype)
 
     def write_snapshot(self, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
         """Write what a state of a folder needs of this bank; `keep_saved` follows when the state is current."""
@@ -243,7 +247,7 @@ class PersistentBank(IndexHost):
         return before.segments
 
     @classmethod
-    def _made_for(cls, stored: StoredBank, given: dict[str, Any]) -> Self:
+    def _made_for(cls, stored: StoredBank, given: dict[str, Any], *, trusted: bool) -> Self:
         record = stored.record
         if given.get("metric", record.metric) != record.metric:
             raise InvalidArgumentError(
@@ -263,7 +267,8 @@ class PersistentBank(IndexHost):
             if odd:
                 raise damaged(stored.manifest_path, f"has options of no backend's own: {', '.join(odd)}")
             own = {name: value for name, value in record.options.items() if name not in given}
-            if refused := refused_option(cls, own, cls.saved_options):
+            allowed = dict.fromkeys(cls.saved_options) if trusted else cls.saved_options
+            if refused := refused_option(cls, own, allowed):
                 raise SnapshotError(f"{str(stored.manifest_path)!r} {refused}")
             options |= {**own, "device": record.device}
         try:
@@ -359,7 +364,21 @@ class PersistentBank(IndexHost):
         except InvalidArgumentError as error:
             if self._capacity.max_bytes != stored.record.max_bytes or self._store.max_bytes is not None:
                 raise  # it was asked for now
-            raise damaged(stored.manifest_path, f"cannot be of such a bank ({error})") from error
+            raise SnapshotError(
+                f"{str(stored.manifest_path)!r} cannot be loaded within its own limit: {error}. If its store kept "
+                "fewer bits, give such a store (store=TieredStore(host='2GB', dtype='int8')), or another max_bytes."
+            ) from error
+
+    def _check_room(self, stored: StoredBank) -> None:
+        """Refuse to let chunks go that the bank held when it was saved, unless other limits are asked for."""
+        room = None if stored.layout is None else self._room_for(stored.layout, stored)
+        count = len(stored.content.ids)
+        if room is not None and count > room:
+            raise SnapshotError(
+                f"{str(stored.folder)!r} holds {count} chunks, but only {room} fit into its limits now (max_chunks "
+                f"{self._capacity.max_chunks}, max_bytes {self._capacity.max_bytes}): its store kept fewer bits. Give "
+                "such a store (store=TieredStore(host='2GB', dtype='int8')), or another max_bytes; nothing was loaded."
+            )
 
     def _capacity_for(self, layout: ChunkLayout) -> int | None:
         embedding_bytes = self._dim * np.dtype(np.float32).itemsize

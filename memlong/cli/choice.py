@@ -12,6 +12,7 @@ from memlong.errors import InvalidArgumentError
 from memlong.plugins.registry import installed_registry
 
 if TYPE_CHECKING:
+    from memlong.cli.memory import MemoryOptions
     from memlong.decoder import MemoryConfig, MemoryDecoder
 
 _OPTIONS_OF = {
@@ -79,8 +80,9 @@ def choose_decoder(
     context: typer.Context,
     model: str | None,
     adapter: str | None,
-    config: MemoryConfig,
+    memory: MemoryOptions,
     *,
+    seed: int,
     dtype: str,
     device: str,
     trust_remote_code: bool,
@@ -90,24 +92,26 @@ def choose_decoder(
     Raises
     ------
     InvalidArgumentError
-        If there is neither model nor adapter, or an option would change what was decided in training.
+        If an option cannot be used, there is neither model nor adapter, or an option would change what was decided in
+        training.
     """
     if adapter is None:
         if model is None:
             raise InvalidArgumentError(
                 "--model is missing: name a hub id, a folder, a GGUF file or 'demo', or a trained decoder by --adapter."
             )
-        return DecoderChoice(model, None, config, {}, dtype, device, trust_remote_code)
+        return DecoderChoice(model, None, memory.config(seed), {}, dtype, device, trust_remote_code)
     from memlong.decoder import MemoryConfig
 
     given = {name for name in context.params if _is_given(context, name)}
     free = {name for names in _OPTIONS_OF.values() for name in names}
     fixed = sorted(given & {field.name for field in fields(MemoryConfig)} - free)
-    if fixed:
+    if fixed:  # before their values are judged, by rules that are not theirs
         raise InvalidArgumentError(
             f"--{fixed[0].replace('_', '-')} does not go with --adapter: its memory is as it was trained. What may be "
             "another is the backend, the retriever, their options and the store."
         )
+    config = memory.config(seed)
     changes: dict[str, Any] = {}
     for name, names in _OPTIONS_OF.items():
         if given & set(names):

@@ -83,7 +83,6 @@ def generate(
         raise InvalidArgumentError("--prompt is empty; give at least a word to continue")
     check_characters("--prompt", prompt)
     texts = [read_text(path) for path in context or []]
-    config = memory.config(seed)
     said: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_beams": beams,
@@ -95,7 +94,14 @@ def generate(
     if top_p is not None:
         said["top_p"] = _sampling("--top-p", top_p, _COLDEST, 1, sample=sample)
     decoder = choose_decoder(
-        ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        ctx,
+        model,
+        adapter,
+        memory,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
     ).open()
     tokenizer = decoder.tokenizer
     question = _prompt(tokenizer, prompt, chat=chat, begins=not texts, control_tokens=control_tokens)

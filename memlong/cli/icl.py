@@ -90,9 +90,15 @@ def icl(
     known = words or {example.word: example.word for example in shown}
     asked = None if tests is None else read_examples(tests, labels=known, label_column=label_column)
     task = draw_task(shown, asked, shots=max(counts), test_limit=test_limit, seed=seed)
-    config = memory.config(seed)
     decoder = choose_decoder(
-        ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        ctx,
+        model,
+        adapter,
+        memory,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
     ).open()
     with (
         decoder,

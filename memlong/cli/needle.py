@@ -73,9 +73,15 @@ def needle(
     wanted = list(dict.fromkeys(numbers("--lengths", lengths, int)))
     places = list(dict.fromkeys(numbers("--depths", depths, float)))
     hay = FILLER if filler is None else read_text(filler)
-    config = memory.config(seed)
     decoder = choose_decoder(
-        ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        ctx,
+        model,
+        adapter,
+        memory,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
     ).open()
     total = sum(wanted) * len(places) * trials
     with (

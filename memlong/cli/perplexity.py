@@ -59,9 +59,15 @@ def perplexity(
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 
     words = read_text(text)
-    config = memory.config(seed)
     decoder = choose_decoder(
-        ctx, model, adapter, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        ctx,
+        model,
+        adapter,
+        memory,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
     ).open()
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (

@@ -8,21 +8,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memlong.decoder.config import MemoryConfig
     from memlong.decoder.decoder import MemoryDecoder
+    from memlong.decoder.generation import StreamCache
+    from memlong.decoder.kv.sources import KvSource
+    from memlong.decoder.model.layout import ModelLayout
     from memlong.decoder.model.loading import load_model
     from memlong.decoder.model.machine import Machine, choose_machine
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
+    from memlong.decoder.stream.recall import RandomChunks, Retrieval
     from memlong.decoder.stream.streamer import printable, text_streamer
+    from memlong.decoder.stream.streaming import Segments
     from memlong.decoder.stream.streams import Segment
 
 # Loaded when first asked for: listing the retrievers must not import transformers.
 _HOMES = {
+    "KvSource": "memlong.decoder.kv.sources",
     "Machine": "memlong.decoder.model.machine",
     "MemoryConfig": "memlong.decoder.config",
     "MemoryDecoder": "memlong.decoder.decoder",
+    "ModelLayout": "memlong.decoder.model.layout",
     "Passage": "memlong.decoder.retrievers.base",
+    "RandomChunks": "memlong.decoder.stream.recall",
+    "Retrieval": "memlong.decoder.stream.recall",
     "Retriever": "memlong.decoder.retrievers.base",
     "Segment": "memlong.decoder.stream.streams",
+    "Segments": "memlong.decoder.stream.streaming",
+    "StreamCache": "memlong.decoder.generation",
     "choose_machine": "memlong.decoder.model.machine",
     "create_retriever": "memlong.decoder.retrievers.create",
     "load_model": "memlong.decoder.model.loading",
@@ -31,12 +42,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "KvSource",
     "Machine",
     "MemoryConfig",
     "MemoryDecoder",
+    "ModelLayout",
     "Passage",
+    "RandomChunks",
+    "Retrieval",
     "Retriever",
     "Segment",
+    "Segments",
+    "StreamCache",
     "choose_machine",
     "create_retriever",
     "load_model",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Self
 
 from torch import Tensor
@@ -275,11 +276,15 @@ class MemoryDecoder(SavingDecoder):
         Every call knows what was read in before, and nothing of another call (``remember=False``).
         """
 
-        def generate(inputs: Tensor | None = None, generation_config: Any = None, **options: Any) -> Any:
+        def generate(
+            model: Any, inputs: Tensor | None = None, generation_config: Any = None, **options: Any
+        ) -> Any:
+            if model is not self.model:  # a copy, which has no memory
+                return type(model).generate(model, inputs, generation_config, **options)
             input_ids = options.pop("input_ids", inputs)
             return self.generate(input_ids, remember=False, generation_config=generation_config, **options)
 
-        with replaced(self.model, "generate", generate):
+        with replaced(self.model, "generate", MethodType(generate, self.model)):
             yield
 
     def _columns_of(self, cache: StreamCache, input_ids: Tensor) -> int:

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from threading import get_ident
+from types import MethodType
 from typing import Any
 from weakref import ref
 
@@ -75,21 +77,24 @@ class Endings(StoppingCriteriaList):
     What a row is given once it has ended (padding, or tokens that nobody reads) is not what it said.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, columns: int, *, beams: bool) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, columns: int, rows: int, *, beams: bool) -> None:
         super().__init__(criteria)
         for each in self:
             if isinstance(each, MaxLengthCriteria):  # which warns of more positions than a memory takes
                 each.max_position_embeddings = None
-        self._columns = columns
+        self._columns, self._rows = columns, rows
         self._beams = beams
         self._done: list[Tensor] = []
-        self._said: set[tuple[int, ...]] = set()
+        self._said: set[tuple[int, ...]] = set()  # each after its row
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Tell which rows [rows] have ended, as transformers asks after each token."""
         done: Tensor = super().__call__(input_ids, scores, **kwargs)
         if self._beams:  # where rows change places
-            self._said |= set(map(tuple, input_ids[done, self._columns :].tolist()))
+            per_row = len(input_ids) // self._rows
+            numbers = done.nonzero()[:, 0].tolist()
+            said = input_ids[done, self._columns :].tolist()
+            self._said |= {(number // per_row, *tokens) for number, tokens in zip(numbers, said, strict=True)}
         else:  # without waiting for the device
             self._done.append(done)
         return done
@@ -98,8 +103,10 @@ class Endings(StoppingCriteriaList):
         """Return what each of the sequences [rows, tokens] that were returned said."""
         answers: list[list[int]] = sequences[:, self._columns :].tolist()
         if self._beams:
-            for tokens in answers:
-                ends = (end for end in range(1, len(tokens)) if tuple(tokens[:end]) in self._said)
+            per_row = len(answers) // self._rows
+            for number, tokens in enumerate(answers):
+                row = number // per_row
+                ends = (end for end in range(1, len(tokens)) if (row, *tokens[:end]) in self._said)
                 del tokens[next(ends, len(tokens)) :]
         elif self._done:
             for tokens, done in zip(answers, torch.stack(self._done, dim=1).tolist(), strict=True):
@@ -146,7 +153,7 @@ class Speaker:
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
         """Let the model's forward calls for this turn, and what ends it, come here."""
-        inner = model.forward
+        inner, turn = model.forward, get_ident()
         criteria: Any = model._get_stopping_criteria  # noqa: SLF001 - the only way to know of all
 
         @wraps(inner)
@@ -156,10 +163,12 @@ class Speaker:
             return inner(*args, **given)
 
         @wraps(criteria)
-        def endings(generation_config: GenerationConfig, *args: Any, **given: Any) -> Endings:
+        def endings(generation_config: GenerationConfig, *args: Any, **given: Any) -> StoppingCriteriaList:
+            found: StoppingCriteriaList = criteria(generation_config, *args, **given)
+            if get_ident() != turn:  # the plain model's, in another thread
+                return found
             beams = (generation_config.num_beams or 1) > 1
-            found = criteria(generation_config, *args, **given)
-            self._endings = Endings(found, self.cache.columns, beams=beams)
+            self._endings = Endings(found, self.cache.columns, len(self._streams.rows), beams=beams)
             return self._endings
 
         with replaced(model, "forward", forward), replaced(model, "_get_stopping_criteria", endings):
@@ -205,18 +214,24 @@ class Speaker:
 @contextmanager
 def plain_generate_told(model: PreTrainedModel) -> Iterator[None]:
     """Warn where the model's own ``generate()`` is called meanwhile, which knows nothing of a memory."""
-    inner: Any = model.generate
+    before = vars(model).get("generate")
+    place = ref(model)
 
-    @wraps(inner)
-    def generate(*args: Any, **options: Any) -> Any:
+    kind: Any = type(model)
+
+    @wraps(kind.generate)
+    def generate(self: Any, *args: Any, **options: Any) -> Any:
+        if self is not place():  # a copy of the model, which has no memory
+            return type(self).generate(self, *args, **options)
         warnings.warn(
             "model.generate() knows nothing of the memory that is attached: call decoder.generate(), or let "
             "`with decoder.replacing_generate():` have it called for you.",
             stacklevel=2,
         )
-        return inner(*args, **options)
+        return kind.generate(self, *args, **options) if before is None else before(*args, **options)
 
-    with replaced(model, "generate", generate):
+    # Bound, so that a deepcopy of the model has it bound to the copy.
+    with replaced(model, "generate", MethodType(generate, model)):
         yield
 
 

@@ -6,7 +6,6 @@ import gc
 import sys
 from collections.abc import Iterable
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ def index_bytes(bank: MemoryBank) -> int:
 def reachable_bytes(root: object, besides: Iterable[object] = ()) -> int:
     """Return the bytes of an object and of all that it leads to, arrays and tensors whole, each once."""
     total, seen, ahead = 0, {id(each) for each in besides}, [root]
+    storages: set[object] = set()
     while ahead:
         each = ahead.pop()
         if isinstance(each, FunctionType):
@@ -36,14 +36,13 @@ def reachable_bytes(root: object, besides: Iterable[object] = ()) -> int:
         if id(each) in seen or isinstance(each, _SHARED):
             continue
         seen.add(id(each))
-        total += _own_bytes(each)
+        if isinstance(each, torch.Tensor):  # whose views share one storage
+            place = ("storage", each.untyped_storage().data_ptr())
+            total += 0 if place in storages else each.untyped_storage().nbytes()
+            storages.add(place)
+        else:
+            total += sys.getsizeof(each, 0)  # of an array that owns its numbers, with these
         ahead += gc.get_referents(each)
         if isinstance(each, np.ndarray | memoryview):
             ahead.append(each.base if isinstance(each, np.ndarray) else each.obj)
     return total
-
-
-def _own_bytes(each: Any) -> int:
-    if isinstance(each, torch.Tensor):
-        return each.untyped_storage().nbytes()
-    return sys.getsizeof(each, 0)  # of an array that owns its numbers, with these

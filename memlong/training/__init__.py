@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memlong.decoder.kv.latent import LatentMaps
     from memlong.training.config import TrainingConfig
     from memlong.training.curve import Step
     from memlong.training.documents import read_dataset, read_documents
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for: the options of a command must not import torch.
 _HOMES = {
+    "LatentMaps": "memlong.decoder.kv.latent",
     "Step": "memlong.training.curve",
     "Trainer": "memlong.training.trainer",
     "TrainingConfig": "memlong.training.config",
@@ -25,6 +27,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "LatentMaps",
     "Step",
     "Trainer",
     "TrainingConfig",

@@ -17,8 +17,10 @@ from memlong.bank.sessions.folders import absolute
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
+from memlong.decoder.persistence.strangers import declared_options
 from memlong.decoder.stream.recall import RandomChunks
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
+from memlong.plugins.registry import installed_registry
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from memlong.training.config import TrainingConfig
 from memlong.training.curve import Curve, Step
@@ -106,7 +108,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self._parts.groups(config))
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._sums: list[Tensor] = []
-        self._settled = False
+        self._settled = self._has_begun = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -120,7 +122,8 @@ class Trainer:
     @property
     def ended(self) -> bool:
         """Whether the folder holds the decoder that a run of these settings has trained."""
-        return holds_decoder(self.folder, asdict(self.config), self.decoder.config.as_dict())
+        memory = self.decoder.config.as_dict() | declared_options(self.decoder.config, installed_registry())
+        return holds_decoder(self.folder, asdict(self.config), memory)
 
     def run(self, *, resume: bool = False, progress: Callable[[Step], None] | None = None) -> list[Step]:
         """Train, save the decoder into the folder, and return the steps.
@@ -148,6 +151,11 @@ class Trainer:
             raise InvalidArgumentError(
                 "This trainer has run to its end, and its decoder is frozen: make another one, on the plain model."
             )
+        if self._has_begun and not resume:
+            raise InvalidArgumentError(
+                "This trainer's run was cut short, and its weights have learned: go on with resume=True from a "
+                "checkpoint, or make another trainer, on the plain model."
+            )
         with lock(self.folder):
             return self._run(resume, progress)
 
@@ -170,6 +178,7 @@ class Trainer:
             for step in curve.steps:
                 progress(step)
         saved = at.step
+        self._has_begun = True
         try:
             while at.step < self.config.steps:
                 self._read_episodes(at, curve, progress)

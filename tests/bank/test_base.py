@@ -75,8 +75,9 @@ def test_what_an_index_fails_to_name_is_found_by_brute_force(bank, names):
     assert torch.equal(found.scores, true.scores)
 
 
-def test_an_index_that_asks_for_it_is_rebuilt_once_before_the_next_search(bank):
-    bank.index.is_good = False
+@pytest.mark.parametrize("answer", [False, np.False_])
+def test_an_index_that_asks_for_it_is_rebuilt_once_before_the_next_search(bank, answer):
+    bank.index.is_good = answer
     bank.remove([0])
     bank.index.log.clear()
     blocks = torch.ones(1, 1, 1, 1, 1)

@@ -12,7 +12,7 @@ import torch
 
 from memlong import BankPool, create_bank, load_bank
 from memlong.bank import Draft, EvictionPolicy, TieredStore
-from memlong.errors import MemlongError
+from memlong.errors import MemlongError, SnapshotError
 
 COPIES = [copy.copy, copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))]  # noqa: S301 - our own
 BANKS = {
@@ -113,3 +113,47 @@ def test_what_belongs_to_something_else_says_what_to_copy(tmp_path, act):
         with pytest.raises(MemlongError, match=rf"A {type(odd).__name__} cannot be copied or pickled: .*\."):
             act(odd)
     pool.close()
+
+
+def test_a_copy_keeps_all_chunks_of_a_store_of_fewer_bits(chunks):
+    bank = create_bank("torch", 6, max_bytes=1500, store=TieredStore(host="all", dtype="int8"))
+    bank.add(*chunks(40))
+    held = len(bank)
+    other = copy.deepcopy(bank)
+    assert other.ids.tolist() == bank.ids.tolist()
+    assert_same(other.fetch(bank.ids), bank.fetch(bank.ids))
+    other.add(*chunks(1, 500))
+    assert len(other) == held
+
+
+def test_chunks_that_would_not_fit_without_their_store_are_not_dropped(chunks, tmp_path):
+    store = {"host": "all", "dtype": "int8"}
+    bank = create_bank("torch", 6, max_bytes=1500, store=TieredStore(**store))
+    bank.add(*chunks(40))
+    bank.save(tmp_path)
+    for lazy in (False, True):
+        with pytest.raises(SnapshotError, match=rf"holds {len(bank)} chunks, but only .* fit .*fewer bits"):
+            load_bank(tmp_path, lazy=lazy)
+    assert len(load_bank(tmp_path, store=TieredStore(**store))) == len(bank)
+    assert len(load_bank(tmp_path, max_bytes=1500)) < len(bank)  # as it was asked for
+    assert len(load_bank(tmp_path, max_bytes="1GB")) == len(bank)
+
+
+def test_options_beyond_a_strangers_bounds_are_copied_and_trusted(chunks, tmp_path):
+    bank = create_bank("hnswlib", 6, ef=10_000)
+    bank.add(*chunks(9))
+    assert copy.deepcopy(bank).index.options.ef == 10_000
+    bank.save(tmp_path)
+    with pytest.raises(SnapshotError, match="more than a file may ask for"):
+        load_bank(tmp_path)
+    assert load_bank(tmp_path, trust_index=True).index.options.ef == 10_000
+
+
+class Named(Newest):
+    name = "newest"
+
+
+def test_a_policy_of_a_plugin_comes_along(chunks):
+    bank = create_bank("torch", 6, max_chunks=3, eviction=Named())
+    bank.add(*chunks(3))
+    assert type(pickle.loads(pickle.dumps(bank))._capacity.policy) is Named  # noqa: S301 - our own

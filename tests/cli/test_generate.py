@@ -134,3 +134,10 @@ def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
     assert isinstance(result.exception, error), result.output
     with pytest.raises(MemlongError, match=message):
         raise result.exception
+
+
+@pytest.mark.parametrize("changes", [{"maps": "m"}, {"segment_size": 2048}])
+def test_an_option_that_does_not_go_with_an_adapter_is_told_before_its_value_is_judged(run, changes):
+    result = run(adapter="trained", model=None, **changes)
+    assert isinstance(result.exception, InvalidArgumentError)
+    assert "does not go with --adapter: its memory is as it was trained" in str(result.exception)

@@ -6,10 +6,11 @@ import copy
 import pickle
 import signal
 import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria
 
 from memlong import MemoryDecoder
 from memlong.errors import InvalidArgumentError, MemlongError
@@ -206,3 +207,57 @@ def test_a_model_is_given_back_whenever_an_interrupt_comes(llama, small, text, m
     assert "generate" not in vars(llama)
     with MemoryDecoder(llama, None, small()) as other:
         other.read(text(20))
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_copy_of_an_attached_model_generates_by_itself(llama, small, text, replacing):
+    with MemoryDecoder(llama, None, small()) as decoder, ExitStack() as more:
+        if replacing:
+            more.enter_context(decoder.replacing_generate())
+        other = copy.deepcopy(llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    expected = type(other).generate(other, text(9), **OPTIONS)
+    assert torch.equal(other.generate(text(9), **OPTIONS), expected)
+    assert not torch.equal(expected, llama.generate(text(9), **OPTIONS))
+
+
+def test_the_plain_model_in_another_thread_ends_no_turn(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        options = {**OPTIONS, "eos_token_id": None}
+
+        class Meanwhile(StoppingCriteria):
+            def __call__(self, input_ids, scores, **_):
+                if input_ids.shape[1] == 12:
+                    thread = threading.Thread(
+                        target=lambda: type(llama).generate(llama, text(30, rows=2), **options)
+                    )
+                    thread.start()
+                    thread.join()
+                return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        decoder.generate(text(10), stopping_criteria=[Meanwhile()], **options)
+        assert decoder.tokens_read == (18,)
+
+
+def test_what_ends_one_row_with_beams_ends_no_other(llama, small, text):
+    class OnlyRow(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return (input_ids[:, 0] == 7) & (input_ids.shape[1] > 12)
+
+    ids = text(10, rows=2)
+    ids[0, 0], ids[1, 0] = 7, 8
+    ids[:, 1:] = ids[:1, 1:]
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.generate(ids, stopping_criteria=[OnlyRow()], **OPTIONS, num_beams=2, eos_token_id=None)
+        assert decoder.tokens_read == (13, 18)
+
+
+def test_a_read_that_was_refused_begins_no_stream(llama, small, text):
+    decoder = MemoryDecoder(llama, None, small())
+    with pytest.raises(MemlongError, match="not attached"):
+        decoder.read(text(20))
+    with decoder:
+        decoder.read(text(20, rows=2))

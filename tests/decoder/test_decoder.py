@@ -354,6 +354,27 @@ def test_a_pool_tells_of_a_window_that_it_would_lose(llama, small, text, tmp_pat
         pool.close()
 
 
+def test_a_bank_that_is_used_again_is_of_whoever_fills_it(tiny_model, small, text):
+    bank = None
+    for seed in (0, 1):
+        with MemoryDecoder(tiny_model("Llama", seed=seed), None, small()) as decoder:
+            if bank is None:
+                bank = create_bank("torch", decoder.retriever.dim, metric=decoder.retriever.metric)
+            decoder.reset([bank])
+            assert decoder.banks == (bank,)
+            decoder.read(text(60))
+            origin = bank.origin
+            if seed == 0:
+                bank.reset()
+    with MemoryDecoder(tiny_model("Llama"), None, small()) as decoder:
+        with pytest.raises(InvalidArgumentError, match="what differs: weights"):
+            decoder.reset([bank])
+        bank.remove(bank.ids)
+        decoder.reset([bank])
+        decoder.read(text(60))
+    assert bank.origin != origin
+
+
 def test_a_bank_that_others_filled_by_hand_says_nothing_of_a_model(llama, small, text):
     with MemoryDecoder(llama, None, small()) as decoder:
         decoder.read(text(100))

@@ -121,7 +121,7 @@ class IndexHost:
         except BaseException:
             self._drop_index()
             raise
-        if is_good is False:
+        if is_good is not None and not is_good:  # False may be NumPy's
             self._drop_index()
 
     def _rank(self, queries: Floats, k: int) -> Ranking:

@@ -85,8 +85,8 @@ class Index(ABC, Generic[Options]):
 
     The bank checks what comes in, holds embeddings, keys, values and usage, scores what an index names, searches again
     by brute force where it names too few, evicts and locks. `add`, `remove`, `reset` and `load` run alone, searches
-    together. If one of them raises, or `remove` returns False, the index is rebuilt (`reset`, then one `add` of all
-    rows) before its next use: so an index may refuse what it cannot do well, and need never repair itself.
+    together. If one of the former raises, or `remove` returns False, the index is rebuilt (`reset`, then one `add` of
+    all rows) before its next use: so an index may refuse what it cannot do well, and need never repair itself.
 
     Parameters
     ----------
@@ -214,7 +214,10 @@ class Index(ABC, Generic[Options]):
     def saved_options(cls) -> SavedOptions:
         """Return the options that a file may choose, each with the most that a stranger's may ask for, or None."""
         chosen = [each for each in fields(cls.options_class) if told(each).is_saved]
-        most = {each.name: told(each).most_of_strangers or told(each).most for each in chosen}
+        most = {}
+        for each in chosen:
+            said = told(each)
+            most[each.name] = said.most if said.most_of_strangers is None else said.most_of_strangers
         return {name: None if bound == inf else bound for name, bound in most.items()}
 
     def options_to_save(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from memlong.bank.snapshot.writer import SnapshotWriter
 
 if TYPE_CHECKING:
     from memlong.bank.base import MemoryBank
+    from memlong.bank.store.codec import StorageDtype
 
 
 class Written(Protocol):
@@ -39,11 +40,16 @@ def packed(bank: Whole) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
 
 
-def unpacked(kind: type, files: Mapping[str, bytes], options: Mapping[str, Any]) -> MemoryBank:
+def unpacked(
+    kind: type, files: Mapping[str, bytes], options: Mapping[str, Any], dtype: StorageDtype | None
+) -> MemoryBank:
     """Make a bank of a snapshot's files, with keys and values in memory. For one's own files alone."""
     from memlong.bank.base import bank_of  # which comes to this module for its own pickling
+    from memlong.bank.store.tiers import TieredStore
+
+    store: Mapping[str, Any] = {} if dtype is None else {"store": TieredStore(host="all", dtype=dtype)}
 
     with TemporaryDirectory(prefix="memlong-") as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)
-        return bank_of(kind).load(Path(folder), trust_index=True, **options)
+        return bank_of(kind).load(Path(folder), trust_index=True, **options, **store)

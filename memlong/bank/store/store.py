@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.store.codec import StorageDtype
 from memlong.bank.store.copying import keep_while_read, separate, stack
 from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError
@@ -26,6 +27,11 @@ class KeyValueStore(Uncopied, ABC):
     """
 
     why_uncopied = "it belongs to one bank. Copy or pickle that, or save it and load it elsewhere."
+
+    @property
+    def storage_dtype(self) -> StorageDtype | None:
+        """In which numbers it keeps blocks; None for those that it gets."""
+        return None
 
     @abstractmethod
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -86,6 +86,11 @@ class TieredStore(KeyValueStore):
         self._ids: set[int] = set()
         self._lock = fork_lock()
 
+    @property
+    def storage_dtype(self) -> StorageDtype | None:
+        """In which numbers it keeps blocks; None for those that it gets."""
+        return self._dtype
+
     def record_bytes(self, layout: ChunkLayout) -> int:
         """Bytes that a block of this layout takes."""
         return make_codec(layout, self._dtype).nbytes

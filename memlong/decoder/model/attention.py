@@ -71,8 +71,8 @@ class AttentionSlot:
         self._here = threading.local()
         self.reading = free_after_fork(threading.RLock())
 
-    def __deepcopy__(self, _: dict[int, Any]) -> AttentionSlot:
-        return AttentionSlot()  # on a copy of the model, which has no memory
+    def __reduce__(self) -> tuple[type[AttentionSlot], tuple[()]]:
+        return AttentionSlot, ()  # on a copy of the model, which has no memory
 
     @property
     def current(self) -> Attending | None:

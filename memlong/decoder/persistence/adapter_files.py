@@ -175,7 +175,9 @@ def base_weights(model: PreTrainedModel) -> str | None:
         parameter = true_tensor(model, full_name, parameters[full_name])
         digest.update(f"{name} {list(parameter.shape)}".encode())
         flat = parameter.detach().flatten()
-        places = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), _SAMPLE), dtype=torch.float64).long()
+        places = torch.linspace(
+            0, max(0, len(flat) - 1), min(len(flat), _SAMPLE), dtype=torch.float64, device="cpu"
+        ).long()
         sample = flat[places.to(flat.device)].bfloat16().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

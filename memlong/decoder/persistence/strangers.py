@@ -62,7 +62,6 @@ def chosen_config(
         )
     registry = registry or installed_registry()
     known = {spec.name for spec in registry.list_retrievers()}
-    known = {spec.name for spec in registry.list_retrievers()}
     if "retriever" not in changes and config.retriever not in known:
         raise _for_the_user(
             where, "retriever", config.retriever, "a model to download, or a place on this machine"

@@ -23,7 +23,7 @@ def check_origins(banks: Sequence[MemoryBank], ours: Mapping[str, Any]) -> None:
         Naming what differs from ``ours``, which is what this decoder would note down.
     """
     for bank in banks:
-        odd = [] if bank.origin is None else differences(ours, bank.origin)
+        odd = [] if bank.origin is None or not len(bank) else differences(ours, bank.origin)
         if odd:
             raise InvalidArgumentError(
                 "banks holds a bank that another model filled, or this one with other settings, for which its keys, "

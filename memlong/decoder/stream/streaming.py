@@ -159,8 +159,10 @@ class StreamingDecoder(Uncopied):
 
     @property
     def banks(self) -> tuple[MemoryBank, ...]:
-        """The bank of each row; none before the first token, or without a backend."""
-        rows = self._streams.rows if self._streams else ()
+        """The bank of each row; before the first token those that were given, and none without a backend."""
+        if self._streams is None:
+            return self._given_banks or ()
+        rows = self._streams.rows
         return tuple(row.bank for row in rows if isinstance(row.bank, MemoryBank))
 
     @property
@@ -331,6 +333,7 @@ class StreamingDecoder(Uncopied):
         return cast("Tensor", last)
 
     def _begun(self, pending: list[list[int]], logits_to_keep: int, *, gradients: bool) -> Segments:
+        self._check_attached()
         with self._slot.reading:
             self._streams = streams = self._streams_for(len(pending))
             self._call = object()

@@ -344,11 +344,12 @@ class Streams:
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving], device="cpu")
         embeddings = self._retriever.embed_chunks(leaving)
-        if isinstance(bank, MemoryBank) and not bank.next_id:
-            bank.origin = origin_of(self._model, self._config, self._layout, self._source, self._retriever)
+        begins = isinstance(bank, MemoryBank) and not len(bank)
         row.storing_from = bank.next_id
         keys, values = _in_chunks(keys, size), _in_chunks(values, size)
         bank.add(embeddings, keys, values, spans, check_first=False)
+        if begins and isinstance(bank, MemoryBank):
+            bank.origin = origin_of(self._model, self._config, self._layout, self._source, self._retriever)
 
     def _retrieve(self, starting: Sequence[Row]) -> None:
         # A bank that was given may hold something before the stream has any text to ask with.
