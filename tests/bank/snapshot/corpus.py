@@ -169,7 +169,7 @@ def another_type(folder: Path, rng: random.Random) -> None:
     bank = data["banks"][0]
     parts = [data, bank, bank["layout"], bank["segments"][0], *records(data)]
     part = rng.choice(parts)
-    name = rng.choice([name for name in part if name not in ("options", "versions", "index")])
+    name = rng.choice([name for name in part if name not in ("options", "versions", "index", "origin")])
     options = [[], {}, 1.5, True, "x" * 5000, [[]] * 3, {"a": 1}, -7]
     if name not in ("extra", "max_chunks", "max_bytes", "layout"):
         options.append(None)
