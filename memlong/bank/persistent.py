@@ -157,13 +157,11 @@ class PersistentBank(IndexHost):
             raise InvalidArgumentError(
                 "lazy leaves keys and values in the snapshot, but a store is given: use one of both"
             )
-        has_room_asked = bool({"max_chunks", "max_bytes", "store"} & options.keys())
         if lazy:
             options["store"] = SnapshotStore()
         bank = cls._made_for(stored, options, trusted=trust_index)
         try:
-            if not has_room_asked:
-                bank._check_room(stored)  # noqa: SLF001 - its own
+            bank._check_room(stored)  # noqa: SLF001 - its own
             bank._restore(stored, trust_index=trust_index)  # noqa: SLF001 - its own
         except BaseException:
             bank._store.clear()  # noqa: SLF001 - its own; what was not proven is nobody's, and there may be another try
@@ -370,21 +368,31 @@ class PersistentBank(IndexHost):
             ) from error
 
     def _check_room(self, stored: StoredBank) -> None:
-        """Refuse to let chunks go that the bank held when it was saved, unless other limits are asked for."""
-        room = None if stored.layout is None else self._room_for(stored.layout, stored)
-        count = len(stored.content.ids)
-        if room is not None and count > room:
+        """Refuse to let chunks go that the bank held when it was saved, but for limits that are others now."""
+        if stored.layout is None:
+            return
+        capacity, record, count = self._capacity, stored.record, len(stored.content.ids)
+        room = self._room_for(stored.layout, stored)
+        others = Capacity(
+            None if capacity.max_chunks == record.max_chunks else capacity.max_chunks,
+            None if capacity.max_bytes == record.max_bytes else capacity.max_bytes,
+            capacity.policy,
+        )
+        asked = others.in_chunks(*self._chunk_bytes(stored.layout), self._store.max_bytes)
+        wanted = count if asked is None else min(count, asked)
+        if room is not None and room < wanted:
             raise SnapshotError(
-                f"{str(stored.folder)!r} holds {count} chunks, but only {room} fit into its limits now (max_chunks "
-                f"{self._capacity.max_chunks}, max_bytes {self._capacity.max_bytes}): its store kept fewer bits. Give "
-                "such a store (store=TieredStore(host='2GB', dtype='int8')), or another max_bytes; nothing was loaded."
+                f"{str(stored.folder)!r} holds {count} chunks, but only {room} fit into its limits (max_chunks "
+                f"{capacity.max_chunks}, max_bytes {capacity.max_bytes}): its store kept fewer bits. Give another "
+                "max_bytes, or, without lazy, such a store (store=TieredStore(host='2GB', dtype='int8'))."
             )
 
     def _capacity_for(self, layout: ChunkLayout) -> int | None:
-        embedding_bytes = self._dim * np.dtype(np.float32).itemsize
-        return self._capacity.in_chunks(
-            embedding_bytes, self._store.record_bytes(layout), self._store.max_bytes
-        )
+        return self._capacity.in_chunks(*self._chunk_bytes(layout), self._store.max_bytes)
+
+    def _chunk_bytes(self, layout: ChunkLayout) -> tuple[int, int]:
+        """Bytes of a chunk's embedding, and of its keys and values in the store."""
+        return self._dim * np.dtype(np.float32).itemsize, self._store.record_bytes(layout)
 
 
 def _name(cls: type) -> str:

@@ -154,24 +154,32 @@ class Speaker:
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
         """Let the model's forward calls for this turn, and what ends it, come here."""
         inner, turn = model.forward, get_ident()
-        criteria: Any = model._get_stopping_criteria  # noqa: SLF001 - the only way to know of all
+        kind: Any = type(model)
+        criteria: Any = kind._get_stopping_criteria  # noqa: SLF001 - the only way to know of all
 
-        @wraps(inner)
-        def forward(*args: Any, **given: Any) -> Any:
+        @wraps(kind.forward)
+        def forward(this: Any, *args: Any, **given: Any) -> Any:
+            if this is not model:  # a copy that was made meanwhile
+                return kind.forward(this, *args, **given)
             if given.get("past_key_values") is self.cache:
                 return self._forward(given["input_ids"])
             return inner(*args, **given)
 
         @wraps(criteria)
-        def endings(generation_config: GenerationConfig, *args: Any, **given: Any) -> StoppingCriteriaList:
-            found: StoppingCriteriaList = criteria(generation_config, *args, **given)
-            if get_ident() != turn:  # the plain model's, in another thread
+        def endings(
+            this: Any, generation_config: GenerationConfig, *args: Any, **given: Any
+        ) -> StoppingCriteriaList:
+            found: StoppingCriteriaList = criteria(this, generation_config, *args, **given)
+            # Not of a plain generate() meanwhile, of a copy, in another thread or in a criterion.
+            if this is not model or get_ident() != turn or self._endings is not None:
                 return found
             beams = (generation_config.num_beams or 1) > 1
             self._endings = Endings(found, self.cache.columns, len(self._streams.rows), beams=beams)
             return self._endings
 
-        with replaced(model, "forward", forward), replaced(model, "_get_stopping_criteria", endings):
+        # Bound, so that a deepcopy of the model has them bound to the copy.
+        bound = MethodType(forward, model), MethodType(endings, model)
+        with replaced(model, "forward", bound[0]), replaced(model, "_get_stopping_criteria", bound[1]):
             yield
 
     def answers(self, sequences: Tensor) -> list[list[int]]:

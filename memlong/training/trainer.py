@@ -171,6 +171,7 @@ class Trainer:
         check_folder(self.folder, resume=resume)
         clear_unfinished(self.folder)
         at = load_checkpoint(self.folder, *state) if resume else Progress()
+        self._has_begun = self._has_begun or resume
         self._sums.clear()
         self._optimizer.zero_grad(set_to_none=True)
         curve = Curve(self.folder / CURVE, at.step, self._tensorboard)
@@ -178,7 +179,6 @@ class Trainer:
             for step in curve.steps:
                 progress(step)
         saved = at.step
-        self._has_begun = True
         try:
             while at.step < self.config.steps:
                 self._read_episodes(at, curve, progress)
@@ -247,6 +247,7 @@ class Trainer:
                 "another folder, with a lower lr or gate_lr, or more warmup_steps."
             )
         self._optimizer.step()
+        self._has_begun = True
         self._optimizer.zero_grad(set_to_none=True)
         at.step += 1
         return sums

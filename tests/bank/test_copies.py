@@ -131,11 +131,13 @@ def test_chunks_that_would_not_fit_without_their_store_are_not_dropped(chunks, t
     bank = create_bank("torch", 6, max_bytes=1500, store=TieredStore(**store))
     bank.add(*chunks(40))
     bank.save(tmp_path)
-    for lazy in (False, True):
+    same = {"max_bytes": 1500}
+    for options in ({}, {"lazy": True}, same, {"max_chunks": 999}, {"max_chunks": None}, {"store": None}):
         with pytest.raises(SnapshotError, match=rf"holds {len(bank)} chunks, but only .* fit .*fewer bits"):
-            load_bank(tmp_path, lazy=lazy)
+            load_bank(tmp_path, **options)
+    assert len(load_bank(tmp_path, max_chunks=2)) == 2
     assert len(load_bank(tmp_path, store=TieredStore(**store))) == len(bank)
-    assert len(load_bank(tmp_path, max_bytes=1500)) < len(bank)  # as it was asked for
+    assert len(load_bank(tmp_path, max_bytes=1400)) < len(bank)  # as it was asked for
     assert len(load_bank(tmp_path, max_bytes="1GB")) == len(bank)
 
 

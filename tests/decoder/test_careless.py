@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, StoppingCriteria
 
 from memlong import MemoryDecoder
-from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False}
 
@@ -261,3 +261,41 @@ def test_a_read_that_was_refused_begins_no_stream(llama, small, text):
         decoder.read(text(20))
     with decoder:
         decoder.read(text(20, rows=2))
+
+
+def test_a_copy_or_a_plain_turn_within_a_turn_changes_neither(llama, small, text):
+    made = []
+
+    class Within(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            if input_ids.shape[1] == 12:
+                type(llama).generate(llama, text(30, rows=2), **{**OPTIONS, "max_new_tokens": 2})
+                made.append(copy.deepcopy(llama))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.generate(text(10), stopping_criteria=[Within()], **OPTIONS, eos_token_id=None)
+        assert decoder.tokens_read == (18,)
+    (other,) = made
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+        assert torch.equal(other(text(9)).logits, type(other).forward(other, text(9)).logits)
+        assert not torch.equal(other(text(9)).logits, llama(text(9)).logits)
+
+
+def test_a_load_drops_no_chunk_of_a_store_of_fewer_bits(llama, small, text, tmp_path):
+    limit = {"backend_options": {"max_bytes": 60_000}}
+    store = {"host": "all", "dtype": "int8"}
+    with MemoryDecoder(llama, None, small(**limit, store=store, retriever_options={"dim": 64})) as decoder:
+        decoder.read(text(400))
+        decoder.save(tmp_path)
+        held = len(decoder.banks[0])
+    options = small(**limit, retriever_options={"dim": 64})
+    for lazy in (False, True):
+        with pytest.raises(SnapshotError, match=rf"holds {held} chunks, but only"):
+            MemoryDecoder.load(tmp_path, llama, None, options, lazy=lazy)
+    again = MemoryDecoder.load(
+        tmp_path, llama, None, small(**limit, store=store, retriever_options={"dim": 64})
+    )
+    assert len(again.banks[0]) == held
