@@ -5,10 +5,12 @@ It imports nothing of ours before it is ready for an interrupt, as that takes a 
 
 from __future__ import annotations
 
+import _thread
 import io
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from typing import NoReturn
 
@@ -51,8 +53,14 @@ class _Interrupts:
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, self._raise)
 
-    def _raise(self, *_: object) -> NoReturn:
+    def _raise(self, *_: object) -> None:
         self.came = True
+        torch = getattr(sys.modules.get("torch"), "__spec__", None)
+        if getattr(torch, "_initializing", False):  # it would abort the process: again when it is imported
+            again = threading.Timer(0.05, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+            return
         raise KeyboardInterrupt
 
 
