@@ -375,6 +375,25 @@ def test_a_bank_that_is_used_again_is_of_whoever_fills_it(tiny_model, small, tex
     assert bank.origin != origin
 
 
+def test_two_models_do_not_mix_in_a_bank_that_was_empty_when_both_got_it(tiny_model, small, text):
+    decoders = [MemoryDecoder(tiny_model("Llama", seed=seed), None, small()) for seed in (0, 0, 1)]
+    bank = create_bank("torch", decoders[0].retriever.dim, metric=decoders[0].retriever.metric)
+    for decoder in decoders:
+        decoder.reset([bank])
+    for decoder in decoders[:2]:  # of one model
+        with decoder:
+            decoder.read(text(60))
+    held = len(bank)
+    with decoders[2] as other, pytest.raises(InvalidArgumentError, match="what differs: weights"):
+        other.read(text(60))
+    assert len(bank) == held > 10
+    bank.remove(bank.ids)
+    with decoders[2] as other:
+        other.read(text(60))
+    with decoders[0] as first, pytest.raises(InvalidArgumentError, match="what differs: weights"):
+        first.read(text(60))  # in the middle of its stream
+
+
 def test_a_bank_that_others_filled_by_hand_says_nothing_of_a_model(llama, small, text):
     with MemoryDecoder(llama, None, small()) as decoder:
         decoder.read(text(100))

@@ -288,7 +288,7 @@ def _with_text(text: bytes) -> bytes:
 
 
 def _packed(header: dict[str, Any], payload: bytes, changed: dict[str, bytes]) -> bytes:
-    """Lay the tensors out anew, so that the offsets are true."""
+    """Lay the tensors out again, so that the offsets are true."""
     made, parts, at = {}, [], 0
     for name, entry in header.items():
         if name == "__metadata__":

@@ -216,6 +216,7 @@ class StreamingDecoder(Uncopied):
             If a bank does not fit the retriever, the model or the settings, or two rows would share one.
         """
         self._given_banks = None if banks is None else self._checked(banks, any_model=any_model)
+        self._takes_any_model = any_model
         self._random_chunks = random_chunks
         self._streams: Streams | None = None
         self._call = object()  # the latest call that reads; those before it have ended
@@ -381,6 +382,8 @@ class StreamingDecoder(Uncopied):
             raise InvalidArgumentError(
                 f"banks holds {len(given)} banks for {rows} rows; expected one for each row."
             )
+        if given is not None:  # and perhaps filled since
+            self._checked(given, any_model=self._takes_any_model)
         return self._streams_over(given or [self._new_bank() for _ in range(rows)])
 
     def _streams_over(self, banks: Sequence[MemoryBank | None]) -> Streams:

@@ -28,6 +28,7 @@ from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.rope import AngleCache
 from memlong.decoder.persistence.fingerprint import origin_of
 from memlong.decoder.retrievers.base import Passage, Retriever
+from memlong.decoder.stream.banks import check_origins
 from memlong.decoder.stream.placement import positions_of
 from memlong.decoder.stream.recall import RandomChunks, Retrieval
 from memlong.decoder.stream.row import Row
@@ -118,6 +119,7 @@ class Streams:
 
     def use_banks(self, banks: Sequence[MemoryBank | None]) -> None:
         """Go on with other banks, from the next retrieval."""
+        self._origins = [bank and bank.origin for bank in banks]  # as they were when they were given
         for row, bank in zip(self.rows, banks, strict=True):
             row.bank, row.storing_from = bank, None
             if bank is not None:
@@ -344,12 +346,19 @@ class Streams:
         size = self._config.chunk_size
         spans = torch.tensor([(chunk.start, chunk.end) for chunk in leaving], device="cpu")
         embeddings = self._retriever.embed_chunks(leaving)
-        begins = isinstance(bank, MemoryBank) and not len(bank)
+        own = bank if isinstance(bank, MemoryBank) else None  # a draft is dropped with all that is in it
+        begins = own is not None and not len(own)
+        if own is not None and not begins and own.origin != self._origins[index]:
+            check_origins([own], self._origin())  # somebody else has stored there since
+            self._origins[index] = own.origin
         row.storing_from = bank.next_id
         keys, values = _in_chunks(keys, size), _in_chunks(values, size)
         bank.add(embeddings, keys, values, spans, check_first=False)
-        if begins and isinstance(bank, MemoryBank):
-            bank.origin = origin_of(self._model, self._config, self._layout, self._source, self._retriever)
+        if own is not None and begins:
+            own.origin = self._origins[index] = self._origin()
+
+    def _origin(self) -> dict[str, Any]:
+        return origin_of(self._model, self._config, self._layout, self._source, self._retriever)
 
     def _retrieve(self, starting: Sequence[Row]) -> None:
         # A bank that was given may hold something before the stream has any text to ask with.
