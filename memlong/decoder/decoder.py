@@ -277,8 +277,14 @@ class MemoryDecoder(SavingDecoder):
         """
 
         def generate(
-            model: Any, inputs: Tensor | None = None, generation_config: Any = None, **options: Any
+            model: Any,
+            inputs: Tensor | None = None,
+            generation_config: Any = None,
+            logits_processor: Any = None,
+            stopping_criteria: Any = None,
+            **options: Any,
         ) -> Any:
+            options |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
             if model is not self.model:  # a copy, which has no memory
                 return type(model).generate(model, inputs, generation_config, **options)
             input_ids = options.pop("input_ids", inputs)

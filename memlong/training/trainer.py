@@ -149,7 +149,8 @@ class Trainer:
         """
         if self._settled:
             raise InvalidArgumentError(
-                "This trainer has run to its end, and its decoder is frozen: make another one, on the plain model."
+                "This trainer has run to its end, and its decoder is frozen: save that with save_pretrained(folder) "
+                "if it is not saved yet, or make another trainer, on the plain model."
             )
         if self._has_begun and not resume:
             raise InvalidArgumentError(

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from memlong import MemoryDecoder
 from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
@@ -299,3 +299,11 @@ def test_a_load_drops_no_chunk_of_a_store_of_fewer_bits(llama, small, text, tmp_
         tmp_path, llama, None, small(**limit, store=store, retriever_options={"dim": 64})
     )
     assert len(again.banks[0]) == held
+
+
+def test_generate_in_a_pipelines_place_takes_what_transformers_takes_by_position(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder, decoder.replacing_generate():
+        expected = decoder.generate(text(9), remember=False, **OPTIONS)
+        assert torch.equal(
+            llama.generate(text(9), None, LogitsProcessorList(), StoppingCriteriaList(), **OPTIONS), expected
+        )
