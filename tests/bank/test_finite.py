@@ -132,6 +132,7 @@ def test_a_draft_that_holds_them_takes_nothing_more(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize(("name", "number"), SPOILED)
 def test_on_a_gpu_it_is_found_out_without_a_wait(name, number):
