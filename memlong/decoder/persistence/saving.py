@@ -15,6 +15,7 @@ from memlong.bank.of_class import of_class
 from memlong.bank.snapshot.files import damaged
 from memlong.bank.snapshot.manifest import ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
+from memlong.bank.snapshot.saving import write_bank
 from memlong.bank.snapshot.segments import check_finite
 from memlong.bank.snapshot.tensors import read_streams
 from memlong.bank.snapshot.writer import SnapshotWriter
@@ -61,11 +62,11 @@ class SavingDecoder(StreamingDecoder):
         with self._slot.reading, SnapshotWriter(folder_of(path), "decoder") as writer:
             facts = {"fingerprint": self.fingerprint(), "rows": [row.facts() for row in streams.rows]}
             tensors = {name: _own(tensor) for name, tensor in streams.tensors().items()}
-            saved = [bank.write_snapshot(writer, compact=compact) for bank in self.banks]
+            saved = [write_bank(bank, writer, compact=compact) for bank in self.banks]
             file = writer.write("streams", safetensors.torch.save(tensors))
             writer.commit([each.record for each in saved], ExtraRecord(facts, file))
             for bank, each in zip(self.banks, saved, strict=True):
-                bank.keep_saved(each)
+                bank.state.saved = each
 
     @of_class
     def load(
