@@ -111,7 +111,7 @@ def test_what_was_left_over_and_is_written_anew_is_not_deleted(
         raise OSError("busy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bank._index, "add", failing)
+        patch.setattr(bank.index, "add", failing)
         patch.setattr(LocalObjects, "delete", failing)
         with pytest.raises(OSError, match="busy"):
             random_chunks(2, seed=1, first=5).into(bank)
