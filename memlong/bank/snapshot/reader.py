@@ -39,7 +39,7 @@ _TRIES = 5
 def folder_of(path: str | Path) -> Path:
     """Return the folder that a user named."""
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise InvalidArgumentError(f"path is {path!r:.80}; expected the path of a folder")
+        raise InvalidArgumentError(f"path must be the path of a folder, got {path!r:.80}")
     return at_home(path)
 
 
