@@ -100,7 +100,9 @@ def test_the_next_change_removes_them_and_says_so(device, change, tmp_path):
         "evict": lambda: bank.evict(1),
         "save": lambda: bank.save(tmp_path / "bank"),
     }
-    with pytest.raises(InvalidArgumentError, match=r"chunks \[1, 2\], .*removed again: values must be finite.*nan"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"chunks \[1, 2\], .*removed again: values must be finite.*nan"
+    ):
         changes[change]()
     assert bank.ids.tolist() == [0]
     changes[change]()
