@@ -102,7 +102,7 @@ def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartC
         (LocalWindow, "hold_memory", "placing"),
         (Streams, "_store", "storing"),
         (Streams, "_bring", "placing"),
-        (MemoryBank, "_rank", "search"),
+        (BankState, "_rank", "search"),
     ):
         seams.append((owner, name, getattr(owner, name), part))
     retriever = decoder.retriever

@@ -129,7 +129,7 @@ def test_a_draft_that_holds_them_takes_nothing_more(device):
     beam = Draft(TorchBank(4))
     beam.add(*chunks(1, "keys", float("nan")), check_first=False)
     for each in (beam, beam.fork()):
-        with pytest.raises(InvalidArgumentError, match="keys must be finite.*nan"):
+        with pytest.raises(InvalidArgumentError, match=r"keys must be finite.*nan"):
             each.add(*chunks(1))
 
 
