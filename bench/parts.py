@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 from ratios import Clock
 
-from memlong import MemoryBank, MemoryDecoder
+from memlong import MemoryDecoder
+from memlong.bank import BankState
 from memlong.decoder.kv.window import LocalWindow, WindowLayer
 from memlong.decoder.model import kernels
 from memlong.decoder.model.attention import AttentionSlot
