@@ -26,7 +26,7 @@ from memlong.bank.snapshot.manifest import (
     is_state,
     read_manifest,
 )
-from memlong.bank.snapshot.segments import Segment, SegmentChunks, read_blocks, read_chunks
+from memlong.bank.snapshot.segments import SegmentChunks, StoredSegment, read_blocks, read_chunks
 from memlong.bank.snapshot.tensors import DTYPES, dtype_name, read_arrays
 from memlong.bank.validate import whole_number
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, SnapshotError
@@ -97,10 +97,10 @@ class StoredBank:
         return self.folder / MANIFEST
 
     @property
-    def on_disk(self) -> list[Segment]:
+    def on_disk(self) -> list[StoredSegment]:
         """The segments, for the next save."""
         pairs = zip(self.record.segments, self.segments, strict=True)
-        return [Segment(record, chunks.ids) for record, chunks in pairs]
+        return [StoredSegment(record, chunks.ids) for record, chunks in pairs]
 
     def blocks(self, ids: Ids) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Read and prove all keys and values, [n, 2, *layout.shape] at a time, and yield those of some ids.
