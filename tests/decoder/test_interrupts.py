@@ -22,7 +22,7 @@ NAMES = (
     "recall.py",
     "placement.py",
 )
-FILES = {str(FOLDER / name) for name in NAMES}
+FILES = {str(path) for name in NAMES for path in FOLDER.rglob(name)}
 
 
 class Interrupter:
