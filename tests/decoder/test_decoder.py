@@ -32,7 +32,7 @@ def test_every_token_is_a_sink_or_in_the_window_or_in_the_bank(llama, small, tex
         decoder.read(text(150))
         (bank,) = decoder.banks
         found = bank.retrieve(torch.ones(1, bank.dim), len(bank))
-        held = decoder._streams._window.tokens[0].tolist()
+        held = decoder._streams.batch.window.tokens[0].tolist()
     stored = [token for start, end in found.spans[0].tolist() for token in range(start, end)]
     assert sorted(held + stored) == list(range(150))
     assert held[:2] == [0, 1]

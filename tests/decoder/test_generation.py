@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from memlong import MemoryDecoder
-from memlong.decoder.stream.recall import recall
+from memlong.decoder.stream.retrieval import retrieve_chunks
 from memlong.errors import InvalidArgumentError, MemlongError
 
 
@@ -153,7 +153,7 @@ def test_rows_that_end_early_are_continued_without_their_padding(llama, small, t
         lengths = [
             (row.tolist().index(stop) + 1) if stop in row.tolist() else len(row) for row in ended[:, 60:]
         ]
-        seen = [row.seen for row in decoder._streams.rows]
+        seen = [stream.seen for stream in decoder._streams.batch.streams]
     assert lengths[0] == free[0].tolist().index(stop) + 1
     assert seen == [60 + length for length in lengths]
 
@@ -255,9 +255,9 @@ def test_memory_is_refreshed_every_so_many_tokens(llama, small, text, monkeypatc
 
         def noting(*args):
             seen.append(args)
-            return recall(*args)
+            return retrieve_chunks(*args)
 
-        monkeypatch.setattr("memlong.decoder.stream.row.recall", noting)
+        monkeypatch.setattr("memlong.decoder.stream.token_stream.retrieve_chunks", noting)
         options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "remember": False}
         decoder.generate(text(4, seed=1), **options)
     # At the end of the prompt, and after every third of the 23 tokens that go in.

@@ -285,16 +285,17 @@ def test_states_that_are_missing_or_of_another_shape_are_refused(small, text, tm
     model = tiny_model_of("qwen3_next")
     with MemoryDecoder(model, None, small()) as decoder:
         stream(decoder, text(40))
-        tensors, facts = decoder._streams.tensors(), [row.facts() for row in decoder._streams.rows]
+        batch = decoder._streams.batch
+        tensors, facts = batch.tensors(), [stream.facts() for stream in batch.streams]
     name = next(name for name in tensors if name.startswith("states.") and ".recurrent." in name)
     for changed in (
         {k: v for k, v in tensors.items() if k != name},
         {**tensors, name: tensors[name][..., :1]},
     ):
         with MemoryDecoder(model, None, small()) as other:
-            streams = other._begin(1)
+            batch = other._streams.for_rows(1)
             with pytest.raises((KeyError, ValueError)):
-                streams.go_on(facts, changed)
+                batch.restore(facts, changed)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # newer transformers have another name for it

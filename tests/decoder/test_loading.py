@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, modeling_gguf_p
 from transformers.utils import logging
 
 from memlong import MemoryDecoder, load_model
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 
 

@@ -60,7 +60,7 @@ def test_attached_without_streaming_generation_is_unchanged(tiny_model, architec
     expected = model.generate(ids, **options)
     with (
         MemoryDecoder(model, None, small()),
-        pytest.warns(UserWarning, match=r"model.generate\(\) knows nothing of the memory"),
+        pytest.warns(UserWarning, match=r"model.generate\(\) does not use the attached memory"),
     ):
         assert torch.equal(model.generate(ids, **options), expected)
 

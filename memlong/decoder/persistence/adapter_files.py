@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.decoder.model.adapters import own_names
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.decoder.model.weights import left_as_they_are, true_tensor
 from memlong.decoder.persistence.json_file import read_json
 from memlong.decoder.persistence.lora_settings import lora_options, unreadable_lora

@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.kv.sources import KvSource, LatentSource, LayerSource
-from memlong.decoder.model.gates import MemoryGates
-from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.kv.sources import LatentSource, LayerSource
 from memlong.decoder.model.weights import (
     adapter_digests,
     module_digest,
@@ -20,6 +18,7 @@ from memlong.decoder.model.weights import (
     weights_sample,
 )
 from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.setup import Setup
 from memlong.plugins.uri import digested
 
 _DIGITS = 64  # of a SHA-256
@@ -48,45 +47,35 @@ _OF_TOKENS = ("_token_id", "_token_index")
 _SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
 
 
-def fingerprint(
-    model: PreTrainedModel,
-    config: MemoryConfig,
-    layout: ModelLayout,
-    source: KvSource,
-    gates: MemoryGates | None,
-    retriever: Retriever | None,
-) -> dict[str, Any]:
-    """Describe, as JSON can hold it, all that keys, values and embeddings of a memory depend on.
+def fingerprint(setup: Setup) -> dict[str, Any]:
+    """Describe, as JSON can hold it, everything that keys, values and embeddings of a memory depend on.
 
-    Of the weights, every byte is. While the same tensors stay in place, they are read once, and then a sample of each.
+    Every byte of the weights is hashed. While the same tensors stay in place, they are read once, and then a sample of
+    each.
     """
-    part = text_decoder(model, layout.modules)
+    model, config, source, gates = setup.model, setup.config, setup.source, setup.gates
+    part = text_decoder(model, setup.model_layout.modules)
     return {
         "model": type(part).__name__,
         "config": _told(model.config.get_text_config(decoder=True)),
         "weights": weights_digest(model, part),
         "adapters": adapter_digests(model, part),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "layers": len(layout.layers),
+        "layers": len(setup.model_layout.layers),
         "retrieval_layers": list(source.retrieval_layers),
         "kv_source": config.kv_source,
         "memory_layers": list(source.memory_layers) if isinstance(source, LayerSource) else None,
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
         "gates": None if gates is None else module_digest(gates),
-        "retriever": None if retriever is None else _retriever(config, retriever),
+        "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
         **{name: getattr(config, name) for name in _SIZES},
     }
 
 
-def origin_of(
-    model: PreTrainedModel,
-    config: MemoryConfig,
-    layout: ModelLayout,
-    source: KvSource,
-    retriever: Retriever | None,
-) -> dict[str, Any]:
-    """Describe what the chunks of a bank depend on, in a few milliseconds: of the weights, a sample is hashed."""
-    part = text_decoder(model, layout.modules)
+def origin_of(setup: Setup) -> dict[str, Any]:
+    """Describe what the chunks of a bank depend on, in a few milliseconds: a sample of the weights is hashed."""
+    model, config, source = setup.model, setup.config, setup.source
+    part = text_decoder(model, setup.model_layout.modules)
     return {
         "model": type(part).__name__,
         "config": _told(model.config.get_text_config(decoder=True)),
@@ -96,7 +85,7 @@ def origin_of(
         "kv_source": config.kv_source,
         "stored_layers": list(source.stored_layers),
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
-        "retriever": None if retriever is None else _retriever(config, retriever),
+        "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
     }
 
 

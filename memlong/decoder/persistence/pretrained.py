@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from memlong.bank.snapshot.reader import folder_of
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.kv.latent import LatentMaps
-from memlong.decoder.model.gates import MemoryGates
-from memlong.decoder.model.loading import NAME, stable_name
-from memlong.decoder.model.machine import dtype_name
+from memlong.decoder.kv.sources import LatentSource
+from memlong.decoder.model.loading import NAME, load_model, stable_name
+from memlong.decoder.model.machine import choose_machine, dtype_name
 from memlong.decoder.persistence.adapter_files import base_weights, write_adapter
 from memlong.decoder.persistence.json_file import read_json
 from memlong.decoder.persistence.strangers import chosen_config, declared_options, is_on_another_host
+from memlong.decoder.setup import Setup
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.plugins import Registry
 from memlong.versions import versions
@@ -70,27 +70,20 @@ class Pretrained:
 
 
 def write_pretrained(
-    folder: str | Path,
-    model: PreTrainedModel,
-    config: MemoryConfig,
-    maps: LatentMaps | None,
-    gates: MemoryGates | None,
-    *,
-    base_model: str | None,
-    training: Mapping[str, Any] | None,
-    registry: Registry,
+    folder: str | Path, setup: Setup, *, base_model: str | None, training: Mapping[str, Any] | None
 ) -> None:
-    """Write a decoder's folder, for `read_pretrained`; what is there of another one is replaced at the end.
+    """Write a decoder's folder, for `read_pretrained`; an earlier decoder's files are replaced at the end.
 
     Raises
     ------
     InvalidArgumentError
-        If several adapters are at work, of which a folder holds one; or the folder holds a model, of which transformers
-        would take the adapter to be a part.
+        If several adapters are active, since a folder holds one; or the folder holds a model, which transformers would
+        load with this adapter.
     StorageError
-        If it cannot be written; a decoder that was there is as it was.
+        If it cannot be written; a decoder that was there is unchanged.
     """
-    folder = folder_of(folder)
+    folder, model, config, gates = folder_of(folder), setup.model, setup.config, setup.gates
+    maps = setup.source.maps if isinstance(setup.source, LatentSource) else None
     has_adapter = bool(getattr(model, "peft_config", None))
     if has_adapter and (folder / _MODEL).exists():
         raise InvalidArgumentError(
@@ -99,7 +92,7 @@ def write_pretrained(
         )
     memory = replace(config, maps=MAPS if maps else None, gates=GATES if gates else None).as_dict()
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
-    memory |= declared_options(config, registry)
+    memory |= declared_options(config, setup.registry)
     facts = {
         "format": _FORMAT,
         "base_model": base_model
@@ -194,6 +187,25 @@ def read_pretrained(
             f"{str(folder / SETTINGS)!r} cannot be read as a decoder's settings: {error!r}. Save the decoder again, or "
             "use the memlong that wrote it."
         ) from error
+
+
+def load_pretrained_model(
+    name: str | Path, found: Pretrained, *, dtype: str, device: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Any]:
+    """Load the model that a decoder was trained for, and its tokenizer; arguments are those of `from_pretrained`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the folder does not name it.
+    """
+    if found.base_model is None:
+        raise InvalidArgumentError(
+            f"{str(name)!r} does not say for which model it was trained, or names a place on another host: "
+            "give `model` and `tokenizer`, or --model."
+        )
+    dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
+    return load_model(found.base_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def _folder(name: str | Path) -> Path:

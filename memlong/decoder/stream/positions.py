@@ -1,4 +1,4 @@
-"""Where tokens stand: the positions of sinks, memory and window, by position mode."""
+"""The positions of sink tokens, memory and window in each position mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memlong.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Placement:
-    """Positions of one row: sink tokens as they are, all later tokens moved by ``offset``.
+    """Positions of one row: sink tokens keep theirs, all later tokens are shifted by ``offset``.
 
     Attributes
     ----------
@@ -32,10 +32,10 @@ class Placement:
     window_start: int
 
 
-def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Placement:
-    """Place the window of a row, whose first token after the sinks is ``first_token``, behind its memory.
+def placement_of(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Placement:
+    """Place the window of a row, whose first token after the sinks is ``first_token``, after its memory.
 
-    Without memory the window follows the sinks, as in a text that starts there.
+    Without memory, the window follows the sinks directly.
     """
     if config.position_mode == "original":
         return Placement(config.sink_tokens, 0, first_token)
@@ -44,9 +44,9 @@ def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Plac
 
 
 def positions_of(tokens: Ints, placements: Sequence[Placement], *, sinks_apart: bool = True) -> Ints:
-    """Where tokens [rows, columns], given by their index in the stream, stand; padding (−1) stands at 0.
+    """Return positions of tokens [rows, columns], given by their index in the stream; 0 for padding (−1).
 
-    Unless ``sinks_apart``, all stand as far from one another as in the text, as a sliding layer has them.
+    Unless ``sinks_apart``, distances are those of the text, as sliding-window layers need them.
     """
     if not sinks_apart:
         shift = np.array([row.offset for row in placements])[:, None]
@@ -56,7 +56,7 @@ def positions_of(tokens: Ints, placements: Sequence[Placement], *, sinks_apart: 
 
 
 def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) -> Ints:
-    """Positions [chunks * chunk_size] of a row's retrieved chunks, whose ``spans`` [chunks, 2] are in order."""
+    """Return positions [chunks * chunk_size] of a row's retrieved chunks, whose ``spans`` [chunks, 2] ascend."""
     steps = np.arange(config.chunk_size)
     if config.position_mode == "original":
         return (spans[:, :1] + steps).ravel()
@@ -111,8 +111,8 @@ def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tupl
         )
 
 
-def check_reach(position: int, model: ModelLayout) -> None:
-    """Refuse a position that the model was not trained on, which only ``"original"`` can come to.
+def check_max_position(position: int, model: ModelLayout) -> None:
+    """Refuse a position that the model was not trained on, which only ``"original"`` can reach.
 
     Raises
     ------
