@@ -225,10 +225,12 @@ def test_what_is_no_text_is_refused_by_name(small, text):
     model.config.image_token_id = 95
     with MemoryDecoder(model, None, small()) as decoder:
         with pytest.raises(
-            InvalidArgumentError, match="pixel_values does not go with a memory, which holds text"
+            InvalidArgumentError, match="pixel_values does not work with a memory, which holds text"
         ):
             decoder.generate(text(5), pixel_values=torch.zeros(1, 3, 8, 8))
-        with pytest.raises(InvalidArgumentError, match="input_ids holds 95, which stands for an image"):
+        with pytest.raises(
+            InvalidArgumentError, match="input_ids must be text, got 95, which stands for an image"
+        ):
             decoder.read(torch.tensor([[5, 95, 6]]))
         assert decoder.tokens_read == ()
 

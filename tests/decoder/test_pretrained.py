@@ -170,7 +170,7 @@ def test_what_cannot_be_loaded_is_said(trained, tiny_model, tmp_path):
 
     fails("holds no memlong.json", name=tmp_path)
     fails("is a file; name the folder", name=folder / "memlong.json")
-    fails("no folder here, and cannot be downloaded from the hub", name="no/such/folder")
+    fails("not a folder here, and cannot be downloaded from the hub", name="no/such/folder")
     fails("top_k was decided when the decoder was trained", changes={"top_k": 2})
     wide = tiny_model("Qwen3")
     fails("Use the model that it was trained", model=wide)

@@ -238,7 +238,7 @@ def test_a_model_of_other_shapes_cannot(tiny_model, small, saved):
 
 
 def test_streams_of_other_sizes_cannot(llama, small, saved):
-    with pytest.raises(SnapshotError, match=r"cannot stand at token 90.*any_model=True does not change that"):
+    with pytest.raises(SnapshotError, match=r"cannot be at token 90.*any_model=True does not change that"):
         MemoryDecoder.load(saved, llama, None, small(sink_tokens=0), any_model=True)
 
 
@@ -298,12 +298,12 @@ def test_a_longer_query_begins_where_the_text_at_hand_does(llama, small, text, t
 @pytest.mark.parametrize(
     ("fact", "value", "message"),
     [
-        ("departed", True, "departed is True, expected int"),
-        ("departed", 1.0, r"departed is 1\.0, expected int"),
-        ("departed", 3, "cannot stand at token 90"),
-        ("recent_start", 10**6, "cannot stand at token"),
-        ("storing_from", "0", "storing_from is '0', expected int or NoneType"),
-        ("has_memory", 1, "has_memory is 1, expected bool"),
+        ("departed", True, "departed must be int, got True"),
+        ("departed", 1.0, r"departed must be int, got 1\.0"),
+        ("departed", 3, "cannot be at token 90"),
+        ("recent_start", 10**6, "cannot be at token"),
+        ("storing_from", "0", "storing_from must be int or NoneType, got '0'"),
+        ("has_memory", 1, "has_memory must be bool, got 1"),
     ],
 )
 def test_facts_that_cannot_be_are_refused(llama, small, text, tmp_path, monkeypatch, fact, value, message):

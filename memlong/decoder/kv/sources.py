@@ -1,4 +1,4 @@
-"""K-V sources: which keys and values of a chunk are stored, and what each retrieval layer makes of them."""
+"""K-V sources: which keys and values of a chunk are stored, and what each retrieval layer reads of them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class KvSource(ABC):
 
     @abstractmethod
     def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
-        """Of what kind the blocks are that `collect` makes for a chunk."""
+        """Return shape, dtype and device of the blocks that `collect` makes for a chunk."""
 
     @abstractmethod
     def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """What is stored of some columns of a row's window as keys, and as values: [layers, heads, columns, width]."""
+        """Return what is stored of tokens ``start`` to ``end`` as keys, and as values: [layers, heads, tokens, width]."""
 
     @abstractmethod
     def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys, and values, [layers, heads, tokens, width], of some retrieval layers that are alike.
+        """Return un-rotated keys, and values, [layers, heads, tokens, width], of some retrieval layers that are alike.
 
         ``keys`` and ``values`` are what was collected.
         """
@@ -99,8 +99,8 @@ class LayerSource(KvSource):
 class PackedSource(KvSource):
     """Each retrieval layer stores and reads its own K-V, whatever their shapes are.
 
-    All that a token takes is put in one row and cut into pieces of one width, half of which are stored as a block's
-    keys and half as its values. With multi-head latent attention that is what the model's own cache takes.
+    All numbers of a token are concatenated and cut into pieces of one width, half of which are stored as a block's keys
+    and half as its values. With multi-head latent attention, that is as much as the model's own cache takes.
 
     Parameters
     ----------
@@ -150,16 +150,18 @@ class PackedSource(KvSource):
         """[heads, tokens, width] -> [pieces, tokens, width of a piece]."""
         heads, tokens, width = states.shape
         each = states.reshape(heads, tokens, width // self._width, self._width)
+        # [heads, tokens, pieces of a head, piece] -> [heads, pieces of a head, tokens, piece]
         return each.transpose(1, 2).reshape(-1, tokens, self._width)
 
     def _joined(self, pieces: Tensor, heads: int, width: int) -> Tensor:
         """[pieces, tokens, width of a piece] -> [heads, tokens, width]."""
         each = pieces.view(heads, width // self._width, -1, self._width)
+        # [heads, pieces of a head, tokens, piece] -> [heads, tokens, pieces of a head, piece]
         return each.transpose(1, 2).reshape(heads, -1, width)
 
 
 class LatentSource(KvSource):
-    """One latent vector a token is stored, from which each retrieval layer makes its own K-V.
+    """One latent vector per token is stored, from which each retrieval layer makes its own K-V.
 
     Half of the vector is stored as a block's keys, half as its values.
 
@@ -218,7 +220,7 @@ def shared_memory_layer(config: MemoryConfig, layout: ModelLayout) -> int:
     layer = usual if config.memory_layer is None else config.memory_layer
     if layer not in layout.layers:
         raise InvalidArgumentError(
-            f"memory_layer is {layer}, which has no K-V of its own; the layers that have are {ranges(numbers)}."
+            f"memory_layer must be among {ranges(numbers)}, the layers with K-V of their own, got {layer}."
         )
     return layer
 
@@ -226,8 +228,8 @@ def shared_memory_layer(config: MemoryConfig, layout: ModelLayout) -> int:
 def _check_alike(config: MemoryConfig, layout: ModelLayout, layers: tuple[int, ...]) -> None:
     if not layout.alike(layers):
         raise InvalidArgumentError(
-            f"kv_source is {config.kv_source!r}, which needs keys and values of one shape in all of the layers "
-            f"{ranges(layers)}, but this model's differ. Name layers that are alike, or use kv_source='layer'."
+            f"Layers {ranges(layers)} must have keys and values of one shape for kv_source={config.kv_source!r}, got "
+            "different ones. Name layers that are alike, or use kv_source='layer'."
         )
 
 
@@ -236,7 +238,7 @@ def _fitting_maps(
 ) -> LatentMaps:
     if config.maps is None:
         raise InvalidArgumentError(
-            "kv_source is 'latent', but maps is None; name the file that `memlong fit` wrote for this model."
+            "maps must name the file that `memlong fit` wrote for this model if kv_source is 'latent', got None."
         )
     maps = LatentMaps.load(config.maps)
     shape = layout.layers[retrieval_layers[0]].shape

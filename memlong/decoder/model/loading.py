@@ -94,7 +94,7 @@ def load_model(
         If the device is not there, or does not compute what memlong needs.
     """
     if not isinstance(name, str | os.PathLike):
-        raise InvalidArgumentError(f"name is {name!r}; expected a hub id, a folder, a GGUF file, or 'demo'.")
+        raise InvalidArgumentError(f"name must be a hub id, a folder, a GGUF file, or 'demo', got {name!r}.")
     name = os.fspath(name)
     if name.startswith("~"):
         name = str(at_home(name))

@@ -83,7 +83,7 @@ def choose_machine(
     dtype = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
     device = str(device) if isinstance(device, torch.device) else device
     if dtype not in (AUTO, *DTYPES):
-        raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join((*DTYPES, AUTO))}.")
+        raise InvalidArgumentError(f"dtype must be one of {', '.join((*DTYPES, AUTO))}, got {dtype!r}.")
     if device != AUTO:
         target = _named(device)
         chosen, why, problem = _try(target, dtype, trained, trains=trains)
@@ -203,13 +203,13 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def _named(name: str) -> torch.device:
-    expected = "expected 'cpu', 'cuda', 'cuda:<number>', 'mps' or 'auto'"
+    expected = "must be 'cpu', 'cuda', 'cuda:<number>', 'mps' or 'auto'"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise InvalidArgumentError(f"device is {name!r}; {expected}.") from error
+        raise InvalidArgumentError(f"device {expected}, got {name!r}.") from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise InvalidArgumentError(f"device is {name!r}; {expected}.")
+        raise InvalidArgumentError(f"device {expected}, got {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailableError(
             f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu, or "

@@ -27,10 +27,10 @@ from memlong.plugins import Registry
 from memlong.versions import versions
 
 SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
-"""Files of the folder, beside those of the adapter."""
+"""Files of the folder, besides those of the adapter."""
 
 CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "store")
-"""Fields of a MemoryConfig that can be others than those trained with."""
+"""Fields of a MemoryConfig that may differ from those of the training."""
 
 _FORMAT, _MODEL = "memlong-decoder-1", "config.json"
 
@@ -44,16 +44,16 @@ class Pretrained:
     folder
         Where it is.
     base_model
-        Under which name `load_model` finds the model that the adapter goes with; None if it was not known, or
-        is a place on another host.
+        The name under which `load_model` finds the model that the adapter belongs to; None if unknown, or on another
+        host.
     config
-        The settings, maps and gates named by their place.
+        The settings; maps and gates are named by their path.
     has_adapter
         Whether weights of the model were trained.
     dtype
-        That of the model when it was trained; None if the folder is older than its being noted down.
+        The model's dtype in training; None if an older memlong wrote the folder.
     base_weights
-        A hash of the model's own weights, likewise.
+        A hash of the model's own weights, or None likewise.
     """
 
     folder: Path
@@ -118,7 +118,7 @@ def write_pretrained(
                 gates.save(beside / GATES)
             settings = beside / SETTINGS
             settings.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-            # Without it there is no decoder: better none than one of old parts and new ones.
+            # Without it there is no decoder: better none than a mix of old and new parts.
             (folder / SETTINGS).unlink(missing_ok=True)
             for path in sorted(beside.iterdir(), key=lambda path: path == settings):
                 path.replace(folder / path.name)
@@ -136,36 +136,36 @@ def read_pretrained(
     name
         The folder; where there is none, a hub id.
     changes
-        Fields of the MemoryConfig that are to be others, of those in ``CHANGEABLE``.
+        Fields of the MemoryConfig to change, of those in ``CHANGEABLE``.
     registry
         Where the backend and the retriever are looked up; a new one by default.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no such folder, it holds no decoder, a field cannot be changed, or the folder, which may be a
-        stranger's, names a place to connect or write to, which is for the user to name.
+        If there is no such folder, it holds no decoder, a field cannot be changed, or the folder, which may come from a
+        stranger, names a place to connect or write to, which only the user may name.
 
     Notes
     -----
-    A backend or retriever that takes the place of another gets its own options, or none.
+    A backend or retriever that replaces another gets its own options, or none.
     """
     for field in changes or {}:
         if field not in CHANGEABLE:
             raise InvalidArgumentError(
-                f"{field} was decided when the decoder was trained; what can be changed is {', '.join(CHANGEABLE)}."
+                f"changes must be among {', '.join(CHANGEABLE)}, got {field!r}, which was decided by the training."
             )
     folder = _folder(name)
     try:
         facts = read_json(folder / SETTINGS)
         if facts["format"] != _FORMAT:
             raise InvalidArgumentError(
-                f"{str(folder / SETTINGS)!r} has the format {facts['format']!r}; expected {_FORMAT!r}. Use the memlong "
+                f"{str(folder / SETTINGS)!r} must have the format {_FORMAT!r}, got {facts['format']!r}. Use the memlong "
                 "that wrote it, or a newer one."
             )
         for field in ("base_model", "dtype", "base_weights"):
             if not isinstance(facts.get(field), str | None):
-                raise TypeError(f"{field} is {facts[field]!r}")
+                raise TypeError(f"{field} must be a string or null, got {facts[field]!r}")
         config = chosen_config(folder, str(folder / SETTINGS), facts["memory"], changes or {}, registry)
         return Pretrained(
             folder,
@@ -222,5 +222,5 @@ def _folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:  # which all errors of huggingface_hub are
         raise InvalidArgumentError(
-            f"{str(name)!r} is no folder here, and cannot be downloaded from the hub: {error}"
+            f"{str(name)!r} is not a folder here, and cannot be downloaded from the hub: {error}"
         ) from error

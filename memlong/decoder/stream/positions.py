@@ -69,7 +69,7 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) ->
 
 
 def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
-    """Refuse settings that would take a stream beyond the positions that the model was trained on.
+    """Refuse settings that need more positions than the model was trained on.
 
     Raises
     ------
@@ -83,13 +83,13 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
         "" if config.position_mode == "zero" else ", or top_k and chunk_size, or use position_mode='zero'"
     )
     raise InvalidArgumentError(
-        f"These settings need {config.position_span} positions (sink tokens, room for memory, local_window "
-        f"{config.local_window}), but the model was trained on {limit}. Lower local_window{advice}."
+        f"Sink tokens, memory and local_window ({config.local_window}) must take at most the {limit} positions that "
+        f"the model was trained on, got {config.position_span}. Lower local_window{advice}."
     )
 
 
 def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
-    """Refuse retrieval layers whose sliding window does not reach back over all of the memory.
+    """Refuse retrieval layers whose sliding window does not cover all of the memory.
 
     Raises
     ------
@@ -105,9 +105,9 @@ def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tupl
     if blind:
         least = min(blind.values())
         raise InvalidArgumentError(
-            f"local_window is {config.local_window}, and memory takes {span} positions before it, but retrieval layers "
-            f"{', '.join(map(str, blind))} have a sliding window of {least}, which would hide memory from them. Use a "
-            f"local_window of at most {max(0, least - span)}, or leave these layers out of retrieval_layers."
+            f"local_window must be at most {max(0, least - span)}, got {config.local_window}: memory takes {span} "
+            f"positions before it, and retrieval layers {', '.join(map(str, blind))} have a sliding window of {least}, "
+            "which would hide memory from them. Lower it, or leave these layers out of retrieval_layers."
         )
 
 
@@ -121,6 +121,6 @@ def check_max_position(position: int, model: ModelLayout) -> None:
     """
     if model.max_positions is not None and position >= model.max_positions:
         raise InvalidArgumentError(
-            f"The text reaches position {position}, but the model was trained on {model.max_positions}. Use "
+            f"Positions must be below {model.max_positions}, as the model was trained, got {position}. Use "
             "position_mode='zero' or 'before-window', which re-base the window, or a shorter text."
         )

@@ -227,7 +227,7 @@ class TokenStream:
         self._departed, self._recent = departed, Passage(tuple(recent), start)
         if departed < 0 or not 0 <= start <= self.first_token or (departed and self.first_token > self.seen):
             raise ValueError(
-                f"a row cannot be at token {self.seen}, and know the text from token {start} on, when {departed} "
+                f"a stream cannot be at token {self.seen}, and know the text from token {start} on, when {departed} "
                 "chunks have left"
             )
         self.storing_from = fact_of(facts, "storing_from", int, type(None))
