@@ -42,8 +42,8 @@ class LatentMaps(nn.Module):
         super().__init__()
         if mean.ndim != 4 or mean.shape[:2] != (2, len(layers)) or encode.shape[:-1] != mean.shape:
             raise InvalidArgumentError(
-                "mean must be [2, layers, kv_heads, head_dim], and encode the same with a last dimension for the latent "
-                f"vector, for {len(layers)} layers, got {tuple(mean.shape)} and {tuple(encode.shape)}."
+                "mean must be [2, layers, kv_heads, head_dim], and encode the same with a last dimension for the "
+                f"latent vector, for {len(layers)} layers, got {tuple(mean.shape)} and {tuple(encode.shape)}."
             )
         if decode.shape != encode.shape or encode.shape[-1] % 2 or not encode.shape[-1]:
             raise InvalidArgumentError(

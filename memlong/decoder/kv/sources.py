@@ -40,7 +40,7 @@ class KvSource(ABC):
 
     @abstractmethod
     def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return what is stored of tokens ``start`` to ``end`` as keys, and as values: [layers, heads, tokens, width]."""
+        """Return what is stored of tokens ``start`` to ``end`` as keys and values [layers, heads, tokens, width]."""
 
     @abstractmethod
     def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

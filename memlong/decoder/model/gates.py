@@ -82,8 +82,8 @@ def make_gates(
     counts = {layout.layers[layer].heads for layer in retrieval_layers}
     if len(counts) > 1:
         raise InvalidArgumentError(
-            f"Retrieval layers with gates must have the same number of heads, got {sorted(counts)}. Leave gate_init and "
-            "gates out, or set retrieval_layers to those that are alike."
+            f"Retrieval layers with gates must have the same number of heads, got {sorted(counts)}. Leave gate_init "
+            "and gates out, or set retrieval_layers to those that are alike."
         )
     heads = counts.pop()
     if config.gates is None:

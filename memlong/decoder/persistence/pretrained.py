@@ -153,7 +153,7 @@ def read_pretrained(
     for field in changes or {}:
         if field not in CHANGEABLE:
             raise InvalidArgumentError(
-                f"changes must be among {', '.join(CHANGEABLE)}, got {field!r}, which was decided by the training."
+                f"changes must be among {', '.join(CHANGEABLE)}, got {field!r}, decided by the training."
             )
     folder = _folder(name)
     try:

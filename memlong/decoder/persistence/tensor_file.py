@@ -69,8 +69,8 @@ def read_tensors(
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
                 raise InvalidArgumentError(
-                    f"{field} must name a file of format {kind!r}, as `{command}` writes it, got {str(path)!r} of format "
-                    f"{metadata.get('format')!r}."
+                    f"{field} must name a file of format {kind!r}, as `{command}` writes it, got {str(path)!r} of "
+                    f"format {metadata.get('format')!r}."
                 )
             layers = tuple(json.loads(metadata["layers"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -59,8 +59,8 @@ def token_lists(
         if row and not 0 <= min(row) <= max(row) < vocabulary:
             odd = next(token for token in row if not 0 <= token < vocabulary)
             raise InvalidArgumentError(
-                f"input_ids must be from 0 to {vocabulary - 1}, the model's tokens, got {odd}. Use its own tokenizer, and "
-                "an attention_mask that is 0 where input_ids is padded."
+                f"input_ids must be from 0 to {vocabulary - 1}, the model's tokens, got {odd}. Use its own tokenizer, "
+                "and an attention_mask that is 0 where input_ids is padded."
             )
         if not model_layout.placeholders.keys().isdisjoint(row):
             token = next(token for token in row if token in model_layout.placeholders)
