@@ -36,15 +36,17 @@ def prepare(
     _check_types(tokenizer, config, retriever)
     check_made_for(retriever, model)
     registry = registry or installed_registry()
-    layout = probe(model)
-    if layout.is_unusual:
-        try_out(model, layout, registry)
-    check_positions(config, layout)
-    layers = parse_layers(str(config.retrieval_layers), layout.full_attention_layers, layout.layers)
-    check_sight(config, layout, layers)
+    model_layout = probe(model)
+    if model_layout.is_unusual:
+        try_out(model, model_layout, registry)
+    check_positions(config, model_layout)
+    layers = parse_layers(
+        str(config.retrieval_layers), model_layout.full_attention_layers, model_layout.layers
+    )
+    check_sight(config, model_layout, layers)
     like = cast("Tensor", model.get_input_embeddings().weight)
-    source = make_source(config, layout, layers, like)
-    gates = make_gates(config, layout, layers, like)
+    source = make_source(config, model_layout, layers, like)
+    gates = make_gates(config, model_layout, layers, like)
     if config.backend is not None:
         registry.load_backend_class(config.backend)  # report a missing library now
         if config.store:
@@ -54,7 +56,7 @@ def prepare(
             retriever = create_retriever(
                 config.retriever, model, tokenizer, config.retriever_options, registry
             )
-    setup = Setup(model, layout, config, layers, source, gates, retriever, registry)
+    setup = Setup(model, model_layout, config, layers, source, gates, retriever, registry)
     bank = setup.new_bank()  # checks a backend's options and its capacity, too
     if bank is not None:
         bank.check_layout(setup.block_layout)

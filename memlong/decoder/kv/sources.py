@@ -55,18 +55,18 @@ class LayerSource(KvSource):
 
     Parameters
     ----------
-    layout
+    model_layout
         The model's layers.
     memory_layer_of
         By retrieval layer, the layer whose K-V it reads: its own (training-free), or one for all (MemLong,
         arXiv 2408.16967).
     """
 
-    def __init__(self, layout: ModelLayout, memory_layer_of: dict[int, int]) -> None:
+    def __init__(self, model_layout: ModelLayout, memory_layer_of: dict[int, int]) -> None:
         super().__init__(tuple(memory_layer_of))
         self.memory_layers = tuple(sorted(set(memory_layer_of.values())))
         self._place = {layer: self.memory_layers.index(read) for layer, read in memory_layer_of.items()}
-        shape = layout.layers[self.memory_layers[0]].shape
+        shape = model_layout.layers[self.memory_layers[0]].shape
         self._kv_heads, self._head_dim = shape.kv_heads, shape.head_dim
 
     @property
@@ -104,15 +104,15 @@ class PackedSource(KvSource):
 
     Parameters
     ----------
-    layout
+    model_layout
         The model's layers.
     retrieval_layers
         Those that store and read.
     """
 
-    def __init__(self, layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
+    def __init__(self, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
         super().__init__(retrieval_layers)
-        shapes = [layout.layers[layer].shape for layer in retrieval_layers]
+        shapes = [model_layout.layers[layer].shape for layer in retrieval_layers]
         # Of each layer's keys and then of its values: heads and width.
         self._parts = [
             part
@@ -191,7 +191,7 @@ class LatentSource(KvSource):
 
 
 def make_source(
-    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
 ) -> KvSource:
     """Make the source that the configuration names; maps get the dtype and the device of ``like``.
 
@@ -201,32 +201,32 @@ def make_source(
         If the memory layer does not exist, or maps are missing or made for another model.
     """
     if config.kv_source == "layer":
-        if not layout.alike(retrieval_layers):
-            return PackedSource(layout, retrieval_layers)
-        return LayerSource(layout, {layer: layer for layer in retrieval_layers})
+        if not model_layout.alike(retrieval_layers):
+            return PackedSource(model_layout, retrieval_layers)
+        return LayerSource(model_layout, {layer: layer for layer in retrieval_layers})
     if config.kv_source == "latent":
-        _check_alike(config, layout, retrieval_layers)
-        return LatentSource(_fitting_maps(config, layout, retrieval_layers, like))
-    memory_layer = shared_memory_layer(config, layout)
-    _check_alike(config, layout, (*retrieval_layers, memory_layer))
-    return LayerSource(layout, dict.fromkeys(retrieval_layers, memory_layer))
+        _check_alike(config, model_layout, retrieval_layers)
+        return LatentSource(_fitting_maps(config, model_layout, retrieval_layers, like))
+    memory_layer = shared_memory_layer(config, model_layout)
+    _check_alike(config, model_layout, (*retrieval_layers, memory_layer))
+    return LayerSource(model_layout, dict.fromkeys(retrieval_layers, memory_layer))
 
 
-def shared_memory_layer(config: MemoryConfig, layout: ModelLayout) -> int:
+def shared_memory_layer(config: MemoryConfig, model_layout: ModelLayout) -> int:
     """Return the layer whose K-V is stored for all: ``memory_layer``, or the first of the upper half that sees all."""
-    numbers = tuple(layout.layers)
+    numbers = tuple(model_layout.layers)
     upper = numbers[len(numbers) // 2 :]
-    usual = next((number for number in upper if number in layout.full_attention_layers), upper[0])
+    usual = next((number for number in upper if number in model_layout.full_attention_layers), upper[0])
     layer = usual if config.memory_layer is None else config.memory_layer
-    if layer not in layout.layers:
+    if layer not in model_layout.layers:
         raise InvalidArgumentError(
             f"memory_layer must be among {ranges(numbers)}, the layers with K-V of their own, got {layer}."
         )
     return layer
 
 
-def _check_alike(config: MemoryConfig, layout: ModelLayout, layers: tuple[int, ...]) -> None:
-    if not layout.alike(layers):
+def _check_alike(config: MemoryConfig, model_layout: ModelLayout, layers: tuple[int, ...]) -> None:
+    if not model_layout.alike(layers):
         raise InvalidArgumentError(
             f"Layers {ranges(layers)} must have keys and values of one shape for kv_source={config.kv_source!r}, got "
             "different ones. Name layers that are alike, or use kv_source='layer'."
@@ -234,14 +234,14 @@ def _check_alike(config: MemoryConfig, layout: ModelLayout, layers: tuple[int, .
 
 
 def _fitting_maps(
-    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
 ) -> LatentMaps:
     if config.maps is None:
         raise InvalidArgumentError(
             "maps must name the file that `memlong fit` wrote for this model if kv_source is 'latent', got None."
         )
     maps = LatentMaps.load(config.maps)
-    shape = layout.layers[retrieval_layers[0]].shape
+    shape = model_layout.layers[retrieval_layers[0]].shape
     ours = (retrieval_layers, shape.kv_heads, shape.head_dim)
     theirs = (maps.layers, *maps.mean.shape[2:])
     if ours != theirs:

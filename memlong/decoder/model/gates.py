@@ -68,7 +68,7 @@ class MemoryGates(nn.Module):
 
 
 def make_gates(
-    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
 ) -> MemoryGates | None:
     """Make the gates that the configuration asks for, float32, on the device of ``like``.
 
@@ -79,7 +79,7 @@ def make_gates(
     """
     if config.gates is None and config.gate_init is None:
         return None
-    counts = {layout.layers[layer].heads for layer in retrieval_layers}
+    counts = {model_layout.layers[layer].heads for layer in retrieval_layers}
     if len(counts) > 1:
         raise InvalidArgumentError(
             f"Retrieval layers with gates must have the same number of heads, got {sorted(counts)}. Leave gate_init "

@@ -1,4 +1,4 @@
-"""What stored keys and values depend on: without the same model, they mean nothing."""
+"""What stored keys and values depend on: they are meaningless to any other model."""
 
 from __future__ import annotations
 
@@ -90,16 +90,16 @@ def origin_of(setup: Setup) -> dict[str, Any]:
 
 
 def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Yield what a fingerprint says, one fact at a time; parts of one after a dot."""
+    """Yield the facts of a fingerprint one by one, with nested names joined by dots."""
     for name, value in told.items():
         yield from _leaves(name, value)
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return which parts of two fingerprints differ, with what they are where that says something.
+    """Return which parts of two fingerprints differ, with their values where they are readable.
 
-    Of the configuration, only what both know counts: a release of transformers may add fields. Of other dtypes,
-    weights cannot be compared.
+    Only configuration fields that both have are compared: a release of transformers may add some. Weights of different
+    dtypes cannot be compared.
     """
     adapters = theirs.get("adapters") or {}
     is_known = isinstance(theirs.get("config"), dict) and isinstance(adapters, dict)
@@ -127,12 +127,12 @@ def _told_apart(name: str, mine: object, other: object) -> str:
 
 
 def _names(adapters: Mapping[str, str]) -> str:
-    """Name adapters, so that two of one name and other weights are told apart."""
+    """Name adapters so that two of the same name with different weights differ."""
     return ", ".join(f"{name!r} {digest[:8]}" for name, digest in sorted(adapters.items())) or "none"
 
 
 def _told(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return all that keys and values may depend on of a text configuration; parts of a field after a dot."""
+    """Return the fields of a text configuration that keys and values may depend on, nested names joined by dots."""
     silent = _SAYS_NOTHING | (GenerationConfig().to_dict().keys() - {"top_k"})  # which may be that of experts
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {str(each) for name, each in _leaves("", rope) if name.endswith("rope_type")}

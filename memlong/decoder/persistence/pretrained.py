@@ -160,8 +160,8 @@ def read_pretrained(
         facts = read_json(folder / SETTINGS)
         if facts["format"] != _FORMAT:
             raise InvalidArgumentError(
-                f"{str(folder / SETTINGS)!r} must have the format {_FORMAT!r}, got {facts['format']!r}. Use the memlong "
-                "that wrote it, or a newer one."
+                f"{str(folder / SETTINGS)!r} must have the format {_FORMAT!r}, got {facts['format']!r}. Use the "
+                "memlong that wrote it, or a newer one."
             )
         for field in ("base_model", "dtype", "base_weights"):
             if not isinstance(facts.get(field), str | None):

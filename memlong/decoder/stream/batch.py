@@ -26,6 +26,7 @@ from memlong.decoder.stream.retrieval import RandomChunks
 from memlong.decoder.stream.segment import Segment
 from memlong.decoder.stream.storing import store_chunks
 from memlong.decoder.stream.token_stream import TokenStream
+from memlong.decoder.stream.tokens import left_padded
 
 _LONGEST = 1 << 17  # tokens of a model that does not say how many it can read
 
@@ -222,7 +223,7 @@ class StreamBatch:
             starting = [stream for stream, new in each if new and retrieve(stream)]
             self._turn_over(starting, gradients=gradients)
             indices = [range(stream.seen, stream.seen + len(new)) for stream, new in each]
-            input_ids, tokens = _left_padded(upcoming, 0), _left_padded(indices, -1)
+            input_ids, tokens = left_padded(upcoming, 0), left_padded(indices, -1)
             on_device = to_device(torch.from_numpy(input_ids), self._device)
             try:
                 with torch.set_grad_enabled(gradients):
@@ -350,10 +351,3 @@ class StreamBatch:
         if columns and memory and memory.ready is None:  # otherwise when the first retrieval layer needs it
             memory = memory.given_to(window)
         self._state = BatchState(window, memory, placements)
-
-
-def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> Ints:
-    padded = np.full((len(rows), max(map(len, rows))), padding, dtype=np.int64)
-    for target, row in zip(padded, rows, strict=True):
-        target[len(target) - len(row) :] = row
-    return padded

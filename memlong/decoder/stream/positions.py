@@ -68,7 +68,7 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) ->
     return np.arange(placement.window_start - count, placement.window_start)
 
 
-def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
+def check_positions(config: MemoryConfig, model_layout: ModelLayout) -> None:
     """Refuse settings that need more positions than the model was trained on.
 
     Raises
@@ -76,7 +76,7 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
     InvalidArgumentError
         Naming the sizes and the limit.
     """
-    limit = model.max_positions
+    limit = model_layout.max_positions
     if config.position_mode == "original" or limit is None or config.position_span <= limit:
         return
     advice = (
@@ -88,7 +88,7 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
     )
 
 
-def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
+def check_sight(config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
     """Refuse retrieval layers whose sliding window does not cover all of the memory.
 
     Raises
@@ -98,7 +98,7 @@ def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tupl
     """
     if config.backend is None or config.position_mode == "original":
         return
-    windows = {layer: model.layers[layer].sliding_window for layer in retrieval_layers}
+    windows = {layer: model_layout.layers[layer].sliding_window for layer in retrieval_layers}
     span = config.memory_span(config.top_k)
     reach = config.local_window + span
     blind = {layer: size for layer, size in windows.items() if size is not None and size < reach}
@@ -111,7 +111,7 @@ def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tupl
         )
 
 
-def check_max_position(position: int, model: ModelLayout) -> None:
+def check_max_position(position: int, model_layout: ModelLayout) -> None:
     """Refuse a position that the model was not trained on, which only ``"original"`` can reach.
 
     Raises
@@ -119,8 +119,8 @@ def check_max_position(position: int, model: ModelLayout) -> None:
     InvalidArgumentError
         Naming the position and the limit.
     """
-    if model.max_positions is not None and position >= model.max_positions:
+    if model_layout.max_positions is not None and position >= model_layout.max_positions:
         raise InvalidArgumentError(
-            f"Positions must be below {model.max_positions}, as the model was trained, got {position}. Use "
+            f"Positions must be below {model_layout.max_positions}, as the model was trained, got {position}. Use "
             "position_mode='zero' or 'before-window', which re-base the window, or a shorter text."
         )

@@ -1,12 +1,14 @@
-"""From a user's tensors to lists of token ids."""
+"""From a user's tensors to lists of token ids, and back to arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from memlong.decoder.arrays import Ints
 from memlong.decoder.model.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
 
@@ -69,6 +71,14 @@ def token_lists(
                 "out, or use the model outside `with decoder:`."
             )
     return rows
+
+
+def left_padded(rows: Sequence[Sequence[int]], padding: int) -> Ints:
+    """Return numbers of each row as one array [rows, longest], padded on the left."""
+    padded = np.full((len(rows), max(map(len, rows))), padding, dtype=np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[len(target) - len(row) :] = row
+    return padded
 
 
 def _kind(given: object) -> str:
