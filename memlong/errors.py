@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = [
     "DeviceUnavailableError",
     "InvalidArgumentError",
     "InvalidTextError",
+    "LostChunksError",
+    "LostChunksWarning",
     "MemlongError",
     "MissingDependencyError",
     "PluginError",
@@ -68,3 +72,24 @@ class StorageError(MemlongError, OSError):
 
 class SnapshotError(StorageError):
     """A snapshot cannot be written or read, is damaged, or is of something else; what was there before still is."""
+
+
+class LostChunksError(StorageError):
+    """Blocks of keys and values are missing or damaged where a store keeps them.
+
+    Attributes
+    ----------
+    reasons : dict of int to str
+        What is wrong, by chunk id.
+    """
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        self.reasons = dict(reasons)
+        first = [f"chunk {chunk_id} ({reason})" for chunk_id, reason in list(self.reasons.items())[:3]]
+        more = len(self.reasons) - len(first)
+        named = ", ".join(first) + (f" and {more} more" if more else "")
+        super().__init__(f"The keys and values of {named} are lost.")
+
+
+class LostChunksWarning(UserWarning):
+    """Chunks have left a bank because their keys and values were lost."""

@@ -1,13 +1,16 @@
 """What a memory is: chunks found by embedding, each with its keys, values and token span. Knows no model."""
 
 from memlong.bank.arrays import Floats, Ids
-from memlong.bank.base import BankOptions, MemoryBank, Metric, bank_of
+from memlong.bank.base import BankOptions, MemoryBank, bank_of
+from memlong.bank.capacity import Capacity
 from memlong.bank.draft import Draft
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.index.index import Index, IndexRows, NoOptions
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.metric import Metric
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.sessions.pool import BankPool
+from memlong.bank.state import BankState
 from memlong.bank.store.store import InMemoryStore, KeyValueStore
 from memlong.bank.store.tiers import TieredStore
 from memlong.bank.validate import whole_number
@@ -15,6 +18,8 @@ from memlong.bank.validate import whole_number
 __all__ = [
     "BankOptions",
     "BankPool",
+    "BankState",
+    "Capacity",
     "ChunkLayout",
     "Chunks",
     "Draft",

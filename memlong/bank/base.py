@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
-from typing import Any, Literal, Protocol, TypedDict, get_args
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypedDict, get_args
 from weakref import ref
 
 import numpy as np
 import torch
 
-from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
+from memlong.bank.arrays import FloatInput, Floats, IntInput
 from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.finite import Finiteness
-from memlong.bank.forks import fork_lock
+from memlong.bank.index.index import Index, IndexRows
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.persistent import PersistentBank, SavedBank
+from memlong.bank.metric import Metric
+from memlong.bank.of_class import of_class
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
-from memlong.bank.snapshot.writer import SnapshotWriter
-from memlong.bank.store.gather import gather
+from memlong.bank.snapshot.loading import load
+from memlong.bank.snapshot.options import SavedOptions, options_to_save
+from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
+from memlong.bank.snapshot.saving import save
+from memlong.bank.snapshot.whole import packed, unpacked
+from memlong.bank.state import BankState
+from memlong.bank.store.codec import StorageDtype
 from memlong.bank.store.store import InMemoryStore, KeyValueStore
+from memlong.bank.store.tiers import TieredStore
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError
-
-Metric = Literal["cosine", "inner_product", "l2"]
 
 
 class Reader(Protocol):
@@ -44,7 +52,7 @@ class BankOptions(TypedDict, total=False):
     device: str | torch.device | None
 
 
-class MemoryBank(PersistentBank):
+class MemoryBank:
     """The memory of one token stream: chunks found by embedding, each with its keys, values and span.
 
     It owns ids, embeddings, spans, usage counts and (through its store) keys and values; it validates, locks, scores
@@ -74,12 +82,6 @@ class MemoryBank(PersistentBank):
     **index_options
         Options of the index.
 
-    Attributes
-    ----------
-    origin : mapping or None
-        Which model made the chunks, with which settings and retriever, as the decoder that added the first has said;
-        None where nobody has. It is saved with the bank, and a decoder takes no bank of another origin.
-
     Raises
     ------
     InvalidArgumentError
@@ -87,6 +89,22 @@ class MemoryBank(PersistentBank):
     DeviceUnavailableError
         If the backend cannot use the device.
     """
+
+    index_class: ClassVar[type[Index[Any]]]
+    """What finds the chunks."""
+
+    saved_options: ClassVar[SavedOptions] = {}
+    """Options that a file, perhaps a stranger's, may choose, each with the most that it may ask for, or None."""
+
+    maker: ClassVar[type]
+    """The class that snapshots name: that of the index, or of the bank where it is more than its index."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "index_class" in vars(cls) and "saved_options" not in vars(cls):
+            cls.saved_options = cls.index_class.saved_options()
+        if "maker" not in vars(cls):
+            cls.maker = cls
 
     def __init__(
         self,
@@ -114,29 +132,60 @@ class MemoryBank(PersistentBank):
             )
         if len(store):
             raise InvalidArgumentError(f"store must be empty, got one of {len(store)} blocks")
-        self._capacity = Capacity(max_chunks, max_bytes, eviction_policy(eviction))
-        self._dim = dim
-        self._metric: Metric = metric
-        super().__init__(dim, "l2" if metric == "l2" else "inner_product", device, store, index_options)
-        self._counting = fork_lock()
-        self.origin = None
+        self._state = BankState(
+            dim,
+            metric,
+            Capacity(max_chunks, max_bytes, eviction_policy(eviction)),
+            store,
+            self.index_class.usable_device(device),
+            lambda rows: self.make_index(rows, index_options),
+        )
         self._reader: ref[Reader] | None = None
-        self._unproven: list[tuple[Ids, Finiteness]] = []
+
+    def make_index(self, rows: IndexRows, options: Mapping[str, Any]) -> Index[Any]:
+        """Make the index, once; a bank whose index needs more than its options overrides this."""
+        return self.index_class(rows, self.index_class.make_options(options))
+
+    def options_to_save(self) -> dict[str, Any]:
+        """Return the backend's own options for a snapshot."""
+        return options_to_save(self._state.index.options_to_save(), self.saved_options)
+
+    @property
+    def state(self) -> BankState:
+        """What the bank is made of; for a subclass, and for what saves and loads banks."""
+        return self._state
+
+    @property
+    def index(self) -> Index[Any]:
+        """What finds the chunks; the bank's alone to change."""
+        return self._state.index
 
     @property
     def dim(self) -> int:
         """Width of the embeddings."""
-        return self._dim
+        return self._state.dim
 
     @property
     def metric(self) -> Metric:
         """What is near."""
-        return self._metric
+        return self._state.metric
 
     @property
     def device(self) -> torch.device:
         """Where the index computes."""
-        return self._device
+        return self._state.device
+
+    @property
+    def origin(self) -> Mapping[str, Any] | None:
+        """Which model made the chunks, with which settings and retriever, as the decoder that added the first has said.
+
+        None where nobody has. It is saved with the bank, and a decoder takes no bank of another origin.
+        """
+        return self._state.origin
+
+    @origin.setter
+    def origin(self, origin: Mapping[str, Any] | None) -> None:
+        self._state.origin = origin
 
     @property
     def unstored(self) -> int:
@@ -150,61 +199,63 @@ class MemoryBank(PersistentBank):
 
     def refuse_changes(self, why: str) -> None:
         """From now on raise MemlongError, for this reason, at whatever would change the bank."""
-        self._lock.why_closed = why
+        self._state.lock.why_closed = why
 
     @property
     def next_id(self) -> int:
         """The id that the next chunk will get."""
-        return self._contents.next_id
+        return self._state.contents.next_id
 
     @property
     def layout(self) -> ChunkLayout | None:
         """Shape, dtype and device of a chunk's keys and of its values; None before the first add."""
-        return self._contents.layout
+        return self._state.contents.layout
 
     @property
     def nbytes(self) -> int:
         """Bytes of the embeddings, keys and values held."""
-        with self._reading():
-            return self._table.nbytes + self._store.nbytes
+        with self._state.reading():
+            return self._state.table.nbytes + self._state.store.nbytes
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of them in memory: what a store keeps on disk is not, and what it copies nearer counts twice."""
-        with self._reading():
-            return self._table.nbytes + self._store.resident_bytes
+        with self._state.reading():
+            return self._state.table.nbytes + self._state.store.resident_bytes
 
     @property
     def open_files(self) -> int:
         """How many files the store keeps open."""
-        return self._store.open_files
+        return self._state.store.open_files
 
     @property
     def ids(self) -> torch.Tensor:
         """The ids held, int64 [n], ascending; a copy."""
-        with self._reading():
-            return torch.from_numpy(self._table.ids.copy())
+        with self._state.reading():
+            return torch.from_numpy(self._state.table.ids.copy())
 
     @property
     def embeddings(self) -> StoredEmbeddings:
         """Ids and embeddings as they are searched; a copy."""
-        with self._reading():
-            ids, embeddings = self._table.ids.copy(), self._table.embeddings.copy()
+        with self._state.reading():
+            ids, embeddings = self._state.table.ids.copy(), self._state.table.embeddings.copy()
         return StoredEmbeddings(torch.from_numpy(ids), torch.from_numpy(embeddings))
 
     @property
     def usage(self) -> Usage:
         """Ids, retrieval counts and last uses, as an eviction policy sees them; a copy."""
-        with self._reading(), self._counting:
-            usage = self._table.usage
+        with self._state.reading(), self._state.counting:
+            usage = self._state.table.usage
             return Usage(usage.ids.copy(), usage.retrievals.copy(), usage.last_used.copy())
 
     def __len__(self) -> int:
-        with self._reading():
-            return len(self._table)
+        with self._state.reading():
+            return len(self._state.table)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(dim={self._dim}, metric={self._metric!r}, chunks={len(self)})"
+        return (
+            f"{type(self).__name__}(dim={self._state.dim}, metric={self._state.metric!r}, chunks={len(self)})"
+        )
 
     def check_layout(self, layout: ChunkLayout) -> None:
         """Find out, before there are any, whether the bank and its store can hold chunks of a layout.
@@ -220,8 +271,8 @@ class MemoryBank(PersistentBank):
             If `max_bytes`, or the budget of one of the store's tiers, is too small for one chunk: it could never
             hold any.
         """
-        self._store.check_layout(layout)
-        self._capacity_for(layout)
+        self._state.store.check_layout(layout)
+        self._state.capacity_for(layout)
 
     def add(
         self,
@@ -266,7 +317,9 @@ class MemoryBank(PersistentBank):
             `max_bytes` is too small for one chunk; also if chunks that were added before with ``check_first=False``
             turn out not to be finite.
         """
-        vectors = embeddings_of("embeddings", embeddings, self._dim, unit=self._metric == "cosine")
+        vectors = embeddings_of(
+            "embeddings", embeddings, self._state.dim, unit=self._state.metric == "cosine"
+        )
         count = len(vectors)
         key_blocks, value_blocks = blocks_of(keys, values, count)
         positions = spans_of(spans, count)
@@ -278,22 +331,12 @@ class MemoryBank(PersistentBank):
             # Only the device knows what its numbers are, so to refuse them before anything is stored takes one wait:
             # less is not possible, and with a store on the host it would be no less, as the copies there need none.
             finiteness.require()
-        with self._lock.write():
-            self._contents.repair()
-            self._prove()
-            if self._contents.layout is not None:
-                self._contents.layout.require_same(layout)
-            ids = np.arange(self._contents.next_id, self._contents.next_id + count, dtype=np.int64)
-            before, room = len(self._table), self._capacity_for(layout)
-            is_full = room is not None and before + count > room
-            victims = self._capacity.victims(self._table.usage_with(ids), room) if is_full else ids[:0]
-            with self._contents.change(layout, ids):
-                self._store.put(ids.tolist(), key_blocks, value_blocks)
-                self._table.append(ids, vectors, positions)
-                self._change_index(self._index.add, ids, self._table.embeddings[before:])
-                self._discard(victims)
+        with self._state.writing():
+            if self.layout is not None:
+                self.layout.require_same(layout)
+            ids = self._state.insert(layout, vectors, key_blocks, value_blocks, positions)
             if not check_first and not finiteness.is_known:
-                self._unproven.append((ids, finiteness))
+                self._state.unproven.append((ids, finiteness))
         return torch.from_numpy(ids)
 
     def search(self, queries: FloatInput, k: int) -> SearchResult:
@@ -312,16 +355,12 @@ class MemoryBank(PersistentBank):
             If an argument has a wrong type, shape or value.
         """
         prepared, k = self._prepare(queries, k)
-        with self._reading(searching=True):
-            found = self._rank(prepared, k)
-        return SearchResult(torch.from_numpy(found.scores), torch.from_numpy(found.ids))
+        return self._state.search(prepared, k)
 
     def exact_search(self, queries: FloatInput, k: int) -> SearchResult:
         """Do what `search` does by brute force over the stored embeddings: the measure of recall."""
         prepared, k = self._prepare(queries, k)
-        with self._reading():
-            found = self._rank_exactly(prepared, k)
-        return SearchResult(torch.from_numpy(found.scores), torch.from_numpy(found.ids))
+        return self._state.search(prepared, k, exactly=True)
 
     def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
         """Find the k best chunks of each query with their K-V, and count that for the eviction policy.
@@ -329,24 +368,15 @@ class MemoryBank(PersistentBank):
         Same arguments and errors as `search`. An id counts once for every query that it is returned for.
         """
         prepared, k = self._prepare(queries, k)
-        with self._reading(searching=True):
-            found = self._rank(prepared, k)
-            keys, values = gather(self._store, self._contents.layout, found.ids)
-            present = found.rows >= 0
-            spans = np.full((*found.ids.shape, 2), -1, dtype=np.int64)
-            spans[present] = self._table.spans[found.rows[present]]
-            with self._counting:
-                self._table.mark_retrieved(found.rows[present])
-        ids, scores, where = (torch.from_numpy(each) for each in (found.ids, found.scores, spans))
-        return Retrieved(ids, scores, keys, values, where)
+        return self._state.surviving(lambda: self._state.retrieve(prepared, k))
 
     def spans_of(self, ids: IntInput) -> torch.Tensor:
         """Return the token positions [start, end) of chunks, int64 [n, 2]; -1 for an id that is not held."""
         wanted = ids_of(ids)
-        with self._reading():
-            rows = self._table.rows_of(wanted)
+        with self._state.reading():
+            rows = self._state.table.rows_of(wanted)
             spans = np.full((len(wanted), 2), -1, dtype=np.int64)
-            spans[rows >= 0] = self._table.spans[rows[rows >= 0]]
+            spans[rows >= 0] = self._state.table.spans[rows[rows >= 0]]
         return torch.from_numpy(spans)
 
     def fetch(self, ids: IntInput) -> Chunks:
@@ -358,14 +388,7 @@ class MemoryBank(PersistentBank):
             Distinct ids [n].
         """
         wanted = ids_of(ids)
-        with self._reading():
-            rows = self._table.rows_of(wanted)
-            held, rows = wanted[rows >= 0], rows[rows >= 0]
-            keys, values = gather(self._store, self._contents.layout, held)
-            spans = self._table.spans[rows].copy()
-            with self._counting:
-                self._table.mark_retrieved(rows)
-        return Chunks(torch.from_numpy(held), keys, values, torch.from_numpy(spans))
+        return self._state.surviving(lambda: self._state.fetch(wanted))
 
     def evict(self, n: int) -> torch.Tensor:
         """Let the eviction policy remove at least n chunks (all, if there are no more), as on overflow.
@@ -382,12 +405,10 @@ class MemoryBank(PersistentBank):
             "retrieval_frequency" does.
         """
         n = whole_number("n", n, at_least=0)
-        with self._lock.write():
-            self._contents.repair()
-            self._prove()
-            victims = self._capacity.victims(self._table.usage, max(len(self._table) - n, 0))
-            with self._contents.change(self._contents.layout):
-                self._discard(victims)
+        with self._state.writing():
+            table = self._state.table
+            victims = self._state.capacity.victims(table.usage, max(len(table) - n, 0))
+            self._state.remove(victims)
         return torch.from_numpy(victims)
 
     def remove(self, ids: IntInput) -> None:
@@ -399,61 +420,117 @@ class MemoryBank(PersistentBank):
             If the bank does not hold one of them; nothing is removed then.
         """
         leaving = np.unique(ids_of(ids))
-        with self._lock.write():
-            self._contents.repair()
-            self._prove()
-            unknown = leaving[self._table.rows_of(leaving) < 0]
+        with self._state.writing():
+            unknown = leaving[self._state.table.rows_of(leaving) < 0]
             if len(unknown):
                 raise InvalidArgumentError(
                     f"ids {unknown.tolist()} are not in the bank (never added, or gone); nothing was removed"
                 )
-            with self._contents.change(self._contents.layout):
-                self._discard(leaving)
+            self._state.remove(leaving)
 
     def reset(self) -> None:
-        """Remove every chunk and forget the chunk shape; ids go on from where they were."""
-        with self._lock.write():
-            self._contents.restore()
-            self._drop_index()
-            self._unproven.clear()
-            self.origin = None
-            with self._contents.change(None):
-                self._table.clear()
-                self._store.clear()
-            self._rebuild_index()
+        """Remove every chunk and forget the chunk shape; ids continue from where they were."""
+        with self._state.lock.write():
+            self._state.clear()
 
-    def write_snapshot(self, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
-        """Write what a state of a folder needs of this bank; `keep_saved` follows when the state is current."""
-        with self._lock.write():
-            self._contents.repair()
-            self._prove()
-        return super().write_snapshot(writer, compact=compact)
+    def save(self, path: str | Path, *, compact: bool = False) -> None:
+        """Write the bank into a folder, as a whole or, where it was saved there before, what has changed.
+
+        The folder holds the previous state or this one, whenever the process ends. Many threads may search meanwhile;
+        what writes waits. Chunks that have left the bank stay in the folder until half of those that were saved with
+        them have left, too.
+
+        Parameters
+        ----------
+        path : str or Path
+            A folder, made if it does not exist. Another bank that was saved there is replaced.
+        compact : bool, default False
+            Rewrite everything, the index as well, so that nothing of chunks that have left remains.
+
+        Raises
+        ------
+        SnapshotError
+            If it cannot be written; the folder then holds what it did.
+        InvalidArgumentError
+            If an option of the bank cannot be written.
+        """
+        save(self, path, compact=compact)
+
+    @of_class
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        row: int | None = None,
+        lazy: bool = False,
+        trust_index: bool = False,
+        most_bytes: int | str | None = None,
+        kv_device: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make a bank of this class of what was saved, whichever class that was.
+
+        `memlong.load_bank` finds out which class the snapshot names.
+
+        Parameters
+        ----------
+        path : str or Path
+            The folder.
+        row : int, optional
+            Which bank, where a decoder of several rows was saved.
+        lazy : bool, default False
+            Leave keys and values on disk; each block is read, and checked, when it is needed.
+        trust_index : bool, default False
+            Take saved options beyond the bounds that hold for a stranger's, and read the index library's own file,
+            where this class, with the same options, wrote one. These libraries read whatever they are given, and a file
+            that was made to harm can: so use this with your own snapshots only. Otherwise the index is rebuilt from the
+            embeddings.
+        most_bytes : int or str, optional
+            Refuse a snapshot whose files take more.
+        kv_device : str, optional
+            Where keys and values go, by default where they came from.
+        **options
+            Options of the bank that replace those saved. The backend's own are those saved only if this class saved
+            them. `store` is where keys and values live from now on.
+
+        Raises
+        ------
+        SnapshotError
+            If the folder holds no snapshot, or one that is damaged or of another version.
+        InvalidArgumentError
+            If an option cannot be used.
+        DeviceUnavailableError
+            If a device is not there.
+        """
+        if not hasattr(cls, "index_class"):
+            raise InvalidArgumentError(
+                f"{cls.__name__} is no backend: memlong.load_bank(path) makes a bank of the one that was saved, "
+                "load_bank(path, backend='torch') of another"
+            )
+        folder = folder_of(path)
+        return open_snapshot(
+            folder,
+            lambda manifest: cls.of_stored(
+                read_bank(folder, manifest, row, kv_device), lazy=lazy, trust_index=trust_index, **options
+            ),
+            most_bytes,
+        )
+
+    @classmethod
+    def of_stored(
+        cls, stored: StoredBank, *, lazy: bool = False, trust_index: bool = False, **options: Any
+    ) -> Self:
+        """Make a bank of this class of what a snapshot holds; as `load`."""
+        return load(cls, stored, options, lazy=lazy, trust_index=trust_index)
+
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        """A copy holds the same chunks, usage, options and index, with keys and values in memory, in as many bits."""
+        options = {**asdict(self.index.options), "eviction": self._state.capacity.policy}
+        return _unpacked, (self.maker, packed(self), options, self._state.store.storage_dtype)
 
     def _prepare(self, queries: FloatInput, k: int) -> tuple[Floats, int]:
         k = whole_number("k", k, at_least=1)
-        return embeddings_of("queries", queries, self._dim, unit=self._metric == "cosine"), k
-
-    def _prove(self) -> None:
-        """Remove chunks that were stored unchecked and turn out not to be finite, and tell of the first."""
-        while self._unproven:
-            ids, finiteness = self._unproven[0]
-            try:
-                finiteness.require()
-            except InvalidArgumentError as error:
-                with self._contents.change(self._contents.layout):
-                    self._discard(ids[self._table.rows_of(ids) >= 0])
-                self._unproven.pop(0)
-                raise InvalidArgumentError(
-                    f"chunks {ids.tolist()}, added with check_first=False, are removed again: {error}"
-                ) from error
-            self._unproven.pop(0)
-
-    def _discard(self, ids: Ids) -> None:
-        if not len(ids):
-            return
-        self._change_index(self._index.remove, ids)
-        self._table.remove(self._table.rows_of(ids))
-        self._store.remove(ids.tolist())
+        return embeddings_of("queries", queries, self._state.dim, unit=self._state.metric == "cosine"), k
 
 
 @cache
@@ -463,3 +540,12 @@ def bank_of(maker: type) -> type[MemoryBank]:
         return maker
     name = f"{maker.__name__.removesuffix('Index')}Bank"
     return type(name, (MemoryBank,), {"index_class": maker, "maker": maker, "__module__": maker.__module__})
+
+
+def _unpacked(
+    maker: type, files: Mapping[str, bytes], options: Mapping[str, Any], dtype: StorageDtype | None
+) -> MemoryBank:
+    """Make the copy of a bank, with keys and values in memory."""
+    store: Mapping[str, Any] = {} if dtype is None else {"store": TieredStore(host="all", dtype=dtype)}
+    with unpacked(files) as folder:
+        return bank_of(maker).load(folder, trust_index=True, **options, **store)

@@ -12,8 +12,9 @@ import torch
 from memlong.bank.arrays import FloatInput, Floats, IntInput
 from memlong.bank.base import MemoryBank
 from memlong.bank.finite import Finiteness
-from memlong.bank.index.exact import Similarity, true_scores
+from memlong.bank.index.exact import true_scores
 from memlong.bank.layout import ChunkLayout
+from memlong.bank.metric import Metric, similarity_of
 from memlong.bank.results import Chunks, Retrieved, SearchResult
 from memlong.bank.store.copying import stack
 from memlong.bank.uncopied import Uncopied
@@ -60,7 +61,7 @@ class Draft(Uncopied):
         return self._bank.dim
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> Metric:
         """What is near."""
         return self._bank.metric
 
@@ -117,8 +118,7 @@ class Draft(Uncopied):
             return below
         query = embeddings_of("queries", queries, self.dim, unit=self.metric == "cosine")
         vectors = np.stack([chunk.embedding for chunk in self._chunks])[None]
-        similarity: Similarity = "l2" if self.metric == "l2" else "inner_product"
-        own = torch.from_numpy(true_scores(query, vectors, similarity))
+        own = torch.from_numpy(true_scores(query, vectors, similarity_of(self.metric)))
         scores, order = torch.cat([below.scores, own], dim=1).sort(dim=1, descending=True, stable=True)
         ids = torch.cat([below.ids[0], torch.arange(self._bank.next_id, self.next_id, device="cpu")])
         return SearchResult(scores[:, :k], ids[order[:, :k]])

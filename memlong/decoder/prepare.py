@@ -17,7 +17,7 @@ from memlong.decoder.model.trial import try_out
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import check_made_for, create_retriever
 from memlong.decoder.setup import Setup
-from memlong.decoder.stream.positions import check_positions, check_sight
+from memlong.decoder.stream.positions import with_positions
 from memlong.errors import InvalidArgumentError
 from memlong.plugins import Registry
 from memlong.plugins.options import check_options
@@ -39,11 +39,10 @@ def prepare(
     model_layout = probe(model)
     if model_layout.is_unusual:
         try_out(model, model_layout, registry)
-    check_positions(config, model_layout)
     layers = parse_layers(
         str(config.retrieval_layers), model_layout.full_attention_layers, model_layout.layers
     )
-    check_sight(config, model_layout, layers)
+    config = with_positions(config, model_layout, layers)
     like = cast("Tensor", model.get_input_embeddings().weight)
     source = make_source(config, model_layout, layers, like)
     gates = make_gates(config, model_layout, layers, like)

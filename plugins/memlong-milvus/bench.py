@@ -119,7 +119,7 @@ def _settle(bank: MilvusBank) -> None:
 
 def _timed(bank: MilvusBank, asked: torch.Tensor, consistency: str) -> dict[str, list[float]]:
     """Return the milliseconds of each query in each way."""
-    raw, store = _raw_search(bank, consistency), Path(bank._store.place)  # type: ignore[attr-defined] # noqa: SLF001
+    raw, store = _raw_search(bank, consistency), Path(bank.state.store.place)  # type: ignore[attr-defined]
     ways: list[tuple[str, Callable[[torch.Tensor], Any]]] = [
         ("pymilvus search", raw),
         ("bank.search", lambda query: bank.search(query, K)),
@@ -161,7 +161,7 @@ def _raw_search(bank: MilvusBank, consistency: str) -> Callable[[torch.Tensor], 
 
 
 def _read(bank: MilvusBank, store: Path, found: Any) -> torch.Tensor:
-    names = map(bank._store._folder.block, bank._session.ids_of(found[0].ids))  # type: ignore[attr-defined] # noqa: SLF001
+    names = map(bank.state.store._folder.block, bank._session.ids_of(found[0].ids))  # type: ignore[attr-defined] # noqa: SLF001
     blocks = [np.frombuffer((store / name).read_bytes(), dtype=np.uint8) for name in names]
     return torch.from_numpy(np.concatenate(blocks))
 

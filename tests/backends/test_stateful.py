@@ -152,7 +152,7 @@ class BankMachine(RuleBasedStateMachine):
             chunk_id: count for chunk_id, (_, count) in self.held.items()
         }
         assert self.bank.next_id == self.next_id
-        assert len(self.bank) == len(self.bank._store) == len(self.held)
+        assert len(self.bank) == len(self.bank.state.store) == len(self.held)
 
 
 @pytest.mark.slow

@@ -158,4 +158,4 @@ class Named(Newest):
 def test_a_policy_of_a_plugin_comes_along(chunks):
     bank = create_bank("torch", 6, max_chunks=3, eviction=Named())
     bank.add(*chunks(3))
-    assert type(pickle.loads(pickle.dumps(bank))._capacity.policy) is Named  # noqa: S301 - our own
+    assert type(pickle.loads(pickle.dumps(bank)).state.capacity.policy) is Named  # noqa: S301 - our own

@@ -176,7 +176,7 @@ def test_a_policy_that_breaks_its_contract_is_named_and_nothing_is_added(ids):
 
 @pytest.mark.parametrize("size", ["1kB", 1000, np.int64(1000), " 1 KB "])
 def test_a_limit_in_bytes_is_written_as_people_do(size):
-    assert create_bank("torch", 8, max_bytes=size)._capacity.max_bytes == 1000
+    assert create_bank("torch", 8, max_bytes=size).state.capacity.max_bytes == 1000
 
 
 @pytest.mark.parametrize("size", ["8 gigs", "", 0, "0GB", -1, True, 1.5, "1e9", "9" * 30])

@@ -176,7 +176,7 @@ def test_a_child_undoes_what_another_thread_was_adding(tmp_path):
     bank = create_bank("torch", 4, store=TieredStore(disk=tmp_path))
     add(bank)
     inside, go_on = threading.Event(), threading.Event()
-    put = bank._store.put
+    put = bank.state.store.put
 
     def slow(*given):
         put(*given)
@@ -185,11 +185,11 @@ def test_a_child_undoes_what_another_thread_was_adding(tmp_path):
 
     def act():
         assert len(bank) == 4
-        bank._store.put = put
+        bank.state.store.put = put
         assert add(bank, 2, mark=1000).tolist() == [4, 5]
         assert keys(bank, range(6)) == [0, 1, 2, 3, 1004, 1005]
 
-    bank._store.put = slow
+    bank.state.store.put = slow
     thread = threading.Thread(target=add, args=(bank,))
     thread.start()
     inside.wait(20)

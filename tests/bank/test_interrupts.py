@@ -79,15 +79,15 @@ def assert_it_works(bank):
     first = bank.next_id
     assert add(bank, 2).tolist() == [first, first + 1]
     assert_it_is_whole(bank)
-    assert_nothing_is_lost_sight_of(bank._store, set(bank.ids.tolist()))
+    assert_nothing_is_lost_sight_of(bank.state.store, set(bank.ids.tolist()))
     bank.remove([first])
     assert_it_is_whole(bank)
 
 
 def assert_it_is_whole(bank):
     ids = bank.ids.tolist()
-    assert len(bank) == len(ids) == len(bank._store)
-    assert all(each in bank._store for each in ids)
+    assert len(bank) == len(ids) == len(bank.state.store)
+    assert all(each in bank.state.store for each in ids)
     assert bank.nbytes == len(ids) * (BLOCK + 16)
     if not ids:
         return

@@ -229,7 +229,7 @@ def test_an_interrupt_while_copies_are_made_leaves_nothing_behind(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         bank.add(torch.eye(4)[:2], *blocks(2, seed=1), [(1, 2), (2, 3)])
     monkeypatch.undo()
-    assert len(bank) == len(bank._store) == 1
+    assert len(bank) == len(bank.state.store) == 1
     assert bank.add(torch.eye(4)[:1], *blocks(1, seed=2), [(1, 2)]).tolist() == [1]
     assert torch.equal(bank.fetch([1]).keys, blocks(1, seed=2)[0])
 

@@ -54,7 +54,7 @@ def decoder_bytes(decoder):
 def test_rows_of_a_batch_have_stores_of_their_own(llama, small, text, tmp_path):
     with MemoryDecoder(llama, None, small(store={"disk": str(tmp_path)})) as decoder:
         decoder.read(text(100, rows=2))
-        assert len({id(bank._store) for bank in decoder.banks}) == 2
+        assert len({id(bank.state.store) for bank in decoder.banks}) == 2
 
 
 def test_a_stream_is_independent_of_its_fork(small):

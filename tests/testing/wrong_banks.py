@@ -75,7 +75,7 @@ class IdsReused(TorchBank):
 
     def reset(self):
         super().reset()
-        self._contents.fill(None, 0)
+        self.state.contents.fill(None, 0)
 
 
 class EvictedStillFound(TorchBank):
@@ -227,7 +227,7 @@ class HalfAnAdd(TorchBank):
         except InvalidArgumentError:
             raise
         except Exception:
-            self._contents.fill(self.layout, self.next_id + 1)
+            self.state.contents.fill(self.layout, self.next_id + 1)
             raise
 
 
@@ -236,8 +236,8 @@ class CountsSearches(TorchBank):
 
     def search(self, queries, k):
         found = super().search(queries, k)
-        rows = self._table.rows_of(np.unique(found.ids[found.ids >= 0].numpy()))
-        self._table.mark_retrieved(rows[rows >= 0])
+        rows = self.state.table.rows_of(np.unique(found.ids[found.ids >= 0].numpy()))
+        self.state.table.mark_retrieved(rows[rows >= 0])
         return found
 
 

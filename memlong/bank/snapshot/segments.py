@@ -42,6 +42,15 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
+class SavedBank:
+    """What a state of a folder, which goes by ``token``, holds of a bank."""
+
+    token: str
+    record: BankRecord
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class SegmentChunks:
     """What is small of a segment: ids [n], spans [n, 2], embeddings [n, dim], and a CRC-32 [n] of each block."""
 

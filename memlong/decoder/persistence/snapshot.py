@@ -13,6 +13,7 @@ from memlong.bank import MemoryBank
 from memlong.bank.snapshot.files import damaged
 from memlong.bank.snapshot.manifest import ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
+from memlong.bank.snapshot.saving import write_bank
 from memlong.bank.snapshot.segments import check_finite
 from memlong.bank.snapshot.tensors import read_streams
 from memlong.bank.snapshot.writer import SnapshotWriter
@@ -54,11 +55,11 @@ def write_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, *, c
     with SnapshotWriter(folder_of(path), "decoder") as writer:
         facts = {"fingerprint": fingerprint(setup), "rows": [stream.facts() for stream in batch.streams]}
         tensors = {name: _own(tensor) for name, tensor in batch.tensors().items()}
-        saved = [bank.write_snapshot(writer, compact=compact) for bank in banks]
+        saved = [write_bank(bank, writer, compact=compact) for bank in banks]
         file = writer.write("streams", safetensors.torch.save(tensors))
         writer.commit([each.record for each in saved], ExtraRecord(facts, file))
         for bank, each in zip(banks, saved, strict=True):
-            bank.keep_saved(each)
+            bank.state.saved = each
 
 
 def read_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, reading: Reading) -> StreamBatch:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from memlong.bank.metric import Metric
 from memlong.bank.snapshot.options import SavedOptions
-
-Metric = Literal["cosine", "inner_product", "l2"]
 
 
 @dataclass(frozen=True)

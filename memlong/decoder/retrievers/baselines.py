@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memlong.bank.metric import Metric
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
-from memlong.decoder.retrievers.base import Metric, Passage, Retriever
+from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
 _WIDEST = 2**16

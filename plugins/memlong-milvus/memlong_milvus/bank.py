@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack
-from warnings import warn
+from collections.abc import Mapping
+from typing import Any, Self, Unpack
 from weakref import ref
 
-import numpy as np
 import torch
 
-from memlong.bank import Chunks, IndexRows, KeyValueStore, MemoryBank, Retrieved
-from memlong.bank.arrays import FloatInput, IntInput
+from memlong.bank import IndexRows, KeyValueStore, MemoryBank
 from memlong.bank.snapshot.options import options_to_save
 from memlong.bank.snapshot.reader import StoredBank
 from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import CollectionPlan, ready_collection
 from memlong_milvus.engine import Engine
-from memlong_milvus.errors import LostBlocksError, LostBlocksWarning, named
 from memlong_milvus.hold import Hold
 from memlong_milvus.hub import HUBS
 from memlong_milvus.index import SessionIndex
@@ -29,8 +24,6 @@ from memlong_milvus.place import find_place
 from memlong_milvus.resume import kept_of
 from memlong_milvus.rows import Consistency, SessionRows
 from memlong_milvus.sessions import Session
-
-Got = TypeVar("Got")
 
 
 class MilvusBank(Uncopied, MemoryBank):
@@ -135,8 +128,9 @@ class MilvusBank(Uncopied, MemoryBank):
         blocks, facts = place.store, {"dim": dim, "metric": metric}
         if blocks is None:
             blocks = PayloadStore(place.objects, readers=readers, lasting=self._session.named, facts=facts)
+        self._blocks = blocks
         super().__init__(dim, store=blocks, **bank_options)
-        self._hold = Hold(self, self._engine.hub, self._session, self._rows, self._table, self._store)
+        self._hold = Hold(self, self._engine.hub, self._session, self._rows, self.state.table, blocks)
         if self._session.named:
             self._go_on(facts, resume=resume, kv_device=blocks_go_to)
 
@@ -196,29 +190,11 @@ class MilvusBank(Uncopied, MemoryBank):
             )
         return super().of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
 
-    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
-        """Find chunks as `MemoryBank.retrieve` does; one whose keys and values are lost leaves, with a warning."""
-        retrieve = super().retrieve
-        return self._without_lost(lambda: retrieve(queries, k))
-
-    def fetch(self, ids: IntInput) -> Chunks:
-        """Return chunks as `MemoryBank.fetch` does; one whose keys and values are lost leaves, with a warning."""
-        fetch = super().fetch
-        return self._without_lost(lambda: fetch(ids))
-
-    def save(self, path: str | Path, *, compact: bool = False) -> None:
-        """Write a snapshot as `MemoryBank.save` does; a chunk whose keys and values are lost leaves, with a warning.
-
-        The snapshot is whole: it needs neither Milvus nor the store, and is loaded into a session of its own.
-        """
-        save = super().save
-        self._without_lost(lambda: save(path, compact=compact))
-
     def drop(self) -> None:
         """Remove the session from Milvus and from the store, down to its name; the bank is as after `reset`."""
         self.reset()
-        if isinstance(self._store, PayloadStore):
-            self._store.drop()
+        if isinstance(self._blocks, PayloadStore):
+            self._blocks.drop()
 
     def close(self) -> None:
         """Let go of the session; of one without a name nothing is left. The bank is of no use afterwards.
@@ -228,7 +204,7 @@ class MilvusBank(Uncopied, MemoryBank):
         BackendError
             If what a session without a name has left cannot be removed.
         """
-        with self._lock.write():
+        with self.state.lock.write():
             self._hold.let_go()
             self._rows.close()
 
@@ -248,8 +224,8 @@ class MilvusBank(Uncopied, MemoryBank):
             name, rows.dim, rows.similarity, tuning.partitions, tuning.M, tuning.ef_construction
         )
         made = ready_collection(self._engine, plan)
-        if isinstance(self._store, PayloadStore):
-            self._store.settle(Folder(made.name, made.origin, self._session))
+        if isinstance(self._blocks, PayloadStore):
+            self._blocks.settle(Folder(made.name, made.origin, self._session))
         self._rows = SessionRows(self._engine, made, self._session, tuning.consistency)
         is_current = self._engine.address.is_local or tuning.consistency == "strong"
         bank = ref(self)
@@ -267,45 +243,10 @@ class MilvusBank(Uncopied, MemoryBank):
 
     def _go_on(self, facts: dict[str, Any], *, resume: bool, kv_device: torch.device) -> None:
         try:
-            kept = kept_of(self._rows, self._store, facts, resume=resume, kv_device=kv_device)
+            kept = kept_of(self._rows, self._blocks, facts, resume=resume, kv_device=kv_device)
         except BaseException:
             self._hold.let_go()  # at once: whoever catches this may ask for the session again
             raise
-        count = len(kept.ids)
-        with self._lock.write():
-            self._table.fill(
-                kept.ids,
-                kept.embeddings,
-                kept.spans,
-                retrievals=np.zeros(count, dtype=np.int64),
-                last_used=np.arange(1, count + 1),
-                clock=count,
-            )
-            self._contents.fill(kept.layout, kept.next_id)
-            self._session_index.take_over()
-            self._drop_index()  # rows that an interrupted change has left go before the first search
-
-    def _restore(self, stored: StoredBank, *, trust_index: bool) -> None:
-        super()._restore(stored, trust_index=trust_index)
-        with self._reading(searching=True):
-            pass  # the rows are in Milvus now, and not only before the first search: the session may be to stay
-
-    def _without_lost(self, act: Callable[[], Got]) -> Got:
-        while True:
-            try:
-                return act()
-            except LostBlocksError as error:
-                self._forget(error.reasons)
-
-    def _forget(self, lost: dict[int, str]) -> None:
-        ids = np.array(sorted(lost), dtype=np.int64)
-        with self._lock.write():
-            self._contents.repair()
-            held = ids[self._table.rows_of(ids) >= 0]
-            with self._contents.change(self._contents.layout):
-                self._discard(held)
-        warn(
-            f"{named(lost)} of session {self.session!r}: keys and values are lost, and the bank has forgotten them",
-            LostBlocksWarning,
-            stacklevel=4,
-        )
+        with self.state.lock.write():
+            self.state.fill(kept.ids, kept.embeddings, kept.spans, kept.layout, kept.next_id)
+            self._session_index.take_over()  # rebuilt before the first search: rows left by an interrupted change go

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from memlong.bank import ChunkLayout, KeyValueStore
-from memlong.errors import InvalidArgumentError, StorageError
+from memlong.errors import InvalidArgumentError, LostChunksError, StorageError
 from memlong_milvus.block import Bytes, decode, encode, layout_of
-from memlong_milvus.errors import LostBlocksError
 from memlong_milvus.objects import Objects
 from memlong_milvus.parallel import Workers
 from memlong_milvus.sessions import Session
@@ -132,7 +131,7 @@ class PayloadStore(KeyValueStore):
         self._newest = max(self._newest, *ids)
 
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read them; LostBlocksError names those that are missing or damaged."""
+        """Read them; LostChunksError names those that are missing or damaged."""
         self._check_held(ids)
         layout = self._layout
         assert layout is not None  # noqa: S101 - what is held was put
@@ -157,7 +156,7 @@ class PayloadStore(KeyValueStore):
         except OSError as error:
             raise self._unusable("read", error) from error
         if lost:
-            raise LostBlocksError(lost)
+            raise LostChunksError(lost)
         with torch.inference_mode(False):  # they may be used outside it
             return _states(keys, layout), _states(values, layout)
 

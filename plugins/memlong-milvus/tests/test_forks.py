@@ -19,7 +19,7 @@ from memlong_milvus.bank import MilvusBank
 bank = MilvusBank(32)
 more = random_chunks(5, seed=1, first=500)
 random_chunks(5).into(bank)
-objects = bank._store._objects._folder
+objects = bank.state.store._objects._folder
 child = os.fork()
 if not child:
     signal.alarm(30)

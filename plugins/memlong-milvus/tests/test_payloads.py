@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from memlong.bank.layout import ChunkLayout
-from memlong.errors import InvalidArgumentError, StorageError
+from memlong.errors import InvalidArgumentError, LostChunksError, LostChunksWarning, StorageError
 from memlong.testing.harness import DIM, assert_same_state, random_chunks, state_of
 from memlong_milvus.bank import MilvusBank
 from memlong_milvus.block import decode, encode
-from memlong_milvus.errors import LostBlocksError, LostBlocksWarning
 from memlong_milvus.objects import LocalObjects, objects_at
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.sessions import Session
@@ -47,7 +46,7 @@ def test_a_chunk_whose_object_is_lost_is_a_miss(kind: str, tmp_path: Path) -> No
     chunks.into(bank)
     damage, reason = DAMAGE[kind]
     damage(_objects_of(tmp_path)["3.kv"])
-    with pytest.warns(LostBlocksWarning, match=f"chunk 3 .*{reason}.*forgotten"):
+    with pytest.warns(LostChunksWarning, match=f"chunk 3 .*{reason}.*forgotten"):
         got = bank.retrieve(chunks.embeddings[3:4], 5)
     assert 3 not in got.ids
     assert got.found.all()
@@ -60,7 +59,7 @@ def test_saving_leaves_out_what_is_lost(tmp_path: Path) -> None:
     bank = MilvusBank(DIM, store=str(tmp_path / "kv"))
     random_chunks(10).into(bank)
     _objects_of(tmp_path)["3.kv"].unlink()
-    with pytest.warns(LostBlocksWarning, match="chunk 3"):
+    with pytest.warns(LostChunksWarning, match="chunk 3"):
         bank.save(tmp_path / "saved")
     assert len(MilvusBank.load(tmp_path / "saved")) == 9
 
@@ -112,7 +111,7 @@ def test_what_was_left_over_and_is_written_anew_is_not_deleted(
         raise OSError("busy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bank._index, "add", failing)
+        patch.setattr(bank.index, "add", failing)
         patch.setattr(LocalObjects, "delete", failing)
         with pytest.raises(OSError, match="busy"):
             random_chunks(2, seed=1, first=5).into(bank)
@@ -197,7 +196,7 @@ def test_any_place_that_fsspec_knows_will_do(tmp_path: Path) -> None:
     assert store.stored_ids() == [0]
     assert store.stored_facts()["newest"] == 2
     store._objects.delete(["c/none", store._folder.block(0)])
-    with pytest.raises(LostBlocksError, match="chunk 0"):
+    with pytest.raises(LostChunksError, match="chunk 0"):
         store.get([0])
     store.drop()
     assert store._objects.list() == []

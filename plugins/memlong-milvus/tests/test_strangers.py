@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from memlong import SnapshotError, create_bank, load_bank
-from memlong.errors import InvalidArgumentError, StorageError
+from memlong.errors import InvalidArgumentError, LostChunksWarning, StorageError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.bank import MilvusBank
 from memlong_milvus.block import _HEAD, _MAGIC
-from memlong_milvus.errors import LostBlocksWarning
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def left(tmp_path: Path) -> Path:
     """What the session alice of five chunks has left in its folder of objects."""
     with MilvusBank(DIM, uri=str(tmp_path / "memory.db"), session="alice") as bank:
         random_chunks(5).into(bank)
-        folder = bank._store._folder.name
+        folder = bank.state.store._folder.name
     return tmp_path / "memory.kv" / folder
 
 
@@ -126,6 +125,6 @@ def test_an_object_of_a_stranger_is_a_lost_chunk(left: Path, tmp_path: Path, hea
     body = header.encode()
     (left / "0.kv").write_bytes(_HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body)
     with reopened(tmp_path) as bank:
-        with pytest.warns(LostBlocksWarning, match="chunk 0"):
+        with pytest.warns(LostChunksWarning, match="chunk 0"):
             bank.fetch(bank.ids)
         assert bank.ids.tolist() == [1, 2, 3, 4]

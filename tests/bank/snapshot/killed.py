@@ -34,7 +34,7 @@ def expected(next_id: int) -> MemoryBank:
     """The bank at a state, made anew."""
     bank = create_bank("torch", DIM, max_chunks=KEPT)
     first = max(0, (next_id - KEPT) // STEP * STEP)
-    bank._contents.fill(None, first)
+    bank.state.contents.fill(None, first)
     while bank.next_id < next_id:
         step(bank)
     return bank

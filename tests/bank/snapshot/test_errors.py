@@ -145,7 +145,7 @@ def test_what_could_not_be_loaded_is_not_saved(saved):
     bank, folder = saved
     before, there = state_of(bank), names(folder)
     other = create_bank("torch", DIM)
-    other._capacity.max_bytes = 2**70  # which no bank is made with
+    other.state.capacity.max_bytes = 2**70  # which no bank is made with
     with pytest.raises(InvalidArgumentError, match="this cannot be saved, as it could not be loaded"):
         other.save(folder)
     assert names(folder) == there
@@ -252,7 +252,7 @@ def test_a_version_to_come_is_refused_by_name(saved):
 def test_nan_is_refused(saved):
     bank, folder = saved
     keys = random_chunks(1).keys
-    store = bank._store
+    store = bank.state.store
     store._blocks[5] = (torch.full_like(keys[0], float("nan")), keys[0])
     bank.save(folder, compact=True)
     with pytest.raises(SnapshotError, match=r"blocks-.*holds keys or values that are not finite"):

@@ -196,9 +196,9 @@ def test_a_lazy_bank_is_not_disturbed_by_what_is_saved_over_it(make, tmp_path):
 def test_a_lazy_bank_holds_its_blocks_on_disk(make, tmp_path):
     make(chunks=50).save(tmp_path)
     lazy = load_bank(tmp_path, lazy=True)
-    assert len(lazy._store._new) == 0
+    assert len(lazy.state.store._new) == 0
     random_chunks(1, seed=3, first=50).into(lazy)
-    assert len(lazy._store._new) == 1
+    assert len(lazy.state.store._new) == 1
     lazy.save(tmp_path)
     assert_same_blocks(lazy, load_bank(tmp_path))
 

@@ -1,0 +1,128 @@
+"""A bank into a folder: what its state is written as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from memlong.bank.eviction import saved_name
+from memlong.bank.layout import ChunkLayout
+from memlong.bank.snapshot.content import Content
+from memlong.bank.snapshot.files import unwritable
+from memlong.bank.snapshot.manifest import BankRecord, IndexRecord
+from memlong.bank.snapshot.options import SavedOptions
+from memlong.bank.snapshot.reader import folder_of, layout_record
+from memlong.bank.snapshot.segments import SavedBank, Segment, keepable, write_segments
+from memlong.bank.snapshot.tensors import encode
+from memlong.bank.snapshot.writer import SnapshotWriter
+from memlong.bank.state import BankState
+
+
+class Bank(Protocol):
+    """What saving and loading need to know of a `MemoryBank`."""
+
+    maker: ClassVar[type]
+    saved_options: ClassVar[SavedOptions]
+
+    def __init__(self, dim: int, **options: Any) -> None: ...
+
+    @property
+    def state(self) -> BankState:
+        """What it is made of."""
+
+    def options_to_save(self) -> dict[str, Any]:
+        """Return the backend's own options."""
+
+
+def save(bank: Bank, path: str | Path, *, compact: bool) -> None:
+    """Write a bank into a folder; as `MemoryBank.save`."""
+    with SnapshotWriter(folder_of(path), "bank") as writer:
+        saved = write_bank(bank, writer, compact=compact)
+        writer.commit([saved.record])
+        bank.state.saved = saved
+
+
+def write_bank(bank: Bank, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
+    """Write what a state of a folder needs of a bank, and return it, for `BankState.saved` once that is current.
+
+    The next save then writes only what has changed since.
+    """
+    state = bank.state
+    with state.writing():
+        if compact:
+            state.drop_index()  # which may remember embeddings of chunks that have left
+    return state.surviving(lambda: _written(bank, writer, compact=compact))
+
+
+def name_of(maker: type) -> str:
+    """Return the name by which a snapshot knows a class."""
+    return f"{maker.__module__}:{maker.__qualname__}"
+
+
+def _written(bank: Bank, writer: SnapshotWriter, *, compact: bool) -> SavedBank:
+    state = bank.state
+    with state.reading(searching=True):
+        layout = state.contents.layout
+        content = _content(state)
+        known = () if compact else _known_to(writer, state.saved)
+        kept = keepable(known, content.ids, 0 if layout is None else layout.nbytes)
+        on_disk = np.concatenate([np.empty(0, dtype=np.int64), *(each.ids for each in kept)])
+        fresh = content.rows(~np.isin(content.ids, on_disk))
+        written = [] if layout is None else write_segments(writer, fresh, state.store, layout)
+        record = _record(bank, writer, content, layout, [*kept, *written])
+    return SavedBank(writer.token, record, (*kept, *written))
+
+
+def _content(state: BankState) -> Content:
+    with state.counting:
+        usage = state.table.usage
+        retrievals, last_used = usage.retrievals.copy(), usage.last_used.copy()
+    return Content(usage.ids.copy(), state.table.embeddings, state.table.spans, retrievals, last_used)
+
+
+def _known_to(writer: SnapshotWriter, before: SavedBank | None) -> tuple[Segment, ...]:
+    """Segments of this very bank that the folder's current state has."""
+    if before is None or writer.current is None or writer.current.token != before.token:
+        return ()
+    for file in (file for each in before.segments for file in (each.record.chunks, each.record.blocks)):
+        try:
+            if (writer.folder / file.name).lstat().st_size != file.nbytes:
+                return ()
+        except OSError:
+            return ()
+    return before.segments
+
+
+def _record(
+    bank: Bank,
+    writer: SnapshotWriter,
+    content: Content,
+    layout: ChunkLayout | None,
+    segments: list[Segment],
+) -> BankRecord:
+    state = bank.state
+    counters = {name: getattr(content, name) for name in ("ids", "retrievals", "last_used")}
+    try:
+        native = state.index.dump()
+    except OSError as error:  # libraries write files of their own, elsewhere
+        raise unwritable(writer.folder, error) from error
+    return BankRecord(
+        made_by=name_of(bank.maker),
+        options=bank.options_to_save(),
+        dim=state.dim,
+        metric=state.metric,
+        max_chunks=state.capacity.max_chunks,
+        max_bytes=state.capacity.max_bytes,
+        eviction=saved_name(state.capacity.policy),
+        device=str(state.device),
+        count=len(content.ids),
+        next_id=state.contents.next_id,
+        clock=state.table.clock,
+        layout=layout_record(layout),
+        origin=state.origin,
+        state=writer.write("state", encode(counters)),
+        segments=tuple(each.record for each in segments),
+        index=None if native is None else IndexRecord(native[0], writer.write("index", native[1], "bin")),
+    )
