@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 from ratios import Clock
 
-from memlong import MemoryBank, MemoryDecoder
+from memlong import MemoryDecoder
+from memlong.bank.state import BankState
 from memlong.decoder.kv.cache_layers import WindowLayer
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model import kernels
@@ -103,7 +104,7 @@ def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartC
         (LocalWindow, "hold_memory", "placing"),
         (batch, "store_chunks", "storing"),
         (MemoryLoader, "load", "placing"),
-        (MemoryBank, "_rank", "search"),
+        (BankState, "_rank", "search"),
     ):
         seams.append((owner, name, getattr(owner, name), part))
     retriever = decoder.retriever
