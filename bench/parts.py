@@ -11,7 +11,7 @@ import torch
 from ratios import Clock
 
 from memlong import MemoryDecoder
-from memlong.bank.state import BankState
+from memlong.bank import BankState
 from memlong.decoder.kv.cache_layers import WindowLayer
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model import kernels

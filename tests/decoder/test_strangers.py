@@ -115,7 +115,7 @@ def test_a_special_file_blocks_nobody(folder, tiny_model, name):
     remember(folder, gates="gates.safetensors")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(InvalidArgumentError, match="is no plain file"):
+    with pytest.raises(InvalidArgumentError, match="is not a regular file"):
         MemoryDecoder.from_pretrained(folder, tiny_model(), None)
 
 

@@ -1,4 +1,4 @@
-"""A bank into a folder: what its state is written as."""
+"""Saving: how a bank's state is written into a folder."""
 
 from __future__ import annotations
 
