@@ -21,7 +21,7 @@ from memlong.architectures.listing import Architecture, architectures, encoder_d
 from memlong.architectures.trial import try_architecture
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
 _TOO_LARGE = (

@@ -14,7 +14,7 @@ from memlong.architectures.described import kinds_of_layers, stored_of_a_token
 from memlong.architectures.listing import Architecture
 from memlong.architectures.tiny import tiny_model_of
 from memlong.decoder import MemoryConfig, MemoryDecoder
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import MemlongError
 
 Status = Literal["works", "refused", "fails"]

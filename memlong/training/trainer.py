@@ -18,7 +18,7 @@ from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
 from memlong.decoder.persistence.strangers import declared_options
-from memlong.decoder.stream.recall import RandomChunks
+from memlong.decoder.stream.retrieval import RandomChunks
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
 from memlong.plugins.registry import installed_registry
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint

@@ -145,7 +145,7 @@ def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
         ({"resume": True}, InvalidArgumentError, "holds no checkpoint to go on from"),
         ({"steps": 0}, InvalidArgumentError, "steps must be"),
         ({"backend": "none"}, InvalidArgumentError, "--backend is none"),
-        ({"kv_source": "latent"}, InvalidArgumentError, "maps is None"),
+        ({"kv_source": "latent"}, InvalidArgumentError, "maps must name the file"),
         (
             {"memory_layer": 3, "retrieval_layers": "3"},
             InvalidArgumentError,

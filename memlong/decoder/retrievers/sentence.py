@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
