@@ -1,4 +1,4 @@
-"""Load a model for a command."""
+"""Load the model of a command."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def load(
     trained: tuple[str, str] | None = None,
     trains: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, and say so, and in which dtype and where, as it takes some seconds.
+    """Load a model and its tokenizer, and print the dtype and device, as loading takes some seconds.
 
     Parameters
     ----------
     name
-        Of the model.
+        Name of the model.
     dtype, device, trained, trains
         As `choose_machine` takes them.
     trust_remote_code
@@ -43,12 +43,12 @@ def load(
 
 
 def runs_on(model: Any) -> dict[str, str]:
-    """Return device and dtype of a model, for JSON."""
+    """Return the device and dtype of a model, for JSON."""
     from memlong.decoder.model.machine import dtype_name
 
     return {"device": str(model.device), "dtype": dtype_name(model.dtype)}
 
 
 def told(model: Any) -> str:
-    """Return device and dtype of a model, for people."""
+    """Return the device and dtype of a model as text."""
     return ", ".join(runs_on(model).values())
