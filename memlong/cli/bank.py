@@ -112,7 +112,7 @@ def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
         ],
     )
     print_section("Created by", [_maker(row, bank) for row, bank in enumerate(found["banks"])])
-    print_section("Saved by", [shown(f"{name} {version}") for name, version in found["versions"].items()])
+    print_section("Saved by", [escaped(f"{name} {version}") for name, version in found["versions"].items()])
     print_section(
         f"Snapshot of a {found['kind']}",
         [f"state {found['generation']}, {found['files']} files, {found['bytes']:,} bytes"],
@@ -131,7 +131,7 @@ def _facts(fingerprint: dict[str, Any]) -> Iterator[tuple[str, object]]:
 
 def _maker(row: int, bank: dict[str, Any]) -> str:
     options = " ".join(f"{name}={value}" for name, value in bank["options"].items())
-    return shown(f"{row}: {bank['made_by']} {options}".rstrip())
+    return escaped(f"{row}: {bank['made_by']} {options}".rstrip())
 
 
 def _chunk(bank: dict[str, Any]) -> str:

@@ -107,10 +107,10 @@ def _keep_output_for_the_answer() -> None:
     except (OSError, ValueError):  # not a real file, as in tests, or closed
         return
     ours.flush()
-    place = os.dup(1)
+    output = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = io.TextIOWrapper(
-        os.fdopen(place, "wb", 0 if ours.write_through else -1),
+        os.fdopen(output, "wb", 0 if ours.write_through else -1),
         ours.encoding,
         ours.errors,
         line_buffering=ours.line_buffering,
@@ -149,7 +149,7 @@ def _print_nowhere() -> None:
         os.close(nowhere)
 
 
-def _tell(text: str) -> None:
+def _print_error(text: str) -> None:
     with suppress(OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()

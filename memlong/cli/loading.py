@@ -32,12 +32,12 @@ def load(
     Raises
     ------
     MemlongError
-        If it cannot be loaded, as `load_model` explains.
+        As `load_model` does.
     """
     from memlong.decoder import choose_machine, load_model
 
     machine = choose_machine(dtype, device, trained=trained, trains=trains)
-    typer.echo(shown(f"loading the model… {machine}"), err=True)
+    typer.echo(escaped(f"loading the model… {machine}"), err=True)
     dtype, device = machine.names
     return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 

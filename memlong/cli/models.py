@@ -69,7 +69,7 @@ def models(
             raise InvalidArgumentError(
                 f"Cannot write {str(markdown)!r}: {error.strerror}. The page is printed instead."
             ) from error
-        say(f"{shown(str(markdown))}: {_counted(trials)}")
+        say(f"{escaped(str(markdown))}: {_counted(trials)}")
     elif as_json:
         print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
     else:
@@ -167,13 +167,13 @@ def _show_outline(name: str, *, trust_remote_code: bool, as_json: bool) -> None:
     if as_json:
         print_json({"model": name, "attaches": found.attaches, **asdict(found)})
         return
-    print_table(("model", shown(name)), _told(found))
+    print_table(("model", escaped(name)), _outline_rows(found))
 
 
 def _is_there(name: str) -> bool:
     try:
         return Path(name).exists()
-    except OSError:  # such as a name that is too long
+    except OSError:  # such as a file name that is too long
         return False
 
 
@@ -201,12 +201,12 @@ def _local_window(least: int, most: int | None) -> str:
     return f"{least:,} {'or more' if most is None else f'to {most:,}'} tokens, with the default sizes"
 
 
-def _told(found: Outline) -> list[tuple[str, str]]:
+def _outline_rows(found: Outline) -> list[tuple[str, str]]:
     from memlong.decoder.model.layer_names import ranges
 
     class_row = ("class", found.class_name)
     if not found.attaches:
-        return [class_row, ("memory", "does not attach"), ("why", shown(found.reason))]
+        return [class_row, ("memory", "does not attach"), ("why", escaped(found.reason))]
     windows = sorted({size for size in found.windows.values() if size is not None})
     sizes = ", ".join(f"{size:,} ({dtype})" for dtype, size in found.token_bytes.items())
     least, most = found.local_window

@@ -44,7 +44,7 @@ def needle(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a heat map: PNG, SVG or PDF.")] = None,
     json_file: options.JsonFile = None,
 ) -> None:
-    """Hide a pass key in a long text, at several depths, and ask for it.
+    """Hide a pass key at several depths of a long text, and ask for it.
 
     The defaults suit small models. Retrieved chunks are placed in order before the window, since small models mix up
     digits when all chunks share one position (--position-mode zero). The retriever embeds meaning, where 'lm' would
@@ -117,7 +117,7 @@ def _check_plot(plot: Path) -> None:
             f"--plot must end in .png, .svg or .pdf, got {str(plot)!r}."
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingDependencyError("--plot needs matplotlib: pip install 'memlong[plot]'")
+        raise MissingDependencyError("--plot requires matplotlib: pip install 'memlong[plot]'")
 
 
 def _print(cells: list[Cell]) -> None:

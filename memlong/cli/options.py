@@ -13,7 +13,7 @@ Model = Annotated[
 ModelUnlessAdapter = Annotated[
     str | None,
     typer.Option(
-        help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip)  [default: the adapter's]"
+        help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip)  [default: the adapter's base]"
     ),
 ]
 Adapter = Annotated[

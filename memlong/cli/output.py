@@ -121,7 +121,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, up to a maximum number of rows; cells with a known status are colored."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(shown(column), overflow="fold")
+        table.add_column(escaped(column), overflow="fold")
     for row in rows[:_MOST_ROWS]:
         # As Text, so that brackets in names and commands are not parsed as markup.
         table.add_row(*(Text(shown(cell), style=_STYLES.get(cell, "")) for cell in row))
@@ -136,7 +136,7 @@ def print_section(title: str, lines: Sequence[str]) -> None:
     console = Console(file=answer(), highlight=False)
     console.print(Text(f"\n{title}", style="bold"))
     for line in lines[:_MOST_ROWS]:
-        text = "\n".join(f"  {shown(part)}" for part in line.split("\n"))
+        text = "\n".join(f"  {escaped(part)}" for part in line.split("\n"))
         console.print(Text(text), soft_wrap=True)
     _count_the_rest(lines)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def train(
     *,
     model: options.Model,
-    out: Annotated[Path, typer.Option(help="Folder for the trained decoder, checkpoints and the curve.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained decoder, checkpoints and loss curve.")],
     text: Annotated[
         list[Path] | None,
         typer.Option(help="UTF-8 text file, or folder of *.txt, *.md and *.py files; repeatable."),
@@ -110,7 +110,7 @@ def train(
             bar.update()
 
         made = trainer.run(resume=resume, progress=show)
-    say(f"{shown(str(out))}: {training.steps:,} steps, last loss {made[-1].loss:.3f}")
+    say(f"{escaped(str(out))}: {training.steps:,} steps, final loss {made[-1].loss:.3f}")
 
 
 def _begun(folder: Path) -> tuple[str, str] | None:
