@@ -80,7 +80,7 @@ class LostChunksError(StorageError):
     Attributes
     ----------
     reasons : dict of int to str
-        What is wrong, by chunk id.
+        The reason, by chunk id.
     """
 
     def __init__(self, reasons: Mapping[int, str]) -> None:

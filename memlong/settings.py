@@ -62,7 +62,7 @@ class Setting:
     most_of_strangers: float | None = None
 
 
-def setting(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as argparse and typer have it
+def setting(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as in argparse and typer
     """Declare a field of a settings dataclass; ``more`` sets further attributes of its `Setting`.
 
     A default of ``dict`` gives each instance its own empty dictionary.

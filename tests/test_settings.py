@@ -11,7 +11,7 @@ import pytest
 
 from memlong import MemoryConfig
 from memlong.errors import InvalidArgumentError
-from memlong.settings import checked, documented, setting, told
+from memlong.settings import checked, documented, metadata_of, setting
 from memlong.training import TrainingConfig
 
 
@@ -43,7 +43,7 @@ def test_the_docstring_is_made_of_the_fields():
 @pytest.mark.parametrize("settings", [MemoryConfig, TrainingConfig])
 def test_every_setting_says_what_it_is_within_its_bounds(settings):
     for each in fields(settings):
-        assert told(each).help.endswith(".")
+        assert metadata_of(each).help.endswith(".")
         assert f"    {each.name}\n" in settings.__doc__
     settings()
 

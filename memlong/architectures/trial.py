@@ -78,7 +78,7 @@ def try_architecture(architecture: Architecture) -> Trial:
         try:
             model = tiny_model_of(architecture)
         except Exception as error:  # noqa: BLE001 - the error is the result
-            return Trial(architecture, "refused", f"{_UNMADE}: {_told(error)}")
+            return Trial(architecture, "refused", f"{_UNMADE}: {_message(error)}")
         return _tried(architecture, model)
 
 
@@ -88,21 +88,23 @@ def _tried(architecture: Architecture, model: PreTrainedModel) -> Trial:
         try:
             decoders.append(MemoryDecoder(model, None, config))
         except MemlongError as error:
-            return Trial(architecture, "refused", _told(error))
+            return Trial(architecture, "refused", _message(error))
         except Exception as error:  # noqa: BLE001
-            return Trial(architecture, "fails", f"Attaching raises {_told(error)}")
+            return Trial(architecture, "fails", f"Attaching raises {_message(error)}")
     text = torch.randint(3, 90, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             plain = model(input_ids=text).logits
     except Exception as error:  # noqa: BLE001
-        return Trial(architecture, "fails", f"Memory attaches, but the plain model cannot read text: {_told(error)}")
+        return Trial(
+            architecture, "fails", f"Memory attaches, but the plain model cannot read text: {_message(error)}"
+        )
     for way, decoder in zip(_WAYS, decoders, strict=True):
         try:
             with decoder:
                 logits = torch.cat([segment.logits for segment in decoder.stream(text)], dim=1)
         except Exception as error:  # noqa: BLE001
-            return Trial(architecture, "fails", f"With {way}, reading raises {_told(error)}")
+            return Trial(architecture, "fails", f"With {way}, reading raises {_message(error)}")
         if (off := _distance(logits, plain)) > _TOLERANCE:
             return Trial(
                 architecture,
@@ -130,10 +132,10 @@ def _of_itself(model: PreTrainedModel, text: Tensor, plain: Tensor) -> str:
             ]
         off = _distance(torch.cat(pieces, dim=1), plain)
     except Exception as error:  # noqa: BLE001
-        return f" (the plain model cannot read the text in pieces: {_told(error)})"
+        return f" (the plain model cannot read the text in pieces: {_message(error)})"
     return "" if off <= _TOLERANCE else f" (the plain model reading in pieces is off by {off:.0e})"
 
 
-def _told(error: Exception) -> str:
-    told = " ".join(str(error).split())
-    return told if isinstance(error, MemlongError) else f"{type(error).__name__}: {told}"
+def _message(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MemlongError) else f"{type(error).__name__}: {text}"

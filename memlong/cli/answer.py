@@ -47,7 +47,7 @@ def say(text: str, end: str = "\n") -> None:
     answer().flush()
 
 
-def shown(text: str, keep: str = "") -> str:
+def escaped(text: str, keep: str = "") -> str:
     """Escape control characters in untrusted text, so that it cannot drive the terminal; ``keep`` lists exceptions."""
     return "".join(each if each.isprintable() or each in keep else repr(each)[1:-1] for each in text)
 
@@ -61,7 +61,7 @@ class _Aside(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         with suppress(OSError):  # stderr is closed
-            super().write(shown(text, keep="\n\r\t"))
+            super().write(escaped(text, keep="\n\r\t"))
         return len(text)
 
     def close(self) -> None:

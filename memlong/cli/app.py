@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memlong.cli.answer import answering, shown
+from memlong.cli.answer import answering, escaped
 from memlong.cli.backends import backends
 from memlong.cli.bank import add_bank_commands
 from memlong.cli.fit import fit
@@ -56,8 +56,8 @@ def run() -> int:
             raise
         why = str(error).partition("\n")[0] or "raised by Python"
         return _failed(
-            f"Out of memory ({why}). Use a smaller model, --segment-size, --rows or --beams, or move keys and values off "
-            "the device with --store."
+            f"Out of memory ({why}). Use a smaller model, --segment-size, --rows or --beams, or move keys and values "
+            "off the device with --store."
         )
     except SystemExit as ended:  # typer exits this way, with 130 after a KeyboardInterrupt
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -65,7 +65,7 @@ def run() -> int:
 
 
 def _failed(why: str) -> int:
-    sys.stderr.write("\n".join(shown(line) for line in f"memlong: {why}".split("\n")) + "\n")
+    sys.stderr.write("\n".join(escaped(line) for line in f"memlong: {why}".split("\n")) + "\n")
     return 1
 
 

@@ -8,13 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from memlong.cli.answer import answering, say, shown
+from memlong.cli.answer import answering, escaped, say
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.plugins.uri import hide_credentials
 
-Folder = Annotated[
-    Path, typer.Argument(metavar="PATH", help="Snapshot folder of a bank or a decoder.")
-]
+Folder = Annotated[Path, typer.Argument(metavar="PATH", help="Snapshot folder of a bank or a decoder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -53,7 +51,7 @@ def verify(path: Folder, as_json: AsJson = False) -> None:
         found = verified(path, bar.update)
     _show(path, found | {"is_whole": True}, as_json=as_json)
     if not as_json:
-        say(f"\n{shown(str(path))}: all {found['files']} files are intact")
+        say(f"\n{escaped(str(path))}: all {found['files']} files are intact")
 
 
 def compact(path: Folder, as_json: AsJson = False) -> None:
@@ -104,8 +102,8 @@ def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
                 f"{bank['left_behind']:,}",
                 str(bank["dim"]),
                 bank["metric"],
-                shown(bank["eviction"] or "custom"),
-                shown(_chunk(bank)),
+                escaped(bank["eviction"] or "custom"),
+                escaped(_chunk(bank)),
                 f"{bank['bytes']:,}",
             )
             for row, bank in enumerate(found["banks"])
@@ -118,7 +116,7 @@ def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
         [f"state {found['generation']}, {found['files']} files, {found['bytes']:,} bytes"],
     )
     fingerprint = found["fingerprint"] or {}
-    print_section("Model", [shown(f"{name} {value}") for name, value in _facts(fingerprint)])
+    print_section("Model", [escaped(f"{name} {value}") for name, value in _facts(fingerprint)])
 
 
 def _facts(fingerprint: dict[str, Any]) -> Iterator[tuple[str, object]]:

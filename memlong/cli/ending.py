@@ -39,7 +39,7 @@ def main() -> NoReturn:
         status = status or _unprinted(failure)
         _print_nowhere()
     if status == _INTERRUPTED:
-        _tell("\nmemlong: interrupted")
+        _print_error("\nmemlong: interrupted")
     sys.stdout = before or sys.stdout  # exit handlers must not print into the command's output
     sys.exit(status)
 
@@ -68,7 +68,7 @@ def _run() -> int:
     had_output = sys.stdout is not None
     _open_closed_streams()
     if not had_output:
-        _tell(
+        _print_error(
             "memlong: Standard output is closed, so the result cannot be printed. To discard it, use > /dev/null."
         )
         return _FAILED
@@ -137,7 +137,7 @@ def _failure_to_print(more: str = "") -> OSError | None:
 
 def _unprinted(failure: OSError) -> int:
     if not isinstance(failure, BrokenPipeError):  # a reader that stops early, such as head, is no error
-        _tell(f"memlong: Cannot print the result: {failure.strerror}. Redirect the output elsewhere.")
+        _print_error(f"memlong: Cannot print the result: {failure.strerror}. Redirect the output elsewhere.")
     return _FAILED
 
 

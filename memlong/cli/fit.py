@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.answer import say, shown
+from memlong.cli.answer import escaped, say
 from memlong.cli.files import keep_apart, writable
-from memlong.cli.loading import load, told
+from memlong.cli.loading import load, machine_of
 from memlong.errors import InvalidArgumentError, InvalidTextError
 
 if TYPE_CHECKING:
@@ -70,15 +70,15 @@ def fit(
         places = torch.linspace(0, len(whole) - 1, min(passages, len(whole))).round().long().tolist()
         chosen += [whole[place].to(language_model.device) for place in places]
     with tqdm(
-        total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({told(language_model)})"
+        total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({machine_of(language_model)})"
     ) as bar:
         maps = fit_latent_maps(
             language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed
         )
     _save(maps, out)
     say(
-        f"{shown(str(out))}: latent vectors of dimension {maps.dim} for the K-V of {len(maps.layers)} layers "
-        f"({told(language_model)})"
+        f"{escaped(str(out))}: latent vectors of dimension {maps.dim} for the K-V of {len(maps.layers)} layers "
+        f"({machine_of(language_model)})"
     )
 
 

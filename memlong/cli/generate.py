@@ -13,7 +13,7 @@ from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
-from memlong.cli.loading import told
+from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.errors import InvalidArgumentError
@@ -44,7 +44,9 @@ def generate(
             help="Nucleus sampling: cumulative probability to sample from  [default: the model's, else 1]"
         ),
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, max=_MOST_BEAMS, help="Number of beams; 1 disables beam search.")] = 1,
+    beams: Annotated[
+        int, typer.Option(min=1, max=_MOST_BEAMS, help="Number of beams; 1 disables beam search.")
+    ] = 1,
     memory: MemoryOptions,
     control_tokens: Annotated[
         bool,
@@ -158,12 +160,14 @@ def _prompt(tokenizer: Any, prompt: str, *, chat: bool, begins: bool, control_to
             raise InvalidArgumentError("--prompt must not be empty: give at least one word to continue.")
         return found
     if not getattr(tokenizer, "chat_template", None):
-        raise InvalidArgumentError("--chat needs a model with a chat template, which this one lacks: leave out --chat, or use an instruct model.")
+        raise InvalidArgumentError(
+            "--chat needs a model with a chat template, and this one has none: leave it out, or use an instruct model."
+        )
     return chat_turn(tokenizer, prompt, begins=begins)
 
 
 def _read(decoder: Any, input_ids: Any) -> int:
-    with tqdm(total=input_ids.shape[1], unit="tok", desc=f"reading ({told(decoder.model)})") as bar:
+    with tqdm(total=input_ids.shape[1], unit="tok", desc=f"reading ({machine_of(decoder.model)})") as bar:
         for segment in decoder.stream(input_ids, logits="last"):
             bar.update(segment.tokens.shape[1])
     return int(input_ids.shape[1])

@@ -12,7 +12,7 @@ from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
-from memlong.cli.loading import told
+from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
@@ -29,11 +29,14 @@ def icl(
     model: options.ModelUnlessAdapter = None,
     adapter: options.Adapter = None,
     demonstrations: Annotated[
-        Path, typer.Option(metavar="FILE", help="CSV or TSV file of labeled texts to use as shots, one per row.")
+        Path,
+        typer.Option(metavar="FILE", help="CSV or TSV file of labeled texts to use as shots, one per row."),
     ],
     tests: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Labeled texts to test on  [default: the demonstrations left over]"),
+        typer.Option(
+            metavar="FILE", help="Labeled texts to test on  [default: the demonstrations left over]"
+        ),
     ] = None,
     labels: Annotated[
         str | None,
@@ -103,7 +106,9 @@ def icl(
     ).open()
     with (
         decoder,
-        tqdm(total=len(counts) * len(task.tests), unit="test", desc=f"testing ({told(decoder.model)})") as bar,
+        tqdm(
+            total=len(counts) * len(task.tests), unit="test", desc=f"testing ({machine_of(decoder.model)})"
+        ) as bar,
     ):
         found = evaluate_icl(
             decoder,
@@ -133,7 +138,7 @@ def icl(
     }
     if output.write(result):
         _print(found)
-        say(f"\nmajority baseline: {floor:.1%}, always {majority!r} ({told(decoder.model)})")
+        say(f"\nmajority baseline: {floor:.1%}, always {majority!r} ({machine_of(decoder.model)})")
 
 
 def _words(labels: str) -> dict[str, str]:

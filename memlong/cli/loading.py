@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from memlong.cli.answer import shown
+from memlong.cli.answer import escaped
 
 
 def load(
@@ -49,6 +49,6 @@ def runs_on(model: Any) -> dict[str, str]:
     return {"device": str(model.device), "dtype": dtype_name(model.dtype)}
 
 
-def told(model: Any) -> str:
+def machine_of(model: Any) -> str:
     """Return the device and dtype of a model as text."""
     return ", ".join(runs_on(model).values())

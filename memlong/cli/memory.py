@@ -15,7 +15,7 @@ from memlong.cli.values import key_values
 from memlong.decoder.config import MemoryConfig
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.uri import hide_credentials, without_credentials
-from memlong.settings import default_of, told, types_of
+from memlong.settings import default_of, metadata_of, types_of
 from memlong.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -55,15 +55,15 @@ class MemoryOptions:
         if settings["backend"] == "none":
             settings["backend"] = None
             for each in fields(MemoryConfig):
-                needs = told(each).needs_backend or each.name in (
+                needs = metadata_of(each).needs_backend or each.name in (
                     "backend_options",
                     "retriever_options",
                     "store",
                 )
                 if needs and settings.get(each.name, default_of(each)) != default_of(each):
                     raise InvalidArgumentError(
-                        f"--{option_of(each).replace('_', '-')} needs a backend, got --backend none: name one, or leave "
-                        "the option out."
+                        f"--{option_of(each).replace('_', '-')} needs a backend, got --backend none: name one, or "
+                        "leave the option out."
                     )
         if settings["retriever"] == "random":
             settings["retriever_options"].setdefault("seed", seed)
@@ -96,7 +96,7 @@ def with_training(**defaults: Any) -> Callable[[Command], Command]:
 
 def option_of(each: Field[Any]) -> str:
     """Return the name of a setting's option, in the singular if it is repeatable."""
-    repeats = told(each).metavar is not None and default_of(each) in ({}, ())
+    repeats = metadata_of(each).metavar is not None and default_of(each) in ({}, ())
     return each.name.removesuffix("s") if repeats else each.name
 
 
@@ -106,10 +106,10 @@ def values_of(settings: type, typed: Mapping[str, Any]) -> dict[str, Any]:
     for each in fields(settings):
         if each.name not in typed:
             continue
-        value, said = typed[each.name], told(each)
+        value, metadata = typed[each.name], metadata_of(each)
         if default_of(each) == {}:
             option = f"--{option_of(each).replace('_', '-')}"
-            value = key_values(option, value or [], example=said.example, as_text=said.texts)
+            value = key_values(option, value or [], example=metadata.example, as_text=metadata.texts)
         elif default_of(each) == ():
             value = tuple(value or ())
         elif value is None and default_of(each) is not None:
@@ -146,13 +146,13 @@ def _with_options(
 
 
 def _parameter(settings: type, each: Field[Any], defaults: Mapping[str, Any]) -> inspect.Parameter:
-    said, name = told(each), option_of(each)
+    metadata, name = metadata_of(each), option_of(each)
     default: Any = defaults.get(each.name, default_of(each))
     repeats = default in ({}, ())
-    text = said.help
+    text = metadata.help
     if repeats:
         text = text.removesuffix(".") + "; repeatable."
-    unset = said.unset if default is None or repeats else None
+    unset = metadata.unset if default is None or repeats else None
     if isinstance(default, Unset):
         meant: Unset = default
         unset, default = meant.meaning, None
@@ -164,7 +164,7 @@ def _parameter(settings: type, each: Field[Any], defaults: Mapping[str, Any]) ->
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None if repeats else default,
-        annotation=Annotated[kind, typer.Option(*names, metavar=said.metavar, help=text)],
+        annotation=Annotated[kind, typer.Option(*names, metavar=metadata.metavar, help=text)],
     )
 
 

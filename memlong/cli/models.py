@@ -14,7 +14,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.answer import say, shown
+from memlong.cli.answer import escaped, say
 from memlong.cli.files import writable
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.errors import InvalidArgumentError
@@ -29,7 +29,8 @@ _COLUMNS = ("model type", "class", "memory", "layers", "stored per token", "why 
 def models(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help=_NAME)] = None,
     markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the table of all model types as a Markdown page.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the table of all model types as a Markdown page."),
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -190,8 +191,8 @@ def _check_name(name: str) -> None:
     near = get_close_matches(name, [each.model_type for each in architectures()], n=1, cutoff=0.8)
     if near and name != "demo" and "/" not in name:
         raise InvalidArgumentError(
-            f"transformers {TRANSFORMERS} has no model type {name!r}; did you mean {near[0]!r}? For a model on the hub, "
-            "include its owner."
+            f"transformers {TRANSFORMERS} has no model type {name!r}; did you mean {near[0]!r}? For a model on the "
+            "hub, include its owner."
         )
 
 

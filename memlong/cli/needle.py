@@ -14,7 +14,7 @@ from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart, writable
-from memlong.cli.loading import told
+from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
@@ -31,7 +31,9 @@ def needle(
     model: options.ModelUnlessAdapter = None,
     adapter: options.Adapter = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "2048,8192",
-    depths: Annotated[str, typer.Option(help="Positions of the pass key, from 0 (start) to 1 (end), comma-separated.")] = "0,0.25,0.5,0.75,1",
+    depths: Annotated[
+        str, typer.Option(help="Positions of the pass key, from 0 (start) to 1 (end), comma-separated.")
+    ] = "0,0.25,0.5,0.75,1",
     trials: Annotated[int, typer.Option(min=1, help="Pass keys per length and depth.")] = 1,
     filler: Annotated[
         Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few repeated sentences]")
@@ -41,7 +43,9 @@ def needle(
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a heat map: PNG, SVG or PDF.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw a heat map: PNG, SVG or PDF.")
+    ] = None,
     json_file: options.JsonFile = None,
 ) -> None:
     """Hide a pass key at several depths of a long text, and ask for it.
@@ -86,7 +90,7 @@ def needle(
     total = sum(wanted) * len(places) * trials
     with (
         decoder,
-        tqdm(total=total, unit="tok", desc=f"reading ({told(decoder.model)})") as bar,
+        tqdm(total=total, unit="tok", desc=f"reading ({machine_of(decoder.model)})") as bar,
     ):
         cells = evaluate_needle(
             decoder, wanted, places, trials=trials, filler=hay, seed=seed, progress=bar.update
@@ -104,7 +108,7 @@ def needle(
     }
     if output.write(result):
         _print(cells)
-        say(f"\n{found:.0%} found ({told(decoder.model)})")
+        say(f"\n{found:.0%} found ({machine_of(decoder.model)})")
     if plot is not None:
         _draw(cells, f"{model or adapter}, memory: {result['backend']}", plot)
 
@@ -113,9 +117,7 @@ def _check_plot(plot: Path) -> None:
     """Check that the plot can be drawn and written, before the long work."""
     writable(plot)
     if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InvalidArgumentError(
-            f"--plot must end in .png, .svg or .pdf, got {str(plot)!r}."
-        )
+        raise InvalidArgumentError(f"--plot must end in .png, .svg or .pdf, got {str(plot)!r}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError("--plot requires matplotlib: pip install 'memlong[plot]'")
 

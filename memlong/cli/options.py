@@ -26,12 +26,12 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed.")]
 Dtype = Annotated[
     str, typer.Option(help="'float32', 'bfloat16', 'float16', or 'auto': the faster one on the device.")
 ]
-Device = Annotated[
-    str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps', or 'auto': a GPU if available.")
-]
+Device = Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps', or 'auto': a GPU if available.")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the model; read that code first."),
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with the model; read that code first."
+    ),
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' prints it.")

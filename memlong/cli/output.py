@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memlong.cli.answer import answer, say, shown
+from memlong.cli.answer import answer, escaped, say
 from memlong.cli.files import writable
 from memlong.errors import InvalidArgumentError
 
@@ -105,11 +105,7 @@ def _pipe_at(path: Path) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        why = (
-            "it is a pipe without a reader"
-            if error.errno == errno.ENXIO
-            else error.strerror
-        )
+        why = "it is a pipe without a reader" if error.errno == errno.ENXIO else error.strerror
         raise InvalidArgumentError(
             f"Cannot write {str(path)!r}: {why}. Start the reader first, or name a file."
         ) from error
@@ -124,7 +120,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(escaped(column), overflow="fold")
     for row in rows[:_MOST_ROWS]:
         # As Text, so that brackets in names and commands are not parsed as markup.
-        table.add_row(*(Text(shown(cell), style=_STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(escaped(cell), style=_STYLES.get(cell, "")) for cell in row))
     Console(file=answer()).print(table)
     _count_the_rest(rows)
 

@@ -9,10 +9,10 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.answer import shown
+from memlong.cli.answer import escaped
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
-from memlong.cli.loading import told
+from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 
@@ -32,7 +32,10 @@ def perplexity(
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first N tokens.")] = None,
     score_from: Annotated[int, typer.Option(help="Index of the first scored token.")] = 1,
     long_range_distance: Annotated[
-        int | None, typer.Option(help="Tokens that last occurred farther back count as long-range  [default: local window]")
+        int | None,
+        typer.Option(
+            help="Tokens that last occurred farther back count as long-range  [default: local window]"
+        ),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -72,7 +75,9 @@ def perplexity(
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
         decoder,
-        tqdm(total=input_ids.shape[1], unit="tok", desc=f"{shown(text.name)} ({told(decoder.model)})") as bar,
+        tqdm(
+            total=input_ids.shape[1], unit="tok", desc=f"{escaped(text.name)} ({machine_of(decoder.model)})"
+        ) as bar,
     ):
         result = evaluate_perplexity(
             decoder,

@@ -56,7 +56,9 @@ def plugins(
         ("plugin", "status", "origin", "registers"),
         [(report.name, report.status, report.origin, _brought(report)) for report in reports],
     )
-    print_section("Not loaded because", [f"{report.name}: {report.reason}" for report in reports if report.reason])
+    print_section(
+        "Not loaded because", [f"{report.name}: {report.reason}" for report in reports if report.reason]
+    )
     print_section("Conflicts", [f"{report.name}: {line}" for report in reports for line in report.conflicts])
 
 

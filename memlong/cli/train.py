@@ -11,8 +11,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.answer import say, shown
-from memlong.cli.loading import load, told
+from memlong.cli.answer import escaped, say
+from memlong.cli.loading import load, machine_of
 from memlong.cli.memory import MemoryOptions, Unset, with_memory, with_training
 from memlong.errors import InvalidArgumentError
 from memlong.training.config import TrainingConfig
@@ -73,7 +73,9 @@ def train(
             "There is nothing to train on: name files or folders with --text, or a --dataset."
         )
     if memory.typed["backend"] == "none":
-        raise InvalidArgumentError("--backend must name a backend, got 'none': without a memory there is nothing to train.")
+        raise InvalidArgumentError(
+            "--backend must name a backend, got 'none': without a memory there is nothing to train."
+        )
     config, training = memory.config(seed), replace(training, seed=seed)
     from memlong.decoder import MemoryDecoder
     from memlong.evaluation import tokenize
@@ -97,13 +99,13 @@ def train(
     decoder = MemoryDecoder(language_model, tokenizer, config)
     trainer = Trainer(decoder, documents, training, folder=out, tensorboard=tensorboard)
     if resume and trainer.ended:
-        say(f"{shown(str(out))}: training is already complete, and the trained decoder is here")
+        say(f"{escaped(str(out))}: training is already complete, and the trained decoder is here")
         return
     say(
         f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} trainable parameters, "
-        f"{told(language_model)}"
+        f"{machine_of(language_model)}"
     )
-    with tqdm(total=training.steps, unit="step", desc=f"training ({told(language_model)})") as bar:
+    with tqdm(total=training.steps, unit="step", desc=f"training ({machine_of(language_model)})") as bar:
 
         def show(step: Step) -> None:
             bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)

@@ -38,16 +38,12 @@ def key_values(
         key, equals, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
-            raise InvalidArgumentError(
-                f"{option} must be K=V, such as {option} {example}, got {text!r}."
-            )
+            raise InvalidArgumentError(f"{option} must be K=V, such as {option} {example}, got {text!r}.")
         if key in found:
             raise InvalidArgumentError(f"{option} must give each key once, got {key!r} twice.")
         found[key] = value
         if key not in as_text:
-            with suppress(
-                ValueError, RecursionError
-            ):  # too many digits, or too deeply nested
+            with suppress(ValueError, RecursionError):  # too many digits, or too deeply nested
                 found[key] = json.loads(value)
     return found
 

@@ -65,8 +65,8 @@ def perplexity_ratio(
     """
     if nll.shape != baseline_nll.shape or nll.ndim != 1 or not nll.size:
         raise InvalidArgumentError(
-            f"nll and baseline_nll must be [tokens] of one length, got {nll.shape} and {baseline_nll.shape}: score both "
-            "systems on the same tokens."
+            f"nll and baseline_nll must be [tokens] of one length, got {nll.shape} and {baseline_nll.shape}: score "
+            "both systems on the same tokens."
         )
     _check_draws(samples, confidence)
     if block < 1:
@@ -119,7 +119,9 @@ def accuracy_interval(
         If there is no answer, or ``samples`` or ``confidence`` is out of range.
     """
     if right.ndim != 1 or not right.size:
-        raise InvalidArgumentError(f"right must be [answers] with at least one answer, got shape {right.shape}.")
+        raise InvalidArgumentError(
+            f"right must be [answers] with at least one answer, got shape {right.shape}."
+        )
     _check_draws(samples, confidence)
     drawn = np.random.default_rng(seed).integers(0, right.size, (samples, right.size))
     tail = (1 - confidence) / 2

@@ -131,9 +131,7 @@ def draw_task(
         If there are fewer than two words, too few examples of one, a test with an unknown word, or no tests left.
     """
     if shots < 1 or test_limit < 1:
-        raise InvalidArgumentError(
-            f"shots and test_limit must be at least 1, got {shots} and {test_limit}."
-        )
+        raise InvalidArgumentError(f"shots and test_limit must be at least 1, got {shots} and {test_limit}.")
     words = sorted({example.word for example in examples})
     if len(words) < 2:
         raise InvalidArgumentError(
@@ -143,16 +141,16 @@ def draw_task(
     pool = list(examples if tests is None else tests)
     if strange := sorted({test.word for test in pool} - set(words)):
         raise InvalidArgumentError(
-            f"tests must have labels of the demonstrations ({_listed(words)}), got {_listed(strange)}: use files of one "
-            "task."
+            f"tests must have labels of the demonstrations ({_listed(words)}), got {_listed(strange)}: use files of "
+            "one task."
         )
     shown = {example.text for example in demonstrations}
     random.Random(seed).shuffle(pool)  # noqa: S311 - not for cryptography
     left = [test for test in pool if test.text not in shown][:test_limit]
     if not left:
         raise InvalidArgumentError(
-            f"No tests are left, as all {len(pool)} are among the {shots} demonstrations: use fewer shots, or a separate "
-            "file of tests."
+            f"No tests are left, as all {len(pool)} are among the {shots} demonstrations: use fewer shots, or a "
+            "separate file of tests."
         )
     return Task(tuple(words), tuple(demonstrations), tuple(left))
 
@@ -167,8 +165,8 @@ def _balanced(examples: Sequence[Example], words: Sequence[str], shots: int, see
     most = len(pools[scarce]) * len(words)
     if shots > most:
         raise InvalidArgumentError(
-            f"shots must be at most {most}, with {len(words)} balanced labels and only {len(pools[scarce])} examples of "
-            f"{scarce!r}, got {shots}."
+            f"shots must be at most {most}, with {len(words)} balanced labels and only {len(pools[scarce])} examples "
+            f"of {scarce!r}, got {shots}."
         )
     drawn: list[Example] = []
     while len(drawn) < shots:
@@ -233,8 +231,8 @@ def _words_of(path: str | Path, found: Sequence[str], labels: Mapping[str, str] 
         return {label: label for label in different}
     if unknown := [label for label in different if label not in labels]:
         raise InvalidArgumentError(
-            f"The labels in {str(path)!r} must be among {_listed(list(labels))}, got {_listed(unknown)}. Give a word for "
-            "each with --labels, or set the column of the labels: --label-column first or last."
+            f"The labels in {str(path)!r} must be among {_listed(list(labels))}, got {_listed(unknown)}. Give a word "
+            "for each with --labels, or set the column of the labels: --label-column first or last."
         )
     return labels
 

@@ -1,7 +1,7 @@
 """Perplexity of a text streamed through a decoder.
 
-It is token-weighted, banks are reset for each document, every system is scored on the same tokens, and a segment's query
-uses only tokens before it (which the decoder ensures).
+It is token-weighted, banks are reset for each document, every system is scored on the same tokens, and a segment's
+query uses only tokens before it (which the decoder ensures).
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def read_text(path: str | Path) -> str:
         text = data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InvalidTextError(
-            f"The text file {str(path)!r} must be {encoding.upper()}, got {error.reason} at byte {error.start}: convert "
-            "it, for instance with iconv -t UTF-8."
+            f"The text file {str(path)!r} must be {encoding.upper()}, got {error.reason} at byte {error.start}: "
+            "convert it, for instance with iconv -t UTF-8."
         ) from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():

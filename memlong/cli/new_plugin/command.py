@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from memlong.cli.answer import say, shown
+from memlong.cli.answer import escaped, say
 from memlong.cli.new_plugin.names import PluginNames
 from memlong.cli.new_plugin.writing import write_plugin
 from memlong.cli.output import print_section
@@ -36,7 +36,7 @@ def new(
     folder = Path(names.distribution) if out is None else out
     write_plugin(names, folder)
     plain = str(folder) if folder.is_absolute() or folder == Path() else f"./{folder}"
-    say(f"Created {names.distribution} in {shown(str(folder))}")
+    say(f"Created {names.distribution} in {escaped(str(folder))}")
     print_section(
         "Next",
         [
@@ -45,4 +45,4 @@ def new(
             "memlong backends",
         ],
     )
-    print_section("Then replace the index in", [shown(str(folder / names.package / "index.py"))])
+    print_section("Then replace the index in", [escaped(str(folder / names.package / "index.py"))])

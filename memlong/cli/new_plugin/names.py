@@ -43,12 +43,13 @@ class PluginNames:
             )
         if not _NAME.fullmatch(name):
             raise InvalidArgumentError(
-                "NAME must be a lowercase letter, then lowercase letters and digits, with '-', '_' or '.' between them, "
-                f"got {name!r}.{_such_as(name)}"
+                "NAME must be a lowercase letter, then lowercase letters and digits, with '-', '_' or '.' between "
+                f"them, got {name!r}.{_such_as(name)}"
             )
         if words == "memlong" or words.startswith("memlong_"):
             raise InvalidArgumentError(
-                f"NAME must not start with 'memlong', which the package's name adds, got {name!r}." + _such_as(name)
+                f"NAME must not start with 'memlong', which the package's name adds, got {name!r}."
+                + _such_as(name)
             )
         if words in _OF_PYTHON:
             raise InvalidArgumentError(
