@@ -70,7 +70,7 @@ def test_good_values_are_taken_as_pythons_own(values, found):
         ({"cups": True}, "cups must be an integer from 1 to 9, got True."),
         ({"cups": "3"}, "cups must be an integer from 1 to 9, got '3'."),
         ({"cups": None}, "cups must be an integer from 1 to 9, got None."),
-        ({"cups": 10**5000}, "cups must be an integer from 1 to 9, got a number of thousands of digits."),
+        ({"cups": 10**5000}, "cups must be an integer from 1 to 9, got a number with thousands of digits."),
         (
             {"heat": 10**400},
             "heat must be a number above 0 and at most 9223372036854775807, or None, got 1000",

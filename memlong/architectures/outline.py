@@ -24,7 +24,9 @@ from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.quiet import quiet_loading
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
-_TOO_LARGE = "Out of memory while building a light model of this configuration: lower its number of layers, and keep the rest."
+_TOO_LARGE = (
+    "Out of memory while building a light model of this configuration: lower only its number of layers."
+)
 _KINDS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

@@ -118,8 +118,8 @@ def save_checkpoint(
             raise
         why = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"Cannot write the checkpoint {str(target)!r}: {why}. The previous checkpoint, if any, is intact. Free some "
-            "space or make the folder writable, then resume."
+            f"Cannot write the checkpoint {str(target)!r}: {why}. The previous checkpoint, if any, is intact. Free "
+            "some space or make the folder writable, then resume."
         ) from error
 
 
@@ -169,8 +169,8 @@ def load_checkpoint(
 def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) -> None:
     if facts["format"] != _FORMAT:
         raise InvalidArgumentError(
-            f"The checkpoint {str(latest)!r} must have the format {_FORMAT!r}, got {facts['format']!r}: resume with the "
-            "version of memlong that wrote it, or start over in another folder."
+            f"The checkpoint {str(latest)!r} must have the format {_FORMAT!r}, got {facts['format']!r}: resume with "
+            "the version of memlong that wrote it, or start over in another folder."
         )
     for name, ours in json.loads(json.dumps(made_of, default=str)).items():
         if name.startswith("model.config.") and name not in facts["made_of"]:
@@ -221,7 +221,9 @@ def _check_shapes(
             wanted |= {f"optimizer.{name}.{entry}": [] if entry == "step" else shape for entry in _STATE}
     for other in (written, wanted):
         if odd := sorted(name for name in found.keys() | other.keys() if found.get(name) != other.get(name)):
-            raise ValueError(f"{len(odd)} tensors are missing, unknown or of the wrong shape, such as {odd[0]}")
+            raise ValueError(
+                f"{len(odd)} tensors are missing, unknown or of the wrong shape, such as {odd[0]}"
+            )
     if any(len(shape) != 1 or shape[0] > _WIDEST_RANDOM for name, shape in found.items() if name in _RANDOM):
         raise ValueError("its random states have the wrong shape")
 

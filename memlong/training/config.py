@@ -23,9 +23,7 @@ class TrainingConfig:
     """
 
     steps: int = setting(1000, "Number of optimizer steps.", least=1)
-    rows: int = setting(
-        4, "Documents read in parallel.", more="Each has its own bank.", least=1, most=4096
-    )
+    rows: int = setting(4, "Documents read in parallel.", more="Each has its own bank.", least=1, most=4096)
     document_tokens: int = setting(
         16_384, "Documents are split into episodes of this many tokens, each with a fresh memory.", least=2
     )

@@ -159,8 +159,8 @@ def _read(path: Path, count: int) -> tuple[list[Step], int]:
             raise ValueError("unexpected end of file")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InvalidArgumentError(
-            f"{str(path)!r} must have the checkpoint's {count} steps, but line {len(steps) + 1} cannot be read: {error}. "
-            "Restore the file, or start over in another folder."
+            f"{str(path)!r} must have the checkpoint's {count} steps, but line {len(steps) + 1} cannot be read: "
+            f"{error}. Restore the file, or start over in another folder."
         ) from error
     return steps, size
 

@@ -38,9 +38,7 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
         for path in sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
             try:
                 text = read_text(path)
-            except (
-                InvalidTextError
-            ) as error:  # empty or in a legacy encoding: no reason to reject the folder
+            except InvalidTextError as error:  # empty or in a legacy encoding: no reason to reject the folder
                 left_out.append(str(error))
                 continue
             found += 1
@@ -52,8 +50,8 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
             )
         if not found:
             raise InvalidTextError(
-                f"The folder {str(source)!r} has no text in files named *{', *'.join(SUFFIXES)}: give another folder, or "
-                "the files themselves."
+                f"The folder {str(source)!r} has no text in files named *{', *'.join(SUFFIXES)}: give another folder, "
+                "or the files themselves."
             )
 
 

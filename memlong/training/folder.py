@@ -29,7 +29,9 @@ MOST_FACTS = 256 << 20
 
 _MODEL, _GENERATION = "config.json", "generation_config.json"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-_OURS = re.compile(rf"{re.escape(TENSORS)}|{re.escape(FACTS)}|\.tmp\w+")  # the last are safetensors' temporary files
+_OURS = re.compile(
+    rf"{re.escape(TENSORS)}|{re.escape(FACTS)}|\.tmp\w+"
+)  # the last are safetensors' temporary files
 _UNFINISHED = re.compile(r"\.checkpoint-[0-9]+\.(writing|removing)")
 
 
@@ -61,7 +63,9 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not writable" if there.is_dir() else "is not a folder"
-        raise StorageError(f"Cannot create the folder {str(folder)!r}: {str(there)!r} {why}. Give another folder.")
+        raise StorageError(
+            f"Cannot create the folder {str(folder)!r}: {str(there)!r} {why}. Give another folder."
+        )
     if there != folder:
         return
     try:
@@ -90,7 +94,11 @@ def _check_new(folder: Path) -> None:
     for name in (SETTINGS, CURVE, PICTURE, MAPS, GATES, ADAPTER_SETTINGS, ADAPTER, _MODEL, _GENERATION):
         path = folder / name
         if path.is_symlink() or (path.exists() and not (path.is_file() and not path.stat().st_size)):
-            what = "a model, which an adapter in the same folder would modify" if name == _MODEL else "from another run"
+            what = (
+                "a model, which an adapter in the same folder would modify"
+                if name == _MODEL
+                else "from another run"
+            )
             raise InvalidArgumentError(
                 f"{str(path)!r} already exists ({what}), and a new run does not overwrite it: remove it, or give "
                 "another folder."

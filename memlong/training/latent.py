@@ -67,8 +67,8 @@ def fit_latent_maps(
     chosen = parse_layers(layers, layout.full_attention_layers, layout.layers)
     if any(layout.layers[layer].is_made or layout.layers[layer].keys_second for layer in chosen):
         raise UnsupportedModelError(
-            f"Latent maps need a model whose cache holds keys and values, but {type(model).__name__} computes them from "
-            "something else, such as a latent vector: use kv_source='layer'."
+            f"Latent maps need a model whose cache holds keys and values, but {type(model).__name__} computes them "
+            "from something else, such as a latent vector: use kv_source='layer'."
         )
     if not layout.alike(chosen):
         raise UnsupportedModelError(
@@ -84,8 +84,8 @@ def fit_latent_maps(
     tokens = sum(passage.shape[1] for passage in passages)
     if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(
-            f"dim must be an even integer of at least 2, and less than the {tokens} tokens of text, got {dim}: give more "
-            "text, or a smaller dim."
+            f"dim must be an even integer of at least 2, and less than the {tokens} tokens of text, got {dim}: give "
+            "more text, or a smaller dim."
         )
     most = len(chosen) * layout.layers[chosen[0]].shape.numbers
     if dim > most:
@@ -121,7 +121,7 @@ def fit_latent_maps(
 
 
 def _importance(states: Tensor, watch: _Watch) -> tuple[Tensor, Tensor]:
-    """Return how much errors matter: for keys per channel [layers, kv_heads, head_dim], for values a matrix per head."""
+    """Return how much errors matter: of keys per channel [layers, kv_heads, head_dim], of values a matrix per head."""
     key_scales, value_scales = [], []
     for place, layer in enumerate(watch.layers):
         projection = watch.projections[layer]
@@ -185,7 +185,9 @@ class _Watch(AttentionSlot):
             )
         for layer in self.layers:
             lengths = output.hidden_states[layer][0].float().norm(dim=-1)
-            self.residual.setdefault(layer, []).append(lengths.median().cpu())  # the median, as sink tokens have far larger norms
+            self.residual.setdefault(layer, []).append(
+                lengths.median().cpu()
+            )  # the median, as sink tokens have far larger norms
 
     def attend(
         self,
@@ -213,7 +215,7 @@ class _Watch(AttentionSlot):
         return torch.stack([torch.cat(self._parts[layer]) for layer in self.layers], dim=2)
 
     def _note_projection(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        """Return a hook that records weights; of an attention module's linear layers, the output projection runs last."""
+        """Return a hook that records weights; in an attention module, the output projection is the last linear layer."""
 
         def note(part: nn.Module, _inputs: Any, _output: Any) -> None:
             self.projections[layer] = cast("Tensor", part.weight).detach().float().cpu()

@@ -53,8 +53,8 @@ class LearningParts:
                     self.parameters[f"{prefix}.{name}"] = parameter
         if not self.parameters:
             raise InvalidArgumentError(
-                "Nothing to train: lora_rank is 0, and there are no maps or gates to train. Set lora_rank, or gate_init "
-                "in the MemoryConfig."
+                "Nothing to train: lora_rank is 0, and there are no maps or gates to train. Set lora_rank, or "
+                "gate_init in the MemoryConfig."
             )
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
@@ -98,8 +98,8 @@ class LearningParts:
         targets = [name for name, layer in layer_of.items() if layer >= first]
         if not targets:
             raise InvalidArgumentError(
-                f"lora_targets must name linear layers from layer {first} up, got {config.lora_targets!r}: name existing "
-                "ones, or leave it empty for those of attention, and set memory_layer below the last layer."
+                f"lora_targets must name linear layers from layer {first} up, got {config.lora_targets!r}: name "
+                "existing ones, or leave it empty for those of attention, and set memory_layer below the last layer."
             )
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=cast("int", config.lora_alpha), target_modules=targets

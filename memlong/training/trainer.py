@@ -216,7 +216,9 @@ class Trainer:
                 ):  # otherwise only last tokens, which have no next token
                     loss = segment_loss(segment, batch, self.config.long_range_weight)
                     self._sums.append(loss.sums)
-                    if loss.mean.requires_grad:  # not before the first retrieval, if only maps and gates are trained
+                    if (
+                        loss.mean.requires_grad
+                    ):  # not before the first retrieval, if only maps and gates are trained
                         self._accelerator.backward(loss.mean / min(self.config.accumulate, count - beginning))
                 at.tokens += batch.tokens_between(start, start + size)
                 if number + 1 in (beginning + self.config.accumulate, count) and self._sums:
@@ -296,12 +298,14 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
         If there is no backend, or episodes are too short to read from memory.
     """
     if memory.backend is None:
-        raise InvalidArgumentError("backend must be a name for training, got None: there would be no memory to read.")
+        raise InvalidArgumentError(
+            "backend must be a name for training, got None: there would be no memory to read."
+        )
     if training.document_tokens < _least(memory):
         raise InvalidArgumentError(
             f"document_tokens must be at least {_least(memory)}, with local_window {memory.local_window} and "
-            f"segment_size {memory.segment_size}, got {training.document_tokens}: set it to several times that, or lower "
-            "local_window."
+            f"segment_size {memory.segment_size}, got {training.document_tokens}: set it to several times that, or "
+            "lower local_window."
         )
 
 

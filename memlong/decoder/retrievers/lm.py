@@ -107,7 +107,9 @@ class LanguageModelRetriever(Retriever):
         couples = sorted(set(pairwise(passage.token_ids)))
         if couples and self._pairs:
             first, second = torch.tensor(couples, dtype=torch.long, device="cpu").T
-            places = (self._places[first] + 3 * self._places[second] + 1) % self._tokens_dim  # "a b" differs from "b a"
+            places = (
+                self._places[first] + 3 * self._places[second] + 1
+            ) % self._tokens_dim  # "a b" differs from "b a"
             weights = self._pairs * (self._weights[first] + self._weights[second])
             self._add(sketch, places, self._signs[first] * self._signs[second], weights)
         return sketch

