@@ -215,7 +215,7 @@ class _Watch(AttentionSlot):
         return torch.stack([torch.cat(self._parts[layer]) for layer in self.layers], dim=2)
 
     def _note_projection(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        """Return a hook that records weights; in an attention module, the output projection is the last linear layer."""
+        """Return a hook that records weights; in attention modules, the output projection is the last linear layer."""
 
         def note(part: nn.Module, _inputs: Any, _output: Any) -> None:
             self.projections[layer] = cast("Tensor", part.weight).detach().float().cpu()

@@ -20,7 +20,7 @@ def test_files_and_folders_are_read_in_order(tmp_path):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "old.txt").write_bytes(b"caf\xe9")
     (tmp_path / "alone.rst").write_text("zero")
-    with pytest.warns(UserWarning, match=r"2 files of .* are left out. The first: .*empty.py' is empty"):
+    with pytest.warns(UserWarning, match=r"Skipped 2 files in .*\. The first: .*empty.py' is empty"):
         found = list(read_documents([tmp_path / "alone.rst", tmp_path]))
     assert found == ["zero", "one", "two", "three"]
 
@@ -63,7 +63,7 @@ def test_a_dataset_is_read_by_its_column(fake_datasets):
         list(read_dataset("some/data", column="label"))
     with pytest.raises(InvalidArgumentError, match=r"column must be one of 'text', 'label' .* got 'content'"):
         list(read_dataset("some/data", column="content"))
-    with pytest.raises(InvalidArgumentError, match="'other' could not be loaded: no dataset other"):
+    with pytest.raises(InvalidArgumentError, match="Cannot load the dataset 'other': no dataset other"):
         list(read_dataset("other"))
 
 

@@ -82,12 +82,12 @@ def test_what_cannot_be_resumed_is_said(trainer, tmp_path):
         trainer(steps=20).run()
     with pytest.raises(InvalidArgumentError, match=r"lr must be 0.005, .* got 0.001"):
         trainer(steps=20, lr=1e-3).run(resume=True)
-    with pytest.raises(InvalidArgumentError, match=r"was made with memory.top_k 3, but now it is 2"):
+    with pytest.raises(InvalidArgumentError, match=r"memory.top_k must be 3, .* got 2"):
         trainer({"top_k": 2}, steps=20).run(resume=True)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     weights = checkpoint / "training.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(InvalidArgumentError, match="Cannot read the checkpoint"):
+    with pytest.raises(InvalidArgumentError, match=r"Cannot read the checkpoint|must have the checkpoint"):
         trainer(steps=20).run(resume=True)
 
 
@@ -127,7 +127,9 @@ def test_a_damaged_checkpoint_or_curve_is_said(trainer, tmp_path):
     ):
         whole = path.read_text()
         path.write_text(damage)
-        with pytest.raises(InvalidArgumentError, match="Cannot read the checkpoint"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"Cannot read the checkpoint|must have the checkpoint"
+        ):
             trainer(steps=20).run(resume=True)
         path.write_text(whole)
     assert len(trainer(steps=20).run(resume=True)) == 20
