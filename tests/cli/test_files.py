@@ -159,7 +159,7 @@ def test_that_maps_which_cannot_be_written_works_elsewhere(model_folder, story, 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_tensors_take_no_place_of_a_link_or_a_special_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="must be a regular file"):
+    with pytest.raises(OSError, match="is no plain file"):
         write_tensors(tmp_path / "pipe", "maps", (0,), {"a": torch.zeros(2)})
     (tmp_path / "link").symlink_to(tmp_path / "there")
     write_tensors(tmp_path / "link", "maps", (0,), {"a": torch.zeros(2)})

@@ -72,5 +72,5 @@ def test_a_text_that_is_too_short_says_so(llama, small, text):
             evaluate_perplexity(decoder, text(40), score_from=40)
         with pytest.raises(InvalidArgumentError, match="score_from must be at least 1"):
             evaluate_perplexity(decoder, text(40), score_from=0)
-        with pytest.raises(InvalidArgumentError, match="expected one document"):
+        with pytest.raises(InvalidArgumentError, match="must be one document"):
             evaluate_perplexity(decoder, text(40, rows=2))

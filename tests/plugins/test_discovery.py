@@ -83,25 +83,25 @@ BROKEN = {
     "a book": ("raise ValueError('x' * 10**6)", "xxx… and 998,000 more characters"),
     "syntax": ("def (", "SyntaxError"),
     "hook": (hook(HALF, "raise KeyError('second')"), "KeyError: 'second'"),
-    "bad argument": (hook("register('half', 'half.Half')"), "expected 'module:Class'"),
+    "bad argument": (hook("register('half', 'half.Half')"), "must be 'module:Class'"),
     "twice": (hook(HALF, HALF), "registers the backend 'half' twice"),
     "exit in the hook": (hook(HALF, "raise SystemExit"), "SystemExit"),
     "names without end": (
         hook(HALF, "for i in __import__('itertools').count():", "    register(f'n{i}', 'a:B')"),
-        "it registers more than 1,000 names",
+        "it must register at most 1,000 names",
     ),
     "too many names, whatever it is told": (
         hook(
             HALF, "for i in range(3000):", "    try: register(f'n{i}', 'a:B')", "    except Exception: pass"
         ),
-        "it registers more than 1,000 names",
+        "it must register at most 1,000 names",
     ),
     "requires without end": (
         hook(HALF, "register('b', 'a:B', requires=(f'm{i}' for i in __import__('itertools').count()))"),
-        "does not name modules",
+        "must be a tuple of at most 100 import names",
     ),
-    "a huge name": (hook(HALF, "register('x' * 10**7, 'a:B')"), "at most 100 lower-case letters"),
-    "no name": (hook(HALF, "register(object(), 'a:B')"), "name=<object object at"),
+    "a huge name": (hook(HALF, "register('x' * 10**7, 'a:B')"), "at most 100 lowercase letters"),
+    "no name": (hook(HALF, "register(object(), 'a:B')"), "got <object object at"),
     "misspelt hook": (
         hook(HALF, name="memlong_register_backend"),
         "unknown hook, 'memlong_register_backend'. Did you mean 'memlong_register_backends'?",

@@ -62,7 +62,7 @@ def test_an_object_that_fails_raises_and_leaves_no_trace(manager):
 
 def test_a_name_is_taken_once(manager):
     manager.register(plugin("a"), name="mine")
-    with pytest.raises(PluginError, match="a plugin of this name already exists"):
+    with pytest.raises(PluginError, match="there is already a plugin named"):
         manager.register(plugin("b"), name="Mine")
 
 

@@ -126,7 +126,7 @@ def test_two_plugins_with_one_name_are_both_named_and_others_go_on(install_good,
     with pytest.raises(PluginError) as caught:
         registry.backend("acme")
     assert str(caught.value) == (
-        "backend 'acme' is registered by several plugins: 'acme' (acme-memory 1.0), "
+        "The backend 'acme' is registered by several plugins: 'acme' (acme-memory 1.0), "
         "'beta' (beta-memory 1.0). Disable all but one, for example with MEMLONG_DISABLE_PLUGINS=beta"
     )
     assert registry.backend("zeta").plugin == "zeta"
@@ -260,7 +260,7 @@ def test_a_bad_target_is_the_plugins_fault(registry, module, source, reason):
     with pytest.raises(PluginError) as caught:
         registry.create_bank("acme", 4)
     message = str(caught.value)
-    assert message.startswith("backend 'acme' cannot be loaded: ")
+    assert message.startswith("Cannot load the backend 'acme': ")
     assert reason.format(target=target) in message
     assert "plugin 'acme-plugin'" in message
 
@@ -278,7 +278,7 @@ def test_an_unknown_option_is_named_before_anything_is_built(registry):
     with pytest.raises(InvalidArgumentError) as caught:
         registry.create_bank("torch", 4, metrics="cosine")
     assert str(caught.value).startswith(
-        "backend 'torch' has no option 'metrics'. Did you mean 'metric'? It accepts: "
+        "There is no option 'metrics' of backend 'torch'. Did you mean 'metric'? It accepts: "
     )
 
 

@@ -90,7 +90,7 @@ def test_an_unknown_scheme_is_named_and_nothing_secret_is_shown(registry):
 
 @pytest.mark.parametrize("end", ["nothing", "again", "numbered"])
 def test_a_function_that_returns_something_else_is_its_authors_fault(registry, end):
-    with pytest.raises(PluginError, match="no pair of a backend's name and a dict"):
+    with pytest.raises(PluginError, match="must return a pair of a backend's name and a dict"):
         registry.create_bank(f"acme+db://{end}", 4)
 
 
