@@ -1,8 +1,8 @@
 """Recall and cost of each backend: recall@8, search time, build time, and index size.
 
 The embeddings are real ones: all-MiniLM-L6-v2 of passages of the Python files on this machine, its standard library
-and the packages beside it. They are made once (100,000 of the default length take about an hour of one core) and kept
-in the folder of --cache, part by part, so that a run that is cut off goes on where it was. Queries are passages of the
+and installed packages. They are computed once (100,000 of the default length take about an hour of one core) and kept
+in the folder of --cache, part by part, so that an interrupted run resumes. Queries are passages of the
 same files that are not in the bank. Everything runs in one thread. Keys and values are as small as can be: what is
 measured is the searching.
 

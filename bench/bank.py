@@ -7,7 +7,7 @@ never evicted from, and checks nothing. Keys and values are as small as can be, 
 (kv.py measures the rest), and stay on the CPU. With `--device cuda` torch and FAISS search there, and what cannot is
 left out.
 
-The vectors are drawn at random about centres, as many as a fiftieth of them: recall on such clusters is not that on
+The vectors are drawn around random centers, a fiftieth as many: recall on such clusters is not that on
 embeddings of text, which bench/backends.py measures.
 
     make bench

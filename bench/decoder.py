@@ -36,7 +36,7 @@ from memlong.decoder import choose_machine
 from memlong.decoder.model.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.training import TrainingConfig
-from memlong.training.parts import LearningParts
+from memlong.training.parts import TrainableParts
 
 TARGET = 1.15
 TEXT = Path(inspect.getfile(typing))
@@ -275,7 +275,7 @@ def _training(systems: dict[str, MemoryDecoder], first: Tensor, ids: Tensor, run
         return
     memory = list(systems)[-1]
     model = systems[memory].model
-    LearningParts(systems[memory], TrainingConfig(steps=1))
+    TrainableParts(systems[memory], TrainingConfig(steps=1))
     for decoder in systems.values():
         decoder.reset()
         with decoder:

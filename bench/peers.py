@@ -2,7 +2,7 @@
 
 The peer is the k-nearest-neighbours memory of memorizing-transformers-pytorch: one FAISS graph (HNSW, 15 links,
 FAISS's own efforts), keys and values in a file that is mapped into memory. Beside it a bank of the same graph
-(`HNSW15`, the same efforts), and the exact one; each vector has a key and a value of its own width, as the peer's
+(`HNSW15`, the same efforts), and the exact one; each vector has its own key and value of the same width, as the peer's
 have. Single thread, in turns, wall-clock time; recall by score.
 
 The peer is left out, with a message, where it is not installed:
