@@ -290,7 +290,7 @@ def test_a_class_that_no_plugin_has_is_never_imported(make, tmp_path):
     with pytest.raises(InvalidArgumentError, match="no backend of a plugin here"):
         load_bank(tmp_path)
     assert len(load_bank(tmp_path, "torch")) == 3
-    with pytest.raises(UnknownNameError, match="there is no backend 'toch'"):
+    with pytest.raises(UnknownNameError, match="There is no backend 'toch'"):
         load_bank(tmp_path, "toch")
 
 
