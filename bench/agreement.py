@@ -1,6 +1,6 @@
-"""By how much the figures of two runs of examples/recall_vs_perplexity.py differ, such as in two dtypes.
+"""Compare the figures of two runs of examples/recall_vs_perplexity.py, for instance in two dtypes.
 
-A ratio agrees if it lies within the 95 % interval of the other run's.
+A ratio agrees if it is within the 95 % confidence interval of the other run.
 
     python examples/recall_vs_perplexity.py --dtype float32 --out out/float32
     python examples/recall_vs_perplexity.py --dtype bfloat16 --out out/bfloat16
@@ -30,7 +30,7 @@ ALIKE = ("model", "text", "tokens", "scored_tokens", "retriever", "chunk_size", 
 
 @dataclass(frozen=True)
 class Pair:
-    """What two runs say of a system over some of the tokens."""
+    """The figures of two runs for one system, over some of the tokens."""
 
     system: str
     tokens: str
@@ -39,12 +39,12 @@ class Pair:
 
     @property
     def change(self) -> float:
-        """How much higher the second perplexity is, as a share of the first."""
+        """Relative difference of the second perplexity to the first."""
         return float(self.second["perplexity"] / self.first["perplexity"] - 1)
 
     @property
     def agrees(self) -> bool:
-        """Whether each ratio lies within the other run's interval."""
+        """Whether each ratio is within the other run's interval."""
         both = [(self.first[name], self.second[name]) for name in RATIOS]
         return all(_holds(one, other["value"]) and _holds(other, one["value"]) for one, other in both)
 
@@ -53,7 +53,7 @@ def main(
     first: Annotated[Path, typer.Argument(help=f"Folder with {FILE}.")],
     second: Annotated[Path, typer.Argument(help="Folder of the other run.")],
 ) -> None:
-    """Set two runs side by side."""
+    """Compare two runs."""
     one, other = _read(first), _read(second)
     odd = [name for name in ALIKE if one.get(name) != other.get(name)]
     if odd:

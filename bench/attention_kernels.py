@@ -1,9 +1,9 @@
-"""Which attention kernel torch takes for the shapes of a memory, and what it costs: warm, and with a new key length.
+"""Which attention kernel torch picks for the shapes of a memory, and what it costs: warm, and with a new key length.
 
-Every token and every segment has a new key length, for which cuDNN makes a plan. Three settings are compared: what
-torch chooses by itself, what memlong lets it choose from, and cuDNN alone. The mask is additive, as rows of unequal
-memory need it, or none but `causal_lower_right`. Then the gradients: whether they are numbers, at a key length that is
-a multiple of 128 and at one that is 64 more, and whether a bias can learn, as gates do.
+Every token and every segment has a new key length, for which cuDNN builds a plan. Three settings are compared: torch's
+default choice, memlong's selection, and cuDNN alone. The mask is additive, as rows with unequal memory need, or only
+`causal_lower_right`. Gradients are checked, too: whether they are finite, at a key length that is a multiple of 128
+and at one that is 64 more, and whether a bias, such as a gate, gets one.
 
     python bench/attention_kernels.py --device cuda --json out/kernels.json
 """
@@ -74,13 +74,16 @@ class Row:
 
 
 def main(
-    dtype: Annotated[str, typer.Option(help="Numbers, separated by commas.")] = "bfloat16,float32",
+    dtype: Annotated[str, typer.Option(help="Dtypes, comma-separated.")] = "bfloat16,float32",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
-    small: Annotated[bool, typer.Option("--small", help="Tiny shapes: whether it runs.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="Use tiny shapes, to test that it runs.")] = False,
     seconds: Annotated[
-        float | None, typer.Option(help="About how long to measure; what is not reached is named.")
+        float | None,
+        typer.Option(help="Approximate time limit in seconds; parts that are skipped are listed."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file.")
+    ] = None,
 ) -> None:
     """Name the kernels that attention takes, and time them."""
     report = Report(json_file, {}, device, Budget(seconds))
@@ -127,7 +130,7 @@ def _line(row: Row) -> str:
 
 
 def _ratios(rows: list[Row]) -> list[Ratio]:
-    """What memlong's choice costs beside torch's, where lengths are new, as they are while decoding."""
+    """Return the cost of memlong's choice relative to torch's, at new key lengths, as in decoding."""
     by_kernels = {(row.shape, row.dtype, row.mask, row.kernels): row.new_length_ms for row in rows}
     found = []
     for row in rows:
@@ -142,7 +145,7 @@ def _measured(shape: Shape, dtype: str, mask: str, kernels: str, within: Kernels
     facts = (shape.name, dtype, mask, kernels)
     query, key, value = _states(shape, shape.keys, DTYPES[dtype], device)
     lengths = [shape.keys - number for number in range(6)]
-    masks = [_mask(mask, query, keys) for keys in lengths]  # made once a forward call, for all layers
+    masks = [_mask(mask, query, keys) for keys in lengths]  # created once per forward call, for all layers
     exact = _attend(
         query.double(), key.double(), value.double(), _mask("additive", query.double(), shape.keys)
     )
@@ -165,16 +168,16 @@ def _measured(shape: Shape, dtype: str, mask: str, kernels: str, within: Kernels
             with Kernel() as kernel:
                 output = attend(0)
             warm = median(timed(0) for _ in range(10))
-    except RuntimeError as error:  # none of these kernels takes this shape
+    except RuntimeError as error:  # no kernel supports this shape
         return Row(*facts, f"none: {str(error).splitlines()[0][:60]}")
     distance = (output.double() - exact).norm() / exact.norm()
     return Row(*facts, kernel.name, first, new, warm, float(distance))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-    """Attend to all keys up to a token's own, the last of which is the last query's."""
+    """Compute causal attention, aligned so that the last query attends to the last key."""
     grouped = query.shape[1] // key.shape[1]
-    if type(mask) is Tensor and grouped > 1:  # as transformers does where there is a mask
+    if type(mask) is Tensor and grouped > 1:  # as transformers does with a mask
         key, value = (states.repeat_interleave(grouped, dim=1) for states in (key, value))
     enable = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=enable)
@@ -205,7 +208,7 @@ def _states(shape: Shape, keys: int, dtype: torch.dtype, device: str) -> list[Te
 def _gradients(
     shape: Shape, dtype: torch.dtype, device: str, kernels: str, within: Kernels
 ) -> list[dict[str, Any]]:
-    """Gradients that are not numbers at two key lengths, and whether a bias over the memory's columns gets one."""
+    """Return NaN gradients at two key lengths, and whether a bias on the memory's columns gets a gradient."""
     found = []
     least = shape.keys // 128 * 128
     for keys in (least, least + 64):
@@ -223,7 +226,7 @@ def _gradients(
     query, key, value = _states(shape, least, dtype, device)
     grouped = shape.heads // shape.kv_heads
     key, value = (states.repeat_interleave(grouped, dim=1) for states in (key, value))
-    query.requires_grad_()  # as memlong has it: else the kernel keeps nothing for the bias's gradient
+    query.requires_grad_()  # as in memlong: otherwise the kernel saves nothing for the bias's gradient
     bias = torch.zeros(1, shape.heads, 1, 1, dtype=dtype, device=device, requires_grad=True)
 
     def learn() -> str:
@@ -252,14 +255,14 @@ def _wait(device: str) -> None:
 
 
 class Kernel(TorchDispatchMode):
-    """Sees which kernel attention takes; products and softmax of their own are the math kernel."""
+    """Records which kernel attention uses; separate matrix products and softmax are the math kernel."""
 
     def __init__(self) -> None:
         super().__init__()
         self.name = "math"
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let the operation run, and keep its name if it is a kernel of attention."""
+        """Run the operation, and record its name if it is an attention kernel."""
         for kind in ("flash", "efficient", "cudnn", "fused"):
             if f"_{kind}_attention" in operation._schema.name:  # noqa: SLF001
                 self.name = kind

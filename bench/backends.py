@@ -1,8 +1,8 @@
-"""What each backend finds and costs: recall@8, time of a search, time to build, bytes of the index.
+"""Recall and cost of each backend: recall@8, search time, build time, and index size.
 
 The embeddings are real ones: all-MiniLM-L6-v2 of passages of the Python files on this machine, its standard library
-and the packages beside it. They are made once (100,000 of the default length take about an hour of one core) and kept
-in the folder of --cache, part by part, so that a run that is cut off goes on where it was. Queries are passages of the
+and installed packages. They are computed once (100,000 of the default length take about an hour of one core) and kept
+in the folder of --cache, part by part, so that an interrupted run resumes. Queries are passages of the
 same files that are not in the bank. Everything runs in one thread. Keys and values are as small as can be: what is
 measured is the searching.
 
@@ -74,7 +74,7 @@ SETTINGS = (
 
 
 class Clock(StrEnum):
-    """What time is told."""
+    """Which clock to use."""
 
     WALL = "wall"
     CPU = "cpu"
@@ -91,7 +91,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a setting."""
+    """The measurements of a setting."""
 
     setting: str
     chunks: int
@@ -102,26 +102,26 @@ class Row:
 
 
 def main(
-    chunks: Annotated[list[int], typer.Option(min=1, help="Sizes of the bank; may be repeated.")] = [10_000],  # noqa: B006 - typer copies it
+    chunks: Annotated[list[int], typer.Option(min=1, help="Sizes of the bank; repeatable.")] = [10_000],  # noqa: B006 - typer copies it
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="Only these; may be repeated. By default all that are installed."),
+        typer.Option(help="Only these; repeatable. By default all that are installed."),
     ] = None,
     characters: Annotated[
-        int, typer.Option(min=1, help="Of a passage; 400 are about a chunk of 128 tokens.")
+        int, typer.Option(min=1, help="Characters per passage; 400 are about a chunk of 128 tokens.")
     ] = 400,
-    cache: Annotated[Path, typer.Option(help="Where embeddings are kept.")] = Path("out/embeddings"),
+    cache: Annotated[Path, typer.Option(help="Folder to cache embeddings in.")] = Path("out/embeddings"),
     out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file, row by row.")
     ] = None,
     clock: Annotated[
         Clock,
         typer.Option(
-            help="What is told: 'wall', or 'cpu', the processor's time of this process, for machines that are shared; "
+            help="'wall', or 'cpu': CPU time of this process, for shared machines; "
             "a server's time is not in it. The JSON has both."
         ),
     ] = Clock.WALL,
-    embed_only: Annotated[bool, typer.Option(help="Make the embeddings, and measure nothing.")] = False,
+    embed_only: Annotated[bool, typer.Option(help="Only compute the embeddings.")] = False,
 ) -> None:
     """Measure."""
     os.environ["OMP_NUM_THREADS"] = "1"  # for the index libraries, which are not loaded yet
@@ -191,13 +191,13 @@ def timed(bank: MemoryBank, queries: Tensor, batch: int) -> tuple[np.ndarray[Any
 
 
 def exact_scores(registry: Registry, stored: Tensor, queries: Tensor) -> Tensor:
-    """Return the true K-th best score of each query [queries, 1], so that ties do no harm."""
+    """Return the true K-th best score of each query [queries, 1], so that ties count."""
     bank = filled(registry, Setting("torch"), stored)
     return bank.exact_search(queries, K).scores[:, -1:]
 
 
 def index_bytes(bank: MemoryBank) -> int:
-    """Return the bytes of the library's own index in a snapshot, beside the embeddings themselves."""
+    """Return the size of the library's own index in a snapshot, without the embeddings."""
     with tempfile.TemporaryDirectory() as folder:
         bank.save(folder)
         return sum(path.stat().st_size for path in Path(folder).glob("index-*"))
@@ -232,7 +232,7 @@ def embeddings(count: int, characters: int, cache: Path) -> Tensor:
 
 
 def passages(characters: int) -> list[str]:
-    """Return all distinct passages of the Python files on this machine, in an order drawn at random."""
+    """Return all distinct passages of the Python files on this machine, in random order."""
     found = sorted({text for path in source_files() for text in cut(path, characters)})
     random.Random(SEED).shuffle(found)  # noqa: S311 - an order, no secret
     return found
@@ -245,7 +245,7 @@ def source_files() -> Iterator[Path]:
 
 
 def cut(path: Path, characters: int) -> Iterator[str]:
-    """Yield the passages of a file; none of one that is not UTF-8."""
+    """Yield the passages of a file, or none if it is not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
@@ -279,7 +279,7 @@ def write(rows: list[Row], characters: int, out: Path | None) -> None:
 
 
 def processor() -> str:
-    """Return the processor's name, as far as the system tells."""
+    """Return the processor's name, as far as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a bank costs beside the index library by itself: adding, searching and retrieving, in turns, in one process.
+"""Overhead of a bank over the bare index library: adding, searching and retrieving, in turns, in one process.
 
 Each backend and its library hold the same vectors with the same settings, in one thread. The ratio of the best times is
 the result: at 10,000 chunks searching and adding are to take at most 1.1 times as long as by the library itself in
@@ -7,7 +7,7 @@ never evicted from, and checks nothing. Keys and values are as small as can be, 
 (kv.py measures the rest), and stay on the CPU. With `--device cuda` torch and FAISS search there, and what cannot is
 left out.
 
-The vectors are drawn at random about centres, as many as a fiftieth of them: recall on such clusters is not that on
+The vectors are drawn around random centers, a fiftieth as many: recall on such clusters is not that on
 embeddings of text, which bench/backends.py measures.
 
     make bench
@@ -48,11 +48,9 @@ def main(
     sizes: Annotated[
         str, typer.Option(help="Chunks in the bank, separated by commas.")
     ] = "1000,10000,100000",
-    dims: Annotated[str, typer.Option(help="Widths of the embeddings, separated by commas.")] = "384,1024",
-    backend: Annotated[list[str] | None, typer.Option(help="Only this; may be repeated.")] = None,
-    graphs_up_to: Annotated[
-        int, typer.Option(min=1, help="The largest bank that graphs are built for.")
-    ] = 10_000,
+    dims: Annotated[str, typer.Option(help="Dimensions of the embeddings, comma-separated.")] = "384,1024",
+    backend: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
+    graphs_up_to: Annotated[int, typer.Option(min=1, help="Largest bank to build graphs for.")] = 10_000,
     device: Annotated[
         str, typer.Option(help="Where the indexes compute: 'cpu', 'cuda' or 'cuda:N'.")
     ] = "cpu",
@@ -74,7 +72,7 @@ def main(
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Set each backend beside its library by itself.
+    """Compare each backend with its bare library.
 
     \b
     Examples:
@@ -131,7 +129,7 @@ def _device(name: str) -> torch.device:
 
 
 def _able(settings: Sequence[Setting], device: torch.device) -> list[Setting]:
-    """Return those that can compute on the device, and say why the others cannot."""
+    """Return the settings that can compute on the device, and print why the others cannot."""
     able = []
     for setting in settings:
         try:
@@ -177,7 +175,7 @@ def _show(rows: list[Row]) -> None:
 
 
 def _draw(rows: list[Row], path: Path) -> None:
-    """Draw queries a second, one at a time, against recall: the best of each kind, and the library's in grey."""
+    """Plot single queries per second against recall: the best of each kind, and the bare library's in gray."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""A bank and the index library by itself, built of the same vectors and timed in turns."""
+"""Time a bank and the bare index library in turns, built from the same vectors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from memlong import MemoryBank, Registry
 
 BATCHES = {1: 1.3, 32: 1.1}  # and their targets
 TARGET_CHUNKS = 10_000
-ROOM = 4096  # chunks that the measuring may add
+ROOM = 4096  # chunks added during measurement
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A backend and its options, which its library takes as well."""
+    """A backend and its options, which its library also takes."""
 
     backend: str
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """Name in tables."""
         options = ", ".join(
             f"{option}={value}" for option, value in self.options.items() if option != "index"
         )
@@ -37,7 +37,7 @@ class Setting:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it finds the true best."""
+        """Whether search is exact."""
         return self.backend == "torch" or self.options.get("index") == "Flat"
 
 
@@ -56,7 +56,7 @@ SWEEP = (
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a setting: seconds of the bank and of the library by what was done."""
+    """The measurements of a setting: seconds of the bank and of the library, by operation."""
 
     setting: str
     dim: int
@@ -83,7 +83,7 @@ class Row:
 
 
 def measure(setting: Setting, data: Data, clock: Clock, device: torch.device, rounds: int) -> Row:
-    """Build bank and index, which compute on the device, and do the same with both in turns."""
+    """Build bank and index on the device, and time the same operations with both in turns."""
     bank = Registry().create_bank(
         setting.backend, data.stored.shape[1], device=str(device), **setting.options
     )

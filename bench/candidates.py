@@ -19,7 +19,7 @@ Score = Callable[[Sequence[Passage], Passage], Tensor]
 
 
 class Scored(Retriever):
-    """Any way to score chunks, as a retriever: a chunk is a direction of its own, a query the scores of them all."""
+    """A retriever from any scoring function: each chunk is its own direction, a query the vector of all scores."""
 
     metric = "inner_product"
 
@@ -50,7 +50,7 @@ class Scored(Retriever):
 
 
 class States:
-    """What the layers of a model made of a text, streamed over the plain window."""
+    """The states of a model's layers for a text, streamed with the plain window."""
 
     def __init__(self, model: Any, tokenizer: Any, input_ids: Tensor) -> None:
         self._inputs: dict[int, list[Tensor]] = {}
@@ -158,7 +158,7 @@ def embedding(retriever: Retriever) -> Score:
 
 
 def mixed(*scores: Score) -> Score:
-    """The sum of standardised scores."""
+    """The sum of standardized scores."""
 
     def score(chunks: Sequence[Passage], query: Passage) -> Tensor:
         each = torch.stack([one(chunks, query) for one in scores])

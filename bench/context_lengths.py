@@ -1,8 +1,8 @@
 """Perplexity by length of text: plain windows, full attention, memory, random chunks, and a trained decoder.
 
-Each system streams a text once; its perplexity at a length is that of the first so many tokens. Full attention ends
-where the model's trained positions do. What a system cost each token is kept in --out, so that a run that was
-interrupted, or has a system more, goes on from there; remove the folder when memlong itself has changed.
+Each system streams a text once; its perplexity at a length is over that many first tokens. Full attention stops at the
+end of the model's trained positions. Per-token losses are cached in --out, so that an interrupted run, or one with an
+additional system, continues from there; remove the folder after changes to memlong itself.
 
     python bench/context_lengths.py --text moby_dick.txt --adapter examples/trained_demo
     python bench/context_lengths.py --text typing.py --text turtle.py --text _pydecimal.py --max-tokens 24576
@@ -43,7 +43,7 @@ LENGTHS = "1024,2048,4096,8192,16384,32768,65536"
 
 @dataclass(frozen=True)
 class System:
-    """What is streamed over a text, and how much of the text it can be."""
+    """A system that streams a text, and how much of the text it can read."""
 
     name: str
     settings: dict[str, Any]
@@ -64,21 +64,19 @@ def main(
     text: Annotated[list[Path], typer.Option(help="UTF-8 text; repeatable.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
     adapter: Annotated[Path | None, typer.Option(help="Folder of a trained decoder.")] = None,
-    system: Annotated[
-        list[str] | None, typer.Option(help="Only those whose names begin so; repeatable.")
-    ] = None,
+    system: Annotated[list[str] | None, typer.Option(help="Only names with this prefix; repeatable.")] = None,
     retriever: Annotated[
         list[str] | None, typer.Option(help="Retriever by name; repeatable, the first serves --adapter too.")
     ] = None,
     local_window: Annotated[int, typer.Option(help="Local tokens attended to, the segment included.")] = 1024,
     max_tokens: Annotated[int, typer.Option(help="Use the first N tokens of each text.")] = 65_536,
-    lengths: Annotated[str, typer.Option(help="Tokens, with commas.")] = LENGTHS,
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, comma-separated.")] = LENGTHS,
     score_from: Annotated[
         int, typer.Option(help="First token that counts in ratios over a whole text.")
     ] = 4096,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON file, the picture and what was run.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file, the plot and cached runs.")] = Path(
         "out/context_lengths"
     ),
 ) -> None:
@@ -145,7 +143,7 @@ def _systems(
         return System(
             name,
             {"adapter": digest, **changes},
-            lambda: MemoryDecoder.from_pretrained(  # on a model of its own: its weights may be others
+            lambda: MemoryDecoder.from_pretrained(  # on a separate model, as its weights may differ
                 folder, changes=changes, dtype=dtype, device=str(model.device)
             ),
         )

@@ -1,4 +1,4 @@
-"""What a memory costs in time: streaming, generating and training with it, beside a plain window of equal budget.
+"""Time overhead of a memory in streaming, generation and training, over a plain window of equal budget.
 
 All systems run in turns in one process, segment by segment, on the same tokens; a ratio is the median over the segments
 of one system's time over the other's, its retriever included.
@@ -36,18 +36,18 @@ from memlong.decoder import choose_machine
 from memlong.decoder.model.kernels import steady_kernels
 from memlong.errors import MemlongError
 from memlong.training import TrainingConfig
-from memlong.training.parts import LearningParts
+from memlong.training.parts import TrainableParts
 
 TARGET = 1.15
 TEXT = Path(inspect.getfile(typing))
 PLAIN = "plain window"
 PROMPT = 16
-_NOTED = 8  # segments between two looks at what has been measured
+_NOTED = 8  # segments between two checks of the measurements
 
 
 @dataclass(frozen=True)
 class Run:
-    """How time is told, where what was measured goes, and how long a part of it may take."""
+    """The clock, where measurements go, and how long each part may take."""
 
     clock: Clock
     report: Report
@@ -59,28 +59,28 @@ def main(
     text: Annotated[Path, typer.Option(help="UTF-8 text; by default Python's own typing.py.")] = TEXT,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="Memory backend; may come again. By default torch, faiss, hnswlib."),
+        typer.Option(help="Memory backend; repeatable. By default torch, faiss, hnswlib."),
     ] = None,
     index_device: Annotated[str, typer.Option(help="Where the backend searches.")] = "cpu",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     tokens: Annotated[int, typer.Option(help="Tokens that are timed, once memory is full.")] = 4096,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated, in each of two rounds.")] = 96,
-    training_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 1024,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Leave out 'parts', 'decoding' or 'training'.")
-    ] = None,
+    training_tokens: Annotated[int, typer.Option(help="Tokens per training step.")] = 1024,
+    skip: Annotated[list[str] | None, typer.Option(help="Skip 'parts', 'decoding' or 'training'.")] = None,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     clock: Annotated[
         Clock,
-        typer.Option(help="'wall'; or 'cpu', the time of this process, which other work does not spoil."),
+        typer.Option(help="'wall', or 'cpu': CPU time of this process, unaffected by other load."),
     ] = Clock.WALL,
     seconds: Annotated[
-        float | None, typer.Option(help="About how long to measure; less is measured where it is too short.")
+        float | None, typer.Option(help="Approximate time limit in seconds; if too short, less is measured.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file.")
+    ] = None,
 ) -> None:
-    """Time streaming, generating and training with a memory beside the plain window of equal budget."""
+    """Time streaming, generation and training with a memory, and with the plain window of equal budget."""
     dtype, device = choose_machine(dtype, device).names
     budget = Budget(seconds)
     language_model, tokenizer = load(model, dtype=dtype, device=device)
@@ -116,7 +116,7 @@ def main(
         if number and budget.is_spent:
             report.leave_out(name)
             continue
-        with steady_kernels(language_model.device):  # for transformers alone, too
+        with steady_kernels(language_model.device):  # also for plain transformers
             act(Run(clock, report, budget.share(len(acts) - number)))
     for ratio in report.ratios:
         typer.echo(str(ratio))
@@ -144,7 +144,7 @@ def _in_turns(
     what: str,
     note: Callable[[dict[str, list[float]]], object],
 ) -> None:
-    """Note the seconds of each system for each part, as far as time allows; who is first changes."""
+    """Record the seconds of each system for each part, as far as time allows, in alternating order."""
     times: dict[str, list[float]] = {name: [] for name in systems}
     for number, part in enumerate(tqdm(parts, unit="segment", leave=False)):
         order = list(systems) if number % 2 else list(reversed(systems))
@@ -275,7 +275,7 @@ def _training(systems: dict[str, MemoryDecoder], first: Tensor, ids: Tensor, run
         return
     memory = list(systems)[-1]
     model = systems[memory].model
-    LearningParts(systems[memory], TrainingConfig(steps=1))
+    TrainableParts(systems[memory], TrainingConfig(steps=1))
     for decoder in systems.values():
         decoder.reset()
         with decoder:

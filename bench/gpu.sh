@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The tests marked `gpu`, and then the benchmarks, on a machine with a CUDA device; a part at a time, some 15 minutes.
+# Run the tests marked `gpu`, then the benchmarks, on a machine with a CUDA device, part by part; about 15 minutes.
 #
 #     bash bench/gpu.sh [OUT]                         results go to OUT, by default out/gpu
-#     PARTS="kernels oracles bank" bash bench/gpu.sh  these parts alone; `machine` comes with every run
-#     TAR=results.tgz bash bench/gpu.sh               and OUT as one file, written again after each part
-#     DEVICE=cpu SMALL=1 bash bench/gpu.sh            the whole script on a CPU, with tiny sizes: whether it runs
+#     PARTS="kernels oracles bank" bash bench/gpu.sh  only these parts; `machine` always runs
+#     TAR=results.tgz bash bench/gpu.sh               also pack OUT into one file, after each part
+#     DEVICE=cpu SMALL=1 bash bench/gpu.sh            run everything on a CPU with tiny sizes, to test the script
 #
-# Each part has a time limit of its own, and leaves NAME.txt and, where it measures, NAME.json, which is written after each
-# measurement: a part that runs out of time keeps what it has, and the parts after it run. Nothing is downloaded. What is
-# not installed is taken from wheels, those in the folder bench/wheels or $WHEELS, into $PACKAGES, by default out/packages;
-# Python's own packages are left alone. What is missing still is named, and so are the parts that need it, which are left
-# out. The script ends with an error if a part failed.
+# Each part has its own time limit, and writes NAME.txt and, if it measures, NAME.json, which is updated after each
+# measurement: a part that times out keeps its figures, and the next parts run. Nothing is downloaded. Missing packages
+# are installed from wheels in bench/wheels or $WHEELS into $PACKAGES, by default out/packages, without touching Python's
+# own packages. What is still missing is listed, and the parts that need it are skipped. The script exits with an error
+# if a part failed.
 #
-# cuDNN's attention needs no switching off: memlong chooses among torch's other kernels while its model runs, and the
-# benchmarks let transformers alone have the same ones.
+# cuDNN attention need not be disabled: memlong chooses among torch's other kernels while its model runs, and the
+# benchmarks give plain transformers the same ones.
 set -euo pipefail
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

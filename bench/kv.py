@@ -1,11 +1,11 @@
-"""How fast the keys and values of retrieved chunks are gathered, beside a plain copy of the same bytes.
+"""How fast the keys and values of retrieved chunks are gathered, compared with a plain copy of the same bytes.
 
 Blocks are those of the demo model (30 layers, 3 heads, chunks of 128 tokens, 64 numbers a head, bfloat16: 2.9 MB of
 keys and as many of values), or of another. "As they come" is the store that banks have by default; the tiers are
 those of TieredStore, in the host's memory and on disk. A plain copy clones a part of one tensor of keys and one of
-values; beside the disk stands a plain read of as many records, into one buffer, from a file that the system has in
-its cache, as it has the tier's. The speed is to be at least 0.7 of a plain copy's in memory. Stores in fewer bits are
-measured beside them.
+values; the disk tier is compared with a plain read of as many records, into one buffer, from a file in the page cache,
+like the tier's own. The target is at least 0.7 of the speed of a plain copy in memory. Stores with fewer bits are
+measured as well.
 
     make bench
     python bench/kv.py --k 8 --layers 16 --heads 8 --head-dim 128 --json out/kv.json
@@ -41,16 +41,16 @@ def main(
     heads: Annotated[int, typer.Option(min=1)] = 3,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens in a chunk.")] = 128,
     head_dim: Annotated[int, typer.Option(min=1)] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn; the best counts.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each; the best counts.")] = 15,
     folder: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="Where the disk tier is; by default a temporary one."
+            exists=True, file_okay=False, help="Folder of the disk tier; a temporary one by default."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Set gathering keys and values beside a plain copy.
+    """Compare gathering keys and values with a plain copy.
 
     \b
     Examples:

@@ -1,8 +1,7 @@
-"""Reading a long text: streaming with memory beside full attention, in time and in memory.
+"""Time and memory of reading a long text: streaming with memory against full attention.
 
-Both read the same tokens, in segments, and predict the next one. On the CPU, each measurement runs in a process of its
-own, so that its resident memory is its own, and the memory's blocks are on disk; on a CUDA device the blocks are in the
-host's memory.
+Both read the same tokens, in segments, and predict the next one. On the CPU, each measurement runs in its own process,
+to separate resident memory, and the memory's blocks are on disk; on a CUDA device, the blocks are in host memory.
 
     python bench/long_context.py
     python bench/long_context.py --lengths 2048,8192 --out out
@@ -43,7 +42,7 @@ from memlong.evaluation import read_text
 
 TEXT = Path(inspect.getfile(typing)).with_name("_pydecimal.py")
 SYSTEMS = ("full attention", "memory")
-_LOOKED = 8192  # tokens between two looks at the clock
+_LOOKED = 8192  # tokens between two checks of the clock
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,20 @@ class Measured:
 def main(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
     text: Annotated[Path, typer.Option(help="UTF-8 text; by default Python's own _pydecimal.py.")] = TEXT,
-    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,8192,16384",
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, comma-separated.")] = "2048,8192,16384",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     seconds: Annotated[
-        float | None, typer.Option(help="About how long to measure; what is not reached is named.")
+        float | None,
+        typer.Option(help="Approximate time limit in seconds; parts that are skipped are listed."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")] = Path("out"),
     one: Annotated[
         str | None, typer.Option(help="Measure 'SYSTEM:LENGTH' in this process.", hidden=True)
     ] = None,
 ) -> None:
-    """Set streaming with memory beside full attention."""
+    """Compare streaming with memory and full attention."""
     dtype, device = choose_machine(dtype, device).names
     budget = Budget(seconds)
     if one is not None:
@@ -138,7 +138,7 @@ def _measured_apart(command: list[str], what: str) -> Measured:
             "--lengths."
         )
     if done.returncode:
-        raise SystemExit(done.returncode)  # and the process has said why
+        raise SystemExit(done.returncode)  # the process has printed why
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -153,7 +153,7 @@ class _Peak:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
             return
-        if sys.platform == "linux":  # what loading took and gave back is still resident otherwise
+        if sys.platform == "linux":  # otherwise memory freed after loading is still resident
             ctypes.CDLL(None).malloc_trim(0)
         self._before = self._most = self._process.memory_info().rss
 
@@ -195,7 +195,7 @@ def _measure(
             read += part.shape[1]
             bar.update(part.shape[1])
             if read % _LOOKED == 0 and device.startswith("cuda"):
-                torch.cuda.synchronize(device)  # else the host is far ahead of what it times
+                torch.cuda.synchronize(device)  # otherwise the host runs far ahead of the device
             if budget.is_spent:
                 break
         held = decoder.device_kv_bytes if system == "memory" else _bytes(cache)

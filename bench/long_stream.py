@@ -1,8 +1,8 @@
-"""A very long stream: does it stay as fast, as small and as good as it began?
+"""A very long stream: do speed, memory and perplexity stay constant?
 
-Streams text through a model with the bank's keys and values on disk, and notes tokens per second and resident memory
-on the way. At some lengths it scores one and the same passage, with a bank that holds the same chapters every time, so
-that only the distance from the beginning differs.
+Streams text through a model with the bank's keys and values on disk, and records tokens per second and resident memory.
+At some lengths it scores the same passage, with the same chapters in the bank every time, so that only the distance
+from the beginning differs.
 
     python bench/long_stream.py --tokens 100000
     python bench/long_stream.py --tokens 1000000 --text library.txt --out out
@@ -62,18 +62,18 @@ class Placed:
 def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text, read over and over; by default Python's own library.")
+        Path | None, typer.Option(help="UTF-8 text, read repeatedly; by default Python's own library.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Length of the stream.")] = 100_000,
-    places: Annotated[str, typer.Option(help="Where the passage is scored, too.")] = "10000,100000",
+    places: Annotated[str, typer.Option(help="Lengths at which to also score the passage.")] = "10000,100000",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     backend: Annotated[str, typer.Option(help="Memory backend.")] = "torch",
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     folder: Annotated[
-        Path | None, typer.Option(help="Where the disk tier is; by default a temporary one.")
+        Path | None, typer.Option(help="Folder of the disk tier; a temporary one by default.")
     ] = None,
-    points: Annotated[int, typer.Option(help="Points of the curve.")] = 50,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("out"),
+    points: Annotated[int, typer.Option(help="Number of points on the curve.")] = 50,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")] = Path("out"),
 ) -> None:
     """Stream a very long text and watch speed, memory and perplexity."""
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where the time of a stream goes: stopwatches at the seams of the decoder, put there from outside."""
+"""Where the time of a stream goes: timers patched into the decoder's functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTS = {
     "lower layers": "below the first retrieval layer, attention apart",
     "upper layers": "from the first retrieval layer up, with embedding and head, attention apart",
     "attention": "the kernel, in all layers",
-    "joining": "memory and window put side by side, and their mask",
+    "joining": "memory and window concatenated, and their mask",
     "window": "taking in K-V, letting columns go, rotating the rest",
     "retriever": "embeddings of chunks and queries",
     "storing": "chunks into the bank",
@@ -35,7 +35,7 @@ PARTS = {
 
 
 class PartClock:
-    """Seconds by part; what one part calls of another counts for the other alone.
+    """Seconds by part; time in a nested part counts only for that part.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class PartClock:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._since = self._now()
 

@@ -1,8 +1,8 @@
-"""Storing and retrieving beside the memory of another package, on the same vectors.
+"""Compare storing and retrieving with the memory of another package, on the same vectors.
 
 The peer is the k-nearest-neighbours memory of memorizing-transformers-pytorch: one FAISS graph (HNSW, 15 links,
 FAISS's own efforts), keys and values in a file that is mapped into memory. Beside it a bank of the same graph
-(`HNSW15`, the same efforts), and the exact one; each vector has a key and a value of its own width, as the peer's
+(`HNSW15`, the same efforts), and the exact one; each vector has its own key and value of the same width, as the peer's
 have. Single thread, in turns, wall-clock time; recall by score.
 
 The peer is left out, with a message, where it is not installed:
@@ -42,7 +42,7 @@ BANKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Memory(ABC):
-    """Vectors that are found, each the key of a pair that is stored."""
+    """Vectors to search for, each the key of a stored pair."""
 
     @abstractmethod
     def store(self, vectors: Tensor) -> None:
@@ -54,7 +54,7 @@ class Memory(ABC):
 
 
 class Bank(Memory):
-    """A bank of memlong's."""
+    """A bank of memlong."""
 
     def __init__(self, dim: int, backend: str, options: dict[str, Any]) -> None:
         self._bank = Registry().create_bank(backend, dim, metric="inner_product", **options)
@@ -89,7 +89,7 @@ class Peer(Memory):
 
 @contextmanager
 def memories(dim: int, room: int) -> Iterator[dict[str, Memory]]:
-    """Give the empty memories by name; the peer's if it is installed."""
+    """Return the empty memories by name; the peer's only if installed."""
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Memory] = {name: Bank(dim, *bank) for name, bank in BANKS.items()}
         try:
@@ -103,11 +103,11 @@ def memories(dim: int, room: int) -> Iterator[dict[str, Memory]]:
 
 def main(
     chunks: Annotated[int, typer.Option(min=K, help="Vectors in each memory.")] = 10_000,
-    dim: Annotated[int, typer.Option(min=1, help="Their width.")] = 384,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each has its turn; the best counts.")] = 5,
+    dim: Annotated[int, typer.Option(min=1, help="Dimension of the embeddings.")] = 384,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each; the best counts.")] = 5,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Set banks beside the memory of another package.
+    """Compare banks with the memory of another package.
 
     \b
     Examples:

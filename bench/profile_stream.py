@@ -1,8 +1,8 @@
-"""Does anything in the streaming loop grow with the length of the text? Its parts at two lengths.
+"""Does any part of the streaming loop get slower with the length of the text? Time its parts at two lengths.
 
-Two streams of one text, one shorter than the other, read their last segments in turns, so that other work on the
-machine falls on both. The loop's own work shows best under a tiny model of random weights, which takes a minute; with a
-real one it is small beside the model's.
+Two streams of one text, one shorter than the other, read their last segments in turns, so that other load on the
+machine affects both. The loop's own work shows best with a tiny random model, which takes a minute; with a real model
+it is small in comparison.
 
     python bench/profile_stream.py
     python bench/profile_stream.py --model demo --lengths 8192,65536 --json out/profile_demo.json
@@ -34,14 +34,12 @@ from memlong.evaluation import read_text, tokenize
 
 TARGET = 1.1
 GROWS = "search"
-SMALLEST = 0.01  # share of a segment from which on a part's ratio says something
+SMALLEST = 0.01  # minimum share of a segment's time for a part's ratio to be meaningful
 
 
 def main(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "random-tiny",
-    lengths: Annotated[
-        str, typer.Option(help="Two lengths in tokens, separated by a comma.")
-    ] = "8192,200192",
+    lengths: Annotated[str, typer.Option(help="Two lengths in tokens, comma-separated.")] = "8192,200192",
     segments: Annotated[int, typer.Option(help="Segments that are timed up to each length.")] = 24,
     backend: Annotated[str, typer.Option(help="Memory backend.")] = "torch",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
@@ -49,9 +47,11 @@ def main(
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
     clock: Annotated[
         Clock,
-        typer.Option(help="'wall'; or 'cpu', the time of this process, which other work does not spoil."),
+        typer.Option(help="'wall', or 'cpu': CPU time of this process, unaffected by other load."),
     ] = Clock.WALL,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file.")
+    ] = None,
 ) -> None:
     """Time the parts of a stream's segments at two lengths."""
     early, late = sorted(numbers("--lengths", lengths, int))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: systems timed in turns, ratios with their targets, and the line that sums them up."""
+"""Shared by the benchmarks: systems timed in turns, ratios with targets, and a summary line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class Clock(StrEnum):
-    """What time is told."""
+    """Which clock to use."""
 
     WALL = "wall"
     CPU = "cpu"
@@ -21,18 +21,18 @@ class Clock(StrEnum):
 
 @dataclass(frozen=True)
 class Ratio:
-    """What was measured of something beside something else.
+    """A measured ratio of two systems.
 
     Attributes
     ----------
     name : str
-        Of what to what.
+        What is compared with what.
     value : float
         The ratio.
     target : float or None
-        Where it is to be; None where nothing is asked of it.
+        The target, or None if there is none.
     at_least : bool
-        Whether the target is the least, as for speeds, and not the most, as for times.
+        Whether the target is a minimum, as for speeds, rather than a maximum, as for times.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Ratio:
 
 
 def summary(ratios: Sequence[Ratio]) -> str:
-    """Return a benchmark's last line: how many ratios were measured, and which are beyond their target."""
+    """Return a benchmark's last line: how many ratios were measured, and which miss their target."""
     aimed = sum(ratio.target is not None for ratio in ratios)
     beyond = [str(ratio) for ratio in ratios if ratio.is_beyond]
     return f"{len(ratios)} ratios measured, {aimed} with a target; beyond their target: {len(beyond)}" + (
@@ -71,22 +71,22 @@ def best_times(
     seconds: float = 0.06,
     settle: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Return the best seconds a call of each system, all of which run in turns.
+    """Return the best seconds per call of each system, timed in turns.
 
     Parameters
     ----------
     systems : mapping
-        By name, what to call; it is given the number of the call, from 0.
+        Functions to call by name; they receive the number of the call, from 0.
     clock : Clock
-        What time is told.
+        The clock.
     rounds : int
-        How many turns each has; the best counts.
+        Number of turns of each system; the best counts.
     most_calls : int
-        How many calls a turn has, at most.
+        Maximum number of calls per turn.
     seconds : float
-        About how long a turn is to take.
+        Approximate duration of a turn.
     settle : callable
-        Waits until a device has done what it was told; before and at the end of what is timed.
+        Synchronizes with the device, before and at the end of each timing.
     """
     slowest = 0.0
     for call in systems.values():

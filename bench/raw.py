@@ -1,4 +1,4 @@
-"""The index libraries by themselves, each doing what its backend has it do: the measure of what a bank adds."""
+"""The bare index libraries, called as by their backends: the baseline for a bank's overhead."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 
 class Raw(ABC):
-    """An index of float32 vectors of unit length, by inner product, in one thread, without ids of its own."""
+    """An index of float32 unit vectors by inner product, single-threaded, without ids."""
 
     @abstractmethod
     def add(self, vectors: np.ndarray) -> None:
-        """Take up vectors [n, dim]."""
+        """Add vectors [n, dim]."""
 
     @abstractmethod
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
@@ -29,7 +29,7 @@ class Raw(ABC):
 
 
 class RawTorch(Raw):
-    """One product and `topk`; vectors are written into a matrix that was large enough from the beginning."""
+    """One matrix product and `topk`; vectors are written into a preallocated matrix."""
 
     def __init__(self, dim: int, room: int, device: torch.device) -> None:
         self._matrix = torch.empty(room, dim, device=device)
@@ -95,7 +95,7 @@ class RawFaiss(Raw):
 
 
 class RawHnswlib(Raw):
-    """hnswlib with the settings that HnswlibBank gives it, and all the room it needs from the beginning."""
+    """hnswlib with the settings of HnswlibBank, at full capacity from the start."""
 
     def __init__(self, dim: int, room: int, ef: int = 64) -> None:
         import hnswlib
@@ -135,7 +135,7 @@ def make_raw(
 
 
 def use_one_thread() -> None:
-    """Have this thread's calls of the libraries use no others on the CPU; FAISS may have an OpenMP of its own."""
+    """Make the libraries single-threaded for this thread; FAISS may bundle its own OpenMP."""
     torch.set_num_threads(1)
     if find_spec("faiss") is not None:
         import faiss

@@ -1,4 +1,4 @@
-"""Result files of benchmarks: ratios, what they were taken from, and where; and a table of several files.
+"""Result files of benchmarks: ratios, the underlying figures and the machine; and a table of several files.
 
 python bench/results.py out/gpu/*.json
 """
@@ -34,13 +34,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def write(path: Path | None, facts: Mapping[str, Any], ratios: Sequence[Ratio], device: str = "cpu") -> None:
-    """Write a result file, if there is to be one."""
+    """Write a result file, if a path is given."""
     if path is not None:
         _put(path, {**facts, "machine": machine(device)}, ratios)
 
 
 def _put(path: Path, facts: Mapping[str, Any], ratios: Sequence[Ratio]) -> None:
-    """Write the file in one piece: whoever is cut off while writing leaves the one before."""
+    """Write the file atomically: an interrupted write leaves the previous one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {**facts, "ratios": [asdict(ratio) for ratio in ratios]}
     beside = path.with_name(f".{path.name}.writing")
@@ -70,7 +70,7 @@ class Budget:
 
 
 class Report:
-    """A result file that is written after each measurement, so that what is cut off loses none that it has made.
+    """A result file that is rewritten after each measurement, so that an interrupted run keeps its figures.
 
     Parameters
     ----------
@@ -95,25 +95,25 @@ class Report:
         self.write()
 
     def add(self, facts: Mapping[str, Any], ratios: Sequence[Ratio] = ()) -> None:
-        """Note what was measured."""
+        """Record a measurement."""
         self._facts |= facts
         self.ratios += ratios
         self.write()
 
     def leave_out(self, what: str, why: str = "the time is out") -> None:
-        """Say what is not measured, and note it."""
+        """Print what is skipped, and record it."""
         print(f"{what} is left out: {why}")
         self._facts["left_out"].append(f"{what}: {why}")
         self.write()
 
     def end(self) -> None:
-        """Note that nothing more will come, and print how many ratios are beyond their target."""
+        """Mark the file as complete, and print how many ratios miss their target."""
         self._facts["complete"] = not self._facts["left_out"]
         self.write()
         print(summary(self.ratios))
 
     def write(self) -> None:
-        """Write the file, if there is to be one."""
+        """Write the file, if a path is given."""
         if self._path is not None:
             _put(self._path, {**self._facts, "machine": self._machine}, self.ratios)
 

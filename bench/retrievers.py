@@ -1,9 +1,9 @@
-"""Which chunks help a language model most: retrievers beside what one might use instead, by perplexity and cost.
+"""Which chunks help a language model most: retrievers and alternatives, by perplexity and cost.
 
 Beside the retrievers that memlong has, candidates that are not in it: BM25, the model's own token embeddings, hidden
 states, keys and queries, and mixtures. All score by what comes before a segment alone. A row's cost is the time that
 embedding or scoring took in its own run; for hidden states and keys it leaves out the model's pass over the text, and
-BM25 is indexed anew at each query.
+BM25 is re-indexed at each query.
 
     python bench/retrievers.py                                             # Python's own typing.py
     python bench/retrievers.py --text moby_dick.txt --max-tokens 24576 --score-from 8192 --row lm --row BM25
@@ -37,7 +37,7 @@ TEXT = Path(inspect.getfile(typing))
 
 
 class Timed(Retriever):
-    """Another retriever, and the seconds that it took."""
+    """Wraps a retriever and counts its seconds."""
 
     def __init__(self, inner: Retriever) -> None:
         super().__init__(inner.model, inner.tokenizer)
@@ -70,9 +70,11 @@ def main(
     model: Annotated[
         str, typer.Option(help="A Llama-like model: hub id, folder, GGUF file, or 'demo'.")
     ] = "demo",
-    row: Annotated[list[str] | None, typer.Option(help="Only rows whose names begin so; repeatable.")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Only rows with this name prefix; repeatable.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Use the first N tokens.")] = 12288,
-    score_from: Annotated[int, typer.Option(help="First token that is scored.")] = 4096,
+    score_from: Annotated[int, typer.Option(help="Index of the first scored token.")] = 4096,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     out: Annotated[Path, typer.Option(help="JSON file.")] = Path("out/retrievers.json"),
 ) -> None:

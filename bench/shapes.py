@@ -1,4 +1,4 @@
-"""What benchmarks run on: a model that can be loaded by name, or one of random weights in a known shape."""
+"""Models for benchmarks: loaded by name, or with random weights in a known shape."""
 
 from __future__ import annotations
 

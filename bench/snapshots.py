@@ -1,8 +1,7 @@
-"""What keeping a memory costs: saving a bank beside writing the same bytes, loading it beside reading them.
+"""Cost of snapshots: saving a bank against writing the same bytes, loading it against reading them.
 
-All run in turns, in one process, on the same disk. Saving and writing start from memory, and end when the disk has
-confirmed what was written; loading and reading start from files that the system was told to forget, and end in memory.
-Ratios are those of the best times.
+All run in turns, in one process, on the same disk. Saving and writing include fsync; loading and reading start from
+files dropped from the page cache, and end in memory. Ratios are those of the best times.
 
     make bench
     python bench/snapshots.py --gigabytes 1 --backend hnswlib --folder /tmp --json out/snapshots.json
@@ -28,18 +27,21 @@ from memlong.bank import MemoryBank
 from memlong.versions import versions
 
 DIM = 384
-SHAPE = (30, 3, 128, 64)  # SmolLM2-135M: layers, K-V heads, chunk, head width
+SHAPE = (30, 3, 128, 64)  # SmolLM2-135M: layers, K-V heads, chunk, head dimension
 TARGETS = {"save": 0.5, "load": 0.5, "incremental": 0.05}
 
 
 def main(
-    gigabytes: Annotated[float, typer.Option(min=0, help="Of keys and values.")] = 1.0,
+    gigabytes: Annotated[float, typer.Option(min=0, help="Gigabytes of keys and values.")] = 1.0,
     backend: Annotated[str, typer.Option(help="Backend by name.")] = "torch",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each runs; the best counts.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each; the best counts.")] = 3,
     folder: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, writable=True, help="Where to write; by default /tmp or the like."
+            exists=True,
+            file_okay=False,
+            writable=True,
+            help="Folder to write to; a temporary one by default.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
@@ -85,7 +87,7 @@ def fill(bank: MemoryBank, chunks: int, seed: int = 0) -> None:
 
 
 def write(content: dict[str, bytes], folder: Path) -> None:
-    """Write files, and have the disk confirm each."""
+    """Write files, with fsync."""
     folder.mkdir()
     for name, data in content.items():
         with (folder / name).open("wb") as file:
@@ -95,13 +97,13 @@ def write(content: dict[str, bytes], folder: Path) -> None:
 
 
 def read(folder: Path) -> None:
-    """Read every file into memory of its own."""
+    """Read every file into its own buffer."""
     for path in folder.iterdir():
         path.read_bytes()
 
 
 def cool(folder: Path) -> None:
-    """Have the system forget what it remembers of the files, where it can."""
+    """Drop the files from the page cache, where supported."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -35,12 +35,12 @@ from memlong.errors import MemlongError
 GB = 10**9
 EVEN_SPEED = 0.9
 """Least speed in the last tenth of a stream, over that in the second."""
-_MARKED = 8  # segments between two looks at the clock, for which the device is waited for
+_MARKED = 8  # segments between two checks of the clock, which synchronize with the device
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """One stream, as far as it came."""
+    """The figures of one stream."""
 
     kv_source: str
     wanted: int
@@ -55,18 +55,18 @@ class Streamed:
 
 def main(
     model: Annotated[str, typer.Option(help=f"Random weights: {', '.join(SHAPES)}.")] = "random-3b",
-    tokens: Annotated[
-        str, typer.Option(help="Lengths of both streams, separated by a comma.")
-    ] = "80000,1000000",
-    limit_gb: Annotated[float, typer.Option(help="Most device memory in GB; 0 is no limit.")] = 24.0,
+    tokens: Annotated[str, typer.Option(help="Lengths of both streams, comma-separated.")] = "80000,1000000",
+    limit_gb: Annotated[float, typer.Option(help="Limit of device memory in GB; 0 means none.")] = 24.0,
     seconds: Annotated[
         float,
         typer.Option(help="Time for loading and for both streams; one that is out of time says so."),
     ] = 170.0,
-    segment_size: Annotated[int, typer.Option(help="Tokens of a forward call.")] = 512,
+    segment_size: Annotated[int, typer.Option(help="Tokens per forward call.")] = 512,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file.")
+    ] = None,
 ) -> None:
     """Stream long texts of random tokens through a model of 3B parameters."""
     dtype, device = choose_machine(dtype, device).names
@@ -129,7 +129,7 @@ def _ratios(rows: list[Streamed], limit_gb: float) -> list[Ratio]:
 
 
 def _give_back_pinned() -> None:
-    """Let the host have the pinned memory of the stream before, which torch keeps for the next one."""
+    """Release the previous stream's pinned host memory, which torch would cache."""
     gc.collect()
     empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001 - torch has no public name for it
     if torch.cuda.is_available() and empty is not None:
@@ -148,7 +148,7 @@ def _common(device: str, segment_size: int) -> dict[str, Any]:
 def _stream(
     decoder: MemoryDecoder, model: PreTrainedModel, length: int, budget: Budget
 ) -> Iterator[Streamed]:
-    """Read so many random tokens, and say now and then how far it is."""
+    """Read a number of random tokens, and print progress."""
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

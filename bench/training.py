@@ -1,7 +1,7 @@
-"""How fast `memlong train` is: tokens a second by rows, segment, form of the memory, and with gates or without.
+"""Speed of `memlong train`: tokens per second by rows, segment size, K-V source, and with or without gates.
 
-The text is random, and so are the weights unless a model is named: nothing is learned, at the cost of learning. Steps
-before a memory is read are not counted.
+The text is random, and so are the weights unless a model is given: the cost is that of real training. Steps before the
+first retrieval are not counted.
 
     python bench/training.py --model random-135m --device cuda --json out/training.json
     python bench/training.py --model random-tiny --steps 2
@@ -34,7 +34,7 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and on how many rows of how long segments."""
+    """What to train, and the number of rows and the segment size."""
 
     kv_source: str
     gates: bool
@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """How the table calls it."""
+        """Name in the table."""
         gates = ", gates" if self.gates else ""
         return f"{self.kv_source}{gates}, {self.rows} x {self.segment}"
 
@@ -70,19 +70,22 @@ class Measured:
 
 
 class _Enough(Exception):  # noqa: N818 - not an error
-    """The trainer is to stop."""
+    """Raised to stop the trainer."""
 
 
 def main(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "random-135m",
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, in each setting.")] = 24,
-    most_rows: Annotated[int, typer.Option(min=1, help="Leave out settings with more rows.")] = 32,
+    most_rows: Annotated[int, typer.Option(min=1, help="Skip settings with more rows.")] = 32,
     seconds: Annotated[
-        float | None, typer.Option(help="About how long to measure; what is not reached is named.")
+        float | None,
+        typer.Option(help="Approximate time limit in seconds; parts that are skipped are listed."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="'float32' or 'bfloat16'.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'cuda:N'.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file.")
+    ] = None,
 ) -> None:
     """Time training steps."""
     report = Report(json_file, {"model": model, "dtype": dtype}, device, Budget(seconds))

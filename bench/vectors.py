@@ -1,4 +1,4 @@
-"""Vectors to measure with, drawn at random about centres."""
+"""Test vectors, drawn from random clusters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 K = 8
-PART = 512  # vectors that are added at once while an index is built
+PART = 512  # vectors added at a time while building an index
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Data:
 
     @classmethod
     def drawn(cls, count: int, dim: int, new: int, queries: int) -> Data:
-        """Draw so many of each about centres."""
+        """Draw vectors of each kind around cluster centers."""
         rng = np.random.default_rng(0)
         centres = rng.standard_normal((max(count // 50, 16), dim), dtype=np.float32)
         vectors = rng.standard_normal((count + new + queries, dim), dtype=np.float32)

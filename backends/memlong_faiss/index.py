@@ -77,7 +77,7 @@ class FaissOptions:
 class FaissIndex(Index[FaissOptions]):
     """Any FAISS index that an index-factory string describes.
 
-    "Flat" searches the bank's own embeddings in place. Other kinds keep a native index beside them, which is
+    "Flat" searches the bank's own embeddings in place. Other kinds keep a separate native index, which is
     rebuilt from them once a fifth of its rows is dead, as FAISS's graphs do not support deletion. Building is
     seeded and, with one thread, reproducible.
 

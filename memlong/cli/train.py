@@ -102,8 +102,8 @@ def train(
         say(f"{escaped(str(out))}: training is already complete, and the trained decoder is here")
         return
     say(
-        f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} trainable parameters, "
-        f"{machine_of(language_model)}"
+        f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, "
+        f"{trainer.trainable_parameters:,} trainable parameters, {machine_of(language_model)}"
     )
     with tqdm(total=training.steps, unit="step", desc=f"training ({machine_of(language_model)})") as bar:
 

@@ -86,14 +86,14 @@ def read_examples(
         raise InvalidArgumentError(f"label_column must be 'first' or 'last', got {label_column!r}.")
     rows = _rows(path)
     known: Mapping[str, str] = labels or {}
-    at, beside = (0, 1) if (label_column or _label_column(rows, known)) == "first" else (-1, -2)
-    found = [cells[at].strip() for _, cells in rows]
+    label_at, text_at = (0, 1) if (label_column or _label_column(rows, known)) == "first" else (-1, -2)
+    found = [cells[label_at].strip() for _, cells in rows]
     if len(rows) > 1 and found.count(found[0]) == 1 and found[0] not in known and not _is_number(found[0]):
         rows, found = rows[1:], found[1:]
     words = _words_of(path, found, labels)
     examples = []
     for (line, cells), label in zip(rows, found, strict=True):
-        text = cells[beside].strip()
+        text = cells[text_at].strip()
         if not text:
             raise InvalidTextError(f"{str(path)!r} has no text in line {line}: add it, or remove the line.")
         examples.append(Example(text, words[label]))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from memlong.errors import PluginError
-from memlong.plugins.names import cut, normalise
+from memlong.plugins.names import cut, normalize
 
 ENTRY_POINT_GROUP = "memlong"
 BUILT_IN = "built-in"
@@ -60,7 +60,7 @@ class Candidate:
 
     def answers_to(self, name: str) -> bool:
         """Return whether ``name`` is this plugin's name or its distribution's."""
-        return normalise(name) in {normalise(self.name), normalise(self.distribution)} - {""}
+        return normalize(name) in {normalize(self.name), normalize(self.distribution)} - {""}
 
 
 def built_ins() -> Iterator[Candidate]:

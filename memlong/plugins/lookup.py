@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memlong.errors import PluginError, UnknownNameError
 from memlong.plugins.manager import PluginManager
-from memlong.plugins.names import brief, cut, did_you_mean, normalise, quoted
+from memlong.plugins.names import brief, cut, did_you_mean, normalize, quoted
 from memlong.plugins.report import PluginReport
 from memlong.plugins.spec import Kind, Spec
 
@@ -62,7 +62,7 @@ def _shown(name: str) -> str:
 
 
 def _namesake(report: PluginReport, name: str) -> bool:
-    return normalise(name) in (normalise(report.name), normalise(report.name).removeprefix("memlong_"))
+    return normalize(name) in (normalize(report.name), normalize(report.name).removeprefix("memlong_"))
 
 
 def _why(report: PluginReport) -> str:

@@ -11,7 +11,7 @@ import pluggy
 from memlong.errors import InvalidArgumentError, PluginError
 from memlong.plugins import hookspecs
 from memlong.plugins.discovery import IN_CODE, LONGEST, Candidate, built_ins, third_parties
-from memlong.plugins.names import brief, did_you_mean, explained, normalise
+from memlong.plugins.names import brief, did_you_mean, explained, normalize
 from memlong.plugins.report import PluginReport, Status
 from memlong.plugins.selection import DISABLE_VARIABLE, Selection
 from memlong.plugins.spec import Kind, Spec
@@ -85,7 +85,7 @@ class PluginManager:
             raise InvalidArgumentError(
                 f"name must be non-empty text of at most {LONGEST} characters, got {brief(name)}."
             )
-        if any(normalise(record.candidate.name) == normalise(name) for record in self._records):
+        if any(normalize(record.candidate.name) == normalize(name) for record in self._records):
             raise PluginError(
                 f"name must be unused, but there is already a plugin named {name!r}: choose another."
             )

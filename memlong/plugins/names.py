@@ -12,7 +12,7 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 100
 
 
-def normalise(name: str) -> str:
+def normalize(name: str) -> str:
     """Normalize a name as for packages: lowercase, with ``_`` for ``-`` and ``.``."""
     return name.strip().lower().replace("-", "_").replace(".", "_")
 
@@ -22,8 +22,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     candidates = sorted(set(known))[:_MOST_COMPARED]
     if closest := difflib.get_close_matches(name, candidates, n=1):
         return f" Did you mean {closest[0]!r}?"
-    wanted = normalise(name)
-    if wanted and (holding := [known_name for known_name in candidates if wanted in normalise(known_name)]):
+    wanted = normalize(name)
+    if wanted and (holding := [known_name for known_name in candidates if wanted in normalize(known_name)]):
         return f" Did you mean {holding[0]!r}?"
     return ""
 

@@ -16,7 +16,7 @@ from memlong.errors import InvalidArgumentError, MissingDependencyError
 from memlong.training.config import TrainingConfig
 
 
-class LearningParts:
+class TrainableParts:
     """The trainable parameters of a decoder, in float32 during training.
 
     Parameters
@@ -74,7 +74,7 @@ class LearningParts:
         for name in self._lower:
             self.parameters[name].requires_grad_(lower_layers)
 
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Freeze everything and convert it to the model's dtype, so that it equals what is saved."""
         for name, parameter in self.parameters.items():
             if not name.startswith("gates."):

@@ -36,7 +36,7 @@ from memlong.training.folder import (
     remove_checkpoints,
 )
 from memlong.training.loss import Batch, segment_loss
-from memlong.training.parts import LearningParts
+from memlong.training.parts import TrainableParts
 
 
 class Trainer:
@@ -104,7 +104,7 @@ class Trainer:
             if config.warmup_stage_steps
             else None
         )
-        self._parts = LearningParts(decoder, config)
+        self._parts = TrainableParts(decoder, config)
         self._optimizer = torch.optim.AdamW(self._parts.groups(config))
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._sums: list[Tensor] = []
@@ -115,7 +115,7 @@ class Trainer:
             raise StorageError(f"Cannot create the folder {str(folder)!r}: {error.strerror}.") from error
 
     @property
-    def learning(self) -> int:
+    def trainable_parameters(self) -> int:
         """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self._parts.parameters.values())
 
@@ -189,7 +189,7 @@ class Trainer:
                     saved = at.step
         finally:
             curve.close()
-        self._parts.settle()
+        self._parts.freeze()
         self._settled = True
         self.decoder.save_pretrained(self.folder, base_model=self._base_model, training=asdict(self.config))
         remove_checkpoints(self.folder)

@@ -47,9 +47,7 @@ def test_load_is_not_called_on_a_bank_that_it_would_leave_as_it_is(bank, tmp_pat
 
 @pytest.mark.parametrize("name", [8, None, ["torch"]])
 def test_a_name_that_is_none_is_refused(name):
-    with pytest.raises(
-        UnknownNameError, match="a backend is asked for by its name, such as 'my-index', got "
-    ):
+    with pytest.raises(UnknownNameError, match="name of a backend must be text, such as 'my-index', got "):
         create_bank(name, 8)
 
 

@@ -95,7 +95,7 @@ def test_a_run_is_resumed_in_its_own_dtype(cpu, invoke, story, tmp_path, monkeyp
         "steps": 8,
     }
     with monkeypatch.context() as patch:
-        patch.setattr("memlong.training.parts.LearningParts.settle", lambda _: 1 / 0)  # before the end
+        patch.setattr("memlong.training.parts.TrainableParts.freeze", lambda _: 1 / 0)  # before the end
         assert invoke("train", **settings).exit_code != 0
     cpu(2.0)  # another machine
     result = invoke("train", resume=True, **settings)

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memlong.errors import InvalidArgumentError
-from memlong.plugins.names import normalise
+from memlong.plugins.names import normalize
 from memlong.plugins.report import PluginReport
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:[._-][a-z0-9]+)*")
-_OF_PYTHON = {normalise(word) for word in keyword.kwlist}
+_OF_PYTHON = {normalize(word) for word in keyword.kwlist}
 _MOST_LETTERS = 60
 
 
@@ -36,7 +36,7 @@ class PluginNames:
     backend: str
 
     def __post_init__(self) -> None:
-        name, words = self.backend, normalise(self.backend)
+        name, words = self.backend, normalize(self.backend)
         if len(name) > _MOST_LETTERS:
             raise InvalidArgumentError(
                 f"NAME must have at most {_MOST_LETTERS} characters, as files are named after it, got {len(name)}."
@@ -64,12 +64,12 @@ class PluginNames:
     @property
     def package(self) -> str:
         """Name of the Python package, such as ``"memlong_my_index"``."""
-        return f"memlong_{normalise(self.backend)}"
+        return f"memlong_{normalize(self.backend)}"
 
     @property
     def index_class(self) -> str:
         """Name of the index class, such as ``"MyIndex"``."""
-        name = "".join(word.capitalize() for word in normalise(self.backend).split("_"))
+        name = "".join(word.capitalize() for word in normalize(self.backend).split("_"))
         return f"{name.removesuffix('Index')}Index"
 
     def refuse_taken(self, reports: Iterable[PluginReport]) -> None:
@@ -87,13 +87,13 @@ class PluginNames:
         """
         name, another = self.backend, f"choose another name, such as 'my-{self.backend}'."
         for report in reports:
-            if any(normalise(backend) == normalise(name) for backend in report.backends):
+            if any(normalize(backend) == normalize(name) for backend in report.backends):
                 raise InvalidArgumentError(
                     f"NAME {name!r} is taken by a backend of plugin {report.label}, and two backends of one name "
                     f"conflict: {another}"
                 )
-            theirs = {normalise(report.name), normalise(report.distribution)}
-            if report.status != "missing" and theirs & {normalise(name), self.package}:
+            theirs = {normalize(report.name), normalize(report.distribution)}
+            if report.status != "missing" and theirs & {normalize(name), self.package}:
                 raise InvalidArgumentError(
                     f"NAME {name!r} is taken by the installed plugin {report.label}, and disabling one of two plugins "
                     f"of one name disables both: {another}"
@@ -108,6 +108,6 @@ def _such_as(name: str) -> str:
     """Suggest a valid name close to an invalid one, as a sentence."""
     words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
     near = "-".join(words[1:] if words[:1] == ["memlong"] else words)
-    if not _NAME.fullmatch(near) or normalise(near) in _OF_PYTHON:
+    if not _NAME.fullmatch(near) or normalize(near) in _OF_PYTHON:
         near = f"my-{near}" if near else "my-index"
     return f" Try {near!r}."
