@@ -10,7 +10,7 @@ import typer
 
 from memlong.cli.answer import answering, say, shown
 from memlong.cli.output import print_json, print_section, print_table
-from memlong.plugins.uri import hide_credentials
+from memlong.uri import hide_credentials
 
 Folder = Annotated[
     Path, typer.Argument(metavar="PATH", help="Folder of a snapshot: of a bank, or of a decoder.")

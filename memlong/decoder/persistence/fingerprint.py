@@ -20,7 +20,7 @@ from memlong.decoder.model.weights import (
     weights_sample,
 )
 from memlong.decoder.retrievers.base import Retriever
-from memlong.plugins.uri import digested
+from memlong.uri import digested
 
 _DIGITS = 64  # of a SHA-256
 

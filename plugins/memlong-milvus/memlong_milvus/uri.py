@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from memlong.errors import InvalidArgumentError
-from memlong.plugins.uri import without_credentials
+from memlong.uri import without_credentials
 
 _SERVER_SCHEMES = ("http", "https", "tcp")
 _NUMBER = re.compile(r"-?\d+")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from memlong_milvus.block import decode, encode
+from memlong_milvus.objects import LocalObjects, objects_at
 
 from memlong.bank.layout import ChunkLayout
 from memlong.errors import InvalidArgumentError, LostChunksError, LostChunksWarning, StorageError
 from memlong.testing.harness import DIM, assert_same_state, random_chunks, state_of
 from memlong_milvus.bank import MilvusBank
-from memlong_milvus.block import decode, encode
-from memlong_milvus.objects import LocalObjects, objects_at
 from memlong_milvus.payloads import Folder, PayloadStore
 from memlong_milvus.sessions import Session
 

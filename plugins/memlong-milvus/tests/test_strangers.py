@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memlong_milvus.block import _HEAD, _MAGIC
 
 from memlong import SnapshotError, create_bank, load_bank
 from memlong.errors import InvalidArgumentError, LostChunksWarning, StorageError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.bank import MilvusBank
-from memlong_milvus.block import _HEAD, _MAGIC
 
 
 @pytest.fixture

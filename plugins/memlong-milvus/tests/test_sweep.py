@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from memlong_milvus.objects import LocalObjects
 
 from memlong.errors import InvalidArgumentError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.__main__ import main
 from memlong_milvus.bank import MilvusBank
-from memlong_milvus.objects import LocalObjects
 from memlong_milvus.sweep import Swept, sweep
 
 HOUR = 3600
