@@ -111,7 +111,7 @@ def _settle(bank: MilvusBank) -> None:
     """Wait until what was added is no longer young, and a server has built its index."""
     if bank._engine.address.is_local:  # noqa: SLF001
         return
-    client = bank._engine._client  # noqa: SLF001
+    client = bank._engine.client  # noqa: SLF001
     client.flush(bank.collection, timeout=300)
     client.load_collection(bank.collection, timeout=300)
     time.sleep(SETTLING)
@@ -119,7 +119,7 @@ def _settle(bank: MilvusBank) -> None:
 
 def _timed(bank: MilvusBank, asked: torch.Tensor, consistency: str) -> dict[str, list[float]]:
     """Return the milliseconds of each query in each way."""
-    raw, store = _raw_search(bank, consistency), Path(bank.state.store.place)  # type: ignore[attr-defined]
+    raw, store = _raw_search(bank, consistency), Path(bank._blocks.folder.place)  # type: ignore[union-attr] # noqa: SLF001
     ways: list[tuple[str, Callable[[torch.Tensor], Any]]] = [
         ("pymilvus search", raw),
         ("bank.search", lambda query: bank.search(query, K)),
@@ -141,7 +141,7 @@ def _timed(bank: MilvusBank, asked: torch.Tensor, consistency: str) -> dict[str,
 
 
 def _raw_search(bank: MilvusBank, consistency: str) -> Callable[[torch.Tensor], Any]:
-    rows, client = bank._rows, bank._engine._client  # noqa: SLF001
+    rows, client = bank._rows, bank._engine.client  # noqa: SLF001
 
     def search(query: torch.Tensor) -> Any:
         return client.search(
@@ -161,8 +161,9 @@ def _raw_search(bank: MilvusBank, consistency: str) -> Callable[[torch.Tensor], 
 
 
 def _read(bank: MilvusBank, store: Path, found: Any) -> torch.Tensor:
-    names = map(bank.state.store._folder.block, bank._session.ids_of(found[0].ids))  # type: ignore[attr-defined] # noqa: SLF001
-    blocks = [np.frombuffer((store / name).read_bytes(), dtype=np.uint8) for name in names]
+    folder = store / bank._blocks.folder.name  # type: ignore[union-attr] # noqa: SLF001
+    ids = bank._session.ids_of(found[0].ids)  # noqa: SLF001
+    blocks = [np.frombuffer((folder / f"{each}.kv").read_bytes(), dtype=np.uint8) for each in ids]
     return torch.from_numpy(np.concatenate(blocks))
 
 

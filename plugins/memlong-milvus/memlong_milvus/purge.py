@@ -44,13 +44,16 @@ def purge(
     if address is None:
         raise InvalidArgumentError("purge needs the uri of the Milvus that has the rows")
     engine = Engine(HUBS.at(address), timeout=timeout, attempts=attempts)
-    done = []
-    for name in engine.call("list_collections"):
-        try:
-            collection = find_collection(engine, name)
-        except InvalidArgumentError:  # somebody else's
-            continue
-        if collection is not None:
-            engine.call("delete", name, filter=f"session >= {LEAST_UNNAMED}")
-            done.append(name)
-    return done
+    try:
+        done = []
+        for name in engine.call("list_collections"):
+            try:
+                collection = find_collection(engine, name)
+            except InvalidArgumentError:  # somebody else's
+                continue
+            if collection is not None:
+                engine.call("delete", name, filter=f"session >= {LEAST_UNNAMED}")
+                done.append(name)
+        return done
+    finally:
+        engine.close()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +10,8 @@ from memlong.bank import Floats, Ids
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import FIELDS, Collection
 from memlong_milvus.engine import Engine
+from memlong_milvus.options import Consistency
 from memlong_milvus.sessions import Session
-
-Consistency = Literal["strong", "bounded", "eventually"]
 
 MOST_ROWS = 16_384
 """What one answer of Milvus may hold."""
@@ -22,15 +19,6 @@ MOST_ROWS = 16_384
 _BATCH_BYTES, _ANSWER_BYTES = 4 << 20, 32 << 20  # a message may have 64 MiB
 _MOST_QUERIES, _MOST_HITS = 1024, 1 << 18  # of one request
 _MOST_RANGES = 1024  # in which ids are asked for
-
-
-@dataclass(frozen=True, eq=False)
-class StoredRows:
-    """Rows as they were written: ids ascending, with embeddings and spans."""
-
-    ids: Ids
-    embeddings: Floats
-    spans: Ids
 
 
 class SessionRows:
@@ -77,6 +65,11 @@ class SessionRows:
     def session(self) -> Session:
         """Whose they are."""
         return self._session
+
+    @property
+    def is_current(self) -> bool:
+        """Whether a search finds all that was written before it."""
+        return self._engine.address.is_local or self._consistency == "Strong"
 
     def close(self) -> None:
         """Refuse all that is asked from now on."""
@@ -156,26 +149,25 @@ class SessionRows:
         """Whether there are no rows now."""
         return not self._session.ids_of([row["pk"] for row in self._query("chunk >= 0", ["pk"], MOST_ROWS)])
 
-    def read(self, ids: Ids) -> Iterator[StoredRows]:
-        """Give the rows there are now of ids, which ascend, in batches."""
+    def read(self, ids: Ids) -> tuple[Ids, Floats, Ids]:
+        """Return ids [n], embeddings [n, dim] and spans [n, 2] of the rows there are now of ids, which ascend."""
         start, most = 0, max(2, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
+        wanted = set(ids.tolist())
+        found: dict[int, tuple[int, int]] = {}
+        embeddings = [np.empty((0, self._collection.dim), dtype=np.float32)]
         while start < len(ids):
             end = int(np.searchsorted(ids, ids[start] + most - 1))
-            yield self._rows(ids[start:end], most)
+            rows = self._between(int(ids[start]), int(ids[end - 1]) + 1, list(FIELDS), most)
+            ours = {each["chunk"]: each for each in rows if self._session.ids_of([each["pk"]])}
+            kept = [ours[chunk_id] for chunk_id in sorted(wanted.intersection(ours))]
+            vectors = np.array([each["embedding"] for each in kept], dtype=np.float32)
+            embeddings.append(vectors.reshape(-1, self._collection.dim))
+            found |= {each["chunk"]: (each["first"], each["last"]) for each in kept}
             start = end
-
-    def _rows(self, ids: Ids, most: int) -> StoredRows:
-        wanted = set(ids.tolist())
-        found = {
-            row["chunk"]: row
-            for row in self._between(int(ids[0]), int(ids[-1]) + 1, list(FIELDS), most)
-            if row["chunk"] in wanted and self._session.ids_of([row["pk"]])
-        }
-        rows = [found[chunk_id] for chunk_id in sorted(found)]
-        return StoredRows(
-            np.array([row["chunk"] for row in rows], dtype=np.int64),
-            np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(-1, self._collection.dim),
-            np.array([[row["first"], row["last"]] for row in rows], dtype=np.int64).reshape(-1, 2),
+        return (
+            np.array(list(found), dtype=np.int64),
+            np.concatenate(embeddings),
+            np.array(list(found.values()), dtype=np.int64).reshape(-1, 2),
         )
 
     def _between(self, low: int, high: int, fields: list[str], most: int) -> list[dict[str, Any]]:
@@ -201,7 +193,7 @@ class SessionRows:
     def _call(self, method: str, **options: Any) -> Any:
         if self._is_closed:
             raise InvalidArgumentError(
-                f"the bank of the session {self._session.name!r} is closed; another one can go on with a session that "
+                f"the bank of the session {self._session.name!r} is closed; another one can continue a session that "
                 "has a name: MilvusBank.reopen"
             )
         return self._engine.call(method, self._collection.name, **options)

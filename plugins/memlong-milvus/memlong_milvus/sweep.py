@@ -9,18 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memlong.bank import Objects, StoredObject, objects_at
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import Collection, find_collection
 from memlong_milvus.engine import Engine
 from memlong_milvus.hub import HUBS
-from memlong_milvus.objects import Listed, objects_at
-from memlong_milvus.payloads import chunk_id_of
 from memlong_milvus.place import address_of
 from memlong_milvus.rows import SessionRows
 from memlong_milvus.sessions import Session
 
 _BLOCK = re.compile(
-    r"(?P<collection>[^/]+)-(?P<origin>[0-9a-f]+)/(?P<key>[0-9a-f]{32})/([0-9]{1,18}\.kv|\.[0-9]+\.kv\.[0-9]+\.part)"
+    r"(?P<collection>[^/]+)-(?P<origin>[0-9a-f]+)/(?P<key>[0-9a-f]{32})/((?P<id>0|[1-9][0-9]{0,17})\.kv|0[0-9]{1,17}\.kv|\.[0-9]+\.kv\.[0-9]+\.part)"
 )
 
 
@@ -97,6 +96,20 @@ def sweep(
     before = time.time() - grace
     listed = _by_session(objects.list())  # first: a row that comes later is not missed
     engine = Engine(HUBS.at(address), timeout=timeout, attempts=attempts)
+    try:
+        return _swept(engine, objects, listed, before, dry_run=dry_run)
+    finally:
+        engine.close()
+
+
+def _swept(
+    engine: Engine,
+    objects: Objects,
+    listed: dict[tuple[str, str], dict[str, list[StoredObject]]],
+    before: float,
+    *,
+    dry_run: bool,
+) -> Swept:
     orphans = young = living = 0
     passed_over = []
     for (name, origin), sessions in listed.items():
@@ -106,7 +119,7 @@ def sweep(
             continue
         found = {key: _living(engine, collection, key, blocks) for key, blocks in sessions.items()}
         for key, blocks in sessions.items():
-            lonely = [each for each in blocks if chunk_id_of(each.name) not in found[key]]
+            lonely = [each for each in blocks if _chunk_id(each) not in found[key]]
             old = [each.name for each in lonely if each.written <= before]
             living += len(blocks) - len(lonely)
             young += len(lonely) - len(old)
@@ -116,8 +129,8 @@ def sweep(
     return Swept(orphans, young, living, tuple(passed_over))
 
 
-def _by_session(listed: list[Listed]) -> dict[tuple[str, str], dict[str, list[Listed]]]:
-    found: dict[tuple[str, str], dict[str, list[Listed]]] = defaultdict(lambda: defaultdict(list))
+def _by_session(listed: list[StoredObject]) -> dict[tuple[str, str], dict[str, list[StoredObject]]]:
+    found: dict[tuple[str, str], dict[str, list[StoredObject]]] = defaultdict(lambda: defaultdict(list))
     for each in listed:
         parts = _BLOCK.fullmatch(each.name)
         if parts:
@@ -125,8 +138,14 @@ def _by_session(listed: list[Listed]) -> dict[tuple[str, str], dict[str, list[Li
     return found
 
 
-def _living(engine: Engine, collection: Collection, key: str, blocks: list[Listed]) -> set[int]:
+def _living(engine: Engine, collection: Collection, key: str, blocks: list[StoredObject]) -> set[int]:
     """Return the ids of a session's rows, of those that there are objects of."""
-    ids = np.unique([i for i in (chunk_id_of(each.name) for each in blocks) if i is not None])
+    ids = np.unique([i for i in map(_chunk_id, blocks) if i is not None])
     rows = SessionRows(engine, collection, Session.of_key(key))
     return set(rows.among(ids.astype(np.int64)).tolist())
+
+
+def _chunk_id(block: StoredObject) -> int | None:
+    """Return whose object it is; None for what was never finished."""
+    parts = _BLOCK.fullmatch(block.name)
+    return None if parts is None or parts["id"] is None else int(parts["id"])

@@ -43,7 +43,7 @@ def test_a_bank_that_failed_lets_go_of_its_session(
     bank = MilvusBank(DIM, **place, session="a", attempts=2)
     chunks = random_chunks(6)
     chunks.into(bank)
-    client, gone = bank._engine._client, weakref.ref(bank)
+    client, gone = bank._engine.client, weakref.ref(bank)
     gc.collect()
     gc.disable()
     try:
@@ -98,7 +98,7 @@ def test_what_is_added_after_a_failure_is_in_milvus_with_all_else(
     """And what is there already is not written again."""
     bank = MilvusBank(DIM, **place, session="a", attempts=1)
     random_chunks(6).into(bank)
-    client, written = bank._engine._client, []
+    client, written = bank._engine.client, []
     with monkeypatch.context() as patch:
         patch.setattr(client, "upsert", _unavailable)
         with pytest.raises(BackendError):

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from memlong_milvus.objects import LocalObjects
 
+from memlong.bank.store.objects import LocalObjects
 from memlong.errors import InvalidArgumentError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.__main__ import main
@@ -62,9 +62,7 @@ def test_collections_that_this_milvus_does_not_have_are_passed_over(uri: str, tm
     """They may be another's, whose rows cannot be seen from here."""
     bank, objects = _with_orphans(uri, tmp_path / "kv", collection="mine")
     swept = sweep(str(tmp_path / "kv"), uri=str(tmp_path / "other.db"))
-    assert swept == Swept(
-        orphans=0, young=0, living=0, passed_over=(bank.state.store._folder.name.split("/")[0],)
-    )
+    assert swept == Swept(orphans=0, young=0, living=0, passed_over=(bank._blocks.folder.name.split("/")[0],))
     assert all(path.exists() for path in objects.values())
     assert len(bank) == 10
 
@@ -76,7 +74,7 @@ def test_objects_of_another_milvus_stay(uri: str, tmp_path: Path) -> None:
     random_chunks(2).into(other)
     swept = sweep(str(tmp_path / "kv"), uri=str(tmp_path / "other.db"), grace=0)
     assert (swept.orphans, swept.living) == (0, 2)
-    assert swept.passed_over == (bank.state.store._folder.name.split("/")[0],)
+    assert swept.passed_over == (bank._blocks.folder.name.split("/")[0],)
     assert bank.retrieve(random_chunks(10).embeddings[3:], 1).ids[:, 0].tolist() == list(range(3, 10))
 
 
