@@ -86,7 +86,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     dtype, device = choose_machine(dtype, device).names
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
-    memory = MemoryConfig(local_window=local_window)
+    memory = MemoryConfig(local_window=local_window, position_mode="zero")
     retrievers = retriever or ["lm"]
     listed = _systems(language_model, tokenizer, memory, retrievers, adapter, dtype)
     chosen = [each for each in listed if not system or each.name.startswith(tuple(system))]

@@ -93,7 +93,7 @@ def main(
     placed: list[Placed] = []
     with tempfile.TemporaryDirectory() as spare:
         store = {"disk": str(folder or spare), "host": "256MB"}
-        config = MemoryConfig(backend=backend, retriever=retriever, store=store)
+        config = MemoryConfig(backend=backend, retriever=retriever, store=store, position_mode="zero")
         step = config.segment_size
         wanted = sorted({-(-place // step) * step for place in (*numbers("--places", places, int), tokens)})
         noted = {-(-tokens * number // (points * step)) * step for number in range(1, points + 1)}

@@ -119,7 +119,7 @@ def _measured(
 ) -> dict[str, Any]:
     timed = Timed(retriever)
     with (
-        MemoryDecoder(model, tokenizer, MemoryConfig(), retriever=timed) as decoder,
+        MemoryDecoder(model, tokenizer, MemoryConfig(position_mode="zero"), retriever=timed) as decoder,
         tqdm(total=input_ids.shape[1], unit="tok", desc=name) as bar,
     ):
         found = evaluate_perplexity(decoder, input_ids, score_from=score_from, progress=bar.update)

@@ -153,7 +153,13 @@ def main(
     typer.echo(f"loading the model… {machine}", err=True)
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     input_ids = tokenize(tokenizer, read_text(text), max_tokens)
-    memory = MemoryConfig(retriever=retriever, chunk_size=chunk_size, top_k=top_k, local_window=local_window)
+    memory = MemoryConfig(
+        retriever=retriever,
+        chunk_size=chunk_size,
+        top_k=top_k,
+        local_window=local_window,
+        position_mode="zero",  # the paper's
+    )
     retrieved = chunk_size * top_k
     window = replace(memory, backend=None)
     configs = {

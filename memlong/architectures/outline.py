@@ -129,7 +129,7 @@ def _attached(class_name: str, decoder: MemoryDecoder) -> Outline:
 
 
 def _greatest_window(layout: ModelLayout) -> int | None:
-    default = MemoryConfig()
+    default = MemoryConfig(position_mode="zero")  # where the window leaves room for no more
     memory = default.memory_span(default.top_k)
     retrieving = [layout.layers[layer].sliding_window for layer in layout.full_attention_layers]
     limits = [size - memory for size in retrieving if size is not None]

@@ -22,7 +22,7 @@ _MOST_BEAMS = 4096
 _COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, probabilities are all one token's, or all alike
 
 
-@with_memory(without=("gate_init", "gates"), position_mode="before-window")
+@with_memory(without=("gate_init", "gates"))
 def generate(
     ctx: typer.Context,
     *,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memlong.evaluation import Shots
 
 
-@with_memory(position_mode="before-window")
+@with_memory()
 def icl(
     ctx: typer.Context,
     *,

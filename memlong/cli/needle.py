@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from memlong.evaluation.needle import Cell
 
 
-@with_memory(retriever="sentence-transformers", position_mode="before-window")
+@with_memory(retriever="sentence-transformers")
 def needle(
     ctx: typer.Context,
     *,
@@ -46,10 +46,9 @@ def needle(
 ) -> None:
     """Hide a pass key in a long text, at several depths, and ask for it.
 
-    Retrieved chunks stand before the window, in order: where all stand at one position, as --position-mode zero has it,
-    small models mix up the digits; and the retriever is one that sees meaning, not the tokens that a question shares
-    with all the filler, as 'lm' does. A model must find the key without memory, too: try --backend none with a length
-    that fits into --local-window.
+    Under --position-mode zero, where all retrieved chunks stand at one position, small models mix up the digits. The
+    default retriever sees meaning; 'lm' would look for the tokens that a question shares with all the filler. A model
+    must find the key without memory, too: try --backend none with a length that fits into --local-window.
 
     \b
     Examples:

@@ -91,9 +91,10 @@ class MemoryConfig:
         more="These are ``segment_size`` tokens before a segment, and ``retrieve_every`` while text is generated.",
         least=1,
     )
-    position_mode: PositionMode = setting(
-        "zero",
+    position_mode: PositionMode | None = setting(
+        None,
         "Retrieved keys stand at 'zero', 'overlaid', 'before-window' or 'original'.",
+        unset="'before-window', or 'zero' where the model has too few positions for it",
         more='``"zero"``: all at the one position between sinks and window (the MemLong paper\'s position 0). '
         '``"overlaid"``: every chunk in order, all of them over the same positions just before the window. '
         '``"before-window"``: one chunk after the other, running up to the window. ``"original"``: where they stood in '
@@ -189,5 +190,5 @@ class MemoryConfig:
 
     def memory_span(self, chunks: int) -> int:
         """Positions that so many retrieved chunks take between sinks and window."""
-        spans = {"zero": 1, "overlaid": self.chunk_size}
-        return spans.get(self.position_mode, chunks * self.chunk_size) if chunks else 0
+        of_modes: dict[str | None, int] = {"zero": 1, "overlaid": self.chunk_size}
+        return of_modes.get(self.position_mode, chunks * self.chunk_size) if chunks else 0

@@ -66,6 +66,15 @@ def test_a_window_beyond_the_trained_positions_is_refused(one_layer, small):
         MemoryDecoder(one_layer, None, small(local_window=300))
 
 
+@pytest.mark.parametrize(("top_k", "mode"), [(4, "before-window"), (60, "zero")])
+def test_by_default_chunks_stand_in_order_where_the_model_has_room_for_that(one_layer, small, top_k, mode):
+    config = small(top_k=top_k)
+    assert config.position_mode is None
+    decoder = MemoryDecoder(one_layer, None, config)
+    assert decoder.config.position_mode == mode
+    assert decoder.config.position_span <= 256
+
+
 def test_original_positions_end_where_the_models_do(one_layer, small, text):
     with MemoryDecoder(one_layer, None, small(position_mode="original")) as decoder:
         decoder.read(text(256))

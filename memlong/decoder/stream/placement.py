@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -68,14 +68,29 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) ->
     return np.arange(placement.window_start - count, placement.window_start)
 
 
-def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
-    """Refuse settings that would take a stream beyond the positions that the model was trained on.
+def with_positions(
+    config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]
+) -> MemoryConfig:
+    """Return the configuration with a `position_mode`: the default is the first that the model has room for.
 
     Raises
     ------
     InvalidArgumentError
-        Naming the sizes and the limit.
+        If the mode that was asked for, or every default, takes the stream beyond the trained positions, or retrieval
+        layers beyond their sliding windows.
     """
+    if config.position_mode is None:
+        in_order = replace(config, position_mode="before-window")
+        try:
+            return with_positions(in_order, model, retrieval_layers)
+        except InvalidArgumentError:
+            config = replace(config, position_mode="zero")
+    _check_trained_positions(config, model)
+    _check_sliding_windows(config, model, retrieval_layers)
+    return config
+
+
+def _check_trained_positions(config: MemoryConfig, model: ModelLayout) -> None:
     limit = model.max_positions
     if config.position_mode == "original" or limit is None or config.position_span <= limit:
         return
@@ -88,14 +103,9 @@ def check_positions(config: MemoryConfig, model: ModelLayout) -> None:
     )
 
 
-def check_sight(config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
-    """Refuse retrieval layers whose sliding window does not reach back over all of the memory.
-
-    Raises
-    ------
-    InvalidArgumentError
-        Naming the layers and both windows.
-    """
+def _check_sliding_windows(
+    config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]
+) -> None:
     if config.backend is None or config.position_mode == "original":
         return
     windows = {layer: model.layers[layer].sliding_window for layer in retrieval_layers}

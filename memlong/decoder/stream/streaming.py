@@ -37,7 +37,7 @@ from memlong.decoder.persistence.fingerprint import origin_of
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import check_made_for, create_retriever
 from memlong.decoder.stream.banks import check_banks, check_origins
-from memlong.decoder.stream.placement import check_positions, check_sight
+from memlong.decoder.stream.placement import with_positions
 from memlong.decoder.stream.recall import RandomChunks
 from memlong.decoder.stream.streams import Segment, Streams
 from memlong.decoder.stream.tokens import token_lists
@@ -100,11 +100,10 @@ class StreamingDecoder(Uncopied):
         self._layout = probe(model)
         if self._layout.is_unusual:
             try_out(model, self._layout, self._registry)
-        check_positions(self.config, self._layout)
         self.retrieval_layers = parse_layers(
             str(self.config.retrieval_layers), self._layout.full_attention_layers, self._layout.layers
         )
-        check_sight(self.config, self._layout, self.retrieval_layers)
+        self.config = with_positions(self.config, self._layout, self.retrieval_layers)
         like = cast("Tensor", model.get_input_embeddings().weight)
         self._source = make_source(self.config, self._layout, self.retrieval_layers, like)
         self.gates = make_gates(self.config, self._layout, self.retrieval_layers, like)
