@@ -33,7 +33,7 @@ def _sweep(given: argparse.Namespace) -> None:
 
 
 def _purge(given: argparse.Namespace) -> None:
-    from memlong_milvus.purge import purge
+    from memlong_milvus.sweep import purge
 
     names = purge(uri=given.uri, database=given.database)
     print(

@@ -12,7 +12,7 @@ from memlong.bank import IndexRows, KeyValueStore, MemoryBank, ObjectFolder
 from memlong.bank.snapshot.reader import StoredBank
 from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError
-from memlong_milvus.collection import CollectionPlan, ready_collection
+from memlong_milvus.collection import METRICS, Collection, ready_collection
 from memlong_milvus.engine import Engine
 from memlong_milvus.hold import Hold
 from memlong_milvus.hub import HUBS
@@ -178,11 +178,13 @@ class MilvusBank(Uncopied, MemoryBank):
         chosen = SessionIndex.make_options(options)
         self._engine = Engine(HUBS.at(self._address), timeout=chosen.timeout, attempts=chosen.attempts)
         self._engine.hub.bury()
-        name = chosen.collection or f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
-        plan = CollectionPlan(
-            name, rows.dim, rows.similarity, chosen.partitions, chosen.M, chosen.ef_construction
+        name = (
+            chosen.collection
+            if chosen.collection is not None
+            else f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
         )
-        made = ready_collection(self._engine, plan)
+        wanted = Collection(name, rows.dim, METRICS[rows.similarity], chosen.partitions)
+        made = ready_collection(self._engine, wanted, links=chosen.M, effort=chosen.ef_construction)
         if isinstance(self._blocks, SessionStore):
             self._blocks.folder.name = f"{made.name}-{made.origin}/{self._session.key}"
         self._rows = SessionRows(self._engine, made, self._session, chosen.consistency)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -136,14 +137,8 @@ class SessionRows:
 
     def among(self, ids: Ids) -> Ids:
         """Return those of some ids, ascending and distinct, that have a row now; it takes as long as they are many."""
-        start, rows = 0, []
-        while start < len(ids):
-            end = int(np.searchsorted(ids, ids[start] + MOST_ROWS - 1))
-            rows += self._between(int(ids[start]), int(ids[end - 1]) + 1, ["pk"], MOST_ROWS)
-            start = end
-        return np.intersect1d(
-            ids, np.array(self._session.ids_of([row["pk"] for row in rows]), dtype=np.int64)
-        )
+        found = [row["chunk"] for rows in self._of(ids, ["pk", "chunk"], MOST_ROWS) for row in rows]
+        return np.array(found, dtype=np.int64)
 
     def is_empty(self) -> bool:
         """Whether there are no rows now."""
@@ -151,24 +146,27 @@ class SessionRows:
 
     def read(self, ids: Ids) -> tuple[Ids, Floats, Ids]:
         """Return ids [n], embeddings [n, dim] and spans [n, 2] of the rows there are now of ids, which ascend."""
-        start, most = 0, max(2, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
-        wanted = set(ids.tolist())
-        found: dict[int, tuple[int, int]] = {}
-        embeddings = [np.empty((0, self._collection.dim), dtype=np.float32)]
+        most = max(2, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
+        numbers = np.empty((0, 3), dtype=np.int64)
+        embeddings = np.empty((0, self._collection.dim), dtype=np.float32)
+        parts = [(numbers, embeddings)]
+        for rows in self._of(ids, list(FIELDS), most):
+            found = [[row[name] for name in ("chunk", "first", "last")] for row in rows]
+            vectors = [row["embedding"] for row in rows]
+            parts.append((np.array(found, numbers.dtype), np.array(vectors, embeddings.dtype)))
+        numbers = np.concatenate([each for each, _ in parts if len(each)] or [numbers])
+        embeddings = np.concatenate([each for _, each in parts if len(each)] or [embeddings])
+        return numbers[:, 0].copy(), embeddings, numbers[:, 1:].copy()
+
+    def _of(self, ids: Ids, fields: list[str], most: int) -> Iterator[list[dict[str, Any]]]:
+        """Give the rows of some ids, ascending as these are, fewer than ``most`` at a time."""
+        start, wanted = 0, set(ids.tolist())
         while start < len(ids):
             end = int(np.searchsorted(ids, ids[start] + most - 1))
-            rows = self._between(int(ids[start]), int(ids[end - 1]) + 1, list(FIELDS), most)
-            ours = {each["chunk"]: each for each in rows if self._session.ids_of([each["pk"]])}
-            kept = [ours[chunk_id] for chunk_id in sorted(wanted.intersection(ours))]
-            vectors = np.array([each["embedding"] for each in kept], dtype=np.float32)
-            embeddings.append(vectors.reshape(-1, self._collection.dim))
-            found |= {each["chunk"]: (each["first"], each["last"]) for each in kept}
+            rows = self._between(int(ids[start]), int(ids[end - 1]) + 1, fields, most)
+            ours = {row["chunk"]: row for row in rows if self._session.ids_of([row["pk"]])}
+            yield [ours[chunk_id] for chunk_id in sorted(wanted.intersection(ours))]
             start = end
-        return (
-            np.array(list(found), dtype=np.int64),
-            np.concatenate(embeddings),
-            np.array(list(found.values()), dtype=np.int64).reshape(-1, 2),
-        )
 
     def _between(self, low: int, high: int, fields: list[str], most: int) -> list[dict[str, Any]]:
         """Return the rows of ids from low to below high, fewer than `most` ids."""
