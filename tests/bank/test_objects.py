@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import errno
 import gc
 import os
 import subprocess
@@ -132,14 +131,14 @@ def test_a_place_that_is_away_costs_no_chunk(tmp_path):
 def test_a_put_that_fails_leaves_nothing(tmp_path, monkeypatch):
     bank = create_bank("torch", DIM, store=TieredStore(objects=tmp_path))
     random_chunks(5).into(bank)
-    before, write = state_of(bank), LocalObjects._write
+    before, open_file = state_of(bank), Path.open
 
-    def failing(self, path, content):
+    def failing(path, *given):
         if path.name.startswith(".7."):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, path, content)
+            raise OSError(28, "No space left on device")
+        return open_file(path, *given)
 
-    monkeypatch.setattr(LocalObjects, "_write", failing)
+    monkeypatch.setattr(Path, "open", failing)
     with pytest.raises(StorageError, match=r"7\.kv.* cannot be written: No space left.*name another place"):
         random_chunks(5, seed=1, first=5).into(bank)
     assert_same_state(before, bank)

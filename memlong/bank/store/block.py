@@ -15,8 +15,8 @@ import torch
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.store.codec import StorageDtype
 
-_MAGIC = b"memlong\x01"
-_HEAD = struct.Struct("<8sII")  # magic, length of the header, CRC-32 of all that follows
+MAGIC = b"memlong\x01"
+HEAD = struct.Struct("<8sII")  # magic, length of the header, CRC-32 of all that follows
 _WIDEST, _LARGEST = 2**20, 2**27  # as in a snapshot
 _DTYPES = {str(each): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -64,9 +64,9 @@ def encode(owner: str, chunk_id: int, kind: BlockKind, record: torch.Tensor) -> 
     """
     facts = {"owner": owner, "chunk": chunk_id, "dtype": str(kind.dtype), "shape": list(kind.shape)}
     header = json.dumps({**facts, "stored": kind.stored}).encode()
-    header += b" " * (-(_HEAD.size + len(header)) % 64)
+    header += b" " * (-(HEAD.size + len(header)) % 64)
     body = b"".join((header, record.contiguous().numpy().data))
-    return _HEAD.pack(_MAGIC, len(header), zlib.crc32(body)) + body
+    return HEAD.pack(MAGIC, len(header), zlib.crc32(body)) + body
 
 
 def decode(content: bytes, owner: str, chunk_id: int, kind: BlockKind, record: torch.Tensor) -> None:
@@ -92,16 +92,16 @@ def kind_of(content: bytes, owner: str, chunk_id: int) -> BlockKind:
 
 def _opened(content: bytes, owner: str, chunk_id: int) -> tuple[BlockKind, int]:
     """Return the kind of a block, and where its record begins."""
-    if len(content) < _HEAD.size:
+    if len(content) < HEAD.size:
         raise ValueError(f"it is cut off after {len(content)} bytes")
-    magic, length, checksum = _HEAD.unpack_from(content)
-    if magic != _MAGIC:
+    magic, length, checksum = HEAD.unpack_from(content)
+    if magic != MAGIC:
         raise ValueError("it does not begin as a chunk does")
-    if zlib.crc32(memoryview(content)[_HEAD.size :]) != checksum:
+    if zlib.crc32(memoryview(content)[HEAD.size :]) != checksum:
         raise ValueError("its checksum differs")
-    start = _HEAD.size + length
+    start = HEAD.size + length
     try:
-        header = json.loads(content[_HEAD.size : start])
+        header = json.loads(content[HEAD.size : start])
     except RecursionError as error:
         raise ValueError("its header is nested too deeply") from error
     if not isinstance(header, dict) or not _is_shape(header.get("shape")):

@@ -52,6 +52,13 @@ class MilvusBank(Uncopied, MemoryBank):
     **bank_options
         The options of `MemoryBank` and of `MilvusOptions`.
 
+    Attributes
+    ----------
+    engine : Engine
+        The Milvus, as it is asked.
+    rows : SessionRows
+        Of the session, there.
+
     Raises
     ------
     InvalidArgumentError
@@ -87,7 +94,7 @@ class MilvusBank(Uncopied, MemoryBank):
             store = SessionStore(folder, named=self._session.named)
         self._blocks = store
         super().__init__(dim, store=store, **bank_options)
-        self._hold = Hold(self, self._engine, self._session, self._rows, self.state.table, store)
+        self._hold = Hold(self, self.engine, self._session, self.rows, self.state.table, store)
         if self._session.named:
             self._begin(facts, options)
 
@@ -99,12 +106,12 @@ class MilvusBank(Uncopied, MemoryBank):
     @property
     def uri(self) -> str:
         """Where Milvus is, without user and password."""
-        return self._engine.address.uri
+        return self.engine.address.uri
 
     @property
     def collection(self) -> str:
         """Name of the collection that its rows are in."""
-        return self._rows.collection
+        return self.rows.collection.name
 
     @classmethod
     def reopen(cls, dim: int, *, session: str, **options: Any) -> Self:
@@ -165,7 +172,7 @@ class MilvusBank(Uncopied, MemoryBank):
         """
         with self.state.lock.write():
             self._hold.let_go()
-            self._rows.close()
+            self.rows.close()
 
     def __enter__(self) -> Self:
         return self
@@ -176,25 +183,25 @@ class MilvusBank(Uncopied, MemoryBank):
     def make_index(self, rows: IndexRows, options: Mapping[str, Any]) -> SessionIndex:
         """Find or make the collection, and the session's place in it."""
         chosen = SessionIndex.make_options(options)
-        self._engine = Engine(HUBS.at(self._address), timeout=chosen.timeout, attempts=chosen.attempts)
-        self._engine.hub.bury()
+        self.engine = Engine(HUBS.at(self._address), timeout=chosen.timeout, attempts=chosen.attempts)
+        self.engine.hub.bury()
         name = (
             chosen.collection
             if chosen.collection is not None
             else f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
         )
         wanted = Collection(name, rows.dim, METRICS[rows.similarity], chosen.partitions)
-        made = ready_collection(self._engine, wanted, links=chosen.M, effort=chosen.ef_construction)
+        made = ready_collection(self.engine, wanted, links=chosen.M, effort=chosen.ef_construction)
         if isinstance(self._blocks, SessionStore):
             self._blocks.folder.name = f"{made.name}-{made.origin}/{self._session.key}"
-        self._rows = SessionRows(self._engine, made, self._session, chosen.consistency)
+        self.rows = SessionRows(self.engine, made, self._session, chosen.consistency)
         bank = ref(self)
 
         def next_id() -> int:
             owner = bank()
             return 0 if owner is None else owner.next_id
 
-        self._session_index = SessionIndex(rows, chosen, self._rows, next_id)
+        self._session_index = SessionIndex(rows, chosen, self.rows, next_id)
         return self._session_index
 
     def _begin(self, facts: Mapping[str, Any], options: MilvusOptions) -> None:
@@ -208,9 +215,9 @@ class MilvusBank(Uncopied, MemoryBank):
                     )
                 return
             if not options.resume:
-                refuse_what_is_there(self._rows, self._blocks)
+                refuse_what_is_there(self.rows, self._blocks)
                 return
-            kept = take_over(self._rows, self._blocks, facts, torch.device(options.kv_device))
+            kept = take_over(self.rows, self._blocks, facts, torch.device(options.kv_device))
         except BaseException:
             self._hold.let_go()  # at once: whoever catches this may ask for the session again
             raise

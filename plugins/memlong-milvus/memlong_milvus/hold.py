@@ -42,7 +42,7 @@ class Hold:
         table: ChunkTable,
         store: KeyValueStore,
     ) -> None:
-        self._engine, self._key = engine, f"{rows.collection}/{session.key}"
+        self._engine, self._key = engine, f"{rows.collection.name}/{session.key}"
         self._end = None if session.named else _ending(engine, rows, table, store)
         engine.hub.claim(self._key, session.name, self._end)
         self._finalizer = weakref.finalize(bank, engine.hub.release, self._key)

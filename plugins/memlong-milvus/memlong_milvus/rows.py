@@ -47,20 +47,15 @@ class SessionRows:
     ) -> None:
         self._engine, self._collection, self._session = engine, collection, session
         self._consistency = consistency.capitalize()
-        self._partition = f"p{session.partition(collection.partitions)}"
-        self._filter = f"session == {session.number}"
+        self.partition = f"p{session.partition(collection.partitions)}"
+        self.filter = f"session == {session.number}"
         self._is_closed = False
         self._batch = max(1, min(MOST_ROWS, _BATCH_BYTES // (4 * collection.dim + 128)))
 
     @property
-    def collection(self) -> str:
-        """Name of the collection."""
-        return self._collection.name
-
-    @property
-    def dim(self) -> int:
-        """Width of the embeddings."""
-        return self._collection.dim
+    def collection(self) -> Collection:
+        """Where they are."""
+        return self._collection
 
     @property
     def session(self) -> Session:
@@ -97,7 +92,7 @@ class SessionRows:
                     strict=True,
                 )
             ]
-            self._call("upsert", data=rows, partition_name=self._partition)
+            self._call("upsert", data=rows, partition_name=self.partition)
 
     def search(self, queries: Floats, limit: int, effort: int) -> Ids:
         """Return ids [q, limit] of rows near to queries, -1 where there are fewer."""
@@ -109,12 +104,12 @@ class SessionRows:
                 "search",
                 data=list(queries[part]),
                 anns_field="embedding",
-                filter=self._filter,
+                filter=self.filter,
                 limit=limit,
                 output_fields=["pk"],
                 search_params={"metric_type": self._collection.metric, "params": {"ef": max(effort, limit)}},
                 consistency_level=self._consistency,
-                partition_names=[self._partition],
+                partition_names=[self.partition],
             )
             for row, hits in zip(ids[part], found, strict=True):
                 ours = self._session.ids_of(hits.ids)
@@ -125,7 +120,7 @@ class SessionRows:
         """Remove rows; those that are not there count as removed."""
         for start in range(0, len(ids), MOST_ROWS // 4):
             keys = self._session.keys_of(ids[start : start + MOST_ROWS // 4])
-            self._call("delete", ids=keys, partition_name=self._partition)
+            self._call("delete", ids=keys, partition_name=self.partition)
 
     def held(self, next_id: int) -> Ids:
         """Return the ids of all rows there are now, ascending; few are of ``next_id`` or above."""
@@ -180,11 +175,11 @@ class SessionRows:
         return list(
             self._call(
                 "query",
-                filter=f"{self._filter} and {condition}",
+                filter=f"{self.filter} and {condition}",
                 output_fields=fields,
                 limit=limit,
                 consistency_level="Strong",
-                partition_names=[self._partition],
+                partition_names=[self.partition],
             )
         )
 

@@ -66,7 +66,7 @@ def test_odd_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_a_collection_that_is_not_memlongs_is_left_alone(tmp_path: Path) -> None:
     bank = MilvusBank(DIM, uri=str(tmp_path / "memory.db"))
-    client = bank._engine.client
+    client = bank.engine.client
     client.create_collection("other", dimension=DIM)
     with pytest.raises(InvalidArgumentError, match=r"'other' at .* has the fields .* not made by memlong"):
         MilvusBank(DIM, uri=str(tmp_path / "memory.db"), collection="other")
@@ -99,7 +99,7 @@ def test_who_may_not_is_told_and_who_may_leaves_no_trace_of_the_password(
         chunks.into(bank)
         assert bank.retrieve(chunks.embeddings, 1).ids[:, 0].tolist() == list(range(5))
         bank.save(tmp_path / way)
-        shown = [repr(bank), bank.uri, repr(bank._engine), str(bank.options_to_save())]
+        shown = [repr(bank), bank.uri, repr(bank.engine), str(bank.options_to_save())]
         shown += [path.read_text(errors="replace") for path in (tmp_path / way).iterdir()]
         assert not any("hush" in each for each in shown)
     assert "not-it" not in caplog.text

@@ -19,7 +19,7 @@ from memlong_milvus.bank import MilvusBank
 bank = MilvusBank(32)
 more = random_chunks(5, seed=1, first=500)
 random_chunks(5).into(bank)
-objects = pathlib.Path(bank._blocks.folder.place)
+objects = pathlib.Path(bank.state.store.folder.place)
 child = os.fork()
 if not child:
     signal.alarm(30)

@@ -66,14 +66,14 @@ def test_a_put_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     bank = MilvusBank(DIM, store=str(tmp_path))
     random_chunks(5).into(bank)
     before = state_of(bank)
-    write = LocalObjects._write
+    open_file = Path.open
 
-    def failing(self: LocalObjects, path: Path, content: bytes) -> None:
+    def failing(path: Path, *given: object) -> object:
         if path.name.startswith(".7."):
             raise OSError(28, "No space left on device")
-        write(self, path, content)
+        return open_file(path, *given)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(LocalObjects, "_write", failing)
+    monkeypatch.setattr(Path, "open", failing)
     with pytest.raises(StorageError, match=r"7\.kv.* cannot be written: No space left.*name another place"):
         random_chunks(5, seed=1, first=5).into(bank)
     assert_same_state(before, bank)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from memlong import SnapshotError, create_bank, load_bank
-from memlong.bank.store.block import _HEAD, _MAGIC
+from memlong.bank.store.block import HEAD, MAGIC
 from memlong.errors import InvalidArgumentError, LostChunksWarning, StorageError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.bank import MilvusBank
@@ -75,7 +75,7 @@ def left(tmp_path: Path) -> Path:
     """What the session alice of five chunks has left in its folder of objects."""
     with MilvusBank(DIM, uri=str(tmp_path / "memory.db"), session="alice") as bank:
         random_chunks(5).into(bank)
-        folder = bank._blocks.folder.name
+        folder = bank.state.store.folder.name
     return tmp_path / "memory.kv" / folder
 
 
@@ -117,13 +117,13 @@ def test_a_huge_newest_id_costs_no_endless_queries(left: Path, tmp_path: Path) -
     (left / f"{'9' * 18}.kv").write_bytes(b"")
     with reopened(tmp_path) as bank:
         assert bank.ids.tolist() == list(range(5))
-        assert len(bank._rows.held(bank.next_id)) == 5
+        assert len(bank.rows.held(bank.next_id)) == 5
 
 
 @pytest.mark.parametrize("header", ["[1]", "[" * 10_000, '{"shape": "x"}', '{"shape": [1, 1, 1, -1]}', "{}"])
 def test_an_object_of_a_stranger_is_a_lost_chunk(left: Path, tmp_path: Path, header: str) -> None:
     body = header.encode()
-    (left / "0.kv").write_bytes(_HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body)
+    (left / "0.kv").write_bytes(HEAD.pack(MAGIC, len(body), zlib.crc32(body)) + body)
     with reopened(tmp_path) as bank:
         with pytest.warns(LostChunksWarning, match="chunk 0"):
             bank.fetch(bank.ids)
