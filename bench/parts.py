@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 from ratios import Clock
 
-from memlong import MemoryBank, MemoryDecoder
+from memlong import MemoryDecoder
+from memlong.bank import BankState
 from memlong.decoder.kv.window import LocalWindow, WindowLayer
 from memlong.decoder.model import kernels
 from memlong.decoder.model.attention import AttentionSlot
@@ -102,7 +103,7 @@ def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartC
         (LocalWindow, "hold_memory", "placing"),
         (Streams, "_store", "storing"),
         (Streams, "_bring", "placing"),
-        (MemoryBank, "_rank", "search"),
+        (BankState, "_rank", "search"),
     ):
         seams.append((owner, name, getattr(owner, name), part))
     retriever = decoder.retriever

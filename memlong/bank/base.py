@@ -35,10 +35,10 @@ from memlong.errors import InvalidArgumentError
 
 
 class Reader(Protocol):
-    """Who reads text and stores it in a bank, a window later."""
+    """A reader of text that stores it in a bank once it has left the window."""
 
     def unstored(self, bank: MemoryBank) -> int:
-        """How many tokens it has read that are still to be stored there."""
+        """How many tokens it has read that are not stored there yet."""
 
 
 class BankOptions(TypedDict, total=False):
@@ -57,18 +57,18 @@ class MemoryBank:
 
     It owns ids, embeddings, spans, usage counts and (through its store) keys and values; it validates, locks, scores
     and evicts. A backend is an `Index`, which only names likely candidates and can be rebuilt at any time; `bank_of`
-    makes a class of banks of it, and `create_bank` a bank by its name. Where an engine keeps more than an index, a
-    backend is a subclass of `MemoryBank`. Many threads may search while one writes.
+    makes a class of banks from it, and `create_bank` a bank by its name. An engine that keeps more than an index is a
+    subclass of `MemoryBank` instead. Many threads may search while one writes.
 
-    With CUDA, a bank gives work to the current stream of whoever calls it; who calls it from several streams orders
-    them, as for any tensor. A forked process cannot use a bank with anything on a device: CUDA does not survive it.
+    With CUDA, a bank works on the caller's current stream; callers on several streams must order them, as for any
+    tensor. CUDA does not survive a fork, so a forked process cannot use a bank with anything on a device.
 
     Parameters
     ----------
     dim : int
         Width of the embeddings, at most 2**20, as in a snapshot.
     metric : {"cosine", "inner_product", "l2"}, default "cosine"
-        What is near. Higher scores are better for each of them; "l2" is the negative squared distance.
+        What counts as near. Higher scores are better for each of them; "l2" is the negative squared distance.
     max_chunks : int, optional
         Capacity in chunks.
     max_bytes : int or str, optional
@@ -167,7 +167,7 @@ class MemoryBank:
 
     @property
     def metric(self) -> Metric:
-        """What is near."""
+        """What counts as near."""
         return self._state.metric
 
     @property
@@ -189,16 +189,16 @@ class MemoryBank:
 
     @property
     def unstored(self) -> int:
-        """How many tokens a decoder holds in its window that it has still to store here."""
+        """How many tokens a decoder holds in its window that are not stored here yet."""
         reader = self._reader and self._reader()
         return reader.unstored(self) if reader else 0
 
     def is_read_into(self, reader: Reader) -> None:
-        """Note who reads into the bank, for `unstored`; not kept."""
+        """Note the reader that stores into this bank, for `unstored`; held weakly."""
         self._reader = ref(reader)
 
     def refuse_changes(self, why: str) -> None:
-        """From now on raise MemlongError, for this reason, at whatever would change the bank."""
+        """From now on, raise MemlongError with this reason for every change to the bank."""
         self._state.lock.why_closed = why
 
     @property
@@ -219,7 +219,7 @@ class MemoryBank:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of them in memory: what a store keeps on disk is not, and what it copies nearer counts twice."""
+        """Bytes of them in memory: blocks on disk do not count, and those that a store caches count twice."""
         with self._state.reading():
             return self._state.table.nbytes + self._state.store.resident_bytes
 
@@ -258,12 +258,12 @@ class MemoryBank:
         )
 
     def check_layout(self, layout: ChunkLayout) -> None:
-        """Find out, before there are any, whether the bank and its store can hold chunks of a layout.
+        """Check whether the bank and its store can hold chunks of a layout.
 
         Parameters
         ----------
         layout : ChunkLayout
-            Of the chunks to come.
+            Of the chunks.
 
         Raises
         ------
@@ -301,8 +301,7 @@ class MemoryBank:
             Know that keys and values are finite before anything is stored. Where they are on a CUDA device, that is
             one wait for all that it has been given to do. With False they are stored at once, and it is the next
             `add`, `remove`, `evict` or `save` that raises, if they are not, after it has removed them: for a caller
-            that made them on the device itself and goes on to give it work, as the decoder does. On the CPU it makes
-            no difference.
+            that made them on the device and keeps it busy, as the decoder does. On the CPU it makes no difference.
 
         Returns
         -------
@@ -358,7 +357,7 @@ class MemoryBank:
         return self._state.search(prepared, k)
 
     def exact_search(self, queries: FloatInput, k: int) -> SearchResult:
-        """Do what `search` does by brute force over the stored embeddings: the measure of recall."""
+        """Search by brute force over the stored embeddings, as the reference for recall."""
         prepared, k = self._prepare(queries, k)
         return self._state.search(prepared, k, exactly=True)
 
@@ -391,7 +390,7 @@ class MemoryBank:
         return self._state.surviving(lambda: self._state.fetch(wanted))
 
     def evict(self, n: int) -> torch.Tensor:
-        """Let the eviction policy remove at least n chunks (all, if there are no more), as on overflow.
+        """Have the eviction policy remove at least n chunks (all, if there are fewer), as on overflow.
 
         Parameters
         ----------

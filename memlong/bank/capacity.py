@@ -1,4 +1,4 @@
-"""How much a bank may hold, and who leaves when it holds more."""
+"""How much a bank may hold, and which chunks leave when it holds more."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Capacity:
     max_bytes : int, str or None
         The most bytes of embeddings, keys and values, such as 2000000 or "8GB".
     policy : EvictionPolicy
-        Chooses who leaves.
+        Chooses which chunks leave.
     """
 
     def __init__(self, max_chunks: int | None, max_bytes: int | str | None, policy: EvictionPolicy) -> None:
-        # More could not be saved.
+        # A manifest holds no more.
         self.max_chunks = (
             None if max_chunks is None else whole_number("max_chunks", max_chunks, at_least=1, at_most=_MOST)
         )
@@ -44,7 +44,7 @@ class Capacity:
         embedding_bytes, block_bytes : int
             Of one chunk: its embedding, and its keys and values as the store keeps them.
         store_bytes : int or None
-            The most bytes of keys and values that the store admits.
+            The most bytes of keys and values that the store takes.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What a bank holds: rows of a table and blocks of a store, which change together or not at all."""
+"""Rows of a table and blocks of a store, which change together or not at all."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class _Before:
 class Contents:
     """A table and a store in step, with the layout of their chunks and the id of the next one.
 
-    An interrupt can come between any two lines, those of the undoing included. So a change notes first what there was,
-    and one that did not come to its end is undone then or, at the latest, before the next use. Each step of that may be
-    taken again. Blocks that had left the store already take their rows with them.
+    An interrupt can come between any two lines, also while a change is undone. So a change first remembers the state
+    before it, and one that did not complete is undone at once or, at the latest, before the next use; each step of that
+    may be repeated. Rows whose blocks had already left the store go with them.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Contents:
     store : KeyValueStore
         Empty.
     owner : object
-        Whose contents they are; not kept.
+        Whose contents they are; held weakly.
     on_undo : callable
         Tells the owner, before anything else, that the index over the table may be wrong.
     """
@@ -72,7 +72,7 @@ class Contents:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether a change was cut short, so that `repair` must come before any use."""
+        """Whether a change was cut short, so that `repair` must run before any use."""
         return self._before is not None
 
     def fill(self, layout: ChunkLayout | None, next_id: int) -> None:
@@ -81,7 +81,7 @@ class Contents:
         self._next_id = next_id
 
     def change(self, layout: ChunkLayout | None, added: Ids | None = None) -> _Change:
-        """Let what is done in the `with` block come to its end, or undo it.
+        """Complete what is done in the `with` block, or undo it.
 
         Parameters
         ----------
@@ -93,7 +93,7 @@ class Contents:
         return _Change(self, layout, [] if added is None else added.tolist())
 
     def repair(self) -> None:
-        """Undo what was cut short, down to the last block."""
+        """Undo a change that was cut short, its blocks included."""
         self.restore()
         if not self._strays:
             return
@@ -106,8 +106,8 @@ class Contents:
     def restore(self) -> None:
         """Put the table back in step with the store.
 
-        Blocks that no row knows may stay behind, out of sight: a store that cannot let go of them does not keep the
-        bank from being read.
+        Blocks without a row may stay behind, out of sight: a store that cannot remove them does not keep the bank from
+        being read.
         """
         before = self._before
         if before is None:
@@ -123,7 +123,7 @@ class Contents:
         self._before = None
 
     def begin(self, layout: ChunkLayout | None, added: list[int]) -> None:
-        """Note what there is."""
+        """Remember the state before a change."""
         self._before = _Before(self._table.rows, self._layout, added)
         self._layout = layout
         self._next_id += len(added)
@@ -134,7 +134,7 @@ class Contents:
 
 
 class _Change:
-    """One change; no generator, which would go on by itself when it is collected."""
+    """One change; not a generator, which would run on when it is garbage-collected."""
 
     def __init__(self, contents: Contents, layout: ChunkLayout | None, added: list[int]) -> None:
         self._contents = contents

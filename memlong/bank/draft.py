@@ -1,4 +1,4 @@
-"""A draft of a bank: the bank, and chunks beside it that it never takes in."""
+"""A draft of a bank: the bank, and chunks on top of it that are never added."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class _Chunk:
 class Draft(Uncopied):
     """What a beam remembers: a bank, and the chunks of a continuation that will be dropped.
 
-    The draft's own chunks are kept where they were made, whatever store and capacity the bank has, and searched by
-    brute force: they are as few as a continuation is short. Retrieving counts in the bank as it always does; nothing is
+    The draft's own chunks stay where they were made, whatever the bank's store and capacity, and are searched by brute
+    force: a continuation is short, so they are few. Retrieving counts in the bank as it always does; nothing is
     ever added to it.
 
     Parameters
@@ -44,7 +44,7 @@ class Draft(Uncopied):
     bank : MemoryBank or Draft
         What lies below.
     chunks
-        What another draft over the same bank holds already.
+        Chunks that another draft over the same bank already holds.
     """
 
     why_uncopied = "it lies over a bank. Fork it, or copy the bank."
@@ -74,7 +74,7 @@ class Draft(Uncopied):
         return len(self._bank) + len(self._chunks)
 
     def fork(self) -> Self:
-        """Return a draft that goes its own way from here, over the same bank."""
+        """Return an independent copy of this draft over the same bank."""
         other = type(self)(self._bank, self._chunks)
         other._unproven, other._proven = self._unproven, self._proven  # noqa: SLF001 - its own
         return other
@@ -88,7 +88,7 @@ class Draft(Uncopied):
         *,
         check_first: bool = True,
     ) -> None:
-        """Note chunks down; same arguments and errors as `MemoryBank.add`."""
+        """Keep chunks; same arguments and errors as `MemoryBank.add`."""
         if self._unproven is not None:
             try:
                 self._unproven.require()

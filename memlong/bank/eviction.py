@@ -37,9 +37,9 @@ class Usage:
 
 
 class EvictionPolicy(ABC):
-    """A pure rule from usage to the chunks that must go; it keeps no state between calls.
+    """Chooses from their usage which chunks must go; it keeps no state between calls.
 
-    One that a plugin registers is made without arguments, and has the `name` that it is registered by.
+    A policy that a plugin registers is made without arguments, and its `name` is the one it is registered under.
     """
 
     name: ClassVar[str]
@@ -58,7 +58,7 @@ class EvictionPolicy(ABC):
         Returns
         -------
         numpy.ndarray
-            int64 ids out of `usage.ids`, each once, at least ``len(usage) - capacity`` of them.
+            int64 ids from `usage.ids`, each once, at least ``len(usage) - capacity`` of them.
         """
 
 
@@ -86,9 +86,9 @@ class Lru(EvictionPolicy):
 class RetrievalFrequency(EvictionPolicy):
     """The dynamic memory update of MemLong (arXiv 2408.16967): forget what is old or seldom retrieved.
 
-    On overflow the oldest 10 % of the chunks are dropped and the newest 10 % protected; of those between, the
-    least retrieved go first, the older of equals before the younger, until no more than half of the capacity
-    is in use. Survivors keep their counts.
+    On overflow the oldest 10 % of the chunks are dropped and the newest 10 % protected; of those between, the least
+    retrieved go first (of equals, the older), until no more than half of the capacity is in use. Survivors keep their
+    counts.
 
     Shares are rounded up, so at least the newest chunk is protected, and at least one chunk stays where the
     capacity allows one. If the protected chunks alone exceed the capacity, which takes a single add of about
@@ -117,7 +117,7 @@ POLICIES: tuple[type[EvictionPolicy], ...] = (Fifo, Lru, RetrievalFrequency)
 
 
 def saved_name(policy: EvictionPolicy) -> str | None:
-    """Return the name that a policy is created again by; None if its class has none of its own."""
+    """Return the name that makes a policy of this class again; None if the class has none of its own."""
     name = vars(type(policy)).get("name")
     if not isinstance(name, str) or (
         type(policy) not in POLICIES and name in {each.name for each in POLICIES}
@@ -127,7 +127,7 @@ def saved_name(policy: EvictionPolicy) -> str | None:
 
 
 def eviction_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """Return the policy of a name; an instance is returned as it is.
+    """Return the policy of a name; an instance is returned unchanged.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def eviction_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
     Raises
     ------
     UnknownNameError
-        If no policy has the name; the message lists those there are.
+        If no policy has the name; the message lists those that exist.
     InvalidArgumentError
         If `policy` is neither a name nor an instance.
     """

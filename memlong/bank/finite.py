@@ -1,4 +1,4 @@
-"""Whether keys and values are finite, found out where they are."""
+"""Whether keys and values are finite, computed on their own device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from memlong.errors import InvalidArgumentError
 
 
 class Finiteness:
-    """The least and the greatest number of keys and of values, which a device may still be looking for.
+    """The minimum and maximum of keys and of values, which a device may still be computing.
 
-    One pass over both, and one small copy to the host. On the CPU it is known at once. On a CUDA device the copy goes
-    to page-locked memory, and only `require` waits for it.
+    One pass over both, and one small copy to the host. On the CPU they are known at once. On a CUDA device the copy
+    goes to page-locked memory, and only `require` waits for it.
 
     Parameters
     ----------
@@ -39,17 +39,17 @@ class Finiteness:
 
     @property
     def is_known(self) -> bool:
-        """Whether `require` need not wait for a device."""
+        """Whether `require` returns without waiting for a device."""
         return self._event is None
 
     def require(self) -> None:
-        """Raise InvalidArgumentError if a number is not finite; the host waits for the device, if it must."""
+        """Raise InvalidArgumentError if a number is not finite; waits for the device if needed."""
         if self._event is not None and not self._event.query():
             self._event.synchronize()
         bounds = self._bounds.tolist()
         for name, (low, high) in (("keys", bounds[:2]), ("values", bounds[2:])):
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise InvalidArgumentError(
-                    f"{name} runs from {low} to {high}, expected finite values: one that is not would spoil every "
-                    "attention that reads it"
+                    f"{name} must be finite, or they would spoil every attention that reads them, got values from "
+                    f"{low} to {high}"
                 )

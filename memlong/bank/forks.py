@@ -1,4 +1,4 @@
-"""What a fork leaves to the child: locks of threads that it does not have, and the parent's files."""
+"""What a forked process must put right: locks held by threads that it does not have, and the parent's files."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ Given = ParamSpec("Given")
 Lock = TypeVar("Lock")
 
 
-class Heir(Protocol):
-    """What has to know that it is in a forked process now."""
+class ForkAware(Protocol):
+    """An object that must know when it is in a forked process."""
 
     def after_fork(self) -> None:
-        """Put in order what threads that are not here have left; nothing else runs meanwhile."""
+        """Undo what threads that exist only in the parent left half done; nothing else runs meanwhile."""
 
 
-def tell_after_fork(heir: Heir) -> None:
-    """Have an object be told, in a process that is forked while it is there."""
-    _note(_heirs, heir)
+def tell_after_fork(thing: ForkAware) -> None:
+    """Have `after_fork` of an object called in every process that is forked while the object exists."""
+    _note(_aware, thing)
 
 
 def fork_lock() -> threading.Lock:
-    """Return a lock that is free in a forked process, whose other threads can no longer let go of it."""
+    """Return a lock that is free in a forked process, where the threads that held it do not exist."""
     return free_after_fork(threading.Lock())
 
 
 def free_after_fork(lock: Lock) -> Lock:
-    """Have a lock, of whichever kind in `threading`, be free in forked processes; returns it."""
+    """Have a lock of any kind in `threading` be free in forked processes; returns it."""
     _note(_locks, lock)
     return lock
 
@@ -38,7 +38,7 @@ def free_after_fork(lock: Lock) -> Lock:
 def unless_forked(
     act: Callable[Given, object], *given: Given.args, **named: Given.kwargs
 ) -> Callable[[], None]:
-    """Return a call that does something in this process alone: its children end, too, and own nothing of it."""
+    """Return a call that acts in this process only: forked children end, too, but own nothing of it."""
     owner = os.getpid()
 
     def end() -> None:
@@ -48,7 +48,7 @@ def unless_forked(
     return end
 
 
-_heirs: set[weakref.ref[Any]] = set()
+_aware: set[weakref.ref[Any]] = set()
 _locks: set[weakref.ref[Any]] = set()
 
 
@@ -59,8 +59,8 @@ def _note(known: set[weakref.ref[Any]], thing: object) -> None:
 def _tell_all() -> None:
     for lock in _alive(_locks):
         lock._at_fork_reinit()  # noqa: SLF001 - as Python's own modules do
-    for heir in _alive(_heirs):
-        heir.after_fork()
+    for thing in _alive(_aware):
+        thing.after_fork()
 
 
 def _alive(known: set[weakref.ref[Any]]) -> list[Any]:

@@ -21,7 +21,7 @@ class ChunkLayout:
     dtype : torch.dtype
         A float dtype.
     device : torch.device
-        Where the blocks come in and are handed out.
+        Where blocks are taken in and returned.
     """
 
     shape: tuple[int, ...]
@@ -44,8 +44,8 @@ class ChunkLayout:
             ours, theirs = getattr(self, what), getattr(other, what)
             if ours != theirs:
                 raise InvalidArgumentError(
-                    f"keys and values have chunk {what} {theirs}, expected {ours} as in the bank's "
-                    "first add; one bank holds chunks of one kind (reset() lets it take another)"
+                    f"keys and values must have the chunk {what} of the bank's first add, {ours}, got {theirs}: "
+                    "one bank holds chunks of one kind, and reset() lets it take another"
                 )
 
     def empty(self, *leading: int) -> torch.Tensor:
@@ -54,4 +54,4 @@ class ChunkLayout:
 
 
 UNKNOWN = ChunkLayout((0, 0, 0, 0), torch.float32, torch.device("cpu"))
-"""The layout of a bank that nothing has been added to."""
+"""The layout of a bank to which nothing was added."""

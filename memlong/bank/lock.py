@@ -17,7 +17,7 @@ class ReadWriteLock:
     The lock is not reentrant: a thread that holds it must not ask for it again.
 
     An interrupt (KeyboardInterrupt) can come before a `with` statement has let go of what it holds. So a thread that
-    would wait for a hold of its own, which only an interrupt can have left, takes that one to be over.
+    would wait for a hold of its own, which only an interrupt can have left behind, takes that hold to be over.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class ReadWriteLock:
         self.why_closed = ""  # to writers; nothing where they may come
 
     def without_others(self) -> bool:
-        """In a process that was just forked, let go of what its parent's other threads hold; whether there was any."""
+        """In a process just forked, release what the parent's other threads hold; return whether there was any."""
         self._renew()
         others = False
         for holds in (self._readers, self._writers, self._writers_waiting):
@@ -51,7 +51,7 @@ class ReadWriteLock:
         return Hold(self, "write")
 
     def enter(self, hold: Hold) -> None:
-        """Wait until there is room for a hold."""
+        """Wait until a hold may begin."""
         try:
             with self._mutex:
                 if hold.kind == "read":
@@ -69,7 +69,7 @@ class ReadWriteLock:
             raise
 
     def leave(self, hold: Hold) -> None:
-        """Forget a hold, or the wait for one; nothing happens if it is over."""
+        """Release a hold, or end the wait for one; nothing happens if it is over."""
         with self._mutex:
             for holds in (self._readers, self._writers, self._writers_waiting):
                 holds.discard(hold)

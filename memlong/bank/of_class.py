@@ -1,4 +1,4 @@
-"""A class method that is not called on an object, which it would leave as it is."""
+"""A class method that refuses to be called on an object, which it would leave unchanged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 else:
 
     class of_class(classmethod):  # noqa: N801 - as classmethod
-        """A class method that makes an object, and says so where somebody expects it to fill the one at hand."""
+        """A class method that makes an object, and says so to a caller who expects it to fill an existing one."""
 
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
-            """Return the method of the class; of an object, what raises InvalidArgumentError."""
+            """Return the method of the class; on an object, a function that raises InvalidArgumentError."""
             if instance is None:
                 return super().__get__(instance, owner)
             kind, name = type(instance).__name__, self.__func__.__name__

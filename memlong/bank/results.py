@@ -1,4 +1,4 @@
-"""What a bank hands back: frozen records of tensors."""
+"""What a bank returns: frozen records of tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Retrieved:
     keys, values : torch.Tensor
         [q, k, layers, kv_heads, chunk, head_dim] in the dtype and on the device they came in; missing chunks
         are zeros. A bank that does not know its chunk shape yet (nothing added since it was made or reset)
-        gives [q, k, 0, 0, 0, 0] in float32 on the CPU.
+        returns [q, k, 0, 0, 0, 0] in float32 on the CPU.
     spans : torch.Tensor
         int64 [q, k, 2] on the CPU, token positions [start, end) of each chunk; -1 is missing.
     """
@@ -76,7 +76,7 @@ class Chunks:
 
 @dataclass(frozen=True, eq=False)
 class StoredEmbeddings:
-    """A copy of what a bank searches, as it stood at one moment.
+    """A copy of what a bank searches, at one moment.
 
     Attributes
     ----------

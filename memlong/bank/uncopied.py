@@ -1,4 +1,4 @@
-"""What must not be copied: two of it would share what only one may have."""
+"""A base for objects that must not be copied: two would share what only one may own."""
 
 from __future__ import annotations
 

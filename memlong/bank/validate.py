@@ -1,4 +1,4 @@
-"""Checks of what callers pass to a bank; each error names the argument, its value and what was expected."""
+"""Checks of what callers pass to a bank; each error names the argument, what it must be, and its value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memlong.settings import shown_value
 
 _LARGEST_NORM = 1e18
 _LONGEST = 80  # of a value in a message
-_SMALLEST_SQUARE = 1e-200  # what underflows in a sum of squares above this is nothing beside it
+_SMALLEST_SQUARE = 1e-200  # next to a sum of squares above this, what underflows does not count
 
 
 def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> int:
@@ -66,7 +66,7 @@ def embeddings_of(name: str, value: FloatInput, dim: int, *, unit: bool) -> Floa
     Raises
     ------
     InvalidArgumentError
-        If it is no float matrix of that width, or holds a value that is not finite or too large to square.
+        If it is not a float matrix of that width, or holds a value that is not finite or too large to square.
     """
     wide = _float64(name, value)
     if wide.ndim != 2 or wide.shape[1] != dim:
@@ -77,8 +77,8 @@ def embeddings_of(name: str, value: FloatInput, dim: int, *, unit: bool) -> Floa
     if not largest * dim**0.5 <= _LARGEST_NORM:
         _check_finite(name, wide)
         raise InvalidArgumentError(
-            f"{name} holds a value of size {largest:g}, expected vectors no longer than {_LARGEST_NORM:g}: "
-            "their products would overflow float32"
+            f"{name} must hold vectors no longer than {_LARGEST_NORM:g}, whose products fit into float32, got a value "
+            f"of size {largest:g}"
         )
     return wide.astype(np.float32)
 
@@ -94,7 +94,7 @@ def spans_of(value: IntInput, count: int) -> Ids:
         )
     for row in np.flatnonzero((spans[:, 0] >= spans[:, 1]) | (spans[:, 0] < 0))[:1]:
         raise InvalidArgumentError(
-            f"spans[{row}] is [{spans[row, 0]}, {spans[row, 1]}], expected 0 <= start < end"
+            f"spans[{row}] must be [start, end) with 0 <= start < end, got [{spans[row, 0]}, {spans[row, 1]}]"
         )
     return spans
 
@@ -110,19 +110,19 @@ def ids_of(value: IntInput) -> Ids:
 def blocks_of(keys: FloatInput, values: FloatInput, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values as tensors of one shape, dtype and device, detached but not copied.
 
-    Whether they are finite is for `Finiteness` to find out: on a device, that takes its time.
+    Whether they are finite, `Finiteness` finds out: on a device, that takes time.
 
     Raises
     ------
     InvalidArgumentError
-        If one is no float array [count, layers, kv_heads, chunk, head_dim], or differs from the other in shape,
+        If one is not a float array [count, layers, kv_heads, chunk, head_dim], or differs from the other in shape,
         dtype or device.
     """
     key, value = _blocks("keys", keys, count), _blocks("values", values, count)
     for what in ("shape", "dtype", "device"):
         ours, theirs = getattr(key, what), getattr(value, what)
         if ours != theirs:
-            raise InvalidArgumentError(f"values has {what} {theirs}, expected that of keys, {ours}")
+            raise InvalidArgumentError(f"values must have the {what} of keys, {ours}, got {theirs}")
     return key, value
 
 
@@ -153,7 +153,7 @@ def _unit(name: str, wide: npt.NDArray[np.float64]) -> Floats:
 
 def _check_finite(name: str, wide: npt.NDArray[np.float64]) -> None:
     for row, column in np.argwhere(~np.isfinite(wide))[:1]:
-        raise InvalidArgumentError(f"{name}[{row}, {column}] is {wide[row, column]}, expected finite values")
+        raise InvalidArgumentError(f"{name} must be finite, got {wide[row, column]} at [{row}, {column}]")
 
 
 def _float_tensor(name: str, value: FloatInput) -> torch.Tensor:

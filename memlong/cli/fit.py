@@ -50,7 +50,7 @@ def fit(
     keep_apart({"--out": out}, {"--text": text, "--model": [model]})
     writable(out, replaces=_MAPS)
     if out.exists() and not out.is_file():
-        raise InvalidArgumentError(f"{str(out)!r} is no plain file; name one for the maps")
+        raise InvalidArgumentError(f"{str(out)!r} is not a regular file; name one for the maps")
     import torch
 
     from memlong.evaluation import read_text, tokenize

@@ -125,21 +125,25 @@ class InputTests(BankSuite):
             ("embeddings", [[0.0] * DIM] * 3, "embeddings must be a torch tensor or NumPy array"),
             ("embeddings", torch.zeros(2, DIM), r"keys must have shape \[2, layers"),
             ("keys", torch.zeros(3, 2, 2, 3), r"keys must have shape \[3, layers, .*got \[3, 2, 2, 3\]"),
-            ("keys", torch.zeros(3, *BLOCK[:3], 5), "values has shape .* expected that of keys"),
+            ("keys", torch.zeros(3, *BLOCK[:3], 5), "values must have the shape of keys"),
             (
                 "values",
                 torch.zeros(3, *BLOCK).half(),
-                "values has dtype torch.float16, expected that of keys",
+                "values must have the dtype of keys, .* got torch.float16",
             ),
             ("values", torch.zeros(3, *BLOCK, dtype=torch.int32), "values must be .* float dtype"),
             ("spans", [[0, 1]], r"spans must have shape \[3, 2\].*got \[1, 2\]"),
-            ("spans", [[0, 1], [5, 5], [6, 7]], r"spans\[1\] is \[5, 5\], expected 0 <= start < end"),
-            ("spans", [[0, 1], [-3, 5], [6, 7]], r"spans\[1\] is \[-3, 5\]"),
+            (
+                "spans",
+                [[0, 1], [5, 5], [6, 7]],
+                r"spans\[1\] must be \[start, end\) with 0 <= start < end, got \[5, 5\]",
+            ),
+            ("spans", [[0, 1], [-3, 5], [6, 7]], r"spans\[1\] must be .* got \[-3, 5\]"),
             ("spans", torch.ones(3, 2), "spans must hold integers, got Tensor of torch.float32"),
         ],
     )
     def test_wrong_arguments_of_add_are_named(self, name: str, value: Any, message: str) -> None:
-        """The error names the argument, its value and what was expected; the bank is as before."""
+        """The error names the argument, what it must be and its value; the bank is as before."""
         self._refused({**random_chunks(3, seed=1).__dict__, name: value}, message)
 
     @whatever_the_options
@@ -147,7 +151,7 @@ class InputTests(BankSuite):
     def test_chunks_of_another_kind_are_refused(self, other: torch.Tensor) -> None:
         """Shape and dtype of a chunk are settled by the first add."""
         chunks = random_chunks(1, seed=1)
-        self._refused({**chunks.__dict__, "keys": other, "values": other}, "as in the bank's first add")
+        self._refused({**chunks.__dict__, "keys": other, "values": other}, "of the bank's first add")
 
     @whatever_the_options
     @pytest.mark.parametrize("method", ["search", "retrieve", "exact_search"])
@@ -161,7 +165,7 @@ class InputTests(BankSuite):
             (torch.zeros(2, DIM), None, "k must be an int >= 1, got None"),
             (torch.zeros(2, DIM - 1), 1, rf"queries must have shape \[n, {DIM}\], got \[2, 31\]"),
             (torch.zeros(DIM), 1, "queries must have shape"),
-            (torch.full((2, DIM), torch.nan), 1, r"queries\[0, 0\] is nan, expected finite"),
+            (torch.full((2, DIM), torch.nan), 1, r"queries must be finite, got nan at \[0, 0\]"),
             (torch.zeros(2, DIM, dtype=torch.int32), 1, "queries must be .* float dtype"),
             ("what is it?", 1, "queries must be a torch tensor or NumPy array"),
         ],
@@ -169,7 +173,7 @@ class InputTests(BankSuite):
     def test_wrong_arguments_of_a_search_are_named(
         self, method: str, queries: Any, k: Any, message: str
     ) -> None:
-        """The error names the argument, its value and what was expected; the bank is as before."""
+        """The error names the argument, what it must be and its value; the bank is as before."""
         bank, _ = self.filled(5)
         before = state_of(bank)
         with pytest.raises(InvalidArgumentError, match=message):
@@ -181,7 +185,7 @@ class InputTests(BankSuite):
     def test_vectors_too_long_for_float32_are_refused(self, metric: str) -> None:
         """What would overflow float32 when multiplied is an error."""
         bank, chunks = self.make(metric=metric), random_chunks(1)
-        with pytest.raises(InvalidArgumentError, match="would overflow"):
+        with pytest.raises(InvalidArgumentError, match="whose products fit into float32"):
             bank.add(chunks.embeddings * 1e20, chunks.keys, chunks.values, chunks.spans)
         assert len(bank) == 0
 

@@ -130,7 +130,10 @@ def test_no_id_leads_out_of_the_folder(make_pool, tmp_path, session_id):
 
 @pytest.mark.parametrize("session_id", ["", None, 3, "x" * 2000])
 def test_an_id_must_be_text(make_pool, session_id):
-    with pytest.raises(InvalidArgumentError, match="session_id is"), make_pool().session(session_id):
+    with (
+        pytest.raises(InvalidArgumentError, match="session_id must be text"),
+        make_pool().session(session_id),
+    ):
         pass
 
 
@@ -312,11 +315,16 @@ def test_what_load_returns_is_checked(tmp_path):
     with pool.session("a") as bank:
         assert bank is shared
         with (
-            pytest.raises(InvalidArgumentError, match="load returned the bank of another"),
+            pytest.raises(
+                InvalidArgumentError, match="load must return a new bank each time, got the bank of another"
+            ),
             pool.session("b"),
         ):
             pass
-        with pytest.raises(InvalidArgumentError, match="load returned None"), pool.session("b"):
+        with (
+            pytest.raises(InvalidArgumentError, match="load must return a MemoryBank, got None"),
+            pool.session("b"),
+        ):
             pass
 
 

@@ -339,7 +339,9 @@ def test_a_block_on_a_cuda_device_is_kept_until_the_stream_that_reads_it_has(mon
 def test_a_second_layout_and_an_id_twice_are_refused(tiers):
     store = TieredStore(**tiers)
     store.put([0], *blocks(1))
-    with pytest.raises(InvalidArgumentError, match=r"chunk dtype torch.bfloat16, expected torch.float32"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"chunk dtype of the bank's first add, torch.float32, got torch.bfloat16"
+    ):
         store.put([1], *blocks(1, torch.bfloat16))
     with pytest.raises(InvalidArgumentError, match="never reused"):
         store.put([1, 1], *blocks(2))

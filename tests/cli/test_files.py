@@ -111,7 +111,7 @@ def test_maps_overwrite_maps_alone(model_folder, story, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_maps_take_no_place_of_a_special_file(model_folder, story, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert "is no plain file" in str(fit(model_folder, story, tmp_path / "pipe").exception)
+    assert "is not a regular file" in str(fit(model_folder, story, tmp_path / "pipe").exception)
 
 
 def test_a_link_that_leads_to_no_folder_is_said(invoke, story, tmp_path):
@@ -157,7 +157,7 @@ def test_that_maps_which_cannot_be_written_works_elsewhere(model_folder, story, 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_tensors_take_no_place_of_a_link_or_a_special_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="is no plain file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         write_tensors(tmp_path / "pipe", "maps", (0,), {"a": torch.zeros(2)})
     (tmp_path / "link").symlink_to(tmp_path / "there")
     write_tensors(tmp_path / "link", "maps", (0,), {"a": torch.zeros(2)})

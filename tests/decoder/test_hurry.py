@@ -86,9 +86,9 @@ def test_load_is_not_called_on_a_decoder_that_it_would_leave_empty(llama, small,
 def test_what_is_no_path_is_refused(llama, small, path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     decoder = MemoryDecoder(llama, None, small())
-    with pytest.raises(InvalidArgumentError, match="expected the path of a folder"):
+    with pytest.raises(InvalidArgumentError, match="must be the path of a folder"):
         decoder.save_pretrained(path)
-    with pytest.raises(InvalidArgumentError, match="expected the path of a folder"):
+    with pytest.raises(InvalidArgumentError, match="must be the path of a folder"):
         MemoryDecoder.from_pretrained(path, llama, None)
     assert not list(tmp_path.iterdir())
 

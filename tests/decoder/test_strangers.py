@@ -53,6 +53,7 @@ def test_the_users_token_goes_to_no_host_of_an_adapter(folder, tiny_model, monke
     ("changes", "words"),
     [
         ({"store": {"disk": "/victim"}}, "a place to write to"),
+        ({"store": {"objects": "s3://victim"}}, "a place to write to"),
         ({"backend_options": {"uri": "http://stranger"}}, "names the option 'uri'"),
         (
             {"backend": "hnswlib", "backend_options": {"ef_construction": 2**20}},
@@ -115,7 +116,7 @@ def test_a_special_file_blocks_nobody(folder, tiny_model, name):
     remember(folder, gates="gates.safetensors")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(InvalidArgumentError, match="is no plain file"):
+    with pytest.raises(InvalidArgumentError, match="is not a regular file"):
         MemoryDecoder.from_pretrained(folder, tiny_model(), None)
 
 

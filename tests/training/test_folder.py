@@ -291,5 +291,5 @@ def test_a_special_file_blocks_nobody(trainer, cut, name):
     path = cut() / name
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(InvalidArgumentError, match="is no plain file"):
+    with pytest.raises(InvalidArgumentError, match="is not a regular file"):
         trainer(**SETTINGS).run(resume=True)

@@ -13,18 +13,18 @@ def at_home(path: str | Path) -> Path:
     Raises
     ------
     InvalidArgumentError
-        If nobody knows where that is.
+        If the home is unknown.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InvalidArgumentError(
-            f"{str(path)!r} is in a home that is not known. Give the whole path."
+            f"{str(path)!r} is in an unknown home directory. Give the whole path."
         ) from error
 
 
 def absolute(folder: str | Path) -> Path:
-    """Return a folder's path as it is from anywhere: a process may change its working directory later.
+    """Return a folder's absolute path: a process may change its working directory later.
 
     Raises
     ------

@@ -37,40 +37,40 @@ from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 _PREFIX, _DELETED = "session-", "deleted-"
 _LONGEST = 1024
 _GIVEN_BACK = (
-    "The bank was given back to its pool, which has saved it and let go of it: what is changed here would be lost. Use "
-    "it inside `with pool.session(...)`, and get it there again."
+    "The pool has saved this bank and dropped it from memory, so changes to it here would be lost. Use "
+    "`with pool.session(...)` again, and the bank that it gives."
 )
 
 
 class BankPool(Uncopied):
     """Banks by session, within a budget of bytes for all that are in memory.
 
-    A session has a bank of its own, in a folder of its own, and nothing that one session calls can reach the chunks of
-    another: whoever knows a session's id has that session, so ids are to be unguessable, or checked by the server.
+    Each session has its own bank in its own folder, and no call on one session reaches the chunks of another. Anyone
+    who knows a session's id can use that session, so make ids unguessable, or have the server check them.
 
-    What exceeds the budget is saved, the session that was used longest ago first, and loaded again when it is wanted.
-    Banks in use are never spilled: their bytes are over the budget until they are given back. What has not been spilled
-    is lost if the process dies, unless `flush` has saved it. A session that cannot be saved stays in memory, and the
-    others go on. A session to which nothing was ever added is dropped at once.
+    Over the budget, the least recently used sessions are saved and dropped from memory, and loaded again when needed.
+    Banks in use are never spilled: their bytes exceed the budget until their `with` block ends. What has not been
+    spilled is lost if the process dies, unless `flush` has saved it. A session that cannot be saved stays in memory;
+    the others are not affected. A session to which nothing was ever added is dropped at once.
 
-    A pool is that of the process that made it, and refuses to be used in one forked from that: a server that forks
-    makes its pool in the process that uses the banks.
+    A pool belongs to the process that made it, and refuses to be used in a fork: a server that forks makes its pool in
+    the process that uses the banks.
 
-    Banks that `load` leaves on disk (``lazy=True``) keep files open: sessions are spilled, too, when these are half of
+    Banks that `load` leaves on disk (``lazy=True``) keep files open: sessions are also spilled when these reach half of
     what the system allows.
 
     Parameters
     ----------
     folder : str or Path
-        Where idle sessions are kept; sessions of an earlier pool there go on. A pool holds the lock of its folder until
-        it is closed. Where it makes the folder, it alone may look into it (mode 0700).
+        Where idle sessions are kept; sessions of an earlier pool in this folder continue. A pool locks its folder until
+        it is closed. A folder that it makes is readable by its user only (mode 0700).
     make : callable
         Makes the empty bank of a new session.
     load : callable
-        Makes a session's bank of its folder, such as `memlong.load_bank`.
+        Makes a session's bank from its folder, such as `memlong.load_bank`.
     budget : int or str
-        Bytes of embeddings, keys and values in memory, over all sessions, such as "8GB". What an index takes beside
-        them is not counted, and neither is what a store keeps on disk.
+        Bytes of embeddings, keys and values in memory, over all sessions, such as "8GB". Neither what an
+        index takes on top nor what a store keeps on disk is counted.
 
     Raises
     ------
@@ -102,8 +102,8 @@ class BankPool(Uncopied):
         for name, given in (("make", make), ("load", load)):
             if not callable(given):
                 raise InvalidArgumentError(
-                    f"{name} is {given!r}; expected a function that makes a bank, such as "
-                    "make=lambda: create_bank('faiss', 384), load=load_bank"
+                    f"{name} must be a function that makes a bank, as in make=lambda: create_bank('faiss', 384), "
+                    f"load=load_bank, got {given!r}"
                 )
         self._make, self._load = make, load
         self._budget = byte_count("budget", budget)
@@ -125,9 +125,9 @@ class BankPool(Uncopied):
 
     @contextmanager
     def session(self, session_id: str) -> Iterator[MemoryBank]:
-        """Use a session's bank, in a `with` block; a session that there was not begins with an empty one.
+        """Use a session's bank in a `with` block; a new session begins with an empty one.
 
-        Several threads may use one session at the same time, as they may use one bank. The bank is not to be kept
+        Several threads may use one session at the same time, as they may use one bank. Do not keep the bank
         beyond the block.
 
         Parameters
@@ -140,7 +140,7 @@ class BankPool(Uncopied):
         SnapshotError
             If the session is damaged on disk.
         InvalidArgumentError
-            If `make` or `load` returned what is no bank of this session alone.
+            If `make` or `load` did not return a bank of this session alone.
         MemlongError
             If the pool is closed.
 
@@ -176,10 +176,10 @@ class BankPool(Uncopied):
                 )
 
     def delete(self, session_id: str) -> bool:
-        """Remove a session with all that it holds, in memory and on disk; whether there was anything.
+        """Remove a session with all it holds, in memory and on disk; return whether there was anything.
 
-        It is there as a whole, or gone, whenever the process ends; what files are left then, the next pool in this
-        folder removes.
+        Whenever the process ends, the session is there as a whole or gone; the next pool in this folder removes files
+        that are left.
 
         Raises
         ------
@@ -191,7 +191,7 @@ class BankPool(Uncopied):
         visit = self._enter(session_id)
         session = visit.session
         try:
-            with session.lock:  # so that nobody loads or saves it meanwhile
+            with session.lock:  # nobody loads or saves it meanwhile
                 others = session.users - 1
                 if others:
                     raise InvalidArgumentError(
@@ -208,12 +208,12 @@ class BankPool(Uncopied):
         return there
 
     def flush(self) -> None:
-        """Save every session that is in memory, and keep it there; those in use as they are at this moment.
+        """Save every session that is in memory, and keep it there; those in use are saved as they are now.
 
         Raises
         ------
         SnapshotError
-            If some could not be saved, when all others have been; the message names each.
+            If some could not be saved; all others have been, and the message names each failure.
         """
         self._require_owner()
         failures: list[SnapshotError] = []
@@ -223,14 +223,14 @@ class BankPool(Uncopied):
         raise_all(failures)
 
     def close(self) -> None:
-        """Save every session, let go of its memory, and of the folder, which another pool may use then.
+        """Save every session, free its memory, and unlock the folder, which another pool may use then.
 
         Raises
         ------
         SnapshotError
-            If some could not be saved; they are still in memory, and the pool goes on.
+            If some could not be saved; they stay in memory, and the pool stays open.
         InvalidArgumentError
-            If some are in use; the pool goes on.
+            If some are in use; the pool stays open.
         """
         self._require_owner()
         raise_all(self._spill(Size(-1, -1)))
@@ -287,24 +287,24 @@ class BankPool(Uncopied):
         bank = self._load(session.folder) if is_known else self._make()
         name = "load" if is_known else "make"
         if not isinstance(bank, MemoryBank):
-            raise InvalidArgumentError(f"{name} returned {bank!r}; expected a MemoryBank")
+            raise InvalidArgumentError(f"{name} must return a MemoryBank, got {bank!r}")
         if not is_known and bank.next_id:
             raise InvalidArgumentError(
-                f"make returned {bank!r}; expected a new, empty bank, or sessions would share one"
+                f"make must return a new, empty bank, or sessions would share one, got {bank!r}"
             )
         with self._lock:
             if bank in self._given:
                 raise InvalidArgumentError(
-                    f"{name} returned the bank of another session, or one that it returned before; expected a new one"
+                    f"{name} must return a new bank each time, got the bank of another session, or one returned before"
                 )
             self._given.add(bank)
         return bank
 
     def _set_aside(self, folder: Path) -> Path:
-        """Give a session's folder a name that is no session's, in one step."""
+        """Rename a session's folder, in one step, to a name that no session has."""
         aside = self._folder / f"{_DELETED}{secrets.token_hex(16)}"
         with FolderLock(folder):
-            pass  # nobody is writing there; whoever begins now finds no folder to end in
+            pass  # nobody is writing there, and a writer that begins now finds the folder gone
         try:
             folder.rename(aside)
         except OSError as error:
@@ -312,15 +312,15 @@ class BankPool(Uncopied):
         return aside
 
     def _spill(self, most: Size) -> list[SnapshotError]:
-        """Save idle sessions and let go of them, the one used longest ago first, until the rest is no more than this.
+        """Save idle sessions and drop them from memory, least recently used first, until the rest fits.
 
-        Those that cannot be saved stay; the errors are returned.
+        Those that cannot be saved stay; returns the errors.
         """
         failures: list[SnapshotError] = []
         tried: set[Session] = set()
         while (session := self._to_spill(most, tried)) is not None:
             tried.add(session)
-            with session.lock:  # whoever wants the bank from here on waits, and is counted as a user
+            with session.lock:  # a thread that wants the bank now waits, and is counted as a user
                 if session.bank is None or session.users:
                     continue
                 bank = session.bank
@@ -343,7 +343,7 @@ class BankPool(Uncopied):
     def _folder_of(self, session_id: str) -> Path:
         if not isinstance(session_id, str) or not session_id or len(session_id) > _LONGEST:
             raise InvalidArgumentError(
-                f"session_id is {session_id!r}; expected text of 1 to {_LONGEST} characters"
+                f"session_id must be text of 1 to {_LONGEST} characters, got {session_id!r}"
             )
         digest = hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()
         return (

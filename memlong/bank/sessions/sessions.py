@@ -1,4 +1,4 @@
-"""Sessions: one user's bank each, in memory or in a folder, and what there is in memory of all of them."""
+"""Sessions: each a user's bank, in memory or in a folder, and how much memory all of them take."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from memlong.bank.base import MemoryBank
 from memlong.bank.snapshot.files import unreadable, unwritable
 from memlong.errors import SnapshotError
 
-_ONLY_OURS = 0o700  # what one user's memory holds is no other's to read
+_ONLY_OURS = 0o700  # no other user may read it
 _FEWEST_FILES = 16
 
 
 @dataclass(frozen=True)
 class Size:
-    """What banks take of what there is not without end: bytes of memory, and open files."""
+    """The limited resources that banks take: bytes of memory, and open files."""
 
     nbytes: int = 0
     files: int = 0
@@ -38,13 +38,13 @@ class Size:
         return Size(self.nbytes - other.nbytes, self.files - other.files)
 
     def fits(self, most: Size) -> bool:
-        """Whether it is no more than this."""
+        """Whether it is within these limits."""
         return self.nbytes <= most.nbytes and self.files <= most.files
 
 
 @dataclass(eq=False)
 class Session:
-    """One session's bank, None while it is on disk, and who may touch it."""
+    """One session's bank, None while it is on disk, and its users."""
 
     name: str
     folder: Path
@@ -55,12 +55,12 @@ class Session:
 
     @property
     def users(self) -> int:
-        """How many use it."""
+        """How many `with` blocks use it."""
         return len(self.visits)
 
 
 class Visit:
-    """One use of a session; over with `Sessions.leave`, or with this object, should an interrupt come before that.
+    """One use of a session; it ends with `Sessions.leave`, or with this object if an interrupt comes first.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class Visit:
 
 
 class Sessions:
-    """Sessions in memory, the one used longest ago first; no call takes longer where there are more of them.
+    """Sessions in memory, least recently used first; no call takes longer when there are more of them.
 
     What a session takes is measured when its last user leaves it: an idle one does not change.
     """
@@ -116,13 +116,13 @@ class Sessions:
             del self._all[session.name]
 
     def forget(self, session: Session) -> None:
-        """Let go of an idle session's bank."""
+        """Drop an idle session's bank from memory."""
         session.bank = None
         self._measure(session, Size())
         self._all.pop(session.name, None)
 
     def oldest(self, but: set[Session]) -> Session | None:
-        """Return the idle session that was used longest ago, of others than these."""
+        """Return the least recently used idle session, of those not in ``but``."""
         for session in self._all.values():
             if not session.users and session not in but:
                 return session
@@ -150,7 +150,7 @@ class Sessions:
 
 
 def most_files() -> int:
-    """Return how many files may stay open: half of what the system lets this process open, which needs some to save."""
+    """Return how many files may stay open: half of the system's limit, since saving needs some, too."""
     if sys.platform == "win32":
         return 4096  # of 8192 that its C library has
     import resource
@@ -160,7 +160,7 @@ def most_files() -> int:
 
 
 def save(session: Session) -> list[SnapshotError]:
-    """Save a session's bank, if it ever held anything; the error, where others are to be saved nevertheless."""
+    """Save a session's bank, if it ever held anything; returns the error, so that others can be saved."""
     bank = session.bank
     if bank is None or not bank.next_id:
         return []
@@ -169,7 +169,7 @@ def save(session: Session) -> list[SnapshotError]:
         bank.save(session.folder)
     except SnapshotError as error:
         return [error]
-    except Exception as error:  # noqa: BLE001 - of a store or an index, of whatever kind; callers raise or warn
+    except Exception as error:  # noqa: BLE001 - from any store or index; callers raise or warn
         failure = SnapshotError(f"{str(session.folder)!r} could not be saved: {error}")
         failure.__cause__ = error
         return [failure]
@@ -177,7 +177,7 @@ def save(session: Session) -> list[SnapshotError]:
 
 
 def raise_all(failures: list[SnapshotError]) -> None:
-    """Raise what went wrong with some sessions, if anything did."""
+    """Raise the errors of some sessions, if there are any."""
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -187,7 +187,7 @@ def raise_all(failures: list[SnapshotError]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that nobody else may look into."""
+    """Make a folder that only this user can read."""
     try:
         folder.mkdir(_ONLY_OURS, parents=True, exist_ok=True)
     except OSError as error:
@@ -195,7 +195,7 @@ def make_folder(folder: Path) -> None:
 
 
 def folders(folder: Path, prefix: str) -> list[Path]:
-    """Return what is in a folder by names that begin so."""
+    """Return the entries of a folder whose names have a prefix."""
     try:
         return [path for path in folder.iterdir() if path.name.startswith(prefix)]
     except OSError as error:
@@ -203,7 +203,7 @@ def folders(folder: Path, prefix: str) -> list[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove the folder of a session that was deleted."""
+    """Remove the folder of a deleted session."""
     try:
         shutil.rmtree(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Files of a snapshot's folder: read so that a forged folder does no harm, written so that they are there to stay."""
+"""Files of a snapshot: read so that a forged folder does no harm, written so that they survive a power failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Self
 from memlong.bank.snapshot.hashing import Hashing
 from memlong.errors import SnapshotError
 
-_ODD_FLAGS = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # not every system has all of them
+_ODD_FLAGS = ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # not every system has all
 _FLAGS = sum(getattr(os, flag, 0) for flag in _ODD_FLAGS)
 _PIECE = 1 << 20
 _LARGE, _DENSEST = 1 << 28, 16
@@ -27,7 +27,7 @@ class FileRecord:
     Attributes
     ----------
     name : str
-        In the folder itself.
+        Without a folder.
     nbytes : int
         Its size.
     sha256 : str
@@ -40,7 +40,7 @@ class FileRecord:
 
 
 def damaged(path: Path, why: str) -> SnapshotError:
-    """Return the error for a file that is not what was saved."""
+    """Return the error for a file that differs from what was saved."""
     return SnapshotError(
         f"{str(path)!r} {why}: the snapshot is damaged, and nothing was loaded from it. Get the folder from a copy, or "
         "save into another one."
@@ -48,23 +48,23 @@ def damaged(path: Path, why: str) -> SnapshotError:
 
 
 def unreadable(path: Path, error: OSError) -> SnapshotError:
-    """Return the error for a file that the system does not read."""
+    """Return the error for a file that cannot be read."""
     return SnapshotError(
-        f"{str(path)!r} cannot be read: {error.strerror or error}. Check that the file is there, its rights and the "
-        "disk."
+        f"{str(path)!r} cannot be read: {error.strerror or error}. Check that the file exists, its permissions and "
+        "the disk."
     )
 
 
 def unwritable(path: Path, error: OSError) -> SnapshotError:
-    """Return the error for a file that the system does not write."""
+    """Return the error for a file that cannot be written."""
     return SnapshotError(
         f"{str(path)!r} cannot be written: {error.strerror or error}. What was saved there before is as it was. Free "
-        "some space, change the folder's rights, or name another folder."
+        "some space, change the folder's permissions, or name another folder."
     )
 
 
 def followed(path: Path) -> Path:
-    """Return what a link of the hub's cache leads to, a blob of the same repository; any other path as it is.
+    """Return the target of a link in the hub's cache, a blob of the same repository; any other path unchanged.
 
     The cache lays a file out as ``<repository>/snapshots/<revision>/<file>``, a link to ``<repository>/blobs/<hash>``.
     """
@@ -80,19 +80,19 @@ def followed(path: Path) -> Path:
 
 
 def oddity(path: Path) -> str:
-    """Say why a path is no plain file, which would be safe to open; nothing if it is one, or is not there."""
+    """Return why a path is not a regular file, safe to open; empty if it is, or does not exist."""
     path = followed(path)
     if path.is_symlink():
         return "is a link, which could lead anywhere"
     if path.exists() and not path.is_file():
-        return "is no plain file"
+        return "is not a regular file"
     return "claims to be far larger than what is on the disk" if is_hollow(path) else ""
 
 
 def is_hollow(*paths: Path) -> bool:
-    """Whether large files have hardly anything on the disk: they cost a stranger nothing, and who reads them gigabytes.
+    """Whether large files take hardly any disk space: free for the stranger who made them, gigabytes for the reader.
 
-    So have holes, and many names of one file.
+    Sparse files do, and many hard links to one file.
     """
     size, taken = 0, {}
     for path in paths:
@@ -101,14 +101,14 @@ def is_hollow(*paths: Path) -> bool:
         except OSError:
             continue
         size += found.st_size
-        blocks = getattr(found, "st_blocks", None)  # not every system says
+        blocks = getattr(found, "st_blocks", None)  # not every system has it
         place = (found.st_dev, found.st_ino) if found.st_ino else path
         taken[place] = found.st_size if blocks is None else 512 * blocks
     return size > _LARGE and sum(taken.values()) < size // _DENSEST
 
 
 def open_plain(path: Path) -> FileIO:
-    """Open a file for reading; a link out of the hub's cache, or anything else than a plain file, is refused.
+    """Open a file for reading; links (except in the hub's cache) and anything but a regular file are refused.
 
     Raises
     ------
@@ -129,14 +129,14 @@ def open_plain(path: Path) -> FileIO:
         raise unreadable(path, error) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise damaged(path, "is no plain file")
+        raise damaged(path, "is not a regular file")
     return file
 
 
 class CheckedFile:
-    """A file that is read from its beginning to its end, and proves then to be the one that was saved.
+    """A file that is read from beginning to end, and only then proven to be the one that was saved.
 
-    What was read is hashed by another thread while the next is read; so a buffer must stay as it is until `finish`.
+    What was read is hashed in another thread during the next read, so a buffer must not change until `finish`.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ class CheckedFile:
     Raises
     ------
     SnapshotError
-        If there is no such file, or its size is another.
+        If there is no such file, or it has another size.
     """
 
     def __init__(self, folder: Path, record: FileRecord) -> None:
@@ -171,7 +171,7 @@ class CheckedFile:
         self._file.close()
 
     def read_into(self, buffer: Any) -> None:
-        """Fill a buffer with the next bytes; they are proven by `finish` alone."""
+        """Fill a buffer with the next bytes; only `finish` proves them."""
         read_fully(self._file, self._path, buffer)
         self._hash.update(buffer)
 
@@ -182,13 +182,13 @@ class CheckedFile:
         return buffer
 
     def finish(self) -> None:
-        """Raise SnapshotError unless all that was read is what was saved."""
+        """Raise SnapshotError unless everything read is what was saved."""
         if self._hash.hexdigest() != self._record.sha256:
             raise damaged(self._path, "is not what its SHA-256 says")
 
 
 def read_checked(folder: Path, record: FileRecord) -> bytes:
-    """Return all of a file, proven; SnapshotError if it is not what was saved."""
+    """Return a file's content, proven; SnapshotError if it is not what was saved."""
     with CheckedFile(folder, record) as file:
         content = file.read(record.nbytes)
         file.finish()
@@ -196,7 +196,7 @@ def read_checked(folder: Path, record: FileRecord) -> bytes:
 
 
 def check_file(folder: Path, record: FileRecord) -> None:
-    """Raise SnapshotError unless a file is what was saved; never holds more than a piece of it."""
+    """Raise SnapshotError unless a file is what was saved; reads it piece by piece."""
     with CheckedFile(folder, record) as file:
         for start in range(0, record.nbytes, _PIECE):
             file.read(min(_PIECE, record.nbytes - start))
@@ -204,7 +204,7 @@ def check_file(folder: Path, record: FileRecord) -> None:
 
 
 def read_fully(file: FileIO, path: Path, buffer: Any) -> None:
-    """Fill a buffer from where the file stands; SnapshotError if it ends before."""
+    """Fill a buffer from the file's position; SnapshotError if the file ends first."""
     rest = memoryview(buffer).cast("B")
     try:
         while rest and (count := file.readinto(rest)):
@@ -216,7 +216,7 @@ def read_fully(file: FileIO, path: Path, buffer: Any) -> None:
 
 
 class NewFile:
-    """A file that is written once, and is on the disk when the `with` block has ended.
+    """A file that is written once, and is on disk when the `with` block has ended.
 
     Parameters
     ----------
@@ -264,13 +264,13 @@ class NewFile:
 
     @property
     def record(self) -> FileRecord:
-        """What the manifest is to say of it."""
+        """What the manifest says of it."""
         return FileRecord(self._path.name, self._size, self._hash.hexdigest())
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know which names a folder holds."""
-    if os.name == "nt":  # no folder can be opened there
+    """Sync a folder's entries to disk."""
+    if os.name == "nt":  # folders cannot be opened there
         return
     try:
         number = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""SHA-256 of what is read, by a thread of its own where that is much."""
+"""SHA-256 of what is read, in another thread where that is a lot."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _PATIENCE = 10.0  # seconds
 
 
 class Hashing:
-    """The hash of pieces; a large one is hashed by another thread while its owner goes on.
+    """The hash of a sequence of pieces; large ones are hashed in another thread while the owner continues.
 
     An interrupt (KeyboardInterrupt) that comes while a `Thread` starts, as a pool of them does inside, can leave both
-    threads waiting for ever. Here every step that another thread sees is a single one, and this object's owner waits
-    only for what that thread has been given; one that was forgotten ends by itself.
+    threads waiting forever. Here every step that another thread sees is atomic, and the owner waits only for pieces
+    that the thread was given; a thread whose owner is gone ends by itself.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Hashing:
         self._is_waiting = False
 
     def update(self, piece: Any) -> None:
-        """Take in a piece, which must stay as it is until the next one or the end."""
+        """Add a piece, which must not change until the next one or the end."""
         self._wait()
         if self._todo is None and memoryview(piece).nbytes >= _LARGE:
             self._start()
@@ -43,7 +43,7 @@ class Hashing:
         return self._hash.hexdigest()
 
     def end(self) -> None:
-        """Let the thread go."""
+        """End the thread."""
         if self._todo is not None:
             self._todo.put(None)
 
@@ -51,11 +51,11 @@ class Hashing:
         self._todo = SimpleQueue()
         try:
             _thread.start_new_thread(_work, (weakref.ref(self), self._hash, self._todo, self._done))
-        except RuntimeError:  # no other thread can be started
+        except RuntimeError:  # no thread can be started
             self._todo = None
 
     def _wait(self) -> None:
-        """At most one piece waits to be hashed, or all that is read would stay in memory."""
+        """Wait for the last piece: if more than one could wait, all that is read would stay in memory."""
         if self._is_waiting:
             error = self._done.get()
             self._is_waiting = False
@@ -80,7 +80,7 @@ def _work(
             return
         try:
             digest.update(piece)
-        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+        except BaseException as error:  # noqa: BLE001 - raised in the waiting thread
             done.put(error)
         else:
             done.put(None)

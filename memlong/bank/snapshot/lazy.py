@@ -1,4 +1,4 @@
-"""SnapshotStore: keys and values that stay in a snapshot's files until they are wanted."""
+"""SnapshotStore: keys and values that stay in a snapshot's files until they are read."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from memlong.errors import InvalidArgumentError
 
 
 class SnapshotStore(KeyValueStore):
-    """Blocks of a snapshot, read when they are wanted, and new blocks in memory.
+    """Blocks of a snapshot, read on demand, and new blocks in memory.
 
-    A block is checked against its checksum the first time that it is read. The files stay open, so that what is saved
-    into the folder later does not disturb: a file that is removed then goes when the last store has let go of it.
+    A block is checked against its checksum when it is first read. The files stay open, so later saves into the folder
+    do no harm: a file that they remove is gone once the last store has closed it.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class SnapshotStore(KeyValueStore):
         self._files: weakref.WeakSet[BlocksFile] = weakref.WeakSet()
 
     def attach(self, file: BlocksFile, ids: Sequence[int]) -> None:
-        """Take in the blocks of a file whose ids are given, if they are among those."""
+        """Add the blocks of a file whose ids are among those given."""
         wanted = set(ids)
         self._files.add(file)
         self._places |= {each: (file, row) for row, each in enumerate(file.ids) if each in wanted}
@@ -48,7 +48,7 @@ class SnapshotStore(KeyValueStore):
         self._new.put(ids, keys, values)
 
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read those that are in files."""
+        """Return blocks, from files or memory."""
         if not any(chunk_id in self._places for chunk_id in ids):
             return self._new.get(ids)
         pairs = [self._one(chunk_id) for chunk_id in ids]
@@ -86,7 +86,7 @@ class SnapshotStore(KeyValueStore):
 
     @property
     def open_files(self) -> int:
-        """How many files hold blocks that are not in memory."""
+        """How many files with blocks are open."""
         return len(self._files)
 
     def _one(self, chunk_id: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -108,14 +108,14 @@ class BlocksFile:
     segment : SegmentRecord
         Which one.
     chunks : SegmentChunks
-        What is small of it.
+        Its ids, spans, embeddings and checksums.
     layout : ChunkLayout
-        Of the blocks, with the device where they are to go.
+        Of the blocks, with the device to read them to.
 
     Raises
     ------
     SnapshotError
-        If there is no such file, or it has another size or beginning.
+        If there is no such file, or it has the wrong size or header.
     """
 
     def __init__(

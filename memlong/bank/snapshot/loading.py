@@ -1,4 +1,4 @@
-"""A bank of what a snapshot holds: made with its options, filled, and its index loaded or rebuilt."""
+"""Loading: a bank is made with the saved options and filled, and its index loaded or rebuilt."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def load(
             stored.check_index()
         if (
             bank.state.index.repairs_before_changes
-        ):  # it has a life of its own: not only before the first search
+        ):  # kept outside the process: at once, and not before the first search
             with bank.state.reading(searching=True):
                 pass
         bank.state.saved = SavedBank(stored.token, stored.record, tuple(stored.on_disk))
     except BaseException:
-        bank.state.store.clear()  # what was not proven is nobody's, and there may be another try
+        bank.state.store.clear()  # unproven blocks must not be used, and loading may be tried again
         raise
     return bank
 
 
 def _made_for(kind: type[Made], stored: StoredBank, given: dict[str, Any], *, trusted: bool) -> Made:
-    """Make an empty bank with the saved options, but for those given."""
+    """Make an empty bank with the saved options, except for those given."""
     record = stored.record
     if given.get("metric", record.metric) != record.metric:
         raise InvalidArgumentError(
@@ -126,7 +126,7 @@ def _fill(state: BankState, stored: StoredBank) -> None:
 
 
 def _load_index(state: BankState, stored: StoredBank) -> None:
-    """Have the index read its own file, where there is one; without, it is rebuilt."""
+    """Have the index read its own file, if there is one; otherwise it is rebuilt."""
     content, record = stored.index_file(), stored.record.index
     if content is None or record is None:
         return

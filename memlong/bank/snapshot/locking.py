@@ -1,4 +1,4 @@
-"""The lock of a folder: one process writes at a time, and a process that died holds nothing."""
+"""The lock of a folder: one process writes at a time, and a dead process holds nothing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ LOCK = "lock"
 class FolderLock:
     """Hold a folder alone, in a `with` block.
 
-    The system itself holds the lock, on a file that names its owner, and lets go of it when the process ends, however
-    that comes about. So a file that a dead process has left behind locks nothing. A process that is forked meanwhile
-    does not hold it.
+    The operating system holds the lock, on a file that names its owner, and releases it when the process ends in any
+    way, so a file left by a dead process locks nothing. A forked child does not hold it.
 
     Parameters
     ----------
@@ -40,7 +39,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, name: str = LOCK) -> None:
         self._path = folder / name
-        self._file: FileIO | None = None  # whatever an interrupt leaves undone, it is closed with this object
+        self._file: FileIO | None = None  # closed with this object, whatever an interrupt leaves undone
         tell_after_fork(self)
 
     def __enter__(self) -> Self:
@@ -63,24 +62,24 @@ class FolderLock:
     ) -> None:
         if self._file is not None:
             with suppress(OSError):
-                self._path.unlink()  # while it is held, so that nobody else's goes
+                self._path.unlink()  # while it is held, so that it is not another's
         self.let_go()
 
     def let_go(self) -> None:
-        """Unlock the file, also where a child that is just being forked has it open, too."""
+        """Unlock the file, even if a child that is just being forked has it open, too."""
         file, self._file = self._file, None
         if file is not None:
             with file:
                 _unlock(file.fileno())
 
     def after_fork(self) -> None:
-        """Close the file, which is the parent's: or the lock would last as long as a child of its owner."""
+        """Close the parent's file: otherwise the lock would last as long as the child."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
     def _lock(self) -> None:
-        """Wait for nobody, but for what an interrupted writer of this very process left to the garbage collector."""
+        """Lock without waiting, except for a lock that an interrupted writer of this process left to be collected."""
         tries = 0
         while not self._is_ours():
             self.let_go()
@@ -90,7 +89,7 @@ class FolderLock:
                 tries += 1
                 if owner != str(os.getpid()) or tries > 1:
                     raise self._held_by(owner)
-                self.after_fork()  # close it; there is nothing to unlock
+                self.after_fork()  # closes it; there is nothing to unlock
                 gc.collect()
 
     @property
@@ -98,7 +97,7 @@ class FolderLock:
         return -1 if self._file is None else self._file.fileno()
 
     def _is_ours(self) -> bool:
-        """Whether the file that is locked still is the one of that name; its owner before may have removed it."""
+        """Whether the locked file still has its name; its previous owner may have removed it."""
         if self._file is None:
             return False
         try:

@@ -1,4 +1,4 @@
-"""The manifest of a snapshot: what there is, which files hold it, and the limits of what may be claimed."""
+"""The manifest of a snapshot: what it holds, in which files, and limits on what it may claim."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FORMAT, VERSION = "memlong-snapshot", 2
 Kind = Literal["bank", "decoder"]
 
 _MOST_BYTES = 32 << 20
-_MOST = 2**48  # of anything that is counted
+_MOST = 2**48  # of anything counted
 _WIDEST = 2**20
 _LARGEST = 2**27  # numbers in the keys of one chunk
-_MOST_LIMIT = 2**64  # of what a bank may hold; nothing is allocated for it
+_MOST_LIMIT = 2**64  # of a bank's capacity, for which nothing is allocated
 
 
 @dataclass(frozen=True)
 class SegmentRecord:
-    """Some chunks: what is small of them in one file, their keys and values in another."""
+    """Some chunks: ids, spans, embeddings and checksums in one file, keys and values in another."""
 
     count: int
     chunks: FileRecord
@@ -38,7 +38,7 @@ class SegmentRecord:
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """The file of an index library, with what its backend noted down to read it again."""
+    """The file of an index library, with what its backend needs to read it again."""
 
     facts: Mapping[str, Any]
     file: FileRecord
@@ -46,7 +46,7 @@ class IndexRecord:
 
 @dataclass(frozen=True)
 class LayoutRecord:
-    """Of what kind the chunks' keys and values are."""
+    """Shape, dtype and device of a chunk's keys and values."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -66,17 +66,17 @@ class BankRecord:
     dim, metric, max_chunks, max_bytes, eviction, device
         Options of every bank; eviction is None where the policy has no name.
     count : int
-        How many chunks are held; the segments may hold more, which have left since.
+        How many chunks are held; the segments may hold more, which have left the bank since.
     next_id, clock : int
         The id of the next chunk, and the clock of its usage.
     layout : LayoutRecord or None
         Of the chunks; None where nothing was ever added.
     origin : mapping or None
-        What made the chunks, where the bank knows.
+        Which model made the chunks, if the bank knows.
     state : FileRecord
         Which chunks are held, and how they were used.
     segments : tuple of SegmentRecord
-        Where they are.
+        Where the chunks are.
     index : IndexRecord or None
         The native index, where there is one.
     """
@@ -107,7 +107,7 @@ class BankRecord:
 
 @dataclass(frozen=True)
 class ExtraRecord:
-    """What a decoder keeps beside its banks."""
+    """What a decoder saves in addition to its banks."""
 
     facts: Mapping[str, Any]
     file: FileRecord
@@ -115,16 +115,16 @@ class ExtraRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds, at one moment.
+    """What a folder holds at one moment.
 
     Attributes
     ----------
     kind : "bank" or "decoder"
         What was saved.
     token : str
-        Of this state alone: 32 hexadecimal digits at random.
+        Identifies this state: 32 random hexadecimal digits.
     generation : int
-        How many states the folder had before, and this one.
+        The number of this state in the folder, from 1.
     versions : mapping
         Of the packages that wrote it.
     banks : tuple of BankRecord
@@ -157,14 +157,14 @@ def read_manifest(folder: Path) -> Manifest:
     Raises
     ------
     SnapshotError
-        If there is none, it is of another version, damaged, or claims what cannot be.
+        If there is none, or it is damaged, of another version, or claims something impossible.
     """
     path = folder / MANIFEST
     return parse_manifest(path, _content(path))
 
 
 def is_state(folder: Path, token: str) -> bool:
-    """Whether a folder still has the state that goes by a token; much quicker than to read the manifest again."""
+    """Whether a folder still has the state with a token; much faster than reading the manifest again."""
     return token.encode() in _content(folder / MANIFEST)
 
 
@@ -187,9 +187,9 @@ def parse_manifest(path: Path, content: bytes | bytearray) -> Manifest:
     if len(set(names)) < len(names):
         raise damaged(path, f"names {max(names, key=names.count)!r} more than once")
     if found.kind == "bank" and (len(banks) != 1 or found.extra):
-        raise damaged(path, f"says that it is of one bank, but describes {len(banks)} and other things")
+        raise damaged(path, f"says that it holds one bank, but describes {len(banks)} and other things")
     if found.kind == "decoder" and not found.extra:
-        raise damaged(path, "says that it is of a decoder, but describes no streams")
+        raise damaged(path, "says that it holds a decoder, but describes no streams")
     return found
 
 
@@ -210,7 +210,7 @@ def _dumped(body: Mapping[str, Any]) -> bytes:
 
 
 def _signature(text: bytes) -> bytes:
-    """What ends the file of a manifest, instead of the end of its text."""
+    """What ends a manifest's file, in place of the end of its text."""
     return f',\n "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode()
 
 
@@ -219,7 +219,7 @@ _SIGNED = len(_signature(b""))
 
 def _content(path: Path) -> bytearray:
     with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size  # of this very file; another one may bear its name by now
+        size = os.fstat(file.fileno()).st_size  # of this very file: another may have its name by now
         _check_size(path, size)
         content = bytearray(size)
         read_fully(file, path, content)
@@ -236,7 +236,7 @@ def _parsed(path: Path, content: bytes | bytearray) -> dict[str, Any]:
     try:
         data = json.loads(content, parse_constant=_no_number)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise damaged(path, "is no manifest of memlong")
+            raise damaged(path, "is not a manifest of memlong")
         if data.get("version") != VERSION:
             raise SnapshotError(
                 f"{str(path)!r} has the format version {data.get('version')!r}, but this memlong reads version "
@@ -252,7 +252,7 @@ def _parsed(path: Path, content: bytes | bytearray) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _bank(fields: Fields) -> BankRecord:

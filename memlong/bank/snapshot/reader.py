@@ -1,4 +1,4 @@
-"""StoredBank: a bank as a snapshot holds it, read and checked without any backend."""
+"""StoredBank: a bank in a snapshot, read and checked without its backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from memlong.bank.snapshot.manifest import (
     is_state,
     read_manifest,
 )
-from memlong.bank.snapshot.segments import Segment, SegmentChunks, read_blocks, read_chunks
+from memlong.bank.snapshot.segments import SegmentChunks, StoredSegment, read_blocks, read_chunks
 from memlong.bank.snapshot.tensors import DTYPES, dtype_name, read_arrays
 from memlong.bank.validate import whole_number
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, SnapshotError
@@ -39,17 +39,17 @@ _TRIES = 5
 def folder_of(path: str | Path) -> Path:
     """Return the folder that a user named."""
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise InvalidArgumentError(f"path is {path!r:.80}; expected the path of a folder")
+        raise InvalidArgumentError(f"path must be the path of a folder, got {path!r:.80}")
     return at_home(path)
 
 
 def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes: int | str | None) -> Result:
-    """Do something with what a folder holds; again, if another state was written there meanwhile.
+    """Do something with a snapshot; again, if another state was written into its folder meanwhile.
 
     Raises
     ------
     SnapshotError
-        If the folder holds no snapshot, one of more than ``most_bytes``, or as the action does.
+        If the folder holds no snapshot, or one of more than ``most_bytes``, or the action raises it.
     """
     for _ in range(_TRIES):
         manifest = _manifest(folder)
@@ -60,13 +60,13 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
             if is_state(folder, manifest.token):
                 raise
     raise SnapshotError(
-        f"{str(folder)!r} was rewritten {_TRIES} times while it was read. Load it when its writer rests."
+        f"{str(folder)!r} was rewritten {_TRIES} times while it was read. Load it when nothing is writing there."
     )
 
 
 @dataclass(frozen=True, eq=False)
 class StoredBank:
-    """One bank of a snapshot, whose table has been read and checked; its keys and values have not.
+    """One bank of a snapshot: its table, read and checked; keys and values have not been read.
 
     Attributes
     ----------
@@ -77,11 +77,11 @@ class StoredBank:
     token : str
         Of the state of the folder.
     content : Content
-        The rows of the table that are held.
+        The rows of its table.
     layout : ChunkLayout or None
         Of its blocks.
     segments : tuple of SegmentChunks
-        What is small of each of the record's segments.
+        Ids, spans, embeddings and checksums of each of the record's segments.
     """
 
     folder: Path
@@ -97,15 +97,15 @@ class StoredBank:
         return self.folder / MANIFEST
 
     @property
-    def on_disk(self) -> list[Segment]:
+    def on_disk(self) -> list[StoredSegment]:
         """The segments, for the next save."""
         pairs = zip(self.record.segments, self.segments, strict=True)
-        return [Segment(record, chunks.ids) for record, chunks in pairs]
+        return [StoredSegment(record, chunks.ids) for record, chunks in pairs]
 
     def blocks(self, ids: Ids) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Read and prove all keys and values, [n, 2, *layout.shape] at a time, and give those of some ids.
+        """Read and prove all keys and values, [n, 2, *layout.shape] at a time, and yield those of some ids.
 
-        Nobody may see them before the iterator has come to its end.
+        They must not be used before the iterator has ended.
         """
         for record, chunks in zip(self.record.segments, self.segments, strict=True):
             assert self.layout is not None  # noqa: S101 - `read_bank` has seen to that
@@ -116,7 +116,7 @@ class StoredBank:
                     yield found[wanted].tolist(), chosen
 
     def attach_to(self, store: SnapshotStore, ids: Ids) -> None:
-        """Let a store read keys and values of some ids when they are wanted."""
+        """Have a store read keys and values of some ids on demand."""
         for record, chunks in zip(self.record.segments, self.segments, strict=True):
             assert self.layout is not None  # noqa: S101 - `read_bank` has seen to that
             store.attach(BlocksFile(self.folder, record, chunks, self.layout), ids.tolist())
@@ -137,18 +137,18 @@ def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str 
     Parameters
     ----------
     folder, manifest
-        Where, and what is there.
+        The snapshot.
     row : int, optional
-        Which bank, where there are several.
+        Which bank, if there are several.
     kv_device : str, optional
-        Where keys and values are to go, if not where they came from.
+        Where keys and values go, by default where they came from.
 
     Raises
     ------
     InvalidArgumentError
         If there is no such row.
     SnapshotError
-        If something is not what was saved, or cannot be.
+        If something is not what was saved, or impossible.
     """
     record = _chosen(folder, manifest, row)
     path = folder / MANIFEST
@@ -181,10 +181,10 @@ def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str 
 
 def _manifest(folder: Path) -> Manifest:
     if folder.is_file():
-        raise SnapshotError(f"{str(folder)!r} is a file. Name the folder that something was saved to.")
+        raise SnapshotError(f"{str(folder)!r} is a file. Name the folder that was saved to.")
     if not has_manifest(folder):
         raise SnapshotError(
-            f"{str(folder)!r} holds no {MANIFEST}, so no snapshot. Name the folder that something was saved to."
+            f"{str(folder)!r} holds no {MANIFEST}, so no snapshot. Name the folder that was saved to."
         )
     return read_manifest(folder)
 
@@ -225,15 +225,14 @@ def _layout(path: Path, record: LayoutRecord, kv_device: str | None) -> ChunkLay
         device = torch.device(record.device if kv_device is None else kv_device)
     except (RuntimeError, TypeError) as error:
         if kv_device is not None:
-            raise InvalidArgumentError(f"kv_device is {kv_device!r}, no torch device") from error
-        raise damaged(path, f"has keys and values on {record.device!r}, which is no device") from error
+            raise InvalidArgumentError(f"kv_device must be a torch device, got {kv_device!r}") from error
+        raise damaged(path, f"has keys and values on {record.device!r}, which is not a device") from error
     if device.type == "meta" or (kv_device is None and device.type not in ("cpu", "cuda")):
         raise DeviceUnavailableError(
-            f"keys and values go to {device}, which is not for a snapshot to choose: say where with kv_device, such as "
-            "kv_device='cpu'"
+            f"a snapshot may not choose {device} for keys and values: choose with kv_device, as in kv_device='cpu'"
         )
     if device.type == "cpu":
-        device = torch.device("cpu")  # "cpu:5" is no other
+        device = torch.device("cpu")  # "cpu:5" is the same
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailableError(
             f"keys and values go to {device}, but torch sees {torch.cuda.device_count()} CUDA devices here: load them "

@@ -1,4 +1,4 @@
-"""A bank into a folder: what its state is written as."""
+"""Saving: how a bank's state is written into a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memlong.bank.snapshot.files import unwritable
 from memlong.bank.snapshot.manifest import BankRecord, IndexRecord
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.snapshot.reader import folder_of, layout_record
-from memlong.bank.snapshot.segments import SavedBank, Segment, keepable, write_segments
+from memlong.bank.snapshot.segments import SavedBank, StoredSegment, keepable, write_segments
 from memlong.bank.snapshot.tensors import encode
 from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.bank.state import BankState
@@ -82,7 +82,7 @@ def _content(state: BankState) -> Content:
     return Content(usage.ids.copy(), state.table.embeddings, state.table.spans, retrievals, last_used)
 
 
-def _known_to(writer: SnapshotWriter, before: SavedBank | None) -> tuple[Segment, ...]:
+def _known_to(writer: SnapshotWriter, before: SavedBank | None) -> tuple[StoredSegment, ...]:
     """Segments of this very bank that the folder's current state has."""
     if before is None or writer.current is None or writer.current.token != before.token:
         return ()
@@ -100,7 +100,7 @@ def _record(
     writer: SnapshotWriter,
     content: Content,
     layout: ChunkLayout | None,
-    segments: list[Segment],
+    segments: list[StoredSegment],
 ) -> BankRecord:
     state = bank.state
     counters = {name: getattr(content, name) for name in ("ids", "retrievals", "last_used")}

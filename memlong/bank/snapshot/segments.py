@@ -34,7 +34,7 @@ _EXPONENTS: dict[torch.dtype, tuple[type[np.unsignedinteger[Any]], int]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class StoredSegment:
     """A segment that is on disk, and the ids [n] of its chunks, ascending."""
 
     record: SegmentRecord
@@ -47,7 +47,7 @@ class SavedBank:
 
     token: str
     record: BankRecord
-    segments: tuple[Segment, ...]
+    segments: tuple[StoredSegment, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class SegmentChunks:
     checks: npt.NDArray[np.uint32]
 
 
-def keepable(segments: Sequence[Segment], living: Ids, chunk_bytes: int) -> list[Segment]:
+def keepable(segments: Sequence[StoredSegment], living: Ids, chunk_bytes: int) -> list[StoredSegment]:
     """Return the segments that need not be rewritten.
 
     One more than half of whose chunks have left is not kept; and where there are many small ones, none of these.
@@ -75,7 +75,7 @@ def keepable(segments: Sequence[Segment], living: Ids, chunk_bytes: int) -> list
 
 def write_segments(
     writer: SnapshotWriter, content: Content, store: KeyValueStore, layout: ChunkLayout
-) -> list[Segment]:
+) -> list[StoredSegment]:
     """Write chunks, all those of a content, into new segments of bounded size."""
     step = max(1, _SEGMENT_BYTES // max(1, layout.nbytes))
     starts = range(0, len(content.ids), step)
@@ -89,7 +89,7 @@ def write_segments(
 
 def _write_segment(
     writer: SnapshotWriter, content: Content, store: KeyValueStore, layout: ChunkLayout
-) -> Segment:
+) -> StoredSegment:
     count = len(content.ids)
     checks = []
     with writer.new_file("blocks", "safetensors") as file:
@@ -109,7 +109,7 @@ def _write_segment(
         "checks": np.array(checks, dtype=np.uint32),
     }
     chunks = writer.write("chunks", encode(arrays))
-    return Segment(SegmentRecord(count, chunks, blocks), content.ids.copy())
+    return StoredSegment(SegmentRecord(count, chunks, blocks), content.ids.copy())
 
 
 def read_chunks(folder: Path, bank: BankRecord, segment: SegmentRecord) -> SegmentChunks:

@@ -1,4 +1,4 @@
-"""Look after a snapshot without any backend: what is in it, whether it is whole, and its old chunks away."""
+"""Maintain a snapshot without its backend: describe it, verify it, remove chunks that have left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memlong.bank.snapshot.writer import SnapshotWriter
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Return what the manifest of a folder says, as JSON can hold it; reads nothing else.
+    """Return what a folder's manifest says, ready for JSON; reads nothing else.
 
     Raises
     ------
@@ -28,14 +28,14 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
-    """Read every file of a folder, check all that is there to be checked, and describe it.
+    """Read every file of a folder, check everything that can be checked, and describe it.
 
     Parameters
     ----------
     path : str or Path
         The folder.
     progress : callable
-        Told how many bytes have been read since it was last told.
+        Called with the number of bytes read since the last call.
 
     Raises
     ------
@@ -58,8 +58,8 @@ def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None)
 def compact(path: str | Path) -> dict[str, Any]:
     """Rewrite the chunks that are held, so that nothing of others remains, and describe the result.
 
-    Once a chunk has left the bank, the file of its index goes, too: the library may remember embeddings there. What a
-    decoder's streams have retrieved stays.
+    If any chunk has left the bank, the index file goes, too, since the library may keep its embedding. What a decoder's
+    streams have retrieved stays.
 
     Raises
     ------
@@ -124,7 +124,9 @@ def _verify_bank(stored: StoredBank, progress: Callable[[int], object]) -> None:
     if stored.layout is not None:
         store = SnapshotStore()
         stored.attach_to(store, stored.content.ids)
-        for chunk_id in stored.content.ids.tolist():  # against its own checksum, as a lazy bank reads it
+        for (
+            chunk_id
+        ) in stored.content.ids.tolist():  # against its own checksum, as a lazily loaded bank reads it
             store.get([chunk_id])
     if stored.record.index is not None:
         stored.check_index()
@@ -138,7 +140,7 @@ def _verify_extra(folder: Path, extra: ExtraRecord) -> None:
 
 def _compacted(writer: SnapshotWriter, stored: StoredBank) -> BankRecord:
     record = stored.record
-    if record.next_id > record.count:  # its library's file may remember what has left
+    if record.next_id > record.count:  # the library's file may keep what has left
         record = replace(record, index=None)
     if stored.layout is None or not len(stored.content.ids):
         return replace(record, segments=())

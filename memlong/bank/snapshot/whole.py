@@ -1,4 +1,4 @@
-"""A bank as a value of its own, for copy and pickle: a snapshot whose files are in memory."""
+"""Copy and pickle of a bank: a snapshot whose files are in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memlong.bank.snapshot.writer import SnapshotWriter
 
 
 def packed(bank: Bank) -> dict[str, bytes]:
-    """Return the files of a snapshot of a bank, by name; what is known of its own folder stays as it is."""
+    """Return the files of a snapshot of a bank, by name; what it knows of its own folder is unchanged."""
     with TemporaryDirectory(prefix="memlong-") as name:
         folder = Path(name)
         with SnapshotWriter(folder, "bank") as writer:
@@ -23,7 +23,7 @@ def packed(bank: Bank) -> dict[str, bytes]:
 
 @contextmanager
 def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """Have a folder with the files that `packed` returned."""
+    """Provide a folder with the files that `packed` returned."""
     with TemporaryDirectory(prefix="memlong-") as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""SnapshotWriter: a new state of a folder, written beside the current one and put in its place at once."""
+"""SnapshotWriter: writes a new state of a folder next to the current one, and replaces that in one step."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _NEW_MANIFEST = f"{MANIFEST}.new"
 
 
 class SnapshotWriter:
-    """Write a state into a folder, in a `with` block, alone.
+    """Write a state into a folder, in a `with` block, as its only writer.
 
-    The manifest decides which state is current, and is the last to be written: first the new files are brought to the
-    disk, then the folder that names them, then the new manifest beside the old one, which takes its place in a single
-    step. So the folder holds the old state or the new one, whenever the process ends or the power goes. Files that no
-    manifest names are removed after that, and before the next state is written.
+    The manifest decides which state is current, and is written last: first the new files are synced to disk, then the
+    folder that names them, then the new manifest, which replaces the old one in one step. So the folder holds the old
+    state or the new one, whenever the process ends or the power fails. Files that no manifest names are removed after
+    that, and before the next state is written.
 
     Parameters
     ----------
     folder : Path
-        Made if it does not exist; a folder that holds other things is left alone.
+        Made if it does not exist; a folder that holds other things is refused.
     kind : "bank" or "decoder"
         What is saved.
 
@@ -54,7 +54,7 @@ class SnapshotWriter:
     current : Manifest or None
         What the folder holds.
     token : str
-        What the new state will go by.
+        Identifies the new state.
     """
 
     def __init__(self, folder: Path, kind: Kind) -> None:
@@ -92,7 +92,7 @@ class SnapshotWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._held, suppress(SnapshotError):
-            if not self._is_committed:  # the manifest tells, wherever an interrupt came
+            if not self._is_committed:  # the manifest decides, wherever an interrupt came
                 self._remove_all_but(read_manifest(self._folder) if has_manifest(self._folder) else None)
 
     @property
@@ -114,37 +114,33 @@ class SnapshotWriter:
         return file.record
 
     def commit(self, banks: Sequence[BankRecord], extra: ExtraRecord | None = None) -> Manifest:
-        """Make what was written the current state, and remove what it does not need."""
+        """Make what was written the current state, and remove files that it does not need."""
         manifest = Manifest(self._kind, self.token, self._generation, dict(versions()), tuple(banks), extra)
-        path, beside = self._folder / MANIFEST, self._folder / _NEW_MANIFEST
+        path, new = self._folder / MANIFEST, self._folder / _NEW_MANIFEST
         content = _readable(path, manifest)
         sync_folder(self._folder)
         if self.current is None:
             for folder in self._around:
                 sync_folder(folder)
-        with NewFile(beside) as file:
+        with NewFile(new) as file:
             file.write(content)
         try:
-            beside.replace(path)
+            new.replace(path)
         except OSError as error:
             raise unwritable(path, error) from error
         try:
             self._remove_all_but(manifest)
         except SnapshotError as error:
-            self._is_committed = (
-                True  # nothing is to be removed: a disk that failed once may say that all is well
-            )
+            self._is_committed = True  # remove nothing: a disk that failed once may later report success
             raise SnapshotError(
                 f"{str(path)!r} names what was saved now, but the disk has not confirmed that: {error.__cause__}. What "
-                "was saved before is still there beside it, in case the power goes. Check the disk, and save again."
+                "was saved before is still there as well, in case the power fails. Check the disk, and save again."
             ) from error
         self._is_committed = True
         return manifest
 
     def _remove_all_but(self, manifest: Manifest | None) -> None:
-        sync_folder(
-            self._folder
-        )  # or the disk might still go back to a manifest that names what is removed here
+        sync_folder(self._folder)  # or, after a power failure, the old manifest might name files removed here
         needed = {file.name for file in manifest.files} if manifest else set()
         for name in _names(self._folder):
             if name not in needed and (FILE_NAME.fullmatch(name) or name == _NEW_MANIFEST):
@@ -153,20 +149,20 @@ class SnapshotWriter:
 
     def _check_strangers(self) -> None:
         names = _names(self._folder)
-        if has_manifest(self._folder):  # looked for last: somebody's first save may be under way
+        if has_manifest(self._folder):  # checked last: a first save may be under way
             return
         own = {LOCK, _NEW_MANIFEST}
         was_cut_off = not own.isdisjoint(names)  # a save makes its lock first, and removes it last
         for name in names:
             if name not in own and not (was_cut_off and FILE_NAME.fullmatch(name)):
                 raise SnapshotError(
-                    f"{str(self._folder / name)!r} is no part of a snapshot: a folder that holds other things is left "
+                    f"{str(self._folder / name)!r} is not part of a snapshot: a folder that holds other things is left "
                     "alone. Name a new folder."
                 )
 
 
 def _readable(path: Path, manifest: Manifest) -> bytes:
-    """Return the manifest's content, proven to be one that can be read."""
+    """Return the manifest's content, checked to be readable."""
     try:
         content = manifest.to_bytes()
         parse_manifest(path, content)
@@ -180,6 +176,6 @@ def _readable(path: Path, manifest: Manifest) -> bytes:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))  # noqa: PTH208 - names are wanted, and no paths
+        return sorted(os.listdir(folder))  # noqa: PTH208 - names, not paths
     except OSError as error:
         raise unwritable(folder, error) from error

@@ -26,7 +26,7 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
     OSError
         If the file is not there, or cannot be read.
     ValueError
-        If it is no plain file, larger than any that memlong or peft writes, or holds no JSON object.
+        If it is not a regular file, larger than any that memlong or peft writes, or holds no JSON object.
     """
     if odd := oddity(path):
         raise ValueError(f"it {odd}")

@@ -38,7 +38,7 @@ def write_tensors(
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():  # which would be replaced, too
-        raise OSError(errno.EINVAL, "is no plain file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, path, metadata={"format": kind, "layers": json.dumps(layers)})
 

@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_read_is_named(saved, monkeypatch):
 
 def test_a_folder_of_other_things_is_left_alone(make, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(SnapshotError, match=r"letter\.txt' is no part of a snapshot"):
+    with pytest.raises(SnapshotError, match=r"letter\.txt' is not part of a snapshot"):
         make().save(tmp_path)
     assert names(tmp_path) == ["letter.txt"]
 
@@ -192,7 +192,7 @@ def test_a_folder_of_other_things_is_left_alone(make, tmp_path):
 @pytest.mark.parametrize("name", ["epoch-3-100.safetensors", "data-1-2.bin", "index-1-2.bin"])
 def test_files_that_only_look_like_a_snapshots_are_left_alone(make, tmp_path, name):
     (tmp_path / name).write_bytes(b"mine")
-    with pytest.raises(SnapshotError, match=f"{name}' is no part of a snapshot"):
+    with pytest.raises(SnapshotError, match=f"{name}' is not part of a snapshot"):
         make().save(tmp_path)
     assert names(tmp_path) == [name]
 

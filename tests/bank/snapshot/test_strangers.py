@@ -189,7 +189,7 @@ def test_what_is_no_number_is_not_taken_from_a_manifest(make, tmp_path, number):
     del data["sha256"]
     data["banks"][0]["options"]["x"] = number
     signed(tmp_path, data)
-    with pytest.raises(SnapshotError, match="is no number"):
+    with pytest.raises(SnapshotError, match="is not a number"):
         load_bank(tmp_path)
 
 

@@ -1,0 +1,82 @@
+"""The tables of docs/results, from the JSON files that the benchmarks wrote.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+
+    python bench/tables.py             # write the tables of all pages
+    python bench/tables.py --check     # only say which pages differ from the JSON files
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import tables_quality as quality
+import tables_speed as speed
+from cells import RESULTS
+
+_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _tables() -> dict[str, Callable[[], str]]:
+    """Return every table by the name that stands in the pages."""
+    found: dict[str, Callable[[], str]] = {
+        make.__name__.replace("_", "-"): make
+        for make in (
+            *(quality.dtypes, quality.needle, quality.retrievers),
+            *(speed.bank, speed.stores, speed.peers, speed.growth, speed.long_stream, speed.milvus),
+            *(speed.gpu_three_b, speed.gpu_bank),
+        )
+    }
+    for part, key in (("all", "overall"), ("long", "long_range")):
+        found[f"recall-code-{part}"] = partial(quality.recall, "recall_vs_perplexity.json", key)
+        found[f"recall-prose-{part}"] = partial(quality.recall, "recall_vs_perplexity_prose.json", key)
+    for part, key in (("all", "all"), ("long", "long_range")):
+        found[f"trained-prose-{part}"] = partial(
+            quality.trained, "context_lengths_prose.json", "moby_dick.txt", key
+        )
+        found[f"trained-code-{part}"] = partial(
+            quality.trained, "context_lengths_code.json", "all texts", key
+        )
+    for what in ("perplexity", "ratio"):
+        found[f"length-prose-{what}"] = partial(
+            quality.by_length, "context_lengths_prose.json", "moby_dick.txt", what
+        )
+        found[f"length-pydecimal-{what}"] = partial(
+            quality.by_length, "context_lengths.json", "_pydecimal.py", what
+        )
+    for prefix, folder in (("", ""), ("gpu-", "gpu/")):
+        for make in (speed.streaming, speed.parts, speed.generating):
+            found[prefix + make.__name__] = partial(make, f"{folder}decoder.json")
+        found[f"{prefix}long-context"] = partial(speed.long_context, f"{folder}long_context.json")
+    return found
+
+
+TABLES = _tables()
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables as the JSON files have them."""
+    return _TABLE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the tables, or with ``--check`` name the pages whose tables differ; 1 if there are any."""
+    stale = 0
+    for page in sorted(RESULTS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if filled(text) == text:
+            continue
+        if "--check" in arguments:
+            print(f"{page.name}: differs from the JSON files; run python bench/tables.py")
+            stale = 1
+        else:
+            page.write_text(filled(text), encoding="utf-8")
+            print(f"{page.name}: written")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
