@@ -12,11 +12,12 @@ from ratios import Clock
 
 from memlong import MemoryDecoder
 from memlong.bank import BankState
-from memlong.decoder.kv.window import LocalWindow, WindowLayer
+from memlong.decoder.kv.cache_layers import WindowLayer
+from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model import kernels
 from memlong.decoder.model.attention import AttentionSlot
-from memlong.decoder.stream import row
-from memlong.decoder.stream.streams import Streams
+from memlong.decoder.stream import batch, token_stream
+from memlong.decoder.stream.batch_memory import MemoryLoader
 
 PARTS = {
     "lower layers": "below the first retrieval layer, attention apart",
@@ -95,14 +96,14 @@ def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartC
         (AttentionSlot, "attend", "joining"),
         (kernels, "attend_to_all_before", "attention"),
         (kernels, "attend_with_mask", "attention"),
-        (row, "recall", "gather"),
+        (token_stream, "retrieve_chunks", "gather"),
         (WindowLayer, "update", "window"),
         (LocalWindow, "expecting", "window"),
         (LocalWindow, "complete", "window"),
         (LocalWindow, "moved", "window"),
         (LocalWindow, "hold_memory", "placing"),
-        (Streams, "_store", "storing"),
-        (Streams, "_bring", "placing"),
+        (batch, "store_chunks", "storing"),
+        (MemoryLoader, "load", "placing"),
         (BankState, "_rank", "search"),
     ):
         seams.append((owner, name, getattr(owner, name), part))

@@ -1,7 +1,7 @@
-"""Read a book of any length into a memory, and talk about it.
+"""Read a book of any length into memory and chat about it.
 
-Each answer is made with the chunks of the book that the question calls for. Questions come from --question, or one by
-one from the keyboard, until an empty line or Ctrl-D.
+Each answer uses the chunks of the book that are relevant to the question. Questions come from --question, or from the
+keyboard until an empty line or Ctrl-D.
 
     python examples/chat_with_a_book.py --book book.txt
     python examples/chat_with_a_book.py --book book.txt --question "Who is Ahab?" --question "What does he want?"
@@ -30,7 +30,7 @@ INTERRUPTED = 130  # typer's exit code for Ctrl-C
 def main(
     book: Annotated[Path, typer.Option(help="UTF-8 text.")],
     question: Annotated[
-        list[str] | None, typer.Option(help="Ask this, and do not wait for the keyboard; may be repeated.")
+        list[str] | None, typer.Option(help="Ask this instead of reading the keyboard; may be repeated.")
     ] = None,
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
     backend: Annotated[str, typer.Option(help="Memory backend.")] = "torch",
@@ -38,16 +38,18 @@ def main(
     store: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="K=V", help="Where keys and values are kept, such as host=1GB; may be repeated."
+            metavar="K=V", help="Where keys and values are stored, such as host=1GB; may be repeated."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 120,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.")] = 120,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
 ) -> None:
-    """Talk about a book."""
+    """Chat about a book."""
     if not all(asked.strip() for asked in question or []):
-        raise InvalidArgumentError("--question is empty; ask something, or leave it out and use the keyboard")
+        raise InvalidArgumentError(
+            "--question must not be empty: ask something, or leave it out to type questions."
+        )
     text = read_text(book)
     config = MemoryConfig(
         backend=backend,
@@ -67,7 +69,7 @@ def main(
                 bar.update(segment.tokens.shape[1])
         for asked in question or _typed():
             typer.echo(f"> {asked}" if question else "")
-            # Every question is put to the book as it was read, not to the talk so far.
+            # Every question starts from the book alone, without the conversation so far.
             prompt = _prompt(tokenizer, asked)
             decoder.generate(
                 prompt,

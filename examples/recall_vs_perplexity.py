@@ -1,10 +1,9 @@
-"""How good must a vector index be, for a language model's memory to pay?
+"""How accurate must a vector index be for a language model's memory to pay off?
 
-Streams one text through a model with memories from random to exact, over the same tokens, and sets perplexity against
-recall@k. Two plain windows stand beside them: the same local window without memory, and a window as long as local and
-retrieved tokens together (the baseline to beat). Random chunks are the control: what is gained over them is what
-retrieving the right ones earns. Systems whose indexes find the same chunks throughout are one to the model, which runs
-once for them.
+Streams one text through a model with memories from random to exact and plots perplexity on identical tokens against
+recall@k. Two plain windows serve as baselines: the same local window without memory, and one as long as local and
+retrieved tokens together (the baseline to beat). Random chunks are the control: any gain over them comes from
+retrieving the right chunks. Systems whose indexes find the same chunks throughout share one run of the model.
 
     python examples/recall_vs_perplexity.py
     python examples/recall_vs_perplexity.py --text book.txt --max-tokens 32768 --score-from 8192 --out out
@@ -53,7 +52,7 @@ class NoisyOptions:
 
 
 class NoisyIndex(TorchIndex):
-    """Exact search that swaps each chunk found for a random one, with a given probability: recall at will."""
+    """Exact search that replaces each result with a random chunk with a given probability, to set any recall."""
 
     options_class = NoisyOptions
     options: Any
@@ -63,7 +62,7 @@ class NoisyIndex(TorchIndex):
         self._random = np.random.default_rng(options.seed)
 
     def search(self, queries: Any, k: int) -> Any:
-        """Find the best, and swap some."""
+        """Find the best chunks and replace some."""
         return np.stack([self._swap(row) for row in super().search(queries, k)])
 
     def _swap(self, found: Any) -> Any:
@@ -73,24 +72,24 @@ class NoisyIndex(TorchIndex):
 
 
 class NoisyPlugin:
-    """All that it takes to bring a backend of one's own."""
+    """A complete plugin with a custom backend."""
 
     @hookimpl
     def memlong_register_backends(self, register: Any) -> None:
-        """Register the bank above as ``noisy``."""
+        """Register the index above as ``noisy``."""
         register("noisy", f"{__name__}:NoisyIndex", description="exact search with random mistakes")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A memory of the sweep; where it has several ``options``, each runs and the mean over their losses counts."""
+    """A memory of the sweep; with several ``options``, each is run and their losses are averaged."""
 
     name: str
     backend: str
     options: tuple[dict[str, Any], ...] = ({},)
 
 
-# From poor to exact. The poor ones are crippled on purpose: at their usual settings indexes hardly miss on one text.
+# From poor to exact. The poor ones are degraded on purpose: at default settings, indexes hardly miss on a single text.
 RANDOM = Variant("random, 3 seeds", "noisy", tuple({"noise": 1.0, "seed": seed} for seed in range(3)))
 SWEEP = (
     RANDOM,
@@ -109,7 +108,7 @@ SWEEP = (
 
 @dataclass(frozen=True)
 class Measure:
-    """Perplexity over some of the tokens, and its ratios to the three baselines."""
+    """Perplexity over a subset of the tokens, and its ratios to the three baselines."""
 
     perplexity: float
     to_window: Ratio
@@ -119,7 +118,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class System:
-    """What was run and what it measured, over all scored tokens and over the long-range ones."""
+    """A system and its results, over all scored tokens and over the long-range ones."""
 
     name: str
     backend: str
@@ -138,15 +137,17 @@ def main(
         str, typer.Option(help="Retriever by name, hub id or folder.")
     ] = "sentence-transformers",
     max_tokens: Annotated[int, typer.Option(help="Use the first N tokens.")] = 12288,
-    score_from: Annotated[int, typer.Option(help="First token that is scored.")] = 4096,
-    chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 128,
-    top_k: Annotated[int, typer.Option(help="Chunks retrieved for a segment.")] = 8,
-    local_window: Annotated[int, typer.Option(help="Local tokens attended to, the segment included.")] = 1024,
+    score_from: Annotated[int, typer.Option(help="Index of the first scored token.")] = 4096,
+    chunk_size: Annotated[int, typer.Option(help="Tokens per chunk.")] = 128,
+    top_k: Annotated[int, typer.Option(help="Chunks retrieved per segment.")] = 8,
+    local_window: Annotated[
+        int, typer.Option(help="Local tokens attended to, including the segment.")
+    ] = 1024,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Output folder for the JSON file and the plot.")] = Path("out"),
 ) -> None:
-    """Set perplexity against the recall of the memory's index."""
+    """Plot perplexity against the recall of the memory's index."""
     out.mkdir(parents=True, exist_ok=True)
     machine = choose_machine(dtype, device)
     dtype, device = machine.names
@@ -272,7 +273,7 @@ def _print_table(systems: list[System], measures: list[Measure | None], about: d
     for column in ("budget", recall, "perplexity", "to window", "to equal budget", "to random"):
         table.add_column(column, justify="right", no_wrap=True)
     for system, measure in zip(systems, measures, strict=True):
-        if measure is None:  # the text has no such token
+        if measure is None:  # the text has no such tokens
             continue
         table.add_row(
             system.name,

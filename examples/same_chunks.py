@@ -1,8 +1,8 @@
-"""Which chunks a memory's index finds, told without the model.
+"""Find out which chunks a memory's index retrieves, without running the model.
 
-What is embedded is text, so it is the same whatever the model reads of its memory: what one system asked of its index
-can be put to the index of another. Systems that find the same chunks for every segment are one system to the model, and
-need to run only once.
+Embeddings depend on the text alone, not on what the model retrieves, so the queries of one system can be replayed
+against the index of another. Systems that find the same chunks for every segment give the same result and need only
+one run.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ STORE, SEARCH = "store", "search"
 
 
 class RememberingRetriever(Retriever):
-    """Embeds no passage twice, and notes in which order passages were stored and searched for.
+    """Caches embeddings, and records the order in which passages were stored and searched for.
 
     Parameters
     ----------
     retriever
-        Makes the embeddings.
+        Computes the embeddings.
     """
 
     def __init__(self, retriever: Retriever) -> None:
         super().__init__(retriever.model, retriever.tokenizer)
-        self.metric = retriever.metric  # type: ignore[misc] - that of the class it stands for
+        self.metric = retriever.metric  # type: ignore[misc] - the metric of the wrapped retriever
         self._retriever = retriever
         self._known: dict[tuple[str, Passage], Tensor] = {}
         self.asked: Asked = []
@@ -44,15 +44,15 @@ class RememberingRetriever(Retriever):
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
         """Embeddings of the chunks [chunks, dim]."""
         self.asked.append((STORE, tuple(chunks)))
-        return self.recalled(STORE, chunks)
+        return self.cached(STORE, chunks)
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings of the queries [queries, dim]."""
         self.asked.append((SEARCH, tuple(queries)))
-        return self.recalled(SEARCH, queries)
+        return self.cached(SEARCH, queries)
 
-    def recalled(self, kind: str, passages: Sequence[Passage]) -> Tensor:
-        """Embeddings of passages that are stored or searched for, without a note."""
+    def cached(self, kind: str, passages: Sequence[Passage]) -> Tensor:
+        """Embeddings of passages that are stored or searched for, without recording them."""
         new = [passage for passage in passages if (kind, passage) not in self._known]
         if new:
             embed = self._retriever.embed_chunks if kind == STORE else self._retriever.embed_queries
@@ -64,20 +64,20 @@ class RememberingRetriever(Retriever):
 def chunks_found(
     config: MemoryConfig, asked: Asked, retriever: RememberingRetriever, registry: Registry
 ) -> Found:
-    """Put to another index what was asked of one, and return the ids that it finds for each search, in order."""
+    """Replay recorded requests against another index, and return the ids that it finds for each search, in order."""
     if config.backend is None:
-        raise ValueError("config has backend=None, so nothing is searched")
+        raise ValueError("config.backend must name a backend, got None.")
     bank = registry.create_bank(
         config.backend, retriever.dim, metric=retriever.metric, **config.backend_options
     )
     found = []
     for kind, passages in asked:
         if kind == STORE:
-            block = torch.zeros(len(passages), 1, 1, 1, 1)  # a memory of nothing, with the embeddings
+            block = torch.zeros(len(passages), 1, 1, 1, 1)  # placeholder K-V: only the embeddings matter
             spans = [(passage.start, passage.end) for passage in passages]
-            bank.add(retriever.recalled(kind, passages), block, block, spans)
+            bank.add(retriever.cached(kind, passages), block, block, spans)
         else:
             depth = min(config.top_k, len(bank))
-            ids = bank.retrieve(retriever.recalled(kind, passages), depth).ids.tolist()
+            ids = bank.retrieve(retriever.cached(kind, passages), depth).ids.tolist()
             found += [tuple(sorted(each)) for each in ids]
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The errors that memlong raises; every message says what is wrong, why it matters and how to fix it."""
+"""The exceptions that memlong raises. Every message says what is wrong, why it matters and how to fix it."""
 
 from __future__ import annotations
 
@@ -21,66 +21,66 @@ __all__ = [
 
 
 HIDDEN = "***"
-"""What stands in messages and files instead of what may be secret."""
+"""Replaces possible secrets in messages and files."""
 
 
 _LONGEST = 8000
 
 
 class MemlongError(Exception):
-    """Base of every error that memlong raises on purpose."""
+    """Base class of all errors that memlong raises on purpose."""
 
     def __str__(self) -> str:
-        """The message as text, whatever names and values it quotes: bounded, and without what a terminal would obey."""
-        said = super().__str__()
-        if len(said) > _LONGEST:
-            said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
-        return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in said)
+        """Return the message, truncated if very long and with control characters escaped, as it may quote any input."""
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+        return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
 
 
 class InvalidArgumentError(MemlongError, ValueError):
-    """An argument has a value that cannot be used; nothing was changed."""
+    """An argument has an invalid value; nothing was changed."""
 
 
 class UnknownNameError(InvalidArgumentError):
-    """No backend, retriever or eviction policy has the name that was asked for."""
+    """No backend, retriever or eviction policy has the requested name."""
 
 
 class MissingDependencyError(MemlongError, ImportError):
-    """A library that was asked for is not installed or does not load here."""
+    """A required library is not installed or cannot be imported."""
 
 
 class PluginError(MemlongError):
-    """A plugin did not load, or two plugins claim one name."""
+    """A plugin failed to load, or two plugins claim the same name."""
 
 
 class UnsupportedModelError(MemlongError):
-    """The model is not one that memory can be attached to."""
+    """Memory cannot be attached to this model."""
 
 
 class InvalidTextError(InvalidArgumentError):
-    """A text is missing, empty, binary or too short for what was asked."""
+    """A text is missing, empty, binary or too short."""
 
 
 class DeviceUnavailableError(MemlongError, RuntimeError):
-    """A device that was asked for is not there."""
+    """The requested device is not available."""
 
 
 class StorageError(MemlongError, OSError):
-    """A place where memory is kept cannot be written or read."""
+    """A storage location cannot be read or written."""
 
 
 class SnapshotError(StorageError):
-    """A snapshot cannot be written or read, is damaged, or is of something else; what was there before still is."""
+    """A snapshot cannot be read or written, is damaged, or belongs to something else; existing files are unchanged."""
 
 
 class LostChunksError(StorageError):
-    """Blocks of keys and values are missing or damaged where a store keeps them.
+    """K-V blocks are missing from a store or damaged.
 
     Attributes
     ----------
     reasons : dict of int to str
-        What is wrong, by chunk id.
+        The reason, by chunk id.
     """
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
@@ -92,4 +92,4 @@ class LostChunksError(StorageError):
 
 
 class LostChunksWarning(UserWarning):
-    """Chunks have left a bank because their keys and values were lost."""
+    """Chunks were removed from a bank because their keys and values were lost."""

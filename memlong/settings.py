@@ -1,4 +1,4 @@
-"""Settings, each declared once: default, bounds and meaning stand at its field, and all else follows from there."""
+"""Settings, each declared once: validation, CLI options, JSON and docs all derive from its dataclass field."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ Settings = TypeVar("Settings")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting besides its name, type and default.
+    """The metadata of a setting, besides its name, type and default.
 
     Attributes
     ----------
     help
         What it does, in a sentence or two.
     more
-        What else there is to know; not shown on the command line.
+        Further details, left out of the command-line help.
     least, above, most
-        Bounds of a number: the first and the last are allowed, ``above`` is not.
+        Bounds of a number: ``least`` and ``most`` are inclusive, ``above`` is exclusive.
     unset
-        What leaving it out means, where the default is None or empty.
+        What an unset value means, where the default is None or empty.
     metavar
-        What stands for its value on the command line.
+        Placeholder for its value in the command-line help.
     example
-        Of a mapping: a good ``K=V``.
+        For a mapping: a valid ``K=V``.
     texts
-        Of a mapping: keys whose values are text, whatever they look like.
+        For a mapping: keys whose values are always text, even if they look like numbers.
     needs_backend
-        Whether it says nothing without a memory backend.
+        Whether it has no effect without a memory backend.
     is_saved
-        Whether a snapshot holds it: never an address, a credential, a place to write to, or code.
+        Whether it is saved in snapshots; must be False for an address, a credential, an output path, or code.
     most_of_strangers
-        The most that a file may ask for, which may be a stranger's; by default ``most``. Infinity where no number does
-        harm.
+        Upper bound for values read from a file, which may be untrusted; ``most`` by default. Infinity if any number
+        is harmless.
     """
 
     help: str
@@ -62,41 +62,41 @@ class Setting:
     most_of_strangers: float | None = None
 
 
-def setting(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as argparse and typer have it
-    """Declare a field of a settings dataclass; ``more`` are other attributes of a `Setting`.
+def setting(default: Any, help: str, **more: Any) -> Any:  # noqa: A002 - as in argparse and typer
+    """Declare a field of a settings dataclass; ``more`` sets further attributes of its `Setting`.
 
-    A default of ``dict`` is an empty one of its own.
+    A default of ``dict`` gives each instance its own empty dictionary.
     """
-    said = {"setting": Setting(help, **more)}
+    metadata = {"setting": Setting(help, **more)}
     if default is dict:
-        return field(default_factory=dict, metadata=said)
-    return field(default=default, metadata=said)
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def told(each: Field[Any]) -> Setting:
-    """Return what is known of a field that `setting` declared."""
-    found: Setting = each.metadata["setting"]
-    return found
+def metadata_of(each: Field[Any]) -> Setting:
+    """Return the metadata of a field declared with `setting`."""
+    metadata: Setting = each.metadata["setting"]
+    return metadata
 
 
 def default_of(each: Field[Any]) -> Any:
-    """Return what a field is where nobody sets it."""
+    """Return the default of a field."""
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 @cache
 def types_of(settings: Any) -> dict[str, Any]:
-    """Return the type of each field of a settings dataclass."""
+    """Return the type of each field of a settings dataclass, by name."""
     return get_type_hints(settings)
 
 
 def documented(settings: type[Settings]) -> type[Settings]:
-    """Write the parameters of a settings dataclass into its docstring, from its fields."""
+    """Add a Parameters section, generated from the fields, to the docstring of a settings dataclass."""
     lines = ["", "", "    Parameters", "    ----------"]
     for each in fields(settings):  # type: ignore[arg-type]
-        said = told(each)
-        unset = f" By default, {said.unset}." if said.unset else ""
-        text = f"{said.help}{unset} {said.more}"
+        metadata = metadata_of(each)
+        unset = f" By default, {metadata.unset}." if metadata.unset else ""
+        text = f"{metadata.help}{unset} {metadata.more}"
         lines += [
             f"    {each.name}",
             textwrap.fill(text.strip(), 112, initial_indent=" " * 8, subsequent_indent=" " * 8),
@@ -107,26 +107,26 @@ def documented(settings: type[Settings]) -> type[Settings]:
 
 
 def checked(settings: Any) -> dict[str, Any]:
-    """Return the values of a settings object by name, numbers as Python's own.
+    """Validate a settings object and return its values by name, with numbers converted to Python's own types.
 
     Raises
     ------
     InvalidArgumentError
-        Naming the first that cannot be used, the value and what it must be.
+        If a setting is invalid; the message names the first one, its value and what it must be.
     """
     kind: Any = type(settings)
     hints, found = types_of(kind), {}
     for each in fields(settings):
-        value, said = getattr(settings, each.name), told(each)
+        value, metadata = getattr(settings, each.name), metadata_of(each)
         kinds, optional = _kinds(hints[each.name])
-        good = next((kind for kind in kinds if _is(kind, value, said)), None)
+        good = next((kind for kind in kinds if _is(kind, value, metadata)), None)
         if good is None and not (value is None and optional):
-            wanted = " or ".join(dict.fromkeys(_wanted(kind, value, said) for kind in kinds))
-            # A mapping may hold what is secret.
+            wanted = " or ".join(dict.fromkeys(_wanted(kind, value, metadata) for kind in kinds))
+            # A mapping may hold secrets.
             got = (
                 f"a {type(value).__name__}"
-                if Mapping in map(_plain, kinds) and said.metavar
-                else shown_value(value)
+                if Mapping in map(_plain, kinds) and metadata.metavar
+                else repr_of(value)
             )
             raise InvalidArgumentError(
                 f"{each.name} must be {wanted}{', or None' if optional else ''}, got {got}."
@@ -136,7 +136,7 @@ def checked(settings: Any) -> dict[str, Any]:
 
 
 def _own(kind: Any, value: Any) -> Any:
-    """Return a value as Python's own, and a container as nobody else's."""
+    """Convert a number to Python's own type and copy a container."""
     plain = _plain(kind)
     if plain is int:
         return operator.index(value)
@@ -145,16 +145,16 @@ def _own(kind: Any, value: Any) -> Any:
     return {tuple: tuple, Mapping: dict}.get(plain, lambda same: same)(value)
 
 
-def shown_value(value: object) -> str:
-    """Return a value for a message."""
+def repr_of(value: object) -> str:
+    """Return the repr of a value for a message."""
     try:
         return repr(value)
-    except ValueError:  # it has more digits than Python prints
-        return "a number of thousands of digits"
+    except ValueError:  # an int with more digits than Python prints
+        return "a number with thousands of digits"
 
 
 def _kinds(hint: Any) -> tuple[tuple[Any, ...], bool]:
-    """Return what a value may be, and whether it may be None."""
+    """Return the types that a hint allows, and whether it allows None."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(each for each in parts if each is not type(None)), type(None) in parts
 
@@ -163,7 +163,7 @@ def _plain(kind: Any) -> Any:
     return get_origin(kind) or kind
 
 
-def _is(kind: Any, value: object, said: Setting) -> bool:
+def _is(kind: Any, value: object, metadata: Setting) -> bool:
     plain = _plain(kind)
     if plain is Literal:
         return isinstance(value, str) and value in get_args(kind)
@@ -171,45 +171,45 @@ def _is(kind: Any, value: object, said: Setting) -> bool:
         return isinstance(value, bool)
     if plain is int:
         try:
-            return not isinstance(value, bool) and _is_within(operator.index(value), said)  # type: ignore[arg-type]
+            return not isinstance(value, bool) and _is_within(operator.index(value), metadata)  # type: ignore[arg-type]
         except TypeError:
             return False
     if plain is float:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        # First the bounds: a very long integer is no float.
-        return is_number and _is_within(value, said) and isfinite(value)  # type: ignore[arg-type]
+        # Check the bounds first: a very long integer cannot be converted to float.
+        return is_number and _is_within(value, metadata) and isfinite(value)  # type: ignore[arg-type]
     if issubclass(plain, Sequence) and plain is not str:
         return isinstance(value, list | tuple) and all(isinstance(each, get_args(kind)[0]) for each in value)
     return isinstance(value, plain)
 
 
-def _is_within(value: float, said: Setting) -> bool:
+def _is_within(value: float, metadata: Setting) -> bool:
     return (
-        (said.least is None or value >= said.least)
-        and (said.above is None or value > said.above)
-        and value <= (_most(value) if said.most is None else said.most)
+        (metadata.least is None or value >= metadata.least)
+        and (metadata.above is None or value > metadata.above)
+        and value <= (_most(value) if metadata.most is None else metadata.most)
     )
 
 
 def _most(value: object) -> float:
-    """Return a bound that every number has: what 64 bits hold, and what float32 does."""
+    """Return the upper bound of any number: 64 bits for an integer, the range of float32 for a float."""
     return 2**63 - 1 if isinstance(value, int) else 1e30
 
 
-def _wanted(kind: Any, value: object, said: Setting) -> str:
+def _wanted(kind: Any, value: object, metadata: Setting) -> str:
     plain = _plain(kind)
     if plain is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
     if plain in (int, float):
         noun = "an integer" if plain is int else "a number"
-        if said.most is not None and said.least is not None:
-            return f"{noun} from {said.least} to {said.most}"
-        if said.least is not None:
-            noun += f" of at least {said.least}"
-        elif said.above is not None:
-            noun += f" above {said.above}"
-        if said.most is not None:
-            return f"{noun} and at most {said.most}"
+        if metadata.most is not None and metadata.least is not None:
+            return f"{noun} from {metadata.least} to {metadata.most}"
+        if metadata.least is not None:
+            noun += f" of at least {metadata.least}"
+        elif metadata.above is not None:
+            noun += f" above {metadata.above}"
+        if metadata.most is not None:
+            return f"{noun} and at most {metadata.most}"
         is_too_large = isinstance(value, int | float) and value > _most(value)
         return f"{noun} and at most {_most(value)}" if is_too_large else noun
     if issubclass(plain, Sequence) and plain is not str:

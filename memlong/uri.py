@@ -1,6 +1,6 @@
-"""URIs as names of backends, and how to show them, and options, without what is secret in them.
+"""URIs as names of backends, and redaction of secrets in URIs and options.
 
-What is shown is what is known to be harmless; all else may be a secret, whatever it is called.
+Only what is known to be harmless is shown; anything else may be a secret, whatever its name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from memlong.errors import HIDDEN
 
 _HARMLESS = frozenset(
-    (  # noqa: SIM905 - a list would take a line for each
+    (  # noqa: SIM905 - a list would take a line per name
         "M attempts build_threads candidates chunk_prompt collection compression connectivity consistency database db "
         "device dim disk disk_budget dtype ef ef_construction ef_search endpoint eviction expansion_add "
         "expansion_search folder host hosts index initial_capacity kv_device max_bytes max_chunks metric mode model "
@@ -22,10 +22,10 @@ _HARMLESS = frozenset(
         "refine region resume retries seed session sharpness staleness store timeout tls train_size uri url"
     ).split()
 )
-"""Names of options whose values may be shown, URIs without what is secret in them."""
+"""Names of options whose values may be shown; secrets in URIs are still redacted."""
 
 _PORTS = {80, 443, 5432, 6333, 6334, 6379, 8000, 8080, 8443, 9000, 9091, 9200, 19530, 19531}
-"""Ports that are shown: any other number may be a password, as in ``db://me:12345`` without its host."""
+"""Ports that may be shown: any other number may be a password, as in ``db://me:12345`` without its host."""
 
 _SECRET = re.compile(
     r"(?i)pass|pwd|pin|secret|token|key|auth|cred|user|login|account|dsn|conn|jwt|sig|cert|cookie|session_?id|otp|salt"
@@ -35,7 +35,7 @@ _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[\w.,-]*)(?::(?P<port>[0-9]{1,5
 
 
 def scheme_of(name: str) -> str | None:
-    """Return the scheme of a URI such as ``"milvus://host"``, in lower case; None for a plain name, or for no text."""
+    """Return the scheme of a URI such as ``"milvus://host"``, in lowercase; None for a plain name or a non-string."""
     if not isinstance(name, str):
         return None
     scheme, colon, _ = name.partition("://")
@@ -43,7 +43,7 @@ def scheme_of(name: str) -> str | None:
 
 
 def without_credentials(text: str) -> str:
-    """Return a URI, a plain name, or a text that holds URIs, with ``***`` for what may be secret in them."""
+    """Replace possible secrets with ``***`` in a URI, a name, or a text that contains URIs."""
     scheme, colon, rest = text.partition("://")
     if not colon:
         before, at, after = text.rpartition("@")
@@ -54,7 +54,7 @@ def without_credentials(text: str) -> str:
 
 
 def scrubbed(text: str, uri: str) -> str:
-    """Return a text about a URI, of whoever wrote it, without the URI's secrets, wherever they stand in it."""
+    """Remove a URI's secrets from a text about it, such as an error message, wherever they occur."""
     text = text.replace(uri, without_credentials(uri))
     user, _, rest = uri.partition("://")[2].rpartition("@")
     pairs = [pair.partition("=") for pair in rest.partition("?")[2].split("&")]
@@ -68,12 +68,12 @@ def scrubbed(text: str, uri: str) -> str:
 
 
 def hide_credentials(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with ``***`` for what may be secret, inside lists and dictionaries, too."""
+    """Replace possible secrets in options with ``***``, including in nested lists and dictionaries."""
     return {name: _hidden(str(name), value) for name, value in options.items()}
 
 
 def digested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as `hide_credentials`, but with a hash of those whose names do not say that they are secret."""
+    """Like `hide_credentials`, but hash hidden values whose names do not suggest a secret."""
     hidden = hide_credentials(options)
     return {
         name: hashlib.sha256(repr(options[name]).encode()).hexdigest()[:16]
@@ -98,13 +98,13 @@ def _hidden(name: str, value: Any) -> Any:
 
 
 def _shown_uri(found: re.Match[str]) -> str:
-    bare = found[2].rstrip(".,;:!)]}")  # of the sentence that it stands in
+    bare = found[2].rstrip(".,;:!)]}")  # trailing punctuation belongs to the sentence
     return f"{found[1]}://{_shown_rest(bare)}{found[2][len(bare) :]}"
 
 
 def _shown_rest(rest: str) -> str:
-    """What stands after ``://``: host, known port, path and harmless options."""
-    _, at, rest = rest.rpartition("@")  # the last one, for a password may hold "@", "/", "?" and "#"
+    """Redact what follows ``://``: keep host, known port, path and harmless options."""
+    _, at, rest = rest.rpartition("@")  # the last "@", as a password may contain "@", "/", "?" and "#"
     rest, mark, _ = rest.partition("#")
     rest, question, query = rest.partition("?")
     host, slash, path = rest.partition("/")

@@ -1,4 +1,4 @@
-"""Versions of the packages that results, snapshots and trained decoders depend on."""
+"""Versions of the packages that results, snapshots and trained decoders depend on, to be recorded with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = (
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the version of Python and of each of these packages that is installed."""
+    """Return the versions of Python and of the installed packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -87,7 +87,7 @@ def test_questions_come_from_the_keyboard_until_there_are_no_more(chat, typed):
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        (["--question", "word1", "--question", ""], "--question is empty"),
+        (["--question", "word1", "--question", ""], "--question must not be empty"),
         (["--store", "disk"], "such as --store host=1GB"),
     ],
 )
@@ -296,7 +296,7 @@ def test_what_was_measured_is_not_measured_again(lengths, monkeypatch):
     ("typed", "message"),
     [
         (["--system", "nope"], "--system is .'nope'., but there are plain window"),
-        (["--lengths", "x"], "expected numbers separated by commas"),
+        (["--lengths", "x"], "must be comma-separated numbers"),
         (["--lengths", "1"], "expected lengths of at least 2"),
         (["--score-from", "0"], "token 0 cannot be predicted"),
     ],

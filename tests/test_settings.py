@@ -11,7 +11,7 @@ import pytest
 
 from memlong import MemoryConfig
 from memlong.errors import InvalidArgumentError
-from memlong.settings import checked, documented, setting, told
+from memlong.settings import checked, documented, metadata_of, setting
 from memlong.training import TrainingConfig
 
 
@@ -43,7 +43,7 @@ def test_the_docstring_is_made_of_the_fields():
 @pytest.mark.parametrize("settings", [MemoryConfig, TrainingConfig])
 def test_every_setting_says_what_it_is_within_its_bounds(settings):
     for each in fields(settings):
-        assert told(each).help.endswith(".")
+        assert metadata_of(each).help.endswith(".")
         assert f"    {each.name}\n" in settings.__doc__
     settings()
 
@@ -70,7 +70,7 @@ def test_good_values_are_taken_as_pythons_own(values, found):
         ({"cups": True}, "cups must be an integer from 1 to 9, got True."),
         ({"cups": "3"}, "cups must be an integer from 1 to 9, got '3'."),
         ({"cups": None}, "cups must be an integer from 1 to 9, got None."),
-        ({"cups": 10**5000}, "cups must be an integer from 1 to 9, got a number of thousands of digits."),
+        ({"cups": 10**5000}, "cups must be an integer from 1 to 9, got a number with thousands of digits."),
         (
             {"heat": 10**400},
             "heat must be a number above 0 and at most 9223372036854775807, or None, got 1000",

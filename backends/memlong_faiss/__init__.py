@@ -1,4 +1,4 @@
-"""FAISS, offered to memlong as a plugin."""
+"""FAISS as a memlong plugin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from memlong.plugins.hookspecs import Register, hookimpl
 
 @hookimpl
 def memlong_register_backends(register: Register) -> None:
-    """Offer the backend "faiss"."""
+    """Register the backend "faiss"."""
     register(
         "faiss",
         "memlong_faiss.index:FaissIndex",

@@ -1,4 +1,4 @@
-"""Whether the installed FAISS can use a GPU, what its indexes share there, and whether one FAISS is installed."""
+"""GPU support of the installed FAISS: checks, and the resources that its indexes share."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _SCRATCH_BYTES = 64 << 20
 
 @functools.cache
 def owners() -> tuple[str, ...]:
-    """Return the installed distributions that bring the module faiss."""
+    """Return the installed distributions that provide the faiss module."""
     return tuple(sorted(set(packages_distributions().get("faiss", ()))))
 
 
 def warn_if_two_owners() -> None:
-    """Warn if two distributions bring the module faiss: one has overwritten the other."""
+    """Warn if two distributions provide the faiss module, because one has overwritten the other."""
     if len(owners()) > 1:
         warnings.warn(
-            f"the module faiss is brought by {' and '.join(owners())}: the last installed has overwritten "
-            "the other, and a GPU may be lost without a word. Uninstall all of them and install one",
+            f"The faiss module is provided by {' and '.join(owners())}: the last one installed has overwritten the "
+            "other, which may silently disable the GPU. Uninstall both and install one.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -41,29 +41,28 @@ def require_gpu(device: torch.device) -> None:
     """Raise DeviceUnavailableError unless FAISS can compute on the CUDA device."""
     if not hasattr(faiss, "StandardGpuResources"):
         raise DeviceUnavailableError(
-            f"device {str(device)!r} was asked for, but the installed FAISS ({', '.join(owners())} "
-            f"{faiss.__version__}) has no GPU code. Run: pip uninstall faiss-cpu && "
-            "pip install 'memlong[faiss-gpu]'"
+            f"device must be 'cpu', as the installed FAISS ({', '.join(owners())} {faiss.__version__}) has no GPU "
+            f"support, got {str(device)!r}: pip uninstall faiss-cpu && pip install 'memlong[faiss-gpu]'"
         )
     if (device.index or 0) >= faiss.get_num_gpus():
         raise DeviceUnavailableError(
-            f"device {str(device)!r} was asked for, but FAISS sees {faiss.get_num_gpus()} GPUs; check the "
-            "driver with nvidia-smi, or use device='cpu'"
+            f"device must be one of the {faiss.get_num_gpus()} GPUs that FAISS sees, got {str(device)!r}: check the "
+            "driver with nvidia-smi, or use device='cpu'."
         )
 
 
 class GpuResources:
-    """What all indexes of a process on one GPU share: FAISS's streams, handles and scratch memory, and a lock.
+    """FAISS's streams, handles and scratch memory, and a lock, shared by all indexes of a process on one GPU.
 
-    By itself FAISS takes 1.5 GiB of the device and 256 MiB of page-locked memory for each of these. An index asks for a
-    little where it needs more, and copies go without page-locked memory.
+    By default FAISS reserves 1.5 GiB of device memory and 256 MiB of page-locked memory for each of these. Here it
+    reserves little, and allocates more when an index needs it; copies do not use page-locked memory.
 
-    FAISS-GPU is not safe for threads even when reading, so one lock holds every use.
+    FAISS-GPU is not thread-safe even for reading, so a lock guards every use.
 
     Parameters
     ----------
     device : int
-        Number of the GPU.
+        Index of the GPU.
     """
 
     def __init__(self, device: int) -> None:
@@ -72,27 +71,29 @@ class GpuResources:
         self._native.setTempMemory(_SCRATCH_BYTES)
         self._native.setPinnedMemory(0)
         self._owner = os.getpid()
-        self._lock = threading.RLock()  # the garbage collector may dispose of an index inside of a use
+        self._lock = (
+            threading.RLock()
+        )  # reentrant: the garbage collector may dispose of an index while it is held
 
     @contextmanager
     def using(self) -> Iterator[Any]:
-        """Hold the lock, with FAISS's own object.
+        """Hold the lock and yield FAISS's resources object.
 
         Raises
         ------
         DeviceUnavailableError
-            In a forked process: CUDA does not survive that.
+            In a forked process, since CUDA does not survive a fork.
         """
         if os.getpid() != self._owner:
             raise DeviceUnavailableError(
-                "the bank was made on a GPU before this process was forked, and CUDA does not survive a fork; make "
-                "or load the bank in this process, or start processes with the method 'spawn'"
+                "The bank was created on a GPU before this process was forked, and CUDA does not survive a fork: "
+                "create or load the bank in this process, or use the start method 'spawn'."
             )
         with self._lock:
             yield self._native
 
     def dispose(self, indexes: list[Any]) -> None:
-        """Let go of indexes, which gives memory back through what others may just be using."""
+        """Free indexes under the lock, since that uses the shared resources."""
         if os.getpid() == self._owner:
             with self._lock:
                 indexes.clear()
@@ -102,9 +103,9 @@ _shared: WeakValueDictionary[tuple[int, int], GpuResources] = WeakValueDictionar
 
 
 def gpu_resources(device: int) -> GpuResources:
-    """Return what the indexes of this process share on a GPU, as long as somebody holds it."""
+    """Return the shared resources of this process on a GPU, kept as long as they are referenced."""
     key = (os.getpid(), device)
-    found = _shared.get(key)  # two threads may make one each: that takes more memory, and is right
+    found = _shared.get(key)  # a race between threads creates two, which costs memory but is correct
     if found is None:
         found = _shared[key] = GpuResources(device)
     return found

@@ -1,4 +1,4 @@
-"""FaissIndex: a FAISS index of any kind that an index-factory string describes."""
+"""FaissIndex: any FAISS index that an index-factory string describes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memlong_faiss.recipe import MOST_EFFORT, Recipe, core_of, is_lossy, trainin
 from memlong_faiss.rows import CpuRows, GpuRows, RowIndex, one_thread_after_fork
 
 _TIE_MARGIN = 16
-_MOST_RUNS = 400_000  # of ids, which nearly fill the largest manifest that is read
+_MOST_RUNS = 400_000  # of ids; these nearly fill a manifest of the maximum size
 
 
 @documented
@@ -32,42 +32,42 @@ class FaissOptions:
         "Flat", "FAISS's index-factory string: 'Flat', 'HNSW32', 'IVF256,Flat', 'IVF256,PQ48', 'SQ8'."
     )
     ef_construction: int = setting(
-        200, "Effort of building an HNSW graph.", least=1, most=MOST_EFFORT, most_of_strangers=1024
+        200, "FAISS's efConstruction for HNSW graphs.", least=1, most=MOST_EFFORT, most_of_strangers=1024
     )
     ef_search: int = setting(
         64,
-        "Effort of searching an HNSW graph; a search never uses less than k.",
+        "FAISS's efSearch for HNSW graphs; at least k is used.",
         least=1,
         most=MOST_EFFORT,
         most_of_strangers=4096,
     )
     nprobe: int = setting(
         16,
-        "How many lists a search of an IVF index visits.",
+        "Number of lists that an IVF index searches.",
         least=1,
         most=MOST_EFFORT,
         most_of_strangers=4096,
     )
     train_size: int | None = setting(
         None,
-        "How many embeddings to wait for before training.",
-        unset="39 for each centroid to learn",
-        more='That is FAISS\'s own advice: 9,984 for "IVF256,Flat" and for any 8-bit PQ, and no fewer than the width '
-        "of the embeddings.",
+        "Number of embeddings to collect before training.",
+        unset="39 per centroid",
+        more='That is FAISS\'s recommendation: 9,984 for "IVF256,Flat" and any 8-bit PQ; never fewer than the '
+        "dimension of the embeddings.",
         least=1,
         most=2**62,
         most_of_strangers=inf,
     )
     refine: int = setting(
         4,
-        "How many candidates a compressed index (PQ, SQ, PCA) names for each chunk wanted, for exact scoring.",
+        "Candidates per requested chunk that a compressed index (PQ, SQ, PCA) returns for exact rescoring.",
         least=1,
         most=MOST_EFFORT,
         most_of_strangers=256,
     )
     build_threads: int = setting(
         1,
-        "Threads that build an HNSW graph; with more, graphs differ from run to run.",
+        "Threads for building an HNSW graph; with more than one, building is not reproducible.",
         least=1,
         most=1024,
         most_of_strangers=64,
@@ -75,17 +75,17 @@ class FaissOptions:
 
 
 class FaissIndex(Index[FaissOptions]):
-    """A FAISS index of any kind that an index-factory string describes.
+    """Any FAISS index that an index-factory string describes.
 
     "Flat" searches the bank's own embeddings in place. Other kinds keep a native index beside them, which is
-    rebuilt from them once a fifth of its rows is dead, as FAISS's graphs cannot delete. Building is seeded
-    and, with one thread, reproducible.
+    rebuilt from them once a fifth of its rows is dead, as FAISS's graphs do not support deletion. Building is
+    seeded and, with one thread, reproducible.
 
-    An index that has to be trained (IVF, PQ, SQ) is trained on the bank's own embeddings as soon as there are
-    `train_size` of them; and again whenever it is rebuilt. **Until then searches are exact**, by brute force
-    over the embeddings; `is_trained` tells which it is.
+    An index that needs training (IVF, PQ, SQ) is trained on the bank's own embeddings as soon as there are
+    `train_size` of them, and again whenever it is rebuilt. **Until then, searches are exact**, by brute force
+    over the embeddings; see `is_trained`.
 
-    On a GPU (``device="cuda"``) it is a Flat or IVF index of FAISS-GPU; k is then at most 2,048.
+    On a GPU (``device="cuda"``) the index must be Flat or IVF, and k at most 2,048.
     """
 
     devices = ("cpu", "cuda")
@@ -113,18 +113,18 @@ class FaissIndex(Index[FaissOptions]):
         self._in_place = on_cpu and isinstance(sample, faiss.IndexFlat)
         if not on_cpu and not isinstance(core_of(sample), (faiss.IndexFlat, faiss.IndexIVF)):
             raise DeviceUnavailableError(
-                f"index {options.index!r} cannot compute on {rows.device}: FAISS has Flat and IVF indexes for GPUs; "
-                "use one of these, or device='cpu'"
+                f"index must be a Flat or IVF one on {rows.device}, as FAISS has no others for GPUs, got "
+                f"{options.index!r}: use one of these, or device='cpu'."
             )
 
     @property
     def is_trained(self) -> bool:
-        """Whether the native index searches; until it does, searches are exact."""
+        """Whether the native index is in use; until then, searches are exact."""
         return self._in_place or self._native is not None
 
     @classmethod
     def usable_device(cls, device: str | torch.device | None) -> torch.device:
-        """Return the device asked for, if FAISS can use it."""
+        """Return the requested device, if FAISS can use it."""
         chosen = super().usable_device(device)
         if chosen.type == "cuda":
             require_gpu(chosen)
@@ -141,7 +141,7 @@ class FaissIndex(Index[FaissOptions]):
         self._numbers.append(ids)
 
     def search(self, queries: Floats, k: int) -> Ids:
-        """Ask the native index; until there is one, compare with all rows."""
+        """Search the native index, or by brute force until there is one."""
         if self._native is None:
             table = self.rows
             fetch = min(k + _TIE_MARGIN, len(table))
@@ -153,7 +153,7 @@ class FaissIndex(Index[FaissOptions]):
         return np.where(rows < 0, -1, numbers.ids[rows])
 
     def remove(self, ids: Ids) -> bool:
-        """Have searches pass over them, until a fifth is dead."""
+        """Mark rows as dead; request a rebuild once a fifth of them are."""
         if self._native is None:
             return True
         numbers = self._numbers
@@ -161,35 +161,35 @@ class FaissIndex(Index[FaissOptions]):
         return 5 * numbers.dead <= len(numbers) and numbers.dead <= self._native.most_dead
 
     def after_fork(self) -> None:
-        """Compute with one thread, as FAISS, too, would wait for its parent's for ever."""
+        """Use one thread, since FAISS's OpenMP would wait forever for its parent's."""
         one_thread_after_fork()
 
     def reset(self) -> None:
-        """Begin without a native index."""
+        """Drop the native index."""
         self._native = None
         self._numbers = RowNumbers(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
 
     def dump(self) -> tuple[Mapping[str, Any], bytes] | None:
-        """Return FAISS's own file."""
+        """Serialize the native index with FAISS."""
         if not isinstance(self._native, CpuRows):
             return None
         row_ids = self._numbers.ids
         ends = np.flatnonzero(np.diff(row_ids) != 1) + 1
-        if len(ends) >= _MOST_RUNS:  # then it is rebuilt when it is loaded
+        if len(ends) >= _MOST_RUNS:  # the index is rebuilt on loading instead
             return None
         runs = [[int(run[0]), int(run[-1]) + 1] for run in np.split(row_ids, ends)]
         return {"library": faiss.__version__, "row_ids": runs}, self._native.to_bytes()
 
     def load(self, facts: Mapping[str, Any], content: bytes) -> None:
-        """Read FAISS's own file."""
+        """Deserialize a native index."""
         if facts["library"] != faiss.__version__:
-            raise ValueError(f"it is of FAISS {facts['library']}, and this is {faiss.__version__}")
+            raise ValueError(f"it was saved by FAISS {facts['library']}, and this is {faiss.__version__}")
         if self.rows.device.type != "cpu":
-            raise ValueError("it is an index of the CPU")
-        row_ids = _row_ids(facts["row_ids"], 2 * len(self.rows))  # far fewer are dead before it is rebuilt
+            raise ValueError("it is a CPU index")
+        row_ids = _row_ids(facts["row_ids"], 2 * len(self.rows))  # generous: it is rebuilt at a fifth dead
         alive = np.isin(row_ids, self.rows.ids)
         if int(alive.sum()) != len(self.rows):
-            raise ValueError("it is the index of other chunks")
+            raise ValueError("it indexes other chunks")
         self._native = CpuRows.from_bytes(content, self._recipe, self.options.build_threads, len(row_ids))
         self._numbers = RowNumbers(row_ids, alive)
 
@@ -197,21 +197,19 @@ class FaissIndex(Index[FaissOptions]):
         index = self._recipe.build()
         self._recipe.train(index, embeddings)
         if self.rows.device.type == "cuda":
-            self._gpu = gpu_resources(
-                self.rows.device.index or 0
-            )  # held, so that a rebuilt index takes the same
+            self._gpu = gpu_resources(self.rows.device.index or 0)  # kept, so that a rebuilt index reuses it
             return GpuRows(index, self._recipe, self._gpu)
         return CpuRows(index, self._recipe, self.options.build_threads)
 
 
 def _row_ids(runs: Any, most: int) -> Ids:
-    """Return the ids of runs [start, end), at most so many, and ascending."""
+    """Expand ascending runs [start, end) to ids, at most ``most`` of them."""
     last = 0
     for start, end in runs:
         if type(start) is not int or type(end) is not int or not last <= start < end <= 2**62:
-            raise ValueError(f"its runs of ids do not ascend: {start!r} to {end!r}")
+            raise ValueError(f"its runs of ids are not ascending: {start!r} to {end!r}")
         last = end
         most -= end - start
         if most < 0:
-            raise ValueError("it is the index of more chunks")
+            raise ValueError("it indexes more chunks")
     return np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(start, end) for start, end in runs)])

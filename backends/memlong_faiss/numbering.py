@@ -1,4 +1,4 @@
-"""Which chunk each row of a native index is, and which rows are dead."""
+"""Map rows of a native index to chunk ids, and track which rows are dead."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from memlong.bank.arrays import Ids
 
 
 class RowNumbers:
-    """Rows numbered from 0, each a chunk's, ascending by id; appending costs what is appended.
+    """The chunk id of each row, in ascending order, and whether it is alive; appending is amortized O(1) per row.
 
     Parameters
     ----------
     ids : numpy.ndarray
-        int64 [n], the chunk of each row at first.
+        int64 [n], chunk id of each initial row.
     alive : numpy.ndarray
-        bool [n], whether it is still in the bank.
+        bool [n], whether that chunk is still in the bank.
     """
 
     def __init__(self, ids: Ids, alive: npt.NDArray[np.bool_]) -> None:
@@ -29,27 +29,27 @@ class RowNumbers:
 
     @property
     def ids(self) -> Ids:
-        """int64 [n], the chunk of each row."""
+        """int64 [n], chunk id of each row."""
         return self._ids[: self._count]
 
     @property
     def alive(self) -> npt.NDArray[np.bool_]:
-        """Bool [n]."""
+        """Bool [n], whether each row's chunk is still in the bank."""
         return self._alive[: self._count]
 
     def append(self, ids: Ids) -> None:
-        """Number new rows, of chunks with ids above all others."""
+        """Append rows; their ids must be higher than all others."""
         count = self._count + len(ids)
         if count > len(self._ids):
-            room = max(2 * count, 64)
+            capacity = max(2 * count, 64)
             ids_before, alive_before = self.ids, self.alive
-            self._ids, self._alive = np.empty(room, dtype=np.int64), np.empty(room, dtype=bool)
+            self._ids, self._alive = np.empty(capacity, dtype=np.int64), np.empty(capacity, dtype=bool)
             self._ids[: self._count], self._alive[: self._count] = ids_before, alive_before
         self._ids[self._count : count] = ids
         self._alive[self._count : count] = True
         self._count = count
 
     def bury(self, ids: Ids) -> None:
-        """Have the rows of chunks that are alive be dead."""
+        """Mark the rows of living chunks as dead."""
         self._alive[np.searchsorted(self.ids, ids)] = False
         self.dead += len(ids)

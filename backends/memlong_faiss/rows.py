@@ -1,4 +1,4 @@
-"""A native FAISS index of numbered rows, on the CPU or on a GPU."""
+"""A native FAISS index of numbered rows, on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from memlong_faiss.recipe import Recipe, core_of
 
 
 class RowIndex(ABC):
-    """Rows are numbered from 0 in the order they are added and never taken out; dead ones are passed over."""
+    """A native index whose rows are numbered in insertion order and never removed; searches skip dead ones."""
 
     most_dead: int
-    """The most dead rows that searches can pass over well."""
+    """Maximum number of dead rows before searches degrade."""
 
     @abstractmethod
     def add(self, embeddings: Floats) -> None:
@@ -31,20 +31,20 @@ class RowIndex(ABC):
 
     @abstractmethod
     def search(self, queries: Floats, k: int, numbers: RowNumbers) -> Ids:
-        """Return int64 [q, c] row numbers, c >= k where there are so many rows; -1 is no row."""
+        """Return int64 [q, c] row numbers, c >= k if there are that many rows; -1 means no row."""
 
 
 class CpuRows(RowIndex):
-    """On the CPU, FAISS itself passes over dead rows.
+    """An index on the CPU, where FAISS itself skips dead rows.
 
     Parameters
     ----------
     index : faiss.Index
         Trained and empty.
     recipe : Recipe
-        Its settings.
+        Its parameters.
     build_threads : int
-        Threads that build an HNSW graph.
+        Threads for building an HNSW graph.
     """
 
     def __init__(self, index: Any, recipe: Recipe, build_threads: int) -> None:
@@ -54,18 +54,18 @@ class CpuRows(RowIndex):
         self.most_dead = int(np.iinfo(np.int64).max)
 
     def to_bytes(self) -> bytes:
-        """Return FAISS's own file of the index."""
+        """Serialize the index with FAISS."""
         content: bytes = faiss.serialize_index(self._index).tobytes()
         return content
 
     @classmethod
     def from_bytes(cls, content: bytes, recipe: Recipe, build_threads: int, count: int) -> Self:
-        """Read what `to_bytes` returned; ValueError if it is not the recipe's index of so many rows."""
+        """Deserialize an index; raise ValueError unless it is the recipe's, with ``count`` rows."""
         index = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
         like = recipe.build()
         found, wanted = ((type(each), each.d, each.metric_type) for each in (index, like))
         if found != wanted or index.ntotal != count:
-            raise ValueError("it is another index than this backend's options describe")
+            raise ValueError("it is not the index that this backend's options describe")
         core = core_of(index)
         if isinstance(core, faiss.IndexIVF):
             core.nprobe = core_of(like).nprobe
@@ -102,21 +102,21 @@ class CpuRows(RowIndex):
 
 
 class GpuRows(RowIndex):
-    """On a GPU, FAISS can pass over nothing: more rows are fetched, and the bank drops the dead ones.
+    """An index on a GPU, where FAISS cannot skip rows: more are fetched, and the bank drops the dead ones.
 
     Parameters
     ----------
     index : faiss.Index
-        Trained and empty, on the CPU; a copy of it goes to the GPU.
+        Trained and empty, on the CPU; it is copied to the GPU.
     recipe : Recipe
-        Its settings.
+        Its parameters.
     resources : GpuResources
         The GPU.
 
     Raises
     ------
     InvalidArgumentError
-        If FAISS has no such index for GPUs.
+        If FAISS does not support this index on GPUs.
     """
 
     k_limit = 2048
@@ -129,7 +129,8 @@ class GpuRows(RowIndex):
                 self._index = [faiss.index_cpu_to_gpu(native, resources.device, index)]
         except RuntimeError as error:
             raise InvalidArgumentError(
-                f"index {recipe.factory!r} cannot go to a GPU: {error}. Use 'Flat' or 'IVF256,Flat'"
+                f"index must be one that FAISS supports on GPUs, such as 'Flat' or 'IVF256,Flat', got "
+                f"{recipe.factory!r}: {error}."
             ) from error
         weakref.finalize(self, resources.dispose, self._index).atexit = False
 
@@ -139,11 +140,10 @@ class GpuRows(RowIndex):
             self._index[0].add(embeddings)
 
     def search(self, queries: Floats, k: int, numbers: RowNumbers) -> Ids:
-        """Search all rows, for so many more that k living ones are among them where the limit allows it."""
+        """Search all rows, fetching enough to include k living ones if the limit allows."""
         if k > self.k_limit:
             raise InvalidArgumentError(
-                f"k is {k}, but FAISS returns at most {self.k_limit} results on a GPU; ask for fewer, "
-                "or use device='cpu'"
+                f"k must be at most {self.k_limit} on a GPU, a limit of FAISS, got {k}: lower it, or use device='cpu'."
             )
         fetch = min(k + numbers.dead, len(numbers), self.k_limit)
         with self._resources.using():
@@ -153,7 +153,7 @@ class GpuRows(RowIndex):
 
 @contextmanager
 def openmp_threads(count: int) -> Iterator[None]:
-    """Set OpenMP's number of threads, which every calling thread has its own of, for a while."""
+    """Temporarily set the calling thread's number of OpenMP threads."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1 if getattr(_here, "is_forked", False) else count)
     try:
@@ -163,7 +163,7 @@ def openmp_threads(count: int) -> Iterator[None]:
 
 
 def one_thread_after_fork() -> None:
-    """Have this thread, which a fork has left alone, compute alone: OpenMP waits for its parent's helpers for ever."""
+    """Limit a forked process to one thread, as OpenMP would wait forever for the parent's workers."""
     faiss.omp_set_num_threads(1)
     _here.is_forked = True
 

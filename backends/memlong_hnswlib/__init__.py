@@ -1,4 +1,4 @@
-"""The hnswlib library, offered to memlong as a plugin."""
+"""hnswlib as a memlong plugin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from memlong.plugins.hookspecs import Register, hookimpl
 
 @hookimpl
 def memlong_register_backends(register: Register) -> None:
-    """Offer the backend "hnswlib"."""
+    """Register the backend "hnswlib"."""
     register(
         "hnswlib",
         "memlong_hnswlib.index:HnswlibIndex",

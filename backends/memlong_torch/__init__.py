@@ -1,4 +1,4 @@
-"""Exact search in torch, offered to memlong as a plugin."""
+"""Exact search in torch as a memlong plugin."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from memlong.plugins.hookspecs import Register, hookimpl
 
 @hookimpl
 def memlong_register_backends(register: Register) -> None:
-    """Offer the backend "torch"."""
+    """Register the backend "torch"."""
     register(
         "torch",
         "memlong_torch.index:TorchIndex",
         requires=("torch",),
         install="pip install memlong",
-        description="exact search, CPU and CUDA",
+        description="exact search on the CPU or a CUDA device",
     )

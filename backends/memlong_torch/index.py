@@ -1,4 +1,4 @@
-"""TorchIndex: exact search by brute force in torch."""
+"""TorchIndex: exact brute-force search in torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from memlong.errors import DeviceUnavailableError
 
 
 class TorchIndex(Index[NoOptions]):
-    """Always finds the true k best chunks, on the CPU or on a CUDA device.
+    """Exact search, on the CPU or a CUDA device.
 
-    On the CPU it searches the bank's own table and keeps no second copy. On a CUDA device it keeps one
-    float32 matrix there, beside the table, with the rows' squared lengths for "l2". A search then waits for the
-    device once, for what it has found.
+    On the CPU it searches the bank's own table without a copy. On a CUDA device it keeps a float32 copy of the
+    table there, plus squared norms for "l2"; a search then synchronizes with the device once, for its result.
     """
 
     devices = ("cpu", "cuda")
@@ -30,13 +29,13 @@ class TorchIndex(Index[NoOptions]):
 
     @classmethod
     def usable_device(cls, device: str | torch.device | None) -> torch.device:
-        """Return the device asked for, if torch has it."""
+        """Return the requested device, if torch can use it."""
         chosen = super().usable_device(device)
         if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
             raise DeviceUnavailableError(
-                f"device {str(chosen)!r} was asked for, but torch {torch.__version__} sees "
-                f"{torch.cuda.device_count()} CUDA devices; use device='cpu', or install a CUDA build of "
-                "torch and check the driver with nvidia-smi"
+                f"device must be one that torch {torch.__version__} can use, got {str(chosen)!r}, and it sees "
+                f"{torch.cuda.device_count()} CUDA devices: use device='cpu', or install a CUDA build of torch and "
+                "check the driver with nvidia-smi."
             )
         return chosen
 
@@ -53,7 +52,7 @@ class TorchIndex(Index[NoOptions]):
         vectors = torch.from_numpy(rows.embeddings) if mirror is None else mirror.rows
         if mirror is None:
             squared_norms = torch.from_numpy(rows.squared_norms)
-        else:  # nothing reads them for an inner product
+        else:  # unused for the inner product
             squared_norms = vectors[:0] if self._norms is None else self._norms.rows[:, 0]
         numbers = nearest_rows(
             torch.from_numpy(queries), vectors, squared_norms, k, rows.similarity, longest=rows.longest
@@ -61,7 +60,7 @@ class TorchIndex(Index[NoOptions]):
         return np.where(numbers < 0, -1, rows.ids[numbers])
 
     def remove(self, ids: Ids) -> bool:
-        """Let later rows move up."""
+        """Remove rows; later rows move up."""
         for matrix in self._matrices:
             matrix.remove(self.rows.rows_of(ids))
         return True
@@ -77,14 +76,14 @@ class TorchIndex(Index[NoOptions]):
 
 
 class DeviceMatrix:
-    """A float32 [n, dim] matrix on a device that grows by doubling and closes up over removed rows.
+    """A float32 [n, dim] matrix on a device that grows by doubling and stays contiguous when rows are removed.
 
     Parameters
     ----------
     dim : int
-        Width of the rows.
+        Dimension of the rows.
     device : torch.device
-        Where it lies.
+        Where it is stored.
     """
 
     def __init__(self, dim: int, device: torch.device) -> None:
@@ -92,28 +91,26 @@ class DeviceMatrix:
         self._device = device
         self._count = 0
         self._data = torch.empty(0, dim, dtype=torch.float32, device=device)
-        self._traffic = (
-            Traffic()
-        )  # a search may rebuild the index: those on other streams know nothing of that
+        self._traffic = Traffic()  # a search may rebuild the index while other CUDA streams are reading it
 
     @property
     def rows(self) -> torch.Tensor:
-        """The matrix, [n, dim], for the current stream; a view that is valid until the next change.
+        """The matrix [n, dim], for the current CUDA stream; a view that is valid until the next change.
 
-        Changes heed one another. Whoever reads it must have waited for what came of that before the next one.
+        Changes are ordered among themselves, but a reader must have synchronized with its result before the next one.
         """
         if self._device.type == "cuda":
             self._traffic.hold_back(torch.cuda.current_stream(self._device), writing=False)
         return self._data[: self._count]
 
     def append(self, embeddings: Floats) -> None:
-        """Add rows at the end."""
+        """Append rows."""
         held = self.rows
         count = len(held) + len(embeddings)
         with torch.inference_mode(False), torch.no_grad():
             if count > len(self._data):
-                room = max(2 * count, 64)
-                grown = torch.empty(room, self._dim, dtype=torch.float32, device=self._device)
+                capacity = max(2 * count, 64)
+                grown = torch.empty(capacity, self._dim, dtype=torch.float32, device=self._device)
                 grown[: len(held)] = held
                 keep_while_read([self._data])
                 self._data = grown
@@ -121,7 +118,7 @@ class DeviceMatrix:
         self._note(count)
 
     def remove(self, rows: Ids) -> None:
-        """Drop the rows with these numbers; later rows move up."""
+        """Remove the rows with these numbers; later rows move up."""
         keep = np.ones(self._count, dtype=bool)
         keep[rows] = False
         with torch.inference_mode(False), torch.no_grad():
@@ -130,7 +127,7 @@ class DeviceMatrix:
         self._note(len(kept))
 
     def clear(self) -> None:
-        """Drop every row and give the memory back."""
+        """Remove all rows and free the memory."""
         self._count = 0
         self._data = torch.empty(0, self._dim, dtype=torch.float32, device=self._device)
 

@@ -1,4 +1,4 @@
-"""Every decoder-only architecture of the installed transformers as a tiny model, and whether memory attaches to it."""
+"""Tiny models of every decoder-only architecture in the installed transformers, and whether memory attaches to them."""
 
 from memlong.architectures.listing import (
     TRANSFORMERS,

@@ -1,4 +1,4 @@
-"""What a model's layers are and what memory stores of a token, in words."""
+"""Describe a model's layers, and what memory stores per token."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kinds_of_layers(layout: ModelLayout) -> str:
-    """Name the kinds of layers that a model has, such as ``"full attention, sliding window"``."""
+    """List the kinds of layers in a model, such as ``"full attention, sliding window"``."""
     windows = {layer.sliding_window is None for layer in layout.layers.values()}
     kinds = {
         "full attention": True in windows,
         "sliding window": False in windows,
-        "state beside attention": any(layout.states.get(layer) for layer in layout.layers),
-        "state in place of attention": any(
+        "state alongside attention": any(layout.states.get(layer) for layer in layout.layers),
+        "state instead of attention": any(
             count for layer, count in layout.states.items() if layer not in layout.layers
         ),
         "K-V of another layer": len(layout.readers) > len(layout.layers),
@@ -29,7 +29,7 @@ def kinds_of_layers(layout: ModelLayout) -> str:
 
 
 def stored_of_a_token(decoder: MemoryDecoder) -> str:
-    """Say what memory stores of a token in a layer, such as ``"keys and values"``."""
+    """Describe what memory stores per token and layer, such as ``"keys and values"``."""
     layers = [decoder.model_layout.layers[layer] for layer in decoder.source.stored_layers]
     if any(layer.keys_second for layer in layers):
         return "latent vector and rotary key"
@@ -39,9 +39,9 @@ def stored_of_a_token(decoder: MemoryDecoder) -> str:
 
 
 def token_bytes(decoder: MemoryDecoder) -> dict[str, int]:
-    """Bytes that a token of memory takes in all layers together, by the dtype that it is stored in.
+    """Return the bytes per token of memory over all layers, by storage dtype.
 
-    A chunk's embedding comes on top, and is small beside it.
+    Without the chunk's embedding, which is small in comparison.
     """
     layout, tokens = decoder.layout, decoder.config.chunk_size
     dtypes = {str(dtype).removeprefix("torch."): replace(layout, dtype=dtype) for dtype in _DTYPES}

@@ -1,4 +1,4 @@
-"""Settings that a tiny model needs and no rule finds, by model type and by the path of the setting."""
+"""Settings of tiny models that the shrinking rules get wrong, by model type and path of the setting."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _inside(section: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": _NO_EXTRA_EMBEDDINGS}
-"""Without these there is no default configuration."""
+"""Settings without which a model type has no default configuration."""
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 50},
@@ -114,4 +114,4 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zamba": _FUSED_INTERNALS,
     "zamba2": {**_FUSED_INTERNALS, "mamba_headdim": 32},
 }
-"""What replaces the shrunk settings of a model type."""
+"""Settings that replace a model type's shrunk ones."""

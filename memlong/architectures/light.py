@@ -1,7 +1,7 @@
-"""Models of any size that take seconds and little memory, to find out what their keys and values are.
+"""Build models of any size in seconds and with little memory, to find the shapes of their keys and values.
 
-What no key or value depends on is slimmed, weights of one shape are one tensor, and those that the model is made with
-are never touched.
+Whatever keys and values do not depend on is shrunk, all weights of one shape share one tensor, and the model's initial
+weights are never touched, so that they take no memory.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from memlong.decoder.model.layout import ModelLayout
 Attempt = tuple[Callable[[], PreTrainedModel], Callable[[ModelLayout], bool]]
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # within the small vocabulary
-_SCALE = 0.3  # of weights: else rounding grows from layer to layer
+_SCALE = 0.3  # of weights: otherwise rounding errors grow from layer to layer
 _HEADS_OF_STATES = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"))
 
 
 def light_models(kind: Any, config: PreTrainedConfig) -> Iterator[Attempt]:
-    """Ways to make a light model, the lightest first, each with a test of whether it is whole.
+    """Yield ways to build a light model, the lightest first, each with a check that its K-V have the right shapes.
 
-    The first has fewer heads of queries and a narrower hidden state, which keys and values do not show unless a class
-    takes their width from it; the last has those of the configuration.
+    The first has fewer query heads and a smaller hidden size, which does not affect keys and values unless a class
+    derives their width from it; the last keeps those of the configuration.
     """
     yield partial(_made, kind, config, _narrow), partial(_heads_are_whole, config)
     yield partial(_made, kind, config, _lean), bool
@@ -56,13 +56,13 @@ def _made(
 
 
 def _weights(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    if len(shape) < 2:  # scales of norms, and rates of states: small, too
+    if len(shape) < 2:  # norm scales and state decay rates: also small
         return torch.rand(shape, generator=generator) * 0.2
     return torch.randn(shape, generator=generator).mul_(_SCALE * shape[-1] ** -0.5)
 
 
 def _lean(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the configuration with a small vocabulary, small feed-forward layers and few experts."""
+    """Return the configuration with a small vocabulary, small MLPs and few experts."""
     lean = deepcopy(config)
     vars(lean).pop("quantization_config", None)
     text = lean.get_text_config(decoder=True)
@@ -76,11 +76,11 @@ def _lean(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _narrow(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the lean configuration with as many heads of queries as of keys, and a hidden state of their width."""
+    """Return the lean configuration with as many query heads as key heads, and a hidden size to match."""
     narrow = _lean(config)
     text: Any = narrow.get_text_config(decoder=True)
     head_dim = _head_dim(text)
-    if getattr(text, "kv_lora_rank", None):  # its cache holds no heads
+    if getattr(text, "kv_lora_rank", None):  # latent attention: its cache has no heads
         text.num_attention_heads = text.num_key_value_heads = 4
     else:
         text.num_attention_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -103,7 +103,7 @@ def _head_dim(text: Any) -> int:
 
 
 def _heads_are_whole(config: PreTrainedConfig, layout: ModelLayout) -> bool:
-    """Whether the width of heads is what the configuration says, though the hidden state is not."""
+    """Return whether heads have the configured width, although the hidden size differs."""
     layers = layout.layers.values()
     return any(
         layer.keys_second or layer.head_dim == _head_dim(config.get_text_config(decoder=True))

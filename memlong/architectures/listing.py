@@ -1,4 +1,4 @@
-"""Which decoder-only architectures the installed transformers has."""
+"""List the decoder-only architectures of the installed transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from memlong.architectures.exceptions import NEEDED
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import UnknownNameError
 
 TRANSFORMERS = __version__
@@ -23,24 +23,24 @@ _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 
 @dataclass(frozen=True, order=True)
 class Architecture:
-    """A model class of transformers, and the model type whose configuration it is made from."""
+    """A model class of transformers, and the model type of its configuration."""
 
     model_type: str
     class_name: str
 
 
 def architectures() -> tuple[Architecture, ...]:
-    """Return every class that reads text with a decoder alone, or with images and sound beside it; sorted."""
+    """Return every class that reads text with a decoder only, multimodal ones included; sorted."""
     return tuple(each for each in _mapped() if not _has_encoder(each.model_type))
 
 
 def encoder_decoders() -> tuple[str, ...]:
-    """Return the model types that are left out, since an encoder reads their text; sorted."""
+    """Return the model types that are excluded because an encoder reads their text; sorted."""
     return tuple(sorted({each.model_type for each in _mapped() if _has_encoder(each.model_type)}))
 
 
 def is_model_type(name: str) -> bool:
-    """Whether transformers has a decoder-only architecture of this model type."""
+    """Return whether transformers has a decoder-only architecture of this model type."""
     return any(each.model_type == name for each in _mapped()) and not _has_encoder(name)
 
 
@@ -50,19 +50,19 @@ def of_model_type(model_type: str) -> tuple[Architecture, ...]:
     Raises
     ------
     UnknownNameError
-        If transformers has no decoder-only class of it.
+        If transformers has no decoder-only class of this model type.
     """
     if not is_model_type(model_type):
         raise UnknownNameError(
-            f"transformers has no decoder-only architecture of the model type {model_type!r}; `memlong models` lists "
-            "those that it has. For a model of your own, name its folder, its config.json or its hub id."
+            f"transformers has no decoder-only architecture of model type {model_type!r}: run `memlong models` for a "
+            "list. For your own model, give its folder, config.json or hub id."
         )
     return tuple(each for each in _mapped() if each.model_type == model_type)
 
 
 @cache
 def default_config(model_type: str) -> PreTrainedConfig:
-    """Return the configuration that transformers makes of a model type when nothing is said."""
+    """Return the default configuration of a model type."""
     kind: Any = CONFIG_MAPPING[model_type]
     with quiet_loading():
         config: PreTrainedConfig = kind(**NEEDED.get(model_type, {}))
@@ -84,6 +84,6 @@ def _entries() -> Iterator[Architecture]:
 def _has_encoder(model_type: str) -> bool:
     try:
         config: Any = default_config(model_type)
-    except Exception:  # noqa: BLE001 - a class that wants settings may raise anything
+    except Exception:  # noqa: BLE001 - a class with required settings may raise anything
         config = CONFIG_MAPPING[model_type]
     return bool(getattr(config, "is_encoder_decoder", False))

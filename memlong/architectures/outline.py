@@ -1,4 +1,4 @@
-"""How memory would work with a model, found out from its configuration alone: by attaching it to a light model."""
+"""Find out how memory works with a model from its configuration alone, by attaching memory to a light model."""
 
 from __future__ import annotations
 
@@ -21,42 +21,41 @@ from memlong.architectures.listing import Architecture, architectures, encoder_d
 from memlong.architectures.trial import try_architecture
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
 _TOO_LARGE = (
-    "A light model of this configuration does not fit into the memory of this machine. Try a configuration of fewer "
-    "layers, the rest the same."
+    "Out of memory while building a light model of this configuration: lower only its number of layers."
 )
 _KINDS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """How memory would work with a model.
+    """How memory works with a model.
 
     Attributes
     ----------
     class_name
-        The model's class, or its type where there is none.
+        The model's class, or its model type if there is no class.
     reason
-        Why memory does not attach; empty where it does. All that follows is then empty, too.
+        Why memory does not attach; empty if it does. If it does not, the attributes below are empty.
     depth
-        Layers of the model's cache.
+        Number of layers in the model's cache.
     layers
-        Which kinds of layers there are.
+        Kinds of layers in the model.
     windows
-        By layer that attends, its sliding window, or None for full attention.
+        Sliding window by attention layer; None for full attention.
     retrieval_layers
-        Those that retrieve by default.
+        Layers that retrieve by default.
     stored
-        What is stored of a token.
+        What is stored per token.
     token_bytes
-        Bytes that a token of memory takes, by the dtype that it is stored in; its share of an embedding apart.
+        Bytes per token of memory, by storage dtype, without the chunk's embedding.
     max_positions
-        That the model was trained on, if known.
+        Number of positions the model was trained on, if known.
     local_window
-        The least and the greatest local window that work with the default chunk and segment; no greatest is None.
+        Smallest and largest local window with the default chunk and segment sizes; None means no upper limit.
     """
 
     class_name: str
@@ -72,12 +71,12 @@ class Outline:
 
     @property
     def attaches(self) -> bool:
-        """Whether memory attaches."""
+        """Whether memory attaches to the model."""
         return not self.reason
 
 
 def outline(config: PreTrainedConfig) -> Outline:
-    """Attach memory to a light model of a configuration and say what comes of it."""
+    """Attach memory to a light model of a configuration, and describe the result."""
     kind = _class_of(config)
     if kind is None:
         return Outline(
@@ -96,15 +95,15 @@ def outline(config: PreTrainedConfig) -> Outline:
                 reason = str(error)
             except MemoryError as error:
                 raise InvalidArgumentError(_TOO_LARGE) from error
-            except Exception as error:  # whatever a class raises of a configuration that was cut
+            except Exception as error:  # a model class may raise anything on a shrunk configuration
                 if "allocate memory" in str(error):
                     raise InvalidArgumentError(_TOO_LARGE) from error
-                reason = f"no model can be made of this configuration: {type(error).__name__}: {error}"
+                reason = f"cannot build a model from this configuration: {type(error).__name__}: {error}"
     return Outline(kind.__name__, reason)
 
 
 def _confirmed(found: Outline, config: PreTrainedConfig, layout: ModelLayout) -> Outline:
-    """What a tiny model's trial says has the last word: the weights of a light one are too small to show all."""
+    """Let a tiny model's trial overrule: the weights of a light model are too small to show every problem."""
     architecture = Architecture(config.model_type, found.class_name)
     if layout.is_unusual and architecture in architectures():
         trial = try_architecture(architecture)
@@ -139,11 +138,11 @@ def _greatest_window(layout: ModelLayout) -> int | None:
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
-    """Return the class that `load_model` takes for this configuration; None if there is none."""
+    """Return the class that `load_model` uses for this configuration; None if there is none."""
     own = getattr(config, "auto_map", None) or {}
     for kind in _KINDS:
-        if type(config) in kind._model_mapping:  # noqa: SLF001 - no public name holds for all
+        if type(config) in kind._model_mapping:  # noqa: SLF001 - there is no public equivalent
             return kind._model_mapping[type(config)]  # noqa: SLF001
-        if kind.__name__ in own:  # its code was trusted, or there would be no such configuration
+        if kind.__name__ in own:  # its code is trusted, or the configuration could not have been read
             return get_class_from_dynamic_module(own[kind.__name__], str(config.name_or_path))
     return None

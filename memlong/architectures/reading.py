@@ -1,4 +1,4 @@
-"""Read the configuration of a model, not its weights."""
+"""Read a model's configuration without its weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from memlong.decoder.model.loading import source_of
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError
 
 
@@ -19,14 +19,14 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     name
         A hub id, a folder, a configuration file (JSON), a GGUF file, or ``"demo"``.
     trust_remote_code
-        Whether Python code that the folder or the repository brings may run, as for `load_model`.
+        Whether to run Python code from the folder or repository, as in `load_model`.
 
     Raises
     ------
     InvalidArgumentError
-        If there is none, or it needs code of its own that is not trusted.
+        If there is no readable configuration, or it needs custom code that is not trusted.
     MissingDependencyError
-        If a package that the file or ``"demo"`` needs is not installed.
+        If a package that a GGUF file or ``"demo"`` needs is not installed.
     """
     source, options = (name, {}) if Path(name).suffix == ".json" else source_of(name)
     with quiet_loading():
@@ -34,15 +34,14 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 source, trust_remote_code=trust_remote_code, **options
             )
-        except Exception as error:  # what a broken file, or code that it brings, comes to is not foreseeable
+        except Exception as error:  # a broken file or custom code may raise anything
             if "trust_remote_code" in str(error):
                 raise InvalidArgumentError(
-                    f"The model {name!r} comes with Python code of its own, without which its configuration cannot be "
-                    "read. That code would run on this machine, with all your rights. Read it; if you trust it: "
-                    "--trust-remote-code."
+                    f"The configuration of {name!r} needs Python code that comes with the model and would run with "
+                    "your permissions. Read that code; if you trust it, add --trust-remote-code."
                 ) from error
             raise InvalidArgumentError(
-                f"The configuration of {name!r} could not be read: {error}\nName a hub id, a folder that transformers "
-                "saved, a config.json, a GGUF file, 'demo', or one of the model types that `memlong models` lists."
+                f"Cannot read the configuration of {name!r}: {error}\nGive a hub id, a folder saved by transformers, "
+                "a config.json, a GGUF file, 'demo', or a model type from `memlong models`."
             ) from error
     return config

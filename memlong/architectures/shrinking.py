@@ -1,4 +1,4 @@
-"""Shrink the settings of a model by their names, so that every kind of its layers is left."""
+"""Shrink a model's settings by name, keeping every kind of layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 VOCABULARY = 97
-"""Tokens that a tiny model knows: 0 pads, 1 begins and 2 ends."""
+"""Vocabulary size of a tiny model: 0 is padding, 1 begins and 2 ends a text."""
 
 _LAYERS = 4
 _HIDDEN, _HEADS, _HEAD_DIM = 64, 4, 16
@@ -31,9 +31,9 @@ def _in_proportion(value: int) -> int:
 
 
 _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
-    # The first whose pattern is the whole name of a setting changes its number.
+    # The first rule whose pattern matches a setting's full name applies.
     (r"(unpadded_)?vocab_size(_per_layer_input)?", lambda value: min(value, VOCABULARY)),
-    (r"image.*_token_(id|index)", lambda value: max(value, VOCABULARY - 1)),  # no text of a trial holds these
+    (r"image.*_token_(id|index)", lambda value: max(value, VOCABULARY - 1)),  # never occurs in a trial's text
     (r"(video|audio).*_token_(id|index)", lambda value: max(value, VOCABULARY - 2)),
     (r"num_hidden_layers|num_layers|n_layers?|layers|depth|num_blocks|n_layer", _at_most(_LAYERS)),
     (
@@ -89,7 +89,7 @@ _WITHOUT_KEYS = (
 
 
 def shrunk(section: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model, or of a part of it, as small as can be."""
+    """Return the settings of a model, or of one of its sections, as small as possible."""
     section = _with_windows(section)
     count = next((section[name] for name in _COUNTS if isinstance(section.get(name), int)), 0)
     count = count or len(section.get("layers_block_type") or ())
@@ -103,7 +103,7 @@ def shrunk(section: dict[str, Any]) -> dict[str, Any]:
         name: _small(name, value, count, rows) for name, value in section.items() if name not in by_layer
     }
     small |= {name: [_number(name, value[row]) for row in rows] for name, value in by_layer.items()}
-    if small.get("kv_lora_rank"):  # latent attention: some of its widths are made of others
+    if small.get("kv_lora_rank"):  # latent attention: some widths are sums of others
         small["num_key_value_heads"] = small["num_attention_heads"]
         small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
         for part in ("qk_head_dim", "qk_rope_head_dim"):
@@ -115,7 +115,7 @@ def shrunk(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaned(section: dict[str, Any]) -> dict[str, Any]:
-    """Return those settings, made small, that no key or value shows: vocabulary, feed-forward, experts, states."""
+    """Shrink the settings that do not affect keys and values: vocabulary, MLPs, experts, recurrent states."""
     lean: dict[str, Any] = {}
     for name, value in section.items():
         for pattern, number in _WITHOUT_KEYS:
@@ -131,7 +131,7 @@ def leaned(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_windows(section: dict[str, Any]) -> dict[str, Any]:
-    """Let layers alternate where a window is set that no layer has: a checkpoint may have it in some."""
+    """Alternate layer types if a window is set but unused by all layers, as checkpoints may use it in some."""
     types = section.get("layer_types")
     if not section.get("sliding_window") or not isinstance(types, list) or set(types) != {"full_attention"}:
         return section
@@ -142,13 +142,13 @@ def _with_windows(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _every_kind(lists: Collection[list[Any]], count: int) -> list[int]:
-    """Numbers of layers among which every kind occurs: the first of each, then the second, until there are enough."""
+    """Pick layers so that every kind occurs: the first of each kind, then the second, until there are enough."""
     places: list[list[int]] = []
     for values in lists:
         kinds: dict[str, list[int]] = {}
         for row, value in enumerate(values):
             kinds.setdefault(repr(value), []).append(row)
-        if len(kinds) <= _LAYERS:  # else it is a number of each layer's own
+        if len(kinds) <= _LAYERS:  # otherwise a per-layer number, not a kind
             places += kinds.values()
     rows: list[int] = []
     for nth in range(count if places else 0):
@@ -195,7 +195,7 @@ def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
 def _of_single_layers(
     section: dict[str, Any], small: dict[str, Any], rows: list[int]
 ) -> dict[str, dict[str, Any]]:
-    """Keep what single layers have of their own, in proportion to what the others have."""
+    """Keep per-layer overrides, in proportion to the shrunk defaults."""
     own = {int(layer): changes for layer, changes in section["per_layer_config"].items()}
     return {
         str(new): {

@@ -1,7 +1,7 @@
-"""A tiny random model of any architecture of the installed transformers.
+"""Build a tiny random model of any architecture in the installed transformers.
 
-Its configuration is what transformers makes by default, shrunk by the names of the settings; what the rules do not get
-right stands among the exceptions. A model type that transformers adds needs nothing here.
+The default configuration is shrunk by rules on the names of settings, plus a few exceptions. New model types of
+transformers need no change here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from memlong.architectures.shrinking import shrunk
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Return the default configuration of a model type, as small as can be with every kind of its layers."""
+    """Return a model type's default configuration, as small as possible while keeping every kind of layer."""
     default = default_config(model_type)
     settings = shrunk(default.to_dict())
     for path, value in EXCEPTIONS.get(model_type, {}).items():
@@ -36,21 +36,21 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 def tiny_model_of(
     architecture: Architecture | str, attention: str | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """Make a random float32 model of an architecture for the CPU, of some four layers, for texts of 512 tokens.
+    """Build a random float32 model on the CPU, with about four layers, for texts of up to 512 tokens.
 
     Parameters
     ----------
     architecture
-        One of `architectures`, or a model type, of which the first class is meant.
+        One of `architectures`, or a model type, which stands for its first class.
     attention
-        The attention implementation; by default transformers chooses.
+        Attention implementation; transformers chooses by default.
     seed
-        Of the weights. Torch's global generator is left as it was.
+        Random seed of the weights. Torch's global random state is unchanged.
 
     Raises
     ------
     UnknownNameError
-        If there is no such model type.
+        If the model type is unknown.
     """
     if isinstance(architecture, str):
         architecture = of_model_type(architecture)[0]
@@ -65,10 +65,10 @@ def tiny_model_of(
 def random_model(
     kind: Any, config: PreTrainedConfig, *, attention: str | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """Make a random float32 model of a class, whose attention is sharp enough that what it attends to matters."""
+    """Build a random float32 model of a class, with attention peaked enough that wrong K-V change the logits."""
     text = config.get_text_config(decoder=True)
     if not isinstance(config, kind.config_class) and isinstance(text, kind.config_class):
-        config = text  # the class for text alone of a type that also sees images
+        config = text  # a text-only class of a multimodal model type
     options = {} if attention is None else {"attn_implementation": attention}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
@@ -76,17 +76,17 @@ def random_model(
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
-                    parameter.normal_(std=0.15)  # attention of a usual start is nearly flat
+                    parameter.normal_(std=0.15)  # with the usual initialization, attention is nearly uniform
     model.float().eval()
     return model
 
 
 def _without_timm(config: PreTrainedConfig) -> None:
-    """Put a small tower of transformers' own where one of timm is: images play no part, and timm may not be there."""
+    """Replace timm vision towers with a small one from transformers: images are not used, and timm may be missing."""
     for name in type(config).sub_configs:
         tower: Any = getattr(config, name, None)
         if hasattr(tower, "model_args") and hasattr(tower, "architecture"):
-            vars(config)[name] = _small_tower(tower)  # past the check of its type
+            vars(config)[name] = _small_tower(tower)  # bypasses the type check
 
 
 def _small_tower(tower: PreTrainedConfig) -> PreTrainedConfig:

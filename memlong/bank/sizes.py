@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from memlong.errors import InvalidArgumentError
-from memlong.settings import shown_value
+from memlong.settings import repr_of
 
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{ending}": base**power
@@ -34,7 +34,7 @@ def byte_count(name: str, size: int | str, *, at_least: int = 0, at_most: int | 
         )
         raise InvalidArgumentError(
             f"{name} must be a size in bytes of at least {at_least}{most}, such as 2000000, '500MB' or '2GiB', got "
-            f"{shown_value(size)}"
+            f"{repr_of(size)}"
         )
     return count
 

@@ -12,7 +12,7 @@ import torch
 
 from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
 from memlong.errors import InvalidArgumentError
-from memlong.settings import shown_value
+from memlong.settings import repr_of
 
 _LARGEST_NORM = 1e18
 _LONGEST = 80  # of a value in a message
@@ -41,10 +41,10 @@ def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = 
     except TypeError:
         number = None
     if number is None or isinstance(value, (bool, np.bool_)) or number < at_least:
-        raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {shown_value(value)}")
+        raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {repr_of(value)}")
     if at_most is not None and number > at_most:
         raise InvalidArgumentError(
-            f"{name} must be an int from {at_least} to {at_most}, got {shown_value(value)}"
+            f"{name} must be an int from {at_least} to {at_most}, got {repr_of(value)}"
         )
     return number
 

@@ -1,4 +1,4 @@
-"""The command line: one small module a command."""
+"""The command line, one small module per command."""
 
 from memlong.cli.ending import main
 

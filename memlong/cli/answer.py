@@ -1,4 +1,4 @@
-"""The answer of a command: standard output is for it alone, whatever plugins and libraries print meanwhile."""
+"""The output of a command: stdout carries nothing else, whatever plugins and libraries print meanwhile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _answer: ContextVar[TextIO | None] = ContextVar("answer", default=None)
 
 
 def answering(command: Callable[..., None]) -> Callable[..., None]:
-    """Have a command print its answer with `say`, and all that others print go to standard error."""
+    """Reserve stdout for what a command prints with `say`, and send everything else to stderr."""
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
@@ -25,10 +25,10 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
             with redirect_stdout(_Aside()):
                 command(*arguments, **options)
         except SystemExit as ended:
-            # No command of ours ends so, and with status 0 it would look like an answer.
+            # None of our commands exits this way, and exit status 0 would look like success.
             raise MemlongError(
-                f"a plugin or a library ended the program (exit status {ended.code!r}) before there was an answer: "
-                "MEMLONG_PLUGINS= leaves all plugins of others out"
+                f"A plugin or library exited the program (exit status {ended.code!r}) before the command finished. "
+                "To run without third-party plugins, set MEMLONG_PLUGINS= (empty)."
             ) from ended
         finally:
             _answer.reset(token)
@@ -37,32 +37,32 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def answer() -> TextIO:
-    """Return the stream that the answer goes to."""
+    """Return the stream that output goes to."""
     return _answer.get() or sys.stdout
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print a part of the answer."""
+    """Print part of the command's output."""
     answer().write(text + end)
     answer().flush()
 
 
-def shown(text: str, keep: str = "") -> str:
-    """Return text that may come from a stranger without what would command the terminal, but for what is to be kept."""
+def escaped(text: str, keep: str = "") -> str:
+    """Escape control characters in untrusted text, so that it cannot drive the terminal; ``keep`` lists exceptions."""
     return "".join(each if each.isprintable() or each in keep else repr(each)[1:-1] for each in text)
 
 
 class _Aside(io.TextIOWrapper):
-    """Standard output as others have it while a command runs: text for standard error."""
+    """What replaces ``sys.stdout`` while a command runs: it writes to stderr."""
 
     def __init__(self) -> None:
-        place = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115 - as long as whoever keeps it
+        place = open(2, "wb", buffering=0, closefd=False)  # noqa: SIM115 - libraries may keep it
         super().__init__(place, sys.stdout.encoding, "backslashreplace", write_through=True)
 
     def write(self, text: str) -> int:
-        with suppress(OSError):  # nobody is there to read it
-            super().write(shown(text, keep="\n\r\t"))
+        with suppress(OSError):  # stderr is closed
+            super().write(escaped(text, keep="\n\r\t"))
         return len(text)
 
     def close(self) -> None:
-        """Stay open, as the next one may print, too."""
+        """Stay open: others may still print."""

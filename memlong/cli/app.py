@@ -1,4 +1,4 @@
-"""The command ``memlong``: its commands and its options."""
+"""The ``memlong`` application: its subcommands and global options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memlong.cli.answer import answering, shown
+from memlong.cli.answer import answering, escaped
 from memlong.cli.backends import backends
 from memlong.cli.bank import add_bank_commands
 from memlong.cli.fit import fit
@@ -27,7 +27,7 @@ _COMMANDS = (generate, perplexity, needle, icl, fit, train, models, backends)
 
 
 def make_app() -> typer.Typer:
-    """Return the command-line application with every command."""
+    """Build the command-line application with all subcommands."""
     app = typer.Typer(
         name="memlong",
         help="Long-term memory for Hugging Face decoder-only models.",
@@ -46,7 +46,7 @@ def make_app() -> typer.Typer:
 
 
 def run() -> int:
-    """Run the command line, explain an error, and return the exit status."""
+    """Run the command line, print errors in one line, and return the exit status."""
     try:
         make_app()(prog_name="memlong")
     except MemlongError as error:
@@ -54,18 +54,18 @@ def run() -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
-        why = str(error).partition("\n")[0] or "Python has none left"
+        why = str(error).partition("\n")[0] or "raised by Python"
         return _failed(
-            f"There is not enough memory ({why}). Take a smaller model, --segment-size, --rows or --beams, or keep "
-            "less on the device: --store."
+            f"Out of memory ({why}). Use a smaller model, --segment-size, --rows or --beams, or move keys and values "
+            "off the device with --store."
         )
-    except SystemExit as ended:  # how typer ends, with 130 for a KeyboardInterrupt
+    except SystemExit as ended:  # typer exits this way, with 130 after a KeyboardInterrupt
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0
 
 
 def _failed(why: str) -> int:
-    sys.stderr.write("\n".join(shown(line) for line in f"memlong: {why}".split("\n")) + "\n")
+    sys.stderr.write("\n".join(escaped(line) for line in f"memlong: {why}".split("\n")) + "\n")
     return 1
 
 

@@ -1,4 +1,4 @@
-"""``memlong backends``: which memory banks there are, and how to get those that are not."""
+"""``memlong backends``: list the backends, and how to install those that are missing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from memlong.plugins.spec import Spec
 def backends(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the memory banks and how to get them.
+    """List the backends and how to install them.
 
-    No index library is imported, so one that is there and broken shows as available.
+    Index libraries are not imported, so one that is installed but broken is listed as available.
 
     \b
     Examples:
       memlong backends
       memlong backends --json
-      MEMLONG_PLUGINS= memlong backends    # those of memlong itself
+      MEMLONG_PLUGINS= memlong backends    # built-in ones only
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     registry = Registry()
     specs = registry.list_backends()
@@ -46,22 +46,22 @@ def backends(
         )
         return
     print_table(
-        ("backend", "status", "plugin", "what it is"),
+        ("backend", "status", "plugin", "description"),
         [(spec.name, status[spec], spec.plugin, spec.description) for spec in specs],
     )
     print_section(
         "To install",
         [_how_to_get(spec, missing[spec]) for spec in specs if status[spec] == "not installed"],
     )
-    print_section("Claimed by more than one plugin; turn all but one off", _contests(specs, contested))
+    print_section("Claimed by several plugins; disable all but one", _contests(specs, contested))
     print_section(
-        "Plugins that are not loaded",
+        "Plugins not loaded",
         [f"{report.name} ({report.origin}): {report.reason}" for report in unavailable],
     )
 
 
 def _missing(specs: Iterable[Spec]) -> dict[Spec, tuple[str, ...]]:
-    """Return what each lacks; what many need is looked for once."""
+    """Return the modules that each backend lacks; each set of requirements is looked up once."""
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
     for spec in specs:
         if spec.requires not in found:

@@ -1,4 +1,4 @@
-"""``memlong bank``: look into a snapshot, check it, and give its space back."""
+"""``memlong bank``: inspect, verify and compact a snapshot."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from memlong.cli.answer import answering, say, shown
+from memlong.cli.answer import answering, escaped, say
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.uri import hide_credentials
 
-Folder = Annotated[
-    Path, typer.Argument(metavar="PATH", help="Folder of a snapshot: of a bank, or of a decoder.")
-]
+Folder = Annotated[Path, typer.Argument(metavar="PATH", help="Snapshot folder of a bank or a decoder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def info(path: Folder, as_json: AsJson = False) -> None:
-    """Say what is in a snapshot.
+    """Show what a snapshot contains.
 
-    Only the manifest is read, so this is quick, whatever the size.
+    Only the manifest is read, so this is fast at any size.
 
     \b
     Examples:
@@ -34,9 +32,9 @@ def info(path: Folder, as_json: AsJson = False) -> None:
 
 
 def verify(path: Folder, as_json: AsJson = False) -> None:
-    """Read all of a snapshot and check it: sizes, hashes, checksums, and that it makes sense.
+    """Read a whole snapshot and check it: sizes, hashes, checksums and consistency.
 
-    Exits with 1, naming the file, if something is not what was saved.
+    Exits with 1 and names the file if anything differs from what was saved.
 
     \b
     Examples:
@@ -53,13 +51,13 @@ def verify(path: Folder, as_json: AsJson = False) -> None:
         found = verified(path, bar.update)
     _show(path, found | {"is_whole": True}, as_json=as_json)
     if not as_json:
-        say(f"\n{shown(str(path))}: all {found['files']} files are what was saved")
+        say(f"\n{escaped(str(path))}: all {found['files']} files are intact")
 
 
 def compact(path: Folder, as_json: AsJson = False) -> None:
-    """Rewrite a snapshot without the chunks that have left, so that nothing of them remains.
+    """Rewrite a snapshot without its evicted and removed chunks, so that no trace of them remains.
 
-    A bank that is in use somewhere is not disturbed; when it is saved next, it is saved as a whole.
+    A bank loaded elsewhere is not affected; its next save writes everything.
 
     \b
     Examples:
@@ -73,13 +71,13 @@ def compact(path: Folder, as_json: AsJson = False) -> None:
     found = compacted(path)
     _show(path, found | {"bytes_before": before}, as_json=as_json)
     if not as_json:
-        say(f"\n{before:,} bytes before, {found['bytes']:,} now")
+        say(f"\n{before:,} bytes before, {found['bytes']:,} after")
 
 
 def add_bank_commands(app: typer.Typer) -> None:
-    """Add ``bank`` with its commands to the application."""
+    """Add ``bank`` and its subcommands to the application."""
     group = typer.Typer(
-        help="Look into the snapshot of a memory, check it, and give its space back.",
+        help="Inspect, verify and compact the snapshot of a memory.",
         no_args_is_help=True,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -96,7 +94,7 @@ def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
         print_json({"path": str(path), **found})
         return
     print_table(
-        ("row", "chunks", "left behind", "dim", "metric", "eviction", "chunk", "bytes"),
+        ("row", "chunks", "removed", "dim", "metric", "eviction", "chunk", "bytes"),
         [
             (
                 str(row),
@@ -104,21 +102,21 @@ def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
                 f"{bank['left_behind']:,}",
                 str(bank["dim"]),
                 bank["metric"],
-                shown(bank["eviction"] or "its owner's"),
-                shown(_chunk(bank)),
+                escaped(bank["eviction"] or "custom"),
+                escaped(_chunk(bank)),
                 f"{bank['bytes']:,}",
             )
             for row, bank in enumerate(found["banks"])
         ],
     )
-    print_section("Made by", [_maker(row, bank) for row, bank in enumerate(found["banks"])])
-    print_section("Saved by", [shown(f"{name} {version}") for name, version in found["versions"].items()])
+    print_section("Created by", [_maker(row, bank) for row, bank in enumerate(found["banks"])])
+    print_section("Saved by", [escaped(f"{name} {version}") for name, version in found["versions"].items()])
     print_section(
-        f"A {found['kind']}",
+        f"Snapshot of a {found['kind']}",
         [f"state {found['generation']}, {found['files']} files, {found['bytes']:,} bytes"],
     )
     fingerprint = found["fingerprint"] or {}
-    print_section("Of the model", [shown(f"{name} {value}") for name, value in _facts(fingerprint)])
+    print_section("Model", [escaped(f"{name} {value}") for name, value in _facts(fingerprint)])
 
 
 def _facts(fingerprint: dict[str, Any]) -> Iterator[tuple[str, object]]:
@@ -131,7 +129,7 @@ def _facts(fingerprint: dict[str, Any]) -> Iterator[tuple[str, object]]:
 
 def _maker(row: int, bank: dict[str, Any]) -> str:
     options = " ".join(f"{name}={value}" for name, value in bank["options"].items())
-    return shown(f"{row}: {bank['made_by']} {options}".rstrip())
+    return escaped(f"{row}: {bank['made_by']} {options}".rstrip())
 
 
 def _chunk(bank: dict[str, Any]) -> str:

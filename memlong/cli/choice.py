@@ -1,4 +1,4 @@
-"""Which decoder a command is about: a model with settings of the command line, or a trained one."""
+"""Which decoder a command runs: a model with settings from the command line, or a trained decoder."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _OPTIONS_OF = {
 
 @dataclass(frozen=True)
 class DecoderChoice:
-    """What the user asked for, found good, and not yet loaded.
+    """The decoder that the user chose: validated, not yet loaded.
 
     Attributes
     ----------
     model
-        A model's name; None for the one that the adapter was trained for.
+        Name of the model; None means the adapter's base model.
     adapter
-        A trained decoder's folder or hub id, or None.
+        Folder or hub id of a trained decoder, or None.
     config
-        Settings of the memory, as the command line has them.
+        Memory settings from the command line.
     changes
-        With an adapter, what the command line changes of its settings.
+        Settings of the adapter that the command line overrides.
     dtype, device
-        Of the model.
+        The model's.
     trust_remote_code
-        Whether code that the model brings may run here.
+        Whether to run Python code that comes with the model.
     """
 
     model: str | None
@@ -51,7 +51,7 @@ class DecoderChoice:
     trust_remote_code: bool
 
     def open(self) -> MemoryDecoder:
-        """Load the model and give it its memory; a backend that is missing is reported before that."""
+        """Load the model and create its decoder; a missing backend is reported before the slow load."""
         from memlong.decoder import MemoryDecoder
         from memlong.decoder.persistence.pretrained import read_pretrained
 
@@ -71,7 +71,7 @@ class DecoderChoice:
                 trained=trained,
             )
         if self.adapter is None:
-            assert model is not None  # noqa: S101 - choose_decoder saw to it
+            assert model is not None  # noqa: S101 - choose_decoder checked it
             return MemoryDecoder(model, tokenizer, self.config)
         return MemoryDecoder.from_pretrained(self.adapter, model, tokenizer, changes=self.changes)
 
@@ -87,18 +87,18 @@ def choose_decoder(
     device: str,
     trust_remote_code: bool,
 ) -> DecoderChoice:
-    """Check that the options go together.
+    """Check that the options are compatible, and return the decoder they choose.
 
     Raises
     ------
     InvalidArgumentError
-        If an option cannot be used, there is neither model nor adapter, or an option would change what was decided in
-        training.
+        If an option is invalid, neither a model nor an adapter is given, or an option would change what training
+        fixed.
     """
     if adapter is None:
         if model is None:
             raise InvalidArgumentError(
-                "--model is missing: name a hub id, a folder, a GGUF file or 'demo', or a trained decoder by --adapter."
+                "--model is missing: give a hub id, folder, GGUF file or 'demo', or a trained decoder with --adapter."
             )
         return DecoderChoice(model, None, memory.config(seed), {}, dtype, device, trust_remote_code)
     from memlong.decoder import MemoryConfig
@@ -106,10 +106,10 @@ def choose_decoder(
     given = {name for name in context.params if _is_given(context, name)}
     free = {name for names in _OPTIONS_OF.values() for name in names}
     fixed = sorted(given & {field.name for field in fields(MemoryConfig)} - free)
-    if fixed:  # before their values are judged, by rules that are not theirs
+    if fixed:  # checked before their values, which the adapter's rules would decide
         raise InvalidArgumentError(
-            f"--{fixed[0].replace('_', '-')} does not go with --adapter: its memory is as it was trained. What may be "
-            "another is the backend, the retriever, their options and the store."
+            f"--{fixed[0].replace('_', '-')} cannot be combined with --adapter, whose memory is fixed by training. "
+            "Only the backend, the retriever, their options and the store can be changed."
         )
     config = memory.config(seed)
     changes: dict[str, Any] = {}

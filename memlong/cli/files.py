@@ -1,4 +1,4 @@
-"""Files that a command is to write: found out now, before the long work, that they can be, and that nothing is lost."""
+"""Check output files before the long work: they must be writable, and must not overwrite anything else."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _HEAD = 4096
 
 
 def keep_apart(writes: Mapping[str, Path | None], reads: Mapping[str, Iterable[str | Path | None]]) -> None:
-    """Check that a command writes no file that it reads, and none twice, by whatever name or link.
+    """Check that a command neither overwrites its inputs nor writes a file twice, whatever the names and links.
 
     Parameters
     ----------
     writes, reads
-        By option, what the user gave; ``-`` is no file.
+        The paths given, by option; ``-`` is stdout.
 
     Raises
     ------
     InvalidArgumentError
-        Naming both options.
+        If two options name one file; the message names both.
     """
     used = [(option, Path(each)) for option, given in reads.items() for each in given if each is not None]
     for option, path in writes.items():
@@ -31,26 +31,26 @@ def keep_apart(writes: Mapping[str, Path | None], reads: Mapping[str, Iterable[s
         for other, there in used:
             if _is_one_file(path, there):
                 raise InvalidArgumentError(
-                    f"{option} and {other} both name {str(path)!r}, which would be overwritten; give each a file of "
-                    "its own"
+                    f"{option} and {other} must be different files, got {str(path)!r} for both: it would be "
+                    "overwritten."
                 )
         used.append((option, path))
 
 
 def writable(path: Path, *, replaces: tuple[bytes, ...] = ()) -> Path:
-    """Check, before the long work begins, that a file can be written.
+    """Check that a file can be written, before the long work begins.
 
     Parameters
     ----------
     path
-        Where.
+        The file to write.
     replaces
-        One of these stands at the beginning of a file that may be overwritten; by default, any file may be.
+        Only a file that has one of these near its start may be overwritten; by default, any file may.
 
     Raises
     ------
     InvalidArgumentError
-        If its folder does not exist, it is a folder, it may not be written, or it holds something else.
+        If the path is a folder, its folder does not exist, it is not writable, or it holds something else.
     """
     try:
         _check_writable(path)
@@ -59,28 +59,28 @@ def writable(path: Path, *, replaces: tuple[bytes, ...] = ()) -> Path:
                 head = file.read(_HEAD)
             if not any(each in head for each in replaces):
                 raise InvalidArgumentError(
-                    f"{str(path)!r} is there already, and not the result of such a command, so it is not overwritten; "
-                    "name another file, or remove it"
+                    f"{str(path)!r} already exists, and this command did not write it, so it is not overwritten: "
+                    "remove it, or name another file."
                 )
     except InvalidArgumentError:
         raise
-    except (OSError, RuntimeError) as error:  # such as a name that is too long, or a link to itself
+    except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
         why = getattr(error, "strerror", None) or error
-        raise InvalidArgumentError(f"{str(path)!r} cannot be written: {why}") from error
+        raise InvalidArgumentError(f"Cannot write {str(path)!r}: {why}.") from error
     return path
 
 
 def _check_writable(path: Path) -> None:
     if path.is_dir():
-        raise InvalidArgumentError(f"{str(path)!r} is a folder; name a file to write to")
+        raise InvalidArgumentError(f"{str(path)!r} is a folder: name a file.")
     target = path.resolve() if path.is_symlink() else path
     if not target.parent.is_dir():
         raise InvalidArgumentError(
-            f"the folder {str(target.parent)!r} of {target.name!r} does not exist: mkdir -p {target.parent}"
+            f"The folder {str(target.parent)!r} for {target.name!r} does not exist: mkdir -p {target.parent}"
         )
     if not os.access(target if target.exists() else target.parent, os.W_OK):
         raise InvalidArgumentError(
-            f"{str(path)!r} may not be written: name another file, or change its rights"
+            f"{str(path)!r} is not writable: change its permissions, or name another file."
         )
 
 
@@ -89,5 +89,5 @@ def _is_one_file(one: Path, other: Path) -> bool:
         if one.exists() and other.exists():
             return one.is_file() and one.samefile(other)
         return one.resolve() == other.resolve()
-    except (OSError, RuntimeError):  # what is wrong with a name is told where it is used
+    except (OSError, RuntimeError):  # a bad name is reported where it is used
         return False

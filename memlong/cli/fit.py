@@ -1,4 +1,4 @@
-"""``memlong fit``: maps that let one vector a token stand for the K-V of all layers."""
+"""``memlong fit``: fit the maps that compress the K-V of all layers into one latent vector per token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.answer import say, shown
+from memlong.cli.answer import escaped, say
 from memlong.cli.files import keep_apart, writable
-from memlong.cli.loading import load, told
+from memlong.cli.loading import load, machine_of
 from memlong.errors import InvalidArgumentError, InvalidTextError
 
 if TYPE_CHECKING:
@@ -24,22 +24,22 @@ _MAPS = (b"memlong-latent-maps",)
 
 def fit(
     model: options.Model,
-    text: Annotated[list[Path], typer.Option(help="UTF-8 text like what is to be remembered; repeatable.")],
-    out: Annotated[Path, typer.Option(help="File for the maps, safetensors.")],
-    dim: Annotated[int, typer.Option(help="Numbers in the vector of a token.")] = 1152,
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text similar to what will be stored; repeatable.")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write the maps to.")],
+    dim: Annotated[int, typer.Option(help="Dimension of a token's latent vector.")] = 1152,
     retrieval_layers: Annotated[
-        str, typer.Option(help="'all', or layers and ranges such as '15-29' or '3,7,11-13'.")
+        str, typer.Option(help="'all', or layers and ranges, such as '15-29' or '3,7,11-13'.")
     ] = "all",
-    passages: Annotated[int, typer.Option(min=1, help="Passages read of each text, spread over it.")] = 8,
-    passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a passage.")] = 1024,
+    passages: Annotated[int, typer.Option(min=1, help="Passages to read from each text, evenly spaced.")] = 8,
+    passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens per passage.")] = 1024,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Find the vector of few numbers that keeps most of what a token's keys and values do, in closed form.
+    """Fit the maps between all layers' keys and values and one small latent vector per token, in closed form.
 
-    A decoder with --kv-source latent stores that vector in place of every layer's keys and values: a tenth of the
+    With --kv-source latent, a decoder stores that vector instead of every layer's keys and values: a tenth of the
     numbers on the demo model, a twentieth of the bytes with --store dtype=int8.
 
     \b
@@ -50,7 +50,7 @@ def fit(
     keep_apart({"--out": out}, {"--text": text, "--model": [model]})
     writable(out, replaces=_MAPS)
     if out.exists() and not out.is_file():
-        raise InvalidArgumentError(f"{str(out)!r} is not a regular file; name one for the maps")
+        raise InvalidArgumentError(f"--out must be a regular file, got {str(out)!r}.")
     import torch
 
     from memlong.evaluation import read_text, tokenize
@@ -64,31 +64,31 @@ def fit(
         whole = [piece for piece in pieces if piece.shape[1] == passage_tokens]
         if not whole:
             raise InvalidTextError(
-                f"{str(file)!r} has fewer than {passage_tokens} tokens, so no whole passage. Give a longer text or a "
+                f"{str(file)!r} must have at least {passage_tokens} tokens, one passage: give a longer text, or a "
                 "smaller --passage-tokens."
             )
         places = torch.linspace(0, len(whole) - 1, min(passages, len(whole))).round().long().tolist()
         chosen += [whole[place].to(language_model.device) for place in places]
     with tqdm(
-        total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({told(language_model)})"
+        total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({machine_of(language_model)})"
     ) as bar:
         maps = fit_latent_maps(
             language_model, chosen, dim=dim, layers=retrieval_layers, progress=bar.update, seed=seed
         )
     _save(maps, out)
     say(
-        f"{shown(str(out))}: vectors of {maps.dim} numbers for the K-V of {len(maps.layers)} layers "
-        f"({told(language_model)})"
+        f"{escaped(str(out))}: latent vectors of dimension {maps.dim} for the K-V of {len(maps.layers)} layers "
+        f"({machine_of(language_model)})"
     )
 
 
 def _save(maps: LatentMaps, out: Path) -> None:
-    """Write maps, elsewhere if need be: they took long."""
+    """Write the maps, or save them to a temporary folder if that fails: fitting takes long."""
     try:
         maps.save(out)
     except (OSError, SafetensorError) as error:
         kept = Path(tempfile.mkdtemp(prefix="memlong-")) / out.name
         maps.save(kept)
         raise InvalidArgumentError(
-            f"{str(out)!r} cannot be written: {error}; the maps are in {str(kept)!r} instead"
+            f"Cannot write {str(out)!r}: {error}. The maps were saved to {str(kept)!r} instead."
         ) from error

@@ -1,4 +1,4 @@
-"""``memlong generate``: read texts into a memory, then answer."""
+"""``memlong generate``: read texts into memory, then continue a prompt."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
-from memlong.cli.loading import told
+from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.errors import InvalidArgumentError
 
 _MOST_BEAMS = 4096
-_COLDEST, _HOTTEST = 1e-3, 1e3  # beyond, probabilities are all one token's, or all alike
+_COLDEST, _HOTTEST = 1e-3, 1e3  # beyond these, sampling is greedy or uniform
 
 
 @with_memory(without=("gate_init", "gates"))
 def generate(
     ctx: typer.Context,
     *,
-    prompt: Annotated[str, typer.Option(help="What to continue or to answer, after the context.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue or answer, after the context.")],
     model: options.ModelUnlessAdapter = None,
     adapter: options.Adapter = None,
     context: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text file to read first; may be repeated.")
+        list[Path] | None, typer.Option(help="UTF-8 text file to read first; repeatable.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 200,
-    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
-    sample: Annotated[bool, typer.Option(help="Sample, instead of the likeliest token.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 200,
+    chat: Annotated[bool, typer.Option(help="Apply the model's chat template to the prompt.")] = False,
+    sample: Annotated[bool, typer.Option(help="Sample instead of decoding greedily.")] = False,
     temperature: Annotated[
-        float | None, typer.Option(help="Of sampling  [default: the model's own, else 1]")
+        float | None, typer.Option(help="Sampling temperature  [default: the model's, else 1]")
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Of sampling: share of probability to choose from  [default: the model's own, else 1]"
+            help="Nucleus sampling: cumulative probability to sample from  [default: the model's, else 1]"
         ),
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, max=_MOST_BEAMS, help="Beams of beam search; 1 is none.")] = 1,
+    beams: Annotated[
+        int, typer.Option(min=1, max=_MOST_BEAMS, help="Number of beams; 1 disables beam search.")
+    ] = 1,
     memory: MemoryOptions,
     control_tokens: Annotated[
         bool,
         typer.Option(
             "--control-tokens",
-            help="Let names of control tokens in context and prompt, such as <|im_end|>, stand for those tokens.",
+            help="Parse names of control tokens, such as <|im_end|>, in context and prompt as those tokens.",
         ),
     ] = False,
     dtype: options.Dtype = "auto",
@@ -59,7 +61,7 @@ def generate(
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
-    """Read texts of any length into a memory, then continue a prompt; the answer appears as it is made.
+    """Read texts of any length into memory, then continue a prompt; output is streamed.
 
     \b
     Examples:
@@ -80,7 +82,7 @@ def generate(
     from memlong.evaluation.text import check_characters
 
     if not prompt:
-        raise InvalidArgumentError("--prompt is empty; give at least a word to continue")
+        raise InvalidArgumentError("--prompt must not be empty: give at least one word to continue.")
     check_characters("--prompt", prompt)
     texts = [read_text(path) for path in context or []]
     said: dict[str, Any] = {
@@ -140,11 +142,11 @@ def generate(
 
 def _sampling(option: str, value: float, least: float, most: float, *, sample: bool) -> float:
     if not sample:
-        raise InvalidArgumentError(f"{option} is for sampling: add --sample, or leave it out")
+        raise InvalidArgumentError(f"{option} only applies to sampling: add --sample, or leave it out.")
     if not least <= value <= most:
         raise InvalidArgumentError(
-            f"{option} is {value}; expected a number from {least:g} to {most:g}. For the likeliest token, leave "
-            "--sample out"
+            f"{option} must be a number from {least:g} to {most:g}, got {value}. For greedy decoding, leave out "
+            "--sample."
         )
     return value
 
@@ -155,15 +157,17 @@ def _prompt(tokenizer: Any, prompt: str, *, chat: bool, begins: bool, control_to
     if not chat:
         found = tokenize(tokenizer, prompt, begins=begins, control_tokens=control_tokens)
         if not found.shape[1]:
-            raise InvalidArgumentError("--prompt is empty; give at least a word to continue")
+            raise InvalidArgumentError("--prompt must not be empty: give at least one word to continue.")
         return found
     if not getattr(tokenizer, "chat_template", None):
-        raise InvalidArgumentError("--chat needs a model with a chat template, and this one has none")
+        raise InvalidArgumentError(
+            "--chat needs a model with a chat template, and this one has none: leave it out, or use an instruct model."
+        )
     return chat_turn(tokenizer, prompt, begins=begins)
 
 
 def _read(decoder: Any, input_ids: Any) -> int:
-    with tqdm(total=input_ids.shape[1], unit="tok", desc=f"reading ({told(decoder.model)})") as bar:
+    with tqdm(total=input_ids.shape[1], unit="tok", desc=f"reading ({machine_of(decoder.model)})") as bar:
         for segment in decoder.stream(input_ids, logits="last"):
             bar.update(segment.tokens.shape[1])
     return int(input_ids.shape[1])

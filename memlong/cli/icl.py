@@ -1,4 +1,4 @@
-"""``memlong icl``: with labelled examples in memory, is the label of another text found?"""
+"""``memlong icl``: in-context learning with the labeled examples in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
-from memlong.cli.loading import told
+from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
@@ -29,27 +29,30 @@ def icl(
     model: options.ModelUnlessAdapter = None,
     adapter: options.Adapter = None,
     demonstrations: Annotated[
-        Path, typer.Option(metavar="FILE", help="Labelled texts to show, CSV or TSV, one a row.")
+        Path,
+        typer.Option(metavar="FILE", help="CSV or TSV file of labeled texts to use as shots, one per row."),
     ],
     tests: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Labelled texts to ask for  [default: the rest of those to show]"),
+        typer.Option(
+            metavar="FILE", help="Labeled texts to test on  [default: the demonstrations left over]"
+        ),
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(metavar="LABEL=WORD,...", help="The word for each label, if labels are no words."),
+        typer.Option(metavar="LABEL=WORD,...", help="The word for each label, if labels are not words."),
     ] = None,
     label_column: Annotated[
         Literal["first", "last"] | None,
-        typer.Option(help="Where labels stand  [default: where values repeat more]"),
+        typer.Option(help="Column of the labels  [default: the one with more repeated values]"),
     ] = None,
-    shots: Annotated[str, typer.Option(help="Texts to show, separated by commas.")] = "4,20,200",
-    test_limit: Annotated[int, typer.Option(min=1, help="Texts to ask for at most.")] = 200,
+    shots: Annotated[str, typer.Option(help="Numbers of shots, comma-separated.")] = "4,20,200",
+    test_limit: Annotated[int, typer.Option(min=1, help="Maximum number of test texts.")] = 200,
     template: Annotated[
-        str, typer.Option(help=r"How a text is shown; \n is a new line.")
+        str, typer.Option(help=r"Template of a shot; \n is a newline.")
     ] = r"Review: {text}\nSentiment: {word}\n\n",
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Divide by each word's probability where the text is N/A.")
+        bool, typer.Option("--calibrate", help="Divide by each word's probability for the text N/A.")
     ] = False,
     memory: MemoryOptions,
     dtype: options.Dtype = "auto",
@@ -58,10 +61,11 @@ def icl(
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
-    """Show labelled texts, more of them than the window holds, and ask for the labels of others.
+    """Show more labeled texts than the window holds, and predict the labels of others.
 
-    As many texts of each label are shown; fewer shots are the first ones of more. Of the labels' words, the likeliest
-    is the answer. Small models like one word, whatever the text: look at the majority, and try --calibrate.
+    Every label gets the same number of shots; smaller sets are prefixes of larger ones. The prediction is the label
+    word with the highest probability. Small models often favor one word whatever the text: compare with the majority
+    baseline, and try --calibrate.
 
     \b
     Examples:
@@ -102,7 +106,9 @@ def icl(
     ).open()
     with (
         decoder,
-        tqdm(total=len(counts) * len(task.tests), unit="test", desc=f"asking ({told(decoder.model)})") as bar,
+        tqdm(
+            total=len(counts) * len(task.tests), unit="test", desc=f"testing ({machine_of(decoder.model)})"
+        ) as bar,
     ):
         found = evaluate_icl(
             decoder,
@@ -132,7 +138,7 @@ def icl(
     }
     if output.write(result):
         _print(found)
-        say(f"\n{floor:.1%} if the answer were always {majority!r} ({told(decoder.model)})")
+        say(f"\nmajority baseline: {floor:.1%}, always {majority!r} ({machine_of(decoder.model)})")
 
 
 def _words(labels: str) -> dict[str, str]:
@@ -141,10 +147,10 @@ def _words(labels: str) -> dict[str, str]:
         label, _, word = (piece.strip() for piece in part.partition("="))
         if not label or not word:
             raise InvalidArgumentError(
-                f"--labels is {labels!r}; expected a word for each label, such as --labels 0=negative,1=positive"
+                f"--labels must give a word for each label, such as --labels 0=negative,1=positive, got {labels!r}."
             )
         if label in found:
-            raise InvalidArgumentError(f"--labels gives {label!r} twice; give it once")
+            raise InvalidArgumentError(f"--labels must give each label once, got {label!r} twice.")
         found[label] = word
     return found
 

@@ -1,4 +1,4 @@
-"""Load a model for a command."""
+"""Load the model of a command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from memlong.cli.answer import shown
+from memlong.cli.answer import escaped
 
 
 def load(
@@ -18,12 +18,12 @@ def load(
     trained: tuple[str, str] | None = None,
     trains: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, and say so, and in which dtype and where, as it takes some seconds.
+    """Load a model and its tokenizer, and print the dtype and device, as loading takes some seconds.
 
     Parameters
     ----------
     name
-        Of the model.
+        Name of the model.
     dtype, device, trained, trains
         As `choose_machine` takes them.
     trust_remote_code
@@ -32,23 +32,23 @@ def load(
     Raises
     ------
     MemlongError
-        If it cannot be loaded, as `load_model` explains.
+        As `load_model` does.
     """
     from memlong.decoder import choose_machine, load_model
 
     machine = choose_machine(dtype, device, trained=trained, trains=trains)
-    typer.echo(shown(f"loading the model… {machine}"), err=True)
+    typer.echo(escaped(f"loading the model… {machine}"), err=True)
     dtype, device = machine.names
     return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def runs_on(model: Any) -> dict[str, str]:
-    """Return device and dtype of a model, for JSON."""
+    """Return the device and dtype of a model, for JSON."""
     from memlong.decoder.model.machine import dtype_name
 
     return {"device": str(model.device), "dtype": dtype_name(model.dtype)}
 
 
-def told(model: Any) -> str:
-    """Return device and dtype of a model, for people."""
+def machine_of(model: Any) -> str:
+    """Return the device and dtype of a model as text."""
     return ", ".join(runs_on(model).values())

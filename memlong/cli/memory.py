@@ -1,4 +1,4 @@
-"""Settings as options of commands: what stands at a setting's field is what the option says and does."""
+"""Derive command-line options from the fields of settings: name, help, default and type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memlong.cli.loading import runs_on
 from memlong.cli.values import key_values
 from memlong.decoder.config import MemoryConfig
 from memlong.errors import InvalidArgumentError
-from memlong.settings import default_of, told, types_of
+from memlong.settings import default_of, metadata_of, types_of
 from memlong.training.config import TrainingConfig
 from memlong.uri import hide_credentials, without_credentials
 
@@ -26,43 +26,44 @@ Command = Callable[..., None]
 
 @dataclass(frozen=True)
 class Unset:
-    """A default of None for one command, and what it means there."""
+    """A default of None for one command, and what None means there."""
 
     meaning: str
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What a user typed about the memory, by setting."""
+    """Memory options as given on the command line, by setting."""
 
     typed: Mapping[str, Any]
 
     @property
     def maps(self) -> str | None:
-        """File of latent maps."""
+        """File of the latent maps."""
         maps: str | None = self.typed["maps"]
         return maps
 
     def config(self, seed: int) -> MemoryConfig:
-        """Make the configuration.
+        """Build the configuration.
 
         Raises
         ------
         InvalidArgumentError
-            If an option cannot be used, or needs a backend where there is none.
+            If an option is invalid, or needs a backend and there is none.
         """
         settings = values_of(MemoryConfig, self.typed)
         if settings["backend"] == "none":
             settings["backend"] = None
             for each in fields(MemoryConfig):
-                needs = told(each).needs_backend or each.name in (
+                needs = metadata_of(each).needs_backend or each.name in (
                     "backend_options",
                     "retriever_options",
                     "store",
                 )
                 if needs and settings.get(each.name, default_of(each)) != default_of(each):
                     raise InvalidArgumentError(
-                        f"--{option_of(each).replace('_', '-')} goes with a backend, and --backend is 'none'"
+                        f"--{option_of(each).replace('_', '-')} needs a backend, got --backend none: name one, or "
+                        "leave the option out."
                     )
         if settings["retriever"] == "random":
             settings["retriever_options"].setdefault("seed", seed)
@@ -72,20 +73,20 @@ class MemoryOptions:
 def with_memory(
     *, without: Collection[str] = ("gate_init", "gates", "retrieve_every"), **defaults: Any
 ) -> Callable[[Command], Command]:
-    """Let a command that takes a ``memory`` have the settings of a `MemoryConfig` as options instead.
+    """Replace a command's ``memory`` parameter with options, one per setting of `MemoryConfig`.
 
     Parameters
     ----------
     without
-        Settings that are no options of this command.
+        Settings that are not options of this command.
     **defaults
-        Settings whose default is another one for this command.
+        Defaults that differ for this command.
     """
     return _with_options("memory", MemoryConfig, MemoryOptions, without, defaults)
 
 
 def with_training(**defaults: Any) -> Callable[[Command], Command]:
-    """Let a command that takes a ``training`` have the settings of a `TrainingConfig` as options instead."""
+    """Replace a command's ``training`` parameter with options, one per setting of `TrainingConfig`."""
 
     def made(typed: dict[str, Any]) -> TrainingConfig:
         return TrainingConfig(**values_of(TrainingConfig, typed))
@@ -94,25 +95,25 @@ def with_training(**defaults: Any) -> Callable[[Command], Command]:
 
 
 def option_of(each: Field[Any]) -> str:
-    """Return the name of a setting's option: of what may be repeated, that of one of them."""
-    repeats = told(each).metavar is not None and default_of(each) in ({}, ())
+    """Return the name of a setting's option, in the singular if it is repeatable."""
+    repeats = metadata_of(each).metavar is not None and default_of(each) in ({}, ())
     return each.name.removesuffix("s") if repeats else each.name
 
 
 def values_of(settings: type, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings from what was typed for them."""
+    """Return the settings given on the command line."""
     found = {}
     for each in fields(settings):
         if each.name not in typed:
             continue
-        value, said = typed[each.name], told(each)
+        value, metadata = typed[each.name], metadata_of(each)
         if default_of(each) == {}:
             option = f"--{option_of(each).replace('_', '-')}"
-            value = key_values(option, value or [], example=said.example, as_text=said.texts)
+            value = key_values(option, value or [], example=metadata.example, as_text=metadata.texts)
         elif default_of(each) == ():
             value = tuple(value or ())
         elif value is None and default_of(each) is not None:
-            continue  # the command will say
+            continue  # the command decides
         found[each.name] = value
     return found
 
@@ -145,13 +146,13 @@ def _with_options(
 
 
 def _parameter(settings: type, each: Field[Any], defaults: Mapping[str, Any]) -> inspect.Parameter:
-    said, name = told(each), option_of(each)
+    metadata, name = metadata_of(each), option_of(each)
     default: Any = defaults.get(each.name, default_of(each))
     repeats = default in ({}, ())
-    text = said.help
+    text = metadata.help
     if repeats:
-        text = text.removesuffix(".") + "; may be repeated."
-    unset = said.unset if default is None or repeats else None
+        text = text.removesuffix(".") + "; repeatable."
+    unset = metadata.unset if default is None or repeats else None
     if isinstance(default, Unset):
         meant: Unset = default
         unset, default = meant.meaning, None
@@ -163,15 +164,15 @@ def _parameter(settings: type, each: Field[Any], defaults: Mapping[str, Any]) ->
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None if repeats else default,
-        annotation=Annotated[kind, typer.Option(*names, metavar=said.metavar, help=text)],
+        annotation=Annotated[kind, typer.Option(*names, metavar=metadata.metavar, help=text)],
     )
 
 
 def _typed_as(hint: Any) -> Any:
-    """Return as what a value is typed: choices are text, so that what is wrong is told like any other setting."""
+    """Return the type of an option: choices are text, so that a wrong one gets the same error as in Python."""
     parts = [str if get_origin(each) in (Literal, Sequence) else each for each in _parts(hint)]
     kept = list(dict.fromkeys(parts))
-    return Union[tuple(kept)] if len(kept) > 1 else kept[0]  # noqa: UP007 - of a list
+    return Union[tuple(kept)] if len(kept) > 1 else kept[0]  # noqa: UP007 - built from a list
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
@@ -179,7 +180,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 def described(decoder: MemoryDecoder) -> dict[str, Any]:
-    """Return the settings of a decoder for JSON, and what its model runs on."""
+    """Return a decoder's settings, and its model's device and dtype, for JSON."""
     config = decoder.config
     settings = {each.name: getattr(config, each.name) for each in fields(MemoryConfig)}
     for name in ("backend_options", "retriever_options"):

@@ -1,4 +1,4 @@
-"""``memlong models``: to which models memory attaches, and how."""
+"""``memlong models``: show which models memory attaches to, and how."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.answer import say, shown
+from memlong.cli.answer import escaped, say
 from memlong.cli.files import writable
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.errors import InvalidArgumentError
@@ -23,22 +23,23 @@ if TYPE_CHECKING:
     from memlong.architectures import Outline, Trial
 
 _NAME = "Model type such as qwen3_next, hub id, folder, config.json, GGUF file, or 'demo'  [default: all model types]"
-_COLUMNS = ("model type", "class", "memory", "layers", "what is stored of a token", "why not")
+_COLUMNS = ("model type", "class", "memory", "layers", "stored per token", "why not")
 
 
 def models(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help=_NAME)] = None,
     markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the table of all model types as a page.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the table of all model types as a Markdown page."),
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say whether memory attaches to a model, and how; or list all architectures of the installed transformers.
+    """Show whether and how memory attaches to a model, or list all architectures of the installed transformers.
 
-    Of a model only the configuration is read: memory is attached to a light one that is made of it, without its
-    weights. Of a model type, or of all, tiny random models are tried: with the text in the window, and with all but the
-    window in memory, their logits must be those of the plain model.
+    For a model, only its configuration is read: memory is attached to a model built from it without weights. Model
+    types are tested with tiny random models: logits must match the plain model's, both with the text in the window
+    and with all but the window in memory.
 
     \b
     Examples:
@@ -52,7 +53,7 @@ def models(
     if markdown is not None:
         if name is not None:
             raise InvalidArgumentError(
-                f"--markdown writes all model types, and {name!r} is one: leave one of them out"
+                f"--markdown writes all model types, and cannot be combined with {name!r}: leave one of them out."
             )
         writable(markdown, replaces=(_PAGE.split("{")[0].encode(),))
     from memlong.architectures import is_model_type
@@ -67,21 +68,21 @@ def models(
         except OSError as error:
             say(page(trials))
             raise InvalidArgumentError(
-                f"{str(markdown)!r} cannot be written: {error.strerror}; the page is printed instead"
+                f"Cannot write {str(markdown)!r}: {error.strerror}. The page is printed instead."
             ) from error
-        say(f"{shown(str(markdown))}: {_counted(trials)}")
+        say(f"{escaped(str(markdown))}: {_counted(trials)}")
     elif as_json:
         print_json({**_summary(trials), "architectures": [_as_dict(each) for each in trials]})
     else:
         print_table(_COLUMNS, [row(each) for each in trials])
-        print_section("Together", [_counted(trials)] if name is None else [])
+        print_section("Summary", [_counted(trials)] if name is None else [])
 
 
 def _trials(model_type: str | None) -> list[Trial]:
     from memlong.architectures import architectures, of_model_type, try_architecture
 
     chosen = architectures() if model_type is None else of_model_type(model_type)
-    with tqdm(chosen, desc="trying", unit="model", leave=False, disable=model_type is not None) as bar:
+    with tqdm(chosen, desc="testing", unit="model", leave=False, disable=model_type is not None) as bar:
         return [try_architecture(each) for each in bar]
 
 
@@ -112,18 +113,18 @@ def _as_dict(trial: Trial) -> dict[str, str]:
 
 
 def row(trial: Trial) -> tuple[str, ...]:
-    """Return the cells of the table's row."""
+    """Return the cells of a trial's table row."""
     return (*list(_as_dict(trial).values())[:5], trial.short_reason)
 
 
 def line(trial: Trial) -> str:
-    """Return the page's line of a trial."""
+    """Return a trial's row of the Markdown table."""
     cells = [re.sub(r"([|*<\[])", r"\\\1", cell) for cell in row(trial)]
     return f"| {' | '.join(cells)} |"
 
 
 def page(trials: Sequence[Trial]) -> str:
-    """Return the page that ``--markdown`` writes."""
+    """Return the page for ``--markdown``."""
     from memlong.architectures import encoder_decoders
 
     return _PAGE.format(
@@ -140,16 +141,15 @@ _PAGE = """\
 
 {counts}.
 
-Each is tried with a tiny random model: *works* means that its logits are those of the plain model, with the text in
-the window and with all but the window in memory; *refused*, that memlong says why it does not attach. A model type of
-several rows has several classes. `memlong models NAME` answers for one of them; of a hub id, a folder or a
-`config.json` it tells which layers retrieve, too, and what a token of memory takes in bytes.
+Each is tested with a tiny random model. *works*: its logits match the plain model's, both with the text in the window
+and with all but the window in memory. *refused*: memory does not attach, for the reason given. A model type with
+several classes has several rows. `memlong models NAME` tests one model type; for a hub id, a folder or a `config.json`,
+it also shows which layers retrieve, and how many bytes a token of memory takes.
 
-Images, sound and video are not remembered: of a multimodal model, it is the text that memory is for. Recurrent and
-convolutional layers carry their own state from the beginning of a text to its end; memory adds what their attention
-layers can look up.
+Memory stores text only, not the images, sound and video of multimodal models. Recurrent and convolutional layers keep
+their own state throughout a text; memory extends what the attention layers can look up.
 
-This page is written by `memlong models --markdown docs/models.md`. Left out, since an encoder reads their text:
+This page is generated by `memlong models --markdown docs/models.md`. Not listed, as an encoder reads their text:
 {left_out}.
 
 | {columns} |
@@ -167,46 +167,46 @@ def _show_outline(name: str, *, trust_remote_code: bool, as_json: bool) -> None:
     if as_json:
         print_json({"model": name, "attaches": found.attaches, **asdict(found)})
         return
-    print_table(("model", shown(name)), _told(found))
+    print_table(("model", escaped(name)), _outline_rows(found))
 
 
 def _is_there(name: str) -> bool:
     try:
         return Path(name).exists()
-    except OSError:  # such as a name that is too long
+    except OSError:  # such as a file name that is too long
         return False
 
 
 def _check_name(name: str) -> None:
-    """Refuse a name that can be neither a file, nor a model type, nor on the hub."""
+    """Reject a name that is not a file, a model type or a possible hub id."""
     from memlong.architectures import TRANSFORMERS, architectures, encoder_decoders
 
     if name in encoder_decoders():
         raise InvalidArgumentError(
-            f"{name!r} is an encoder-decoder: an encoder reads its text, which has no memory"
+            f"NAME must be a decoder-only model, got {name!r}, an encoder-decoder: its encoder cannot use a memory."
         )
     if Path(name).suffix in (".json", ".gguf"):
-        raise InvalidArgumentError(f"The file {name!r} does not exist. Check the path.")
+        raise InvalidArgumentError(f"The file {name!r} does not exist: check the path.")
     near = get_close_matches(name, [each.model_type for each in architectures()], n=1, cutoff=0.8)
     if near and name != "demo" and "/" not in name:
         raise InvalidArgumentError(
-            f"transformers {TRANSFORMERS} has no model type {name!r}; did you mean {near[0]!r}? Of a model on the hub, "
-            "name its owner, too."
+            f"transformers {TRANSFORMERS} has no model type {name!r}; did you mean {near[0]!r}? For a model on the "
+            "hub, include its owner."
         )
 
 
 def _local_window(least: int, most: int | None) -> str:
     if most is not None and most < least:
-        return f"at most {max(most, 0):,} tokens: lower chunk_size and segment_size, which take {least:,} by default"
-    return f"{least:,} {'or more' if most is None else f'to {most:,}'} tokens, with default sizes"
+        return f"at most {max(most, 0):,} tokens: lower chunk_size and segment_size, which need {least:,} by default"
+    return f"{least:,} {'or more' if most is None else f'to {most:,}'} tokens, with the default sizes"
 
 
-def _told(found: Outline) -> list[tuple[str, str]]:
+def _outline_rows(found: Outline) -> list[tuple[str, str]]:
     from memlong.decoder.model.layer_names import ranges
 
     class_row = ("class", found.class_name)
     if not found.attaches:
-        return [class_row, ("memory", "does not attach"), ("why", shown(found.reason))]
+        return [class_row, ("memory", "does not attach"), ("why", escaped(found.reason))]
     windows = sorted({size for size in found.windows.values() if size is not None})
     sizes = ", ".join(f"{size:,} ({dtype})" for dtype, size in found.token_bytes.items())
     least, most = found.local_window
@@ -216,8 +216,8 @@ def _told(found: Outline) -> list[tuple[str, str]]:
         ("layers", f"{found.depth}: {found.layers}"),
         *([("sliding windows", ", ".join(f"{size:,}" for size in windows) + " tokens")] if windows else []),
         ("retrieval layers", ranges(found.retrieval_layers)),
-        ("stored of a token", found.stored),
-        ("bytes of a token", sizes),
+        ("stored per token", found.stored),
+        ("bytes per token", sizes),
         ("local window", _local_window(least, most)),
         ("trained positions", "unknown" if found.max_positions is None else f"{found.max_positions:,}"),
     ]

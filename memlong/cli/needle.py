@@ -1,4 +1,4 @@
-"""``memlong needle``: is a number found again, wherever it stood in however long a text?"""
+"""``memlong needle``: pass-key retrieval at any depth and text length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memlong.cli import options
 from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart, writable
-from memlong.cli.loading import told
+from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.cli.values import numbers
@@ -30,25 +30,30 @@ def needle(
     *,
     model: options.ModelUnlessAdapter = None,
     adapter: options.Adapter = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = "2048,8192",
-    depths: Annotated[str, typer.Option(help="Where the number stands, from 0 to 1.")] = "0,0.25,0.5,0.75,1",
-    trials: Annotated[int, typer.Option(min=1, help="Numbers tried at each place.")] = 1,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "2048,8192",
+    depths: Annotated[
+        str, typer.Option(help="Positions of the pass key, from 0 (start) to 1 (end), comma-separated.")
+    ] = "0,0.25,0.5,0.75,1",
+    trials: Annotated[int, typer.Option(min=1, help="Pass keys per length and depth.")] = 1,
     filler: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few dull sentences]")
+        Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few repeated sentences]")
     ] = None,
     memory: MemoryOptions,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a heat-map, PNG or SVG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw a heat map: PNG, SVG or PDF.")
+    ] = None,
     json_file: options.JsonFile = None,
 ) -> None:
-    """Hide a pass key in a long text, at several depths, and ask for it.
+    """Hide a pass key at several depths of a long text, and ask for it.
 
-    Under --position-mode zero, where all retrieved chunks stand at one position, small models mix up the digits. The
-    default retriever sees meaning; 'lm' would look for the tokens that a question shares with all the filler. A model
-    must find the key without memory, too: try --backend none with a length that fits into --local-window.
+    The defaults suit small models. Retrieved chunks are placed in order before the window, since small models mix up
+    digits when all chunks share one position (--position-mode zero). The retriever embeds meaning, where 'lm' would
+    match the words that the question shares with the filler. Check first that the model finds the key without memory:
+    --backend none, with a length that fits into --local-window.
 
     \b
     Examples:
@@ -85,7 +90,7 @@ def needle(
     total = sum(wanted) * len(places) * trials
     with (
         decoder,
-        tqdm(total=total, unit="tok", desc=f"reading ({told(decoder.model)})") as bar,
+        tqdm(total=total, unit="tok", desc=f"reading ({machine_of(decoder.model)})") as bar,
     ):
         cells = evaluate_needle(
             decoder, wanted, places, trials=trials, filler=hay, seed=seed, progress=bar.update
@@ -103,20 +108,18 @@ def needle(
     }
     if output.write(result):
         _print(cells)
-        say(f"\n{found:.0%} found ({told(decoder.model)})")
+        say(f"\n{found:.0%} found ({machine_of(decoder.model)})")
     if plot is not None:
         _draw(cells, f"{model or adapter}, memory: {result['backend']}", plot)
 
 
 def _check_plot(plot: Path) -> None:
-    """Find out now what would spoil the picture after the long work."""
+    """Check that the plot can be drawn and written, before the long work."""
     writable(plot)
     if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InvalidArgumentError(
-            f"--plot is {str(plot)!r}; expected a file that ends in .png, .svg or .pdf"
-        )
+        raise InvalidArgumentError(f"--plot must end in .png, .svg or .pdf, got {str(plot)!r}.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingDependencyError("--plot needs matplotlib: pip install 'memlong[plot]'")
+        raise MissingDependencyError("--plot requires matplotlib: pip install 'memlong[plot]'")
 
 
 def _print(cells: list[Cell]) -> None:
@@ -152,7 +155,7 @@ def _draw(cells: list[Cell], title: str, path: Path) -> None:
         figure.savefig(path, dpi=130)
     except OSError as error:
         raise InvalidArgumentError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}; the result is printed without its picture"
+            f"Cannot write {str(path)!r}: {error.strerror or error}. The result is printed without the plot."
         ) from error
     finally:
         plt.close(figure)

@@ -1,4 +1,4 @@
-"""The options that commands share beside those of the memory (`memlong.cli.memory`): which model, on what it runs."""
+"""Options that commands share, apart from memory options (`memlong.cli.memory`): the model and where it runs."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Model = Annotated[
 ModelUnlessAdapter = Annotated[
     str | None,
     typer.Option(
-        help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip)  [default: the adapter's]"
+        help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip)  [default: the adapter's base]"
     ),
 ]
 Adapter = Annotated[
     str | None,
     typer.Option(
-        metavar="FOLDER", help="Trained decoder (memlong train), or its hub id; brings its settings."
+        metavar="FOLDER", help="Folder or hub id of a trained decoder (memlong train), with its settings."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed.")]
 Dtype = Annotated[
-    str, typer.Option(help="'float32', 'bfloat16', 'float16', or 'auto': what the device computes faster.")
+    str, typer.Option(help="'float32', 'bfloat16', 'float16', or 'auto': the faster one on the device.")
 ]
-Device = Annotated[
-    str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps', or 'auto': a GPU where there is one.")
-]
+Device = Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps', or 'auto': a GPU if available.")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run Python code that the model brings; read that code first."),
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with the model; read that code first."
+    ),
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' prints it.")

@@ -1,4 +1,4 @@
-"""``memlong perplexity``: perplexity of a text, with a memory or over the plain window."""
+"""``memlong perplexity``: measure the perplexity of a text, with memory or with the plain window."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.answer import shown
+from memlong.cli.answer import escaped
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
-from memlong.cli.loading import told
+from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 
@@ -30,9 +30,12 @@ def perplexity(
     adapter: options.Adapter = None,
     memory: MemoryOptions,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first N tokens.")] = None,
-    score_from: Annotated[int, typer.Option(help="First token that is scored.")] = 1,
+    score_from: Annotated[int, typer.Option(help="Index of the first scored token.")] = 1,
     long_range_distance: Annotated[
-        int | None, typer.Option(help="A token last met farther back is long-range  [default: local window]")
+        int | None,
+        typer.Option(
+            help="Tokens that last occurred farther back count as long-range  [default: local window]"
+        ),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -42,8 +45,8 @@ def perplexity(
 ) -> None:
     """Stream a text through a model and report its perplexity.
 
-    The window counts the segment itself. Tokens before --score-from are read and not scored, so systems can be
-    compared on identical tokens.
+    The local window includes the current segment. Tokens before --score-from are read but not scored, so that systems
+    can be compared on identical tokens.
 
     \b
     Examples:
@@ -55,7 +58,7 @@ def perplexity(
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     keep_apart({"--json": json_file}, {"--text": [text], "--maps": [memory.maps], "--model": [model]})
     output = JsonOutput(json_file)
-    # Torch and transformers take seconds to import: only here, where they are needed.
+    # Importing torch and transformers takes seconds, so only here.
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 
     words = read_text(text)
@@ -72,7 +75,9 @@ def perplexity(
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
         decoder,
-        tqdm(total=input_ids.shape[1], unit="tok", desc=f"{shown(text.name)} ({told(decoder.model)})") as bar,
+        tqdm(
+            total=input_ids.shape[1], unit="tok", desc=f"{escaped(text.name)} ({machine_of(decoder.model)})"
+        ) as bar,
     ):
         result = evaluate_perplexity(
             decoder,
@@ -118,7 +123,7 @@ def _print(summary: dict[str, Any]) -> None:
             "long-range",
             f"{distant['perplexity']:.3f} over {distant['tokens']:,} tokens"
             if distant["tokens"]
-            else "no such token",
+            else "no long-range tokens",
         ),
         ("backend", f"{summary['backend']}, {summary['chunks_stored']:,} chunks stored"),
     ]

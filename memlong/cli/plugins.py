@@ -1,4 +1,4 @@
-"""``memlong plugins``: which plugins were found, what they brought and what went wrong; and ``new``."""
+"""``memlong plugins``: list the plugins, what they register and what failed; and ``new``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from memlong.cli.output import print_json, print_section, print_table
 from memlong.plugins.manager import PluginManager
 from memlong.plugins.report import PluginReport
 
-_MOST_NAMES = 40  # in a cell; --json and `memlong backends` have them all
+_MOST_NAMES = 40  # per cell; --json and `memlong backends` list all
 
 
 def add_plugin_commands(app: typer.Typer) -> None:
-    """Add ``plugins`` to the application: by itself it lists them, and it has a command to write one."""
+    """Add ``plugins`` to the application: it lists plugins by itself, and has the subcommand ``new``."""
     group = typer.Typer(
         rich_markup_mode=None,
         subcommand_metavar="[COMMAND] ...",
@@ -32,10 +32,10 @@ def plugins(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the plugins and what became of them, or write one of your own.
+    """List the plugins and their status, or create your own.
 
-    MEMLONG_PLUGINS holds the third-party plugins to load (unset: all; empty: none),
-    MEMLONG_DISABLE_PLUGINS those not to load, memlong's own included.
+    MEMLONG_PLUGINS lists the third-party plugins to load (unset: all; empty: none), and MEMLONG_DISABLE_PLUGINS those
+    to skip, built-in ones included.
 
     \b
     Examples:
@@ -46,17 +46,19 @@ def plugins(
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     if context.invoked_subcommand is not None:
         if as_json:
-            raise typer.BadParameter("it goes with the list of plugins alone", param_hint="--json")
+            raise typer.BadParameter("it only applies to the list of plugins", param_hint="--json")
         return
     reports = PluginManager().reports
     if as_json:
         print_json({"plugins": [_as_json(report) for report in reports]})
         return
     print_table(
-        ("plugin", "status", "origin", "what it brings"),
+        ("plugin", "status", "origin", "registers"),
         [(report.name, report.status, report.origin, _brought(report)) for report in reports],
     )
-    print_section("Why not", [f"{report.name}: {report.reason}" for report in reports if report.reason])
+    print_section(
+        "Not loaded because", [f"{report.name}: {report.reason}" for report in reports if report.reason]
+    )
     print_section("Conflicts", [f"{report.name}: {line}" for report in reports for line in report.conflicts])
 
 
@@ -76,5 +78,5 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _as_json(report: PluginReport) -> dict[str, object]:
-    # The exception itself has no JSON; its text is the reason.
+    # An exception cannot be serialized; `reason` has its text.
     return {field.name: getattr(report, field.name) for field in fields(report) if field.name != "error"}

@@ -1,4 +1,4 @@
-"""``memlong train``: let a model learn to read its memory."""
+"""``memlong train``: train a model to read its memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 from tqdm import tqdm
 
 from memlong.cli import options
-from memlong.cli.answer import say, shown
-from memlong.cli.loading import load, told
+from memlong.cli.answer import escaped, say
+from memlong.cli.loading import load, machine_of
 from memlong.cli.memory import MemoryOptions, Unset, with_memory, with_training
 from memlong.errors import InvalidArgumentError
 from memlong.training.config import TrainingConfig
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 @with_memory(
     without=("gates", "retrieve_every"),
     kv_source="shared",
-    retrieval_layers=Unset("of 'shared' every 4th from the memory layer up"),
+    retrieval_layers=Unset("with 'shared', every 4th from the memory layer up"),
 )
 @with_training()
 def train(
     *,
     model: options.Model,
-    out: Annotated[Path, typer.Option(help="Folder for the trained decoder, checkpoints and the curve.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained decoder, checkpoints and loss curve.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text file, or folder of *.txt, *.md and *.py; repeatable."),
+        typer.Option(help="UTF-8 text file, or folder of *.txt, *.md and *.py files; repeatable."),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Dataset of the hub, or folder (needs the package datasets).")
+        str | None, typer.Option(help="Hub dataset, or folder of one (needs the datasets package).")
     ] = None,
-    dataset_split: Annotated[str, typer.Option(help="Part of the dataset.")] = "train",
-    dataset_column: Annotated[str, typer.Option(help="Column that holds its text.")] = "text",
+    dataset_split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    dataset_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     training: TrainingConfig,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the latest checkpoint in --out.")
+        bool, typer.Option("--resume", help="Resume from the latest checkpoint in --out.")
     ] = False,
     tensorboard: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write curves for tensorboard, too.")
+        Path | None, typer.Option(metavar="DIR", help="Also write TensorBoard logs to this folder.")
     ] = None,
     memory: MemoryOptions,
     dtype: options.Dtype = "auto",
@@ -53,11 +53,11 @@ def train(
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Train a model to read a memory: LoRA on the layers above it, the maps of 'latent', and gates.
+    """Train a model to read its memory: LoRA above the memory layer, the latent maps, and gates.
 
-    Documents are streamed as they will be, several side by side, each with a memory of its own. The layers below the
-    memory stay as they are. --out then holds a decoder for --adapter of perplexity and generate, and the loss curve as
-    JSON lines and PNG. A run that was interrupted goes on by the same command with --resume.
+    Documents stream as they do at inference, several in parallel, each with its own memory. Layers below the memory
+    layer are frozen. --out receives a trained decoder (for --adapter of other commands) and the loss curve as JSON
+    lines and PNG. To resume an interrupted run, repeat the command with --resume.
 
     \b
     Examples:
@@ -70,10 +70,12 @@ def train(
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     if not text and dataset is None:
         raise InvalidArgumentError(
-            "There is nothing to train on: name files or folders by --text, or a --dataset."
+            "There is nothing to train on: name files or folders with --text, or a --dataset."
         )
     if memory.typed["backend"] == "none":
-        raise InvalidArgumentError("--backend is none, so there is no memory to train on: name a backend.")
+        raise InvalidArgumentError(
+            "--backend must name a backend, got 'none': without a memory there is nothing to train."
+        )
     config, training = memory.config(seed), replace(training, seed=seed)
     from memlong.decoder import MemoryDecoder
     from memlong.evaluation import tokenize
@@ -82,7 +84,7 @@ def train(
     from memlong.training.trainer import check_settings
 
     check_settings(config, training)
-    with lock(out) if out.is_dir() else nullcontext():  # no other run is at work in it
+    with lock(out) if out.is_dir() else nullcontext():  # no other run uses it
         check_folder(out, resume=resume)
     texts = list(read_documents(text or []))
     if dataset is not None:
@@ -97,24 +99,24 @@ def train(
     decoder = MemoryDecoder(language_model, tokenizer, config)
     trainer = Trainer(decoder, documents, training, folder=out, tensorboard=tensorboard)
     if resume and trainer.ended:
-        say(f"{shown(str(out))}: the run has ended, and its decoder is here")
+        say(f"{escaped(str(out))}: training is already complete, and the trained decoder is here")
         return
     say(
-        f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} numbers learn, "
-        f"{told(language_model)}"
+        f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, {trainer.learning:,} trainable parameters, "
+        f"{machine_of(language_model)}"
     )
-    with tqdm(total=training.steps, unit="step", desc=f"training ({told(language_model)})") as bar:
+    with tqdm(total=training.steps, unit="step", desc=f"training ({machine_of(language_model)})") as bar:
 
         def show(step: Step) -> None:
             bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
             bar.update()
 
         made = trainer.run(resume=resume, progress=show)
-    say(f"{shown(str(out))}: {training.steps:,} steps, last loss {made[-1].loss:.3f}")
+    say(f"{escaped(str(out))}: {training.steps:,} steps, final loss {made[-1].loss:.3f}")
 
 
 def _begun(folder: Path) -> tuple[str, str] | None:
-    """Dtype of the run that the folder holds a checkpoint of, and the folder; what is wrong with it is told later."""
+    """Return the dtype of the run to resume, and its folder; None if unreadable, which is reported later."""
     from memlong.decoder.persistence.json_file import read_json
     from memlong.training.folder import FACTS, MOST_FACTS, checkpoints
 

@@ -1,4 +1,4 @@
-"""Read what users type: ``K=V`` options and numbers."""
+"""Parse ``K=V`` options and lists of numbers."""
 
 from __future__ import annotations
 
@@ -15,54 +15,50 @@ Number = TypeVar("Number", int, float)
 def key_values(
     option: str, given: Iterable[str], *, example: str = "index=HNSW32", as_text: Container[str] = ()
 ) -> dict[str, object]:
-    """Turn ``K=V`` texts into a dictionary; numbers, true, false and null become such, all else stays text.
+    """Parse ``K=V`` strings into a dictionary; values are parsed as JSON where possible, and stay text otherwise.
 
     Parameters
     ----------
     option
-        Its name, for messages.
+        The option's name, for error messages.
     given
-        What the user wrote.
+        The strings given on the command line.
     example
-        A good value, for messages.
+        A valid value, for error messages.
     as_text
-        Keys whose values are text, whatever they look like.
+        Keys whose values always stay text.
 
     Raises
     ------
     InvalidArgumentError
-        If a text has no ``=``, or a key comes twice.
+        If a string has no ``=``, or a key is given twice.
     """
     found: dict[str, object] = {}
     for text in given:
         key, equals, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
-            raise InvalidArgumentError(
-                f"{option} {text!r} is not of the form K=V, such as {option} {example}"
-            )
+            raise InvalidArgumentError(f"{option} must be K=V, such as {option} {example}, got {text!r}.")
         if key in found:
-            raise InvalidArgumentError(f"{option} gives {key!r} twice; give it once")
+            raise InvalidArgumentError(f"{option} must give each key once, got {key!r} twice.")
         found[key] = value
         if key not in as_text:
-            with suppress(
-                ValueError, RecursionError
-            ):  # of a number with too many digits, or too many brackets
+            with suppress(ValueError, RecursionError):  # too many digits, or too deeply nested
                 found[key] = json.loads(value)
     return found
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Turn ``1,2,3`` into numbers.
+    """Parse ``1,2,3`` into a list of numbers.
 
     Raises
     ------
     InvalidArgumentError
-        If a part is not a number, or there is none.
+        If a part is not a number, or the list is empty.
     """
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise InvalidArgumentError(
-            f"{option} is {text!r}; expected numbers separated by commas, such as {option} 1,2"
+            f"{option} must be comma-separated numbers, such as {option} 1,2, got {text!r}."
         ) from error

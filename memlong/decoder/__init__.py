@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from memlong.decoder.model.machine import Machine, choose_machine
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
-    from memlong.decoder.stream.recall import RandomChunks, Retrieval
+    from memlong.decoder.stream.retrieval import RandomChunks, Retrieval
+    from memlong.decoder.stream.segment import Segment, Segments
     from memlong.decoder.stream.streamer import printable, text_streamer
-    from memlong.decoder.stream.streaming import Segments
-    from memlong.decoder.stream.streams import Segment
 
 # Loaded when first asked for: listing the retrievers must not import transformers.
 _HOMES = {
@@ -28,11 +27,11 @@ _HOMES = {
     "MemoryDecoder": "memlong.decoder.decoder",
     "ModelLayout": "memlong.decoder.model.layout",
     "Passage": "memlong.decoder.retrievers.base",
-    "RandomChunks": "memlong.decoder.stream.recall",
-    "Retrieval": "memlong.decoder.stream.recall",
+    "RandomChunks": "memlong.decoder.stream.retrieval",
+    "Retrieval": "memlong.decoder.stream.retrieval",
     "Retriever": "memlong.decoder.retrievers.base",
-    "Segment": "memlong.decoder.stream.streams",
-    "Segments": "memlong.decoder.stream.streaming",
+    "Segment": "memlong.decoder.stream.segment",
+    "Segments": "memlong.decoder.stream.segment",
     "StreamCache": "memlong.decoder.generation",
     "choose_machine": "memlong.decoder.model.machine",
     "create_retriever": "memlong.decoder.retrievers.create",

@@ -1,4 +1,4 @@
-"""The array types of a stream's bookkeeping, which stays on the host."""
+"""Array types of a stream's bookkeeping, which stays on the host."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ Ints = npt.NDArray[np.int64]
 """Token numbers, positions or columns."""
 
 Bools = npt.NDArray[np.bool_]
-"""Which of them count."""
+"""Which of them are meant."""

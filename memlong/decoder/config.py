@@ -129,7 +129,7 @@ class MemoryConfig:
             object.__setattr__(self, name, value)
         if self.retrieval_interval > self.segment_size:
             raise InvalidArgumentError(
-                f"retrieve_every must be at most segment_size ({self.segment_size}), for which the window keeps room, "
+                f"retrieve_every must be at most segment_size ({self.segment_size}), which the window has space for, "
                 f"got {self.retrieve_every}."
             )
         for name, source in (("memory_layer", "shared"), ("maps", "latent")):

@@ -2,61 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from types import MethodType
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Literal, Self, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlong.bank import MemoryBank
-from memlong.decoder.generation import Speaker, StreamCache, check_generate_options, inferred_mask
-from memlong.decoder.kv.sources import LatentSource
-from memlong.decoder.model.loading import load_model
-from memlong.decoder.model.machine import AUTO, choose_machine
-from memlong.decoder.model.replacing import replaced
+from memlong.bank import ChunkLayout, MemoryBank
+from memlong.bank.of_class import of_class
+from memlong.bank.uncopied import Uncopied
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.generation import StreamCache, generate
+from memlong.decoder.kv.sources import KvSource
+from memlong.decoder.model.adapters import unwrapped
+from memlong.decoder.model.attachment import Attachment
+from memlong.decoder.model.gates import MemoryGates
+from memlong.decoder.model.generate_method import generating_with
+from memlong.decoder.model.layer_names import ranges
+from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.model.machine import AUTO
 from memlong.decoder.persistence.adapter_files import attach_adapter
-from memlong.decoder.persistence.pretrained import read_pretrained, write_pretrained
-from memlong.decoder.persistence.saving import SavingDecoder
+from memlong.decoder.persistence.fingerprint import fingerprint
+from memlong.decoder.persistence.pretrained import load_pretrained_model, read_pretrained, write_pretrained
+from memlong.decoder.persistence.snapshot import Reading, read_snapshot, write_snapshot
+from memlong.decoder.prepare import prepare
 from memlong.decoder.retrievers.base import Retriever
-from memlong.decoder.stream.recall import RandomChunks
-from memlong.decoder.stream.streams import Streams
+from memlong.decoder.stream.current import CurrentStreams
+from memlong.decoder.stream.retrieval import RandomChunks
+from memlong.decoder.stream.segment import Segments
 from memlong.decoder.stream.tokens import token_lists
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """What generate() returned last, and how far the streams were then; ``sequences`` are [rows, columns]."""
-
-    cache: StreamCache
-    tokens_read: tuple[int, ...]
-    sequences: Tensor
-
-
-class MemoryDecoder(SavingDecoder):
+class MemoryDecoder(Uncopied):
     """A transformers model with a long-term memory.
 
-    Use it as a context manager: inside, the model's attention goes through memlong; afterwards the model is what it
-    was. Each row of a batch is a stream of its own with a bank of its own.
+    Use it as a context manager: inside the block, the model's attention includes the memory; afterwards the model is
+    unchanged. Each row of a batch is a stream of its own with a bank of its own.
 
     Parameters
     ----------
     model
-        A decoder-only model of transformers (``memlong models`` lists them), its attention implementation ``"sdpa"`` or
-        ``"eager"``; or peft's ``PeftModel`` around one, whose adapters stay at work in it.
+        A decoder-only transformers model (``memlong models`` lists them) whose attention implementation is ``"sdpa"``
+        or ``"eager"``, or peft's ``PeftModel`` around one, whose adapters stay active.
     tokenizer
         Its tokenizer; retrievers that read text need it.
     config
         What to remember and how; see `MemoryConfig`.
     retriever
-        A retriever at hand, instead of the one that ``config`` names.
+        A retriever object, instead of the one that ``config`` names.
     registry
         Where names of backends and retrievers are looked up; by default all installed plugins.
+
+    Attributes
+    ----------
+    model, tokenizer, config
+        As passed in; of a ``PeftModel``, the transformers model inside.
+    retrieval_layers
+        Layers that attend to retrieved chunks.
+    retriever
+        Embeds chunks and queries; None for the plain window.
+    gates
+        What each head adds to its logits of memory; None for nothing.
 
     Raises
     ------
@@ -75,13 +88,85 @@ class MemoryDecoder(SavingDecoder):
 
     Notes
     -----
-    While it is attached, the model is in evaluation mode. A decoder serves one thread at a time; several decoders, each
-    with a model of its own, may work in threads of their own. Where a call ends in an error or an interrupt,
-    `tokens_read` tells how far it came; going on from there loses nothing.
+    While it is attached, the model is in evaluation mode. Use a decoder from one thread at a time; several decoders,
+    each with its own model, may run in separate threads. If a call ends in an error or an interrupt, `tokens_read` says
+    how far it came; continuing from there loses nothing.
 
-    The method is MemLong's (arXiv 2408.16967), with K-V of each layer's own (training-free) and attention sinks
+    The method is MemLong's (arXiv 2408.16967), with each layer's own K-V (training-free) and attention sinks
     (arXiv 2309.17453).
     """
+
+    why_uncopied = (
+        "it has a model, and streams that go through it. Save them with save(path), and continue elsewhere with "
+        "MemoryDecoder.load(path, model, tokenizer, config)."
+    )
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: MemoryConfig | None = None,
+        *,
+        retriever: Retriever | None = None,
+        registry: Registry | None = None,
+    ) -> None:
+        self.model = unwrapped(model)
+        self.tokenizer = tokenizer
+        self._setup = prepare(self.model, tokenizer, config, retriever, registry)
+        self.config: MemoryConfig = self._setup.config
+        self.retrieval_layers: tuple[int, ...] = self._setup.retrieval_layers
+        self.retriever: Retriever | None = self._setup.retriever
+        self.gates: MemoryGates | None = self._setup.gates
+        self._attachment = Attachment(self.model, self.model_layout)
+        self._streams = CurrentStreams(self._setup, self._attachment)
+
+    def __enter__(self) -> Self:
+        self._attachment.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._attachment.detach()
+
+    def __repr__(self) -> str:
+        backend = self.config.as_dict()["backend"]  # without secrets
+        told = [f"backend={backend!r}", f"retrieval_layers={ranges(self.retrieval_layers)!r}"]
+        if self.config.backend is None:
+            told = ["the plain window"]
+        if self._streams.batch is not None:
+            told += [f"tokens_read={self.tokens_read}", f"chunks={tuple(map(len, self.banks))}"]
+        return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(told)})"
+
+    @property
+    def banks(self) -> tuple[MemoryBank, ...]:
+        """The bank of each row; before the first token those passed to `reset`, and none without a backend."""
+        return self._streams.banks
+
+    @property
+    def device_kv_bytes(self) -> int:
+        """Bytes of keys and values that attention works on (windows and retrieved chunks), without the banks."""
+        return self._streams.batch.nbytes if self._streams.batch else 0
+
+    @property
+    def tokens_read(self) -> tuple[int, ...]:
+        """How many tokens each row's stream has read."""
+        return self._streams.tokens_read
+
+    @property
+    def model_layout(self) -> ModelLayout:
+        """The model's layers, as memory uses them."""
+        return self._setup.model_layout
+
+    @property
+    def source(self) -> KvSource:
+        """What is stored of a chunk, and what each retrieval layer makes of it."""
+        return self._setup.source
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Shape (layers, kv_heads, chunk_size, head_dim), dtype and device of a chunk's keys and of its values."""
+        return self._setup.block_layout
 
     def reset(
         self,
@@ -90,9 +175,283 @@ class MemoryDecoder(SavingDecoder):
         random_chunks: RandomChunks | None = None,
         any_model: bool = False,
     ) -> None:
-        """Begin new streams, with empty windows; as `StreamingDecoder.reset`."""
-        super().reset(banks, random_chunks=random_chunks, any_model=any_model)
-        self._turn: _Turn | None = None
+        """Begin new streams, with empty windows.
+
+        Parameters
+        ----------
+        banks
+            A bank for each row, for instance one that already holds another text, read by the same model with the same
+            ``retrieval_layers``; new ones by default.
+        random_chunks
+            Random chunks to retrieve now and then instead of the ones asked for, as training does.
+        any_model
+            Accept banks that another model filled, or this one with other settings, if shapes fit. Whether this model
+            can use their keys and values is not checked.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a bank does not fit the retriever, the model or the settings, or two rows would share one.
+        """
+        self._streams.reset(banks, random_chunks=random_chunks, any_model=any_model)
+
+    def use_banks(self, banks: Sequence[MemoryBank], *, any_model: bool = False) -> None:
+        """Continue with other banks, from the next retrieval on; windows stay.
+
+        Parameters
+        ----------
+        banks
+            One for each row, as for `reset`.
+        any_model
+            As for `reset`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a bank does not fit, two rows would share one, or the number of banks is not that of rows.
+        """
+        self._streams.use_banks(banks, any_model=any_model)
+
+    def flush(self) -> list[list[int]]:
+        """Store what the windows still hold, and begin new streams over the same banks.
+
+        Afterwards a bank is useful without its decoder, for instance in a `BankPool`.
+
+        Returns
+        -------
+        list of lists of int
+            For each row, the latest tokens, fewer than a chunk, that no bank holds: read them before what comes next.
+            The first ``sink_tokens`` of a stream are in no bank either.
+
+        Raises
+        ------
+        MemlongError
+            If the configuration has ``backend=None``: there are no banks.
+        """
+        if self.config.backend is None:
+            raise MemlongError("There is no bank to store the window in: the configuration has backend=None.")
+        return self._streams.flush()
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        logits: Literal["all", "last"] = "all",
+        gradients: bool = False,
+    ) -> Segments:
+        """Run the model over text, segment by segment; a later call continues where this one ended.
+
+        Segments begin at multiples of ``segment_size`` in the stream, however the text is split into calls, so that the
+        same text always meets the same memory.
+
+        Parameters
+        ----------
+        input_ids
+            [rows, tokens], int64.
+        attention_mask
+            [rows, tokens]; 0 where padded, which may be anywhere.
+        logits
+            ``"all"``, or only those of the ``"last"`` token of each forward call, which is faster.
+        gradients
+            Whether each forward call records gradients, back to what made the memory that it retrieved (latent maps,
+            gates). The window and stored memory of earlier segments are constants: truncated backpropagation.
+
+        Returns
+        -------
+        Segments
+            An iterator over a `Segment` for each forward call; its length is how many remain.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If shapes, token ids or the number of rows are wrong.
+        MemlongError
+            If the decoder is not attached, or was reset before the last segment.
+        """
+        if logits not in ("all", "last"):
+            raise InvalidArgumentError(f"logits must be 'all' or 'last', got {logits!r}.")
+        pending = token_lists(input_ids, attention_mask, self.model_layout)
+        return self._streams.read(pending, 0 if logits == "all" else 1, gradients=gradients)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Read text, and return the logits [rows, vocabulary] after each row's last token.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a row holds no token, or as for `stream`.
+        """
+        pending = token_lists(input_ids, attention_mask, self.model_layout)
+        if not all(pending):
+            raise InvalidArgumentError(
+                "input_ids must hold at least one token in every row, got an empty row."
+            )
+        last: Tensor | None = None
+        for segment in self._streams.read(pending, 1, gradients=False):
+            fresh = segment.logits[:, -1]
+            has_token = segment.tokens[:, -1:].to(fresh.device) >= 0
+            last = fresh if last is None else torch.where(has_token, fresh, last)
+        return cast("Tensor", last)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        remember: bool = True,
+        past_key_values: StreamCache | None = None,
+        **options: Any,
+    ) -> Any:
+        """Read a prompt and continue it, as the model's ``generate()`` does, with everything read before in memory.
+
+        Memory is retrieved at the end of the prompt and after every ``retrieve_every`` generated tokens. The last
+        tokens of the prompt, at most a segment, are read again with it, so that a question is understood in the light
+        of its answer. Chunks that leave the window meanwhile are stored, too.
+
+        Parameters
+        ----------
+        input_ids
+            [rows, tokens], int64: the prompt of each stream, of any length. It follows what was read before.
+        attention_mask
+            [rows, tokens]; 0 where padded, on the left.
+        remember
+            Whether the streams continue after the prompt and its answer (the first returned, of several), or stay
+            where they are now, so that the next prompt does not know of this one; then a single stream serves any
+            number of prompts, side by side. Pass a long text to `read` first: what an unremembered prompt adds to
+            memory stays on the device.
+        past_key_values
+            What an earlier call returned in its dict: then ``input_ids`` is the whole conversation, as in transformers,
+            and only what is new is read.
+        options
+            Of the model's ``generate()``: greedy, sampling and beam search, streamers, logits processors and stopping
+            criteria.
+
+        Returns
+        -------
+        Tensor or ModelOutput
+            What the model's ``generate()`` returns: prompt and answer.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If shapes, token ids or the number of rows are wrong, or an option does not work with a memory. Nothing is
+            read before transformers has accepted the options.
+        MemlongError
+            If the decoder is not attached.
+        """
+        self._attachment.check()
+        return generate(
+            self._setup, self._streams, input_ids, attention_mask, past_key_values, options, remember=remember
+        )
+
+    def replacing_generate(self) -> AbstractContextManager[None]:
+        """Let the model's ``generate()`` be this decoder's, for callers such as ``transformers.pipeline``.
+
+        Each call knows what was read before, and nothing of other calls (``remember=False``).
+        """
+        return generating_with(self.model, partial(self.generate, remember=False))
+
+    def save(self, path: str | Path, *, compact: bool = False) -> None:
+        """Write the streams into a folder: windows, positions, what they have retrieved, and each row's bank.
+
+        If the folder already holds an earlier state, only what has changed is written. Whenever the process ends, the
+        folder holds the earlier state or this one.
+
+        Parameters
+        ----------
+        path
+            A folder, created if it does not exist.
+        compact
+            Rewrite everything, so that nothing remains of chunks that have left a bank.
+
+        Raises
+        ------
+        SnapshotError
+            If it cannot be written.
+        MemlongError
+            If nothing has been read yet.
+        """
+        # After the segment that another thread may be reading, so that window and rows match.
+        with self._attachment.slot.reading:
+            write_snapshot(path, self._setup, self._streams, compact=compact)
+
+    @of_class
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: MemoryConfig | None = None,
+        *,
+        retriever: Retriever | None = None,
+        registry: Registry | None = None,
+        lazy: bool = False,
+        trust_index: bool = False,
+        any_model: bool = False,
+        most_bytes: int | str | None = None,
+    ) -> Self:
+        """Make a decoder, and continue the streams that were saved.
+
+        Parameters
+        ----------
+        path
+            The folder that `save` wrote.
+        model, tokenizer, config, retriever, registry
+            As for the decoder that was saved. The backend, its options and the store may differ: keys, values and
+            embeddings stay what they are.
+        lazy, trust_index, any_model, most_bytes
+            As for `restore`.
+
+        Raises
+        ------
+        SnapshotError
+            As for `restore`.
+        MemlongError
+            As for making the decoder.
+        """
+        decoder = cls(model, tokenizer, config, retriever=retriever, registry=registry)
+        decoder.restore(path, lazy=lazy, trust_index=trust_index, any_model=any_model, most_bytes=most_bytes)
+        return decoder
+
+    def restore(
+        self,
+        path: str | Path,
+        *,
+        lazy: bool = False,
+        trust_index: bool = False,
+        any_model: bool = False,
+        most_bytes: int | str | None = None,
+    ) -> None:
+        """Continue the streams that were saved, in place of the current ones, which are dropped.
+
+        Parameters
+        ----------
+        path
+            The folder that `save` wrote.
+        lazy
+            Leave the banks' keys and values on disk. Not with ``store``, which says where else to keep them.
+        trust_index
+            Read the files of index libraries; use it for your own snapshots only. Otherwise indexes are rebuilt.
+        any_model
+            Accept streams of another model, or of other settings. Whether this model can use their keys and values is
+            not checked.
+        most_bytes
+            Refuse a snapshot whose files take more.
+
+        Raises
+        ------
+        SnapshotError
+            If the folder holds no streams, or damaged ones, or those of another model. The decoder is then unchanged.
+        InvalidArgumentError
+            If ``lazy`` is requested, and the configuration has a ``store``.
+        """
+        reading = Reading(lazy, trust_index, any_model, most_bytes)
+        self._streams.replace(read_snapshot(path, self._setup, self._streams, reading))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything that stored keys, values and embeddings depend on, with one hash of all weights."""
+        return fingerprint(self._setup)
 
     @classmethod
     def from_pretrained(
@@ -115,18 +474,17 @@ class MemoryDecoder(SavingDecoder):
         name
             A folder that `save_pretrained` or ``memlong train`` wrote, or a hub id.
         model, tokenizer
-            The model that it was trained for, and its tokenizer, if they are at hand. The model gets the adapter.
+            The model that it was trained for, and its tokenizer, if already loaded. The adapter is added to the model.
         changes
-            Settings that may be others than those of the training: ``backend``, ``backend_options``, ``retriever``,
+            Settings that may differ from those of the training: ``backend``, ``backend_options``, ``retriever``,
             ``retriever_options`` and ``store``.
         retriever, registry
             As for `MemoryDecoder`.
         dtype, device
-            Of the model, if it is to be loaded, as `load_model` takes them; but ``"auto"`` is the dtype
-            of the training, where the folder names it.
+            Of the model, if it is to be loaded, as for `load_model`; but ``"auto"`` is the dtype of the training, if
+            the folder names it.
         trust_remote_code
-            Whether code that the model brings may run here, as `load_model` takes it. The decoder's own
-            folder holds no code.
+            Whether code that the model brings may run, as for `load_model`. The decoder's own folder holds no code.
 
         Raises
         ------
@@ -137,16 +495,10 @@ class MemoryDecoder(SavingDecoder):
         """
         found = read_pretrained(name, changes, registry)
         if model is None:
-            if found.base_model is None:
-                raise InvalidArgumentError(
-                    f"{str(name)!r} does not say for which model it was trained, or names a place on another host: "
-                    "give `model` and `tokenizer`, or --model."
-                )
-            dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
-            model, tokenizer = load_model(
-                found.base_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            model, tokenizer = load_pretrained_model(
+                name, found, dtype=dtype, device=device, trust_remote_code=trust_remote_code
             )
-        # Before the adapter: a retriever that asks the model is then the one of the training.
+        # Before the adapter is added: a retriever that uses the model is then the one of the training.
         decoder = cls(model, tokenizer, found.config, retriever=retriever, registry=registry)
         if found.has_adapter:
             attach_adapter(model, found.folder, found.base_weights)
@@ -160,166 +512,15 @@ class MemoryDecoder(SavingDecoder):
         Parameters
         ----------
         folder
-            Made if it does not exist.
+            Created if it does not exist.
         base_model
-            Under which name `load_model` finds the model; by default, where transformers loaded it from.
+            The name under which `load_model` finds the model; by default, where transformers loaded it from.
         training
-            Settings of the training, to be noted down.
+            Settings of the training, to be recorded.
 
         Raises
         ------
         StorageError
             If it cannot be written.
         """
-        maps = self._source.maps if isinstance(self._source, LatentSource) else None
-        write_pretrained(
-            folder,
-            self.model,
-            self.config,
-            maps,
-            self.gates,
-            base_model=base_model,
-            training=training,
-            registry=self._registry,
-        )
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        remember: bool = True,
-        past_key_values: StreamCache | None = None,
-        **options: Any,
-    ) -> Any:
-        """Read a prompt and continue it, as the model's ``generate()`` does, with all that was read before in memory.
-
-        At the end of the prompt, and every ``retrieve_every`` tokens that follow, what the text at hand calls for is
-        retrieved; the last tokens of the prompt, a segment's at most, are read again with it, so that a question is
-        understood in the light of its answer. Chunks that leave the window meanwhile are in memory, too.
-
-        Parameters
-        ----------
-        input_ids
-            [rows, tokens], int64: the prompt of each stream, of any length. It follows what was read before.
-        attention_mask
-            [rows, tokens]; 0 where padded, on the left.
-        remember
-            Whether the streams go on from the prompt and its answer (of several, the first returned), or from
-            where they are now, so that the next prompt does not know of this one; a single stream then serves any
-            number of prompts, side by side. A long text is better given to `read` first: what a prompt adds to
-            memory without being remembered stays on the device.
-        past_key_values
-            What an earlier call returned in its dict: then ``input_ids`` is the whole conversation, as transformers has
-            it, and only what is new is read.
-        options
-            Of the model's ``generate()``: greedy, sampling and beam search, streamers, logits processors and stopping
-            criteria.
-
-        Returns
-        -------
-        Tensor or ModelOutput
-            What the model's ``generate()`` returns: prompt and answer.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If shapes, token ids or the number of rows are wrong, or an option does not go with a memory. Nothing is
-            read before transformers has accepted the options.
-        MemlongError
-            If the decoder is not attached.
-        """
-        self._check_attached()
-        check_generate_options(self.model, options)
-        token_lists(input_ids, attention_mask, self._layout)  # before anything is cut
-        is_inferred = attention_mask is None
-        if attention_mask is None:
-            attention_mask = inferred_mask(self.model, input_ids, options)
-        known = 0 if past_key_values is None else self._columns_of(past_key_values, input_ids)
-        new_mask = None if attention_mask is None else attention_mask[:, known:]
-        prompt = token_lists(input_ids[:, known:], new_mask, self._layout)
-        if not all(prompt) or (new_mask is not None and not bool(new_mask[:, -1].all())):
-            raise InvalidArgumentError(
-                "A row of the prompt is empty, or padded on the right; expected at least one token in every row, and "
-                "padding on the left: tokenizer.padding_side = 'left'."
-                + (" Where tokens that pad are text, give an attention_mask of ones." if is_inferred else "")
-            )
-        streams = self._streams_for(len(prompt)) if remember else self._forked(len(prompt))
-
-        def read_prompt() -> None:  # when the options have been found good
-            if remember:
-                self._streams, self._call = streams, object()
-            streams.finish(prompt, self._slot)
-
-        speaker = Speaker(streams, self._slot, read_prompt, input_ids.shape[1], self.config)
-        with speaker.attached(self.model):
-            plain: Any = type(self.model)
-            output = plain.generate(
-                self.model,
-                input_ids,
-                attention_mask=attention_mask,
-                past_key_values=speaker.cache,
-                **options,
-            )
-        if remember:
-            # Read as any text is: what the streams hold must not depend on beams, or on the rows beside them.
-            sequences = output if isinstance(output, Tensor) else output.sequences
-            streams.finish(speaker.answers(sequences), self._slot)
-            speaker.cache.columns = sequences.shape[1]
-            self._turn = _Turn(speaker.cache, self.tokens_read, sequences[:: len(sequences) // len(prompt)])
-        return output
-
-    @contextmanager
-    def replacing_generate(self) -> Iterator[None]:
-        """Let the model's ``generate()`` be this decoder's, for callers such as ``transformers.pipeline``.
-
-        Every call knows what was read in before, and nothing of another call (``remember=False``).
-        """
-
-        def generate(
-            model: Any,
-            inputs: Tensor | None = None,
-            generation_config: Any = None,
-            logits_processor: Any = None,
-            stopping_criteria: Any = None,
-            **options: Any,
-        ) -> Any:
-            options |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-            if model is not self.model:  # a copy, which has no memory
-                return type(model).generate(model, inputs, generation_config, **options)
-            input_ids = options.pop("input_ids", inputs)
-            return self.generate(input_ids, remember=False, generation_config=generation_config, **options)
-
-        with replaced(self.model, "generate", MethodType(generate, self.model)):
-            yield
-
-    def _columns_of(self, cache: StreamCache, input_ids: Tensor) -> int:
-        """How many columns of a conversation the streams have read; it must begin with those."""
-        turn = self._turn
-        if turn is None or turn.cache is not cache or turn.tokens_read != self.tokens_read:
-            raise InvalidArgumentError(
-                "past_key_values is not what this decoder's latest generate() returned, or the streams have read on "
-                "since: pass only the new text, which the streams continue with, and leave past_key_values out."
-            )
-        read = turn.sequences.to(input_ids.device)
-        remedy = "Pass the conversation as generate() returned it with the new text behind it, or the new text alone"
-        if input_ids.shape[0] != len(read) or input_ids.shape[1] <= cache.columns:
-            raise InvalidArgumentError(
-                f"input_ids is {tuple(input_ids.shape)}, but past_key_values stands for {len(read)} rows of "
-                f"{cache.columns} tokens, of which it must be the continuation. {remedy}, without past_key_values."
-            )
-        odd = (input_ids[:, : cache.columns] != read).nonzero()
-        if len(odd):
-            row, column = odd[0].tolist()
-            raise InvalidArgumentError(
-                f"input_ids holds {int(input_ids[row, column])} in row {row} at column {column}, where the streams "
-                f"have read {int(read[row, column])}: it is not the conversation that past_key_values stands for. "
-                f"{remedy}, without past_key_values."
-            )
-        return cache.columns
-
-    def _forked(self, rows: int) -> Streams:
-        """Streams that will be dropped: one for each row, or all from a single one."""
-        if self._streams is not None and len(self._streams.rows) == 1:
-            return self._streams.fork([0] * rows)
-        return self._streams_for(rows).fork(range(rows))
+        write_pretrained(folder, self._setup, base_model=base_model, training=training)

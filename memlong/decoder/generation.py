@@ -1,9 +1,7 @@
-"""generate() with a memory: the model's own, with every forward call taken through the streams."""
+"""generate() with a memory: the model's own, with every forward call going through the streams."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -19,22 +17,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.bank.uncopied import Uncopied
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.model.attention import AttentionSlot
+from memlong.decoder.generate_options import check_generate_options, inferred_mask
 from memlong.decoder.model.replacing import replaced
-from memlong.decoder.stream.row import Row
-from memlong.decoder.stream.streams import Streams
+from memlong.decoder.setup import Setup
+from memlong.decoder.stream.batch import StreamBatch
+from memlong.decoder.stream.current import CurrentStreams, Turn
+from memlong.decoder.stream.token_stream import TokenStream
+from memlong.decoder.stream.tokens import token_lists
 from memlong.errors import InvalidArgumentError
-
-_REFUSED = {
-    "assistant_model": "assisted decoding takes tokens back",
-    "prompt_lookup_num_tokens": "prompt lookup takes tokens back",
-    "assistant_early_exit": "assisted decoding takes tokens back",
-    "inputs_embeds": "the streams are made of tokens",
-    "inputs": "a prompt is given as input_ids",
-    "cache_implementation": "the streams are the cache",
-    "output_attentions": "attention goes over memory and window, whose columns have no place in the text",
-    "output_hidden_states": "the prompt is read in segments, of which only the last logits are kept",
-}
 
 
 class StreamCache(Uncopied, Cache):
@@ -50,47 +40,47 @@ class StreamCache(Uncopied, Cache):
 
     is_compileable = False
     why_uncopied = (
-        "it stands for the streams of a decoder. Write those with decoder.save(path), and of what generate() returned "
-        "keep the sequences."
+        "it stands for the streams of a decoder. Save those with decoder.save(path), and keep only the sequences of "
+        "what generate() returned."
     )
 
     def __init__(self, columns: int, speaker: Speaker) -> None:
         super().__init__(layers=[])
         self.columns = columns
-        # Weak, or a turn would keep what it held until the collector comes; no WeakMethod, which swallows an interrupt.
+        # Weak, or a turn would live until garbage collection; not a WeakMethod, which swallows an interrupt.
         self._speaker = ref(speaker)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - as transformers calls it
-        """All columns but the last, which is what a forward call is about."""
+        """All columns but the last, which the forward call is about."""
         return self.columns - 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on from what was row ``beam_idx[i]``."""
+        """Let row i continue from what was row ``beam_idx[i]``."""
         speaker = self._speaker()
         if speaker is not None:
             speaker.reorder(beam_idx.tolist())
 
 
 class Endings(StoppingCriteriaList):
-    """The stopping criteria of a turn, which note which sequence ended where.
+    """The stopping criteria of a turn, which note where each sequence ended.
 
-    What a row is given once it has ended (padding, or tokens that nobody reads) is not what it said.
+    What follows in a row that has ended (padding, or tokens that nobody reads) is not part of its answer.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, columns: int, rows: int, *, beams: bool) -> None:
         super().__init__(criteria)
         for each in self:
-            if isinstance(each, MaxLengthCriteria):  # which warns of more positions than a memory takes
+            if isinstance(each, MaxLengthCriteria):  # it warns of more positions than a memory uses
                 each.max_position_embeddings = None
         self._columns, self._rows = columns, rows
         self._beams = beams
         self._done: list[Tensor] = []
-        self._said: set[tuple[int, ...]] = set()  # each after its row
+        self._said: set[tuple[int, ...]] = set()  # tokens of finished beams, after their row
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Tell which rows [rows] have ended, as transformers asks after each token."""
+        """Return which rows [rows] have ended; transformers calls this after each token."""
         done: Tensor = super().__call__(input_ids, scores, **kwargs)
-        if self._beams:  # where rows change places
+        if self._beams:  # rows change places
             per_row = len(input_ids) // self._rows
             numbers = done.nonzero()[:, 0].tolist()
             said = input_ids[done, self._columns :].tolist()
@@ -100,7 +90,7 @@ class Endings(StoppingCriteriaList):
         return done
 
     def answers(self, sequences: Tensor) -> list[list[int]]:
-        """Return what each of the sequences [rows, tokens] that were returned said."""
+        """Return the answers in the sequences [rows, tokens] that generate() returned."""
         answers: list[list[int]] = sequences[:, self._columns :].tolist()
         if self._beams:
             per_row = len(answers) // self._rows
@@ -115,44 +105,40 @@ class Endings(StoppingCriteriaList):
 
 
 class Speaker:
-    """One turn: forks the streams, one for every beam or sequence, and feeds the forks what generate() chooses.
+    """One turn: forks the streams, one fork for each beam or sequence, and feeds them what generate() chooses.
 
     Parameters
     ----------
-    streams
-        What the turn goes on from.
-    slot
-        Where the model's attention looks for memory.
+    batch
+        The streams that the turn continues.
     read_prompt
         Lets the streams read the prompt; called once transformers has accepted all options.
     columns
-        Columns of the prompt as generate() gets it.
+        Columns of the prompt as passed to generate().
     config
-        Says after how many tokens memory is retrieved again, for which text.
+        Says after how many tokens memory is retrieved again, and for which text.
     """
 
     def __init__(
         self,
-        streams: Streams,
-        slot: AttentionSlot,
+        batch: StreamBatch,
         read_prompt: Callable[[], None],
         columns: int,
         config: MemoryConfig,
     ) -> None:
-        self._streams = streams
-        self._slot = slot
+        self._batch = batch
         self._read_prompt = read_prompt
         self._segment_size = config.segment_size
         self._every = config.retrieval_interval
         self._query_length = config.query_tokens or config.retrieval_interval
-        self._draft: Streams | None = None
+        self._draft: StreamBatch | None = None
         self._steps = 0
         self._endings: Endings | None = None
         self.cache = StreamCache(columns, self)
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
-        """Let the model's forward calls for this turn, and what ends it, come here."""
+        """Route this turn's forward calls and stopping criteria here."""
         inner, turn = model.forward, get_ident()
         kind: Any = type(model)
         criteria: Any = kind._get_stopping_criteria  # noqa: SLF001 - the only way to know of all
@@ -174,7 +160,7 @@ class Speaker:
             if this is not model or get_ident() != turn or self._endings is not None:
                 return found
             beams = (generation_config.num_beams or 1) > 1
-            self._endings = Endings(found, self.cache.columns, len(self._streams.rows), beams=beams)
+            self._endings = Endings(found, self.cache.columns, len(self._batch.streams), beams=beams)
             return self._endings
 
         # Bound, so that a deepcopy of the model has them bound to the copy.
@@ -183,9 +169,9 @@ class Speaker:
             yield
 
     def answers(self, sequences: Tensor) -> list[list[int]]:
-        """Return what each row said: of the sequences that generate() returned, its first, up to where it ended."""
+        """Return each row's answer: the first of its sequences that generate() returned, up to where it ended."""
         assert self._endings is not None  # noqa: S101 - generate() has asked for criteria
-        per_row = len(sequences) // len(self._streams.rows)
+        per_row = len(sequences) // len(self._batch.streams)
         return self._endings.answers(sequences)[::per_row]
 
     def _forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
@@ -193,111 +179,101 @@ class Speaker:
             logits = self._begin(input_ids.shape[0])
         else:
             self._steps += 1
-            logits = self._draft.step(input_ids[:, -1:], self._slot, retrieve=self._is_due)
+            logits = self._draft.step(input_ids[:, -1:], retrieve=self._is_due)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
 
     def _begin(self, wanted: int) -> Tensor:
-        """Read the end of the prompt again, with the memory that it calls for, and fork into ``wanted`` rows."""
+        """Read the end of the prompt again, with memory retrieved for it, and fork into ``wanted`` rows."""
         self._read_prompt()
-        rows = range(len(self._streams.rows))
-        draft = self._streams.fork(rows)
-        for row in draft.rows:
-            row.query_length = self._query_length
-        # With room for what is generated until memory is retrieved again.
+        rows = range(len(self._batch.streams))
+        draft = self._batch.fork(rows)
+        for stream in draft.streams:
+            stream.query_length = self._query_length
+        # The segment also has to hold what is generated until memory is retrieved again.
         tails = draft.rewind(max(1, self._segment_size - self._every))
-        logits = draft.advance(tails, self._slot, 1, retrieve=lambda _: True).logits
+        logits = draft.advance(tails, 1, retrieve=lambda _: True).logits
         copies = wanted // len(rows)
         self._draft = draft if copies == 1 else draft.fork([row for row in rows for _ in range(copies)])
         return logits.repeat_interleave(copies, dim=0)
 
-    def _is_due(self, row: Row) -> bool:
-        return self._steps % self._every == 0 or row.is_full
+    def _is_due(self, stream: TokenStream) -> bool:
+        return self._steps % self._every == 0 or stream.is_full
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Let fork i go on from what was fork ``rows[i]``, as beam search asks."""
+        """Let fork i continue from what was fork ``rows[i]``, as beam search does."""
         if self._draft is not None and list(rows) != list(range(len(rows))):
             self._draft = self._draft.fork(rows)
 
 
-@contextmanager
-def plain_generate_told(model: PreTrainedModel) -> Iterator[None]:
-    """Warn where the model's own ``generate()`` is called meanwhile, which knows nothing of a memory."""
-    before = vars(model).get("generate")
-    place = ref(model)
-
-    kind: Any = type(model)
-
-    @wraps(kind.generate)
-    def generate(self: Any, *args: Any, **options: Any) -> Any:
-        if self is not place():  # a copy of the model, which has no memory
-            return type(self).generate(self, *args, **options)
-        warnings.warn(
-            "model.generate() knows nothing of the memory that is attached: call decoder.generate(), or let "
-            "`with decoder.replacing_generate():` have it called for you.",
-            stacklevel=2,
+def generate(
+    setup: Setup,
+    streams: CurrentStreams,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: StreamCache | None,
+    options: dict[str, Any],
+    *,
+    remember: bool,
+) -> Any:
+    """Read a prompt and continue it; arguments, result and errors are those of `MemoryDecoder.generate`."""
+    model, layout = setup.model, setup.model_layout
+    check_generate_options(model, options)
+    token_lists(input_ids, attention_mask, layout)  # before anything is cut
+    is_inferred = attention_mask is None
+    if attention_mask is None:
+        attention_mask = inferred_mask(model, input_ids, options)
+    known = 0 if past_key_values is None else _columns_of(past_key_values, input_ids, streams)
+    new_mask = None if attention_mask is None else attention_mask[:, known:]
+    prompt = token_lists(input_ids[:, known:], new_mask, layout)
+    if not all(prompt) or (new_mask is not None and not bool(new_mask[:, -1].all())):
+        raise InvalidArgumentError(
+            "input_ids must hold at least one token in every row, and be padded on the left, got a row of the prompt "
+            "that is empty, or padded on the right: set tokenizer.padding_side = 'left'."
+            + (" If padding tokens are text here, pass an attention_mask of ones." if is_inferred else "")
         )
-        return kind.generate(self, *args, **options) if before is None else before(*args, **options)
+    batch = streams.for_rows(len(prompt)) if remember else streams.forked(len(prompt))
 
-    # Bound, so that a deepcopy of the model has it bound to the copy.
-    with replaced(model, "generate", MethodType(generate, model)):
-        yield
+    def read_prompt() -> None:  # once transformers has accepted the options
+        if remember:
+            streams.take_over(batch)
+        batch.finish(prompt)
 
-
-_NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
-
-
-def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Refuse what generate() can do only with a cache of its own.
-
-    Raises
-    ------
-    InvalidArgumentError
-        Naming the option and the reason.
-    """
-    config = options.get("generation_config")
-    if config is not None and not isinstance(config, GenerationConfig):
-        raise InvalidArgumentError(f"generation_config is {config!r}; expected a GenerationConfig.")
-    options.setdefault(
-        "cache_implementation", getattr(config, "cache_implementation", None)
-    )  # not the model's own
-    for name, value in options.items():
-        if _NO_TEXT.search(name) and value is not None:
-            raise InvalidArgumentError(
-                f"{name} does not go with a memory, which holds text alone. Leave it out, or generate with the model "
-                "itself, outside `with decoder:`."
-            )
-    for name in ("num_beams", "num_return_sequences"):
-        value = _setting(model, options, name)
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise InvalidArgumentError(f"{name} is {value!r}; expected an integer of at least 1.")
-    for name in ("logits_processor", "stopping_criteria"):
-        odd = next((each for each in options.get(name) or () if not callable(each)), None)
-        if odd is not None:
-            raise InvalidArgumentError(f"{name} holds {odd!r}; expected a list of functions or their like.")
-    for name, reason in _REFUSED.items():
-        value = _setting(model, options, name)
-        if isinstance(value, Tensor) or value:
-            raise InvalidArgumentError(
-                f"{name} does not go with a memory: {reason}. Leave it out, or generate with the model itself, outside "
-                "`with decoder:`."
-            )
+    speaker = Speaker(batch, read_prompt, input_ids.shape[1], setup.config)
+    with speaker.attached(model):
+        plain: Any = type(model)
+        output = plain.generate(
+            model, input_ids, attention_mask=attention_mask, past_key_values=speaker.cache, **options
+        )
+    if remember:
+        # Read like any text: what the streams hold must not depend on beams, or on other rows.
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        batch.finish(speaker.answers(sequences))
+        speaker.cache.columns = sequences.shape[1]
+        streams.turn = Turn(speaker.cache, streams.tokens_read, sequences[:: len(sequences) // len(prompt)])
+    return output
 
 
-def inferred_mask(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """Return the mask [rows, tokens] that transformers infers from padding in a prompt; None where it infers none."""
-    padding, ends = (_setting(model, options, name) for name in ("pad_token_id", "eos_token_id"))
-    padding, ends = (
-        each.flatten().tolist() if isinstance(each, Tensor) else each for each in (padding, ends)
-    )
-    padding = padding[0] if isinstance(padding, list) and padding else padding
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
-    if not isinstance(padding, int) or padding in stops or not bool((input_ids == padding).any()):
-        return None
-    return (input_ids != padding).long()
-
-
-def _setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
-    if name in options:
-        return options[name]
-    given = getattr(options.get("generation_config"), name, None)
-    return getattr(model.generation_config, name, None) if given is None else given
+def _columns_of(cache: StreamCache, input_ids: Tensor, streams: CurrentStreams) -> int:
+    """Return how many columns of a conversation the streams have read; it must begin with those."""
+    turn = streams.turn
+    if turn is None or turn.cache is not cache or turn.tokens_read != streams.tokens_read:
+        raise InvalidArgumentError(
+            "past_key_values is not what this decoder's latest generate() returned, or the streams have read more "
+            "since: pass only the new text, and leave past_key_values out."
+        )
+    read = turn.sequences.to(input_ids.device)
+    remedy = "Pass the conversation as generate() returned it followed by the new text, or the new text alone"
+    if input_ids.shape[0] != len(read) or input_ids.shape[1] <= cache.columns:
+        raise InvalidArgumentError(
+            f"input_ids must continue the {len(read)} rows of {cache.columns} tokens that past_key_values stands for, "
+            f"got {tuple(input_ids.shape)}. {remedy}, without past_key_values."
+        )
+    odd = (input_ids[:, : cache.columns] != read).nonzero()
+    if len(odd):
+        row, column = odd[0].tolist()
+        raise InvalidArgumentError(
+            f"input_ids must begin with the conversation that past_key_values stands for, got "
+            f"{int(input_ids[row, column])} in row {row} at column {column}, where the streams have read "
+            f"{int(read[row, column])}. {remedy}, without past_key_values."
+        )
+    return cache.columns

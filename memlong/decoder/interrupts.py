@@ -1,4 +1,4 @@
-"""Ctrl-C between what belongs together."""
+"""Deferring Ctrl-C over steps that belong together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let a Ctrl-C wait until this is over, in the main thread, which alone gets any."""
+    """Defer a Ctrl-C until the block ends; only the main thread receives any."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

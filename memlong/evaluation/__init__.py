@@ -1,4 +1,4 @@
-"""Honest evaluation: perplexity, long-range tokens, recall, needle, in-context learning, and intervals."""
+"""Evaluation: perplexity, long-range tokens, recall, needle, in-context learning, and confidence intervals."""
 
 from memlong.evaluation.bootstrap import Accuracy, Ratio, accuracy_interval, perplexity_ratio
 from memlong.evaluation.examples import Example, Task, draw_task, read_examples

@@ -1,4 +1,4 @@
-"""Confidence intervals: for the comparison of two systems on the same tokens, and for an accuracy."""
+"""Bootstrap confidence intervals, for a paired comparison of two systems and for an accuracy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers and its confidence interval."""
+    """An accuracy and its confidence interval."""
 
     value: float
     low: float
@@ -38,50 +38,50 @@ def perplexity_ratio(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Ratio:
-    """Perplexity over a baseline's, with a paired block-bootstrap interval.
+    """Return the ratio of two perplexities, with a paired block-bootstrap confidence interval.
 
-    Neighbouring tokens are alike, so whole blocks are drawn, the same ones for both systems.
+    Nearby tokens are correlated, so whole blocks are resampled, the same ones for both systems.
 
     Parameters
     ----------
     nll, baseline_nll
         [tokens]: negative log-likelihood of the same tokens, in order, in nats.
     where
-        [tokens], bool: count only these, for instance the long-range ones; blocks are of the text all the same.
+        [tokens], bool: count only these tokens, such as the long-range ones; blocks are still blocks of the whole text.
     block
-        Tokens in a block.
+        Block size in tokens.
     samples
-        How often to draw.
+        Number of bootstrap samples.
     confidence
-        Coverage of the interval.
+        Confidence level of the interval.
     seed
-        Seed of the draws.
+        Random seed.
 
     Raises
     ------
     InvalidArgumentError
-        If the two do not score the same number of tokens, ``where`` is of another number or leaves none, a loss is not
-        finite, or ``block``, ``samples`` or ``confidence`` cannot be.
+        If the two score different numbers of tokens, ``where`` has another shape or marks no token, a loss is not
+        finite, or ``block``, ``samples`` or ``confidence`` is out of range.
     """
     if nll.shape != baseline_nll.shape or nll.ndim != 1 or not nll.size:
         raise InvalidArgumentError(
-            f"nll is {nll.shape} and baseline_nll is {baseline_nll.shape}; expected two equal lengths, since "
-            "only systems that score the same tokens can be compared."
+            f"nll and baseline_nll must be [tokens] of one length, got {nll.shape} and {baseline_nll.shape}: score "
+            "both systems on the same tokens."
         )
     _check_draws(samples, confidence)
     if block < 1:
-        raise InvalidArgumentError(f"block is {block}; expected at least 1 token.")
+        raise InvalidArgumentError(f"block must be at least 1 token, got {block}.")
     if not (np.isfinite(nll).all() and np.isfinite(baseline_nll).all()):
         raise InvalidArgumentError(
-            "A loss is infinite or NaN; expected finite numbers: look for what went wrong."
+            "nll and baseline_nll must be finite, got infinite values or NaN: check the runs that produced them."
         )
     if where is not None and (where.shape != nll.shape or where.dtype != np.bool_):
         raise InvalidArgumentError(
-            f"where is {where.dtype} {where.shape}; expected bool, and one for each of the {nll.size} tokens."
+            f"where must be bool of shape {nll.shape}, one per token, got {where.dtype} of shape {where.shape}."
         )
     counted = np.ones(nll.shape, dtype=np.bool_) if where is None else where
     if not counted.any():
-        raise InvalidArgumentError("where marks no token; expected at least one to compare.")
+        raise InvalidArgumentError("where must mark at least one token, got none.")
     starts = np.arange(0, nll.size, block)
     sums = np.add.reduceat(np.where(counted, nll - baseline_nll, 0.0), starts)
     sizes = np.add.reduceat(counted.astype(np.int64), starts)
@@ -100,26 +100,28 @@ def accuracy_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Accuracy:
-    """Share of right answers, with a bootstrap interval.
+    """Return an accuracy with a bootstrap confidence interval.
 
     Parameters
     ----------
     right
-        [answers], bool: whether each is right. Where all are, or none, the interval has no width.
+        [answers], bool: whether each answer is correct. If all or none are, the interval has zero width.
     samples
-        How often to draw.
+        Number of bootstrap samples.
     confidence
-        Coverage of the interval.
+        Confidence level of the interval.
     seed
-        Seed of the draws.
+        Random seed.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no answer, or ``samples`` or ``confidence`` cannot be.
+        If there is no answer, or ``samples`` or ``confidence`` is out of range.
     """
     if right.ndim != 1 or not right.size:
-        raise InvalidArgumentError(f"right is {right.shape}; expected one answer or more, [answers].")
+        raise InvalidArgumentError(
+            f"right must be [answers] with at least one answer, got shape {right.shape}."
+        )
     _check_draws(samples, confidence)
     drawn = np.random.default_rng(seed).integers(0, right.size, (samples, right.size))
     tail = (1 - confidence) / 2
@@ -129,6 +131,6 @@ def accuracy_interval(
 
 def _check_draws(samples: int, confidence: float) -> None:
     if samples < 1:
-        raise InvalidArgumentError(f"samples is {samples}; expected at least 1 draw.")
+        raise InvalidArgumentError(f"samples must be at least 1, got {samples}.")
     if not 0 < confidence < 1:
-        raise InvalidArgumentError(f"confidence is {confidence}; expected a share between 0 and 1.")
+        raise InvalidArgumentError(f"confidence must be between 0 and 1, got {confidence}.")

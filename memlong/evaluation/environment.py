@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The environment of a measurement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None on Windows, where Python cannot tell."""
+    """Return the peak resident memory of this process, in bytes; None on Windows, where Python cannot report it."""
     if sys.platform == "win32":
         return None
     import resource

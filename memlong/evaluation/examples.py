@@ -1,4 +1,4 @@
-"""Labelled sentences: read from the usual forms of classification files, and drawn for shots and tests."""
+"""Labeled texts: read them from CSV and TSV files, and draw demonstrations and tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Cells = list[tuple[int, list[str]]]  # line number and cells of each row
 
 @dataclass(frozen=True)
 class Example:
-    """A text and the word for its label."""
+    """A text and its label word."""
 
     text: str
     word: str
@@ -28,16 +28,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """What is shown and what is asked.
+    """The demonstrations and tests of an in-context learning task.
 
     Attributes
     ----------
     words
-        The words of the labels, in alphabetical order.
+        The label words, in alphabetical order.
     demonstrations
-        To be shown in this order: their first n are n shots, with as many of each word, give or take one.
+        In order: the first n are n shots, balanced over the words to within one.
     tests
-        To be asked; no demonstration has the text of one.
+        Test examples; none has the text of a demonstration.
     """
 
     words: tuple[str, ...]
@@ -46,7 +46,7 @@ class Task:
 
     @property
     def majority(self) -> tuple[str, float]:
-        """The tests' most frequent word and its share: the accuracy of who always says it."""
+        """The tests' most frequent word and its share: the accuracy of the majority baseline."""
         word, count = Counter(test.word for test in self.tests).most_common(1)[0]
         return word, count / len(self.tests)
 
@@ -57,33 +57,33 @@ def read_examples(
     labels: Mapping[str, str] | None = None,
     label_column: _Column | None = None,
 ) -> list[Example]:
-    """Read a file of labelled texts: CSV or TSV, with or without a header.
+    """Read labeled texts from a CSV or TSV file, with or without a header.
 
-    - Where the first line holds a tab, tabs divide the columns, and quotes are part of the text; elsewhere commas do,
-      and a text may stand in quotes.
-    - The label stands in the first or the last column, the text in the column next to it. It is the column that holds
-      more of the keys of ``labels``, or else fewer different values, or else the last.
-    - The first row is a header if its label is no number, no key of ``labels`` and no other row's label.
+    - If the first line has a tab, columns are separated by tabs, and quotes are part of the text; otherwise by commas,
+      and texts may be quoted.
+    - The label is in the first or last column, and the text in the column next to it. The label column is the one with
+      more keys of ``labels``, else the one with fewer distinct values, else the last.
+    - The first row is a header if its label is not a number, not a key of ``labels`` and not the label of another row.
 
     Parameters
     ----------
     path
-        UTF-8 text.
+        UTF-8 text file.
     labels
-        The word for each label; several labels may share one. None where the labels are words themselves.
+        The word for each label; several labels may share one. None if the labels are words.
     label_column
-        ``"first"`` or ``"last"``, instead of finding out.
+        ``"first"`` or ``"last"``; detected by default.
 
     Raises
     ------
     InvalidTextError
-        If the file is missing, empty or no text; or a row has one column, another number of columns than the first
-        row, or no text.
+        If the file is missing, empty or not text, or a row has a single column, a different number of columns than the
+        first row, or no text.
     InvalidArgumentError
-        If a label is not among ``labels``, or labels are no words and ``labels`` does not say which.
+        If a label is not in ``labels``, or labels are not words and ``labels`` is None.
     """
     if label_column not in (None, "first", "last"):
-        raise InvalidArgumentError(f"label_column is {label_column!r}; expected 'first' or 'last'.")
+        raise InvalidArgumentError(f"label_column must be 'first' or 'last', got {label_column!r}.")
     rows = _rows(path)
     known: Mapping[str, str] = labels or {}
     at, beside = (0, 1) if (label_column or _label_column(rows, known)) == "first" else (-1, -2)
@@ -95,7 +95,7 @@ def read_examples(
     for (line, cells), label in zip(rows, found, strict=True):
         text = cells[beside].strip()
         if not text:
-            raise InvalidTextError(f"{str(path)!r} has no text in line {line}. Add it, or remove the line.")
+            raise InvalidTextError(f"{str(path)!r} has no text in line {line}: add it, or remove the line.")
         examples.append(Example(text, words[label]))
     return examples
 
@@ -108,57 +108,55 @@ def draw_task(
     test_limit: int = 200,
     seed: int = 0,
 ) -> Task:
-    """Draw demonstrations, balanced over the words, and tests.
+    """Draw balanced demonstrations, and tests.
 
-    The same seed draws the same demonstrations, of which fewer shots are the first ones.
+    With the same seed, fewer shots are a prefix of more shots.
 
     Parameters
     ----------
     examples
-        What demonstrations are drawn from.
+        Examples to draw demonstrations from.
     tests
-        What tests are drawn from, as they come; by default, the examples. Texts that are demonstrations are left out.
+        Examples to draw tests from, unbalanced; ``examples`` by default. Texts of demonstrations are excluded.
     shots
-        How many demonstrations.
+        Number of demonstrations.
     test_limit
-        How many tests, at most.
+        Maximum number of tests.
     seed
-        Of all draws.
+        Random seed.
 
     Raises
     ------
     InvalidArgumentError
-        If there are fewer than two words, too few examples of one, a test whose word no example has, or no test left.
+        If there are fewer than two words, too few examples of one, a test with an unknown word, or no tests left.
     """
     if shots < 1 or test_limit < 1:
-        raise InvalidArgumentError(
-            f"shots is {shots} and test_limit is {test_limit}; expected at least 1 of each."
-        )
+        raise InvalidArgumentError(f"shots and test_limit must be at least 1, got {shots} and {test_limit}.")
     words = sorted({example.word for example in examples})
     if len(words) < 2:
         raise InvalidArgumentError(
-            f"All {len(examples)} examples have one label, {_listed(words)}; expected two or more to tell apart."
+            f"examples must have at least two labels, got one for all {len(examples)}: {_listed(words)}."
         )
     demonstrations = _balanced(examples, words, shots, seed)
     pool = list(examples if tests is None else tests)
     if strange := sorted({test.word for test in pool} - set(words)):
         raise InvalidArgumentError(
-            f"The tests have labels that no demonstration has: {_listed(strange)}; the demonstrations have "
-            f"{_listed(words)}. Take both from one task."
+            f"tests must have labels of the demonstrations ({_listed(words)}), got {_listed(strange)}: use files of "
+            "one task."
         )
     shown = {example.text for example in demonstrations}
-    random.Random(seed).shuffle(pool)  # noqa: S311 - nothing here is secret
+    random.Random(seed).shuffle(pool)  # noqa: S311 - not for cryptography
     left = [test for test in pool if test.text not in shown][:test_limit]
     if not left:
         raise InvalidArgumentError(
-            f"All {len(pool)} tests are among the {shots} demonstrations, so none is left to ask. Use fewer shots, or "
-            "a file of tests."
+            f"No tests are left, as all {len(pool)} are among the {shots} demonstrations: use fewer shots, or a "
+            "separate file of tests."
         )
     return Task(tuple(words), tuple(demonstrations), tuple(left))
 
 
 def _balanced(examples: Sequence[Example], words: Sequence[str], shots: int, seed: int) -> list[Example]:
-    """Rounds of one example of each word, the words in random order."""
+    """Draw rounds of one example per word, the words in random order."""
     draws = random.Random(seed)  # noqa: S311
     pools = {word: [example for example in examples if example.word == word] for word in words}
     for pool in pools.values():
@@ -167,8 +165,8 @@ def _balanced(examples: Sequence[Example], words: Sequence[str], shots: int, see
     most = len(pools[scarce]) * len(words)
     if shots > most:
         raise InvalidArgumentError(
-            f"shots is {shots}, but only {len(pools[scarce])} examples are {scarce!r}: with as many of each of the "
-            f"{len(words)} labels, expected at most {most}."
+            f"shots must be at most {most}, with {len(words)} balanced labels and only {len(pools[scarce])} examples "
+            f"of {scarce!r}, got {shots}."
         )
     drawn: list[Example] = []
     while len(drawn) < shots:
@@ -191,25 +189,25 @@ def _rows(path: str | Path) -> _Cells:
     except csv.Error as error:
         if "field limit" in str(error):
             raise InvalidTextError(
-                f"{str(path)!r} holds a text of more than {csv.field_size_limit():,} characters that ends in line "
-                f"{reader.line_num}: shorten it, or look for a quote that is never closed."
+                f"{str(path)!r} has a text of more than {csv.field_size_limit():,} characters, up to line "
+                f"{reader.line_num}: shorten it, or close an open quote."
             ) from error
         raise InvalidTextError(
-            f"{str(path)!r} is not CSV: {error} (line {reader.line_num}). Put a text that holds quotes into quotes, "
-            "and double those within."
+            f"{str(path)!r} is not valid CSV: {error} (line {reader.line_num}). Quote texts that contain quotes, and "
+            "double the inner ones."
         ) from error
     if not rows:
-        raise InvalidTextError(f"{str(path)!r} is empty. Give a file with labelled texts in it.")
+        raise InvalidTextError(f"{str(path)!r} is empty: give a file with labeled texts.")
     columns = len(rows[0][1])
     if columns < 2:
         raise InvalidTextError(
-            f"{str(path)!r} has one column; expected a text and its label, with a tab or a comma between them."
+            f"{str(path)!r} must have a text and a label per row, separated by a tab or comma, got one column."
         )
     for line, cells in rows:
         if len(cells) != columns:
             raise InvalidTextError(
-                f"{str(path)!r} has {len(cells)} columns in line {line}, and {columns} in its first line. Where commas "
-                "divide columns, put a text that holds one into quotes."
+                f"{str(path)!r} must have {columns} columns in every row, as in its first, got {len(cells)} in line "
+                f"{line}. In CSV, quote texts that contain commas."
             )
     return rows
 
@@ -227,16 +225,14 @@ def _words_of(path: str | Path, found: Sequence[str], labels: Mapping[str, str] 
     if labels is None:
         if not all(any(letter.isalpha() for letter in label) for label in different):
             raise InvalidArgumentError(
-                f"{str(path)!r} has the labels {_listed(different)}, which are not all words that a model could say. "
-                "Give a word for each, such as --labels 0=negative,1=positive, or say where labels stand with "
-                "--label-column first or last."
+                f"The labels in {str(path)!r} must be words, got {_listed(different)}. Give a word for each, such as "
+                "--labels 0=negative,1=positive, or set the column of the labels: --label-column first or last."
             )
         return {label: label for label in different}
     if unknown := [label for label in different if label not in labels]:
         raise InvalidArgumentError(
-            f"{str(path)!r} has the labels {_listed(different)}, of which {_listed(unknown)} stand for no word: the "
-            f"labels known are {_listed(list(labels))}. Give a word for each with --labels, or say where labels stand "
-            "with --label-column first or last."
+            f"The labels in {str(path)!r} must be among {_listed(list(labels))}, got {_listed(unknown)}. Give a word "
+            "for each with --labels, or set the column of the labels: --label-column first or last."
         )
     return labels
 

@@ -1,4 +1,4 @@
-"""In-context learning: with labelled examples in memory, is the label of another text found?"""
+"""In-context learning: predict the label of a text, with labeled examples in memory."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ CONTENT_FREE = "N/A"
 
 @dataclass(frozen=True)
 class Template:
-    """How a demonstration is written, and how a question: as one that ends before its word.
+    """The format of a demonstration; a question is a demonstration cut off before its word.
 
     Attributes
     ----------
     question
-        What stands before the word, with ``{text}`` in it and no space at its end.
+        The part before the word, with ``{text}`` and without trailing space.
     gap
         The space before the word.
     rest
-        What stands after the word.
+        The part after the word.
     separator
-        The space at the end, which stands between demonstrations.
+        The trailing space, which separates demonstrations.
     """
 
     question: str
@@ -45,48 +45,48 @@ class Template:
 
     @classmethod
     def parse(cls, template: str) -> Self:
-        """Take a template apart.
+        """Parse a template.
 
         Raises
         ------
         InvalidArgumentError
-            If ``{text}`` and ``{word}`` do not stand in it once each, in this order.
+            If the template does not contain ``{text}`` and then ``{word}``, once each.
         """
         before, _, after = template.partition("{word}")
         if template.count("{text}") != 1 or template.count("{word}") != 1 or "{text}" not in before:
             raise InvalidArgumentError(
-                f"template is {template!r}; expected {{text}} and then {{word}} in it, once each, such as {TEMPLATE!r}."
+                f"template must contain {{text}} and then {{word}}, once each, such as {TEMPLATE!r}, got {template!r}."
             )
         question, rest = before.rstrip(), after.rstrip()
         return cls(question, before[len(question) :], rest, after[len(rest) :])
 
     def demonstrate(self, examples: Sequence[Example]) -> str:
-        """Return the demonstrations, without the space at their end."""
+        """Format demonstrations, without trailing space."""
         return self.separator.join(
             self.question.replace("{text}", each.text) + self.gap + each.word + self.rest for each in examples
         )
 
     def ask(self, text: str) -> str:
-        """Return the question for the word of a text, as it follows demonstrations."""
+        """Format a question, to follow demonstrations."""
         return self.separator + self.question.replace("{text}", text)
 
 
 @dataclass(frozen=True)
 class Shots:
-    """How often the word was found after so many demonstrations.
+    """The accuracy with a given number of demonstrations.
 
     Attributes
     ----------
     shots
-        How many demonstrations were read.
+        Number of demonstrations read.
     demonstration_tokens
-        How many tokens they are.
+        Their length in tokens.
     predictions
-        The word that was said for each test.
+        The predicted word for each test.
     accuracy
-        Share of the tests whose word was said, with a 95 % interval.
+        Share of correct predictions, with a 95 % confidence interval.
     seconds
-        Wall time of reading and asking.
+        Wall time of reading and predicting.
     """
 
     shots: int
@@ -106,43 +106,43 @@ def evaluate_icl(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Shots]:
-    """Read demonstrations, then ask for the word of each test; no test sees anything of another.
+    """Read demonstrations, then predict the word of each test; tests do not see each other.
 
-    Demonstrations that leave the local window live in memory; without a backend, those that the window holds are all
-    there are. The answer is the word whose first token is likeliest. This is the in-context learning of the MemLong
-    paper (arXiv 2408.16967).
+    Demonstrations that leave the local window are in memory; without a backend, only those in the window count. The
+    prediction is the word whose first token has the highest probability. This is the in-context learning setup of the
+    MemLong paper (arXiv 2408.16967).
 
     Parameters
     ----------
     decoder
         An attached decoder; its streams are reset for each number of shots.
     task
-        What is shown and asked.
+        The demonstrations and tests.
     shots
-        How many of the task's demonstrations to read, the first ones; one result for each.
+        Numbers of demonstrations to read, from the task's first on; one result for each.
     template
-        How a demonstration is written, with ``{text}`` and ``{word}``.
+        Format of a demonstration, with ``{text}`` and ``{word}``.
     calibrate
-        Divide the probability of a word by that which it has where the text is "N/A": contextual calibration
-        (arXiv 2102.09690), against a model's liking for one word.
+        Divide each word's probability by its probability for the text "N/A": contextual calibration
+        (arXiv 2102.09690), which corrects a model's bias toward one word.
     seed
-        Of the intervals' draws.
+        Random seed of the confidence intervals.
     progress
-        Called with the number of tests answered.
+        Called with the number of tests done.
 
     Raises
     ------
     InvalidArgumentError
-        If a number of shots or the template cannot be used, or two words begin with the same token.
+        If a number of shots or the template is invalid, or two words start with the same token.
     InvalidTextError
-        If a text holds half a character.
+        If a text contains an unpaired surrogate.
     MemlongError
-        If the model's logits are not numbers.
+        If the model's logits are NaN.
     """
     for count in shots:
         if not 1 <= count <= len(task.demonstrations):
             raise InvalidArgumentError(
-                f"shots is {count}; expected 1 to {len(task.demonstrations)}, as many as were drawn."
+                f"shots must be from 1 to {len(task.demonstrations)}, the number of demonstrations, got {count}."
             )
     form = Template.parse(template)
     for what, examples in (("A demonstration", task.demonstrations), ("A test", task.tests)):
@@ -157,7 +157,7 @@ def evaluate_icl(
         context = tokenize(decoder.tokenizer, form.demonstrate(task.demonstrations[:count]))
         decoder.reset()
         decoder.read(context)
-        # A word's probability is compared with this one.
+        # Contextual calibration: subtracted from each word's log-probability.
         base = _log_probabilities(decoder, form.ask(CONTENT_FREE), tokens) if calibrate else 0
         predictions = []
         for test in task.tests:
@@ -173,7 +173,7 @@ def evaluate_icl(
 
 
 def _log_probabilities(decoder: MemoryDecoder, question: str, tokens: Sequence[int]) -> Tensor:
-    """Log-probability [words] of each word's first token after a question, which the streams forget again."""
+    """Return the log-probability [words] of each word's first token after a question, without storing the question."""
     prompt = torch.tensor([_ids(decoder.tokenizer, question)], dtype=torch.long, device="cpu")
     said = decoder.generate(
         prompt,
@@ -189,7 +189,7 @@ def _log_probabilities(decoder: MemoryDecoder, question: str, tokens: Sequence[i
 
 
 def _first_tokens(tokenizer: Any, form: Template, words: Sequence[str]) -> list[int]:
-    """Return the token that each word begins with after a question; one token decides only if they differ."""
+    """Return each word's first token after a question; they must differ, as only the first token is compared."""
     question = form.ask(CONTENT_FREE)
     asked = _ids(tokenizer, question)
     words_by_token: dict[int, list[str]] = {}
@@ -197,15 +197,15 @@ def _first_tokens(tokenizer: Any, form: Template, words: Sequence[str]) -> list[
         answered = _ids(tokenizer, question + form.gap + word)
         if answered[: len(asked)] != asked or len(answered) == len(asked):
             raise InvalidArgumentError(
-                f"The tokenizer joins the word {word!r} to the end of the question, so no token is the answer. Choose "
-                "a template with a space before {word}."
+                f"The tokenizer merges the word {word!r} with the end of the question: put a space before {{word}} in "
+                "the template."
             )
         words_by_token.setdefault(answered[len(asked)], []).append(word)
     shared = [" and ".join(map(repr, same)) for same in words_by_token.values() if len(same) > 1]
     if shared:
         raise InvalidArgumentError(
-            f"{'; '.join(shared)} begin with the same token, and the first token decides. Choose other words for "
-            "these labels, such as --labels 0=negative,1=positive."
+            f"Label words must differ in their first token, got {'; '.join(shared)}: choose other words, such as "
+            "--labels 0=negative,1=positive."
         )
     return list(words_by_token)
 

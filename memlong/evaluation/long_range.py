@@ -1,4 +1,4 @@
-"""Which tokens a memory can help with: those last met beyond the local window."""
+"""Long-range tokens, which a memory can help with: they last occurred beyond the local window."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def long_range_tokens(token_ids: Sequence[int], distance: int) -> NDArray[np.bool_]:
-    """Mark the tokens whose last occurrence lies more than ``distance`` tokens back.
+    """Mark the tokens whose previous occurrence is more than ``distance`` tokens back.
 
     Parameters
     ----------

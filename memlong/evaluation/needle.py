@@ -1,4 +1,4 @@
-"""Passkey retrieval: is a number found again, wherever it was hidden in however long a text?"""
+"""Passkey retrieval: find a number hidden at any depth of a text of any length."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
 
-_LONGEST = 10**8  # tokens of a prompt, which is held in memory
+_LONGEST = 10**8  # tokens of a prompt, which must fit in RAM
 
 
 @dataclass(frozen=True)
 class Cell:
-    """How often the number was found at one length and depth.
+    """The accuracy at one length and depth.
 
     Attributes
     ----------
     length
-        Tokens of the whole prompt.
+        Length of the whole prompt, in tokens.
     depth
-        Where the number stood: 0 is the beginning, 1 the end.
+        Position of the pass key: 0 is the beginning, 1 the end.
     trials
-        How many numbers were tried.
+        Number of pass keys tried.
     accuracy
-        Share of them that were answered, digit by digit.
+        Share of the pass keys that were answered exactly.
     """
 
     length: int
@@ -47,21 +47,20 @@ class Cell:
 
 
 def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: str = FILLER) -> Tensor:
-    """Return a prompt [1, length] that hides a number at a depth and ends in the question for it.
+    """Return a prompt [1, length] that hides a pass key at a depth and ends with the question for it.
 
-    It begins with the special tokens with which the tokenizer has a text begin, if there are any.
-    The form is that of Mohtashami and Jaggi (arXiv 2305.16300, section 4.2).
+    It starts with the special tokens that the tokenizer puts at the start of a text, if any. The format is that of
+    Mohtashami and Jaggi (arXiv 2305.16300, section 4.2).
 
     Raises
     ------
     InvalidArgumentError
-        If the length leaves no room for anything but needle and question, or is beyond all reason, or the depth is not
-        within 0 and 1.
+        If the length is too short for needle and question, or too long, or the depth is not from 0 to 1.
     """
     if length > _LONGEST:
-        raise InvalidArgumentError(f"length is {length}; expected at most {_LONGEST:,}.")
+        raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}.")
     if not 0 <= depth <= 1:
-        raise InvalidArgumentError(f"depth is {depth}; expected a number from 0 to 1.")
+        raise InvalidArgumentError(f"depth must be a number from 0 to 1, got {depth}.")
     opening, needle, question = (
         _ids(tokenizer, text) for text in (OPENING, NEEDLE.format(key=key), QUESTION)
     )
@@ -69,12 +68,12 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
     room = length - len(opening) - len(needle) - len(question)
     if room < 0:
         raise InvalidArgumentError(
-            f"length is {length}, but opening, pass key and question alone take {length - room} tokens: use more."
+            f"length must be at least {length - room} tokens, for opening, pass key and question, got {length}."
         )
     line = _ids(tokenizer, filler)
     if not line:
-        raise InvalidArgumentError("filler holds no text; give some, or leave it out.")
-    # Whole lines before the needle, so that it does not begin within a sentence.
+        raise InvalidArgumentError("filler must not be empty: give some text, or leave it out.")
+    # Whole lines before the needle, so that it does not start in the middle of a sentence.
     before = round(depth * room / len(line)) * len(line) if depth < 1 else room
     before = min(before, room)
     hay = list(itertools.islice(itertools.cycle(line), before))
@@ -92,35 +91,35 @@ def evaluate_needle(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Cell]:
-    """Ask for a hidden number at every length and depth; each trial is a stream of its own.
+    """Ask for a hidden pass key at every length and depth; each trial is a separate stream.
 
     Parameters
     ----------
     decoder
         An attached decoder; its streams are reset.
     lengths, depths
-        The grid: prompts of so many tokens, the number at that share of them.
+        The grid: prompt lengths in tokens, and positions of the pass key as a share of the length.
     trials
-        Numbers at each place.
+        Pass keys per length and depth.
     filler
-        What the prompt is filled with, over and over.
+        Text that is repeated to fill the prompt.
     seed
-        Of the numbers.
+        Random seed of the pass keys.
     progress
         Called with the number of tokens read.
 
     Raises
     ------
     InvalidArgumentError
-        If a length, a depth or the number of trials cannot be used.
+        If a length, a depth or the number of trials is invalid.
     MemlongError
-        If the model's logits are not numbers.
+        If the model's logits are NaN.
     """
     if trials < 1:
-        raise InvalidArgumentError(f"trials is {trials}; expected at least 1.")
-    for length, depth in itertools.product(lengths, depths):  # say now what cannot be
+        raise InvalidArgumentError(f"trials must be at least 1, got {trials}.")
+    for length, depth in itertools.product(lengths, depths):  # fail early
         passkey_prompt(decoder.tokenizer, length, depth, 10_000, filler)
-    numbers = random.Random(seed)  # noqa: S311 - nothing here is secret
+    numbers = random.Random(seed)  # noqa: S311 - not for cryptography
     cells = []
     for length, depth in itertools.product(lengths, depths):
         right = 0

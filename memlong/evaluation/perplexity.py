@@ -1,7 +1,7 @@
-"""Perplexity of a text streamed through a decoder, counted honestly.
+"""Perplexity of a text streamed through a decoder.
 
-Token-weighted; banks are new for each document; the same tokens are scored whatever the system; the query of a segment
-is made of tokens before it (the decoder sees to that).
+It is token-weighted, banks are reset for each document, every system is scored on the same tokens, and a segment's
+query uses only tokens before it (which the decoder ensures).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from memlong.evaluation.recall import recall_at_k
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text cost a system.
+    """The perplexity of a text, and what it was measured on.
 
     Attributes
     ----------
     token_nll
         [scored], float64: negative log-likelihood of each scored token, in nats, in order.
     long_range
-        [scored], bool: tokens last met beyond the long-range distance.
+        [scored], bool: whether a token last occurred beyond the long-range distance.
     tokens
-        Tokens that went through the model.
+        Number of tokens read.
     chunks_stored
-        Chunks that the bank held at the end.
+        Number of chunks in the bank at the end.
     recall_at_k
-        Mean over all searches, against exact search; None where nothing was searched.
+        Mean recall over all searches, against exact search; None if nothing was searched.
     seconds
         Wall time of the stream.
     """
@@ -51,7 +51,7 @@ class Perplexity:
 
     @property
     def nll(self) -> float:
-        """Sum over the scored tokens, in nats."""
+        """Negative log-likelihood, summed over the scored tokens, in nats."""
         return float(self.token_nll.sum())
 
     @property
@@ -61,7 +61,7 @@ class Perplexity:
 
     @property
     def long_range_perplexity(self) -> float | None:
-        """The same over the long-range tokens; None if there are none."""
+        """Perplexity over the long-range tokens; None if there are none."""
         return perplexity_of(self.token_nll[self.long_range]) if self.long_range.any() else None
 
 
@@ -86,16 +86,16 @@ def evaluate_perplexity(
     long_range_distance
         In tokens; the local window by default.
     progress
-        Called with the number of tokens of each forward call.
+        Called with the number of tokens in each forward call.
 
     Raises
     ------
     InvalidTextError
-        If the text is shorter than one segment, or than ``score_from``.
+        If the text is shorter than one segment, or not longer than ``score_from``.
     InvalidArgumentError
         If there is more than one row, or ``score_from`` or ``long_range_distance`` is below 1.
     MemlongError
-        If the model's logits are not numbers.
+        If the model's logits are NaN.
     """
     config = decoder.config
     distance = config.local_window if long_range_distance is None else long_range_distance
@@ -113,7 +113,7 @@ def evaluate_perplexity(
         previous = segment.logits[:, -1:].clone()
         pause = time.perf_counter()
         recalls += _recalls(decoder, segment)
-        aside += time.perf_counter() - pause  # checking against exact search is no part of the stream
+        aside += time.perf_counter() - pause  # exact search is not part of the stream's time
         if progress is not None:
             progress(segment.tokens.shape[1])
     seconds = time.perf_counter() - started - aside
@@ -126,29 +126,30 @@ def evaluate_perplexity(
 def _check(input_ids: Tensor, score_from: int, distance: int, segment_size: int) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise InvalidArgumentError(
-            f"input_ids is {getattr(input_ids, 'shape', input_ids)!r:.80}; expected one document, [1, tokens]."
+            "input_ids must be one document, [1, tokens], got "
+            f"{f'shape {tuple(input_ids.shape)}' if isinstance(input_ids, Tensor) else f'{input_ids!r:.80}'}."
         )
     if score_from < 1:
         raise InvalidArgumentError(
-            f"score_from is {score_from}; expected at least 1: token 0 cannot be predicted."
+            f"score_from must be at least 1, as token 0 cannot be predicted, got {score_from}."
         )
     if distance < 1:
-        raise InvalidArgumentError(f"long_range_distance is {distance}; expected at least 1 token.")
+        raise InvalidArgumentError(f"long_range_distance must be at least 1 token, got {distance}.")
     count = input_ids.shape[1]
     if count < segment_size:
         raise InvalidTextError(
-            f"The text has {count} tokens, fewer than one segment ({segment_size}): nothing to stream. Give a "
-            "longer text or a smaller segment_size."
+            f"The text must have at least {segment_size} tokens, one segment, got {count}: give a longer text, or a "
+            "smaller segment_size."
         )
     if count <= score_from:
         raise InvalidTextError(
-            f"The text has {count} tokens, and scoring starts at token {score_from}: nothing to score. Give a "
-            "longer text or a smaller score_from."
+            f"The text must have more than {score_from} tokens, as scoring starts there, got {count}: give a longer "
+            "text, or a smaller score_from."
         )
 
 
 def _segments(decoder: MemoryDecoder, input_ids: Tensor, score_from: int) -> Iterator[Segment]:
-    """Stream, without the logits of segments that hold no scored token: they take a fifth of a small model's time."""
+    """Stream, skipping the logits of segments without scored tokens: they take a fifth of a small model's time."""
     unscored = score_from // decoder.config.segment_size * decoder.config.segment_size
     if unscored:
         yield from decoder.stream(input_ids[:, :unscored], logits="last")
@@ -156,7 +157,7 @@ def _segments(decoder: MemoryDecoder, input_ids: Tensor, score_from: int) -> Ite
 
 
 def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.float64]:
-    """Losses [tokens] of a segment's tokens from number ``skip`` on; a stream's very first token has none."""
+    """Return the losses [tokens] of a segment's tokens from index ``skip`` on; a stream's first token has none."""
     logits, targets = segment.logits[0], segment.input_ids[0]
     if previous is None:
         skip = max(skip, 1)
@@ -165,7 +166,7 @@ def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.
         predicting = torch.cat([previous[0], logits[:-1]])[skip:]
     predicting = checked_logits(None, predicting.float())
     losses = torch.nn.functional.cross_entropy(predicting, targets[skip:], reduction="none")
-    return losses.cpu().double().numpy()  # there, as not every device has float64
+    return losses.cpu().double().numpy()  # on the CPU, as not every device has float64
 
 
 def _recalls(decoder: MemoryDecoder, segment: Segment) -> list[float]:

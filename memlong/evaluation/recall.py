@@ -1,4 +1,4 @@
-"""Recall of a bank's search, against exact search over the same embeddings."""
+"""Recall of a bank's search against exact search over the same embeddings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from memlong.bank import MemoryBank, whole_number
 
 
 def recall_at_k(bank: MemoryBank, query: Tensor, scores: Tensor, k: int) -> float:
-    """Share of the exact top-k that a search returned, by score rather than by id, so that ties do no harm.
+    """Return the share of the exact top-k that a search found, compared by score, so that ties count.
 
     Parameters
     ----------
     bank
-        The bank that was searched, with the content it had then.
+        The bank that was searched, unchanged since.
     query
         The query's embedding [dim].
     scores
-        Of what the search returned [found].
+        Scores of the search results [found].
     k
-        How many were asked for; where the bank holds fewer chunks, that many count.
+        Number of results requested; at most the number of chunks in the bank counts.
 
     Returns
     -------
@@ -28,12 +28,12 @@ def recall_at_k(bank: MemoryBank, query: Tensor, scores: Tensor, k: int) -> floa
 
     Notes
     -----
-    Tie-safe recall as ann-benchmarks counts it: a result counts if it is as good as the k-th best.
+    As in ann-benchmarks, a result counts if its score is at least the k-th best.
     """
     depth = min(whole_number("k", k, at_least=1), len(bank))
     if depth == 0:
         return 1.0
     threshold = bank.exact_search(query[None], depth).scores[0, -1]
-    # One query's scores may differ in the last bits between two ways to sum.
+    # Scores may differ in the last bits, depending on the order of summation.
     good = scores >= threshold - 1e-6 * threshold.abs()
     return min(1.0, float(good.sum()) / depth)

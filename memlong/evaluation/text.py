@@ -1,4 +1,4 @@
-"""Read a text file and turn it into tokens, with errors that a user can act on."""
+"""Read text files and tokenize text, with actionable errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from memlong.errors import InvalidTextError
 
 _PLACE = "memlong's place for words"
-_LETTER = "a"  # any text would do
-_MARKS = (  # those of UTF-32 begin with those of UTF-16
+_LETTER = "a"  # any text works
+_MARKS = (  # UTF-32 first: its marks start with those of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -23,7 +23,7 @@ _MARKS = (  # those of UTF-32 begin with those of UTF-16
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text file: UTF-8, or another Unicode that its byte-order mark tells; all lines end alike.
+    """Read a text file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, and normalize its line ends.
 
     Raises
     ------
@@ -34,24 +34,24 @@ def read_text(path: str | Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise InvalidTextError(f"The text file {str(path)!r} does not exist. Check the path.") from error
+        raise InvalidTextError(f"The text file {str(path)!r} does not exist: check the path.") from error
     except OSError as error:
-        raise InvalidTextError(f"The text file {str(path)!r} cannot be read: {error.strerror}.") from error
+        raise InvalidTextError(f"Cannot read the text file {str(path)!r}: {error.strerror}.") from error
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in data:
         raise InvalidTextError(
-            f"The file {str(path)!r} is binary, or UTF-16 without a byte-order mark. Give a UTF-8 text file."
+            f"The file {str(path)!r} is binary, or UTF-16 without a byte-order mark: give a UTF-8 text file."
         )
     try:
         text = data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InvalidTextError(
-            f"The text file {str(path)!r} is not {encoding.upper()}: {error.reason} at byte {error.start}. Convert it, "
-            "for instance with iconv -t UTF-8."
+            f"The text file {str(path)!r} must be {encoding.upper()}, got {error.reason} at byte {error.start}: "
+            "convert it, for instance with iconv -t UTF-8."
         ) from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        raise InvalidTextError(f"The text file {str(path)!r} is empty. Give a file with text in it.")
+        raise InvalidTextError(f"The text file {str(path)!r} is empty: give a file with text.")
     return text
 
 
@@ -63,30 +63,30 @@ def tokenize(
     begins: bool = True,
     control_tokens: bool = False,
 ) -> Tensor:
-    """Tokens of a text [1, tokens], int64, at most ``max_tokens`` of them.
+    """Tokenize a text into [1, tokens], int64.
 
     Parameters
     ----------
     tokenizer
         A Hugging Face tokenizer.
     text
-        What to read.
+        The text.
     max_tokens
-        Use only the first ones; None uses all.
+        Keep only the first tokens; None keeps all.
     begins
-        Whether the text is the first of its stream, and so has the special tokens with which the tokenizer has one
-        begin. There are none anywhere else.
+        Whether the text starts its stream, and so gets the tokenizer's opening special tokens. No other special tokens
+        are added.
     control_tokens
-        Whether the name of a control token, such as ``<|im_end|>``, stands for that token. By default it is text, as
-        any other: a book, or a log, is not to end a turn.
+        Whether to parse the name of a control token, such as ``<|im_end|>``, as that token. By default it is plain
+        text, so that a book or a log cannot end a turn.
 
     Raises
     ------
     InvalidTextError
-        If ``max_tokens`` is below 1, or the text holds half a character.
+        If ``max_tokens`` is below 1, or the text contains an unpaired surrogate.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise InvalidTextError(f"max_tokens is {max_tokens}; expected at least 1.")
+        raise InvalidTextError(f"max_tokens must be at least 1, got {max_tokens}.")
     check_characters("The text", text)
     words = _ids(tokenizer, text, control_tokens=control_tokens)
     ids = [*(opening_tokens(tokenizer) if begins else []), *words]
@@ -96,26 +96,26 @@ def tokenize(
 def chat_turn(
     tokenizer: Any, said: str, *, begins: bool = True, history: Sequence[Mapping[str, str]] = ()
 ) -> Tensor:
-    """Tokens [1, tokens], int64, of what a user says, in the tokenizer's chat template, up to the answer.
+    """Tokenize a user's message with the chat template into [1, tokens], int64, up to where the answer starts.
 
-    Control tokens are those of the template; their names in what the user says are text.
+    Only the template's own control tokens are parsed; their names in the message are plain text.
 
     Parameters
     ----------
     tokenizer
         A Hugging Face tokenizer with a chat template.
     said
-        The user's words.
+        The user's message.
     begins
-        Whether the turn is the first of its stream; what begins a stream is left out of any other.
+        Whether the turn starts its stream; otherwise the opening special tokens are left out.
     history
-        What was said before, as chat templates take it (``{"role": ..., "content": ...}``), if the stream has read
-        that: then only what the template puts behind it is returned.
+        Earlier messages that the stream has read, as chat templates take them (``{"role": ..., "content": ...}``);
+        only the tokens after them are returned.
 
     Raises
     ------
     InvalidTextError
-        If the text holds half a character, or the template writes what was said before in another way.
+        If the text contains an unpaired surrogate, or the template formats earlier messages differently now.
     """
     check_characters("The text", said)
     hides = any(token in said for token in tokenizer.all_special_tokens)
@@ -124,8 +124,8 @@ def chat_turn(
         known = _templated(tokenizer, history, asks=False).rstrip()
         if not whole.startswith(known):
             raise InvalidTextError(
-                "The chat template does not continue this conversation: it writes what was said before in another way. "
-                "Call reset(), and read the whole conversation."
+                "The chat template must extend the conversation, but it formats earlier messages differently now: call "
+                "reset(), and read the whole conversation."
             )
         whole = whole.removeprefix(known)
     before, _, after = whole.partition(_PLACE) if hides else (whole, "", "")
@@ -139,33 +139,33 @@ def chat_turn(
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
-    """Return the special tokens that a tokenizer, by its own default, puts before a text: often none or one."""
+    """Return the special tokens that a tokenizer puts before a text by default, usually none or one."""
     bare, whole = _ids(tokenizer, _LETTER), _ids(tokenizer, _LETTER, add_special_tokens=True)
     before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
     return whole[:before]
 
 
 def check_characters(what: str, text: str) -> None:
-    """Refuse half characters, which is how Python passes on bytes that are no UTF-8.
+    """Reject unpaired surrogates, which stand for bytes that are not UTF-8 in Python strings.
 
     Parameters
     ----------
     what
-        What the text is, for the message.
+        What the text is, for the error message.
     text
-        To be checked.
+        The text to check.
 
     Raises
     ------
     InvalidTextError
-        If there is one, naming its place.
+        If there is one; the message gives its position.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidTextError(
-            f"{what} is not UTF-8: {text[error.start]!r} at character {error.start}. Type it in a UTF-8 terminal, or "
-            "convert it."
+            f"{what} must be UTF-8, got {text[error.start]!r} at character {error.start}: convert it, or type it in a "
+            "UTF-8 terminal."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""How backends and retrievers get in: the hooks, the plugins that implement them and the registry."""
+"""Plugins: the hooks, the plugins that implement them, and the registry of backends and retrievers."""
 
 from memlong.plugins.hookspecs import Register, hookimpl
 from memlong.plugins.manager import PluginManager

@@ -1,4 +1,4 @@
-"""Finding plugins: the built-in ones and the entry points of installed distributions."""
+"""Plugin discovery: built-in plugins, and entry points of installed distributions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BUILT_IN = "built-in"
 IN_CODE = "registered in code"
 
 LONGEST = 200
-"""Characters of a name that a plugin or its distribution goes by."""
+"""Maximum length of the name of a plugin or distribution."""
 
-_MOST_PLUGINS = 100  # of one distribution
+_MOST_PLUGINS = 100  # per distribution
 
-# Named as text: importing any of them here would turn the import rules upside down.
+# As strings: importing them here would violate the import rules.
 _BUILT_IN_MODULES = {
     "memlong_torch": "memlong_torch",
     "memlong_faiss": "memlong_faiss",
@@ -31,20 +31,20 @@ _BUILT_IN_MODULES = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plugin that was found and is not yet imported.
+    """A plugin that was found but not imported.
 
     Parameters
     ----------
     name
-        The name it goes by.
+        The plugin's name.
     origin
-        Where it comes from, in words.
+        Where it comes from, for messages.
     module
-        The module, or ``module:attribute``, that holds its hooks.
+        The module, or ``module:attribute``, with its hooks.
     load
-        Imports it and returns the object with the hooks; raises whatever the plugin raises.
+        Imports the plugin and returns the object with the hooks; raises whatever the plugin raises.
     distribution
-        The name of the distribution that brought it; empty for a built-in.
+        Name of its distribution; empty for a built-in plugin.
     """
 
     name: str
@@ -55,16 +55,16 @@ class Candidate:
 
     @property
     def is_third_party(self) -> bool:
-        """Whether an installed distribution brings it."""
+        """Whether it comes from an installed distribution."""
         return self.origin not in (BUILT_IN, IN_CODE)
 
     def answers_to(self, name: str) -> bool:
-        """Whether ``name`` means this plugin: its own name or its distribution's."""
+        """Return whether ``name`` is this plugin's name or its distribution's."""
         return normalise(name) in {normalise(self.name), normalise(self.distribution)} - {""}
 
 
 def built_ins() -> Iterator[Candidate]:
-    """Yield memlong's own plugins."""
+    """Yield the built-in plugins."""
     for name, module in _BUILT_IN_MODULES.items():
         yield Candidate(name, BUILT_IN, module, _importer(module))
 
@@ -74,10 +74,10 @@ def _importer(module: str) -> Callable[[], object]:
 
 
 def third_parties() -> Iterator[Candidate]:
-    """Yield the plugins of installed distributions, in order of name.
+    """Yield the plugins of installed distributions, sorted by name.
 
-    A distribution whose ``entry_points.txt`` cannot be read is yielded as a candidate that raises the
-    reason when it is loaded, so that one broken installation hides no other plugin.
+    A distribution whose ``entry_points.txt`` cannot be read becomes a candidate that raises the reason when loaded, so
+    that one broken installation does not hide other plugins.
     """
     found: list[Candidate] = []
     for distribution in importlib.metadata.distributions():
@@ -90,18 +90,18 @@ def third_parties() -> Iterator[Candidate]:
 
 
 def _may_hold_plugins(distribution: importlib.metadata.Distribution) -> bool:
-    """Whether its entry points speak of memlong, or cannot be read; to parse those of all others takes long."""
+    """Return whether its entry points mention memlong, or cannot be read; parsing all of them would be slow."""
     try:
         return ENTRY_POINT_GROUP in (distribution.read_text("entry_points.txt") or "")
-    except Exception:  # noqa: BLE001 - whatever a broken file raises is reported where it is parsed
+    except Exception:  # noqa: BLE001 - a broken file is reported where it is parsed
         return True
 
 
 def _is_shadowed(distribution: importlib.metadata.Distribution, label: str) -> bool:
-    """Whether another distribution of that name comes first on the path: its modules are the ones to be imported."""
+    """Return whether another distribution of this name comes earlier on the path and is imported instead."""
     if not label:
         return False
-    # What is left of a removed one has no name, and shadows nothing.
+    # Leftovers of an uninstalled distribution have no name, and shadow nothing.
     named = (each for each in importlib.metadata.distributions(name=label) if _name_and_version(each)[0])
     return _identity(next(named, distribution)) != _identity(distribution)
 
@@ -113,10 +113,10 @@ def _identity(distribution: importlib.metadata.Distribution) -> tuple[str, str, 
 def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
     try:
         metadata = distribution.metadata
-        # From Python 3.12 on it is deprecated to ask for a key that is not there.
+        # metadata[key] of a missing key is deprecated since Python 3.12.
         name, version = ((metadata.get_all(key) or [""])[0] for key in ("Name", "Version"))
         return name or "", version or ""
-    except Exception:  # noqa: BLE001 - half removed, no METADATA is left, or it is no text
+    except Exception:  # noqa: BLE001 - METADATA is missing (partly uninstalled) or not text
         return "", ""
 
 
@@ -129,11 +129,13 @@ def _candidates(
 ) -> Iterator[Candidate]:
     try:
         entry_points = [point for point in distribution.entry_points if point.group == ENTRY_POINT_GROUP]
-    except Exception as error:  # noqa: BLE001 - whatever a broken file raises is that plugin's report
+    except Exception as error:  # noqa: BLE001 - any error is reported for this plugin
         yield Candidate(label, origin, "entry_points.txt", _raiser(error), label)
         return
     if len(entry_points) > _MOST_PLUGINS:
-        many = PluginError(f"it names {len(entry_points):,} plugins, of at most {_MOST_PLUGINS}")
+        many = PluginError(
+            f"its entry points must name at most {_MOST_PLUGINS} plugins, got {len(entry_points):,}"
+        )
         yield Candidate(label, origin, "entry_points.txt", _raiser(many), label)
         return
     for point in entry_points:

@@ -1,4 +1,4 @@
-"""The hooks a plugin may implement, and the markers that declare and implement them."""
+"""The hooks that plugins implement, and the markers to declare and implement them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class Register(Protocol):
         install: str = "",
         description: str = "",
     ) -> None:
-        """Register by name; ``target`` is ``"module:Class"``, imported when first asked for."""
+        """Register a name; ``target`` is ``"module:Class"``, imported on first use."""
 
 
 @hookspec(historic=True)
 def memlong_register_backends(register: Register) -> None:
-    """Call ``register`` once for each memory bank the plugin brings."""
+    """Call ``register`` once for each of the plugin's backends."""
 
 
 @hookspec(historic=True)
 def memlong_register_retrievers(register: Register) -> None:
-    """Call ``register`` once for each retriever the plugin brings."""
+    """Call ``register`` once for each of the plugin's retrievers."""
 
 
 @hookspec(historic=True)
 def memlong_register_eviction_policies(register: Register) -> None:
-    """Call ``register`` once for each eviction policy; its class has the same ``name``."""
+    """Call ``register`` once for each of the plugin's eviction policies; the class must have the same ``name``."""
 
 
 @hookspec(historic=True)
 def memlong_register_uri_schemes(register: Register) -> None:
-    """Call ``register`` once for each URI scheme; its function makes ``(backend, options)`` of a URI."""
+    """Call ``register`` once for each of the plugin's URI schemes; the function turns a URI into (backend, options)."""

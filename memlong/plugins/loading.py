@@ -1,4 +1,4 @@
-"""Loading: from a spec to the class or function behind it, with an error that says whose fault it is."""
+"""Load the class or function of a spec, with errors that name the plugin at fault."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from memlong.uri import scheme_of, scrubbed, without_credentials
 
 
 def load_class(spec: Spec, *bases: type) -> type:
-    """Import and return the class behind ``spec``.
+    """Import and return the class of ``spec``.
 
     Parameters
     ----------
     spec
         What a plugin registered.
     *bases
-        What the class must derive from, one of them; any class will do if there are none.
+        The class must derive from one of these, if any are given.
 
     Raises
     ------
     MissingDependencyError
-        If a module the spec requires is not installed, or is and raises when imported.
+        If a required module is not installed, or fails to import.
     PluginError
-        If the target is not there, does not import or is not a concrete class derived from one of ``bases``.
+        If the target does not exist, fails to import, or is not a concrete class derived from one of ``bases``.
     """
     found = _load(spec)
     if not isinstance(found, type):
-        raise fault(spec, f"its target {spec.target!r} is not a class but {type(found).__name__}")
+        raise fault(spec, f"its target {spec.target!r} must be a class, got {type(found).__name__}")
     if bases and not issubclass(found, bases):
         names = " or ".join(each.__name__ for each in bases)
-        raise fault(spec, f"its target {spec.target!r} is not a subclass of {names}")
+        raise fault(spec, f"its target {spec.target!r} must be a subclass of {names}")
     if inspect.isabstract(found):
         unmet = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
-        raise fault(spec, f"its target {spec.target!r} leaves abstract: {unmet}")
+        raise fault(spec, f"its target {spec.target!r} does not implement {unmet}")
     return found
 
 
 def read_uri(spec: Spec, uri: str) -> tuple[str, dict[str, object]]:
-    """Return the backend and the options that the function behind a URI scheme makes of a URI.
+    """Turn a URI into a backend and options, with the function registered for its scheme.
 
     Raises
     ------
     PluginError, MissingDependencyError
-        As `load_class` does; also if the function does not keep its contract.
+        As in `load_class`; also if the function breaks its contract.
     InvalidArgumentError
-        If the URI is not one that the function knows to read.
+        If the function rejects the URI.
     """
     function = _load(spec)
     if not callable(function) or isinstance(function, type):
-        raise fault(spec, f"its target {spec.target!r} is not a function but {type(function).__name__}")
+        raise fault(spec, f"its target {spec.target!r} must be a function, got {type(function).__name__}")
     try:
         found = function(uri)
     except KeyboardInterrupt:
@@ -63,7 +63,7 @@ def read_uri(spec: Spec, uri: str) -> tuple[str, dict[str, object]]:
         if isinstance(error, MemlongError):
             if cause is error:
                 raise
-            # Not from the error: its text, which a traceback shows, holds what is secret.
+            # Not chained: a traceback would show the original text, with its secrets.
             raise InvalidArgumentError(scrubbed(said, uri)) from None
         what = f"{spec.target!r} raises {type(error).__name__} for {without_credentials(uri)!r}"
         raise fault(spec, what) from cause
@@ -71,7 +71,7 @@ def read_uri(spec: Spec, uri: str) -> tuple[str, dict[str, object]]:
         case (str() as backend, dict() as held) if scheme_of(backend) is None:
             if all(isinstance(each, str) for each in held):
                 return backend, held
-    raise fault(spec, f"{spec.target!r} returns no pair of a backend's name and a dict of options")
+    raise fault(spec, f"{spec.target!r} must return a pair of a backend's name and a dict of options")
 
 
 def _load(spec: Spec) -> object:
@@ -83,7 +83,7 @@ def _load(spec: Spec) -> object:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise fault(spec, f"its target {spec.target!r} cannot be loaded: {explained(error)}") from error
+        raise fault(spec, f"its target {spec.target!r} fails to load: {explained(error)}") from error
     if found is None:
         raise fault(spec, f"its target {spec.target!r} does not exist")
     return found
@@ -94,11 +94,11 @@ def _import_requirement(spec: Spec, module: str) -> None:
         importlib.import_module(module)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit, too, and what bindings to other languages raise
+    except BaseException as error:  # including SystemExit, and whatever native bindings raise
         if isinstance(error, ModuleNotFoundError) and error.name and _is_same_or_inside(module, error.name):
             raise _lacks(spec, module) from error
         raise MissingDependencyError(
-            f"{_needs(spec, module)} is installed but does not import: {explained(error)}{_remedy(spec)}"
+            f"{_needs(spec, module)} is installed but fails to import: {explained(error)}.{_remedy(spec)}"
         ) from error
 
 
@@ -112,11 +112,11 @@ def _import_target(spec: Spec) -> object:
             raise fault(spec, f"its module {module!r} does not exist") from error
         if absent.partition(".")[0] != module.partition(".")[0]:
             raise _lacks(spec, absent) from error
-        raise fault(spec, f"its module {module!r} does not import: {explained(error)}") from error
+        raise fault(spec, f"its module {module!r} fails to import: {explained(error)}") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise fault(spec, f"its module {module!r} does not import: {explained(error)}") from error
+        raise fault(spec, f"its module {module!r} fails to import: {explained(error)}") from error
 
 
 def _is_same_or_inside(module: str, package: str) -> bool:
@@ -136,8 +136,8 @@ def _remedy(spec: Spec) -> str:
 
 
 def fault(spec: Spec, what: str) -> PluginError:
-    """Return the error for a plugin that does not keep its part of the bargain."""
+    """Return the error for a plugin that breaks its contract."""
     return PluginError(
-        f"{spec.kind} {spec.name!r} cannot be loaded: {what}. This is for the authors of plugin "
-        f"{spec.plugin!r} to fix; MEMLONG_DISABLE_PLUGINS={spec.plugin} turns the plugin off"
+        f"Cannot load the {spec.kind} {spec.name!r}: {what}. Report this to the authors of plugin {spec.plugin!r}; to "
+        f"disable the plugin, set MEMLONG_DISABLE_PLUGINS={spec.plugin}"
     )

@@ -1,4 +1,4 @@
-"""Looking a name up among what plugins registered, with an error that says who is to be asked."""
+"""Look up a name that plugins registered, with errors that say which plugins are involved."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from memlong.plugins.spec import Kind, Spec
 
 
 def find(manager: PluginManager, kind: Kind, name: str) -> Spec:
-    """Return what a plugin of ``manager`` registered by this name.
+    """Return the spec registered under this name.
 
     Raises
     ------
     UnknownNameError
-        If none did, or it is no name.
+        If there is none, or the name is not a string.
     PluginError
-        If two did, or the plugin of this name failed.
+        If two plugins registered the name, or the plugin of this name failed.
     """
     if not isinstance(name, str):
-        raise UnknownNameError(f"a {kind} is asked for by its name, such as 'my-index', got {brief(name)}")
+        raise UnknownNameError(f"The name of a {kind} must be text, such as 'my-index', got {brief(name)}.")
     specs = manager.specs(kind)
     found = [spec for spec in specs if spec.name == name]
     if len(found) > 1:
@@ -36,27 +36,27 @@ def _unknown(
     unavailable = [report for report in manager.reports if report.status in ("failed", "disabled")]
     for report in unavailable:
         if _namesake(report, name):
-            error = PluginError(f"{kind} {name!r} is not available: {_why(report)}")
+            error = PluginError(f"The {kind} {name!r} is not available: {_why(report)}")
             error.__cause__ = report.error
             return error
     failures = [_why(report) for report in unavailable if report.status == "failed"]
     return UnknownNameError(
-        f"there is no {kind} {_shown(name)!r}.{did_you_mean(name, known)} Known: {quoted(dict.fromkeys(known))}."
-        + "".join(f"\nIt may belong to this: {failure}" for failure in failures)
+        f"There is no {kind} {_shown(name)!r}.{did_you_mean(name, known)} Known: {quoted(dict.fromkeys(known))}."
+        + "".join(f"\nIt may belong to a plugin that did not load: {failure}" for failure in failures)
     )
 
 
 def _contested(manager: PluginManager, specs: list[Spec]) -> PluginError:
     owners = [manager.owner(spec) for spec in specs]
     return PluginError(
-        f"{specs[0].kind} {specs[0].name!r} is registered by more than one plugin: "
+        f"The {specs[0].kind} {specs[0].name!r} is registered by several plugins: "
         f"{', '.join(owner.label for owner in owners)}. "
-        f"Turn all but one off, for example with {manager.switch_off(owners[-1])}"
+        f"Disable all but one, for example with {manager.switch_off(owners[-1])}"
     )
 
 
 def _shown(name: str) -> str:
-    # No name holds an "@": this is a URI without its "://", and what stands before may be a password.
+    # Names have no "@": this is a URI without "://", and the part before "@" may be a password.
     _, at, rest = name.rpartition("@")
     return cut(f"***@{rest}" if at else name, 100)
 

@@ -1,4 +1,4 @@
-"""PluginManager: finds, loads, blocks and reports plugins."""
+"""PluginManager: finds, loads, disables and reports plugins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memlong.plugins.staging import Staging
 
 @dataclass(frozen=True)
 class _Record:
-    """What came of one candidate."""
+    """The result of loading a candidate."""
 
     candidate: Candidate
     status: Status
@@ -36,19 +36,19 @@ _Owners = dict[tuple[Kind, str], list[_Record]]
 
 
 class PluginManager:
-    """The plugins of this process, as they were when the manager was made.
+    """The plugins of this process, as of the creation of the manager.
 
-    memlong's own plugins and those of installed distributions (entry-point group ``memlong``) are loaded
-    one by one. One that fails, at import or in a hook, is left out as a whole and reported with its
-    reason; the others do not notice. Whatever it raises counts as a failure, ``SystemExit`` included: no plugin may end
-    its host. Only a ``KeyboardInterrupt`` is the user's.
+    Built-in plugins and those of installed distributions (entry-point group ``memlong``) are loaded one by one. A
+    plugin that fails, at import or in a hook, is excluded as a whole and reported with the reason; others are not
+    affected. Any exception counts as a failure, including ``SystemExit``, as no plugin may exit its host; only
+    ``KeyboardInterrupt`` is raised.
 
     Parameters
     ----------
     environ
-        Where ``MEMLONG_PLUGINS`` (the third-party plugins to load; unset means all, empty means none)
-        and ``MEMLONG_DISABLE_PLUGINS`` (the plugins not to load, built-in ones included) are read, both
-        lists with commas between the names; ``os.environ`` if left out.
+        The environment with ``MEMLONG_PLUGINS`` (third-party plugins to load; unset means all, empty means none) and
+        ``MEMLONG_DISABLE_PLUGINS`` (plugins to skip, built-in ones included), both comma-separated; ``os.environ`` by
+        default.
     """
 
     def __init__(self, *, environ: Mapping[str, str] | None = None) -> None:
@@ -60,14 +60,14 @@ class PluginManager:
             self._records.append(self._take(candidate))
 
     def register(self, plugin: object, *, name: str) -> PluginReport:
-        """Add a plugin that is at hand as an object: for tests, notebooks and examples.
+        """Add a plugin object, for tests, notebooks and examples.
 
         Parameters
         ----------
         plugin
             A module or an object with hook implementations.
         name
-            The name it goes by in reports and messages.
+            Its name in reports and messages.
 
         Returns
         -------
@@ -77,26 +77,28 @@ class PluginManager:
         Raises
         ------
         InvalidArgumentError
-            If the name is no text, empty or huge.
+            If the name is not text, is empty or too long.
         PluginError
-            If a plugin of this name is there already or this one fails; nothing of it is kept.
+            If the name is taken, or the plugin fails; then nothing of it is registered.
         """
         if not isinstance(name, str) or not 0 < len(name.strip()) <= LONGEST:
             raise InvalidArgumentError(
-                f"name must be text of at most {LONGEST} characters, got {brief(name)}"
+                f"name must be non-empty text of at most {LONGEST} characters, got {brief(name)}."
             )
         if any(normalise(record.candidate.name) == normalise(name) for record in self._records):
-            raise PluginError(f"cannot register plugin {name!r}: a plugin of this name is there already")
-        # A module has a name; an object or a class has the module it comes from.
+            raise PluginError(
+                f"name must be unused, but there is already a plugin named {name!r}: choose another."
+            )
+        # Objects and classes have __module__, modules only __name__.
         module = str(getattr(plugin, "__module__", None) or getattr(plugin, "__name__", ""))
         record = self._take(Candidate(name, IN_CODE, module, lambda: plugin))
         if record.status == "failed":
-            raise PluginError(f"plugin {name!r} failed: {record.reason}") from record.error
+            raise PluginError(f"The plugin {name!r} failed: {record.reason}") from record.error
         self._records.append(record)
         return self._report(record)
 
     def specs(self, kind: Kind) -> tuple[Spec, ...]:
-        """Return what the loaded plugins registered, built-ins first; a name may occur more than once."""
+        """Return all registered specs of a kind, built-in ones first; a name may occur more than once."""
         return tuple(spec for record in self._records for spec in record.specs if spec.kind == kind)
 
     def owner(self, spec: Spec) -> PluginReport:
@@ -105,22 +107,22 @@ class PluginManager:
         Raises
         ------
         InvalidArgumentError
-            If no plugin of this manager did.
+            If it was not registered with this manager.
         """
         for record in self._records:
             if any(own is spec for own in record.specs):
                 return self._report(record)
-        raise InvalidArgumentError(f"spec={spec!r} was not registered with this manager")
+        raise InvalidArgumentError(f"spec must be registered with this manager, got {spec!r}.")
 
     def switch_off(self, report: PluginReport) -> str:
-        """Return the setting that turns off the plugin of ``report``, and no namesake of it."""
+        """Return the environment setting that disables the plugin of ``report``, but no other of the same name."""
         namesakes = [record for record in self._records if record.candidate.answers_to(report.name)]
         name = report.name if len(namesakes) == 1 else report.distribution or report.name
         return f"{DISABLE_VARIABLE}={name}"
 
     @property
     def reports(self) -> tuple[PluginReport, ...]:
-        """What became of each plugin, and of each name in the environment that matches none."""
+        """A report for each plugin, and for each name in the environment that matches no plugin."""
         owners = self._owners()
         return (*(self._report(record, owners) for record in self._records), *self._unmatched())
 
@@ -141,8 +143,8 @@ class PluginManager:
 
     def _call_hooks(self, plugin: object) -> None:
         if any(plugin is other for other in self._plugins):
-            raise PluginError("its hooks are those of a plugin that is loaded under another name")
-        # One for each plugin: pluggy compares plugins with one another, and one of them may not bear that.
+            raise PluginError("the same plugin is already loaded under another name")
+        # One host per plugin: pluggy compares plugins with ==, which may fail for some objects.
         host = pluggy.PluginManager("memlong")
         host.add_hookspecs(hookspecs)
         hooks = host.hook
@@ -157,8 +159,8 @@ class PluginManager:
         try:
             host.register(plugin, name="it")
         except pluggy.PluginValidationError as error:
-            said = " ".join(str(error).splitlines()[1:])  # the first line holds only the name
-            raise PluginError(f"it has a hook that is not as memlong calls it: {said}") from error
+            said = " ".join(str(error).splitlines()[1:])  # the first line is just the name
+            raise PluginError(f"a hook has the wrong signature: {said}") from error
         callers = host.get_hookcallers(plugin) or []
         known = [name for name in dir(hookspecs) if name.startswith("memlong_")]
         for caller in callers:
@@ -169,8 +171,7 @@ class PluginManager:
                 )
         if not callers:
             raise PluginError(
-                f"it implements none of memlong's hooks ({', '.join(known)}): "
-                "mark them with @memlong.hookimpl"
+                f"it implements no memlong hook ({', '.join(known)}): mark them with @memlong.hookimpl"
             )
 
     def _owners(self) -> _Owners:
@@ -214,8 +215,7 @@ class PluginManager:
                 origin=variable,
                 module="",
                 status="missing",
-                reason=f"{variable} names it, and no installed plugin has this name."
-                + did_you_mean(name, names),
+                reason=f"{variable} names it, but no such plugin is installed." + did_you_mean(name, names),
             )
             for variable, name in self._selection.named()
             if not any(candidate.answers_to(name) for candidate in candidates)

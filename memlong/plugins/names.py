@@ -1,4 +1,4 @@
-"""How names are compared and told, what others wrote included, and what to suggest for one that is not known."""
+"""Compare names, suggest a close one for an unknown name, and shorten untrusted text for messages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _BRIEF.maxstring = _BRIEF.maxother = 100
 
 
 def normalise(name: str) -> str:
-    """Return ``name`` as packages are compared: lower case, with ``_`` for ``-`` and ``.``."""
+    """Normalize a name as for packages: lowercase, with ``_`` for ``-`` and ``.``."""
     return name.strip().lower().replace("-", "_").replace(".", "_")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest known name, or nothing where none is close."""
+    """Return ``" Did you mean 'x'?"`` with the closest known name, or an empty string if none is close."""
     candidates = sorted(set(known))[:_MOST_COMPARED]
     if closest := difflib.get_close_matches(name, candidates, n=1):
         return f" Did you mean {closest[0]!r}?"
@@ -29,35 +29,35 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def quoted(names: Collection[str]) -> str:
-    """Return the names in quotes, separated by commas, or ``none``; of very many, the first."""
+    """Return the names quoted and comma-separated, up to a maximum number, or ``none``."""
     shown = ", ".join(repr(name) for name in islice(names, _MOST_NAMES)) or "none"
     return shown if len(names) <= _MOST_NAMES else f"{shown} and {len(names) - _MOST_NAMES:,} more"
 
 
 def brief(value: object) -> str:
-    """Return the repr of what somebody gave, cut if it is long, and something in its place if it has none."""
+    """Return a shortened repr of any value, or a placeholder if it has none."""
     try:
         return _BRIEF.repr(value)
-    except ValueError:  # of an int with more digits than Python prints
+    except ValueError:  # an int with more digits than Python prints
         return f"a huge {type(value).__name__}"
 
 
 def cut(text: str, most: int) -> str:
-    """Return a text that somebody wrote, without what is beyond so many characters."""
-    return text if len(text) <= most else f"{text[:most]}… and {len(text) - most:,} characters more"
+    """Truncate untrusted text to a number of characters."""
+    return text if len(text) <= most else f"{text[:most]}… and {len(text) - most:,} more characters"
 
 
 def text_of(error: BaseException) -> str:
-    """Return what an exception of others says, or why it cannot be printed."""
+    """Return the text of any exception, or why it cannot be printed."""
     try:
         return str(error)
     except KeyboardInterrupt:
         raise
-    except BaseException as failure:  # noqa: BLE001 - it is a plugin's, and may raise anything
+    except BaseException as failure:  # noqa: BLE001 - a plugin's __str__ may raise anything
         return f"(it cannot be printed: its text raises {cut(type(failure).__name__, _MOST_KIND)})"
 
 
 def explained(error: BaseException) -> str:
-    """Return the type of an exception of others, and what it says, unless that is a book."""
+    """Return the type and the truncated text of any exception."""
     kind, said = cut(type(error).__name__, _MOST_KIND), text_of(error)
     return f"{kind}: {cut(said, _MOST_SAID)}" if said else kind

@@ -1,4 +1,4 @@
-"""The options a class accepts, read from its constructors, and the check of those that are given."""
+"""Find the options that a class accepts from its constructors, and check given options against them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from memlong.settings import default_of, types_of
 
 
 def accepted_options(cls: type, *, besides: Collection[str] = ()) -> tuple[str, ...]:
-    """Return the names of the options that ``cls`` takes, its own first, then those it passes up.
+    """Return the names of the options that ``cls`` accepts, its own first, then those of its base classes.
 
-    A constructor that ends in ``**options`` is taken to pass them to the next one in the MRO.
+    A constructor with ``**options`` is assumed to pass them to the next one in the MRO.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def option_parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def index_parameters(options: Any) -> dict[str, inspect.Parameter]:
-    """Return the fields of a settings dataclass as parameters."""
+    """Return the fields of an options dataclass as parameters."""
     hints = types_of(options)
     return {
         each.name: inspect.Parameter(
@@ -55,37 +55,40 @@ def index_parameters(options: Any) -> dict[str, inspect.Parameter]:
 
 
 def check_options(what: str, cls: type, given: Collection[str], *, besides: Collection[str] = ()) -> None:
-    """Raise if ``cls`` does not take an option that is given, or needs one that is not.
+    """Raise if ``cls`` does not accept a given option, or requires one that is missing.
 
     Parameters
     ----------
     what
-        Whose options they are, for the message, such as ``"backend 'torch'"``.
+        Owner of the options, for the message, such as ``"backend 'torch'"``.
     cls
         The class to construct.
     given
-        The names of the options that are given.
+        Names of the given options.
     besides
         Parameters that are not options because the caller always gives them.
 
     Raises
     ------
     InvalidArgumentError
-        For the first name that does not fit.
+        For the first unknown or missing option.
     """
     accepted = accepted_options(cls, besides=besides)
     for name in given:
         if name not in accepted:
             raise InvalidArgumentError(
-                f"{what} has no option {brief(name)}.{did_you_mean(name, accepted)} It accepts: {quoted(accepted)}"
+                f"There is no option {brief(name)} of {what}.{did_you_mean(name, accepted)} It accepts: "
+                f"{quoted(accepted)}."
             )
     for name in _needed(cls):
         if name not in given and name not in besides:
-            raise InvalidArgumentError(f"{what} needs the option {name!r}. It accepts: {quoted(accepted)}")
+            raise InvalidArgumentError(
+                f"The option {name!r} of {what} is missing. It accepts: {quoted(accepted)}."
+            )
 
 
 def _needed(cls: type) -> list[str]:
-    # Of the outermost constructor alone: it may itself give what those it calls need.
+    # Of the outermost constructor only: it may pass what the others require.
     return [p.name for c in _constructors(cls)[:1] for p in _by_name(c) if p.default is p.empty]
 
 
@@ -94,6 +97,6 @@ def _constructors(cls: type) -> list[Callable[..., None]]:
 
 
 def _by_name(constructor: Callable[..., None]) -> list[inspect.Parameter]:
-    """Return the parameters that can be given by name, ``self`` left out."""
+    """Return the parameters that can be passed by name, except ``self``."""
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
     return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

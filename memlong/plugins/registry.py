@@ -1,4 +1,4 @@
-"""Registry: from a name to what plugins registered by it."""
+"""Registry: look up what plugins registered, by name."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
 
 
 class Registry:
-    """Looks names up among what a manager's plugins registered.
+    """Looks up names that the plugins of a manager registered.
 
     Parameters
     ----------
     manager
-        Whose plugins; a new `PluginManager` if left out. What is registered with it later counts too.
+        The plugin manager; a new one by default. Plugins that are registered with it later count as well.
     """
 
     def __init__(self, manager: PluginManager | None = None) -> None:
         self.manager = PluginManager() if manager is None else manager
 
     def list_backends(self) -> tuple[Spec, ...]:
-        """Return all backends, built-ins first, installed or not; a contested name occurs twice."""
+        """Return all backends, built-in ones first, installed or not; a conflicting name occurs twice."""
         return self.manager.specs("backend")
 
     def list_retrievers(self) -> tuple[Spec, ...]:
-        """Return all retrievers, built-ins first, installed or not; a contested name occurs twice."""
+        """Return all retrievers, built-in ones first, installed or not; a conflicting name occurs twice."""
         return self.manager.specs("retriever")
 
     def list_eviction_policies(self) -> tuple[Spec, ...]:
-        """Return all eviction policies, built-ins first; a contested name occurs twice."""
+        """Return all eviction policies, built-in ones first; a conflicting name occurs twice."""
         return self.manager.specs("eviction policy")
 
     def list_uri_schemes(self) -> tuple[Spec, ...]:
-        """Return all schemes of URIs that name a backend; a contested one occurs twice."""
+        """Return all URI schemes of backends; a conflicting one occurs twice."""
         return self.manager.specs("URI scheme")
 
     def backend(self, name: str) -> Spec:
@@ -65,31 +65,32 @@ class Registry:
         return self._one("backend", name)
 
     def retriever(self, name: str) -> Spec:
-        """Return the retriever of this name; raises as `backend` does."""
+        """Return the retriever of this name; raises the same errors as `backend`."""
         return self._one("retriever", name)
 
     def load_backend_class(self, name: str) -> type[MemoryBank]:
-        """Import a backend, named as for `create_bank`, and return the class of its banks.
+        """Import a backend, given as for `create_bank`, and return the class of its banks.
 
         Raises
         ------
         UnknownNameError, PluginError
-            As `backend` does; `PluginError` also if the class is not there, or neither an `Index` nor a `MemoryBank`.
+            As in `backend`; `PluginError` also if the class does not exist, or is neither an `Index` nor a
+            `MemoryBank`.
         MissingDependencyError
-            If a library it needs is not installed or does not import.
+            If a required library is not installed, or fails to import.
         """
         spec = self.backend(self.resolve(name)[0])
-        # Listing backends must stay quick, and the bank brings torch.
+        # Imported here, as listing backends must be fast and the bank imports torch.
         from memlong.bank.base import MemoryBank, bank_of
         from memlong.bank.index.index import Index
 
         found = bank_of(load_class(spec, Index, MemoryBank))
         if not hasattr(found, "index_class"):
-            raise fault(spec, f"its target {spec.target!r} leaves abstract: index_class")
+            raise fault(spec, f"its target {spec.target!r} does not implement index_class")
         return found
 
     def load_retriever_class(self, name: str, base: type | None = None) -> type:
-        """Import and return the class of a retriever, which must derive from ``base`` if it is given.
+        """Import and return the class of a retriever, which must derive from ``base``, if given.
 
         Raises
         ------
@@ -99,21 +100,21 @@ class Registry:
         return load_class(self.retriever(name), *([] if base is None else [base]))
 
     def resolve(self, name: str, **options: object) -> tuple[str, dict[str, object]]:
-        """Return the name of the backend that a name or URI stands for, and all options.
+        """Return the backend's name and all options for a name or URI.
 
         Parameters
         ----------
         name
-            A backend's name, or a URI whose scheme a plugin registered, such as ``"milvus://localhost:19530"``.
+            A backend's name, or a URI with a registered scheme, such as ``"milvus://localhost:19530"``.
         **options
             Further options.
 
         Raises
         ------
         UnknownNameError, PluginError, MissingDependencyError
-            If no plugin registered the scheme, two did, or its function cannot be loaded or does not keep its contract.
+            If no plugin registered the scheme, or two did, or its function fails to load or breaks its contract.
         InvalidArgumentError
-            If the URI is not one that the plugin knows to read, or holds an option that is given, too.
+            If the plugin rejects the URI, or the URI has an option that is also given.
         """
         scheme = scheme_of(name) if isinstance(name, str) else None
         if scheme is None:
@@ -122,7 +123,8 @@ class Registry:
         backend, held = read_uri(spec, name)
         if twice := sorted(held.keys() & options.keys()):
             raise InvalidArgumentError(
-                f"{quoted(twice)} stands in the URI of the backend and is given as an option, too: say it once"
+                f"Options must be given once, got {quoted(twice)} both in the backend's URI and as an option: leave "
+                "one out."
             )
         return backend, {**held, **options}
 
@@ -139,32 +141,32 @@ class Registry:
         spec = self._one("eviction policy", name)
         policy_class = load_class(spec, EvictionPolicy)
         if vars(policy_class).get("name") != name:
-            what = f"the class {spec.target!r} has not the name {name!r}, by which snapshots remember it"
+            what = f"the class {spec.target!r} must have name = {name!r}, which snapshots refer to"
             raise fault(spec, what)
         try:
             return policy_class()  # type: ignore[no-any-return]
         except Exception as error:
-            what = f"the class {spec.target!r} is not made without arguments ({explained(error)})"
+            what = f"the class {spec.target!r} must be constructible without arguments ({explained(error)})"
             raise fault(spec, what) from error
 
     def create_bank(self, name: str, dim: int, **options: object) -> MemoryBank:
-        """Construct an empty bank.
+        """Create an empty bank.
 
         Parameters
         ----------
         name
-            A backend's name, or a URI as `resolve` takes it.
+            A backend's name, or a URI as in `resolve`.
         dim
-            The width of the embeddings.
+            Dimension of the embeddings.
         **options
-            The backend's own options and those of every `MemoryBank`.
+            Options of the backend and of `MemoryBank`.
 
         Raises
         ------
         UnknownNameError, PluginError, MissingDependencyError
             As `load_backend_class` does.
         InvalidArgumentError
-            If the backend has no such option, or not with such a value.
+            If an option is unknown or has an invalid value.
         """
         name, options = self.resolve(name, **options)
         bank_class = self.load_backend_class(name)
@@ -183,21 +185,21 @@ class Registry:
         kv_device: str | None = None,
         **options: object,
     ) -> MemoryBank:
-        """Make a bank of what was saved into a folder.
+        """Load a bank from a snapshot folder.
 
         Parameters
         ----------
         path
             The folder.
         backend
-            The name of the backend; by default, the one that was saved. Another one rebuilds its index.
+            Name of the backend; the saved one by default. Another backend rebuilds its index.
         row, lazy, trust_index, most_bytes, kv_device, **options
-            As `MemoryBank.load` takes them.
+            As in `MemoryBank.load`.
 
         Raises
         ------
         SnapshotError, InvalidArgumentError, DeviceUnavailableError
-            As `MemoryBank.load` does; `InvalidArgumentError` also if no plugin has the backend that was saved.
+            As in `MemoryBank.load`; `InvalidArgumentError` also if the saved backend is not installed.
         UnknownNameError, PluginError, MissingDependencyError
             As `load_backend_class` does.
         """
@@ -225,15 +227,15 @@ class Registry:
         trust_index: bool = False,
         **options: object,
     ) -> MemoryBank:
-        """Make a bank of what a snapshot holds; as `load_bank`."""
+        """Create a bank from the content of a snapshot; see `load_bank`."""
         name = self._backend_that_made(stored) if backend is None else backend
         name, options = self.resolve(name, **options)
         policy = stored.record.eviction
         if "eviction" not in options and policy is not None:
             if policy not in {spec.name for spec in self.list_eviction_policies()}:
                 raise InvalidArgumentError(
-                    f"{str(stored.folder)!r} was saved with the eviction policy {policy!r}, which no plugin here has. "
-                    "Install its plugin, or give it, or another, as eviction"
+                    f"{str(stored.folder)!r} was saved with the eviction policy {policy!r}, which is not installed: "
+                    "install its plugin, or pass a policy as eviction."
                 )
             options["eviction"] = policy
         bank_class = self.load_backend_class(name)
@@ -246,13 +248,13 @@ class Registry:
         return {**options, "eviction": self.eviction_policy(policy)} if isinstance(policy, str) else options
 
     def _backend_that_made(self, stored: StoredBank) -> str:
-        # Never imported by the name that a file gives: it could be anything.
+        # Never import a name from a file: it could be any code.
         for spec in self.list_backends():
             if spec.target == stored.record.made_by:
                 return spec.name
         raise InvalidArgumentError(
-            f"{str(stored.folder)!r} was saved by {stored.record.made_by!r}, which is no backend of a plugin here. "
-            "Install its plugin, or load the snapshot into another backend, such as backend='torch'"
+            f"{str(stored.folder)!r} was saved by {stored.record.made_by!r}, which is not an installed backend: "
+            "install its plugin, or load the snapshot with another backend, such as backend='torch'."
         )
 
     def _one(self, kind: Kind, name: str) -> Spec:
@@ -260,7 +262,7 @@ class Registry:
 
 
 def installed_registry() -> Registry:
-    """Return the registry of all installed plugins, looked up once for a process and what it may load."""
+    """Return the registry of all installed plugins, cached per process and plugin selection."""
     return _installed(os.environ.get(SELECT_VARIABLE), os.environ.get(DISABLE_VARIABLE), tuple(sys.path))
 
 
@@ -270,9 +272,9 @@ def _installed(*_: object) -> Registry:
 
 
 def create_bank(name: str, dim: int, *, registry: Registry | None = None, **options: object) -> MemoryBank:
-    """Construct an empty bank of the backend ``name``, which may be a URI; see `Registry.create_bank`.
+    """Create an empty bank of the backend ``name``, which may be a URI; see `Registry.create_bank`.
 
-    Without a ``registry``, that of the plugins installed when the process first asked is used.
+    The default ``registry`` has the plugins that were installed when the process first used it.
 
     Raises
     ------
@@ -285,7 +287,7 @@ def create_bank(name: str, dim: int, *, registry: Registry | None = None, **opti
 def load_bank(
     path: str | Path, backend: str | None = None, *, registry: Registry | None = None, **options: Any
 ) -> MemoryBank:
-    """Make a bank of what was saved into a folder; see `Registry.load_bank`.
+    """Load a bank from a snapshot folder; see `Registry.load_bank`.
 
     Raises
     ------
@@ -298,5 +300,5 @@ def load_bank(
 
 
 def list_backends(registry: Registry | None = None) -> tuple[Spec, ...]:
-    """Return all backends, installed or not; `Spec.missing` tells which libraries are not there."""
+    """Return all backends, installed or not; `Spec.missing` returns the missing libraries."""
     return (installed_registry() if registry is None else registry).list_backends()

@@ -1,4 +1,4 @@
-"""PluginReport: what became of one plugin, and why."""
+"""PluginReport: the status of a plugin, and the reason for it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ Status = Literal["loaded", "failed", "disabled", "missing"]
 
 @dataclass(frozen=True)
 class PluginReport:
-    """What became of one plugin.
+    """The status of a plugin.
 
     Parameters
     ----------
     name
-        Its entry-point name, or the name a built-in or programmatic plugin goes by.
+        Name of its entry point, or of a plugin that is built in or registered in code.
     origin
-        ``"built-in"``, ``"registered in code"``, the distribution's name and version, or, for a name
-        that matches no plugin, the environment variable that holds it.
+        ``"built-in"``, ``"registered in code"``, or the distribution's name and version; for a name that matches no
+        plugin, the environment variable that contains it.
     module
-        Where it lives.
+        Its module.
     distribution
-        The name of the distribution that brought it; empty for one that is built in or registered in code.
+        Name of its distribution; empty if built in or registered in code.
     status
-        ``"loaded"``; ``"failed"``, and ``reason`` says why; ``"disabled"`` by an environment variable;
-        ``"missing"``: an environment variable names it and nothing installed has that name.
+        ``"loaded"``; ``"failed"``, see ``reason``; ``"disabled"`` by an environment variable; or ``"missing"``: named
+        in an environment variable, but not installed.
     reason
         Why it is not loaded; empty if it is.
     backends, retrievers, eviction_policies, uri_schemes
         The names it registered; empty unless it is loaded.
     conflicts
-        One line for each of those names that another plugin registered too.
+        One line for each name that another plugin also registered.
     error
-        What it raised, where it did.
+        The exception it raised, if any.
     """
 
     name: str
@@ -51,5 +51,5 @@ class PluginReport:
 
     @property
     def label(self) -> str:
-        """The plugin as messages call it: its name and where it comes from."""
+        """The plugin's name and origin, for messages."""
         return f"{self.name!r} ({self.origin})"

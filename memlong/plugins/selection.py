@@ -1,4 +1,4 @@
-"""Selection: which plugins the environment asks for and which it turns off."""
+"""Selection: which plugins the environment enables and disables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Selection:
     selected
         The third-party plugins to load; ``None`` means all.
     disabled
-        The plugins not to load, built-in ones included.
+        The plugins to skip, built-in ones included.
     """
 
     selected: tuple[str, ...] | None = None
@@ -36,17 +36,17 @@ class Selection:
         )
 
     def reason_against(self, candidate: Candidate) -> str:
-        """Return why ``candidate`` is not to be loaded, or nothing if it is."""
+        """Return why ``candidate`` must not be loaded; empty if it may be."""
         if any(candidate.answers_to(name) for name in self.disabled):
-            return f"turned off by {DISABLE_VARIABLE}={','.join(self.disabled)!r}"
+            return f"disabled by {DISABLE_VARIABLE}={','.join(self.disabled)!r}"
         if self.selected is None or not candidate.is_third_party:
             return ""
         if any(candidate.answers_to(name) for name in self.selected):
             return ""
-        return f"not among {SELECT_VARIABLE}={','.join(self.selected)!r}"
+        return f"not in {SELECT_VARIABLE}={','.join(self.selected)!r}"
 
     def named(self) -> tuple[tuple[str, str], ...]:
-        """Return each ``(variable, name)`` the environment holds."""
+        """Return each ``(variable, name)`` in the environment."""
         return (
             *((SELECT_VARIABLE, name) for name in self.selected or ()),
             *((DISABLE_VARIABLE, name) for name in self.disabled),

@@ -1,4 +1,4 @@
-"""Spec: what a plugin registers, a name and where the class or function behind it is found."""
+"""Spec: what a plugin registers, a name and the import path of its class or function."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from memlong.plugins.names import brief
 Kind = Literal["backend", "retriever", "eviction policy", "URI scheme"]
 
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
-_SCHEME = re.compile(r"[a-z][a-z0-9]*(?:[.+-][a-z0-9]+)*")  # RFC 3986, in lower case
+_SCHEME = re.compile(r"[a-z][a-z0-9]*(?:[.+-][a-z0-9]+)*")  # RFC 3986, lowercase only
 _LONGEST_NAME, _LONGEST_TEXT, _MOST_REQUIRED = 100, 1_000, 100
 _A = {"backend": "a", "retriever": "a", "eviction policy": "an", "URI scheme": "a"}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One registered name and what is behind it, which is imported only when it is asked for.
+    """A registered name and the import path of its class or function, which is imported on first use.
 
     Parameters
     ----------
     kind
-        What it is.
+        What is registered.
     name
-        What users ask for: at most 100 lower-case letters and digits, with ``-``, ``_`` or ``.`` between them; in a
-        URI scheme ``+`` instead of ``_``.
+        At most 100 lowercase letters and digits, with ``-``, ``_`` or ``.`` between them; in a URI scheme, ``+``
+        instead of ``_``.
     target
-        ``"module:Class"``, for a URI scheme ``"module:function"``.
+        ``"module:Class"``, or ``"module:function"`` for a URI scheme.
     plugin
-        The name of the plugin that registered it.
+        Name of the plugin that registered it.
     requires
-        The modules that it needs and memlong itself does not bring, as they are imported.
+        Import names of the modules that it needs beyond memlong's dependencies.
     install
         The command that installs them.
     description
@@ -45,7 +45,7 @@ class Spec:
     Raises
     ------
     InvalidArgumentError
-        If an argument cannot be used.
+        If an argument is invalid.
     """
 
     kind: Kind
@@ -61,34 +61,34 @@ class Spec:
         fits = (_SCHEME if is_scheme else _NAME).fullmatch
         if not isinstance(self.name, str) or len(self.name) > _LONGEST_NAME or not fits(self.name):
             raise InvalidArgumentError(
-                f"name={brief(self.name)} cannot name {_A[self.kind]} {self.kind}: expected at most {_LONGEST_NAME} "
-                f"lower-case letters and digits, with '-', {'+' if is_scheme else '_'!r} or '.' between them, such as "
-                "'my-index'"
+                f"The name of {_A[self.kind]} {self.kind} must be at most {_LONGEST_NAME} lowercase letters and "
+                f"digits, with '-', {'+' if is_scheme else '_'!r} or '.' between them, such as 'my-index', got "
+                f"{brief(self.name)}."
             )
         if not _is_target(self.target):
             raise InvalidArgumentError(
-                f"target={brief(self.target)} of {self.kind} {self.name!r} does not say where it is: "
-                f"expected 'module:{'function' if is_scheme else 'Class'}', such as 'my_package.index:MyIndex'"
+                f"target of {self.kind} {self.name!r} must be 'module:{'function' if is_scheme else 'Class'}', such as "
+                f"'my_package.index:MyIndex', got {brief(self.target)}."
             )
-        # A bare string is the likely slip, and it would be taken apart into letters.
+        # A bare string is a likely mistake, and iterates over its letters.
         given = self.requires
         is_many = isinstance(given, Iterable) and not isinstance(given, str)
         modules = tuple(islice(given, _MOST_REQUIRED + 1)) if is_many else ()
         if not is_many or len(modules) > _MOST_REQUIRED or not all(map(_is_module, modules)):
             raise InvalidArgumentError(
-                f"requires={brief(given)} of {self.kind} {self.name!r} does not name modules: "
-                f"expected a tuple of import names, such as ('faiss',), at most {_MOST_REQUIRED}"
+                f"requires of {self.kind} {self.name!r} must be a tuple of at most {_MOST_REQUIRED} import names, such "
+                f"as ('faiss',), got {brief(given)}."
             )
         object.__setattr__(self, "requires", modules)
         for field, value in (("install", self.install), ("description", self.description)):
             if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
                 raise InvalidArgumentError(
-                    f"{field}={brief(value)} of {self.kind} {self.name!r} is not a line of text: expected a string of "
-                    f"at most {_LONGEST_TEXT:,} characters"
+                    f"{field} of {self.kind} {self.name!r} must be text of at most {_LONGEST_TEXT:,} characters, got "
+                    f"{brief(value)}."
                 )
 
     def missing(self) -> tuple[str, ...]:
-        """Return those of ``requires`` that are not installed; imports none of them."""
+        """Return the modules in ``requires`` that are not installed, without importing any."""
         return tuple(module for module in self.requires if not _is_installed(module))
 
 
@@ -108,10 +108,10 @@ def _is_target(target: object) -> bool:
 
 
 def _is_installed(module: str) -> bool:
-    # Only the first part: finding a submodule would import its parent.
+    # Only the top-level package: finding a submodule would import its parent.
     root = module.partition(".")[0]
     try:
         return importlib.util.find_spec(root) is not None
     except ValueError:
-        # Already imported, by something that gave it no __spec__.
+        # Already imported, but without a __spec__.
         return True

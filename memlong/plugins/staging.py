@@ -1,4 +1,4 @@
-"""Staging: what one plugin registers, kept apart until all of its hooks have succeeded."""
+"""Staging: hold what a plugin registers until all its hooks have succeeded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST = 1_000
 
 
 class Staging:
-    """Collects the specs of the plugin whose hooks are running, and of no other."""
+    """Collects the specs of the plugin whose hooks are running."""
 
     def __init__(self) -> None:
         self._plugin: str | None = None
@@ -28,7 +28,7 @@ class Staging:
         Raises
         ------
         PluginError
-            If that was too much, even if the plugin has gone on after it was told so.
+            If it registers too many names, even if the plugin swallows the first error.
         """
         self._plugin, self._specs, self._has_too_many = plugin, {}, False
         try:
@@ -39,7 +39,7 @@ class Staging:
             self._plugin, self._specs = None, {}
 
     def register_for(self, kind: Kind) -> Register:
-        """Return the callback for the hook of a kind; see `Spec` for its arguments."""
+        """Return the callback for the hook of this kind; see `Spec` for its arguments."""
 
         def register(
             name: str,
@@ -56,8 +56,8 @@ class Staging:
     def _owner(self, name: str) -> str:
         if self._plugin is None:
             raise PluginError(
-                f"register({brief(name)}, ...) was called after its hook had returned, so nobody can tell whose "
-                "it is: call it inside the hook that received it"
+                f"register({brief(name)}, ...) must be called inside the hook that received it, not after the hook has "
+                "returned."
             )
         return self._plugin
 
@@ -71,4 +71,4 @@ class Staging:
 
 
 def _too_many() -> PluginError:
-    return PluginError(f"it registers more than {_MOST:,} names, and perhaps without end")
+    return PluginError(f"it must register at most {_MOST:,} names, and tries more")

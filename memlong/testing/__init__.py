@@ -1,4 +1,4 @@
-"""What plugin authors test with: suites that hold the whole contract, tiny models, and a pytest plugin.
+"""Test tools for plugin authors: suites for the whole contract, tiny models, and a pytest plugin.
 
 class TestBank(MemoryBankTests):  # the class: metrics, dtypes, options, eviction, snapshots, growth, threads, recall
     index_class = MyIndex
@@ -6,11 +6,12 @@ class TestBank(MemoryBankTests):  # the class: metrics, dtypes, options, evictio
     recall_floor = 0.9
 
 
-class TestPlugin(BackendPluginTests):  # the plugin: listed, made by name, and a model remembers with it
+class TestPlugin(BackendPluginTests):  # the plugin: listing, creation by name, use by a model
     backend = "mine"
 
-In a conftest.py, ``pytest_plugins = ["memlong.testing.plugin"]`` brings fixtures and markers, and names the clause that
-a failed test is about. What is in ``__all__`` is public: `CONTRACT` rises whenever a backend that passed may fail.
+In a conftest.py, ``pytest_plugins = ["memlong.testing.plugin"]`` adds fixtures and markers, and shows the contract
+clause that a failed test checks. Names in ``__all__`` are public. `CONTRACT` is incremented whenever a backend that
+passed may fail.
 """
 
 import pytest
@@ -37,6 +38,6 @@ from memlong.testing.models import ARCHITECTURES, VOCABULARY, tiny_model  # noqa
 from memlong.testing.suite import MemoryBankTests  # noqa: E402
 
 CONTRACT = 3
-"""Version of the contract that the suites hold."""
+"""Version of the contract that the suites test."""
 
 __all__ = ["ARCHITECTURES", "CONTRACT", "VOCABULARY", "BackendPluginTests", "MemoryBankTests", "tiny_model"]

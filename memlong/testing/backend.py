@@ -1,4 +1,4 @@
-"""The contract of a plugin's backend: it is listed, made by name, and a model remembers with it."""
+"""The contract of a plugin's backend: it is listed, created by name, and usable by a model."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ open(sys.argv[1], "w").write(json.dumps(sorted(sys.modules)))
 
 
 class BackendPluginTests(Suite):
-    """Every clause of the contract of a backend that an installed plugin brings; subclass it and name the backend.
+    """The contract of an installed plugin's backend; subclass it and set ``backend``.
 
     Attributes
     ----------
     backend : str
-        Its name; it must be given.
+        Name of the backend; required.
     options : dict
-        Options for every bank made.
+        Options of every bank.
     plugin : object, optional
-        The plugin, a module or object with hooks, if it is not one of an installed distribution.
+        The plugin, a module or object with hooks, if it is not installed.
     """
 
     backend: str
@@ -50,7 +50,7 @@ class BackendPluginTests(Suite):
 
     @property
     def registry(self) -> Registry:
-        """All installed plugins, and the one under test."""
+        """Registry of all installed plugins and the one under test."""
         manager = PluginManager(environ={})
         if self.plugin is not None:
             manager.register(self.plugin, name="under-test")
@@ -62,41 +62,41 @@ class BackendPluginTests(Suite):
         return self.registry.backend(self.backend)
 
     def test_the_backend_is_listed_once(self) -> None:
-        """One plugin alone registers the name, with a line that says what it is."""
+        """Exactly one plugin registers the name, with a description."""
         found = [spec for spec in self.registry.list_backends() if spec.name == self.backend]
         assert len(found) == 1, f"installed plugins that register {self.backend!r}: {len(found)}"
         assert found[0].description
 
     def test_what_it_needs_is_installed(self) -> None:
-        """`requires` names modules that are there, as they are imported, and `install` says how to get them."""
+        """`requires` lists import names of installed modules, and `install` how to install them."""
         assert self.spec.missing() == ()
         assert not self.spec.requires or self.spec.install
 
     def test_listing_imports_no_library(self, tmp_path: Path) -> None:
-        """A listing imports neither the module of the class nor what it requires."""
+        """Listing backends imports neither the module of the class nor its required modules."""
         if self.plugin is not None:
             pytest.skip("the plugin is registered in code, so its module may be imported")
         where = os.pathsep.join(path for path in sys.path if path)
-        told = tmp_path / "told.json"  # and not its output, into which plugins may print
+        report = tmp_path / "modules.json"  # not stdout, where plugins may print
         subprocess.run(  # noqa: S603 - this very interpreter
-            [sys.executable, "-c", _LIST, str(told)], check=True, env={**os.environ, "PYTHONPATH": where}
+            [sys.executable, "-c", _LIST, str(report)], check=True, env={**os.environ, "PYTHONPATH": where}
         )
         unwanted = {self.spec.target.partition(":")[0], *self.spec.requires}
-        assert not unwanted & set(json.loads(told.read_text()))
+        assert not unwanted & set(json.loads(report.read_text()))
 
     def test_a_bank_is_made_by_name(self) -> None:
-        """`create_bank` makes an empty bank of the width and with the options asked for."""
+        """`create_bank` creates an empty bank with the given dimension and options."""
         bank = self.registry.create_bank(self.backend, DIM, **self.options, max_chunks=7)
         random_chunks(9).into(bank)
         assert (bank.dim, len(bank)) == (DIM, 7)
 
     def test_an_unknown_option_is_named(self) -> None:
-        """An option that the class does not take is an error that lists those it does."""
+        """An unknown option is an error that lists the accepted ones."""
         with pytest.raises(InvalidArgumentError, match=r"no option 'colour'.*max_chunks"):
             self.registry.create_bank(self.backend, DIM, colour="blue")
 
-    def test_a_saved_bank_is_had_again_by_its_backend(self, tmp_path: Path) -> None:
-        """`load_bank` finds the class of the backend that saved it, and any other backend takes it as well."""
+    def test_a_saved_bank_loads_with_its_backend(self, tmp_path: Path) -> None:
+        """`load_bank` finds the backend that saved a bank, and any other backend can load it as well."""
         bank = self.registry.create_bank(self.backend, DIM, **self.options)
         chunks = random_chunks(20)
         chunks.into(bank)
@@ -107,14 +107,14 @@ class BackendPluginTests(Suite):
         assert len(self.registry.load_bank(tmp_path, "torch")) == 20
 
     def test_a_model_reads_with_it_as_with_the_exact_bank(self) -> None:
-        """Where all that is remembered is retrieved, a model's logits are those that the torch backend gives."""
+        """If every chunk is retrieved, a model's logits match those with the torch backend."""
         text = _text(160)
         with self._decoder(self.backend, self.options) as ours, self._decoder("torch", {}) as exact:
             torch.testing.assert_close(ours.read(text), exact.read(text), rtol=1e-5, atol=1e-5)
             assert len(ours.banks[0]) == len(exact.banks[0]) > 20
 
-    def test_a_model_goes_on_from_what_was_saved(self, tmp_path: Path) -> None:
-        """A decoder that was saved and loaded gives the same next logits."""
+    def test_a_model_continues_from_a_snapshot(self, tmp_path: Path) -> None:
+        """A decoder that is saved and loaded gives the same next logits."""
         from memlong.decoder import MemoryDecoder
 
         with self._decoder(self.backend, self.options) as before:

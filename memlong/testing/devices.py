@@ -1,4 +1,4 @@
-"""The contract of devices: a bank computes where it was told to."""
+"""The contract of devices: a bank computes on the device it was given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class DeviceTests(BankSuite):
 
     @pytest.mark.gpu
     def test_a_gpu_finds_what_the_cpu_does(self) -> None:
-        """Where the backend names "cuda" among its devices, a bank there reaches the recall floor, and scores alike."""
+        """If the backend supports "cuda", a bank on a GPU reaches the recall floor, with the same scores."""
         if "cuda" not in self.bank_class.index_class.devices:
             pytest.skip(
                 f"{self.bank_class.__name__} computes on: {', '.join(self.bank_class.index_class.devices)}"

@@ -1,4 +1,4 @@
-"""The contract of failures: index and store both change, or neither does."""
+"""The contract of failures: index and store change together, or not at all."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class FailingStore(InMemoryStore):
 
 
 class FaultTests(BankSuite):
-    """What is left when something raises."""
+    """The state of a bank after an error."""
 
     def test_a_store_that_fails_to_put_leaves_the_bank_as_it_was(self) -> None:
-        """Nothing has been added, and no id is lost."""
+        """Nothing is added, and no id is used up."""
         store = FailingStore()
         bank, _ = self.filled(10, store=store)
         before = state_of(bank)
@@ -56,7 +56,7 @@ class FaultTests(BankSuite):
         assert random_chunks(2, seed=1).into(bank).tolist() == [10, 11]
 
     def test_a_store_that_fails_to_remove_leaves_the_bank_as_it_was(self) -> None:
-        """Nothing has been removed."""
+        """Nothing is removed."""
         store = FailingStore()
         bank, _ = self.filled(10, store=store)
         before = state_of(bank)
@@ -71,7 +71,7 @@ class FaultTests(BankSuite):
     def test_an_index_that_fails_to_add_leaves_the_bank_as_it_was(
         self, when: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Whether or not the index has taken the chunks before it raised."""
+        """Whether or not the index added the chunks before it raised."""
         bank, chunks = self.filled(300)
         before = state_of(bank)
         add = bank.index.add
@@ -94,7 +94,7 @@ class FaultTests(BankSuite):
     def test_an_index_that_fails_to_remove_leaves_the_bank_as_it_was(
         self, when: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Nothing has been removed; an add that would have evicted has not added either."""
+        """Nothing is removed; an `add` that would have evicted adds nothing either."""
         bank, _ = self.filled(10, max_chunks=10)
         before = state_of(bank)
         remove = bank.index.remove

@@ -1,4 +1,4 @@
-"""How much a bank's index holds, as far as Python and what it saves tell."""
+"""Measure the memory of a bank's index, as far as Python objects and saved files show it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from memlong.bank import MemoryBank
 
-_SHARED = (type, ModuleType, BuiltinFunctionType)  # of the process, not of a bank
+_SHARED = (type, ModuleType, BuiltinFunctionType)  # shared by the process, not owned by a bank
 
 
 def index_bytes(bank: MemoryBank) -> int:
-    """Return the bytes of all objects that a bank leads to but for its table and store, and of the index it would save.
+    """Return the bytes of all objects reachable from a bank's index, except its rows, plus those of its saved file.
 
-    What a library holds outside of Python is not seen, unless it is saved.
+    Memory that a library holds outside of Python is only seen if it is saved.
     """
     saved = bank.index.dump()
     held = reachable_bytes(bank.index, besides=(bank.index.rows,))
@@ -26,7 +26,7 @@ def index_bytes(bank: MemoryBank) -> int:
 
 
 def reachable_bytes(root: object, besides: Iterable[object] = ()) -> int:
-    """Return the bytes of an object and of all that it leads to, arrays and tensors whole, each once."""
+    """Return the bytes of an object and everything reachable from it, each array and tensor counted in full, once."""
     total, seen, ahead = 0, {id(each) for each in besides}, [root]
     storages: set[object] = set()
     while ahead:
@@ -36,12 +36,12 @@ def reachable_bytes(root: object, besides: Iterable[object] = ()) -> int:
         if id(each) in seen or isinstance(each, _SHARED):
             continue
         seen.add(id(each))
-        if isinstance(each, torch.Tensor):  # whose views share one storage
+        if isinstance(each, torch.Tensor):  # views share one storage
             place = ("storage", each.untyped_storage().data_ptr())
             total += 0 if place in storages else each.untyped_storage().nbytes()
             storages.add(place)
         else:
-            total += sys.getsizeof(each, 0)  # of an array that owns its numbers, with these
+            total += sys.getsizeof(each, 0)  # of an array that owns its data, including the data
         ahead += gc.get_referents(each)
         if isinstance(each, np.ndarray | memoryview):
             ahead.append(each.base if isinstance(each, np.ndarray) else each.obj)

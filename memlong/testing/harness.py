@@ -1,4 +1,4 @@
-"""What the suite's tests share: making banks and chunks, and taking a bank's state."""
+"""Shared by the suites: create banks and chunks, and record a bank's state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS = ("cosine", "inner_product", "l2")
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """Arguments of one add: n random embeddings, distinct K-V blocks and consecutive spans."""
+    """Arguments of one `add`: n random embeddings, distinct K-V blocks and consecutive spans."""
 
     embeddings: torch.Tensor
     keys: torch.Tensor
@@ -57,27 +57,27 @@ class BankSuite(Suite):
         return self.bank_class(DIM, **{**self.options, **options})
 
     def index_bytes(self, bank: MemoryBank) -> int:
-        """Return how much the index of a bank holds; by default what Python sees of it, and what would be saved."""
+        """Return the size of a bank's index; by default of its Python objects and its saved file."""
         return index_bytes(bank)
 
     def filled(self, count: int, **options: Any) -> tuple[MemoryBank, Chunks]:
-        """Return a bank of `count` chunks, and these."""
+        """Return a bank with `count` chunks, and the chunks."""
         bank, chunks = self.make(**options), random_chunks(count)
         chunks.into(bank)
         return bank, chunks
 
 
 def whatever_the_options(clause: _Clause) -> _Clause:
-    """Mark a clause that a class of banks keeps or breaks whatever its options are; see `another_configuration`."""
+    """Mark a clause whose outcome does not depend on a bank's options; see `another_configuration`."""
     clause.holds_whatever_the_options = True  # type: ignore[attr-defined]
     return clause
 
 
 def another_configuration(suite: _Class) -> _Class:
-    """Leave out of a suite what does not depend on a bank's options, for a class that a whole suite tests already.
+    """Skip clauses that do not depend on a bank's options, for a class that another full suite already tests.
 
-    `MemoryBank` checks arguments, copies what it is given and counts uses before and after it calls an index, so
-    those clauses say nothing new about other options of the same class.
+    `MemoryBank` checks arguments, copies inputs and counts uses before and after it calls an index, so those clauses
+    show nothing new for other options of the same class.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def another_configuration(suite: _Class) -> _Class:
     """
     for name in dir(suite):
         if getattr(getattr(suite, name), "holds_whatever_the_options", False):
-            setattr(suite, name, None)  # which is no test
+            setattr(suite, name, None)  # not collected as a test
     return suite
 
 
@@ -98,7 +98,7 @@ def random_vectors(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def random_chunks(count: int, seed: int = 0, dtype: torch.dtype = torch.float32, first: int = 0) -> Chunks:
-    """Return `count` chunks; all numbers in the i-th K-V block equal first + i, the values' negated."""
+    """Return `count` chunks; all keys in the i-th block equal first + i, all values its negative."""
     numbers = torch.arange(first, first + count).to(dtype)
     keys = numbers.view(-1, 1, 1, 1, 1).repeat(1, *BLOCK)
     starts = torch.arange(first, first + count) * 3
@@ -106,7 +106,7 @@ def random_chunks(count: int, seed: int = 0, dtype: torch.dtype = torch.float32,
 
 
 def state_of(bank: MemoryBank) -> list[np.ndarray[Any, Any]]:
-    """Return all that a bank lets one see, short of the blocks themselves."""
+    """Return the observable state of a bank, except K-V."""
     held, usage = bank.embeddings, bank.usage
     found = bank.search(random_vectors(3, seed=99), 5)
     return [
@@ -121,17 +121,17 @@ def state_of(bank: MemoryBank) -> list[np.ndarray[Any, Any]]:
     ]
 
 
-def assert_found(share: float, floor: float, what: str = "the index names") -> None:
-    """Fail if less than the floor was found, and say what to look at."""
+def assert_found(share: float, floor: float, what: str = "the index returns") -> None:
+    """Fail if less than the floor was found, with hints on what to check."""
     assert share >= floor, (
-        f"{what} {share:.3f} of what is best, and recall_floor is {floor:g}. Look at the metric (does the library rank "
-        "by rows.similarity, and nearest first?), at the effort of a search (ef, nprobe, candidates), at how the "
-        "index is built or trained (links, effort, enough vectors of the right kind), and at what it returns (ids of "
-        "chunks, not the library's rows; no place for what has left)"
+        f"{what} {share:.3f} of the true best, and recall_floor is {floor:g}. Check the metric (does the library rank "
+        "by rows.similarity, best first?), the search effort (ef, nprobe, candidates), how the index is built or "
+        "trained (links, effort, enough representative vectors), and what it returns (ids of chunks, not the library's "
+        "row numbers; no removed chunks in place of present ones)"
     )
 
 
 def assert_same_state(before: list[np.ndarray[Any, Any]], bank: MemoryBank) -> None:
-    """Fail unless the bank looks as it did when `before` was taken."""
+    """Fail unless the bank's state equals `before`."""
     for one, other in zip(before, state_of(bank), strict=True):
         np.testing.assert_array_equal(one, other)

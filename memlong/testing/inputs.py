@@ -1,4 +1,4 @@
-"""The contract of arguments: what is accepted, what is refused, and that it stays the caller's."""
+"""The contract of arguments: which are accepted, which are rejected, and that none is modified."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def _plain(value: Any) -> torch.Tensor:
 
 
 class InputTests(BankSuite):
-    """What callers may pass."""
+    """Arguments that callers may pass."""
 
     @whatever_the_options
     @pytest.mark.parametrize("form", FORMS)
-    def test_any_float_array_is_taken_and_left_alone(self, form: str) -> None:
-        """Dtype, strides and kind of array do not matter, and nothing that is passed in is changed."""
+    def test_any_float_array_is_accepted_unmodified(self, form: str) -> None:
+        """Any float dtype, strides and kind of array works, and no argument is modified."""
         chunks, bank, plain_bank = random_chunks(20), self.make(), self.make()
         vectors, keys, values = (
             FORMS[form](each) for each in (chunks.embeddings, chunks.keys, chunks.values)
@@ -77,7 +77,7 @@ class InputTests(BankSuite):
     @whatever_the_options
     @pytest.mark.parametrize("spans", [torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
     def test_spans_may_be_any_integers(self, spans: Callable[[torch.Tensor], Any]) -> None:
-        """Tensors, arrays and pairs are all taken."""
+        """Tensors, arrays and pairs are all accepted."""
         bank, chunks = self.make(), random_chunks(3)
         bank.add(chunks.embeddings, chunks.keys, chunks.values, spans(chunks.spans))
         got = bank.retrieve(chunks.embeddings, 1)
@@ -101,8 +101,8 @@ class InputTests(BankSuite):
     @whatever_the_options
     @pytest.mark.parametrize("value", NOT_FINITE)
     @pytest.mark.parametrize("name", ["embeddings", "keys", "values"])
-    def test_what_is_not_finite_is_refused(self, name: str, value: float) -> None:
-        """A NaN or infinity in an add is an error that names the argument; the bank is as before."""
+    def test_non_finite_values_are_rejected(self, name: str, value: float) -> None:
+        """NaN or infinity in `add` is an error that names the argument; the bank is unchanged."""
         bad = random_chunks(3, seed=1)
         getattr(bad, name).view(3, -1)[1, 2] = value
         self._refused(bad.__dict__, rf"{name}.*finite")
@@ -143,13 +143,13 @@ class InputTests(BankSuite):
         ],
     )
     def test_wrong_arguments_of_add_are_named(self, name: str, value: Any, message: str) -> None:
-        """The error names the argument, what it must be and its value; the bank is as before."""
+        """The error names the argument, what it must be and its value; the bank is unchanged."""
         self._refused({**random_chunks(3, seed=1).__dict__, name: value}, message)
 
     @whatever_the_options
     @pytest.mark.parametrize("other", [torch.zeros(1, 1, *BLOCK[1:]), torch.zeros(1, *BLOCK).half()])
-    def test_chunks_of_another_kind_are_refused(self, other: torch.Tensor) -> None:
-        """Shape and dtype of a chunk are settled by the first add."""
+    def test_chunks_of_another_shape_or_dtype_are_rejected(self, other: torch.Tensor) -> None:
+        """The first `add` fixes the shape and dtype of chunks."""
         chunks = random_chunks(1, seed=1)
         self._refused({**chunks.__dict__, "keys": other, "values": other}, "of the bank's first add")
 
@@ -173,7 +173,7 @@ class InputTests(BankSuite):
     def test_wrong_arguments_of_a_search_are_named(
         self, method: str, queries: Any, k: Any, message: str
     ) -> None:
-        """The error names the argument, what it must be and its value; the bank is as before."""
+        """The error names the argument, what it must be and its value; the bank is unchanged."""
         bank, _ = self.filled(5)
         before = state_of(bank)
         with pytest.raises(InvalidArgumentError, match=message):
@@ -182,8 +182,8 @@ class InputTests(BankSuite):
 
     @whatever_the_options
     @pytest.mark.parametrize("metric", ["inner_product", "l2"])
-    def test_vectors_too_long_for_float32_are_refused(self, metric: str) -> None:
-        """What would overflow float32 when multiplied is an error."""
+    def test_vectors_too_long_for_float32_are_rejected(self, metric: str) -> None:
+        """Vectors whose products would overflow float32 are an error."""
         bank, chunks = self.make(metric=metric), random_chunks(1)
         with pytest.raises(InvalidArgumentError, match="whose products fit into float32"):
             bank.add(chunks.embeddings * 1e20, chunks.keys, chunks.values, chunks.spans)
@@ -192,7 +192,7 @@ class InputTests(BankSuite):
     @whatever_the_options
     @pytest.mark.parametrize("scale", [1e-40, 1e-300, 1e30, 1e300])
     def test_length_does_not_matter_under_cosine(self, scale: float) -> None:
-        """Only the direction counts, however long or short a vector is."""
+        """Under cosine, only the direction of a vector counts."""
         bank, chunks = self.make(metric="cosine"), random_chunks(4)
         bank.add(chunks.embeddings.double() * scale, chunks.keys, chunks.values, chunks.spans)
         found = bank.search(chunks.embeddings, 1)
@@ -200,19 +200,19 @@ class InputTests(BankSuite):
         assert found.scores[:, 0].tolist() == pytest.approx([1.0] * 4)
 
     @pytest.mark.parametrize("dim", [0, -3, 2.0, "8", 2**31, 2**70])
-    def test_the_width_must_be_a_positive_int(self, dim: Any) -> None:
-        """A wrong `dim`, or one that no snapshot may have (2**20), is an error, whatever the library says of it."""
+    def test_dim_must_be_a_positive_int(self, dim: Any) -> None:
+        """A `dim` that is not a positive int, or above the limit of snapshots (2**20), is an error."""
         with pytest.raises(InvalidArgumentError, match=r"dim must be an int (>= 1|from 1 to 1048576)"):
             self.bank_class(dim, **self.options)
 
     @whatever_the_options
-    def test_unknown_metrics_are_refused(self) -> None:
-        """The error lists those there are."""
+    def test_unknown_metrics_are_rejected(self) -> None:
+        """The error lists the available metrics."""
         with pytest.raises(InvalidArgumentError, match="cosine, inner_product, l2, got 'hamming'"):
             self.make(metric="hamming")
 
-    def test_devices_that_cannot_be_used_are_refused(self) -> None:
-        """A bank never falls back to another device than asked for."""
+    def test_unusable_devices_are_rejected(self) -> None:
+        """A bank never falls back to another device."""
         with pytest.raises(DeviceUnavailableError, match="xpu"):
             self.make(device="xpu")
         with pytest.raises(InvalidArgumentError, match="warp drive"):

@@ -20,7 +20,7 @@ from memlong.testing.harness import (
 
 
 class LifecycleTests(BankSuite):
-    """How chunks come and go."""
+    """Adding, removing and resetting chunks."""
 
     def test_ids_ascend_from_zero(self) -> None:
         """Ids are int64 and count up over all adds."""
@@ -33,7 +33,7 @@ class LifecycleTests(BankSuite):
         assert len(bank) == 5
 
     def test_ids_are_never_reused(self) -> None:
-        """Not after a removal, an eviction or a reset."""
+        """Ids are not reused after a removal, an eviction or a reset."""
         bank, _ = self.filled(6)
         bank.remove([5])
         bank.evict(1)
@@ -42,7 +42,7 @@ class LifecycleTests(BankSuite):
         assert random_chunks(1, seed=2).into(bank).tolist() == [7]
 
     def test_adding_nothing_is_fine(self) -> None:
-        """Zero chunks give zero ids and leave the bank as it was, whatever their shape."""
+        """Zero chunks give zero ids and leave the bank unchanged, whatever their shape."""
         bank, _ = self.filled(3)
         before = state_of(bank)
         empty = torch.empty(0, 1, 1, 1, 1)
@@ -52,7 +52,7 @@ class LifecycleTests(BankSuite):
         assert_same_state(before, bank)
 
     def test_growth_loses_nothing(self) -> None:
-        """A bank grows past any capacity it starts with, and every chunk can still be found with its K-V."""
+        """A bank grows beyond its initial capacity, and every chunk is still found with its K-V."""
         bank = self.make()
         sizes = (10, 700, 800)
         added = torch.cat([_grow(bank, size) for size in sizes])
@@ -63,7 +63,7 @@ class LifecycleTests(BankSuite):
         assert (got.keys == got.ids.view(-1, 1, 1, 1, 1, 1)).all()
 
     def test_removed_chunks_are_never_found(self) -> None:
-        """Not even when all that is left is asked for; the others stay."""
+        """Removed chunks are not found even if k exceeds the remaining ones, which stay."""
         bank, chunks = self.filled(30)
         gone = [0, 3, 4, 17, 29]
         bank.remove(torch.tensor(gone))
@@ -74,7 +74,7 @@ class LifecycleTests(BankSuite):
         assert (found.ids[:, 25:] == -1).all()
 
     def test_unknown_ids_are_named_and_nothing_is_removed(self) -> None:
-        """One unknown id among good ones spoils the whole call."""
+        """A single unknown id makes the whole call fail."""
         bank, _ = self.filled(5)
         bank.remove([1])
         before = state_of(bank)
@@ -83,7 +83,7 @@ class LifecycleTests(BankSuite):
         assert_same_state(before, bank)
 
     def test_emptied_bank_can_be_filled_again(self) -> None:
-        """A bank whose chunks have all been removed works like a new one, but for its ids."""
+        """A bank whose chunks were all removed works like a new one, except for its ids."""
         bank, _ = self.filled(12)
         bank.remove(bank.ids)
         assert len(bank) == 0
@@ -93,7 +93,7 @@ class LifecycleTests(BankSuite):
         assert bank.search(chunks.embeddings, 1).ids[:, 0].tolist() == [12, 13, 14, 15]
 
     def test_many_rounds_of_adding_and_removing(self) -> None:
-        """Long use leaves all living chunks to be found, and none of the dead."""
+        """After long use, all present chunks are found, and no removed ones."""
         bank = self.make(max_chunks=60)
         for turn in range(20):
             chunks = random_chunks(15, seed=turn, first=15 * turn)
@@ -106,7 +106,7 @@ class LifecycleTests(BankSuite):
         assert (got.keys == got.ids.view(-1, 1, 1, 1, 1, 1)).all()
 
     def test_reset_forgets_everything_but_the_ids(self) -> None:
-        """A reset bank is empty and takes chunks of another kind."""
+        """A reset bank is empty and accepts chunks of another shape and dtype."""
         bank, _ = self.filled(9)
         bank.reset()
         assert (len(bank), bank.nbytes, bank.ids.tolist()) == (0, 0, [])
@@ -116,15 +116,15 @@ class LifecycleTests(BankSuite):
         assert bank.retrieve(random_vectors(1), 1).keys.shape == (1, 1, 1, 1, 5, 2)
 
     def test_bytes_are_counted(self) -> None:
-        """`nbytes` is the bytes of embeddings, keys and values held."""
+        """`nbytes` counts embeddings, keys and values."""
         bank, chunks = self.filled(7)
         one = 4 * DIM + 2 * chunks.keys[0].nbytes
         assert bank.nbytes == 7 * one
         bank.remove([2, 3])
         assert bank.nbytes == 5 * one
 
-    def test_modes_of_torch_leave_no_mark(self) -> None:
-        """What is added in inference mode and under autocast can be used outside, and the other way about."""
+    def test_torch_modes_do_not_leak(self) -> None:
+        """Chunks added in inference mode and under autocast can be used outside, and vice versa."""
         bank = self.make()
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             random_chunks(4).into(bank)

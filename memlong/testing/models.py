@@ -1,4 +1,4 @@
-"""Tiny random models of several architectures: small enough for a test, sharp enough that memory matters."""
+"""Tiny random models of several architectures, small enough for tests, with attention peaked enough for memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VOCABULARY = 97
-"""Tokens that a tiny model knows: 0 pads, 1 begins and 2 ends."""
+"""Vocabulary size of a tiny model: 0 is padding, 1 begins and 2 ends a text."""
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -44,32 +44,32 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi": ("PhiConfig", _SIZES),
 }
 ARCHITECTURES = tuple(_CONFIGS)
-"""Names that `tiny_model` takes."""
+"""Architectures of `tiny_model`."""
 
 
 def tiny_model(architecture: str = "Llama", attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
-    """Make a random float32 model of four layers, for the CPU, that knows `VOCABULARY` tokens and 512 positions.
+    """Build a random float32 model on the CPU, with four layers, `VOCABULARY` tokens and 512 positions.
 
     Parameters
     ----------
     architecture : str
         One of `ARCHITECTURES`.
     attention : {"sdpa", "eager"}
-        The attention implementation.
+        Attention implementation.
     seed : int
-        Of the weights. Torch's global generator is left as it was.
+        Random seed of the weights. Torch's global random state is unchanged.
 
     Raises
     ------
     UnknownNameError
-        If there is no such architecture.
+        If the architecture is unknown.
     """
     import torch
     import transformers
 
     if architecture not in _CONFIGS:
         raise UnknownNameError(
-            f"there is no tiny model of {architecture!r}; there are: {', '.join(ARCHITECTURES)}"
+            f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}."
         )
     kind, options = _CONFIGS[architecture]
     with torch.random.fork_rng(devices=[]):
@@ -79,5 +79,5 @@ def tiny_model(architecture: str = "Llama", attention: str = "sdpa", seed: int =
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
-                    parameter.normal_(std=0.15)  # attention of a usual start is nearly flat
+                    parameter.normal_(std=0.15)  # with the usual initialization, attention is nearly uniform
     return model.float().eval()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The contract of a backend's own options: each is saved, comes back, and refuses what is absurd."""
+"""The contract of a backend's own options: each is saved and loaded, and rejects invalid values."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _NUMBERS = (-(10**9), 10**9, 2**31, 2**63)
 
 
 class OptionTests(BankSuite):
-    """What becomes of the options that only this class has; the suite reads them from its signature."""
+    """The options that only this class has, read from its signature."""
 
     not_saved: ClassVar[Collection[str]] = ()
 
     def test_the_options_are_saved(self) -> None:
-        """A snapshot names all but those in `not_saved`, and `saved_options` those that a file may choose."""
+        """Snapshots save all options except those in `not_saved`, and `saved_options` lists what a file may set."""
         own, options = own_options(self.bank_class), self.make().options_to_save()
         forgotten = sorted(own.keys() - options.keys() - set(self.not_saved))
         assert not forgotten, (
-            f"options_to_save does not return {forgotten}, so a loaded bank has their defaults. Return them, or "
-            "name in `not_saved` what a file must not hold: addresses, credentials, places"
+            f"options_to_save does not return {forgotten}, so a loaded bank has their defaults. Return them, or list "
+            "in `not_saved` what a file must not contain: addresses, credentials, paths"
         )
         assert not options.keys() & set(self.not_saved)
         given = {name: value for name, value in self.options.items() if name in own}
@@ -41,7 +41,7 @@ class OptionTests(BankSuite):
         assert not refused_option(self.bank_class, options, self.bank_class.saved_options)
 
     def test_other_options_come_back(self, tmp_path: Path) -> None:
-        """A number or a switch that is not the default is what a bank has again when it is loaded."""
+        """Options with non-default values survive saving and loading."""
         bounds = self.bank_class.saved_options
         for name, parameter in own_options(self.bank_class).items():
             usual, most = self.options.get(name, parameter.default), bounds.get(name, 0)
@@ -57,10 +57,10 @@ class OptionTests(BankSuite):
                 assert loaded.options_to_save() == bank.options_to_save()
                 break
 
-    def test_absurd_options_are_refused(self) -> None:
-        """A value of the wrong type, not a number, negative or far too large is a MemlongError, at once.
+    def test_invalid_options_are_rejected(self) -> None:
+        """A value of the wrong type, NaN, negative or far too large is a MemlongError, at once.
 
-        A number that does no harm however large it is, such as a seed, has the bound None in `saved_options`.
+        A number that is harmless at any size, such as a seed, has the bound None in `saved_options`.
         """
         wrong = [
             f"{name}={value!r} {outcome}"
@@ -68,7 +68,7 @@ class OptionTests(BankSuite):
             for value in absurd_values(parameter, self.bank_class.saved_options.get(name, 0) is not None)
             if (outcome := self._outcome(name, value))
         ]
-        assert not wrong, "; ".join(wrong) + " (expected an InvalidArgumentError, as whole_number raises it)"
+        assert not wrong, "; ".join(wrong) + " (expected an InvalidArgumentError, as whole_number() raises)"
 
     def _made(self, name: str, value: object) -> MemoryBank | None:
         try:
@@ -77,28 +77,28 @@ class OptionTests(BankSuite):
             return None
 
     def _outcome(self, name: str, value: object) -> str:
-        """Say what is wrong with how a value is met; nothing if it is refused."""
+        """Return how the class fails to reject a value; empty if it rejects it."""
         started = time.perf_counter()
         try:
             with _little_memory():
                 self.make(**{name: value})
         except MemlongError:
             seconds = time.perf_counter() - started
-            return f"is refused after {seconds:.1f} s" if seconds > _SECONDS else ""
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is not what was to come
+            return f"is rejected only after {seconds:.1f} s" if seconds > _SECONDS else ""
+        except Exception as error:  # noqa: BLE001 - any other error is a failure
             return f"raises {type(error).__name__}: {error}"
-        return "is taken"
+        return "is accepted"
 
 
 def own_options(bank_class: type[MemoryBank]) -> Mapping[str, Parameter]:
-    """Return the options of a class that not every bank has."""
+    """Return the options of a class beyond those of every bank."""
     common = option_parameters(MemoryBank).keys()
     found = option_parameters(bank_class).items()
     return {name: parameter for name, parameter in found if name not in common}
 
 
 def absurd_values(parameter: Parameter, has_bound: bool) -> list[Any]:
-    """Return values that no such option can have, judged by its annotation or else its default."""
+    """Return invalid values for an option, judging by its annotation, or else its default."""
     said = str(parameter.annotation) if parameter.annotation is not Parameter.empty else ""
     kinds = set(re.findall(r"\b(bool|int|float|str)\b", said)) or {type(parameter.default).__name__}
     values: list[Any] = [math.nan]
@@ -124,7 +124,7 @@ def _others(usual: object) -> tuple[Any, ...]:
 
 @contextmanager
 def _little_memory() -> Iterator[None]:
-    """Let the process have a gigabyte more and not what an absurd option may ask for, where the system can."""
+    """Limit further allocations to a gigabyte (on Linux), as an invalid option may request much more."""
     if sys.platform != "linux":
         yield
         return

@@ -1,4 +1,4 @@
-"""The contract of snapshots: a bank that was saved can be loaded again, in any process."""
+"""The contract of snapshots: a saved bank can be loaded in any process."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ open(sys.argv[3], "w").write(json.dumps(what_follows(bank_class.load(sys.argv[1]
 
 
 class PersistenceTests(BankSuite):
-    """What is saved, and what comes back."""
+    """Saving and loading banks."""
 
     fresh_process: ClassVar[bool] = True
 
     def _worn(self, **options: Any) -> MemoryBank:
-        """Return a bank that has forgotten some chunks and retrieved others."""
+        """Return a bank with some chunks removed and others retrieved."""
         bank, chunks = self.filled(300, **options)
         bank.remove(bank.ids[[5, 80, 299]])
         bank.retrieve(chunks.embeddings[:7], 2)
         return bank
 
-    def test_all_that_a_bank_holds_comes_back(self, tmp_path: Path) -> None:
-        """Ids, embeddings, spans, usage, keys and values; the next id, too, even if the newest chunk has left."""
+    def test_everything_in_a_bank_is_restored(self, tmp_path: Path) -> None:
+        """Ids, embeddings, spans, usage, keys and values; also the next id, even if the newest chunk was removed."""
         bank = self._worn(max_chunks=500, eviction="lru")
         bank.save(tmp_path)
         loaded = self.bank_class.load(tmp_path)
@@ -54,7 +54,7 @@ class PersistenceTests(BankSuite):
         assert random_chunks(1, seed=1).into(loaded).tolist() == [300]
 
     def test_a_loaded_bank_finds_its_chunks(self, tmp_path: Path) -> None:
-        """Searches find all that is held when all is asked for, and what they found before if they are exact."""
+        """A search for all chunks finds them all; an exact bank's searches return the same as before."""
         bank = self._worn()
         bank.save(tmp_path)
         loaded = self.bank_class.load(tmp_path)
@@ -63,16 +63,16 @@ class PersistenceTests(BankSuite):
         if self.exact:
             assert_same_state(state_of(bank), loaded)
 
-    def test_a_trusted_index_finds_what_it_found(self, tmp_path: Path) -> None:
-        """Where the backend saves its index, results after loading it are those of before."""
+    def test_a_trusted_index_finds_the_same(self, tmp_path: Path) -> None:
+        """If the backend saves its index, results are the same after loading it."""
         bank = self._worn()
         if bank.index.dump() is None:
-            pytest.skip("this backend saves no index")
+            pytest.skip("this backend does not save its index")
         bank.save(tmp_path)
         assert_same_state(state_of(bank), self.bank_class.load(tmp_path, trust_index=True))
 
     def test_saving_again_keeps_what_is_there(self, tmp_path: Path) -> None:
-        """After an add, keys and values that were saved before are not rewritten."""
+        """After an `add`, keys and values already saved are not rewritten."""
         bank, _ = self.filled(100)
         bank.save(tmp_path)
         before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("blocks-*")}
@@ -82,8 +82,8 @@ class PersistenceTests(BankSuite):
         assert before.items() < after.items()
         assert self.bank_class.load(tmp_path).ids.tolist() == list(range(103))
 
-    def test_what_is_damaged_is_refused(self, tmp_path: Path) -> None:
-        """Any file of which a byte is another is named."""
+    def test_damaged_files_are_rejected(self, tmp_path: Path) -> None:
+        """A changed byte in any file is an error that names the file."""
         bank, _ = self.filled(300)
         bank.save(tmp_path)
         for path in sorted(tmp_path.iterdir()):
@@ -97,7 +97,7 @@ class PersistenceTests(BankSuite):
         assert len(self.bank_class.load(tmp_path)) == 300
 
     @pytest.mark.slow
-    def test_a_fresh_process_goes_on(self, tmp_path: Path) -> None:
+    def test_a_fresh_process_continues(self, tmp_path: Path) -> None:
         """Another process loads the bank, adds to it, and finds what this one does."""
         if not self.fresh_process:
             pytest.skip("fresh_process is False")
@@ -107,18 +107,18 @@ class PersistenceTests(BankSuite):
         where = os.pathsep.join(path for path in sys.path if path)
         command = [sys.executable, "-c", _GO_ON, str(tmp_path), f"{self.bank_class.maker.__module__}:"]
         command[-1] += self.bank_class.maker.__qualname__
-        told = tmp_path.with_suffix(".json")  # and not its output, into which libraries may print
+        report = tmp_path.with_suffix(".json")  # not stdout, where libraries may print
         subprocess.run(  # noqa: S603 - this very interpreter
-            [*command, str(told)], check=True, env={**os.environ, "PYTHONPATH": where}
+            [*command, str(report)], check=True, env={**os.environ, "PYTHONPATH": where}
         )
-        theirs, ours = json.loads(told.read_text()), what_follows(bank)
+        theirs, ours = json.loads(report.read_text()), what_follows(bank)
         assert theirs["held"] == ours["held"]
         assert theirs["numbers"] == ours["numbers"]
         assert theirs["found"] == ours["found"] or not finds_the_same
 
 
 def what_follows(bank: MemoryBank) -> dict[str, Any]:
-    """Search, add and look at a bank, and return what there was to be seen."""
+    """Search and add to a bank, and return the observable results."""
     found = bank.search(random_vectors(4, seed=77), 6)
     random_chunks(5, seed=8, first=300).into(bank)
     return {

@@ -1,8 +1,7 @@
 """The pytest plugin for authors of memlong plugins: ``pytest_plugins = ["memlong.testing.plugin"]`` in a conftest.py.
 
-It brings the fixture `tiny_model`, registers the markers that the suites use, and has each failure of a suite say
-which clause of the contract it is about. It is not loaded by itself: whoever has memlong installed need not want torch
-in every test run.
+It provides the fixture `tiny_model`, registers the markers of the suites, and adds the contract clause to the report of
+each failure. It is not loaded automatically, as not everyone with memlong installed wants torch in every test run.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from memlong.testing import models
 from memlong.testing.harness import Suite
 
 MARKERS = (
-    "gpu: needs a CUDA device; skips with a reason where there is none",
+    "gpu: needs a CUDA device; skipped with a reason otherwise",
     "server: needs a server that the test starts",
     "slow: takes more than a few seconds",
 )
@@ -30,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Name the clause in the report of a test that failed."""
+    """Add the contract clause to the report of a failed test."""
     report = yield
     test: Any = getattr(item, "function", None)
     if report.failed and issubclass(getattr(item, "cls", None) or object, Suite) and test.__doc__:
@@ -40,5 +39,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
-    """`memlong.testing.tiny_model`, which makes tiny random models."""
+    """Return `memlong.testing.tiny_model`, which builds tiny random models."""
     return models.tiny_model

@@ -1,4 +1,4 @@
-"""The contract of retrieving K-V and counting it."""
+"""The contract of retrieving K-V and counting retrievals."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from memlong.testing.harness import BLOCK, BankSuite, random_chunks, random_vect
 
 
 class RetrievalTests(BankSuite):
-    """What `retrieve` returns and counts."""
+    """The results and counts of `retrieve`."""
 
     @whatever_the_options
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
     def test_keys_and_values_come_back_bit_for_bit(self, dtype: torch.dtype) -> None:
-        """Every hit brings the very K-V and span that it was added with, in their dtype."""
+        """Every hit has the exact K-V and span that it was added with, in their dtype."""
         bank, chunks = self.make(), random_chunks(40)
         keys = torch.randn(40, *BLOCK, generator=torch.Generator().manual_seed(3)).to(dtype)
         values = keys.flip(0) * 3
@@ -27,7 +27,7 @@ class RetrievalTests(BankSuite):
         assert torch.equal(got.spans, chunks.spans[got.ids])
 
     def test_retrieve_finds_what_search_finds(self) -> None:
-        """Ids and scores are those of `search`."""
+        """Ids and scores equal those of `search`."""
         bank, _ = self.filled(100)
         queries = random_vectors(4, seed=1)
         got, found = bank.retrieve(queries, 6), bank.search(queries, 6)
@@ -47,20 +47,20 @@ class RetrievalTests(BankSuite):
         assert (got.keys[:, :2] != 0).all()
 
     def test_empty_bank_retrieves_nothing(self) -> None:
-        """A bank that knows no chunk shape gives K-V of shape [q, k, 0, 0, 0, 0]."""
+        """A bank with no known chunk shape returns K-V of shape [q, k, 0, 0, 0, 0]."""
         got = self.make().retrieve(random_vectors(2), 3)
         assert got.keys.shape == got.values.shape == (2, 3, 0, 0, 0, 0)
         assert got.spans.shape == (2, 3, 2)
         assert not got.found.any()
 
     def test_emptied_bank_keeps_the_chunk_shape(self) -> None:
-        """Once all chunks are removed, K-V is zeros of their shape."""
+        """After all chunks are removed, K-V is zeros of their shape."""
         bank, _ = self.filled(3)
         bank.remove(bank.ids)
         assert bank.retrieve(random_vectors(2), 3).keys.shape == (2, 3, *BLOCK)
 
     def test_retrievals_are_counted_once_a_query(self) -> None:
-        """Each returned id counts once for every query, and is marked as used; searching counts nothing."""
+        """Each returned id counts once per query and is marked as used; `search` does not count."""
         bank, chunks = self.filled(8)
         bank.search(chunks.embeddings, 8)
         assert bank.usage.retrievals.tolist() == [0] * 8
@@ -72,7 +72,7 @@ class RetrievalTests(BankSuite):
 
     @whatever_the_options
     def test_results_belong_to_the_caller(self) -> None:
-        """Changing a result changes nothing in the bank."""
+        """Modifying a result does not change the bank."""
         bank, chunks = self.filled(4)
         first = bank.retrieve(chunks.embeddings, 2)
         for tensor in (first.keys, first.values, first.spans, first.scores, first.ids):

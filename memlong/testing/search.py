@@ -12,7 +12,7 @@ from memlong.testing.harness import DIM, METRICS, BankSuite, assert_found, rando
 
 
 def similarity(metric: str, queries: torch.Tensor, vectors: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return float64 [q, n] similarities by the textbook's definition."""
+    """Return float64 [q, n] similarities by the textbook definition."""
     wide, others = queries.double(), vectors.double()
     if metric == "l2":
         return -(wide[:, None] - others[None]).square().sum(-1).numpy()
@@ -22,11 +22,11 @@ def similarity(metric: str, queries: torch.Tensor, vectors: torch.Tensor) -> np.
 
 
 class SearchTests(BankSuite):
-    """What `search` returns."""
+    """The results of `search`."""
 
     @pytest.mark.parametrize("k", [1, 7, 20])
     def test_result_has_k_columns_of_fixed_types(self, k: int) -> None:
-        """Scores are float32 and ids int64, on the CPU, with one row a query and k columns."""
+        """Scores are float32 and ids int64, on the CPU, with one row per query and k columns."""
         bank, _ = self.filled(20)
         found = bank.search(random_vectors(4, seed=1), k)
         assert found.scores.shape == found.ids.shape == (4, k)
@@ -34,7 +34,7 @@ class SearchTests(BankSuite):
         assert found.scores.device.type == found.ids.device.type == "cpu"
 
     def test_more_columns_than_chunks_are_padded(self) -> None:
-        """Every chunk comes back, and what is missing has id -1 and score -inf, at the end."""
+        """Every chunk is returned, followed by missing hits with id -1 and score -inf."""
         bank, _ = self.filled(5)
         found = bank.search(random_vectors(3, seed=1), 9)
         assert found.scores.shape == found.ids.shape == (3, 9)
@@ -44,7 +44,7 @@ class SearchTests(BankSuite):
         assert found.scores[:, :5].isfinite().all()
 
     def test_empty_bank_finds_nothing(self) -> None:
-        """An empty bank is searched without complaint."""
+        """Searching an empty bank is not an error."""
         found = self.make().search(random_vectors(2), 3)
         assert found.ids.tolist() == [[-1] * 3] * 2
         assert (found.scores == -torch.inf).all()
@@ -56,7 +56,7 @@ class SearchTests(BankSuite):
 
     @pytest.mark.parametrize("metric", METRICS)
     def test_scores_are_true_similarities_in_descending_order(self, metric: str) -> None:
-        """Scores are the metric's own, higher is better, best first; L2 is the negative squared distance."""
+        """Scores follow the metric, higher is better, best first; L2 is the negative squared distance."""
         bank, chunks = self.filled(200, metric=metric)
         queries = random_vectors(6, seed=1)
         found = bank.search(queries, 10)
@@ -68,7 +68,7 @@ class SearchTests(BankSuite):
 
     @pytest.mark.parametrize("metric", METRICS)
     def test_a_stored_vector_finds_itself(self, metric: str) -> None:
-        """Among vectors at right angles each finds itself first."""
+        """Among orthogonal vectors, each finds itself first."""
         bank = self.make(metric=metric)
         chunks = random_chunks(DIM)
         bank.add(torch.eye(DIM), chunks.keys, chunks.values, chunks.spans)
@@ -88,7 +88,7 @@ class SearchTests(BankSuite):
             assert torch.equal(found.scores, true.scores)
 
     def test_equal_scores_come_in_ascending_id_order(self) -> None:
-        """Chunks with one and the same embedding come lowest id first."""
+        """Chunks with the same embedding are returned lowest id first."""
         bank, chunks = self.filled(6)
         for first in (6, 12):
             again = random_chunks(6, first=first)
@@ -100,13 +100,13 @@ class SearchTests(BankSuite):
     def test_ties_at_the_cut_keep_the_lowest_ids(self) -> None:
         """If more chunks tie for the last place than fit, an exact bank keeps the lowest ids."""
         if not self.exact:
-            pytest.skip("an approximate bank settles the order of what it returns only")
+            pytest.skip("an approximate bank only orders what it returns")
         bank, chunks = self.make(), random_chunks(300)
         bank.add(random_vectors(1).repeat(300, 1), chunks.keys, chunks.values, chunks.spans)
         assert bank.search(random_vectors(2), 7).ids.tolist() == [list(range(7))] * 2
 
     def test_results_do_not_depend_on_the_batch(self) -> None:
-        """A query gets what it gets alone, up to the last bits of a score."""
+        """A query gets the same results in a batch as alone, up to the last bits of scores."""
         bank, _ = self.filled(300)
         queries = random_vectors(33, seed=1)
         together = bank.search(queries, 8)
@@ -115,7 +115,7 @@ class SearchTests(BankSuite):
         assert agreeing == 1.0 if self.exact else agreeing >= self.recall_floor
 
     def test_zero_vectors_score_zero_under_cosine(self) -> None:
-        """A vector without a direction is as near to everything as one at a right angle."""
+        """A zero vector has similarity 0 to everything, as if orthogonal."""
         bank, chunks = self.make(metric="cosine"), random_chunks(2)
         bank.add(torch.stack([torch.zeros(DIM), torch.ones(DIM)]), chunks.keys, chunks.values, chunks.spans)
         assert bank.search(torch.zeros(1, DIM), 2).scores.tolist() == [[0.0, 0.0]]
@@ -124,7 +124,7 @@ class SearchTests(BankSuite):
         assert ones.scores[0].tolist() == pytest.approx([1.0, 0.0])
 
     def test_exact_search_is_brute_force(self) -> None:
-        """`exact_search` returns the true best whatever the index does."""
+        """`exact_search` returns the true best, whatever the index does."""
         bank, chunks = self.filled(200)
         queries = random_vectors(5, seed=1)
         true = similarity("cosine", queries, chunks.embeddings)

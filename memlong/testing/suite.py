@@ -28,26 +28,26 @@ class MemoryBankTests(
     OptionTests,
     DeviceTests,
 ):
-    """Every clause of the contract of a memory bank; each test's docstring states one.
+    """The whole contract of a memory bank; the docstring of each test states one clause.
 
     Attributes
     ----------
     index_class : type of Index
-        The class under test; or `bank_class`, a type of MemoryBank. One of both must be given.
+        The class under test; or set `bank_class`, a type of MemoryBank. One of the two is required.
     options : dict
-        Keyword options for every bank made, such as an index's settings.
+        Options of every bank, such as an index's settings.
     recall_floor : float, default 0.95
-        The least share of the true best ten that searches must find among 600 random vectors of 32 numbers, and that
-        the index must name by itself, without the base's brute force.
+        Minimum recall@10 among 600 random vectors of dimension 32, for searches and for the index's own candidates,
+        without the bank's brute force.
     exact : bool, default False
-        The bank always finds the true best, and keeps the lowest ids among equal scores.
+        Whether the bank always finds the true best, and resolves ties in favor of the lowest ids.
     not_saved : collection of str, default ()
-        Options that a snapshot must not hold: addresses, credentials, places to write to.
+        Options that a snapshot must not contain: addresses, credentials, paths to write to.
     fresh_process : bool, default True
-        A fresh process can import the class by its name, and make a bank with these options.
+        Whether a fresh process can import the class by its name, and create a bank with these options.
 
     Notes
     -----
-    Override `make` if a bank takes more to set up; use a fixture with `autouse` if it takes tearing down. Override
-    `index_bytes` if the library holds the index where Python does not see it and the bank saves none.
+    Override `make` if a bank needs more setup, and use an `autouse` fixture for teardown. Override `index_bytes` if the
+    library holds the index outside of Python and the bank does not save it.
     """

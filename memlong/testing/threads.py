@@ -1,4 +1,4 @@
-"""The contract of threads: many search while one writes."""
+"""The contract of threads: many may search while one writes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from memlong.testing.harness import BankSuite, random_chunks, random_vectors
 
 
 class ThreadTests(BankSuite):
-    """Searching and writing at the same time."""
+    """Concurrent searching and writing."""
 
     def test_searches_are_whole_while_another_thread_writes(self) -> None:
-        """Every hit brings its own K-V and span, and no search fails, while chunks come and go."""
+        """Every hit has its own K-V and span, and no search fails, while chunks are added and removed."""
         bank, done = self.make(max_chunks=80), Event()
         random_chunks(40).into(bank)
         with ThreadPoolExecutor(4) as pool:
             readers = [pool.submit(_read, bank, done, seed) for seed in range(3)]
             pool.submit(_write, bank, done).result()
             assert all(reader.result() > 0 for reader in readers)
-        assert _read(bank, done, seed=3) == 1  # what was read meanwhile may all have left since
+        assert _read(bank, done, seed=3) == 1  # chunks retrieved so far may all be evicted
         assert int(bank.usage.retrievals.sum()) > 0
         assert len(bank) == 80
 

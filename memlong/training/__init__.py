@@ -1,4 +1,4 @@
-"""Learning what memory needs: maps to a latent vector in closed form, and training by the language-model loss."""
+"""Training: latent maps in closed form, and LoRA, maps and gates with the language-modeling loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from memlong.training.parts import usual_retrieval_layers
     from memlong.training.trainer import Trainer
 
-# Loaded when first asked for: the options of a command must not import torch.
+# Imported on first access: defining a command's options must not import torch.
 _HOMES = {
     "LatentMaps": "memlong.decoder.kv.latent",
     "Step": "memlong.training.curve",

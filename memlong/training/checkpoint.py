@@ -1,4 +1,4 @@
-"""Where a training run stands, in a folder: safetensors and JSON, written beside and renamed into place."""
+"""Checkpoints of a training run: a folder with safetensors and JSON, written under another name and then renamed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memlong.errors import InvalidArgumentError, StorageError
 from memlong.training.folder import FACTS, FORMATS, MOST_FACTS, TENSORS, checkpoints, clear, remove_checkpoint
 
 _FORMAT = f"{FORMATS}4"
-_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 _RANDOM = ("random.chunks", "random.torch", "random.cuda")
 _WIDEST_RANDOM = 1 << 16
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
@@ -30,16 +30,18 @@ _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeE
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes
     ----------
     step
-        Steps of the optimizer made.
+        Optimizer steps done.
     episodes
         Episodes read.
-    tokens, seconds
-        Read and spent.
+    tokens
+        Tokens read.
+    seconds
+        Wall time spent.
     """
 
     step: int = 0
@@ -56,27 +58,27 @@ def save_checkpoint(
     generator: torch.Generator,
     made_of: dict[str, Any],
 ) -> None:
-    """Write ``checkpoint-<step>`` into a folder, and remove older ones.
+    """Write ``checkpoint-<step>`` into a folder, and remove older checkpoints.
 
     Parameters
     ----------
     folder
-        Of the run.
+        Folder of the run.
     progress
-        Where it stands.
+        Progress of the run.
     parameters
-        What learns, by name, in the optimizer's order. The learning rate follows from the step.
+        Trainable parameters by name, in the optimizer's order. The learning rate follows from the step.
     optimizer
-        Its state is written tensor by tensor.
+        The optimizer, whose state is saved.
     generator
-        Of random chunks. The state of torch's own is written as well.
+        Random generator of random chunks. The state of torch's global generators is saved as well.
     made_of
-        What a run that goes on must have in common with this one.
+        Facts that must match for a run to resume from this checkpoint.
 
     Raises
     ------
     StorageError
-        If it cannot be written; what was there before is as it was.
+        If it cannot be written; earlier checkpoints are kept.
     """
     names = list(parameters)
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
@@ -104,7 +106,7 @@ def save_checkpoint(
                 os.fsync(written.fileno())
         sync_folder(beside)
         if os.path.lexists(target):
-            raise FileExistsError(0, "something else of that name is there")
+            raise FileExistsError(0, "something else has that name")
         beside.rename(target)
         sync_folder(folder)
         for other in checkpoints(folder):
@@ -116,8 +118,8 @@ def save_checkpoint(
             raise
         why = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"The checkpoint {str(target)!r} cannot be written: {why}. The one before, if there is any, is as it was. "
-            "Free some space, or make the folder writable, and resume."
+            f"Cannot write the checkpoint {str(target)!r}: {why}. The previous checkpoint, if any, is intact. Free "
+            "some space or make the folder writable, then resume."
         ) from error
 
 
@@ -128,18 +130,18 @@ def load_checkpoint(
     generator: torch.Generator,
     made_of: dict[str, Any],
 ) -> Progress:
-    """Put a run where its latest checkpoint was written.
+    """Restore a run from its latest checkpoint.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no checkpoint, it is damaged, or it is of a run of another kind.
+        If there is no checkpoint, or it is damaged or from a different run.
     """
     found = checkpoints(folder)
     if not found:
         raise InvalidArgumentError(
-            f"The folder {str(folder)!r} holds no checkpoint to go on from. Name the folder of a run that has written "
-            "one, or start over without resuming."
+            f"The folder {str(folder)!r} has no checkpoint to resume from: give the folder of a run that has one, or "
+            "start without resuming."
         )
     latest = found[-1]
     try:
@@ -153,8 +155,8 @@ def load_checkpoint(
         raise
     except (*_DAMAGE, SafetensorError) as error:
         raise InvalidArgumentError(
-            f"The checkpoint {str(latest)!r} cannot be read: {error!r}. Remove it, and start over or go on from an "
-            "older one."
+            f"Cannot read the checkpoint {str(latest)!r}: {error!r}. Remove it, and resume from an older one or start "
+            "over."
         ) from error
     _restore(tensors, parameters, optimizer)
     generator.set_state(tensors["random.chunks"])
@@ -167,17 +169,17 @@ def load_checkpoint(
 def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) -> None:
     if facts["format"] != _FORMAT:
         raise InvalidArgumentError(
-            f"The checkpoint {str(latest)!r} has the format {facts['format']!r}; expected {_FORMAT!r}. Resume it "
-            "with the memlong that wrote it, or start over in another folder."
+            f"The checkpoint {str(latest)!r} must have the format {_FORMAT!r}, got {facts['format']!r}: resume with "
+            "the version of memlong that wrote it, or start over in another folder."
         )
     for name, ours in json.loads(json.dumps(made_of, default=str)).items():
         if name.startswith("model.config.") and name not in facts["made_of"]:
-            continue  # a release of transformers may add fields
+            continue  # new releases of transformers add fields
         theirs = facts["made_of"].get(name)
         if ours != theirs:
             raise InvalidArgumentError(
-                f"The checkpoint {str(latest)!r} was made with {name} {theirs!r}, but now it is {ours!r}. Resume with "
-                "the model, the settings and the text of the run, or start over in another folder."
+                f"{name} must be {theirs!r}, as in the checkpoint {str(latest)!r}, got {ours!r}: resume with the same "
+                "model, settings and text, or start over in another folder."
             )
 
 
@@ -190,18 +192,18 @@ def _progress(latest: Path, facts: dict[str, Any]) -> Progress:
     ):
         raise ValueError(f"progress is {facts}")
     if latest.name != f"checkpoint-{progress.step}":
-        raise ValueError(f"it is of step {progress.step}")
+        raise ValueError(f"it is from step {progress.step}")
     return progress
 
 
 def _read(path: Path, facts: dict[str, Any], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the tensors of a file, once it is known to be the one that was written, and to hold what is wanted."""
+    """Return the tensors of a file, after checking its hash and the shapes of its tensors."""
     if odd := oddity(path):
         raise ValueError(f"its {path.name} {odd}")
     if facts["sha256"] != _digest(path):
-        raise ValueError(f"its {path.name} is not the one that was written with its {FACTS}")
+        raise ValueError(f"its {path.name} does not match the hash in its {FACTS}")
     with safe_open(path, framework="pt") as file:
-        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
         _check_shapes(found, facts["shapes"], parameters)
         return {name: file.get_tensor(name) for name in found}
 
@@ -215,13 +217,15 @@ def _check_shapes(
         wanted[f"parameter.{name}"] = shape
         if any(
             f"optimizer.{name}.{entry}" in found for entry in _STATE
-        ):  # none of what has had no gradient yet
+        ):  # AdamW has no state for parameters without a gradient so far
             wanted |= {f"optimizer.{name}.{entry}": [] if entry == "step" else shape for entry in _STATE}
     for other in (written, wanted):
         if odd := sorted(name for name in found.keys() | other.keys() if found.get(name) != other.get(name)):
-            raise ValueError(f"{len(odd)} tensors are missing, unknown or of another shape, such as {odd[0]}")
+            raise ValueError(
+                f"{len(odd)} tensors are missing, unknown or of the wrong shape, such as {odd[0]}"
+            )
     if any(len(shape) != 1 or shape[0] > _WIDEST_RANDOM for name, shape in found.items() if name in _RANDOM):
-        raise ValueError("what it holds of random numbers is of another shape")
+        raise ValueError("its random states have the wrong shape")
 
 
 def _check_values(tensors: dict[str, Tensor], progress: Progress) -> None:
@@ -233,7 +237,7 @@ def _check_values(tensors: dict[str, Tensor], progress: Progress) -> None:
             or (least is not None and bool((tensor < least).any()))
             or (most is not None and bool((tensor > most).any()))
         ):
-            raise ValueError(f"{name} holds numbers that no run comes to")
+            raise ValueError(f"{name} has values that training cannot produce")
 
 
 def _check_random(tensors: dict[str, Tensor]) -> None:
@@ -250,7 +254,7 @@ def _restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], op
         for index, name in enumerate(parameters)
         if f"optimizer.{name}.step" in tensors
     }
-    # Its settings are those of the run, which are compared; the rate is set at each step.
+    # The optimizer's settings are the run's, which were compared; the learning rate is set at each step.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,4 +1,4 @@
-"""The loss curve: one line of JSON a step, a picture at the end, and tensorboard where it is wanted."""
+"""The loss curve: one line of JSON per step, a plot at the end, and optionally TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _SMOOTHED_OVER = 20  # steps
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the optimizer.
+    """One optimizer step.
 
     Attributes
     ----------
     step
         Its number, from 1.
     loss
-        Mean negative log-likelihood of the tokens of its segments, in nats, unweighted.
+        Mean negative log-likelihood of the step's tokens, in nats, unweighted.
     long_range_loss
-        The same over the long-range ones; None if there were none.
+        The same over long-range tokens; None if there were none.
     lr
         Learning rate of LoRA and maps.
     tokens, seconds
-        Read and spent until then, interrupted runs included.
+        Tokens read and wall time so far, interrupted runs included.
     """
 
     step: int
@@ -46,25 +46,25 @@ class Step:
 
 
 class Curve:
-    """The steps of a run, in a file that grows line by line.
+    """The steps of a run, appended to a file line by line.
 
     Parameters
     ----------
     path
-        The file; what it holds beyond ``keep`` steps, of a run that was cut off, is dropped.
+        The file; steps beyond ``keep``, left by an interrupted run, are dropped.
     keep
-        Steps that a run goes on from.
+        Number of steps that the run resumes from.
     tensorboard
-        Folder for tensorboard's event files, or None.
+        Folder for TensorBoard's event files, or None.
 
     Raises
     ------
     InvalidArgumentError
-        If the file does not hold the steps that the run goes on from.
+        If the file lacks the steps that the run resumes from.
     MissingDependencyError
-        If ``tensorboard`` is named and not installed.
+        If ``tensorboard`` is given, but not installed.
     StorageError
-        If a file cannot be written, here and in what follows.
+        If a file cannot be written, here or in the methods.
     """
 
     def __init__(self, path: Path, keep: int = 0, tensorboard: Path | None = None) -> None:
@@ -74,12 +74,12 @@ class Curve:
         with (
             _told(path),
             path.open("r+b" if keep else "wb") as file,
-        ):  # never emptied on the way: a disk may be full
+        ):  # truncated in place, never rewritten: the disk may be full
             file.truncate(size)
         self.sync()
 
     def add(self, step: Step) -> None:
-        """Note a step; it is in the file at once, and on the disk after `sync`."""
+        """Append a step to the file; it is durable after `sync`."""
         self.steps.append(step)
         with _told(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(step))
@@ -90,18 +90,18 @@ class Curve:
                 self._writer.add_scalar("long_range_loss", step.long_range_loss, step.step)
 
     def sync(self) -> None:
-        """Wait until all steps are on the disk: a checkpoint goes with the steps before it."""
+        """Flush all steps to disk: a checkpoint needs the steps before it."""
         with _told(self._path), self._path.open("ab") as file:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Let the disk and tensorboard have what there is."""
+        """Flush to disk and to TensorBoard."""
         self.sync()
         if self._writer is not None:
             self._writer.close()
 
     def plot(self, path: Path) -> bool:
-        """Draw the curve, if matplotlib is installed; say whether it is."""
+        """Draw the curve if matplotlib is installed, and return whether it is."""
         if find_spec("matplotlib") is None:
             return False
         from matplotlib.figure import Figure
@@ -122,7 +122,7 @@ class Curve:
             with _told(path):
                 figure.savefig(path, dpi=120)
         except StorageError:
-            path.unlink(missing_ok=True)  # half a picture
+            path.unlink(missing_ok=True)  # a partial plot
             raise
         return True
 
@@ -133,8 +133,8 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}. Checkpoints, and a decoder that was saved, "
-            "are as they were. Free some space, or make the folder writable, and resume."
+            f"Cannot write {str(path)!r}: {error.strerror or error}. Checkpoints and a saved decoder are intact. Free "
+            "some space or make the folder writable, then resume."
         ) from error
 
 
@@ -143,7 +143,7 @@ def _line(step: Step) -> str:
 
 
 def _read(path: Path, count: int) -> tuple[list[Step], int]:
-    """The first steps, and their bytes; what follows them may be cut off."""
+    """Return the first steps and their size in bytes; the rest of the file may be truncated."""
     steps: list[Step] = []
     size = 0
     try:
@@ -156,11 +156,11 @@ def _read(path: Path, count: int) -> tuple[list[Step], int]:
             steps.append(step)
             size += len(line)
         if len(steps) < count:
-            raise ValueError("it ends")
+            raise ValueError("unexpected end of file")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InvalidArgumentError(
-            f"{str(path)!r} should hold the {count} steps that the checkpoint was made after, but cannot be read at "
-            f"line {len(steps) + 1}: {error}. Put the file back, or start over in another folder."
+            f"{str(path)!r} must have the checkpoint's {count} steps, but line {len(steps) + 1} cannot be read: "
+            f"{error}. Restore the file, or start over in another folder."
         ) from error
     return steps, size
 
@@ -176,7 +176,7 @@ def _is_possible(step: Step) -> bool:
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Mean over the steps before."""
+    """Return the moving average over the preceding steps."""
     starts = [max(0, end - _SMOOTHED_OVER) for end in range(1, len(values) + 1)]
     return [sum(values[start:end]) / (end - start) for end, start in enumerate(starts, start=1)]
 
@@ -184,8 +184,8 @@ def _smooth(values: tuple[float, ...]) -> list[float]:
 def _tensorboard(folder: Path) -> Any:
     if find_spec("tensorboard") is None:
         raise MissingDependencyError(
-            f"Writing curves to {str(folder)!r} needs the package tensorboard: pip install tensorboard. The curve is "
-            "written as JSON in any case."
+            f"Writing TensorBoard logs to {str(folder)!r} needs the package tensorboard: pip install tensorboard. "
+            "Without it, the curve is still written as JSON."
         )
     with _told(folder):
         return import_module("torch.utils.tensorboard").SummaryWriter(str(folder))

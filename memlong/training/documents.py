@@ -1,4 +1,4 @@
-"""What is trained on: texts from files, folders and datasets, cut into episodes that come in a shuffled order."""
+"""Training texts from files, folders and datasets, split into episodes in shuffled order."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from memlong.errors import InvalidArgumentError, InvalidTextError, MissingDepend
 from memlong.evaluation import read_text
 
 SUFFIXES = (".txt", ".md", ".py")
-"""Files of a folder that are read."""
+"""Suffixes of the files that are read from a folder."""
 
 
 def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
-    """Yield the text of files, and of all files of folders that hold UTF-8 text, in the order of their names.
+    """Yield the text of files, and of all text files in folders, sorted by name.
 
-    A warning tells of files of a folder that hold none, and are left out.
+    Unreadable files in a folder are skipped with a warning.
 
     Raises
     ------
     InvalidTextError
-        If a file that is named cannot be read, or a folder holds no text.
+        If a file given by name cannot be read, or a folder has no text.
     """
     for source in map(Path, sources):
         if not source.is_dir():
@@ -38,39 +38,37 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
         for path in sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
             try:
                 text = read_text(path)
-            except (
-                InvalidTextError
-            ) as error:  # empty, or in an old encoding: a folder is taken for what it has
+            except InvalidTextError as error:  # empty or in a legacy encoding: no reason to reject the folder
                 left_out.append(str(error))
                 continue
             found += 1
             yield text
         if left_out:
             warnings.warn(
-                f"{len(left_out)} files of {str(source)!r} are left out. The first: {left_out[0]}",
+                f"Skipped {len(left_out)} files in {str(source)!r}. The first: {left_out[0]}",
                 stacklevel=2,
             )
         if not found:
             raise InvalidTextError(
-                f"The folder {str(source)!r} holds no text in files named *{', *'.join(SUFFIXES)}. Name another, or "
-                "the files themselves."
+                f"The folder {str(source)!r} has no text in files named *{', *'.join(SUFFIXES)}: give another folder, "
+                "or the files themselves."
             )
 
 
 def read_dataset(name: str, *, split: str = "train", column: str = "text") -> Iterator[str]:
-    """Yield the texts of a dataset, by its hub id or the folder that ``save_to_disk`` wrote.
+    """Yield the texts of a dataset, given by hub id or a folder written by ``save_to_disk``.
 
     Raises
     ------
     MissingDependencyError
         If ``datasets`` is not installed.
     InvalidArgumentError
-        If the dataset cannot be loaded, has no such column, or one that holds other things than text.
+        If the dataset cannot be loaded, or the column is missing or not text.
     """
     if find_spec("datasets") is None:
         raise MissingDependencyError(
             f"Reading the dataset {name!r} needs the package datasets: pip install datasets. Text files and folders "
-            "need nothing more."
+            "work without it."
         )
     datasets = import_module("datasets")
     try:
@@ -80,40 +78,39 @@ def read_dataset(name: str, *, split: str = "train", column: str = "text") -> It
         data = data[split] if isinstance(data, dict) else data
     except (OSError, ValueError, KeyError) as error:
         raise InvalidArgumentError(
-            f"The dataset {name!r} could not be loaded: {error}. Name one of the hub, or a folder that save_to_disk "
-            "wrote."
+            f"Cannot load the dataset {name!r}: {error}. Give a hub id, or a folder written by save_to_disk."
         ) from error
     if column not in data.column_names:
         raise InvalidArgumentError(
-            f"The dataset {name!r} has no column {column!r}, but {', '.join(map(repr, data.column_names))}."
+            f"column must be one of {', '.join(map(repr, data.column_names))} for the dataset {name!r}, got {column!r}."
         )
     for number, row in enumerate(data):
         if not isinstance(row[column], str):
             raise InvalidArgumentError(
-                f"Row {number} of the dataset {name!r} holds a {type(row[column]).__name__} in the column {column!r}, "
-                "and no text: name another column, or filter such rows out and save_to_disk."
+                f"The column {column!r} of the dataset {name!r} must be text, got {type(row[column]).__name__} in row "
+                f"{number}: give another column, or filter out such rows and use save_to_disk."
             )
         yield row[column]
 
 
 class Episodes:
-    """Documents, cut into episodes, in an endless order that the seed determines.
+    """Documents split into episodes, in an endless shuffled order.
 
     Parameters
     ----------
     documents
-        Token ids [tokens] of each.
+        Token ids [tokens] of each document.
     tokens
-        Tokens of an episode, at most.
+        Maximum length of an episode, in tokens.
     least
-        Pieces of a document that are shorter are left out.
+        Minimum length; shorter pieces are dropped.
     seed
-        Of the order, which is another one in each epoch.
+        Random seed of the order, which differs in each epoch.
 
     Raises
     ------
     InvalidTextError
-        If no piece is long enough.
+        If no episode is long enough.
     """
 
     def __init__(self, documents: Sequence[Tensor], tokens: int, least: int, seed: int) -> None:
@@ -123,8 +120,8 @@ class Episodes:
         self._order: tuple[int, list[int]] = (-1, [])
         if not self._pieces:
             raise InvalidTextError(
-                f"None of the {len(documents)} documents has {least} tokens, so that any would come to need a "
-                "memory. Give longer texts, or a smaller local_window."
+                f"At least one document must have {least} tokens to need a memory, got {len(documents)} shorter ones: "
+                "give longer texts, or a smaller local_window."
             )
 
     def __len__(self) -> int:
@@ -132,12 +129,12 @@ class Episodes:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all episodes."""
+        """Total number of tokens."""
         return sum(map(len, self._pieces))
 
     @property
     def digest(self) -> str:
-        """A fingerprint of all tokens and of where they are cut."""
+        """A hash of all tokens and of how they are split."""
         digest = hashlib.sha256()
         for piece in self._pieces:
             digest.update(len(piece).to_bytes(8, "little"))
@@ -145,7 +142,7 @@ class Episodes:
         return digest.hexdigest()
 
     def __getitem__(self, number: int) -> Tensor:
-        """The episode with this number, from 0 without an end: token ids [tokens]."""
+        """Return the episode with this number, counted from 0 and unbounded: token ids [tokens]."""
         epoch, place = divmod(number, len(self._pieces))
         if self._order[0] != epoch:
             shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._pieces))

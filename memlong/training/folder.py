@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds of memlong's, and what a run would not respect."""
+"""The folder of a training run: which files are memlong's, and which a run must not touch."""
 
 from __future__ import annotations
 
@@ -16,66 +16,70 @@ from memlong.decoder.persistence.pretrained import GATES, MAPS, SETTINGS
 from memlong.errors import InvalidArgumentError, StorageError
 
 CURVE, PICTURE = "curve.jsonl", "curve.png"
-"""What a run leaves in its folder, beside the decoder."""
+"""Files that a run leaves in its folder, in addition to the decoder."""
 
 TENSORS, FACTS = "training.safetensors", "training.json"
 """Files of a checkpoint."""
 
 FORMATS = "memlong-checkpoint-"
-"""How what a checkpoint says of its format begins."""
+"""Prefix of a checkpoint's format name."""
 
 MOST_FACTS = 256 << 20
-"""Bytes of a checkpoint's JSON, which has a line for each tensor and more."""
+"""Maximum size of a checkpoint's JSON in bytes; it has at least a line per tensor."""
 
 _MODEL, _GENERATION = "config.json", "generation_config.json"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-_OURS = re.compile(rf"{re.escape(TENSORS)}|{re.escape(FACTS)}|\.tmp\w+")  # the last as safetensors writes it
+_OURS = re.compile(
+    rf"{re.escape(TENSORS)}|{re.escape(FACTS)}|\.tmp\w+"
+)  # the last are safetensors' temporary files
 _UNFINISHED = re.compile(r"\.checkpoint-[0-9]+\.(writing|removing)")
 
 
 def lock(folder: Path) -> FolderLock:
-    """Return the lock of a run: two in one folder would mix their curves and remove each other's checkpoints."""
+    """Return the folder's lock: two runs in one folder would mix their curves and remove each other's checkpoints."""
     return FolderLock(folder, "training.lock")
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse a folder in which a run would overwrite, or mistake for its own, what is not.
+    """Reject a folder in which a run would overwrite files that are not its own.
 
     Parameters
     ----------
     folder
-        Of the run, made or not.
+        Folder of the run, which may not exist yet.
     resume
-        Whether the run goes on from what is there.
+        Whether the run resumes from a checkpoint in it.
 
     Raises
     ------
     InvalidArgumentError
-        If something has the name of a checkpoint and is none; or a new run would overwrite a checkpoint, a curve, an
-        adapter or a model.
+        If something that is not a checkpoint has the name of one, or a new run would overwrite a checkpoint, a curve,
+        an adapter or a model.
     StorageError
-        If the folder cannot be made, read or written, or another run is at work in it.
+        If the folder cannot be created, read or written, or another run uses it.
     """
     there = folder
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written" if there.is_dir() else "is no folder"
-        raise StorageError(f"The folder {str(folder)!r} cannot be made: {str(there)!r} {why}. Name another.")
+        why = "is not writable" if there.is_dir() else "is not a folder"
+        raise StorageError(
+            f"Cannot create the folder {str(folder)!r}: {str(there)!r} {why}. Give another folder."
+        )
     if there != folder:
         return
     try:
         for path in sorted(folder.iterdir()):
             if why := _strange(path):
                 raise InvalidArgumentError(
-                    f"{str(path)!r} {why}, but it has the name of a checkpoint, which a run writes and removes: "
-                    "move it away, or name another folder."
+                    f"{str(path)!r} {why}, but it has the name of a checkpoint, which a run would overwrite or remove: "
+                    "move it, or give another folder."
                 )
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(
-            f"The folder {str(folder)!r} cannot be read: {error.strerror}. Name another."
+            f"Cannot read the folder {str(folder)!r}: {error.strerror}. Give another folder."
         ) from error
     if not resume:
         _check_new(folder)
@@ -84,21 +88,25 @@ def check_folder(folder: Path, *, resume: bool) -> None:
 def _check_new(folder: Path) -> None:
     if checkpoints(folder):
         raise InvalidArgumentError(
-            f"The folder {str(folder)!r} holds the checkpoint of a run that has not ended: resume it, remove "
-            "the checkpoint, or name another folder."
+            f"The folder {str(folder)!r} has the checkpoint of an unfinished run: resume it, remove the checkpoint, or "
+            "give another folder."
         )
     for name in (SETTINGS, CURVE, PICTURE, MAPS, GATES, ADAPTER_SETTINGS, ADAPTER, _MODEL, _GENERATION):
         path = folder / name
         if path.is_symlink() or (path.exists() and not (path.is_file() and not path.stat().st_size)):
-            what = "a model, which an adapter beside it would change" if name == _MODEL else "of another run"
+            what = (
+                "a model, which an adapter in the same folder would modify"
+                if name == _MODEL
+                else "from another run"
+            )
             raise InvalidArgumentError(
-                f"{str(path)!r} is there already, {what}, and a new run does not overwrite it: remove it, or name "
+                f"{str(path)!r} already exists ({what}), and a new run does not overwrite it: remove it, or give "
                 "another folder."
             )
 
 
 def holds_decoder(folder: Path, training: dict[str, Any], memory: dict[str, Any]) -> bool:
-    """Whether a run of these settings has ended in a folder, and its decoder is there."""
+    """Return whether the folder has the trained decoder of a complete run with these settings."""
     path = folder / SETTINGS
     if checkpoints(folder) or not path.is_file():
         return False
@@ -115,7 +123,7 @@ def holds_decoder(folder: Path, training: dict[str, Any], memory: dict[str, Any]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, the oldest first."""
+    """Return the checkpoints in a folder, oldest first."""
     found = [
         (int(match[1]), path)
         for path in folder.iterdir()
@@ -125,20 +133,20 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove what only a run that goes on needs."""
+    """Remove all checkpoints of a folder."""
     for path in checkpoints(folder):
         remove_checkpoint(path)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove checkpoints that were being written, or removed, when their process ended."""
+    """Remove checkpoints whose writing or removal was interrupted."""
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             clear(path)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint at once, and nothing that another program has put there."""
+    """Remove a checkpoint atomically, but no files of other programs."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         if read_json(path / FACTS, MOST_FACTS)["format"].startswith(FORMATS):
             gone = path.with_name(f".{path.name}.removing")
@@ -147,7 +155,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove what memlong writes into a checkpoint, and the folder if there is nothing else."""
+    """Remove memlong's files from a checkpoint folder, and the folder if it is then empty."""
     if path.is_dir() and not path.is_symlink():
         with suppress(OSError):
             for each in path.iterdir():
@@ -157,13 +165,13 @@ def clear(path: Path) -> None:
 
 
 def _strange(path: Path) -> str:
-    """Say why what has a checkpoint's name is none of memlong's; nothing if it is one, or has another name."""
+    """Return why a path with a checkpoint's name is not one of memlong's; empty if it is, or has another name."""
     if not (_NAME.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)):
         return ""
     if path.is_symlink():
-        return "is a link, which could lead anywhere"
+        return "is a link, which could point anywhere"
     if not path.is_dir():
-        return "is no folder"
+        return "is not a folder"
     names = {each.name for each in path.iterdir()}
     is_ours = all(map(_OURS.fullmatch, names)) if path.name.startswith(".") else FACTS in names
-    return "" if is_ours else "holds files of another program"
+    return "" if is_ours else "has files of another program"

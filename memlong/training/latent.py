@@ -1,8 +1,9 @@
-"""Latent maps in closed form: the few directions of all layers' K-V that matter most for what attention puts out.
+"""Fit latent maps in closed form: the few directions of all layers' K-V that matter most for attention's output.
 
-A principal component analysis, in coordinates where distances mean what errors do. An error of a key changes logits by
-its product with queries, and thereby mixes values; an error of a value goes through the output projection into the
-residual stream. Both count relative to the length of that stream, so that layers can be compared.
+This is a principal component analysis in coordinates where distances measure the effect of errors. An error in a key
+changes attention logits by its product with queries, and so the mix of values; an error in a value passes through the
+output projection into the residual stream. Both are measured relative to the norm of that stream, which makes layers
+comparable.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from memlong.decoder.model.probe import probe
 from memlong.decoder.model.rope import AngleCache
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
-_SMALLEST = 1e-4  # directions that matter less than this, beside the most important one, are not told apart
+_SMALLEST = 1e-4  # floor on a direction's importance, relative to the most important one
 
 
 def fit_latent_maps(
@@ -36,59 +37,60 @@ def fit_latent_maps(
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
 ) -> LatentMaps:
-    """Find maps between the K-V of a model's layers and one vector a token.
+    """Fit maps between the K-V of a model's layers and one latent vector per token.
 
     Parameters
     ----------
     model
         A model that memory can be attached to.
     passages
-        Token ids [1, tokens] of text like that which is to be remembered, about as long as a local window each; 16
-        passages of 1,024 tokens do. All are held in memory at once: 4 bytes for every number of their K-V.
+        Token ids [1, tokens] of text similar to what will be stored, each about as long as a local window; 16 passages
+        of 1,024 tokens suffice. Their K-V is held in RAM as float32.
     dim
-        Width of the vector; even, less than the number of tokens, and at most that of the numbers it stands for.
+        Dimension of the latent vector: even, less than the number of tokens, and at most the number of values it
+        replaces.
     layers
-        The retrieval layers, as `MemoryConfig` has them.
+        The retrieval layers, as in `MemoryConfig`.
     progress
-        Called with the number of tokens of each passage read.
+        Called with the number of tokens in each passage.
     seed
-        Of the randomised decomposition (Halko, Martinsson and Tropp, arXiv 0909.4061).
+        Random seed of the randomized SVD (Halko, Martinsson and Tropp, arXiv 0909.4061).
 
     Raises
     ------
     InvalidArgumentError
         If there is too little text for ``dim``, a layer does not exist, or keys or values are not finite.
     UnsupportedModelError
-        If memory cannot be attached to the model, or its attention has no linear output projection.
+        If memory does not attach to the model, or its attention has no linear output projection.
     """
     layout = probe(model)
     chosen = parse_layers(layers, layout.full_attention_layers, layout.layers)
     if any(layout.layers[layer].is_made or layout.layers[layer].keys_second for layer in chosen):
         raise UnsupportedModelError(
-            f"{type(model).__name__} makes its keys and values of what its cache holds (such as a latent vector), and "
-            "maps are for models whose cache holds keys and values themselves."
+            f"Latent maps need a model whose cache holds keys and values, but {type(model).__name__} computes them "
+            "from something else, such as a latent vector: use kv_source='layer'."
         )
     if not layout.alike(chosen):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has keys and values of several shapes in the layers {ranges(chosen)}; latent maps "
-            "need one. Name layers that are alike."
+            f"Latent maps need layers with keys and values of one shape, but {type(model).__name__} has several in the "
+            f"layers {ranges(chosen)}: choose layers of one shape."
         )
     for passage in passages:
         if not isinstance(passage, Tensor) or passage.ndim != 2:
             raise InvalidArgumentError(
-                "passages holds what is no tensor of token ids [1, tokens]; give a list of such tensors, one a passage."
+                "passages must be a list of tensors of token ids [1, tokens], one per passage, got "
+                f"{f'shape {tuple(passage.shape)}' if isinstance(passage, Tensor) else type(passage).__name__}."
             )
     tokens = sum(passage.shape[1] for passage in passages)
     if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(
-            f"dim is {dim} for {tokens} tokens of text; expected an even number of at least 2, and more tokens than "
-            "that."
+            f"dim must be an even integer of at least 2, and less than the {tokens} tokens of text, got {dim}: give "
+            "more text, or a smaller dim."
         )
     most = len(chosen) * layout.layers[chosen[0]].shape.numbers
     if dim > most:
         raise InvalidArgumentError(
-            f"dim is {dim}, but the keys and values of a token in {len(chosen)} layers are {most} numbers; expected at "
-            "most that."
+            f"dim must be at most {most}, the size of a token's keys and values in {len(chosen)} layers, got {dim}."
         )
     watch = _Watch(layout, chosen)
     for passage in passages:
@@ -98,8 +100,8 @@ def fit_latent_maps(
     states = watch.states()  # [tokens, 2, layers, kv_heads, head_dim]
     if not bool(states.isfinite().all()):
         raise InvalidArgumentError(
-            f"{type(model).__name__} makes keys or values that are not finite: its weights are damaged, or its dtype "
-            "does not hold them. Load it in float32 or bfloat16."
+            f"Keys and values of {type(model).__name__} must be finite: its weights are damaged, or its dtype "
+            "overflows. Load it in float32 or bfloat16."
         )
     mean = states.mean(dim=0)
     states -= mean
@@ -108,7 +110,7 @@ def fit_latent_maps(
     states[:, 1] = torch.einsum("nlhd,lhde->nlhe", states[:, 1], value_scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # A few columns more than are kept, for precision.
+        # A few more columns than are kept, for precision.
         _, _, directions = torch.svd_lowrank(states.flatten(1), q=min(dim + 8, *states.flatten(1).shape))
     basis = directions[:, :dim].reshape(*mean.shape, dim)
     encode, decode = torch.empty_like(basis), torch.empty_like(basis)
@@ -119,7 +121,7 @@ def fit_latent_maps(
 
 
 def _importance(states: Tensor, watch: _Watch) -> tuple[Tensor, Tensor]:
-    """What an error matters: of keys by channel [layers, kv_heads, head_dim], of values as a matrix for each head."""
+    """Return how much errors matter: of keys per channel [layers, kv_heads, head_dim], of values a matrix per head."""
     key_scales, value_scales = [], []
     for place, layer in enumerate(watch.layers):
         projection = watch.projections[layer]
@@ -144,7 +146,7 @@ def _importance(states: Tensor, watch: _Watch) -> tuple[Tensor, Tensor]:
 
 @dataclass(eq=False)
 class _Watch(AttentionSlot):
-    """K-V, queries and output projections of some layers, noted down while a model reads."""
+    """Records K-V, queries and output projections of some layers while a model reads."""
 
     layout: ModelLayout
     layers: tuple[int, ...]
@@ -158,7 +160,7 @@ class _Watch(AttentionSlot):
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, passage: Tensor) -> None:
-        """Let the model read a passage [1, tokens] on its own."""
+        """Run the model on a passage [1, tokens]."""
         positions = torch.arange(passage.shape[1], device=passage.device)[None]
         self._angles = AngleCache(positions)
         hooks = [
@@ -178,12 +180,14 @@ class _Watch(AttentionSlot):
         missing = [layer for layer in self.layers if layer not in self.projections]
         if missing:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no linear output projection in the attention of layers {missing}, from "
-                "which it is seen what values do."
+                f"Latent maps need a linear output projection after attention, but {type(model).__name__} has none in "
+                f"layers {missing}."
             )
         for layer in self.layers:
             lengths = output.hidden_states[layer][0].float().norm(dim=-1)
-            self.residual.setdefault(layer, []).append(lengths.median().cpu())  # sink tokens are far longer
+            self.residual.setdefault(layer, []).append(
+                lengths.median().cpu()
+            )  # the median, as sink tokens have far larger norms
 
     def attend(
         self,
@@ -195,7 +199,7 @@ class _Watch(AttentionSlot):
         attention_mask: Tensor | None,
         **options: Any,
     ) -> Output:
-        """Note down what comes, and let the model attend as it does."""
+        """Record the inputs, and compute the model's own attention."""
         layer = self.layout.readers[module][-1]
         if layer in self.layers:
             rope = self.layout.layers[layer].rope
@@ -207,11 +211,11 @@ class _Watch(AttentionSlot):
         return base(module, query, key, value, attention_mask, **options)
 
     def states(self) -> Tensor:
-        """Un-rotated keys, and values, of all that was read: [tokens, 2, layers, kv_heads, head_dim], float32."""
+        """Return all unrotated keys, and values, as float32 [tokens, 2, layers, kv_heads, head_dim]."""
         return torch.stack([torch.cat(self._parts[layer]) for layer in self.layers], dim=2)
 
     def _note_projection(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        """Of an attention module's linear maps, the output projection is called last."""
+        """Return a hook that records weights; in attention modules, the output projection is the last linear layer."""
 
         def note(part: nn.Module, _inputs: Any, _output: Any) -> None:
             self.projections[layer] = cast("Tensor", part.weight).detach().float().cpu()

@@ -1,4 +1,4 @@
-"""The loss of a segment: every token is predicted, the next segment's first one included."""
+"""The loss of a segment: every next token is predicted, including the first one of the following segment."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from memlong.decoder import Segment
 from memlong.evaluation import long_range_tokens
 
 _NOTHING = -100
-"""The target of a token that nothing follows; `cross_entropy` ignores it."""
+"""Target of a token without a next token; `cross_entropy` ignores it."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Episodes side by side, shorter ones padded on the right.
+    """A batch of episodes, padded on the right.
 
     Attributes
     ----------
@@ -29,9 +29,9 @@ class Batch:
     lengths
         Tokens of each row.
     targets
-        [rows, tokens], int64, on the model's device: the token that follows, -100 where none does.
+        [rows, tokens], int64, on the model's device: the next token, or -100 if there is none.
     distant
-        [rows, tokens], bool, on the model's device: whether the token that follows is a long-range token.
+        [rows, tokens], bool, on the model's device: whether the next token is long-range.
     """
 
     input_ids: Tensor
@@ -41,7 +41,7 @@ class Batch:
 
     @classmethod
     def of(cls, episodes: Sequence[Tensor], distance: int, device: torch.device) -> Self:
-        """Put episodes [tokens] together; a token last met more than ``distance`` back is long-range."""
+        """Batch episodes [tokens]; tokens that last occurred more than ``distance`` tokens back are long-range."""
         episodes = [each.cpu() for each in episodes]
         marks = [torch.from_numpy(long_range_tokens(each.tolist(), distance)) for each in episodes]
         following = [torch.cat([each[1:], each.new_tensor([_NOTHING])]) for each in episodes]
@@ -55,26 +55,25 @@ class Batch:
 
     @property
     def mask(self) -> Tensor:
-        """[rows, tokens], int64, on the CPU: 0 where padded."""
+        """Padding mask [rows, tokens], int64, on the CPU: 0 for padding."""
         places = torch.arange(self.input_ids.shape[1], device="cpu")
         return (places < torch.tensor(self.lengths, device="cpu")[:, None]).long()
 
     def tokens_between(self, start: int, end: int) -> int:
-        """How many tokens of all rows have an index in [start, end)."""
+        """Count the tokens of all rows with an index in [start, end)."""
         return sum(max(0, min(length, end) - start) for length in self.lengths)
 
 
 @dataclass(frozen=True)
 class SegmentLoss:
-    """What a segment cost, on its device.
+    """The loss of a segment, on its device.
 
     Attributes
     ----------
     mean
-        What is minimized: mean negative log-likelihood of its tokens, long-range ones weighted; 0 if nothing follows
-        any of them.
+        The training objective: weighted mean negative log-likelihood; 0 if no token has a next token.
     sums
-        [4], float64, without gradient: unweighted sum over all tokens and their number; the same of long-range ones.
+        [4], float64, detached: unweighted sum over all tokens and their count, then the same for long-range tokens.
     """
 
     mean: Tensor
@@ -82,10 +81,10 @@ class SegmentLoss:
 
 
 def segment_loss(segment: Segment, batch: Batch, long_range_weight: float) -> SegmentLoss:
-    """Score a segment's predictions.
+    """Compute the loss of a segment's predictions.
 
-    Tokens without a target are scored as 0 instead of being left out: what is left out has to be counted, for which the
-    host would wait, and logits would be copied.
+    Tokens without a target are masked to 0 rather than dropped: dropping would copy the logits and synchronize with the
+    device to count what is left.
     """
     is_token = segment.tokens >= 0
     places = segment.tokens.clamp(min=0)

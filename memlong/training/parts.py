@@ -1,4 +1,4 @@
-"""Which parts of a decoder learn: LoRA on upper layers, latent maps and gates; all else is frozen."""
+"""The trainable parts of a decoder: LoRA on upper layers, latent maps and gates; everything else is frozen."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from memlong.training.config import TrainingConfig
 
 
 class LearningParts:
-    """The parameters of a decoder that learn, float32 while they do.
+    """The trainable parameters of a decoder, in float32 during training.
 
     Parameters
     ----------
     decoder
-        A decoder whose model has no adapter yet. Its model is frozen, and gets one.
+        A decoder whose model has no adapter. The model is frozen and gets a LoRA adapter.
     config
-        What is to learn.
+        What to train.
 
     Raises
     ------
     InvalidArgumentError
-        If the model has an adapter already, or nothing would learn.
+        If the model already has an adapter, or there is nothing to train.
     MissingDependencyError
         If peft is not installed.
     """
@@ -53,14 +53,14 @@ class LearningParts:
                     self.parameters[f"{prefix}.{name}"] = parameter
         if not self.parameters:
             raise InvalidArgumentError(
-                "Nothing would learn: lora_rank is 0, and there are no maps and no gates to train. Set lora_rank, or "
-                "gate_init of the MemoryConfig."
+                "Nothing to train: lora_rank is 0, and there are no maps or gates to train. Set lora_rank, or "
+                "gate_init in the MemoryConfig."
             )
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
 
     def groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
-        """Groups for the optimizer; gates have a rate of their own, and do not decay."""
+        """Return the optimizer's parameter groups; gates have their own learning rate, and no weight decay."""
         gates = [parameter for name, parameter in self.parameters.items() if name.startswith("gates.")]
         others = [parameter for name, parameter in self.parameters.items() if not name.startswith("gates.")]
         groups = [
@@ -70,12 +70,12 @@ class LearningParts:
         return [group for group in groups if group["params"]]
 
     def learn(self, *, lower_layers: bool) -> None:
-        """Let the layers below the memory learn as well, or freeze them for good."""
+        """Train the layers below the memory layer as well, or freeze them."""
         for name in self._lower:
             self.parameters[name].requires_grad_(lower_layers)
 
     def settle(self) -> None:
-        """Freeze everything, in the model's own dtype: what is saved is then what is at hand."""
+        """Freeze everything and convert it to the model's dtype, so that it equals what is saved."""
         for name, parameter in self.parameters.items():
             if not name.startswith("gates."):
                 parameter.data = parameter.data.to(self._model.dtype)
@@ -90,15 +90,16 @@ class LearningParts:
 
         if getattr(self._model, "peft_config", None):
             raise InvalidArgumentError(
-                f"This {type(self._model).__name__} has an adapter already: load the plain model for training."
+                f"decoder.model must not have an adapter, got a {type(self._model).__name__} with one: load the plain "
+                "model for training."
             )
         layer_of = _linear_layers(decoder, config.lora_targets)
         first = 0 if config.warmup_stage_steps else self._first
         targets = [name for name, layer in layer_of.items() if layer >= first]
         if not targets:
             raise InvalidArgumentError(
-                f"lora_targets is {config.lora_targets!r}, but no linear layer from layer {first} up is named so. Name "
-                "some that are, or leave it empty for those of attention; and let memory_layer not be the last layer."
+                f"lora_targets must name linear layers from layer {first} up, got {config.lora_targets!r}: name "
+                "existing ones, or leave it empty for those of attention, and set memory_layer below the last layer."
             )
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=cast("int", config.lora_alpha), target_modules=targets
@@ -115,9 +116,9 @@ class LearningParts:
 
 
 def usual_retrieval_layers(model: PreTrainedModel, config: MemoryConfig) -> str:
-    """Which layers are to read a memory: with shared K-V every fourth from the memory layer up, else all.
+    """Return the default retrieval layers: every fourth from the memory layer up with shared K-V, else all.
 
-    Retrieval in all upper layers was worse than in four of them in the shared mode (arXiv 2408.16967).
+    With shared K-V, retrieval in all upper layers is worse than in four of them (arXiv 2408.16967).
     """
     if config.kv_source != "shared":
         return "all"
@@ -138,29 +139,30 @@ def _every_fourth(layers: list[int]) -> list[int]:
 
 
 def first_learning_layer(decoder: MemoryDecoder) -> int:
-    """The lowest layer that may learn: with shared K-V the one above the memory layer, so that memory never goes stale.
+    """Return the lowest trainable layer.
 
-    Otherwise the first retrieval layer: below it, memory makes no difference.
+    With shared K-V, that is the layer above the memory layer, so that stored K-V never goes stale. Otherwise it is the
+    first retrieval layer, as memory does not affect layers below it.
 
     Raises
     ------
     InvalidArgumentError
-        If a layer below the memory layer is to read memory.
+        If a retrieval layer is below the memory layer.
     """
     if decoder.config.kv_source == "shared":
         memory_layer = shared_memory_layer(decoder.config, decoder.model_layout)
         below = [layer for layer in decoder.retrieval_layers if layer < memory_layer]
         if below:
             raise InvalidArgumentError(
-                f"retrieval_layers is {decoder.config.retrieval_layers!r}, but layer {below[0]} is below the memory "
-                f"layer, {memory_layer}, whose K-V would change with what it reads: name layers from {memory_layer} up."
+                f"retrieval_layers must be {memory_layer} or above, as the memory layer's K-V must not depend on "
+                f"retrieval, got {decoder.config.retrieval_layers!r} with layer {below[0]}."
             )
         return memory_layer + 1
     return min(decoder.retrieval_layers)
 
 
 def _linear_layers(decoder: MemoryDecoder, named: tuple[str, ...]) -> dict[str, int]:
-    """By name, the layer of each linear map of attention; or of each that is ``named``, wherever in its layer it is."""
+    """Map the names of attention's linear modules, or of all linear modules ``named``, to their layers."""
     names = {id(module): name for name, module in decoder.model.named_modules()}
     found: dict[str, int] = {}
     for attention, layers in decoder.model_layout.readers.items():

@@ -1,4 +1,4 @@
-"""Trainer: streams documents through a decoder, and lets LoRA, maps and gates learn to read its memory."""
+"""Trainer: streams documents through a decoder, and trains LoRA, maps and gates to read its memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
 from memlong.decoder.persistence.strangers import declared_options
-from memlong.decoder.stream.recall import RandomChunks
+from memlong.decoder.stream.retrieval import RandomChunks
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
 from memlong.plugins.registry import installed_registry
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -40,11 +40,11 @@ from memlong.training.parts import LearningParts
 
 
 class Trainer:
-    """Trains a decoder on documents, as they are streamed.
+    """Trains a decoder on streamed documents.
 
-    ``rows`` documents are read side by side, each with a bank of its own, and begin together. A segment's loss goes
-    back through that segment, and through what made the memory that it read; the window and what is stored are
-    constants.
+    ``rows`` documents are read in parallel, each with its own bank, and start together. The loss of a segment is
+    backpropagated through that segment and through the computation of the memory it reads; the window and the stored
+    K-V are constants.
 
     Parameters
     ----------
@@ -53,25 +53,25 @@ class Trainer:
     documents
         Token ids [tokens] of each document.
     config
-        How to train.
+        The training settings.
     folder
-        Where curve, checkpoints and the trained decoder go; made if it does not exist.
+        Folder for the curve, checkpoints and the trained decoder; created if missing.
     base_model
-        Under which name `load_model` finds the model, for `MemoryDecoder.from_pretrained`.
+        Name under which `load_model` finds the model, for `MemoryDecoder.from_pretrained`.
     tensorboard
-        Folder for tensorboard's event files, or None.
+        Folder for TensorBoard's event files, or None.
 
     Raises
     ------
     InvalidArgumentError
-        If nothing would learn, the decoder has no memory, episodes are too short to need one, or several processes are
-        launched.
+        If there is nothing to train, the decoder has no memory, episodes are too short to need one, or several
+        processes are launched.
     InvalidTextError
         If no document is long enough.
     MissingDependencyError
-        If accelerate, peft or, where it is asked for, tensorboard is not installed.
+        If accelerate, peft or a requested tensorboard is not installed.
     StorageError
-        If the folder cannot be made.
+        If the folder cannot be created.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class Trainer:
         check_settings(decoder.config, config)
         if decoder.model.dtype == torch.float16:
             raise InvalidArgumentError(
-                "The model is of float16, in which small gradients vanish: load it in bfloat16 or float32."
+                "decoder.model must be bfloat16 or float32 for training, got float16, in which small gradients vanish."
             )
         self._accelerator = _accelerator(decoder)
         self.episodes = Episodes(documents, config.document_tokens, _least(decoder.config), config.seed)
-        self._fingerprint = decoder.fingerprint()  # of the model as it was given, without an adapter
+        self._fingerprint = decoder.fingerprint()  # before the adapter is added
         self._generator = torch.Generator().manual_seed(config.seed)
-        # The warm-up stage reads over the plain window; made before the adapter, as the decoder itself was.
+        # The warmup stage uses the plain window; created before the adapter, as the decoder was.
         self._plain = (
             MemoryDecoder(decoder.model, decoder.tokenizer, replace(decoder.config, backend=None))
             if config.warmup_stage_steps
@@ -112,16 +112,16 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"The folder {str(folder)!r} cannot be made: {error.strerror}.") from error
+            raise StorageError(f"Cannot create the folder {str(folder)!r}: {error.strerror}.") from error
 
     @property
     def learning(self) -> int:
-        """How many numbers learn."""
+        """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self._parts.parameters.values())
 
     @property
     def ended(self) -> bool:
-        """Whether the folder holds the decoder that a run of these settings has trained."""
+        """Whether the folder has the trained decoder of a complete run with these settings."""
         memory = self.decoder.config.as_dict() | declared_options(self.decoder.config, installed_registry())
         return holds_decoder(self.folder, asdict(self.config), memory)
 
@@ -131,31 +131,31 @@ class Trainer:
         Parameters
         ----------
         resume
-            Go on from the folder's latest checkpoint: all that follows is as if the run had not been interrupted. On
-            CUDA, attention adds its gradients up in no fixed order: two runs differ in their last bits, resumed or not.
+            Resume from the folder's latest checkpoint, with the same results as without the interruption. On CUDA,
+            attention gradients are not deterministic, so any two runs differ in their last bits.
         progress
-            Called after each step, and, when resuming, at once for those made before.
+            Called after each step; when resuming, first for all earlier steps.
 
         Raises
         ------
         InvalidArgumentError
-            If there is no checkpoint to resume from, or one of another model, other settings or other text; or there is
-            one, and ``resume`` is not set; or the folder holds a trained decoder, or this trainer has made one; or it
-            holds what a run would overwrite, and is not its own.
+            If there is no checkpoint to resume from, or it is from a different model, settings or text; if there is
+            one, but ``resume`` is not set; if the folder has a trained decoder or files that a run would overwrite; or
+            if this trainer is done.
         StorageError
-            If the folder cannot be written, or another run is at work in it. Checkpoints stay.
+            If the folder cannot be written, or another run uses it. Checkpoints are kept.
         MemlongError
-            If the loss or the gradient is no longer finite.
+            If the loss or the gradient is not finite.
         """
         if self._settled:
             raise InvalidArgumentError(
-                "This trainer has run to its end, and its decoder is frozen: save that with save_pretrained(folder) "
-                "if it is not saved yet, or make another trainer, on the plain model."
+                "This trainer is done, and its decoder is frozen: save it with save_pretrained(folder) if it is not "
+                "saved yet, or create a new trainer on the plain model."
             )
         if self._has_begun and not resume:
             raise InvalidArgumentError(
-                "This trainer's run was cut short, and its weights have learned: go on with resume=True from a "
-                "checkpoint, or make another trainer, on the plain model."
+                "This trainer's run was interrupted, and its weights are partly trained: resume from a checkpoint with "
+                "resume=True, or create a new trainer on the plain model."
             )
         with lock(self.folder):
             return self._run(resume, progress)
@@ -164,10 +164,10 @@ class Trainer:
         order = {name: self._parts.parameters[name] for name in self._in_order()}
         state = (order, self._optimizer, self._generator, self._made_of())
         if (self.folder / SETTINGS).exists() and not checkpoints(self.folder):
-            kind = "these settings, which has ended" if self.ended else "other settings"
+            kind = "a complete run with these settings" if self.ended else "a run with other settings"
             raise InvalidArgumentError(
-                f"The folder {str(self.folder)!r} holds a decoder, of a run of {kind}. Load it with "
-                "MemoryDecoder.from_pretrained, or name another folder."
+                f"The folder {str(self.folder)!r} has the trained decoder of {kind}: load it with "
+                "MemoryDecoder.from_pretrained, or give another folder."
             )
         check_folder(self.folder, resume=resume)
         clear_unfinished(self.folder)
@@ -197,7 +197,7 @@ class Trainer:
         return curve.steps
 
     def _read_episodes(self, at: Progress, curve: Curve, progress: Callable[[Step], None] | None) -> None:
-        """Read one episode in each row, from its beginning to its end or that of the run."""
+        """Read one episode per row, until they end or the run does."""
         rows = [self.episodes[at.episodes + row] for row in range(self.config.rows)]
         size = self.decoder.config.segment_size
         batch = Batch.of(rows, self.decoder.config.local_window, self.decoder.model.device)
@@ -213,15 +213,17 @@ class Trainer:
                 start = number * size
                 if (
                     start + 1 < batch.input_ids.shape[1]
-                ):  # else an episode's last token, which nothing follows
+                ):  # otherwise only last tokens, which have no next token
                     loss = segment_loss(segment, batch, self.config.long_range_weight)
                     self._sums.append(loss.sums)
-                    if loss.mean.requires_grad:  # before the first memory, maps and gates have no part in it
+                    if (
+                        loss.mean.requires_grad
+                    ):  # not before the first retrieval, if only maps and gates are trained
                         self._accelerator.backward(loss.mean / min(self.config.accumulate, count - beginning))
                 at.tokens += batch.tokens_between(start, start + size)
                 if number + 1 in (beginning + self.config.accumulate, count) and self._sums:
                     sums = self._update(at)
-                    at.seconds += time.perf_counter() - started  # the device has been waited for
+                    at.seconds += time.perf_counter() - started  # _update() has synchronized
                     started = time.perf_counter()
                     curve.add(self._step(at, sums))
                     if progress is not None:
@@ -233,7 +235,7 @@ class Trainer:
         at.seconds += time.perf_counter() - started
 
     def _update(self, at: Progress) -> list[float]:
-        """Make a step, and return the sums of its losses; they are what the host waits for, once a step."""
+        """Make an optimizer step, and return the sums of its losses: the one synchronization per step."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.config.share_of_rate(at.step)
         norm = self._accelerator.clip_grad_norm_(self._parts.parameters.values(), self.config.max_grad_norm)
@@ -243,9 +245,9 @@ class Trainer:
         if not (isfinite(sums[0]) and isfinite(length)):
             kept = checkpoints(self.folder)
             raise MemlongError(
-                f"The run has diverged: in step {at.step + 1} the sum of the losses is {sums[0]} and the length of the "
-                f"gradient {length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Start over in "
-                "another folder, with a lower lr or gate_lr, or more warmup_steps."
+                f"Training diverged in step {at.step + 1}: the sum of the losses is {sums[0]}, the gradient norm "
+                f"{length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Start over in another folder, "
+                "with a lower lr or gate_lr, or more warmup_steps."
             )
         self._optimizer.step()
         self._has_begun = True
@@ -265,7 +267,7 @@ class Trainer:
         )
 
     def _in_order(self) -> list[str]:
-        """Names of what learns, as the optimizer has it."""
+        """Return the names of the trainable parameters, in the optimizer's order."""
         names = {id(parameter): name for name, parameter in self._parts.parameters.items()}
         return [
             names[id(parameter)] for group in self._optimizer.param_groups for parameter in group["params"]
@@ -282,31 +284,33 @@ class Trainer:
                 for name, value in memory.items()
                 if name not in ("store", "maps", "gates")
             },
-            **{f"model.{name}": value for name, value in facts(self._fingerprint)},  # maps and gates, too
+            **{f"model.{name}": value for name, value in facts(self._fingerprint)},  # includes maps and gates
             "text": self.episodes.digest,
         }
 
 
 def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
-    """Refuse settings with which there would be no memory to read.
+    """Reject settings with which no memory would be read.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no backend, or episodes end before anything leaves the window.
+        If there is no backend, or episodes are too short to read from memory.
     """
     if memory.backend is None:
-        raise InvalidArgumentError("The decoder has backend=None, so no memory to train on: name one.")
+        raise InvalidArgumentError(
+            "backend must be a name for training, got None: there would be no memory to read."
+        )
     if training.document_tokens < _least(memory):
         raise InvalidArgumentError(
-            f"document_tokens is {training.document_tokens}, but with local_window {memory.local_window} and "
-            f"segment_size {memory.segment_size} there is no memory to read before token {_least(memory)}. Set it to "
-            "several times that, or local_window lower."
+            f"document_tokens must be at least {_least(memory)}, with local_window {memory.local_window} and "
+            f"segment_size {memory.segment_size}, got {training.document_tokens}: set it to several times that, or "
+            "lower local_window."
         )
 
 
 def _least(memory: MemoryConfig) -> int:
-    """Tokens of the shortest episode that comes to read a memory."""
+    """Return the length of the shortest episode that reads from memory, in tokens."""
     return memory.local_window + memory.segment_size
 
 
@@ -318,7 +322,7 @@ def _accelerator(decoder: MemoryDecoder) -> Any:
     accelerator = Accelerator(cpu=decoder.model.device.type == "cpu", mixed_precision="no")
     if accelerator.num_processes > 1:
         raise InvalidArgumentError(
-            f"{accelerator.num_processes} processes are launched, but training runs in one: start it without "
-            "`accelerate launch`, and set rows to what the device holds."
+            f"Training must run in one process, got {accelerator.num_processes}: start it without `accelerate launch`, "
+            "and set rows to what fits on the device."
         )
     return accelerator

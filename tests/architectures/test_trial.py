@@ -29,7 +29,7 @@ def test_memory_that_is_right_works():
 def test_a_class_that_is_not_there_is_refused():
     trial = try_architecture(Architecture("llama", "NoSuchClass"))
     assert trial.status == "refused"
-    assert "No tiny model of it can be made: AttributeError" in trial.reason
+    assert "Cannot build a tiny model: AttributeError" in trial.reason
 
 
 def test_a_refusal_of_ours_is_a_refusal(monkeypatch):
@@ -41,7 +41,7 @@ def test_a_refusal_of_ours_is_a_refusal(monkeypatch):
 
 def test_any_other_error_fails(monkeypatch):
     monkeypatch.setattr(trials, "MemoryDecoder", raising(ZeroDivisionError("by zero")))
-    assert try_architecture(LLAMA).reason == "Attaching ends in ZeroDivisionError: by zero"
+    assert try_architecture(LLAMA).reason == "Attaching raises ZeroDivisionError: by zero"
     assert try_architecture(LLAMA).status == "fails"
 
 
@@ -49,7 +49,7 @@ def test_an_error_while_reading_fails(monkeypatch):
     monkeypatch.setattr(MemoryDecoder, "stream", raising(IndexError("out of range")))
     trial = try_architecture(LLAMA)
     assert trial.status == "fails"
-    assert trial.reason == "With the whole text in the window, reading ends in IndexError: out of range"
+    assert trial.reason == "With the whole text in the window, reading raises IndexError: out of range"
 
 
 def test_a_memory_that_is_not_attended_to_fails(monkeypatch):
@@ -86,4 +86,4 @@ def test_a_plain_model_that_disagrees_with_itself_is_told(monkeypatch, wrong):
     monkeypatch.setattr(trials, "tiny_model_of", odd)
     trial = try_architecture(LLAMA)
     assert trial.status == "fails"
-    assert "(the plain model's own, read in pieces, are off by" in trial.reason
+    assert "(the plain model reading in pieces is off by" in trial.reason

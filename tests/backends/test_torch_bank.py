@@ -82,7 +82,7 @@ def test_lower_matmul_precision_does_not_change_results(precision, fill):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_cuda_device_that_is_not_there_is_an_error():
-    with pytest.raises(DeviceUnavailableError, match="sees 0 CUDA devices; use device='cpu'"):
+    with pytest.raises(DeviceUnavailableError, match="sees 0 CUDA devices: use device='cpu'"):
         TorchBank(4, device="cuda")
 
 

@@ -54,7 +54,7 @@ def test_info_as_json(folder):
 def test_verify_finds_nothing_wrong(folder):
     result = memlong("verify", folder)
     assert result.exit_code == 0
-    assert "all 5 files are what was saved" in result.stdout
+    assert "all 5 files are intact" in result.stdout
     assert json.loads(memlong("verify", folder, "--json").stdout)["is_whole"] is True
 
 

@@ -164,7 +164,7 @@ def test_too_little_memory(monkeypatch, capsys, error):
     monkeypatch.setattr("memlong.cli.app.make_app", lambda: fail)
     assert app.run() == 1
     said = capsys.readouterr().err
-    assert said.startswith("memlong: There is not enough memory (")
+    assert said.startswith("memlong: Out of memory (")
     assert len(said.splitlines()) == 1
 
 

@@ -67,7 +67,7 @@ def test_what_is_read_is_not_written(invoke, story, tmp_path, case, spelled):
     before = story.read_text()
     result = invoke(command, **{**given(story, tmp_path)[case], read: story, written: spelled(story)})
     assert isinstance(result.exception, InvalidArgumentError), result.output
-    assert f"--{written} and --{read} both name" in str(result.exception)
+    assert f"--{written} and --{read} must be different files" in str(result.exception)
     assert story.read_text() == before
 
 
@@ -80,16 +80,18 @@ def fit(model_folder, story, out):
 @pytest.mark.parametrize("spelled", [same, another_spelling, link, hard_link])
 def test_maps_do_not_overwrite_the_text(model_folder, story, spelled):
     before = story.read_text()
-    assert "--out and --text both name" in str(fit(model_folder, story, spelled(story)).exception)
+    assert "--out and --text must be different files" in str(
+        fit(model_folder, story, spelled(story)).exception
+    )
     assert story.read_text() == before
 
 
 def test_two_outputs_are_two_files(invoke, tmp_path):
     (tmp_path / "a.png").touch()
     result = invoke("needle", plot=hard_link(tmp_path / "a.png"), json=tmp_path / "a.png")
-    assert "--plot and --json both name" in str(result.exception)
+    assert "--plot and --json must be different files" in str(result.exception)
     result = invoke("needle", plot=tmp_path / "new.png", json=tmp_path / "." / "new.png")
-    assert "--plot and --json both name" in str(result.exception)
+    assert "--plot and --json must be different files" in str(result.exception)
 
 
 @pytest.mark.parametrize("content", ["a diary", '{"architectures": ["LlamaForCausalLM"]}', "[1]"])
@@ -97,27 +99,27 @@ def test_json_overwrites_results_alone(invoke, story, tmp_path, content):
     there = tmp_path / "there.json"
     there.write_text(content)
     result = invoke("perplexity", text=story, json=there)
-    assert "is there already, and not the result of such a command" in str(result.exception)
+    assert "already exists, and this command did not write it" in str(result.exception)
     assert there.read_text() == content
 
 
 def test_maps_overwrite_maps_alone(model_folder, story, tmp_path):
     weights = model_folder / "model.safetensors"
     before = weights.read_bytes()
-    assert "is there already" in str(fit(model_folder, story, weights).exception)
+    assert "already exists" in str(fit(model_folder, story, weights).exception)
     assert weights.read_bytes() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_maps_take_no_place_of_a_special_file(model_folder, story, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert "is not a regular file" in str(fit(model_folder, story, tmp_path / "pipe").exception)
+    assert "must be a regular file" in str(fit(model_folder, story, tmp_path / "pipe").exception)
 
 
 def test_a_link_that_leads_to_no_folder_is_said(invoke, story, tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "none" / "out.json")
     result = invoke("perplexity", text=story, json=tmp_path / "link.json")
-    assert "none' of 'out.json' does not exist" in str(result.exception)
+    assert "none' for 'out.json' does not exist" in str(result.exception)
     (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
     result = invoke("perplexity", text=story, json=tmp_path / "loop.json")
     assert isinstance(result.exception, InvalidArgumentError)
@@ -126,7 +128,7 @@ def test_a_link_that_leads_to_no_folder_is_said(invoke, story, tmp_path):
 def test_a_page_overwrites_pages_alone(story):
     before = story.read_text()
     result = CliRunner().invoke(make_app(), ["models", "--markdown", str(story)])
-    assert "is there already" in str(result.exception)
+    assert "already exists" in str(result.exception)
     assert story.read_text() == before
 
 
@@ -150,8 +152,8 @@ def test_that_maps_which_cannot_be_written_works_elsewhere(model_folder, story, 
 
     monkeypatch.setattr(LatentMaps, "save", full)
     said = str(fit(model_folder, story, out).exception)
-    assert "No space left on device; the maps are in" in said
-    assert LatentMaps.load(said.rpartition(" in '")[2].partition("'")[0]).dim == 16
+    assert "No space left on device. The maps were saved to" in said
+    assert LatentMaps.load(said.rpartition(" to '")[2].partition("'")[0]).dim == 16
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")

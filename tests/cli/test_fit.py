@@ -25,7 +25,7 @@ def test_the_maps_serve_perplexity(fit, invoke, story, tmp_path):
     result = fit()
     assert result.exit_code == 0, result.output
     maps, file = tmp_path / "maps.safetensors", tmp_path / "result.json"
-    assert f"{maps}: vectors of 16 numbers for the K-V of 4 layers" in result.stdout
+    assert f"{maps}: latent vectors of dimension 16 for the K-V of 4 layers" in result.stdout
     result = invoke("perplexity", text=story, kv_source="latent", maps=maps, json=file)
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def test_a_text_without_a_whole_passage_is_refused(fit, tmp_path):
     short.write_text("word1 word2", encoding="utf-8")
     error = fit(text=short).exception
     assert isinstance(error, InvalidTextError)
-    assert "fewer than 20 tokens, so no whole passage" in str(error)
+    assert "must have at least 20 tokens, one passage" in str(error)
 
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(fit, tmp_path):
@@ -52,4 +52,4 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(fit, tmp_path):
 
 
 def test_more_numbers_than_tokens_are_refused(fit):
-    assert "more tokens than that" in str(fit("--dim", 400).exception)
+    assert "give more text, or a smaller dim" in str(fit("--dim", 400).exception)

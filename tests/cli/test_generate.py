@@ -101,20 +101,20 @@ def test_numbers_out_of_range_are_a_matter_of_usage(run, changes):
     ("changes", "error", "message"),
     [
         ({"context": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
-        ({"prompt": ""}, InvalidArgumentError, "--prompt is empty"),
-        ({"temperature": 0.5}, InvalidArgumentError, "--temperature is for sampling: add --sample"),
+        ({"prompt": ""}, InvalidArgumentError, "--prompt must not be empty"),
+        ({"temperature": 0.5}, InvalidArgumentError, "--temperature only applies to sampling: add --sample"),
         (
             {"sample": True, "temperature": 0},
             InvalidArgumentError,
-            "--temperature is 0.0; expected a number from 0.001",
+            "--temperature must be a number from 0.001 to 1000, got 0.0",
         ),
         (
             {"sample": True, "temperature": 1e-40},
             InvalidArgumentError,
-            "--temperature is 1e-40; expected a number from 0.001",
+            "--temperature must be a number from 0.001 to 1000, got 1e-40",
         ),
-        ({"sample": True, "top_p": 5}, InvalidArgumentError, "--top-p is 5.0; expected a number .* to 1"),
-        ({"prompt": "word1 \udcff"}, InvalidTextError, "--prompt is not UTF-8: .* at character 6"),
+        ({"sample": True, "top_p": 5}, InvalidArgumentError, "--top-p must be a number .* to 1, got 5.0"),
+        ({"prompt": "word1 \udcff"}, InvalidTextError, "--prompt must be UTF-8, got .* at character 6"),
         ({"backend_option": "store=5"}, InvalidArgumentError, "backend_options must not hold store, which"),
         ({"store": "disk"}, InvalidArgumentError, "such as --store host=1GB"),
         ({"chat": True}, InvalidArgumentError, "--chat needs a model with a chat template"),
@@ -123,10 +123,10 @@ def test_numbers_out_of_range_are_a_matter_of_usage(run, changes):
             InvalidArgumentError,
             r"retrieve_every must be at most segment_size \(8\)",
         ),
-        ({"backend": "none", "store": "host=1GB"}, InvalidArgumentError, "--store goes with a backend"),
-        ({"backend": "none", "maps": "m"}, InvalidArgumentError, "--maps goes with a backend"),
-        ({"backend": "none", "kv_source": "shared"}, InvalidArgumentError, "--kv-source goes with a backend"),
-        ({"backend": "none", "backend_option": "M=8"}, InvalidArgumentError, "--backend-option goes with"),
+        ({"backend": "none", "store": "host=1GB"}, InvalidArgumentError, "--store needs a backend"),
+        ({"backend": "none", "maps": "m"}, InvalidArgumentError, "--maps needs a backend"),
+        ({"backend": "none", "kv_source": "shared"}, InvalidArgumentError, "--kv-source needs a backend"),
+        ({"backend": "none", "backend_option": "M=8"}, InvalidArgumentError, "--backend-option needs"),
     ],
 )
 def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
@@ -140,4 +140,4 @@ def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
 def test_an_option_that_does_not_go_with_an_adapter_is_told_before_its_value_is_judged(run, changes):
     result = run(adapter="trained", model=None, **changes)
     assert isinstance(result.exception, InvalidArgumentError)
-    assert "does not go with --adapter: its memory is as it was trained" in str(result.exception)
+    assert "cannot be combined with --adapter, whose memory is fixed by training" in str(result.exception)

@@ -27,7 +27,7 @@ def folder(tmp_path):
 def test_a_folder_without_weights_is_told(folder):
     told = " ".join(memlong(folder).stdout.split())
     assert "class LlamaForCausalLM memory attaches layers 4: full attention retrieval layers 0-3" in told
-    assert "stored of a token keys and values bytes of a token 131,072 (float32), 65,536 (bfloat16)" in told
+    assert "stored per token keys and values bytes per token 131,072 (float32), 65,536 (bfloat16)" in told
     assert "local window 384 to 4,091 tokens" in told
 
 

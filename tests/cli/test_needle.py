@@ -36,7 +36,7 @@ def test_a_picture_that_cannot_be_written_is_an_error_after_the_result(run, tmp_
     picture.symlink_to("/dev/full")
     result = run(plot=picture)
     assert isinstance(result.exception, InvalidArgumentError), result.output
-    assert "No space left on device; the result is printed without its picture" in str(result.exception)
+    assert "No space left on device. The result is printed without the plot" in str(result.exception)
     assert "depth 0" in result.stdout
 
 
@@ -97,13 +97,13 @@ def test_the_one_who_knows_is_found_right(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lengths": "100,many"}, "--lengths is '100,many'; expected numbers"),
-        ({"depths": "2"}, "depth is 2.0; expected a number from 0 to 1"),
-        ({"lengths": "99999999999"}, "length is 99999999999; expected at most 100,000,000"),
-        ({"lengths": "20"}, "length is 20, but opening, pass key and question alone take"),
-        ({"lengths": "80,10"}, "length is 10, but"),
-        ({"plot": "out.foo"}, "expected a file that ends in .png, .svg or .pdf"),
-        ({"plot": "out.png", "json": "out.png"}, "--plot and --json both name 'out.png'"),
+        ({"lengths": "100,many"}, "--lengths must be comma-separated numbers"),
+        ({"depths": "2"}, "depth must be a number from 0 to 1, got 2.0"),
+        ({"lengths": "99999999999"}, "length must be at most 100,000,000"),
+        ({"lengths": "20"}, "for opening, pass key and question, got 20"),
+        ({"lengths": "80,10"}, "for opening, pass key and question, got 10"),
+        ({"plot": "out.foo"}, "must end in .png, .svg or .pdf"),
+        ({"plot": "out.png", "json": "out.png"}, "--plot and --json must be different files, got 'out.png'"),
         ({"plot": "/no/such/folder/a.png"}, "mkdir -p /no/such/folder"),
     ],
 )

@@ -44,13 +44,13 @@ def test_no_result_is_made_of_what_is_no_number(broken, invoke, story, tmp_path,
     given = {"perplexity": {"text": story}, "icl": {"demonstrations": examples}}.get(command, {})
     result = invoke(command, **PLAIN, **given, **options)
     assert isinstance(result.exception, MemlongError), result.output
-    assert "logits are not numbers" in str(result.exception)
+    assert "logits must be numbers" in str(result.exception)
 
 
 def test_maps_are_made_of_numbers(llama, text, monkeypatch):
     states = _Watch.states
     monkeypatch.setattr(_Watch, "states", lambda watch: states(watch) * float("inf"))
-    with pytest.raises(InvalidArgumentError, match="keys or values that are not finite"):
+    with pytest.raises(InvalidArgumentError, match=r"Keys and values of .* must be finite"):
         fit_latent_maps(llama, [text(100)], dim=16)
 
 

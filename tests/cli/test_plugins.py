@@ -75,8 +75,8 @@ def test_the_table_says_why_a_plugin_is_not_loaded(site):
     assert result.returncode == 0
     assert "acme-memory 2.1" in result.stdout
     assert "broken: RuntimeError: no key" in result.stdout
-    assert "memlong_faiss: turned off by MEMLONG_DISABLE_PLUGINS='memlong_faiss,typo'" in result.stdout
-    assert "typo: MEMLONG_DISABLE_PLUGINS names it, and no installed plugin has this name" in result.stdout
+    assert "memlong_faiss: disabled by MEMLONG_DISABLE_PLUGINS='memlong_faiss,typo'" in result.stdout
+    assert "typo: MEMLONG_DISABLE_PLUGINS names it, but no such plugin is installed" in result.stdout
 
 
 LOUD = """
@@ -164,7 +164,7 @@ def test_a_backend_that_ends_the_program_is_told(site, arguments, story):
     (site / "quits_bank.py").write_text(f"from memlong_torch.index import TorchIndex\n{bank}")
     result = memlong(*map(str, arguments("perplexity", text=story, backend="quits", json="-")), site=site)
     assert (result.returncode, result.stdout) == (1, "")
-    assert "memlong: a plugin or a library ended the program (exit status 0)" in result.stderr
+    assert "memlong: A plugin or library exited the program (exit status 0)" in result.stderr
 
 
 def test_plugins_of_very_many_names_fill_no_screen(site):
@@ -176,7 +176,7 @@ def test_plugins_of_very_many_names_fill_no_screen(site):
         loop = f'for i in range(1000): register(f"m{number}.{{i}}"'
         put(site, f"many{number}", GOOD.replace('register("acme"', loop))
     listed = memlong("backends", site=site)
-    assert "more; --json has them all" in listed.stdout
+    assert "more; --json prints all" in listed.stdout
     assert len(json.loads(memlong("backends", "--json", site=site).stdout)["backends"]) > 4_000
 
 

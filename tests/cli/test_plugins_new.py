@@ -118,54 +118,54 @@ def test_what_names_neither_a_backend_nor_a_package_is_refused(folder, name):
     # After "--", or a dash in front would make it an option.
     message = refused("--", name)
     assert repr(name) in message
-    assert PluginNames(re.search("'([^']*)' would do", message)[1])
+    assert PluginNames(re.search("Try '([^']*)'", message)[1])
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["memlong", "memlong-index", "memlong_class", "memlong.4d"])
 def test_the_prefix_is_not_said_twice(name):
     message = refused(name)
-    assert "leave it out" in message
-    assert PluginNames(re.search("'([^']*)' would do", message)[1])
+    assert "must not start with 'memlong'" in message
+    assert PluginNames(re.search("Try '([^']*)'", message)[1])
 
 
 @pytest.mark.parametrize("name", ["class", "import", "none", "true"])
 def test_words_of_python_are_refused(name):
     message = refused(name)
-    assert f"'{name}' is a word of the Python language" in message
+    assert f"must not be a Python keyword, got '{name}'" in message
     assert PluginNames(re.search("such as '([^']*)'", message)[1])
 
 
 def test_a_name_too_long_for_files_is_refused():
     assert new("a" * 60).exit_code == 0
-    assert "61 letters, expected at most 60" in refused("a" * 61)
+    assert "at most 60 characters, as files are named after it, got 61" in refused("a" * 61)
 
 
 @pytest.mark.parametrize("name", ["torch", "faiss", "hnswlib", "retrievers"])
 def test_names_of_built_in_plugins_are_taken(folder, name):
     message = refused(name)
     assert f"'memlong_{name}' (built-in)" in message
-    assert f"Choose another name, such as 'my-{name}'" in message
+    assert f"choose another name, such as 'my-{name}'" in message
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("acme-index", "has a backend of this name"),
-        ("acme_index", "has a backend of this name"),
-        ("corp", "is installed"),
-        ("acme", "is installed"),
+        ("acme-index", "a backend of"),
+        ("acme_index", "a backend of"),
+        ("corp", "the installed"),
+        ("acme", "the installed"),
     ],
 )
 def test_names_of_installed_plugins_are_taken(acme, name, why):
     message = refused(name)
-    assert f"NAME '{name}' is taken: plugin 'corp' (memlong-acme 1.0) {why}" in message
+    assert f"NAME '{name}' is taken by {why} plugin 'corp' (memlong-acme 1.0)" in message
 
 
 def test_the_name_of_a_plugin_that_is_switched_off_is_taken(monkeypatch):
     monkeypatch.setenv("MEMLONG_DISABLE_PLUGINS", "memlong_torch")
-    assert "'memlong_torch' (built-in) is installed" in refused("torch")
+    assert "the installed plugin 'memlong_torch' (built-in)" in refused("torch")
 
 
 def test_a_name_that_only_the_environment_holds_is_free(monkeypatch):
@@ -177,7 +177,7 @@ def test_a_package_that_python_finds_is_not_shadowed(tmp_path, monkeypatch):
     (tmp_path / "site/memlong_thing").mkdir(parents=True)
     (tmp_path / "site/memlong_thing/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "site")
-    assert "Python finds a package memlong_thing already" in refused("thing")
+    assert "taken by an installed Python package memlong_thing" in refused("thing")
 
 
 def test_what_is_there_is_left_alone(folder):
@@ -191,7 +191,9 @@ def test_what_is_there_is_left_alone(folder):
 
 
 def test_a_folder_of_which_the_parent_is_missing_is_refused(folder):
-    assert f"there is no folder '{folder / 'no'}'; make it first" in refused("my-index", "--out", "no/where")
+    assert f"the folder '{folder / 'no'}' does not exist. Create it first" in refused(
+        "my-index", "--out", "no/where"
+    )
     assert list(folder.iterdir()) == []
 
 
@@ -236,7 +238,7 @@ def test_nothing_half_written_is_left(folder, monkeypatch, raised, there, method
         result = new("my-index", "--out", "mine")
     assert len(made) >= calls
     if isinstance(raised, OSError):
-        assert "'mine' cannot be written: No space left on device" in str(result.exception)
+        assert "Cannot write 'mine': No space left on device" in str(result.exception)
     else:
         assert result.exit_code == 130
     assert sorted(path.name for path in folder.rglob("*")) == ["mine"] * there

@@ -132,7 +132,7 @@ def test_a_folder_and_maps(run, invoke, story, tmp_path):
 def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
     result = other("perplexity", "--adapter", str(tmp_path), "--top-k", "3")
     assert isinstance(result.exception, InvalidArgumentError), result.output
-    assert "--top-k does not go with --adapter" in str(result.exception)
+    assert "--top-k cannot be combined with --adapter" in str(result.exception)
     result = other("generate")
     assert "--model is missing" in str(result.exception)
 
@@ -142,17 +142,17 @@ def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
     [
         ({"text": []}, InvalidArgumentError, "nothing to train on"),
         ({"text": "no-such.txt"}, InvalidTextError, "'no-such.txt' does not exist"),
-        ({"resume": True}, InvalidArgumentError, "holds no checkpoint to go on from"),
+        ({"resume": True}, InvalidArgumentError, "has no checkpoint to resume from"),
         ({"steps": 0}, InvalidArgumentError, "steps must be"),
-        ({"backend": "none"}, InvalidArgumentError, "--backend is none"),
-        ({"kv_source": "latent"}, InvalidArgumentError, "maps is None"),
+        ({"backend": "none"}, InvalidArgumentError, "--backend must name a backend"),
+        ({"kv_source": "latent"}, InvalidArgumentError, "maps must name the file"),
         (
             {"memory_layer": 3, "retrieval_layers": "3"},
             InvalidArgumentError,
-            "no linear layer from layer 4 up",
+            "must name linear layers from layer 4 up",
         ),
-        ({"memory_layer": 3}, InvalidArgumentError, "layer 2 is below the memory layer, 3"),
-        ({"out": "/dev/null/folder"}, MemlongError, "cannot be made"),
+        ({"memory_layer": 3}, InvalidArgumentError, "retrieval_layers must be 3 or above"),
+        ({"out": "/dev/null/folder"}, MemlongError, "Cannot create the folder"),
     ],
 )
 def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
@@ -179,7 +179,7 @@ def test_resuming_what_has_ended_says_so(run):
     assert run().exit_code == 0
     result = run(resume=True)
     assert result.exit_code == 0, result.output
-    assert "the run has ended" in result.stdout
+    assert "training is already complete" in result.stdout
 
 
 @pytest.mark.parametrize("resume", [True, []])

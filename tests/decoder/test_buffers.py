@@ -70,10 +70,10 @@ def test_a_window_that_moves_writes_over_no_fork(llama, small, text):
     with MemoryDecoder(llama, None, small()) as decoder:
         decoder.read(ids)
         expected = decoder.generate(question, max_new_tokens=20, do_sample=False, remember=False)
-        fork = decoder._streams.fork([0, 0])
-        before = fork._window.tensors()
+        fork = decoder._streams.batch.fork([0, 0])
+        before = fork.window.tensors()
         kept = {name: tensor.clone() for name, tensor in before.items()}
         decoder.generate(question, max_new_tokens=20, num_beams=3, do_sample=False, remember=False)
-        assert all(torch.equal(tensor, kept[name]) for name, tensor in fork._window.tensors().items())
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in fork.window.tensors().items())
         again = decoder.generate(question, max_new_tokens=20, do_sample=False, remember=False)
     assert torch.equal(again, expected)

@@ -49,7 +49,7 @@ def test_another_conversation_than_was_read_is_refused_by_the_first_token_that_d
     other = torch.cat([first.sequences, text(5, seed=1)], dim=1)
     other[0, 3] = (other[0, 3] + 1) % 90 + 3
     with pytest.raises(
-        InvalidArgumentError, match=f"holds {int(other[0, 3])} in row 0 at column 3, where the streams"
+        InvalidArgumentError, match=f"got {int(other[0, 3])} in row 0 at column 3, where the streams"
     ):
         decoder.generate(other, past_key_values=first.past_key_values, **options)
     assert decoder.tokens_read == read
@@ -58,7 +58,8 @@ def test_another_conversation_than_was_read_is_refused_by_the_first_token_that_d
 def test_less_than_was_read_is_refused_as_that(conversed):
     decoder, first, options = conversed
     with pytest.raises(
-        InvalidArgumentError, match=r"is \(1, 6\), but past_key_values stands for 1 rows of 18"
+        InvalidArgumentError,
+        match=r"continue the 1 rows of 18 tokens that past_key_values stands for, got \(1, 6\)",
     ):
         decoder.generate(first.sequences[:, :6], past_key_values=first.past_key_values, **options)
 
@@ -121,7 +122,7 @@ def test_a_dtype_changed_in_the_middle_of_a_stream_is_refused(llama, small, text
     with MemoryDecoder(llama, None, small()) as decoder:
         decoder.read(text(20))
         llama.to(torch.bfloat16)
-        with pytest.raises(MemlongError, match="bfloat16 on cpu now, but the stream began when"):
+        with pytest.raises(MemlongError, match=r"when the stream began, got torch.bfloat16 on cpu"):
             decoder.read(text(20))
         decoder.reset()
         decoder.read(text(60))
@@ -129,7 +130,7 @@ def test_a_dtype_changed_in_the_middle_of_a_stream_is_refused(llama, small, text
 
 @pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_decoder_is_saved_and_not_copied(llama, small, act):
-    with pytest.raises(MemlongError, match=r"save\(path\), and go on elsewhere with MemoryDecoder.load"):
+    with pytest.raises(MemlongError, match=r"save\(path\), and continue elsewhere with MemoryDecoder.load"):
         act(MemoryDecoder(llama, None, small()))
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from memlong import MemoryDecoder
-from memlong.decoder.stream.recall import recall
+from memlong.decoder.stream.retrieval import retrieve_chunks
 from memlong.errors import InvalidArgumentError, MemlongError
 
 
@@ -153,7 +153,7 @@ def test_rows_that_end_early_are_continued_without_their_padding(llama, small, t
         lengths = [
             (row.tolist().index(stop) + 1) if stop in row.tolist() else len(row) for row in ended[:, 60:]
         ]
-        seen = [row.seen for row in decoder._streams.rows]
+        seen = [stream.seen for stream in decoder._streams.batch.streams]
     assert lengths[0] == free[0].tolist().index(stop) + 1
     assert seen == [60 + length for length in lengths]
 
@@ -255,9 +255,9 @@ def test_memory_is_refreshed_every_so_many_tokens(llama, small, text, monkeypatc
 
         def noting(*args):
             seen.append(args)
-            return recall(*args)
+            return retrieve_chunks(*args)
 
-        monkeypatch.setattr("memlong.decoder.stream.row.recall", noting)
+        monkeypatch.setattr("memlong.decoder.stream.token_stream.retrieve_chunks", noting)
         options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "remember": False}
         decoder.generate(text(4, seed=1), **options)
     # At the end of the prompt, and after every third of the 23 tokens that go in.
@@ -416,28 +416,30 @@ def test_what_does_not_go_with_a_memory_is_refused(llama, small, text):
     with pytest.raises(MemlongError, match="inside `with decoder:`"):
         decoder.generate(text(5))
     with decoder:
-        with pytest.raises(InvalidArgumentError, match="prompt_lookup_num_tokens does not go with a memory"):
+        with pytest.raises(
+            InvalidArgumentError, match="prompt_lookup_num_tokens does not work with a memory"
+        ):
             decoder.generate(text(5), prompt_lookup_num_tokens=3)
         llama.generation_config.prompt_lookup_num_tokens = 3
-        with pytest.raises(InvalidArgumentError, match="prompt_lookup_num_tokens does not go with a memory"):
+        with pytest.raises(
+            InvalidArgumentError, match="prompt_lookup_num_tokens does not work with a memory"
+        ):
             decoder.generate(text(5))
         llama.generation_config.prompt_lookup_num_tokens = None
-        with pytest.raises(InvalidArgumentError, match="cache_implementation does not go"):
+        with pytest.raises(InvalidArgumentError, match="cache_implementation does not work"):
             decoder.generate(text(5), cache_implementation="static")
-        with pytest.raises(InvalidArgumentError, match="inputs_embeds does not go"):
+        with pytest.raises(InvalidArgumentError, match="inputs_embeds does not work"):
             decoder.generate(text(5), inputs_embeds=torch.ones(1, 5, 48))
-        with pytest.raises(
-            InvalidArgumentError, match=r"generation_config is .*; expected a GenerationConfig"
-        ):
+        with pytest.raises(InvalidArgumentError, match="generation_config must be a GenerationConfig, got"):
             decoder.generate(text(5), generation_config={"max_new_tokens": 3})
-        with pytest.raises(InvalidArgumentError, match="input_ids is list"):
+        with pytest.raises(InvalidArgumentError, match=r"input_ids must be .*, got list"):
             decoder.generate([[1, 2]])
-        with pytest.raises(InvalidArgumentError, match="output_attentions does not go"):
+        with pytest.raises(InvalidArgumentError, match="output_attentions does not work"):
             decoder.generate(text(5), generation_config=GenerationConfig(output_attentions=True))
-        with pytest.raises(InvalidArgumentError, match="padding on the left"):
+        with pytest.raises(InvalidArgumentError, match="padded on the left"):
             decoder.generate(text(5, rows=2), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]))
         decoder.read(text(5))
-        with pytest.raises(InvalidArgumentError, match="has 2 rows, but the streams so far have 1"):
+        with pytest.raises(InvalidArgumentError, match="must have 1 rows, as the streams so far, got 2"):
             decoder.generate(text(5, rows=2))
 
 

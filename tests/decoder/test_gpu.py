@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
-from memlong.decoder.kv.overlap import SideStream
+from memlong.decoder.kv.copy_stream import CopyStream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,15 +34,15 @@ def test_memory_that_comes_late_is_waited_for(tiny_model, small, text, monkeypat
     ids = text(150)
     with MemoryDecoder(tiny_model("Llama"), None, small(**settings)) as decoder:
         expected = decoder.read(ids)
-    beside = SideStream.beside
+    active = CopyStream.active
 
     @contextmanager
     def slowly(stream):
-        with beside(stream):
+        with active(stream):
             torch.cuda._sleep(50_000_000)  # some 30 ms, in which the lower layers are long done
             yield
 
-    monkeypatch.setattr(SideStream, "beside", slowly)
+    monkeypatch.setattr(CopyStream, "active", slowly)
     with MemoryDecoder(tiny_model("Llama").to("cuda"), None, small(**settings)) as decoder:
         torch.testing.assert_close(decoder.read(ids.to("cuda")).cpu(), expected, rtol=0.0, atol=1e-3)
 

@@ -45,17 +45,19 @@ def test_options_that_are_changed_afterwards_are_not_the_configurations():
 @pytest.mark.parametrize("where", ["made", "loaded"])
 def test_a_configuration_in_the_tokenizers_place_is_refused(llama, small, tmp_path, where):
     make = MemoryDecoder if where == "made" else partial(MemoryDecoder.load, tmp_path)
-    with pytest.raises(InvalidArgumentError, match=r"tokenizer is MemoryConfig.*before the config"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"tokenizer must be .*, got MemoryConfig.*the config comes after it"
+    ):
         make(llama, small())
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("Hello", r"input_ids is str; .* tokenizer\(text, return_tensors='pt'\).input_ids"),
-        ({"input_ids": [[3]]}, r"input_ids is dict; .* \*\*encoding"),
+        ("Hello", r"input_ids must .* got str. .* tokenizer\(text, return_tensors='pt'\).input_ids"),
+        ({"input_ids": [[3]]}, r"input_ids must .* got dict. .* \*\*encoding"),
         (torch.ones(1, 4), r"\(1, 4\) of torch.float32"),
-        (np.ones((1, 4), dtype=int), "input_ids is ndarray; .*torch.as_tensor"),
+        (np.ones((1, 4), dtype=int), "input_ids must .* got ndarray. .*torch.as_tensor"),
     ],
 )
 @pytest.mark.parametrize("call", ["read", "stream", "generate"])
@@ -71,7 +73,7 @@ def test_a_mask_that_is_added_to_logits_is_no_attention_mask(llama, small, text)
     mask = torch.tensor([[float("-inf")] * 4 + [0.0] * 4])
     with (
         MemoryDecoder(llama, None, small()) as decoder,
-        pytest.raises(InvalidArgumentError, match="other numbers than 1, and 0 where padded"),
+        pytest.raises(InvalidArgumentError, match="attention_mask must be 1, and 0 where padded"),
     ):
         decoder.read(text(8), mask)
 
@@ -168,7 +170,7 @@ def test_a_model_that_returns_tuples_is_told_what_to_set(llama, small):
 @pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
 def test_what_cannot_be_called_while_a_text_is_generated_is_refused_before(llama, small, text, name):
     with MemoryDecoder(llama, None, small()) as decoder:
-        with pytest.raises(InvalidArgumentError, match=f"{name} holds 3; expected a list of functions"):
+        with pytest.raises(InvalidArgumentError, match=f"{name} must hold callables, got 3"):
             decoder.generate(text(9), max_new_tokens=2, **{name: [3]})
         assert decoder.tokens_read == ()
 

@@ -13,16 +13,19 @@ from memlong import MemoryDecoder
 
 FOLDER = Path(memlong.decoder.__file__).parent
 NAMES = (
-    "streams.py",
-    "row.py",
+    "batch.py",
+    "batch_memory.py",
+    "token_stream.py",
+    "storing.py",
     "window.py",
+    "window_cache.py",
     "group_window.py",
     "buffers.py",
     "forward.py",
-    "recall.py",
-    "placement.py",
+    "retrieval.py",
+    "positions.py",
 )
-FILES = {str(FOLDER / name) for name in NAMES}
+FILES = {str(path) for name in NAMES for path in FOLDER.rglob(name)}
 
 
 class Interrupter:

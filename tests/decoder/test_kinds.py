@@ -225,10 +225,12 @@ def test_what_is_no_text_is_refused_by_name(small, text):
     model.config.image_token_id = 95
     with MemoryDecoder(model, None, small()) as decoder:
         with pytest.raises(
-            InvalidArgumentError, match="pixel_values does not go with a memory, which holds text"
+            InvalidArgumentError, match="pixel_values does not work with a memory, which holds text"
         ):
             decoder.generate(text(5), pixel_values=torch.zeros(1, 3, 8, 8))
-        with pytest.raises(InvalidArgumentError, match="input_ids holds 95, which stands for an image"):
+        with pytest.raises(
+            InvalidArgumentError, match="input_ids must be text, got 95, which stands for an image"
+        ):
             decoder.read(torch.tensor([[5, 95, 6]]))
         assert decoder.tokens_read == ()
 
@@ -285,16 +287,17 @@ def test_states_that_are_missing_or_of_another_shape_are_refused(small, text, tm
     model = tiny_model_of("qwen3_next")
     with MemoryDecoder(model, None, small()) as decoder:
         stream(decoder, text(40))
-        tensors, facts = decoder._streams.tensors(), [row.facts() for row in decoder._streams.rows]
+        batch = decoder._streams.batch
+        tensors, facts = batch.tensors(), [stream.facts() for stream in batch.streams]
     name = next(name for name in tensors if name.startswith("states.") and ".recurrent." in name)
     for changed in (
         {k: v for k, v in tensors.items() if k != name},
         {**tensors, name: tensors[name][..., :1]},
     ):
         with MemoryDecoder(model, None, small()) as other:
-            streams = other._begin(1)
+            batch = other._streams.for_rows(1)
             with pytest.raises((KeyError, ValueError)):
-                streams.go_on(facts, changed)
+                batch.restore(facts, changed)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # newer transformers have another name for it

@@ -60,7 +60,7 @@ def test_attached_without_streaming_generation_is_unchanged(tiny_model, architec
     expected = model.generate(ids, **options)
     with (
         MemoryDecoder(model, None, small()),
-        pytest.warns(UserWarning, match=r"model.generate\(\) knows nothing of the memory"),
+        pytest.warns(UserWarning, match=r"model.generate\(\) does not use the attached memory"),
     ):
         assert torch.equal(model.generate(ids, **options), expected)
 
@@ -92,7 +92,10 @@ def test_detached_the_model_is_the_object_it_was(tiny_model, architecture, small
     with MemoryDecoder(model, None, small()) as decoder:
         stream(decoder, text(60))
     assert trace() == before
-    with pytest.raises(ValueError, match="input_ids holds"), MemoryDecoder(model, None, small()) as decoder:
+    with (
+        pytest.raises(ValueError, match="input_ids must be from 0"),
+        MemoryDecoder(model, None, small()) as decoder,
+    ):
         stream(decoder, torch.full((1, 9), VOCABULARY + 1))  # leaving by an error cleans up too
     assert trace() == before
 

@@ -123,7 +123,7 @@ def test_1_off_means_off(model, settings, text):
         before = model(ids, attention_mask=mask).logits
         with MemoryDecoder(model, None, settings()):
             during = model(ids, attention_mask=mask).logits
-            with pytest.warns(UserWarning, match="knows nothing of the memory"):
+            with pytest.warns(UserWarning, match="does not use the attached memory"):
                 answer = model.generate(
                     ids, attention_mask=mask, max_new_tokens=8, num_beams=2, do_sample=False
                 )

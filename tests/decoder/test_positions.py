@@ -62,7 +62,7 @@ def test_the_window_never_leaves_the_trained_positions(one_layer, small, text):
 
 
 def test_a_window_beyond_the_trained_positions_is_refused(one_layer, small):
-    with pytest.raises(InvalidArgumentError, match=r"need 303 positions .* but the model was trained on 256"):
+    with pytest.raises(InvalidArgumentError, match=r"must take at most the 256 positions .* got 303"):
         MemoryDecoder(one_layer, None, small(local_window=300))
 
 
@@ -79,7 +79,7 @@ def test_original_positions_end_where_the_models_do(one_layer, small, text):
     with MemoryDecoder(one_layer, None, small(position_mode="original")) as decoder:
         decoder.read(text(256))
         with pytest.raises(
-            InvalidArgumentError, match=r"reaches position 263, but the model was trained on 256"
+            InvalidArgumentError, match=r"must be below 256, as the model was trained, got 263"
         ):
             decoder.read(text(20))
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from memlong import MemoryConfig, MemoryDecoder, create_bank
-from memlong.decoder.stream.recall import recall
-from memlong.decoder.stream.row import Row
+from memlong.decoder.stream.retrieval import retrieve_chunks
+from memlong.decoder.stream.token_stream import TokenStream
 
 
 def ends(bank, query, **settings):
     """Spans that are attended to for a query."""
-    return recall(bank, query, MemoryConfig(chunk_size=4, **settings))[1].spans.tolist()
+    return retrieve_chunks(bank, query, MemoryConfig(chunk_size=4, **settings))[1].spans.tolist()
 
 
 def two_texts():
@@ -66,10 +66,10 @@ def test_rows_of_a_batch_have_stores_of_their_own(llama, small, text, tmp_path):
         assert len({id(bank.state.store) for bank in decoder.banks}) == 2
 
 
-def test_a_row_keeps_to_itself_after_a_fork(small):
-    row = Row(small(), None)
-    row.take([1, 2, 3])
-    other = row.fork()
+def test_a_stream_is_independent_of_its_fork(small):
+    stream = TokenStream(small(), None)
+    stream.take([1, 2, 3])
+    other = stream.fork()
     other.take([4])
-    assert (row.seen, other.seen) == (3, 4)
-    assert row.query().token_ids == (1, 2, 3)
+    assert (stream.seen, other.seen) == (3, 4)
+    assert stream.query().token_ids == (1, 2, 3)

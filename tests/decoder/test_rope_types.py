@@ -138,7 +138,7 @@ def assert_met_alike(model, config, text, *, early):
 def test_positions_end_where_the_rotation_changes(model_with, small):
     model = model_with("longrope", 1)
     assert probe(model).max_positions == 256
-    with pytest.raises(InvalidArgumentError, match="but the model was trained on 256"):
+    with pytest.raises(InvalidArgumentError, match="the 256 positions that"):
         MemoryDecoder(model, None, small(local_window=300))
 
 

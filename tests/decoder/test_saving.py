@@ -238,7 +238,7 @@ def test_a_model_of_other_shapes_cannot(tiny_model, small, saved):
 
 
 def test_streams_of_other_sizes_cannot(llama, small, saved):
-    with pytest.raises(SnapshotError, match=r"cannot stand at token 90.*any_model=True does not change that"):
+    with pytest.raises(SnapshotError, match=r"cannot be at token 90.*any_model=True does not change that"):
         MemoryDecoder.load(saved, llama, None, small(sink_tokens=0), any_model=True)
 
 
@@ -278,7 +278,7 @@ def test_the_fingerprint_names_what_it_is_made_of(llama, small):
 def test_tokens_that_are_not_the_models_are_refused(llama, small, text, tmp_path):
     decoder = MemoryDecoder(llama, None, small())
     read_on(decoder, text(90))
-    row = decoder._streams.rows[0]
+    row = decoder._streams.batch.streams[0]
     row._recent = replace(row._recent, token_ids=(*row._recent.token_ids[:-1], 9999))
     decoder.save(tmp_path)
     with pytest.raises(SnapshotError, match="tokens of row 0 are not the model's"):
@@ -290,7 +290,7 @@ def test_a_longer_query_begins_where_the_text_at_hand_does(llama, small, text, t
     read_on(decoder, text(200))
     decoder.save(tmp_path)
     other = MemoryDecoder.load(tmp_path, llama, None, small(query_tokens=150))
-    query = other._streams.rows[0].query()
+    query = other._streams.batch.streams[0].query()
     assert query.end == 200
     assert list(query.token_ids) == text(200)[0, query.start :].tolist()
 
@@ -298,18 +298,18 @@ def test_a_longer_query_begins_where_the_text_at_hand_does(llama, small, text, t
 @pytest.mark.parametrize(
     ("fact", "value", "message"),
     [
-        ("departed", True, "departed is True, expected int"),
-        ("departed", 1.0, r"departed is 1\.0, expected int"),
-        ("departed", 3, "cannot stand at token 90"),
-        ("recent_start", 10**6, "cannot stand at token"),
-        ("storing_from", "0", "storing_from is '0', expected int or NoneType"),
-        ("has_memory", 1, "has_memory is 1, expected bool"),
+        ("departed", True, "departed must be int, got True"),
+        ("departed", 1.0, r"departed must be int, got 1\.0"),
+        ("departed", 3, "cannot be at token 90"),
+        ("recent_start", 10**6, "cannot be at token"),
+        ("storing_from", "0", "storing_from must be int or NoneType, got '0'"),
+        ("has_memory", 1, "has_memory must be bool, got 1"),
     ],
 )
 def test_facts_that_cannot_be_are_refused(llama, small, text, tmp_path, monkeypatch, fact, value, message):
     decoder = MemoryDecoder(llama, None, small())
     read_on(decoder, text(90))
-    row = decoder._streams.rows[0]
+    row = decoder._streams.batch.streams[0]
     facts = row.facts() | {fact: value}
     monkeypatch.setattr(row, "facts", lambda: facts)
     decoder.save(tmp_path)
@@ -320,7 +320,8 @@ def test_facts_that_cannot_be_are_refused(llama, small, text, tmp_path, monkeypa
 def test_a_window_whose_tokens_do_not_ascend_is_refused(llama, small, text, tmp_path):
     decoder = MemoryDecoder(llama, None, small())
     read_on(decoder, text(90))
-    decoder._streams._window.tokens[0, 3:5] = decoder._streams._window.tokens[0, 4:2:-1]
+    tokens = decoder._streams.batch.window.tokens
+    tokens[0, 3:5] = tokens[0, 4:2:-1]
     decoder.save(tmp_path)
     with pytest.raises(SnapshotError, match="window does not hold, in order, what precedes token 90"):
         MemoryDecoder.load(tmp_path, llama, None, small())

@@ -95,11 +95,11 @@ def test_shared_stores_one_layer_for_all(tiny_model, architecture, small, text):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kv_source": "latent"}, "maps is None; name the file that `memlong fit` wrote"),
+        ({"kv_source": "latent"}, "maps must name the file that `memlong fit` wrote .*, got None"),
         ({"kv_source": "latent", "maps": "/nowhere"}, "maps names '/nowhere', which cannot be read"),
         (
             {"kv_source": "shared", "memory_layer": 9},
-            "memory_layer is 9, which has no K-V of its own; the layers that have are 0-3",
+            "memory_layer must be among 0-3, the layers with K-V of their own, got 9",
         ),
     ],
 )
@@ -120,7 +120,7 @@ def test_a_file_of_something_else_is_refused(llama, small, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(InvalidArgumentError, match="format is None"):
+    with pytest.raises(InvalidArgumentError, match="of format None"):
         MemoryDecoder(llama, None, small(kv_source="latent", maps=str(tmp_path / "x.safetensors")))
 
 

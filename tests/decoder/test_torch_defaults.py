@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from memlong import MemoryDecoder, load_model
 from memlong.decoder import Passage, create_retriever
-from memlong.decoder.stream.recall import RandomChunks
+from memlong.decoder.stream.retrieval import RandomChunks
 from memlong.evaluation import chat_turn, evaluate_perplexity, tokenize
 from memlong.evaluation.needle import evaluate_needle
 from memlong.testing import VOCABULARY

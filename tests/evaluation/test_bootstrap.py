@@ -46,23 +46,23 @@ def test_the_same_seed_gives_the_same_interval():
 
 
 def test_systems_that_score_other_tokens_cannot_be_compared():
-    with pytest.raises(InvalidArgumentError, match="score the same tokens"):
+    with pytest.raises(InvalidArgumentError, match="systems on the same tokens"):
         perplexity_ratio(losses(10), losses(11))
-    with pytest.raises(InvalidArgumentError, match="where marks no token"):
+    with pytest.raises(InvalidArgumentError, match="where must mark at least one token"):
         perplexity_ratio(losses(10), losses(10), where=np.zeros(10, dtype=bool))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"block": 0}, "block is 0"),
-        ({"samples": 0}, "samples is 0"),
-        ({"confidence": 2.0}, "confidence is 2.0"),
-        ({"where": np.ones(3, dtype=bool)}, "where is bool"),
+        ({"block": 0}, "block must be at least 1 token, got 0"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"confidence": 2.0}, "confidence must be between 0 and 1, got 2.0"),
+        ({"where": np.ones(3, dtype=bool)}, "where must be bool"),
     ],
 )
 def test_draws_that_cannot_be_are_said(options, words):
     with pytest.raises(InvalidArgumentError, match=words):
         perplexity_ratio(losses(10), losses(10), **options)
-    with pytest.raises(InvalidArgumentError, match="infinite or NaN"):
+    with pytest.raises(InvalidArgumentError, match="must be finite, got infinite values or NaN"):
         perplexity_ratio(losses(10) * np.nan, losses(10))

@@ -68,13 +68,13 @@ def test_labels_can_share_a_word(file):
     ("content", "message"),
     [
         ("", "is empty"),
-        ("fine\nno\n", "has one column; expected a text and its label"),
-        ("fine\t1\nno\t0\t2\n", "has 3 columns in line 2, and 2 in its first line"),
+        ("fine\nno\n", "separated by a tab or comma, got one column"),
+        ("fine\t1\nno\t0\t2\n", "must have 2 columns in every row, as in its first, got 3 in line 2"),
         ("fine\t1\n\t0\nno\t0\nno\t1\n", "has no text in line 2"),
-        ('1,"fine\n0,no\n', r"is not CSV: .*\(line 2\)"),
+        ('1,"fine\n0,no\n', r"is not valid CSV: .*\(line 2\)"),
         (
             "fine\t1\nno\t0\nso\t2\nso so\t2\n",
-            r"has the labels '0', '1', '2', of which '2' stand for no word",
+            r"must be among '0', '1', got '2'",
         ),
     ],
 )
@@ -91,9 +91,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_labels_that_are_no_words_need_words(file):
-    with pytest.raises(InvalidArgumentError, match="has the labels '0', '1', which are not all words"):
+    with pytest.raises(InvalidArgumentError, match="must be words, got '0', '1'"):
         read_examples(file(FORMS["tabs and a header"]))
-    with pytest.raises(InvalidArgumentError, match="label_column is 'middle'"):
+    with pytest.raises(InvalidArgumentError, match="label_column must be 'first' or 'last', got 'middle'"):
         read_examples(file(FORMS["tabs alone"]), label_column="middle")
 
 
@@ -128,11 +128,11 @@ def test_no_test_is_a_demonstration():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shots": 91}, "shots is 91, but only 30 examples are 'bad': .* at most 90"),
-        ({"shots": 0}, "shots is 0 and test_limit is 200; expected at least 1"),
-        ({"shots": 90}, "All 90 tests are among the 90 demonstrations"),
-        ({"examples": examples(words=("good",))}, "All 30 examples have one label, 'good'"),
-        ({"tests": [Example("new", "odd")]}, "labels that no demonstration has: 'odd'"),
+        ({"shots": 91}, "shots must be at most 90, .* only 30 examples of 'bad', got 91"),
+        ({"shots": 0}, "shots and test_limit must be at least 1, got 0 and 200"),
+        ({"shots": 90}, "all 90 are among the 90 demonstrations"),
+        ({"examples": examples(words=("good",))}, "got one for all 30: 'good'"),
+        ({"tests": [Example("new", "odd")]}, "must have labels of the demonstrations .* got 'odd'"),
     ],
 )
 def test_what_cannot_be_drawn_is_explained(changes, message):
@@ -227,11 +227,11 @@ def test_demonstrations_beyond_the_window_count_only_with_a_memory(llama, small,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shots": [9]}, "shots is 9; expected 1 to 8"),
-        ({"shots": [0]}, "shots is 0; expected 1 to 8"),
-        ({"template": "{word}: {text}"}, "expected {text} and then {word} in it, once each"),
-        ({"template": "{text}{text}: {word}"}, "expected {text} and then {word} in it, once each"),
-        ({"template": "{text}: {word}\n"}, "'bad' and 'good' begin with the same token"),
+        ({"shots": [9]}, "shots must be from 1 to 8, .* got 9"),
+        ({"shots": [0]}, "shots must be from 1 to 8, .* got 0"),
+        ({"template": "{word}: {text}"}, "template must contain {text} and then {word}, once each"),
+        ({"template": "{text}{text}: {word}"}, "template must contain {text} and then {word}, once each"),
+        ({"template": "{text}: {word}\n"}, "must differ in their first token, got 'bad' and 'good'"),
     ],
 )
 def test_what_cannot_be_asked_is_explained(llama, small, task, letters, changes, message):
@@ -250,7 +250,7 @@ def test_a_word_that_the_tokenizer_joins_to_the_question_is_refused(llama, small
 
     with (
         MemoryDecoder(llama, Lines(), small()) as decoder,
-        pytest.raises(InvalidArgumentError, match="joins the word 'bad' to the end of the question"),
+        pytest.raises(InvalidArgumentError, match="merges the word 'bad' with the end of the question"),
     ):
         evaluate_icl(decoder, task, [2], template=letters)
 
@@ -262,7 +262,7 @@ def test_the_interval_of_an_accuracy_covers_it_about_as_often_as_it_says():
         covered += found.low <= 0.8 <= found.high
     assert 85 <= covered <= 100
     assert accuracy_interval(np.ones(5, dtype=bool)).low == 1
-    with pytest.raises(InvalidArgumentError, match="one answer or more"):
+    with pytest.raises(InvalidArgumentError, match="at least one answer"):
         accuracy_interval(np.zeros(0, dtype=bool))
 
 
@@ -275,5 +275,5 @@ def test_a_file_of_nothing_is_empty(file, content):
 def test_a_text_beyond_the_limit_of_csv_is_told_from_wrong_quotes(tmp_path):
     path = tmp_path / "examples.csv"
     path.write_text('text,label\n"never closed,0\n' + "a good text,1\n" * 20_000, encoding="utf-8")
-    with pytest.raises(InvalidTextError, match="look for a quote that is never closed"):
+    with pytest.raises(InvalidTextError, match="close an open quote"):
         read_examples(path)

@@ -33,9 +33,9 @@ def test_files_of_other_editors_are_the_same_text(tmp_path, encoding, end):
         (b"", "is empty"),
         (b" \n\t\n", "is empty"),
         (b"\x7fELF\0\0", "is binary"),
-        ("Ismaël".encode("latin-1"), "is not UTF-8: .* at byte 4"),
+        ("Ismaël".encode("latin-1"), "must be UTF-8, got .* at byte 4"),
         ("Ismaël".encode("utf-16-le"), "is binary, or UTF-16 without a byte-order mark"),
-        (codecs.BOM_UTF16_LE + b"abc", "is not UTF-16: .* at byte 4"),
+        (codecs.BOM_UTF16_LE + b"abc", "must be UTF-16, got .* at byte 4"),
     ],
 )
 def test_a_file_that_is_no_text_is_named_with_the_reason(tmp_path, content, message):
@@ -48,7 +48,7 @@ def test_a_file_that_is_no_text_is_named_with_the_reason(tmp_path, content, mess
 
 
 def test_a_folder_is_no_text(tmp_path):
-    with pytest.raises(InvalidTextError, match="cannot be read"):
+    with pytest.raises(InvalidTextError, match="Cannot read the text file"):
         read_text(tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_a_later_turn_is_what_the_template_puts_behind_the_turns_before(begins):
     assert chat_turn(begins, "who").tolist() == [[0, 4, 3, 2]]
     assert chat_turn(begins, "who", history=said).tolist() == [[4, 3, 2]]
     begins.chat_template = "{{ bos_token }} user {{ messages[-1].content }}"
-    with pytest.raises(InvalidTextError, match="does not continue this conversation"):
+    with pytest.raises(InvalidTextError, match="must extend the conversation"):
         chat_turn(begins, "? who", history=said)
 
 

@@ -62,26 +62,28 @@ def test_an_object_that_fails_raises_and_leaves_no_trace(manager):
 
 def test_a_name_is_taken_once(manager):
     manager.register(plugin("a"), name="mine")
-    with pytest.raises(PluginError, match="a plugin of this name is there already"):
+    with pytest.raises(PluginError, match="there is already a plugin named"):
         manager.register(plugin("b"), name="Mine")
 
 
 @pytest.mark.parametrize("name", [None, 3, "", " ", "x" * 201])
 def test_a_plugin_needs_a_name(manager, name):
-    with pytest.raises(InvalidArgumentError, match="name must be text of at most 200 characters, got "):
+    with pytest.raises(
+        InvalidArgumentError, match="name must be non-empty text of at most 200 characters, got "
+    ):
         manager.register(plugin("a"), name=name)
 
 
 def test_the_same_object_is_taken_once(manager):
     same = plugin("a")
     manager.register(same, name="mine")
-    with pytest.raises(PluginError, match="those of a plugin that is loaded under another name"):
+    with pytest.raises(PluginError, match="already loaded under another name"):
         manager.register(same, name="other")
     assert Registry(manager).backend("a").plugin == "mine"
 
 
 def test_an_object_without_hooks_is_refused(manager):
-    with pytest.raises(PluginError, match="implements none of memlong's hooks"):
+    with pytest.raises(PluginError, match="implements no memlong hook"):
         manager.register(SimpleNamespace(), name="mine")
 
 
@@ -91,9 +93,7 @@ def test_a_hook_with_another_signature_is_refused(manager):
         def memlong_register_backends(self, registry):
             """Take what nobody gives."""
 
-    with pytest.raises(
-        PluginError, match=r"not as memlong calls it: .*\{'registry'\} are declared"
-    ) as caught:
+    with pytest.raises(PluginError, match=r"wrong signature: .*\{'registry'\} are declared") as caught:
         manager.register(Plugin(), name="mine")
     assert "\n" not in str(caught.value)
     assert manager.specs("backend") == PluginManager().specs("backend")
@@ -120,5 +120,5 @@ def test_register_is_of_no_use_after_the_hook(manager):
             kept.append(register)
 
     manager.register(Plugin(), name="mine")
-    with pytest.raises(PluginError, match="after its hook had returned"):
+    with pytest.raises(PluginError, match="not after the hook has returned"):
         kept[0]("b", "acme:Bank")

@@ -46,14 +46,17 @@ def check(cls, *given: str) -> None:
 
 def test_an_unknown_option_is_named_with_the_nearest_and_all_that_are_accepted():
     message = (
-        r"^backend 'x' has no option 'metrik'\. Did you mean 'metric'\? It accepts: 'metric', 'capacity'$"
+        r"^There is no option 'metrik' of backend 'x'\. Did you mean 'metric'\? "
+        r"It accepts: 'metric', 'capacity'\.$"
     )
     with pytest.raises(InvalidArgumentError, match=message):
         check(Base, "metrik")
 
 
 def test_where_nothing_is_accepted_the_message_says_so():
-    with pytest.raises(InvalidArgumentError, match=r"^backend 'x' has no option 'a'\. It accepts: none$"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"^There is no option 'a' of backend 'x'\. It accepts: none\.$"
+    ):
         check(type("Bare", (), {}), "a")
 
 
@@ -72,7 +75,7 @@ class Giving(Needing):
 
 
 def test_an_option_that_is_needed_is_asked_for():
-    message = r"^backend 'x' needs the option 'uri'\. It accepts: 'uri', 'metric', 'capacity'$"
+    message = r"^The option 'uri' of backend 'x' is missing\. It accepts: 'uri', 'metric', 'capacity'\.$"
     with pytest.raises(InvalidArgumentError, match=message):
         check(Needing, "metric")
     check(Needing, "uri")

@@ -59,10 +59,10 @@ def test_what_is_not_loaded_is_reported_with_the_variable(three):
     reports = {report.name: report for report in PluginManager(environ=environ).reports}
     assert (reports["beta"].status, reports["beta"].reason) == (
         "disabled",
-        "not among MEMLONG_PLUGINS='acme'",
+        "not in MEMLONG_PLUGINS='acme'",
     )
     assert reports["memlong_faiss"].status == "disabled"
-    assert reports["memlong_faiss"].reason == "turned off by MEMLONG_DISABLE_PLUGINS='memlong_faiss'"
+    assert reports["memlong_faiss"].reason == "disabled by MEMLONG_DISABLE_PLUGINS='memlong_faiss'"
 
 
 def test_a_disabled_plugin_is_not_even_imported(install):
@@ -75,9 +75,7 @@ def test_a_name_that_matches_nothing_is_reported(three, variable):
     reports = PluginManager(environ={variable: "acmee"}).reports
     (report,) = [report for report in reports if report.status == "missing"]
     assert (report.name, report.origin) == ("acmee", variable)
-    assert report.reason == (
-        f"{variable} names it, and no installed plugin has this name. Did you mean 'acme'?"
-    )
+    assert report.reason == (f"{variable} names it, but no such plugin is installed. Did you mean 'acme'?")
 
 
 def test_the_name_of_a_backend_leads_to_its_plugin(site):

@@ -18,7 +18,7 @@ def spec(name="acme", target="acme.bank:Bank", **more) -> Spec:
 
 @pytest.mark.parametrize("name", ["", "Acme", "a b", "-a", "a-", "a/b", "a\n", None, 3, "a" * 101])
 def test_a_bad_name_is_refused(name):
-    with pytest.raises(InvalidArgumentError, match=r"name=.* cannot name a backend"):
+    with pytest.raises(InvalidArgumentError, match=r"name of a backend must be"):
         spec(name=name)
 
 
@@ -32,19 +32,19 @@ def test_a_good_name_is_taken(name):
     ["", "acme", "acme:", ":Bank", "acme bank:Bank", "acme:Bank:x", "a..b:Bank", "acme:Bank()", None, str],
 )
 def test_a_bad_target_is_refused(target):
-    with pytest.raises(InvalidArgumentError, match=r"target=.* of backend 'acme' .*expected 'module:Class'"):
+    with pytest.raises(InvalidArgumentError, match=r"target of backend 'acme' must be 'module:Class'"):
         spec(target=target)
 
 
 @pytest.mark.parametrize("requires", ["faiss", (3,), ("faiss-cpu",), ("",), 3])
 def test_requirements_are_import_names(requires):
-    with pytest.raises(InvalidArgumentError, match=r"requires=.* of backend 'acme' does not name modules"):
+    with pytest.raises(InvalidArgumentError, match=r"requires of backend 'acme' must be a tuple"):
         spec(requires=requires)
 
 
 @pytest.mark.parametrize("field", ["install", "description"])
 def test_text_is_text(field):
-    with pytest.raises(InvalidArgumentError, match=f"{field}=None of backend 'acme'"):
+    with pytest.raises(InvalidArgumentError, match=f"{field} of backend 'acme' must be text"):
         spec(**{field: None})
 
 
@@ -54,7 +54,10 @@ def test_requirements_become_a_tuple(requires):
 
 
 def test_requirements_without_end_are_refused():
-    with pytest.raises(InvalidArgumentError, match=r"requires=<generator .* at most 100$"):
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r"requires of backend 'acme' must be a tuple of at most 100 .*got <generator",
+    ):
         spec(requires=(f"module{number}" for number in itertools.count()))
 
 
@@ -70,7 +73,7 @@ class Unprintable:
     ids=["text", "list", "object", "number"],
 )
 def test_what_is_long_or_cannot_be_printed_is_told_in_brief(field, value):
-    with pytest.raises(InvalidArgumentError, match=f"^{field}=") as caught:
+    with pytest.raises(InvalidArgumentError, match=rf"^(The )?{field} of ") as caught:
         spec(**{field: value})
     assert len(str(caught.value)) < 500
 

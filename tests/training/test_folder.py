@@ -62,8 +62,8 @@ def make_folder_of_another_program(path):
     ("make", "why"),
     [
         (make_link, "is a link"),
-        (make_file, "is no folder"),
-        (make_folder_of_another_program, "holds files of another program"),
+        (make_file, "is not a folder"),
+        (make_folder_of_another_program, "has files of another program"),
     ],
 )
 def test_what_is_not_its_own_is_left_alone(trainer, cut, tmp_path, make, why, name):
@@ -97,7 +97,7 @@ def test_what_others_put_into_a_checkpoint_stays(trainer, cut):
 def test_a_new_run_overwrites_nothing(trainer, tmp_path, name):
     run = trainer()
     (tmp_path / "run" / name).write_text("mine")
-    with pytest.raises(InvalidArgumentError, match=rf"{name}' is there already"):
+    with pytest.raises(InvalidArgumentError, match=rf"{name}' already exists"):
         run.run()
     assert (tmp_path / "run" / name).read_text() == "mine"
 
@@ -105,7 +105,7 @@ def test_a_new_run_overwrites_nothing(trainer, tmp_path, name):
 def test_a_new_run_writes_through_no_link(trainer, tmp_path):
     run = trainer()
     (tmp_path / "run" / "curve.jsonl").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InvalidArgumentError, match="is there already"):
+    with pytest.raises(InvalidArgumentError, match="already exists"):
         run.run()
     assert not (tmp_path / "elsewhere").exists()
 
@@ -147,7 +147,7 @@ def test_a_full_disk_loses_no_checkpoint(trainer, cut, tmp_path, monkeypatch, er
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint_module, "save_file", full)
-        with pytest.raises(StorageError, match=r"cannot be written: No space left.*and resume"):
+        with pytest.raises(StorageError, match=r"Cannot write .*: No space left.*then resume"):
             trainer(**SETTINGS).run(resume=True)
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == [first.name]
     resumed = trainer(**SETTINGS).run(resume=True)
@@ -176,7 +176,7 @@ def test_a_curve_that_cannot_be_written_is_said(trainer, cut, tmp_path):
             curve.rename(tmp_path / "kept.jsonl")
             curve.symlink_to("/dev/full")
 
-    with pytest.raises(StorageError, match=r"curve.jsonl' cannot be written"):
+    with pytest.raises(StorageError, match=r"Cannot write .*curve.jsonl'"):
         run.run(resume=True, progress=fill)
     curve.unlink()
     (tmp_path / "kept.jsonl").rename(curve)
@@ -254,7 +254,7 @@ def test_a_state_that_no_run_comes_to_is_refused_and_changes_nothing(trainer, cu
     forge(cut(), change)
     run = trainer(**SETTINGS)
     before = {name: parameter.clone() for name, parameter in run._parts.parameters.items()}
-    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+    with pytest.raises(InvalidArgumentError, match="Cannot read the checkpoint"):
         run.run(resume=True)
     assert all(torch.equal(before[name], each) for name, each in run._parts.parameters.items())
     assert not run._optimizer.state
@@ -271,7 +271,7 @@ def test_tensors_of_another_run_are_refused(trainer, cut, tmp_path):
         trainer(folder="other", seed=1, **SETTINGS).run(progress=stop)
     (theirs,) = (tmp_path / "other").glob("checkpoint-*")
     (theirs / "training.safetensors").replace(ours / "training.safetensors")
-    with pytest.raises(InvalidArgumentError, match="is not the one that was written"):
+    with pytest.raises(InvalidArgumentError, match="does not match the hash in"):
         trainer(**SETTINGS).run(resume=True)
 
 
@@ -281,7 +281,7 @@ def test_progress_that_no_run_makes_is_refused(trainer, cut, changes):
     said = json.loads(facts.read_text())
     said["progress"] |= changes
     facts.write_text(json.dumps(said))
-    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+    with pytest.raises(InvalidArgumentError, match="Cannot read the checkpoint"):
         trainer(**SETTINGS).run(resume=True)
 
 

@@ -75,19 +75,19 @@ def test_a_last_line_that_was_cut_off_is_made_again(trainer, tmp_path):
 
 
 def test_what_cannot_be_resumed_is_said(trainer, tmp_path):
-    with pytest.raises(InvalidArgumentError, match="holds no checkpoint to go on from"):
+    with pytest.raises(InvalidArgumentError, match="has no checkpoint to resume from"):
         trainer().run(resume=True)
     cut_off(trainer(steps=20, checkpoint_every=4), at=19)
-    with pytest.raises(InvalidArgumentError, match="holds the checkpoint of a run that has not ended"):
+    with pytest.raises(InvalidArgumentError, match="has the checkpoint of an unfinished run"):
         trainer(steps=20).run()
-    with pytest.raises(InvalidArgumentError, match=r"was made with lr 0.005, but now it is 0.001"):
+    with pytest.raises(InvalidArgumentError, match=r"lr must be 0.005, .* got 0.001"):
         trainer(steps=20, lr=1e-3).run(resume=True)
-    with pytest.raises(InvalidArgumentError, match=r"was made with memory.top_k 3, but now it is 2"):
+    with pytest.raises(InvalidArgumentError, match=r"memory.top_k must be 3, .* got 2"):
         trainer({"top_k": 2}, steps=20).run(resume=True)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     weights = checkpoint / "training.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+    with pytest.raises(InvalidArgumentError, match=r"Cannot read the checkpoint|must have the checkpoint"):
         trainer(steps=20).run(resume=True)
 
 
@@ -95,7 +95,7 @@ def test_another_model_is_not_resumed(trainer, tmp_path):
     cut_off(trainer(steps=20, checkpoint_every=4), at=19)
     run = trainer(steps=20)
     run._fingerprint["weights"] = "of another"
-    with pytest.raises(InvalidArgumentError, match=r"was made with model.weights"):
+    with pytest.raises(InvalidArgumentError, match=r"model.weights must be"):
         run.run(resume=True)
 
 
@@ -110,7 +110,7 @@ def test_another_configuration_is_not_resumed(trainer):
     cut_off(trainer(steps=6, checkpoint_every=4), at=5)
     run = trainer(steps=6)
     run._fingerprint["config"]["rms_norm_eps"] = 0.1
-    with pytest.raises(InvalidArgumentError, match=r"model\.config\.rms_norm_eps 1e-06, but now it is 0\.1"):
+    with pytest.raises(InvalidArgumentError, match=r"model\.config\.rms_norm_eps must be 1e-06, .* got 0\.1"):
         run.run(resume=True)
 
 
@@ -127,7 +127,9 @@ def test_a_damaged_checkpoint_or_curve_is_said(trainer, tmp_path):
     ):
         whole = path.read_text()
         path.write_text(damage)
-        with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"Cannot read the checkpoint|must have the checkpoint"
+        ):
             trainer(steps=20).run(resume=True)
         path.write_text(whole)
     assert len(trainer(steps=20).run(resume=True)) == 20
@@ -137,10 +139,10 @@ def test_a_run_that_has_ended_stays(trainer, tmp_path):
     run = trainer(steps=2)
     run.run()
     assert run.ended
-    with pytest.raises(InvalidArgumentError, match="has run to its end"):
+    with pytest.raises(InvalidArgumentError, match="This trainer is done"):
         run.run()
     for resume in (False, True):
-        with pytest.raises(InvalidArgumentError, match="which has ended"):
+        with pytest.raises(InvalidArgumentError, match="the trained decoder of a complete run"):
             trainer(steps=2).run(resume=resume)
     assert len((tmp_path / "run" / "curve.jsonl").read_text().splitlines()) == 2
     assert not trainer(steps=3).ended
@@ -149,11 +151,11 @@ def test_a_run_that_has_ended_stays(trainer, tmp_path):
 def test_a_run_that_diverges_stops(trainer, tmp_path):
     run = trainer(steps=4)
     next(iter(run._parts.parameters.values())).data.fill_(float("nan"))
-    with pytest.raises(MemlongError, match="has diverged: in step 1"):
+    with pytest.raises(MemlongError, match="diverged in step 1"):
         run.run()
     assert not (tmp_path / "run" / "memlong.json").exists()
 
 
 def test_episodes_too_short_for_a_memory_are_refused(trainer):
-    with pytest.raises(InvalidArgumentError, match="no memory to read before token 32"):
+    with pytest.raises(InvalidArgumentError, match="document_tokens must be at least 32"):
         trainer(document_tokens=31)

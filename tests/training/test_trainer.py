@@ -160,15 +160,15 @@ def test_long_range_tokens_weigh_more_where_it_is_wanted(trainer):
 @pytest.mark.parametrize(
     ("memory", "changes", "words"),
     [
-        ({"backend": None}, {}, "backend=None, so no memory to train on"),
-        ({}, {"lora_rank": 0}, "Nothing would learn"),
+        ({"backend": None}, {}, "backend must be a name for training, got None"),
+        ({}, {"lora_rank": 0}, "Nothing to train"),
         (
             {},
             {"lora_targets": ("query",)},
-            r"lora_targets is \('query',\), but no linear layer from layer 3 up",
+            r"lora_targets must name linear layers from layer 3 up, got \('query',\)",
         ),
-        ({"memory_layer": 3, "retrieval_layers": "3"}, {}, "memory_layer not be the last"),
-        ({"memory_layer": 3}, {}, "layer 2 is below the memory layer, 3"),
+        ({"memory_layer": 3, "retrieval_layers": "3"}, {}, "set memory_layer below the last layer"),
+        ({"memory_layer": 3}, {}, "retrieval_layers must be 3 or above"),
     ],
 )
 def test_what_cannot_be_trained_is_said(trainer, memory, changes, words):
@@ -182,13 +182,13 @@ def test_the_usual_retrieval_layers(llama, small):
 
 
 def test_too_short_documents_are_said(decoder, text, tmp_path):
-    with pytest.raises(InvalidTextError, match="None of the 1 documents has 32 tokens"):
+    with pytest.raises(InvalidTextError, match="At least one document must have 32 tokens"):
         Trainer(decoder(), [text(5)[0]], TrainingConfig(), folder=tmp_path)
 
 
 def test_float16_is_refused(llama, small, text, tmp_path):
     decoder = MemoryDecoder(llama.half(), None, small(kv_source="shared"))
-    with pytest.raises(InvalidArgumentError, match="load it in bfloat16 or float32"):
+    with pytest.raises(InvalidArgumentError, match="must be bfloat16 or float32 for training"):
         Trainer(decoder, [text(90)[0]], TrainingConfig(), folder=tmp_path)
 
 
@@ -207,7 +207,7 @@ def test_bfloat16_learns_in_float32_and_settles(llama, small, text, tmp_path):
 
 def test_a_model_is_trained_once(trainer, documents, tmp_path):
     run = trainer()
-    with pytest.raises(InvalidArgumentError, match="has an adapter already"):
+    with pytest.raises(InvalidArgumentError, match="must not have an adapter"):
         Trainer(run.decoder, documents, TrainingConfig(), folder=tmp_path)
 
 

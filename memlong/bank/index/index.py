@@ -15,7 +15,7 @@ from memlong.bank.index.exact import Similarity
 from memlong.bank.index.table import ChunkTable
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
-from memlong.settings import checked, told
+from memlong.settings import checked, metadata_of
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,10 @@ class Index(ABC, Generic[Options]):
     @classmethod
     def saved_options(cls) -> SavedOptions:
         """Return the options that a file may choose, each with the most that a stranger's may ask for, or None."""
-        chosen = [each for each in fields(cls.options_class) if told(each).is_saved]
+        chosen = [each for each in fields(cls.options_class) if metadata_of(each).is_saved]
         most = {}
         for each in chosen:
-            said = told(each)
+            said = metadata_of(each)
             most[each.name] = said.most if said.most_of_strangers is None else said.most_of_strangers
         return {name: None if bound == inf else bound for name, bound in most.items()}
 

@@ -1,1 +1,1 @@
-"""``memlong plugins new``: the names a plugin gets, the files it is made of, and the command that writes them."""
+"""``memlong plugins new``: create a plugin package from a template."""

@@ -1,4 +1,4 @@
-"""``memlong plugins new``: a plugin of one's own, complete but for the index."""
+"""The ``memlong plugins new`` command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from memlong.cli.answer import say, shown
+from memlong.cli.answer import escaped, say
 from memlong.cli.new_plugin.names import PluginNames
 from memlong.cli.new_plugin.writing import write_plugin
 from memlong.cli.output import print_section
@@ -19,12 +19,12 @@ def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the backend, such as my-index.")],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder to write, empty or new  [default: memlong-NAME]"),
+        typer.Option(metavar="FOLDER", help="New or empty folder to write to  [default: memlong-NAME]"),
     ] = None,
 ) -> None:
-    """Write a plugin package with a backend of your own.
+    """Create a plugin package for your own backend.
 
-    It works as it is, with an exact index in NumPy to be replaced, and its tests pass.
+    It works from the start, with an exact NumPy index for you to replace, and its tests pass.
 
     \b
     Examples:
@@ -36,7 +36,7 @@ def new(
     folder = Path(names.distribution) if out is None else out
     write_plugin(names, folder)
     plain = str(folder) if folder.is_absolute() or folder == Path() else f"./{folder}"
-    say(f"{names.distribution} is written into {shown(str(folder))}")
+    say(f"Created {names.distribution} in {escaped(str(folder))}")
     print_section(
         "Next",
         [
@@ -45,4 +45,4 @@ def new(
             "memlong backends",
         ],
     )
-    print_section("Then put your index into", [shown(str(folder / names.package / "index.py"))])
+    print_section("Then replace the index in", [escaped(str(folder / names.package / "index.py"))])

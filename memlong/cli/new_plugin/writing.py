@@ -1,4 +1,4 @@
-"""Writing a plugin: all of its files, or nothing."""
+"""Write the files of a new plugin: all of them, or none."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def write_plugin(names: PluginNames, folder: Path) -> None:
     Parameters
     ----------
     names
-        What its parts are called.
+        Names of the plugin and its parts.
     folder
-        Where its ``pyproject.toml`` is to stand: a folder that is empty or not there yet.
+        Folder for its ``pyproject.toml``, empty or new.
 
     Raises
     ------
     InvalidArgumentError
-        If there is something already, or it cannot be written; nothing is left behind.
+        If the folder is not empty, or cannot be written; nothing is left behind.
     """
     target, content = folder.resolve(), _content(names)
     try:
         _refuse_used(folder, target)
-        # In the target or beside it, so that moving the files copies nothing and cannot end half way for want of space.
+        # In or next to the target, so that moving the files is a rename and cannot fail half way on a full disk.
         staging = (target if target.exists() else target.parent) / f".{names.package}-{secrets.token_hex(4)}"
         try:
             for path, text in content.items():
@@ -46,21 +46,21 @@ def write_plugin(names: PluginNames, folder: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise InvalidArgumentError(
-            f"{str(folder)!r} cannot be written: {error.strerror}; give another folder with --out"
+            f"Cannot write {str(folder)!r}: {error.strerror}. Give another folder with --out."
         ) from error
 
 
 def _refuse_used(folder: Path, target: Path) -> None:
     if not target.parent.is_dir():
         raise InvalidArgumentError(
-            f"{str(folder)!r} cannot be written: there is no folder {str(target.parent)!r}; make it first"
+            f"Cannot write {str(folder)!r}: the folder {str(target.parent)!r} does not exist. Create it first."
         )
     if target.exists() and not target.is_dir():
-        raise InvalidArgumentError(f"{str(folder)!r} is not a folder: give another with --out")
+        raise InvalidArgumentError(f"{str(folder)!r} is not a folder: give another with --out.")
     if target.exists() and any(target.iterdir()):
         raise InvalidArgumentError(
-            f"{str(folder)!r} is not empty, and nothing in it is to be overwritten: give another with --out, "
-            "or remove it first"
+            f"{str(folder)!r} is not empty, and nothing is overwritten: give another folder with --out, or remove it "
+            "first."
         )
 
 

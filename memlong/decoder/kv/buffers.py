@@ -1,7 +1,7 @@
 """Keys and values of alike layers in one buffer: retrieved chunks on the left, the local window on their right.
 
-What attention reads of a layer is a slice of the buffer, so nothing is copied for it; what moves the window (rotating,
-dropping columns, bringing in memory) is done for all layers of a buffer at once, in a few operations on a device.
+Attention reads slices of the buffer, so nothing is copied for it. Moving the window (rotating, dropping columns, adding
+memory) is done for all layers of a buffer at once, in a few operations on a device.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 from memlong.decoder.model.layout import KvShape, ModelLayout
 from memlong.decoder.model.rope import Angles, LayerRope
 
-_SPARE = 64
-# Numbers that are rotated at a time: on a CPU what fits its caches, on a device what bounds float32 temporaries.
+_SPARE = 64  # columns
+# Numbers rotated at a time: on a CPU, what fits its caches; on other devices, a bound on float32 temporaries.
 _PIECE = {"cpu": 1 << 17}
 _LARGE_PIECE = 1 << 25
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that are moved together: of one shape and one rotation, that keep the same tokens.
+    """Layers that are moved together: of the same shape and rotation, keeping the same tokens.
 
     Attributes
     ----------
     has_memory
         Whether they attend to memory.
     reach
-        How many tokens, a coming one included, its window keeps: those that a sliding layer sees; None for the local
-        window of the whole model.
+        How many tokens their window keeps, including the next one: those that a sliding-window layer sees. None for the
+        local window of the whole model.
     """
 
     layers: tuple[int, ...]
@@ -43,25 +43,25 @@ class LayerGroup:
 
 
 def layer_groups(
-    layout: ModelLayout,
+    model_layout: ModelLayout,
     retrieval_layers: Sequence[int],
     memory_layers: Sequence[int] = (),
     local_window: int = 0,
 ) -> tuple[LayerGroup, ...]:
     """Sort the layers of a model into groups, each ascending.
 
-    A sliding layer keeps what it sees by itself, unless it attends to memory; one whose K-V are stored keeps the local
-    window, too.
+    A sliding-window layer keeps what it sees itself, unless it attends to memory; one whose K-V are stored also keeps
+    the local window.
     """
     groups: dict[tuple[bool, KvShape, object, int | None], list[int]] = {}
-    for index, layer in layout.layers.items():
+    for index, layer in model_layout.layers.items():
         has_memory = index in retrieval_layers
         reach = None if has_memory else layer.sliding_window
         if reach is not None and index in memory_layers:
             reach = max(reach, local_window + 1)
         groups.setdefault((has_memory, layer.shape, layer.rope.kind, reach), []).append(index)
     return tuple(
-        LayerGroup(tuple(layers), layout.layers[layers[0]].rope, shape, has_memory, reach)
+        LayerGroup(tuple(layers), model_layout.layers[layers[0]].rope, shape, has_memory, reach)
         for (has_memory, shape, _, reach), layers in groups.items()
     )
 
@@ -76,10 +76,12 @@ def turned(states: Tensor, angles: Angles | None, turn: Turn, out: Tensor | None
     most = _PIECE.get(states.device.type, _LARGE_PIECE)
     step = max(1, most // max(1, rows * heads * tokens * width))
     if out is None and (angles is None or step >= layers):
-        whole = turn(states.flatten(1, 2), angles).to(states.dtype)
+        whole = turn(states.flatten(1, 2), angles).to(
+            states.dtype
+        )  # [rows, layers * kv_heads, tokens, head_dim]
         return whole.view(rows, layers, heads, tokens, width)
     parts = [slice(start, start + step) for start in range(0, layers, step)]
-    if torch.is_grad_enabled() and states.requires_grad:  # what has gradients is not written over
+    if torch.is_grad_enabled() and states.requires_grad:  # what has gradients is not overwritten
         return torch.cat([turned(states[:, part], angles, turn) for part in parts], dim=1)
     if out is None:
         out = torch.empty_like(states, memory_format=torch.contiguous_format)
@@ -92,8 +94,8 @@ def turned(states: Tensor, angles: Angles | None, turn: Turn, out: Tensor | None
 class LayerBuffer:
     """Keys and values [rows, layers, heads, columns, width] each, of which the first columns are in use.
 
-    The first ``memory`` columns are for retrieved tokens. What is written behind the columns that a window knows
-    changes nothing for it.
+    The first ``memory`` columns are for retrieved tokens. Writing after the columns that a window knows does not affect
+    it.
     """
 
     keys: Tensor
@@ -110,7 +112,7 @@ class LayerBuffer:
                 (group.shape.value_heads, group.shape.value_dim),
             )
         ]
-        with torch.inference_mode(False):  # it is written to later, whatever the mode is then
+        with torch.inference_mode(False):  # it is written to later, in whatever mode
             keys, values = (torch.empty(size, dtype=like.dtype, device=like.device) for size in sizes)
         return cls(keys, values, memory)
 
@@ -120,18 +122,18 @@ class LayerBuffer:
         return self.keys.nbytes + self.values.nbytes
 
     def fits(self, rows: int, columns: int, memory: int, like: Tensor) -> bool:
-        """Whether a buffer that `of` makes of these, for the same group, would be much like this one."""
-        mine, room = self.keys, self.keys.shape[3]
+        """Whether this buffer is about as large as one that `of` would make for the same group."""
+        mine, held = self.keys, self.keys.shape[3]
         return (mine.dtype, mine.device, mine.shape[0]) == (like.dtype, like.device, rows) and (
-            memory + columns <= room <= 2 * (memory + columns)
+            memory + columns <= held <= 2 * (memory + columns)
         )
 
     def has_space(self, columns: int) -> bool:
-        """Whether the window may have so many columns."""
+        """Whether the window can have so many columns."""
         return self.memory + columns <= self.keys.shape[3]
 
     def grown(self, group: LayerGroup, columns: int, used: int) -> LayerBuffer:
-        """Return a buffer for so many columns and some more, which holds the memory and the first ``used`` of these."""
+        """Return a larger buffer that holds the memory and the first ``used`` columns of this one."""
         with torch.no_grad():
             other = self.of(group, self.keys.shape[0], columns + _SPARE, self.memory, self.keys)
             end = self.memory + used
@@ -147,14 +149,14 @@ class LayerBuffer:
             )
 
     def window(self, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the window's first ``count`` columns, of all layers."""
+        """Return keys and values of the window's first ``count`` columns, of all layers."""
         columns = slice(self.memory, self.memory + count)
         return self.keys[:, :, :, columns], self.values[:, :, :, columns]
 
     def hold_memory(
         self, keys: Tensor, values: Tensor, angles: Angles | None = None, turn: Turn | None = None
     ) -> None:
-        """Take in the K-V of all retrieved tokens, and rotate the keys if there are angles."""
+        """Write the K-V of all retrieved tokens, rotating the keys if there are angles."""
         target = self.keys[:, :, :, : self.memory]
         if angles is None or turn is None:
             target.copy_(keys)

@@ -23,14 +23,14 @@ class WindowLayer(DynamicLayer):
         self.is_initialized = window.count > 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take in the K-V of a segment, as transformers calls it, and give that of the whole window."""
+        """Append the K-V of a segment, as transformers calls it, and return that of the whole window."""
         keys, values = self._window.put(self._place, *self.in_order(key_states, value_states))
         self._columns, self.is_initialized = int(keys.shape[2]), True
         return keys, values
 
     @property
     def keys(self) -> Tensor | None:
-        """Keys of the window before the call; some models look whether there are any."""
+        """Keys of the window before the call; some models check whether there are any."""
         buffer = self._window.buffer
         return buffer.window(self._window.count)[0][:, self._place] if buffer and self._window.count else None
 
@@ -39,7 +39,7 @@ class WindowLayer(DynamicLayer):
         pass
 
     def in_order(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """From what the model calls keys and values to what turns and what does not; and back."""
+        """Swap what the model calls keys and values if its second tensor is the rotated one; swaps back, too."""
         return (second, first) if self._keys_second else (first, second)
 
     def get_seq_length(self) -> int:
@@ -47,12 +47,12 @@ class WindowLayer(DynamicLayer):
         return self._columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns with those of the coming call, and what is before them."""
+        """Columns including those of this call, and their offset."""
         return self._columns + int(query_length), 0
 
 
 class StateLayer(LinearAttentionLayer):
-    """The states of one layer, as transformers sees them during one forward call: copies, which it writes over."""
+    """The states of one layer, as transformers sees them during one forward call: copies, which it overwrites."""
 
     def lazy_initialization(
         self,
@@ -61,10 +61,10 @@ class StateLayer(LinearAttentionLayer):
         state_idx: int = 0,
         conv_kernel_size: int | None = None,
     ) -> None:
-        """Make states of zeros, as transformers' own does."""
+        """Make states of zeros, as transformers does."""
         if conv_states is not None:
             width = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
-            _place(self, conv_states)
+            _set_kind(self, conv_states)
             self.conv_kernel_size[state_idx] = width
             self.conv_states[state_idx] = conv_states.new_zeros((*conv_states.shape[:-1], width))
             self.is_conv_states_initialized[state_idx] = True
@@ -75,32 +75,32 @@ class StateLayer(LinearAttentionLayer):
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, *args: Any, **options: Any
     ) -> Tensor:
-        """Take in the inputs of a convolution; return them behind those that it still needs."""
+        """Append the inputs of a convolution; return them after those that it still needs."""
         _own(self.conv_states, state_idx)
         return super().update_conv_state(conv_states, state_idx, *args, **options)
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **options: Any) -> Tensor:
-        """Take in a state."""
+        """Replace a state."""
         _own(self.recurrent_states, state_idx)
         self.has_previous_state[state_idx] = True
         return super().update_recurrent_state(recurrent_states, state_idx, **options)
 
     def begin_with(self, states: Mapping[Key, Tensor]) -> None:
-        """Go on from copies of the states of this layer, since models write over them."""
+        """Continue from copies of the states of this layer, since models overwrite them."""
         for (_, kind, index), held in states.items():
             state = held.clone()
             if kind == "conv":
                 self.conv_states[index] = state
                 self.conv_kernel_size[index] = state.shape[-1]
                 self.is_conv_states_initialized[index] = True
-                _place(self, state)
+                _set_kind(self, state)
             else:
                 self.recurrent_states[index] = state
                 self.is_recurrent_states_initialized[index] = True
             self.has_previous_state[index] = True
 
-    def left(self, layer: int) -> dict[Key, Tensor]:
-        """What the call has left behind, as constants."""
+    def new_states(self, layer: int) -> dict[Key, Tensor]:
+        """Return the states that the call has left, as constants."""
         found = {}
         for kind, states in (("conv", self.conv_states), ("recurrent", self.recurrent_states)):
             for index, state in states.items():
@@ -109,19 +109,19 @@ class StateLayer(LinearAttentionLayer):
         return found
 
 
-def _place(layer: Any, like: Tensor) -> None:
+def _set_kind(layer: Any, like: Tensor) -> None:
     layer.dtype, layer.device = like.dtype, like.device
 
 
 def _own(states: dict[int, Tensor | None], index: int) -> None:
-    """Let what is written to be a copy where gradients need what was there."""
+    """Write to a copy where gradients need the old state."""
     state = states.get(index)
     if state is not None and torch.is_grad_enabled():
         states[index] = state.clone()
 
 
-class StatefulWindowLayer(StateLayer, WindowLayer):  # type: ignore[misc, override] # as its own are
-    """A layer that attends and carries a state."""
+class StatefulWindowLayer(StateLayer, WindowLayer):  # type: ignore[misc, override] # like its own
+    """A layer that both attends and carries a state."""
 
     def __init__(self, states: int, window: GroupWindow, place: int, *, keys_second: bool) -> None:
         WindowLayer.__init__(self, window, place, keys_second=keys_second)

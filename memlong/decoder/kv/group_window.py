@@ -1,9 +1,9 @@
-"""The window of layers that are alike: their buffer, and the un-rotated keys of what it holds."""
+"""The window of a group of alike layers: their buffer, and the un-rotated keys of what it holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,42 +11,46 @@ from torch import Tensor
 from memlong.decoder.kv.buffers import LayerBuffer, LayerGroup, turned
 from memlong.decoder.model.rope import AngleCache
 
-Columns = Sequence[slice] | Tensor
-"""Columns to keep: stretches that all rows keep, or the columns [rows, kept] of each row, int64, on the device."""
+KeptColumns = Sequence[slice] | Tensor
+"""Columns to keep: slices that all rows keep, or each row's own columns [rows, kept], int64, on the device."""
 
 
+@dataclass(eq=False)
 class GroupWindow:
     """The window of one group of layers.
 
     Attributes
     ----------
+    group
+        The layers.
+    capacity
+        Columns that the window usually grows to.
     buffer
-        Keys, values, and room for retrieved ones; None before the first token.
+        Keys and values, with columns for retrieved ones; None before the first token.
     count
         Columns that are filled.
+    raw
+        Un-rotated keys of the first columns; those of the rest are computed when needed.
+    spare
+        The buffer of the previous window, for the next one to overwrite: on a CPU, fresh memory costs more time than
+        what is written into it. On CUDA, torch's allocator takes care of that.
     """
 
-    def __init__(
-        self, group: LayerGroup, capacity: int, buffer: LayerBuffer | None = None, count: int = 0
-    ) -> None:
-        self.group = group
-        self.buffer = buffer
-        self.count = count
-        self._capacity = capacity
-        self._raw: Tensor | None = None  # un-rotated keys of the first columns; the others' come when wanted
-        self._fresh: dict[int, tuple[Tensor, Tensor]] = {}  # of this forward call, where it records gradients
-        # The buffer of the window before this one, to be written over by the next: fresh memory costs a CPU more time
-        # than what is written there. On CUDA, torch's allocator sees to that.
-        self._spare: LayerBuffer | None = None
+    group: LayerGroup
+    capacity: int
+    buffer: LayerBuffer | None = None
+    count: int = 0
+    raw: Tensor | None = None
+    spare: LayerBuffer | None = None
+    # New K-V of this forward call by layer, where it records gradients.
+    _fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def expecting(self) -> GroupWindow:
-        """Return the same window, for a forward call to write behind it."""
-        other = copy(self)
-        other._fresh = {}  # noqa: SLF001 - its own
-        return other
+        """Return the same window, for a forward call to append to."""
+        return replace(self)
 
     def put(self, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in new K-V [rows, kv_heads, new, head_dim] of a layer of the group, and give those of its window."""
+        """Append K-V [rows, kv_heads, new, head_dim] of a layer of the group, and return those of its window."""
         if torch.is_grad_enabled():
             self._fresh[place] = keys, values
             held = () if self.buffer is None else self.buffer.window(self.count)
@@ -63,7 +67,7 @@ class GroupWindow:
         return buffer.keys[:, place, :, window], buffer.values[:, place, :, window]
 
     def with_memory(self, place: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer's memory and of so many columns of its window behind it."""
+        """Return keys and values of a layer's memory followed by this many columns of its window."""
         assert self.buffer is not None  # noqa: S101 - `put` comes first
         end = self.buffer.memory + columns
         return self.buffer.keys[:, place, :, :end], self.buffer.values[:, place, :, :end]
@@ -78,16 +82,16 @@ class GroupWindow:
         self.count += new
 
     def raw_keys(self, angles: AngleCache) -> Tensor:
-        """Un-rotated keys [rows, layers, kv_heads, columns, head_dim]; ``angles`` are those of the window's columns."""
+        """Return un-rotated keys [rows, layers, kv_heads, columns, head_dim]; ``angles`` are the columns'."""
         parts = self._raw_parts(angles)
-        self._raw = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
-        return self._raw
+        self.raw = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+        return self.raw
 
     def _raw_parts(self, angles: AngleCache) -> list[Tensor]:
-        """Un-rotated keys of the columns for which they were known, and of the rest."""
+        """Return un-rotated keys of the columns for which they were known, and of the rest."""
         assert self.buffer is not None  # noqa: S101 - the window holds something
-        known = 0 if self._raw is None else self._raw.shape[3]
-        parts = [] if self._raw is None else [self._raw]
+        known = 0 if self.raw is None else self.raw.shape[3]
+        parts = [] if self.raw is None else [self.raw]
         if known < self.count or not parts:
             keys, _ = self.buffer.window(self.count)
             rope = self.group.rope
@@ -95,44 +99,39 @@ class GroupWindow:
         return parts
 
     def values(self) -> Tensor:
-        """Values [rows, layers, kv_heads, columns, head_dim]."""
+        """Return values [rows, layers, kv_heads, columns, head_dim]."""
         assert self.buffer is not None  # noqa: S101 - the window holds something
         return self.buffer.window(self.count)[1]
 
-    def moved(self, columns: Columns, before: AngleCache, after: AngleCache, memory: int) -> GroupWindow:
-        """Return the window of these columns, rotated to ``after``, with so many columns for retrieved tokens."""
+    def moved(self, columns: KeptColumns, before: AngleCache, after: AngleCache, memory: int) -> GroupWindow:
+        """Return the window of these columns, rotated to ``after``, with ``memory`` columns for retrieved tokens."""
         raw = _taken(self._raw_parts(before), columns)
         kept = raw.shape[3]
         other = self.emptied(len(raw), raw, kept, memory)
         assert other.buffer is not None  # noqa: S101 - just made
-        if not raw.is_cuda:
-            other._spare = self.buffer  # noqa: SLF001 - its own
         keys, values = other.buffer.window(kept)
         if kept:
             rope = self.group.rope
             turned(raw, after.of(rope), rope.rotated, out=keys)
             _take([self.values()], columns, values)
-        other._raw = raw  # noqa: SLF001 - its own
-        return other
+        return replace(other, raw=raw, spare=None if raw.is_cuda else self.buffer)
 
     def emptied(self, rows: int, like: Tensor, columns: int, memory: int) -> GroupWindow:
-        """Return a window with so many columns, and columns for retrieved tokens, all of them still to be written."""
-        room = memory if self.group.has_memory else 0
-        sizes = (rows, max(columns, self._capacity), room)
-        if self._spare is not None and self._spare.fits(*sizes, like):
-            buffer = LayerBuffer(self._spare.keys, self._spare.values, room)
+        """Return a window of so many columns, and columns for retrieved tokens, all of them still to be written."""
+        memory_columns = memory if self.group.has_memory else 0
+        sizes = (rows, max(columns, self.capacity), memory_columns)
+        if self.spare is not None and self.spare.fits(*sizes, like):
+            buffer = LayerBuffer(self.spare.keys, self.spare.values, memory_columns)
         else:
             buffer = LayerBuffer.of(self.group, *sizes, like)
-        return GroupWindow(self.group, self._capacity, buffer, columns)
+        return GroupWindow(self.group, self.capacity, buffer, columns)
 
     def of_rows(self, rows: Tensor) -> GroupWindow:
         """Return the window of these rows."""
-        other = copy(self)
-        other._spare = None  # noqa: SLF001 - its own, and not also another's
-        if self.buffer is not None:
-            other.buffer = self.buffer.of_rows(rows)
-            other._raw = None if self._raw is None else self._raw.index_select(0, rows)  # noqa: SLF001
-        return other
+        if self.buffer is None:
+            return replace(self, spare=None)  # a spare buffer has one owner
+        raw = None if self.raw is None else self.raw.index_select(0, rows)
+        return replace(self, buffer=self.buffer.of_rows(rows), raw=raw, spare=None)
 
     def holding(self, keys: Tensor, raw_keys: Tensor, values: Tensor, memory: int) -> GroupWindow:
         """Return a window of K-V [rows, layers, heads, columns, width], and columns for retrieved tokens."""
@@ -140,22 +139,20 @@ class GroupWindow:
         assert other.buffer is not None  # noqa: S101 - just made
         for target, states in zip(other.buffer.window(other.count), (keys, values), strict=True):
             target.copy_(states)
-        other._raw = raw_keys  # noqa: SLF001 - its own
-        return other
+        return replace(other, raw=raw_keys)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys, rotated and not, and values."""
-        held = 0 if self._raw is None else self._raw.nbytes
+        held = 0 if self.raw is None else self.raw.nbytes
         return held if self.buffer is None else held + self.buffer.nbytes
 
     def joined(
         self, parts: Sequence[GroupWindow], rows_of: Sequence[int], order: Tensor, columns: int
     ) -> GroupWindow:
-        """Return the window of rows that went on apart from this one, padded behind to so many columns.
+        """Return the window of rows that were run separately, padded on the right to ``columns`` columns.
 
-        ``rows_of`` is how many rows each part has, and ``order`` [rows] tells where in the parts, put one after the
-        other, each row is.
+        ``rows_of`` is how many rows each part has; ``order`` [rows] is each row's index in the concatenated parts.
         """
         held = [part.buffer for part in parts if part.buffer is not None]
         if not held:
@@ -164,7 +161,7 @@ class GroupWindow:
         rows = len(order)
         other = self.emptied(rows, held[0].keys, columns, memory)
         assert other.buffer is not None  # noqa: S101 - just made
-        known = 0 if self._raw is None else self._raw.shape[3]
+        known = 0 if self.raw is None else self.raw.shape[3]
         start = 0
         other.buffer.keys[:, :, :, memory : memory + columns] = 0
         other.buffer.values[:, :, :, memory : memory + columns] = 0
@@ -178,50 +175,49 @@ class GroupWindow:
                 (other.buffer.keys, other.buffer.values), (part.buffer.keys, part.buffer.values), strict=True
             ):
                 target[where, :, :, :end] = states[picked, :, :, :end]
-        if known:
-            other._raw = self._raw  # noqa: SLF001 - its own
-        return other
+        return replace(other, raw=self.raw) if known else other
 
     def _with_space(self, columns: int, like: Tensor) -> LayerBuffer:
         if self.buffer is None or (not self.count and self.buffer.keys.dtype != like.dtype):
             before = self.buffer
             memory = 0 if before is None else before.memory
-            self.buffer = LayerBuffer.of(self.group, len(like), max(columns, self._capacity), memory, like)
-            if before is not None:  # as under autocast: the model's K-V are of another dtype than its weights
+            self.buffer = LayerBuffer.of(self.group, len(like), max(columns, self.capacity), memory, like)
+            if before is not None:  # under autocast, the model's K-V have another dtype than its weights
                 self.buffer.hold_memory(before.keys[:, :, :, :memory], before.values[:, :, :, :memory])
         elif not self.buffer.has_space(columns):
             self.buffer = self.buffer.grown(self.group, columns, self.count)
         return self.buffer
 
 
-def _taken(parts: Sequence[Tensor], columns: Columns) -> Tensor:
-    """Copy columns of [rows, layers, kv_heads, columns, head_dim], which is given in parts that follow each other."""
+def _taken(parts: Sequence[Tensor], columns: KeptColumns) -> Tensor:
+    """Copy columns of [rows, layers, kv_heads, columns, head_dim], given in consecutive parts."""
     if isinstance(columns, Tensor):
         states = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=3)
+        # [rows, kept] -> [rows, 1, 1, kept, 1]
         return states.take_along_dim(columns[:, None, None, :, None], dim=3)
-    return torch.cat(_stretches(parts, columns), dim=3)
+    return torch.cat(_pieces(parts, columns), dim=3)
 
 
-def _take(parts: Sequence[Tensor], columns: Columns, out: Tensor) -> None:
+def _take(parts: Sequence[Tensor], columns: KeptColumns, out: Tensor) -> None:
     """Copy columns as `_taken` does, to ``out``."""
     if isinstance(columns, Tensor):
         out.copy_(_taken(parts, columns))
         return
     done = 0
-    for piece in _stretches(parts, columns):
+    for piece in _pieces(parts, columns):
         out[:, :, :, done : done + piece.shape[3]] = piece
         done += piece.shape[3]
 
 
-def _stretches(parts: Sequence[Tensor], columns: Sequence[slice]) -> list[Tensor]:
+def _pieces(parts: Sequence[Tensor], columns: Sequence[slice]) -> list[Tensor]:
     found, first = [], 0
     starts = []
     for part in parts:
         starts.append(first)
         first += part.shape[3]
-    for stretch in columns:
+    for kept in columns:
         for start, part in zip(starts, parts, strict=True):
-            low, high = max(stretch.start - start, 0), min(stretch.stop - start, part.shape[3])
-            if low < high or (stretch.start == stretch.stop and part is parts[0]):
+            low, high = max(kept.start - start, 0), min(kept.stop - start, part.shape[3])
+            if low < high or (kept.start == kept.stop and part is parts[0]):
                 found.append(part[:, :, :, low : max(low, high)])
     return found

@@ -1,7 +1,7 @@
-"""Latent maps: one vector a token stands for the K-V of all retrieval layers.
+"""Latent maps: one vector per token stands for the K-V of all retrieval layers.
 
-Keys and values of a token are highly correlated across layers. A linear map of few dimensions keeps most of what they
-do: the vector is stored, and a map of each layer's own turns it into that layer's keys and values.
+Keys and values of a token are highly correlated across layers. A low-dimensional linear map keeps most of their effect:
+the vector is stored, and each layer's own map turns it into that layer's keys and values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STEPS = 127  # of int8, on either side of 0
 
 
 class LatentMaps(nn.Module):
-    """The maps between the K-V of some layers and one vector a token.
+    """The maps between the K-V of some layers and one vector per token.
 
     Parameters
     ----------
@@ -42,13 +42,13 @@ class LatentMaps(nn.Module):
         super().__init__()
         if mean.ndim != 4 or mean.shape[:2] != (2, len(layers)) or encode.shape[:-1] != mean.shape:
             raise InvalidArgumentError(
-                f"mean is {tuple(mean.shape)} and encode is {tuple(encode.shape)} for {len(layers)} layers; expected "
-                "[2, layers, kv_heads, head_dim], and the same with a last dimension for the latent vector."
+                "mean must be [2, layers, kv_heads, head_dim], and encode the same with a last dimension for the "
+                f"latent vector, for {len(layers)} layers, got {tuple(mean.shape)} and {tuple(encode.shape)}."
             )
         if decode.shape != encode.shape or encode.shape[-1] % 2 or not encode.shape[-1]:
             raise InvalidArgumentError(
-                f"encode is {tuple(encode.shape)} and decode is {tuple(decode.shape)}; expected equal shapes, with an "
-                "even last dimension of at least 2: half of a vector is stored as keys, half as values."
+                "encode and decode must have equal shapes with an even last dimension of at least 2 (half of a vector "
+                f"is stored as keys, half as values), got {tuple(encode.shape)} and {tuple(decode.shape)}."
             )
         self.layers = layers
         self.register_buffer("mean", mean)
@@ -62,7 +62,9 @@ class LatentMaps(nn.Module):
 
     def to_latent(self, keys: Tensor, values: Tensor) -> Tensor:
         """Return latent vectors [tokens, dim] of un-rotated keys, and values, [layers, kv_heads, tokens, head_dim]."""
+        # [2, layers, kv_heads, tokens, head_dim]
         states = torch.stack([keys, values]) - self.mean[:, :, :, None]
+        # [tokens, 2 * layers * kv_heads * head_dim] @ [2 * layers * kv_heads * head_dim, dim]
         return states.permute(3, 0, 1, 2, 4).flatten(1) @ self.encode.flatten(0, 3)
 
     def from_latent(self, latent: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -75,12 +77,12 @@ class LatentMaps(nn.Module):
                 torch.stack([each[:, place] for place in places], dim=1) for each in (mean, decode)
             )
         decode = decode.flatten(0, 3).to(latent.dtype)  # training keeps it in float32
-        states = (latent @ decode.T).view(-1, *mean.shape) + mean
-        keys, values = states.permute(1, 2, 3, 0, 4)
+        states = (latent @ decode.T).view(-1, *mean.shape) + mean  # [tokens, 2, layers, kv_heads, head_dim]
+        keys, values = states.permute(1, 2, 3, 0, 4)  # [2, layers, kv_heads, tokens, head_dim]
         return keys, values
 
     def round_to_saved(self) -> None:
-        """Make the maps what `save` writes, which has fewer digits."""
+        """Round the maps to what `save` writes."""
         for name in _NAMES:
             tensor = getattr(self, name).detach()
             steps, scale = _quantized(tensor.float())
@@ -94,7 +96,7 @@ class LatentMaps(nn.Module):
         path
             The file.
         compact
-            In int8 with a scale for each channel of K-V, a quarter of the bytes; or as they are.
+            Write int8 with a scale for each channel of K-V, a quarter of the bytes; otherwise float32.
 
         Raises
         ------
@@ -137,9 +139,9 @@ class LatentMaps(nn.Module):
 
 
 def _quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps of int8, and how long a step is, for each channel of K-V: along the last dimension.
+    """Return int8 steps, and the step size of each channel of K-V, along the last dimension.
 
-    Lengths are powers of two, so that a number of steps is exact in bfloat16, too.
+    Step sizes are powers of two, so that products are exact in bfloat16, too.
     """
     largest = tensor.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * _STEPS)
     scale = torch.exp2((largest / _STEPS).log2().ceil())

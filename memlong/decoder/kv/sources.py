@@ -1,4 +1,4 @@
-"""K-V sources: which keys and values of a chunk are stored, and what each retrieval layer makes of them."""
+"""K-V sources: which keys and values of a chunk are stored, and what each retrieval layer reads of them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class KvSource(ABC):
 
     @abstractmethod
     def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
-        """Of what kind the blocks are that `collect` makes for a chunk."""
+        """Return shape, dtype and device of the blocks that `collect` makes for a chunk."""
 
     @abstractmethod
     def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """What is stored of some columns of a row's window as keys, and as values: [layers, heads, columns, width]."""
+        """Return what is stored of tokens ``start`` to ``end`` as keys and values [layers, heads, tokens, width]."""
 
     @abstractmethod
     def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys, and values, [layers, heads, tokens, width], of some retrieval layers that are alike.
+        """Return un-rotated keys, and values, [layers, heads, tokens, width], of some retrieval layers that are alike.
 
         ``keys`` and ``values`` are what was collected.
         """
@@ -55,18 +55,18 @@ class LayerSource(KvSource):
 
     Parameters
     ----------
-    layout
+    model_layout
         The model's layers.
     memory_layer_of
         By retrieval layer, the layer whose K-V it reads: its own (training-free), or one for all (MemLong,
         arXiv 2408.16967).
     """
 
-    def __init__(self, layout: ModelLayout, memory_layer_of: dict[int, int]) -> None:
+    def __init__(self, model_layout: ModelLayout, memory_layer_of: dict[int, int]) -> None:
         super().__init__(tuple(memory_layer_of))
         self.memory_layers = tuple(sorted(set(memory_layer_of.values())))
         self._place = {layer: self.memory_layers.index(read) for layer, read in memory_layer_of.items()}
-        shape = layout.layers[self.memory_layers[0]].shape
+        shape = model_layout.layers[self.memory_layers[0]].shape
         self._kv_heads, self._head_dim = shape.kv_heads, shape.head_dim
 
     @property
@@ -99,20 +99,20 @@ class LayerSource(KvSource):
 class PackedSource(KvSource):
     """Each retrieval layer stores and reads its own K-V, whatever their shapes are.
 
-    All that a token takes is put in one row and cut into pieces of one width, half of which are stored as a block's
-    keys and half as its values. With multi-head latent attention that is what the model's own cache takes.
+    All numbers of a token are concatenated and cut into pieces of one width, half of which are stored as a block's keys
+    and half as its values. With multi-head latent attention, that is as much as the model's own cache takes.
 
     Parameters
     ----------
-    layout
+    model_layout
         The model's layers.
     retrieval_layers
         Those that store and read.
     """
 
-    def __init__(self, layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
+    def __init__(self, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> None:
         super().__init__(retrieval_layers)
-        shapes = [layout.layers[layer].shape for layer in retrieval_layers]
+        shapes = [model_layout.layers[layer].shape for layer in retrieval_layers]
         # Of each layer's keys and then of its values: heads and width.
         self._parts = [
             part
@@ -150,16 +150,18 @@ class PackedSource(KvSource):
         """[heads, tokens, width] -> [pieces, tokens, width of a piece]."""
         heads, tokens, width = states.shape
         each = states.reshape(heads, tokens, width // self._width, self._width)
+        # [heads, tokens, pieces of a head, piece] -> [heads, pieces of a head, tokens, piece]
         return each.transpose(1, 2).reshape(-1, tokens, self._width)
 
     def _joined(self, pieces: Tensor, heads: int, width: int) -> Tensor:
         """[pieces, tokens, width of a piece] -> [heads, tokens, width]."""
         each = pieces.view(heads, width // self._width, -1, self._width)
+        # [heads, pieces of a head, tokens, piece] -> [heads, tokens, pieces of a head, piece]
         return each.transpose(1, 2).reshape(heads, -1, width)
 
 
 class LatentSource(KvSource):
-    """One latent vector a token is stored, from which each retrieval layer makes its own K-V.
+    """One latent vector per token is stored, from which each retrieval layer makes its own K-V.
 
     Half of the vector is stored as a block's keys, half as its values.
 
@@ -189,7 +191,7 @@ class LatentSource(KvSource):
 
 
 def make_source(
-    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
 ) -> KvSource:
     """Make the source that the configuration names; maps get the dtype and the device of ``like``.
 
@@ -199,47 +201,47 @@ def make_source(
         If the memory layer does not exist, or maps are missing or made for another model.
     """
     if config.kv_source == "layer":
-        if not layout.alike(retrieval_layers):
-            return PackedSource(layout, retrieval_layers)
-        return LayerSource(layout, {layer: layer for layer in retrieval_layers})
+        if not model_layout.alike(retrieval_layers):
+            return PackedSource(model_layout, retrieval_layers)
+        return LayerSource(model_layout, {layer: layer for layer in retrieval_layers})
     if config.kv_source == "latent":
-        _check_alike(config, layout, retrieval_layers)
-        return LatentSource(_fitting_maps(config, layout, retrieval_layers, like))
-    memory_layer = shared_memory_layer(config, layout)
-    _check_alike(config, layout, (*retrieval_layers, memory_layer))
-    return LayerSource(layout, dict.fromkeys(retrieval_layers, memory_layer))
+        _check_alike(config, model_layout, retrieval_layers)
+        return LatentSource(_fitting_maps(config, model_layout, retrieval_layers, like))
+    memory_layer = shared_memory_layer(config, model_layout)
+    _check_alike(config, model_layout, (*retrieval_layers, memory_layer))
+    return LayerSource(model_layout, dict.fromkeys(retrieval_layers, memory_layer))
 
 
-def shared_memory_layer(config: MemoryConfig, layout: ModelLayout) -> int:
+def shared_memory_layer(config: MemoryConfig, model_layout: ModelLayout) -> int:
     """Return the layer whose K-V is stored for all: ``memory_layer``, or the first of the upper half that sees all."""
-    numbers = tuple(layout.layers)
+    numbers = tuple(model_layout.layers)
     upper = numbers[len(numbers) // 2 :]
-    usual = next((number for number in upper if number in layout.full_attention_layers), upper[0])
+    usual = next((number for number in upper if number in model_layout.full_attention_layers), upper[0])
     layer = usual if config.memory_layer is None else config.memory_layer
-    if layer not in layout.layers:
+    if layer not in model_layout.layers:
         raise InvalidArgumentError(
-            f"memory_layer is {layer}, which has no K-V of its own; the layers that have are {ranges(numbers)}."
+            f"memory_layer must be among {ranges(numbers)}, the layers with K-V of their own, got {layer}."
         )
     return layer
 
 
-def _check_alike(config: MemoryConfig, layout: ModelLayout, layers: tuple[int, ...]) -> None:
-    if not layout.alike(layers):
+def _check_alike(config: MemoryConfig, model_layout: ModelLayout, layers: tuple[int, ...]) -> None:
+    if not model_layout.alike(layers):
         raise InvalidArgumentError(
-            f"kv_source is {config.kv_source!r}, which needs keys and values of one shape in all of the layers "
-            f"{ranges(layers)}, but this model's differ. Name layers that are alike, or use kv_source='layer'."
+            f"Layers {ranges(layers)} must have keys and values of one shape for kv_source={config.kv_source!r}, got "
+            "different ones. Name layers that are alike, or use kv_source='layer'."
         )
 
 
 def _fitting_maps(
-    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
 ) -> LatentMaps:
     if config.maps is None:
         raise InvalidArgumentError(
-            "kv_source is 'latent', but maps is None; name the file that `memlong fit` wrote for this model."
+            "maps must name the file that `memlong fit` wrote for this model if kv_source is 'latent', got None."
         )
     maps = LatentMaps.load(config.maps)
-    shape = layout.layers[retrieval_layers[0]].shape
+    shape = model_layout.layers[retrieval_layers[0]].shape
     ours = (retrieval_layers, shape.kv_heads, shape.head_dim)
     theirs = (maps.layers, *maps.mean.shape[2:])
     if ours != theirs:

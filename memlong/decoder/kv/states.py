@@ -1,7 +1,7 @@
 """Recurrent and convolutional states: what layers without attention carry from token to token, row by row.
 
-Such a state is a few tensors of fixed size. It cannot be cut or moved as a window can, so each forward call begins from
-copies and leaves new ones; what it began from stays as it was, for whoever goes another way or takes tokens back.
+Such a state is a few tensors of fixed size. Unlike a window it cannot be cut or moved, so each forward call starts from
+copies and leaves new ones; the old ones stay valid for forks and for tokens that are taken back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memlong.bank.store.copying import to_device
 from memlong.decoder.arrays import Bools
-from memlong.decoder.persistence.stored import tensor_of
+from memlong.decoder.persistence.saved_values import tensor_of
 
 Key = tuple[int, str, int]
 """Layer, 'conv' or 'recurrent', and number of the state in its layer."""
@@ -42,7 +42,7 @@ class States:
         return cls(np.zeros(rows, dtype=bool), {})
 
     def of_layer(self, layer: int) -> dict[Key, Tensor]:
-        """Those of one layer."""
+        """Return the states of one layer."""
         return {key: state for key, state in self.tensors.items() if key[0] == layer}
 
     @property
@@ -51,18 +51,18 @@ class States:
         return sum(state.nbytes for state in self.tensors.values())
 
     def of_rows(self, rows: Sequence[int]) -> States:
-        """Those of these rows, which may come more than once."""
+        """Return the states of these rows, which may come more than once."""
         begun = self.begun[np.asarray(rows, dtype=np.int64)]
         if not begun.any():
             return States(begun, {})
         return States(begun, {key: _rows(state, rows) for key, state in self.tensors.items()})
 
     def replaced(self, tensors: Mapping[Key, Tensor]) -> States:
-        """What a forward call of all rows has left behind."""
+        """Return the states that a forward call of all rows has left."""
         return States(np.ones_like(self.begun), tensors)
 
     def with_rows(self, rows: Sequence[int], other: States) -> States:
-        """Put in the states of these rows, which ``other`` holds in that order."""
+        """Replace the states of these rows by those of ``other``, in that order."""
         if not rows:
             return self
         begun = self.begun.copy()
@@ -71,7 +71,7 @@ class States:
         for key in self.tensors.keys() | other.tensors.keys():
             mine, theirs = self.tensors.get(key), other.tensors.get(key)
             like = mine if theirs is None else theirs
-            assert like is not None  # noqa: S101 - one of both has it
+            assert like is not None  # noqa: S101 - one of the two has it
             state = like.new_zeros((len(begun), *like.shape[1:])) if mine is None else mine.clone()
             where = to_device(torch.tensor(list(rows), device="cpu"), state.device)
             given = state.new_zeros((len(rows), *state.shape[1:])) if theirs is None else theirs
@@ -105,7 +105,7 @@ class States:
                 state, shape = tensors[name], (rows, *shapes[layer, kind, index])
                 if state.shape != shape or not state.is_floating_point():
                     raise ValueError(
-                        f"{name} is {state.dtype}{list(state.shape)}, expected numbers {list(shape)}"
+                        f"{name} must be floats {list(shape)}, got {state.dtype}{list(state.shape)}"
                     )
                 found[layer, kind, index] = to_device(state, device)
         return cls(begun.numpy().copy(), found)

@@ -1,220 +1,172 @@
-"""The local window: sink tokens and the latest tokens of every row, as a cache for transformers.
+"""The local window: sink tokens and the latest tokens of every row.
 
-Keys are held twice: un-rotated, as the bank wants them and as moving the window needs them, and rotated to where they
-stand now, as attention wants them. The window is small and bounded, and no rounding ever adds up. Which token a column
-holds, and where it stands, is kept on the host, so that nothing has to wait for a device to know it.
+Keys are held twice: un-rotated, for the bank and for moving the window, and rotated to their current positions, for
+attention. The window is small and bounded, and rounding errors never add up. Which token a column holds, and at which
+position, is kept on the host, so that nothing has to wait for a device to know it.
 
-Layers with a sliding window that do not attend to memory keep what they see by themselves, however long the local
-window is. Layers that carry a recurrent state have it here, too.
+Sliding-window layers that do not attend to memory keep what they see themselves, however long the local window is. The
+states of recurrent layers are here, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from memlong.bank.store.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.kv.buffers import LayerGroup
-from memlong.decoder.kv.cache_layers import StatefulWindowLayer, StateLayer, WindowLayer
-from memlong.decoder.kv.group_window import Columns, GroupWindow
-from memlong.decoder.kv.held import PADDING, Held
+from memlong.decoder.kv.columns import PADDING, WindowColumns
+from memlong.decoder.kv.group_window import GroupWindow, KeptColumns
 from memlong.decoder.kv.states import Key, States
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.rope import AngleCache
-from memlong.decoder.persistence.stored import tensor_of
+from memlong.decoder.persistence.saved_values import tensor_of
 
-Supply = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Put what a layer has retrieved before the keys and values of its window."""
+PositionsOf = Callable[[Ints, int | None], Ints]
+"""From tokens [rows, columns], and the reach of their layers, to their positions."""
 
 
-class LocalWindow(Cache):
+@dataclass(frozen=True, eq=False)
+class LocalWindow:
     """The windows of all rows and layers.
 
-    A window that has been filled is not changed any more: what comes next is a window of its own, so that whatever goes
-    wrong meanwhile leaves the one at hand as it was. Both may share a buffer, of which each knows its own columns.
-
-    Parameters
-    ----------
-    layout
-        What the model is made of.
-    groups
-        Its layers that attend, those together that are moved together.
-    rows
-        Rows of the batch.
-    capacity
-        Columns that the window usually grows to.
-    like
-        A tensor of the model's dtype, on its device.
+    A forward call fills a window of its own (`expecting`, then `complete`), so that a failure leaves this one as it
+    was. Both may share a buffer, of which each knows its own columns.
 
     Attributes
     ----------
-    held
+    groups
+        The windows of layers that are moved together.
+    columns
         By reach, what the columns of some layers hold.
     states
-        What layers carry besides.
+        What recurrent layers carry.
     memory
-        Columns for retrieved tokens, on the left of the window of each layer that attends to them.
-    supply
-        During a forward call, what puts them there.
+        Columns for retrieved tokens, to the left of the window of each layer that attends to them.
     """
 
-    def __init__(
-        self, layout: ModelLayout, groups: Sequence[LayerGroup], rows: int, capacity: int, like: Tensor
-    ) -> None:
-        self._layout = layout
-        self._empty = like.new_empty(0)
-        self._device = like.device
-        self._place = {
+    groups: tuple[GroupWindow, ...]
+    columns: Mapping[int | None, WindowColumns]
+    states: States
+    memory: int
+    _place: Mapping[int, tuple[int, int]]  # by layer: its group, and its index there
+    _state_shapes: Mapping[Key, torch.Size]
+    _like: Tensor  # empty, of the model's dtype, on its device
+
+    @classmethod
+    def empty(
+        cls, model_layout: ModelLayout, groups: Sequence[LayerGroup], rows: int, capacity: int, like: Tensor
+    ) -> LocalWindow:
+        """Make a window that holds nothing.
+
+        Parameters
+        ----------
+        model_layout
+            The model's layers.
+        groups
+            Those that attend, grouped as they are moved.
+        rows
+            Rows of the batch.
+        capacity
+            Columns that the window usually grows to.
+        like
+            A tensor of the model's dtype, on its device.
+        """
+        place = {
             layer: (number, place)
             for number, group in enumerate(groups)
             for place, layer in enumerate(group.layers)
         }
         nothing = np.empty((rows, 0), dtype=np.int64)
-        self.held = {
-            reach: Held(nothing, nothing, reach) for reach in (None, *(group.reach for group in groups))
+        columns = {
+            reach: WindowColumns(nothing, nothing, reach)
+            for reach in (None, *(group.reach for group in groups))
         }
-        self.memory = 0
-        self._hold(tuple(GroupWindow(group, capacity) for group in groups), States.none(rows))
+        windows = tuple(GroupWindow(group, capacity) for group in groups)
+        states, shapes = States.none(rows), model_layout.state_shapes
+        return cls(windows, columns, states, 0, place, shapes, like.new_empty(0))
 
-    def _hold(self, windows: tuple[GroupWindow, ...], states: States) -> None:
-        self._windows, self.states = windows, states
-        self.supply: Supply | None = None
-        self._window_layers: dict[int, WindowLayer] = {}
-        self._state_layers: dict[int, StateLayer] = {}
+    @property
+    def _device(self) -> torch.device:
+        return self._like.device
 
-    def _make_layers(self) -> None:
-        """Make what transformers sees, for one forward call."""
-        layers = [self._layer(number) for number in range(self._layout.depth)]
-        self._window_layers = {n: each for n, each in enumerate(layers) if isinstance(each, WindowLayer)}
-        self._state_layers = {n: each for n, each in enumerate(layers) if isinstance(each, StateLayer)}
-        super().__init__(layers=[*layers])
-
-    def _layer(self, number: int) -> DynamicLayer | StateLayer:
-        count = self._layout.states.get(number)
-        layer: DynamicLayer | StateLayer
-        if number in self._place:
-            group, place = self._place[number]
-            window, second = self._windows[group], self._layout.layers[number].keys_second
-            if count is None:
-                return WindowLayer(window, place, keys_second=second)
-            layer = StatefulWindowLayer(count, window, place, keys_second=second)
-        elif count is None:
-            return DynamicLayer()  # neither attends nor carries anything
-        else:
-            layer = StateLayer(number_of_states=count)
-        layer.begin_with(self.states.of_layer(number))
-        return layer
-
-    def _of(
-        self, windows: tuple[GroupWindow, ...], held: Mapping[int | None, Held], states: States
-    ) -> LocalWindow:
-        other = copy(self)
-        other._hold(windows, states)  # noqa: SLF001 - its own
-        other.held = dict(held)
-        return other
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Take in the K-V of a layer, as transformers calls it, and give that of its memory and its window."""
-        layer = self._window_layers[layer_idx]
-        keys, values = layer.update(key_states, value_states, *args, **kwargs)
-        if self.supply is not None:
-            keys, values = self.supply(layer_idx, keys, values)
-        return layer.in_order(keys, values)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of a layer, none of one that does not attend; of the local window, for the first whatever it is."""
-        layer = self._window_layers.get(layer_idx)
-        if layer is not None:
-            return layer.get_seq_length()
-        return 0 if layer_idx else next(iter(self._window_layers.values())).get_seq_length()
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns of a layer with those of the coming call, and what is before them."""
-        return self.get_seq_length(layer_idx) + int(query_length), 0
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether a layer, or any, has a state to go on from."""
-        if layer_idx is None:
-            return any(any(layer.has_previous_state.values()) for layer in self._state_layers.values())
-        return bool(super().has_previous_state(layer_idx, state_idx))
+    def group_of(self, layer: int) -> tuple[GroupWindow, int]:
+        """Return the group of a layer, and the layer's index there."""
+        number, place = self._place[layer]
+        return self.groups[number], place
 
     def of_rows(self, rows: Sequence[int]) -> LocalWindow:
         """Return a window of these rows, which may come more than once."""
         chosen = to_device(torch.tensor(list(rows), device="cpu"), self._device)
-        windows = tuple(window.of_rows(chosen) for window in self._windows)
-        held = {reach: each.of_rows(rows) for reach, each in self.held.items()}
-        return self._of(windows, held, self.states.of_rows(rows))
+        windows = tuple(window.of_rows(chosen) for window in self.groups)
+        held = {reach: each.of_rows(rows) for reach, each in self.columns.items()}
+        return replace(self, groups=windows, columns=held, states=self.states.of_rows(rows))
 
     def joined(self, parts: Sequence[LocalWindow], rows: Sequence[Sequence[int]]) -> LocalWindow:
-        """Return the window of all rows, of which these parts went on apart: ``rows`` tells which are in each.
+        """Return the window of all rows from parts that were run separately; ``rows`` says which are in each.
 
-        The new columns of a part that has fewer are padded.
+        Parts with fewer new columns are padded.
         """
         together = [row for some in rows for row in some]
         order = np.argsort(np.asarray(together))
         held = {}
-        for reach in self.held:
-            width = max(part.held[reach].tokens.shape[1] for part in parts)
+        for reach in self.columns:
+            width = max(part.columns[reach].tokens.shape[1] for part in parts)
             tokens, positions = (
                 np.concatenate(
                     [
                         np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=padding)
-                        for each in (getattr(part.held[reach], name) for part in parts)
+                        for each in (getattr(part.columns[reach], name) for part in parts)
                     ]
                 )[order]
                 for name, padding in (("tokens", PADDING), ("positions", 0))
             )
-            held[reach] = Held(tokens, positions, reach)
+            held[reach] = WindowColumns(tokens, positions, reach)
         on_device = to_device(torch.from_numpy(order), self._device)
         windows = tuple(
             window.joined(
-                [part._windows[number] for part in parts],  # noqa: SLF001 - its own
+                [part.groups[number] for part in parts],
                 [len(some) for some in rows],
                 on_device,
                 held[window.group.reach].tokens.shape[1],
             )
-            for number, window in enumerate(self._windows)
+            for number, window in enumerate(self.groups)
         )
         states = self.states
         for part, some in zip(parts, rows, strict=True):
             states = states.with_rows(some, part.states)
-        return self._of(windows, held, states)
+        return replace(self, groups=windows, columns=held, states=states)
 
     @property
     def tokens(self) -> Ints:
         """[rows, columns] of the local window."""
-        return self.held[None].tokens
+        return self.columns[None].tokens
 
     @property
     def valid(self) -> Bools:
         """[rows, columns] of the local window: False for padding."""
-        return self.held[None].valid
+        return self.columns[None].valid
 
-    def held_by(self, layer: int) -> Held:
-        """What the columns of a layer hold."""
+    def columns_of(self, layer: int) -> WindowColumns:
+        """Return which tokens a layer's columns hold."""
         number, _ = self._place[layer]
-        return self.held[self._windows[number].group.reach]
+        return self.columns[self.groups[number].group.reach]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, rotated and not, values, retrieved ones included, and states; what is kept for reuse apart."""
-        return sum(window.nbytes for window in self._windows) + self.states.nbytes
+        """Bytes of keys (rotated and not), values and states, including retrieved K-V, without spare buffers."""
+        return sum(window.nbytes for window in self.groups) + self.states.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that the window holds, for `of_tensors`."""
-        found = {_tokens_name(reach): torch.from_numpy(held.tokens) for reach, held in self.held.items()}
+        """Return everything that the window holds, for `of_tensors`."""
+        found = {_tokens_name(reach): torch.from_numpy(held.tokens) for reach, held in self.columns.items()}
         for layer, (number, place) in sorted(self._place.items()):
-            window = self._windows[number]
+            window = self.groups[number]
             if window.buffer is not None:
                 keys, values = window.buffer.window(window.count)
                 states = {
@@ -228,32 +180,29 @@ class LocalWindow(Cache):
         return found | self.states.saved("states")
 
     def of_tensors(
-        self,
-        tensors: Mapping[str, Tensor],
-        place: Callable[[Ints, int | None], Ints],
-        memory: int,
+        self, tensors: Mapping[str, Tensor], positions_of: PositionsOf, memory: int
     ) -> LocalWindow:
-        """Return a window that holds what another one held; ValueError or KeyError if it cannot have.
+        """Return a window that holds what a saved one held; ValueError or KeyError if that is impossible.
 
         Parameters
         ----------
         tensors
             What `tensors` gave.
-        place
-            From tokens [rows, columns], and the reach of their layers, to their positions.
+        positions_of
+            Gives the tokens' positions.
         memory
             Columns for retrieved tokens.
         """
         held = {}
-        for reach in self.held:
+        for reach in self.columns:
             name, rows = _tokens_name(reach), len(self.tokens)
             tokens = np.array(tensor_of(tensors, name, rows, None).cpu().numpy())
-            held[reach] = Held(tokens, place(tokens, reach), reach)
+            held[reach] = WindowColumns(tokens, positions_of(tokens, reach), reach)
         windows = []
-        for window in self._windows:
+        for window in self.groups:
             group, tokens = window.group, held[window.group.reach].tokens
             if not tokens.shape[1]:
-                windows.append(window.emptied(len(tokens), self._empty, 0, memory))
+                windows.append(window.emptied(len(tokens), self._like, 0, memory))
                 continue
             shape = group.shape
             of_keys = (len(tokens), shape.kv_heads, tokens.shape[1], shape.head_dim)
@@ -261,7 +210,7 @@ class LocalWindow(Cache):
             keys, raw_keys, values = (
                 torch.stack(
                     [
-                        tensor_of(tensors, f"window.{layer}.{name}", *size, like=self._empty)
+                        tensor_of(tensors, f"window.{layer}.{name}", *size, like=self._like)
                         for layer in group.layers
                     ],
                     dim=1,
@@ -269,56 +218,46 @@ class LocalWindow(Cache):
                 for name, size in (("keys", of_keys), ("raw_keys", of_keys), ("values", of_values))
             )
             windows.append(window.holding(keys, raw_keys, values, memory))
-        other = self._of(tuple(windows), held, self.loaded_states("states", tensors))
-        other.memory = memory
-        return other
+        states = self.loaded_states("states", tensors)
+        return replace(self, groups=tuple(windows), columns=held, states=states, memory=memory)
 
     def loaded_states(self, prefix: str, tensors: Mapping[str, Tensor]) -> States:
         """Read states that were saved; ValueError or KeyError if they are not this model's."""
-        shapes = self._layout.state_shapes
-        if not shapes:
+        if not self._state_shapes:
             return States.none(len(self.tokens))
-        return States.loaded(prefix, tensors, len(self.tokens), shapes, self._device)
+        return States.loaded(prefix, tensors, len(self.tokens), self._state_shapes, self._device)
 
     def expecting(self, tokens: Ints, positions: Ints) -> LocalWindow:
-        """Return a window that a forward call fills with the tokens [rows, new], which stand at ``positions``."""
-        other = self._of(
-            tuple(window.expecting() for window in self._windows),
-            {reach: held.and_then(tokens, positions) for reach, held in self.held.items()},
-            self.states,
+        """Return a window that a forward call fills with the tokens [rows, new] at these ``positions``."""
+        return replace(
+            self,
+            groups=tuple(window.expecting() for window in self.groups),
+            columns={reach: held.appended(tokens, positions) for reach, held in self.columns.items()},
         )
-        other._make_layers()  # noqa: SLF001 - its own
-        return other
 
-    def complete(self, new: int) -> None:
-        """Note that the forward call has filled the ``new`` columns that were expected."""
-        self.supply = None
-        for window in self._windows:
+    def complete(self, new: int, states: Mapping[Key, Tensor] | None) -> LocalWindow:
+        """Return the window when the forward call has filled the ``new`` expected columns and left these states."""
+        for window in self.groups:
             window.complete(new)
-        if self._state_layers:
-            left: dict[Key, Tensor] = {}
-            for number, layer in self._state_layers.items():
-                left |= layer.left(number)
-            self.states = self.states.replaced(left)
-        self._window_layers, self._state_layers, self.layers = {}, {}, []  # the call is over
+        return self if states is None else self.with_states(self.states.replaced(states))
 
     def with_states(self, states: States) -> LocalWindow:
         """Return this window with other states."""
-        return self._of(self._windows, self.held, states)
+        return replace(self, states=states)
 
     def with_memory(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Return memory and window of a layer that has just updated its window, which has so many columns."""
+        """Return K-V of a layer's memory and of its window, which now has so many columns."""
         number, place = self._place[layer]
-        return self._windows[number].with_memory(place, columns)
+        return self.groups[number].with_memory(place, columns)
 
     def hold_memory(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], angles: AngleCache | None
     ) -> None:
-        """Take in the K-V of all retrieved tokens, by group of layers that attend to them.
+        """Write the K-V of all retrieved tokens into the buffers, by group of layers that attend to them.
 
-        With ``angles``, keys are un-rotated and go to those.
+        With ``angles``, keys are un-rotated and rotated to those.
         """
-        windows = [window for window in self._windows if window.group.has_memory]
+        windows = [window for window in self.groups if window.group.has_memory]
         for window, some_keys, some_values in zip(windows, keys, values, strict=True):
             assert window.buffer is not None  # noqa: S101 - it was made with columns for memory
             rope = window.group.rope
@@ -328,19 +267,19 @@ class LocalWindow(Cache):
     def keys_and_values(
         self, row: int, start: int, end: int, layers: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Un-rotated keys, and values, of the tokens ``start`` to ``end``: by layer, copies [heads, tokens, width]."""
+        """Return un-rotated keys, and values, of tokens ``start`` to ``end``, by layer: [heads, tokens, width]."""
         found = []
         for layer in layers:
             number, place = self._place[layer]
-            window, chosen = self._windows[number], self._chosen(layer, row, start, end)
+            window, chosen = self.groups[number], self._chosen(layer, row, start, end)
             keys, values = window.raw_keys(self._angles_of(window)), window.values()
             found.append((keys[row, place][:, chosen], values[row, place][:, chosen]))
         return found
 
     def stacked(self, row: int, start: int, end: int, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys, and values, of layers that are alike: copies [layers, heads, tokens, width]."""
+        """Return un-rotated keys, and values, of layers that are alike: copies [layers, heads, tokens, width]."""
         number, _ = self._place[layers[0]]
-        window = self._windows[number]
+        window = self.groups[number]
         if window.group.layers == layers:  # all of a group, as is usual: one copy
             chosen = self._chosen(layers[0], row, start, end)
             keys, values = window.raw_keys(self._angles_of(window)), window.values()
@@ -351,38 +290,36 @@ class LocalWindow(Cache):
 
     def _chosen(self, layer: int, row: int, start: int, end: int) -> slice | Tensor:
         """Columns of a layer that hold the tokens ``start`` to ``end`` of a row, in order."""
-        tokens = self.held_by(layer).tokens[row]
+        tokens = self.columns_of(layer).tokens[row]
         columns = np.flatnonzero((tokens >= start) & (tokens < end))
         if columns[-1] - columns[0] == len(columns) - 1:
             return slice(int(columns[0]), int(columns[-1]) + 1)
         return to_device(torch.from_numpy(columns), self._device)
 
     def moved(
-        self, wanted: Mapping[int | None, Bools], place: Callable[[Ints, int | None], Ints], memory: int
+        self, wanted: Mapping[int | None, Bools], positions_of: PositionsOf, memory: int
     ) -> LocalWindow:
-        """Return a window of the columns marked in ``wanted``, placed again, with room for retrieved tokens."""
-        held: dict[int | None, Held] = {}
-        columns: dict[int | None, Columns] = {}
+        """Return a window of the columns in ``wanted``, re-positioned, with ``memory`` columns for retrieved tokens."""
+        held: dict[int | None, WindowColumns] = {}
+        columns: dict[int | None, KeptColumns] = {}
         for reach, marked in wanted.items():
-            kept, tokens = self.held[reach].kept(marked)
+            kept, tokens = self.columns[reach].kept(marked)
             columns[reach] = (
                 to_device(torch.from_numpy(kept), self._device) if isinstance(kept, np.ndarray) else kept
             )
-            held[reach] = Held(tokens, place(tokens, reach), reach)
+            held[reach] = WindowColumns(tokens, positions_of(tokens, reach), reach)
         windows = []
-        for window in self._windows:
+        for window in self.groups:
             reach = window.group.reach
             if window.buffer is None:
-                windows.append(window.emptied(len(self.tokens), self._empty, 0, memory))
+                windows.append(window.emptied(len(self.tokens), self._like, 0, memory))
             else:
                 after = held[reach].angles(self._device)
                 windows.append(window.moved(columns[reach], self._angles_of(window), after, memory))
-        other = self._of(tuple(windows), held, self.states)
-        other.memory = memory
-        return other
+        return replace(self, groups=tuple(windows), columns=held, memory=memory)
 
     def _angles_of(self, window: GroupWindow) -> AngleCache:
-        return self.held[window.group.reach].angles(self._device)
+        return self.columns[window.group.reach].angles(self._device)
 
 
 def _tokens_name(reach: int | None) -> str:

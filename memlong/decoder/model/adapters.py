@@ -1,4 +1,4 @@
-"""Adapters of peft inside a model: which of them are at work, and which tensors are theirs."""
+"""peft's adapters inside a model: which are active, and which tensors are theirs."""
 
 from __future__ import annotations
 
@@ -40,13 +40,12 @@ class AdapterLayer:
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """Return the transformers model inside a ``PeftModel``, in which its adapters stay; any other model as it is.
+    """Return the transformers model inside a ``PeftModel``, where its adapters stay; any other model unchanged.
 
     Raises
     ------
     UnsupportedModelError
-        If an adapter that is at work is of a kind that acts outside the layers, such as one that puts learnt tokens
-        before the prompt.
+        If an active adapter works outside the layers, for instance by prepending learned tokens to the prompt.
     """
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, peft.PeftModel | peft.PeftMixedModel):
@@ -58,24 +57,24 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         if config.is_prompt_learning or config.is_adaption_prompt or kind in _OUTSIDE:
             raise UnsupportedModelError(
                 f"The adapter {name!r} is of the kind {kind}, which works outside the model's layers, and memory "
-                "reads the model alone. Use an adapter of the layers (LoRA, DoRA, IA3, ...), or the plain model."
+                "sees only the model. Use an adapter of the layers (LoRA, DoRA, IA3, ...), or the plain model."
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise UnsupportedModelError(
-                f"The adapter {name!r} is an activated LoRA, at work only after its invocation tokens, which memory "
+                f"The adapter {name!r} is an activated LoRA, active only after its invocation tokens, which memory "
                 "does not look for. Use a LoRA without alora_invocation_tokens, or the plain model."
             )
     return cast("PreTrainedModel", model.base_model.model)
 
 
 def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return, for each tensor of a model's state that is not an adapter's, its name as it is without adapters."""
+    """Return, for each tensor of a model's state that is not an adapter's, its name without adapters."""
     around = {path for path, _ in _wrappers(model)}
     return {name: plain for name in names if (plain := _without(name, around)) is not None}
 
 
 def active_layers(model: nn.Module) -> Iterator[AdapterLayer]:
-    """Yield what each adapter that is at work does; one that is merged is part of the model's weights instead."""
+    """Yield what each active adapter does; a merged one is part of the model's weights instead."""
     wrappers = _wrappers(model)
     around = {path for path, _ in wrappers}
     for path, wrapper in wrappers:

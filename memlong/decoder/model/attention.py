@@ -1,8 +1,8 @@
-"""Hooking a model's attention: what stands on its attention modules decides what they attend to.
+"""Hooking a model's attention: a slot set on its attention modules decides what they attend to.
 
 transformers calls an attention function by name. ``memlong_sdpa`` and ``memlong_eager`` wrap the functions of the
-same name: without a forward pass of a `MemoryDecoder` they call them as they are; during one,
-the pass (`memlong.decoder.model.forward`) decides.
+same name: outside a forward pass of a `MemoryDecoder` they just call them; during one, the pass
+(`memlong.decoder.model.forward`) decides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from memlong.decoder.model.kernels import Attend, Output
 from memlong.errors import MemlongError, UnsupportedModelError
 
 BASES = ("sdpa", "eager")
-"""Attention implementations of transformers that memory can be attached to."""
+"""Attention implementations of transformers that memory attaches to."""
 
 _SLOT = "_memlong_slot"
 _OURS = "memlong_"
@@ -39,7 +39,7 @@ _masks_seen: ContextVar[list[tuple[Tensor, Visibility]] | None] = ContextVar("ma
 
 
 class Attending(Protocol):
-    """A forward pass that attends in its own way."""
+    """A forward pass that decides what to attend to."""
 
     def attend(
         self,
@@ -50,18 +50,18 @@ class Attending(Protocol):
         value: Tensor,
         options: dict[str, Any],
     ) -> Output:
-        """Attend to the local K-V [rows, kv_heads, keys, head_dim], and to what else the pass knows."""
+        """Attend to the local K-V [rows, kv_heads, keys, head_dim], and to the pass's memory."""
 
 
 class AttentionSlot:
-    """Stands on the attention modules of one model and decides what they attend to.
+    """Set on the attention modules of one model; decides what they attend to.
 
-    Without a ``current`` pass, attention is the model's own; so it is in other threads, whatever goes on in this one.
+    Without a ``current`` pass, attention is the model's own; other threads are never affected by this one's pass.
 
     Attributes
     ----------
     modules
-        On which it stands, by identity: a copy of the model has copies of them.
+        The modules, by identity: a copy of the model has copies of them.
     reading
         Held while a segment is read or streams are saved: other threads wait.
     """
@@ -76,7 +76,7 @@ class AttentionSlot:
 
     @property
     def current(self) -> Attending | None:
-        """The pass that this thread is in."""
+        """The pass of this thread."""
         return getattr(self._here, "current", None)
 
     @current.setter
@@ -93,7 +93,7 @@ class AttentionSlot:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> Output:
-        """Let the current pass attend; the mask that transformers made knows nothing of memory."""
+        """Let the current pass attend; transformers' mask does not cover memory."""
         current = self.current
         if current is None:
             return base(module, query, key, value, attention_mask, **options)
@@ -101,7 +101,7 @@ class AttentionSlot:
 
 
 def check_free(model: PreTrainedModel) -> None:
-    """Refuse a model that has a memory already.
+    """Refuse a model that already has a memory.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def check_free(model: PreTrainedModel) -> None:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model into evaluation mode, and every module back into its own."""
+    """Put the model into evaluation mode, and restore every module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -130,7 +130,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put the slot on the modules, and leave them as they were."""
+    """Set the slot on the modules, and remove it again."""
     modules = tuple(modules)
     try:
         slot.modules = frozenset(map(id, modules))
@@ -146,7 +146,7 @@ def installed(slot: AttentionSlot, modules: Iterable[nn.Module]) -> Iterator[Non
 
 @contextmanager
 def masks_noted() -> Iterator[list[tuple[Tensor, Visibility]]]:
-    """Note each mask that transformers makes for memlong's attention meanwhile, and what says who sees whom in it."""
+    """Record each mask that transformers makes for memlong's attention, and its mask function."""
     seen: list[tuple[Tensor, Visibility]] = []
     token = _masks_seen.set(seen)
     try:
@@ -157,7 +157,7 @@ def masks_noted() -> Iterator[list[tuple[Tensor, Visibility]]]:
 
 @contextmanager
 def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's attention go through memlong, and give it back as it was.
+    """Let the model's attention go through memlong, and restore it.
 
     Raises
     ------
@@ -202,7 +202,7 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def check_attached(model: PreTrainedModel) -> None:
-    """Refuse a model whose attention goes another way than through memlong.
+    """Refuse a model whose attention does not go through memlong.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Forward calls of a model behind a window and a memory."""
+"""Forward calls of a model over a window and a memory."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from transformers import PreTrainedModel
 from memlong.bank.store.copying import to_device
 from memlong.decoder.arrays import Ints
 from memlong.decoder.kv.window import LocalWindow
+from memlong.decoder.kv.window_cache import WindowCache
 from memlong.decoder.model.attention import AttentionSlot, check_attached
 from memlong.decoder.model.checkpointing import Again, Checkpointing
-from memlong.decoder.model.forward import AttentionPass, Memory
+from memlong.decoder.model.forward import AttentionPass
 from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.kernels import steady_kernels
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.stream.placement import Placement, check_reach, positions_of
+from memlong.decoder.stream.batch_memory import BatchMemory
+from memlong.decoder.stream.positions import Placement, check_max_position, positions_of
 from memlong.errors import MemlongError
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What a forward call goes on from, and what it leaves: the rows' window, their memory, and where both stand."""
+class BatchState:
+    """What a forward call continues from, and what it leaves: the rows' window, memory and positions."""
 
     window: LocalWindow
-    memory: Memory | None
-    placements: Sequence[Placement]
+    memory: BatchMemory | None
+    placements: tuple[Placement, ...]
 
-    def of_rows(self, rows: Sequence[int]) -> Standing:
-        """Those of these rows."""
+    def of_rows(self, rows: Sequence[int]) -> BatchState:
+        """Return the state of these rows, which may come more than once."""
         memory = None if self.memory is None else self.memory.of_rows(rows)
-        return Standing(self.window.of_rows(rows), memory, [self.placements[row] for row in rows])
+        return BatchState(self.window.of_rows(rows), memory, tuple(self.placements[row] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -46,75 +48,81 @@ class ModelCalls:
 
     Parameters
     ----------
-    model, layout
-        The model, and what it is made of.
+    model, model_layout
+        The model and its layers.
     gates
-        What each head adds to the logits of memory; None for nothing.
+        What each head adds to its logits of memory; None for nothing.
+    slot
+        Where the model's attention looks for memory.
     device, dtype
-        Where the model is, and in what it computes.
+        Those of the model.
     """
 
     model: PreTrainedModel
-    layout: ModelLayout
+    model_layout: ModelLayout
     gates: MemoryGates | None
+    slot: AttentionSlot
     device: torch.device
     dtype: torch.dtype
 
     def run(
-        self, before: Standing, input_ids: Tensor, tokens: Ints, slot: AttentionSlot, logits_to_keep: int
-    ) -> tuple[Tensor, Standing]:
-        """Take new tokens [rows, new], −1 where padded, through the model; return logits, and where it stands then."""
+        self, before: BatchState, input_ids: Tensor, tokens: Ints, logits_to_keep: int
+    ) -> tuple[Tensor, BatchState]:
+        """Run the model over new ``tokens`` [rows, new], −1 where padded; return logits and the state after them."""
         check_attached(self.model)
         self._check_unchanged()
         width = tokens.shape[1]
-        # Sinks stand behind the memory with the text, as far apart as in it, until the window moves.
+        # Until the window moves, sink tokens follow the memory with the rest of the text, at its distances.
         incoming = positions_of(tokens, before.placements, sinks_apart=False)
-        check_reach(int(incoming.max()), self.layout)
+        check_max_position(int(incoming.max()), self.model_layout)
         window, memory = before.window.expecting(tokens, incoming), before.memory
+        cache = WindowCache(window, self.model_layout)
         with ExitStack() as during:
-            now = during.enter_context(self._through(window, memory, slot, width))
+            now = during.enter_context(self._through(cache, window, memory, width))
             if self._checkpointing.is_on:
-                again = self._again(before, tokens, incoming, slot)
-                during.enter_context(self._checkpointing.done_here(window, again))
+                again = self._again(before, tokens, incoming)
+                during.enter_context(self._checkpointing.done_here(cache, again))
             logits: Tensor = self.model(
                 input_ids=input_ids,
                 position_ids=to_device(torch.from_numpy(incoming), self.device),
-                past_key_values=window,
+                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
             ).logits
-        window.complete(width)
-        return logits, Standing(window, now.memory, before.placements)
+        window = window.complete(width, cache.new_states())
+        cache.release()
+        return logits, BatchState(window, now.memory, before.placements)
 
     @contextmanager
     def _through(
-        self, window: LocalWindow, memory: Memory | None, slot: AttentionSlot, width: int
+        self, cache: WindowCache, window: LocalWindow, memory: BatchMemory | None, width: int
     ) -> Iterator[AttentionPass]:
-        """Let attention of this thread go through a window that takes in ``width`` columns, and a memory."""
-        slot.current = now = AttentionPass(self.layout, window, width, memory, self.gates, self.device)
-        window.supply = now.supply
+        """Let this thread's attention use a memory, and a window that ``width`` columns are added to."""
+        now = AttentionPass(self.model_layout, window, width, memory, self.gates, self.device)
+        self.slot.current, cache.add_memory = now, now.add_memory
         try:
             with steady_kernels(self.device):
                 yield now
         finally:
-            slot.current = window.supply = None
+            self.slot.current = cache.add_memory = None
             if memory is not None:
-                memory.wait()  # where no retrieval layer was reached
+                memory.wait()  # if no retrieval layer was reached
 
-    def _again(self, before: Standing, tokens: Ints, incoming: Ints, slot: AttentionSlot) -> Again:
-        """What lets a layer run again in the backward pass, when the window has long moved on."""
+    def _again(self, before: BatchState, tokens: Ints, incoming: Ints) -> Again:
+        """Return what lets a layer run again in the backward pass, when the window has moved on."""
         kept = before.window.of_rows(range(len(tokens))) if torch.is_grad_enabled() else before.window
 
         @contextmanager
-        def again() -> Iterator[LocalWindow]:
-            if not slot.modules:
+        def again() -> Iterator[WindowCache]:
+            if not self.slot.modules:
                 raise MemlongError(
                     "With gradient checkpointing, layers run again in the backward pass, which needs the memory: call "
                     "backward() inside `with decoder:`."
                 )
             window = kept.expecting(tokens, incoming)
-            with self._through(window, before.memory, slot, tokens.shape[1]):
-                yield window
+            cache = WindowCache(window, self.model_layout)
+            with self._through(cache, window, before.memory, tokens.shape[1]):
+                yield cache
 
         return again
 
@@ -122,8 +130,8 @@ class ModelCalls:
         now = cast("Tensor", self.model.get_input_embeddings().weight)
         if (now.device, now.dtype) != (self.device, self.dtype):
             raise MemlongError(
-                f"The model is {now.dtype} on {now.device} now, but the stream began when it was {self.dtype} on "
-                f"{self.device}: its window and its memory are. Move it back, or call reset() and read the text again."
+                f"The model must stay {self.dtype} on {self.device}, as it was when the stream began, got {now.dtype} "
+                f"on {now.device}. Move it back, or call reset() and read the text again."
             )
 
     @cached_property
@@ -132,30 +140,29 @@ class ModelCalls:
 
     def run_by_length(
         self,
-        before: Standing,
+        before: BatchState,
         input_ids: Tensor,
         tokens: Ints,
         begun: Sequence[bool],
-        slot: AttentionSlot,
         logits_to_keep: int,
-    ) -> tuple[Tensor, Standing]:
-        """Do as `run` does, rows with as many new tokens together: padding would enter a recurrent state.
+    ) -> tuple[Tensor, BatchState]:
+        """Do as `run`, grouping rows by their number of new tokens: padding would enter a recurrent state.
 
-        ``begun`` tells which rows have read something before.
+        ``begun`` says which rows have read something before.
         """
         lengths = [int(count) for count in (tokens >= 0).sum(axis=1)]
         kinds = list(zip(lengths, begun, strict=True))
         if len(set(kinds)) == 1:
-            return self.run(before, input_ids, tokens, slot, logits_to_keep)
+            return self.run(before, input_ids, tokens, logits_to_keep)
         if before.memory is not None and before.memory.keys and not torch.is_grad_enabled():
-            before = Standing(before.window, before.memory.given_to(before.window), before.placements)
+            before = BatchState(before.window, before.memory.given_to(before.window), before.placements)
         parts, groups, logits = [], [], None
         for count, has_begun in dict.fromkeys(kinds):
             rows = [row for row, kind in enumerate(kinds) if kind == (count, has_begun)]
             part = before.of_rows(rows)
             if count:
                 new = slice(tokens.shape[1] - count, None)  # they are padded on the left
-                given, part = self.run(part, input_ids[rows, new], tokens[rows, new], slot, logits_to_keep)
+                given, part = self.run(part, input_ids[rows, new], tokens[rows, new], logits_to_keep)
                 if logits is None:
                     width = 1 if logits_to_keep else tokens.shape[1]
                     logits = given.new_zeros(len(kinds), width, given.shape[2])
@@ -166,4 +173,4 @@ class ModelCalls:
             parts.append(part.window)
             groups.append(rows)
         assert logits is not None  # noqa: S101 - some row has a new token
-        return logits, Standing(before.window.joined(parts, groups), before.memory, before.placements)
+        return logits, BatchState(before.window.joined(parts, groups), before.memory, before.placements)

@@ -1,7 +1,7 @@
-"""Gradient checkpointing: layers that run again in the backward pass, behind the same window and the same memory.
+"""Gradient checkpointing: layers that run again in the backward pass, with the same window and the same memory.
 
-transformers takes the cache away from layers that it checkpoints, since running again they would write to it again.
-So during a forward call memlong checkpoints them itself, and gives them, when they run again, a cache as it was.
+transformers gives checkpointed layers no cache, since they would write to it twice. So during a forward call memlong
+checkpoints them itself, and when they run again, gives them a cache as it was.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from memlong.decoder.kv.window import LocalWindow
+from memlong.decoder.kv.window_cache import WindowCache
 from memlong.decoder.model.replacing import replaced
 
 _FLAG = "gradient_checkpointing"
 
-Again = Callable[[], AbstractContextManager[LocalWindow]]
-"""Stand where a forward call began, and let attention go through the window that this gives."""
+Again = Callable[[], AbstractContextManager[WindowCache]]
+"""Return to where a forward call began: attention uses the cache that this yields."""
 
 
 class Checkpointing:
@@ -34,22 +34,22 @@ class Checkpointing:
 
     @property
     def is_on(self) -> bool:
-        """Whether a layer would be checkpointed: it is asked for, and the layer in training mode."""
+        """Whether any layer would be checkpointed: it is enabled, and the layer is in training mode."""
         return any(module.gradient_checkpointing and module.training for module in self._modules)
 
     @contextmanager
-    def done_here(self, window: LocalWindow, again: Again) -> Iterator[None]:
-        """Checkpoint the layers that transformers would, which have ``window`` for a cache."""
+    def done_here(self, cache: WindowCache, again: Again) -> Iterator[None]:
+        """Checkpoint the layers that transformers would, whose cache is ``cache``."""
         with ExitStack() as changes:
             for module in [module for module in self._modules if module.gradient_checkpointing]:
                 changes.enter_context(replaced(module, _FLAG, value=False))
                 is_layer = isinstance(module, GradientCheckpointingLayer) and module.training
                 if is_layer and torch.is_grad_enabled():
-                    changes.enter_context(replaced(module, "forward", _twice(module, window, again)))
+                    changes.enter_context(replaced(module, "forward", _twice(module, cache, again)))
             yield
 
 
-def _twice(layer: nn.Module, window: LocalWindow, again: Again) -> Callable[..., Any]:
+def _twice(layer: nn.Module, cache: WindowCache, again: Again) -> Callable[..., Any]:
     """Return a layer's ``forward`` that keeps nothing for the backward pass, where it runs again."""
     inner = layer.forward
     asked = getattr(layer, "_gradient_checkpointing_func", None)
@@ -64,10 +64,10 @@ def _twice(layer: nn.Module, window: LocalWindow, again: Again) -> Callable[...,
             if not has_run:
                 has_run = True
                 return inner(*args, **options)
-            with again() as cache, replaced(layer, _FLAG, value=False):
-                given = [cache if each is window else each for each in args]
+            with again() as fresh, replaced(layer, _FLAG, value=False):
+                given = [fresh if each is cache else each for each in args]
                 return inner(
-                    *given, **{name: cache if each is window else each for name, each in options.items()}
+                    *given, **{name: fresh if each is cache else each for name, each in options.items()}
                 )
 
         # The other kind, ``use_reentrant=True``, runs first without gradients, and gives the same ones.

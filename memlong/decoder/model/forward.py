@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -12,91 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from memlong.bank.store.copying import to_device
-from memlong.decoder.arrays import Bools, Ints
-from memlong.decoder.kv.overlap import Arrival
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model import kernels
 from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.model.rope import AngleCache
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the rows of a batch have retrieved, ready to be attended to.
-
-    Attributes
-    ----------
-    positions
-        [rows, tokens], on the host.
-    valid
-        [rows, tokens], on the host; False where a row has retrieved fewer tokens than another.
-    layers
-        By group of retrieval layers, the layers.
-    keys, values
-        By group of retrieval layers: [rows, layers, kv_heads, tokens, head_dim]. Empty once the window holds them.
-    angles
-        Where the keys are still to be rotated to; None if they are rotated.
-    arrival
-        When all of these are there, if they are still on their way to a CUDA device.
-    """
-
-    positions: Ints
-    valid: Bools
-    layers: tuple[tuple[int, ...], ...]
-    keys: tuple[Tensor, ...] = ()
-    values: tuple[Tensor, ...] = ()
-    angles: AngleCache | None = None
-    arrival: Arrival | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Retrieved tokens of a row, padding included."""
-        return int(self.positions.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values that are not in the window yet."""
-        return sum(states.nbytes for states in (*self.keys, *self.values))
-
-    @cached_property
-    def places(self) -> dict[int, tuple[int, int]]:
-        """By retrieval layer: its group, and its place there."""
-        return {
-            layer: (number, place)
-            for number, group in enumerate(self.layers)
-            for place, layer in enumerate(group)
-        }
-
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, kv_heads, tokens, head_dim] of a retrieval layer, if the window does not hold them."""
-        number, place = self.places[layer]
-        return self.keys[number][:, place], self.values[number][:, place]
-
-    def wait(self) -> None:
-        """Let what the device computes from here on come after the memory's arrival."""
-        if self.arrival is not None:
-            self.arrival.wait()
-
-    def given_to(self, window: LocalWindow) -> Memory:
-        """Put keys and values into the window's buffers, and return what is left to know."""
-        self.wait()
-        window.hold_memory(self.keys, self.values, self.angles)
-        return replace(self, keys=(), values=(), angles=None, arrival=None)
-
-    def detach(self) -> Memory:
-        """Return the same memory, as a constant."""
-        keys, values = (tuple(states.detach() for states in each) for each in (self.keys, self.values))
-        return replace(self, keys=keys, values=values)
-
-    def of_rows(self, rows: Sequence[int]) -> Memory:
-        """Return the memory of these rows, which may come more than once."""
-        numbers = np.asarray(rows, dtype=np.int64)
-        keys, values = (tuple(states[list(rows)] for states in each) for each in (self.keys, self.values))
-        return replace(
-            self, positions=self.positions[numbers], valid=self.valid[numbers], keys=keys, values=values
-        )
+from memlong.decoder.stream.batch_memory import BatchMemory
 
 
 @dataclass
@@ -108,37 +27,37 @@ class AttentionPass:
 
     Parameters
     ----------
-    layout
-        What the model is made of.
+    model_layout
+        The model's layers.
     window
-        Which tokens its columns hold, and where they stand.
+        The local window.
     queries
-        Columns of the call itself.
+        Columns of this call's own tokens.
     memory
-        What was retrieved, if anything was.
+        What was retrieved, or None.
     gates
-        What each head adds to its logits of memory, if anything.
+        What each head adds to its logits of memory, or None.
     device
-        Where the model is.
+        The model's.
     """
 
-    layout: ModelLayout
+    model_layout: ModelLayout
     window: LocalWindow
     queries: int
-    memory: Memory | None
+    memory: BatchMemory | None
     gates: MemoryGates | None
     device: torch.device
     _latest: int = -1
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
     _sees_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
 
-    def supply(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the memory of a layer, if there is one, before its window [rows, heads, columns, width]."""
+    def add_memory(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's memory, if it has any, before its window's K-V [rows, heads, columns, width]."""
         self._latest = layer
         memory = self.memory
         if memory is None or layer not in memory.places:
             return keys, values
-        if torch.is_grad_enabled():  # what has gradients is not written over
+        if torch.is_grad_enabled():  # what has gradients is not overwritten
             memory.wait()
             retrieved, their_values = memory.of(layer)
             return torch.cat([retrieved, keys], dim=2), torch.cat([their_values, values], dim=2)
@@ -155,11 +74,11 @@ class AttentionPass:
         value: Tensor,
         options: dict[str, Any],
     ) -> Output:
-        """Attend to what the cache gave, or what the model made of it: [rows, kv_heads, (memory +) columns, width]."""
-        layers = self.layout.readers[module]
+        """Attend to the cache's K-V, or what the model derived from it: [rows, kv_heads, (memory +) columns, width]."""
+        layers = self.model_layout.readers[module]
         layer = layers[0] if len(layers) == 1 else self._latest
         gated = self.gates is not None and self._has_memory(layer)
-        # Some models ask for the latest tokens alone, where only their logits are wanted.
+        # Some models query with the latest tokens alone where only their logits are wanted.
         asking = query.shape[2]
         if not gated and self.sees_all(layer):
             plain = kernels.is_plain(base, options)
@@ -176,32 +95,32 @@ class AttentionPass:
         return self.memory is not None and layer in self.memory.places
 
     def _kind(self, layer: int) -> tuple[object, ...]:
-        """Equal for layers of which the same tokens see the same keys."""
-        reach = self.window.held_by(layer).reach
-        return reach, self.layout.layers[layer].sliding_window, self._has_memory(layer)
+        """Return a key that is equal for layers with the same visibility."""
+        reach = self.window.columns_of(layer).reach
+        return reach, self.model_layout.layers[layer].sliding_window, self._has_memory(layer)
 
     def sees_all(self, layer: int) -> bool:
-        """Whether each token of the call sees every key of memory and window up to its own, in every row."""
+        """Whether each token of the call sees every key of memory and window up to itself, in every row."""
         kind = self._kind(layer)
         if kind not in self._sees_all:
             self._sees_all[kind] = self._is_lower_right(layer)
         return self._sees_all[kind]
 
     def _is_lower_right(self, layer: int) -> bool:
-        held, memory = self.window.held_by(layer), self.memory
+        held, memory = self.window.columns_of(layer), self.memory
         if not held.valid.all():
             return False
-        farthest = held.places.min()
+        farthest = held.order.min()
         if self._has_memory(layer) and memory is not None:
-            first = held.places[:, -self.queries]
+            first = held.order[:, -self.queries]
             if not memory.valid.all() or (memory.positions.max(axis=1) > first).any():
                 return False
             farthest = min(farthest, memory.positions.min())
-        sliding_window = self.layout.layers[layer].sliding_window
-        return sliding_window is None or int(held.places.max() - farthest) < sliding_window
+        sliding_window = self.model_layout.layers[layer].sliding_window
+        return sliding_window is None or int(held.order.max() - farthest) < sliding_window
 
     def mask(self, layer: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask [rows, 1, queries, (memory +) keys], the same object for all layers that need the same."""
+        """Additive mask [rows, 1, queries, (memory +) keys], one object for all layers of the same visibility."""
         kind = (*self._kind(layer), dtype)
         if kind not in self._masks:
             self._masks[kind] = self._build(layer, dtype)
@@ -209,14 +128,14 @@ class AttentionPass:
 
     def _gated(self, mask: Tensor, layer: int) -> Tensor:
         """Add a layer's gates to the memory's columns of a mask: [rows, heads, queries, memory + keys]."""
-        gates, memory = cast("MemoryGates", self.gates), cast("Memory", self.memory)
+        gates, memory = cast("MemoryGates", self.gates), cast("BatchMemory", self.memory)
         bias = gates.of(layer).to(mask.dtype)[None, :, None, None]
         local = mask[..., memory.tokens :].expand(-1, bias.shape[1], -1, -1)
         return torch.cat([mask[..., : memory.tokens] + bias, local], dim=-1)
 
     def _build(self, layer: int, dtype: torch.dtype) -> Tensor:
-        held, sliding_window = self.window.held_by(layer), self.layout.layers[layer].sliding_window
-        places, valid = held.places, held.valid
+        held, sliding_window = self.window.columns_of(layer), self.model_layout.layers[layer].sliding_window
+        places, valid = held.order, held.valid
         if self._has_memory(layer) and self.memory is not None:
             places = np.concatenate([self.memory.positions, places], axis=1)
             valid = np.concatenate([self.memory.valid, valid], axis=1)

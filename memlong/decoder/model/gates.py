@@ -1,4 +1,4 @@
-"""Gates: how willing each head is to look into memory, as a bias on its logits that training can change."""
+"""Gates: a trainable bias of each head on its logits of memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FORMAT = "memlong-gates-1"
 
 
 class MemoryGates(nn.Module):
-    """What each head of each retrieval layer adds to its logits of memory, before the one softmax.
+    """What each head of each retrieval layer adds to its logits of memory, before the softmax.
 
-    A gate of 0 changes nothing; one of -8 leaves a token of memory a three-thousandth of its weight: the lower, the
-    nearer to the plain model does one start that was not trained to read memory.
+    A gate of 0 changes nothing; -8 leaves a memory token a three-thousandth of its weight. The lower the gates, the
+    closer an untrained start is to the plain model.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class MemoryGates(nn.Module):
         super().__init__()
         if bias.ndim != 2 or bias.shape[0] != len(layers):
             raise InvalidArgumentError(
-                f"bias is {tuple(bias.shape)} for {len(layers)} layers; expected [layers, heads]."
+                f"bias must be [layers, heads] for {len(layers)} layers, got {tuple(bias.shape)}."
             )
         self.layers = layers
         self.bias = nn.Parameter(bias)
@@ -68,22 +68,22 @@ class MemoryGates(nn.Module):
 
 
 def make_gates(
-    config: MemoryConfig, layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...], like: Tensor
 ) -> MemoryGates | None:
     """Make the gates that the configuration asks for, float32, on the device of ``like``.
 
     Raises
     ------
     InvalidArgumentError
-        If the file of gates cannot be read, or was made for other layers or heads, or layers differ in their heads.
+        If the gates' file cannot be read, or was made for other layers or heads, or layers differ in their heads.
     """
     if config.gates is None and config.gate_init is None:
         return None
-    counts = {layout.layers[layer].heads for layer in retrieval_layers}
+    counts = {model_layout.layers[layer].heads for layer in retrieval_layers}
     if len(counts) > 1:
         raise InvalidArgumentError(
-            f"Gates need as many heads in each retrieval layer, but they have {sorted(counts)}. Leave gate_init and "
-            "gates out, or set retrieval_layers to those that are alike."
+            f"Retrieval layers with gates must have the same number of heads, got {sorted(counts)}. Leave gate_init "
+            "and gates out, or set retrieval_layers to those that are alike."
         )
     heads = counts.pop()
     if config.gates is None:

@@ -1,6 +1,6 @@
-"""Which of torch's attention kernels compute one softmax over memory and window.
+"""Which of torch's attention kernels compute the softmax over memory and window.
 
-Where every key up to a token's own is visible to it, no mask is needed: torch then takes its flash kernel on a GPU, and
+Where every token sees all keys up to its own, no mask is needed: torch then uses its flash kernel on a GPU, and
 grouped-query attention needs no copies of keys and values. Elsewhere an additive mask says what is visible.
 """
 
@@ -28,9 +28,9 @@ _BEYOND_SDPA = ("softcap", "s_aux", "position_bias", "cache")
 def steady_kernels(device: torch.device) -> AbstractContextManager[None]:
     """Keep torch from cuDNN's attention while a model runs on CUDA.
 
-    It makes a plan for each new length of keys, which a stream has at every token (40 to 60 ms on an H200, see
-    docs/results); it cannot differentiate a bias, as gates are; and its backward gives NaN (pytorch/pytorch#196678). On
-    other devices there is no choice to make.
+    It plans for each new key length, which a stream has at every token (40 to 60 ms on an H200, see docs/results); it
+    cannot differentiate a bias, such as gates; and its backward pass gives NaN (pytorch/pytorch#196678). Other devices
+    offer no choice.
     """
     if device.type != "cuda":
         return nullcontext()
@@ -38,9 +38,9 @@ def steady_kernels(device: torch.device) -> AbstractContextManager[None]:
 
 
 def prefers_no_mask(query: Tensor) -> bool:
-    """Whether a kernel for many tokens without a mask is better than one with the same mask in all layers.
+    """Whether a maskless kernel for many tokens is faster than one with a mask that all layers share.
 
-    So it is where flash attention runs: on CUDA in half precision. On a CPU, a mask that layers share costs nothing.
+    It is where flash attention runs: on CUDA in half precision. On a CPU, a shared mask costs nothing.
     """
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
@@ -55,7 +55,7 @@ def is_plain(base: Attend, options: dict[str, Any]) -> bool:
 
 
 def attend_to_all_before(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Output:
-    """Attend to every key up to a token's own, of which the last column is the last query's; as an attention function.
+    """Attend to every key up to a token's own, the last key being the last query's; like an attention function.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def attend_to_all_before(query: Tensor, key: Tensor, value: Tensor, scale: float
     key, value
         [rows, kv_heads, keys, head_dim].
     scale
-        What products are multiplied by; None is one over the root of head_dim.
+        Factor of the products; None is 1 / sqrt(head_dim).
     """
     queries, keys = query.shape[2], key.shape[2]
     mask = None if queries == 1 else causal_lower_right(queries, keys)

@@ -1,4 +1,4 @@
-"""What a model is made of, as far as a memory needs to know: see probe.py for how it is found."""
+"""A model's layers as memory uses them; probe.py finds them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memlong.decoder.model.rope import LayerRope
 
 @dataclass(frozen=True)
 class KvShape:
-    """What a layer's cache holds of a token: keys, which are what turns with the position, and values.
+    """What a layer's cache holds of a token: keys, the part that rotates with the position, and values.
 
     Attributes
     ----------
@@ -30,12 +30,12 @@ class KvShape:
 
     @property
     def is_even(self) -> bool:
-        """Whether keys and values are of one shape."""
+        """Whether keys and values have the same shape."""
         return (self.kv_heads, self.head_dim) == (self.value_heads, self.value_dim)
 
     @property
     def numbers(self) -> int:
-        """Numbers that a token takes."""
+        """Numbers per token."""
         return self.kv_heads * self.head_dim + self.value_heads * self.value_dim
 
 
@@ -48,7 +48,7 @@ class LayerLayout:
     module
         What calls attention.
     rope
-        How keys turn.
+        How keys rotate.
     heads
         Of queries.
     shape
@@ -56,10 +56,10 @@ class LayerLayout:
     sliding_window
         None for full attention.
     keys_second
-        Whether the cache is given what turns with the position as its second tensor: with multi-head latent attention
+        Whether the cache's second tensor is the one that rotates with the position: with multi-head latent attention
         the latent vector comes first, and then the rotary part of the key (DeepSeek-V2, arXiv 2405.04434).
     is_made
-        Whether attention is given something that the model makes of what its cache holds.
+        Whether attention gets something that the model derives from what its cache holds.
     """
 
     module: nn.Module
@@ -83,7 +83,7 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """What a model is made of.
+    """A model's layers, and what else memory needs to know of it.
 
     Attributes
     ----------
@@ -105,8 +105,8 @@ class ModelLayout:
     placeholders
         Token ids that stand for an image, a video or a sound, and for which of these.
     is_unusual
-        Whether attention in some layers is more than one softmax over what the cache gives: then a trial shows whether
-        a memory does there what it should.
+        Whether attention in some layers is more than one softmax over what the cache returns: then a trial shows
+        whether memory works there.
     """
 
     layers: Mapping[int, LayerLayout]
@@ -131,6 +131,6 @@ class ModelLayout:
         return full or tuple(self.layers)
 
     def alike(self, layers: tuple[int, ...]) -> bool:
-        """Whether K-V of these layers have one shape, keys that of values."""
+        """Whether keys and values of these layers all have one shape."""
         shapes = {self.layers[layer].shape for layer in layers}
         return len(shapes) == 1 and next(iter(shapes)).is_even

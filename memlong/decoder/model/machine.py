@@ -1,4 +1,4 @@
-"""On which device a model runs and in which dtype, where that is left to memlong."""
+"""Choosing the device and dtype of a model, where they are left to memlong."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Machine:
     device, dtype
         Of the model.
     why
-        One line: by whom or for what reason they were chosen.
+        One line: why they were chosen.
     passed_over
-        Which GPUs are there and do not compute what memlong needs, and why; usually nothing.
+        Which GPUs are present but cannot run what memlong needs, and why; usually empty.
     """
 
     device: torch.device
@@ -64,12 +64,12 @@ def choose_machine(
     ----------
     dtype
         ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: what the device computes faster. On a CPU that is
-        measured, which takes some hundredths of a second once in a process.
+        measured once per process, in some hundredths of a second.
     device
         A torch device: ``"cpu"``, ``"cuda"``, ``"cuda:<number>"`` or ``"mps"``; or ``"auto"``: CUDA, else MPS, else the
         CPU, each if it computes what memlong needs.
     trained
-        A dtype that goes before what is fast, and the folder that asks for it.
+        A dtype that takes precedence over what is fast, and the folder that asks for it.
     trains
         Whether the model is to be trained, for which float16 is too coarse.
 
@@ -78,12 +78,12 @@ def choose_machine(
     InvalidArgumentError
         If there is no such dtype or device.
     DeviceUnavailableError
-        If the device is not there, or does not compute what memlong needs.
+        If the device is missing, or cannot run what memlong needs.
     """
     dtype = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
     device = str(device) if isinstance(device, torch.device) else device
     if dtype not in (AUTO, *DTYPES):
-        raise InvalidArgumentError(f"dtype is {dtype!r}; expected one of {', '.join((*DTYPES, AUTO))}.")
+        raise InvalidArgumentError(f"dtype must be one of {', '.join((*DTYPES, AUTO))}, got {dtype!r}.")
     if device != AUTO:
         target = _named(device)
         chosen, why, problem = _try(target, dtype, trained, trains=trains)
@@ -106,7 +106,7 @@ def choose_machine(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without ``torch.`` before it."""
+    """Return a dtype's name without ``torch.``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -203,13 +203,13 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def _named(name: str) -> torch.device:
-    expected = "expected 'cpu', 'cuda', 'cuda:<number>', 'mps' or 'auto'"
+    expected = "must be 'cpu', 'cuda', 'cuda:<number>', 'mps' or 'auto'"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise InvalidArgumentError(f"device is {name!r}; {expected}.") from error
+        raise InvalidArgumentError(f"device {expected}, got {name!r}.") from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise InvalidArgumentError(f"device is {name!r}; {expected}.")
+        raise InvalidArgumentError(f"device {expected}, got {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailableError(
             f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu, or "

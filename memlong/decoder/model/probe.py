@@ -161,7 +161,7 @@ def _trained_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _check_pass(model: PreTrainedModel, seen: ProbePass) -> None:
-    """Refuse what a memory cannot stand between, or cannot carry on."""
+    """Refuse what a memory cannot intercept, or cannot continue."""
     for module, name in seen.kept_outside():
         raise _unsupported(
             model,
@@ -273,7 +273,7 @@ def _apart_undone(rope: LayerRope, states: Tensor, angles: Angles | None) -> flo
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
-    """The length of the difference, relative to that of the first."""
+    """Return the norm of the difference, relative to that of the first."""
     one, other = one.float(), other.float()
     return float((one - other).norm() / one.norm().clamp_min(torch.finfo(torch.float32).tiny))
 

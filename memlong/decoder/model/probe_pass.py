@@ -1,4 +1,4 @@
-"""One pass of a single token through a model, of which everything that concerns a memory is noted down."""
+"""One pass of a single token through a model, recording everything that concerns a memory."""
 
 from __future__ import annotations
 
@@ -56,31 +56,31 @@ class Reading:
 
 
 class NotingLayer(LinearAttentionAndFullAttentionLayer):
-    """Takes what any kind of layer keeps, and notes that it did."""
+    """A cache for any kind of layer that records what it is given."""
 
     def __init__(self, seen: ProbePass, number: int, states: int) -> None:
         super().__init__(number_of_states=states)
         self._seen, self._number = seen, number
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take in keys and values."""
+        """Record keys and values."""
         self._seen.written[self._number] = self._seen.written.get(self._number, 0) + 1
         self._seen.latest = self._number
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take in the inputs of a convolution."""
+        """Record the inputs of a convolution."""
         self._seen.states[self._number] = self.number_of_states
         return super().update_conv_state(*args, **kwargs)
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take in a state."""
+        """Record a state."""
         self._seen.states[self._number] = self.number_of_states
         return super().update_recurrent_state(*args, **kwargs)
 
     def update_indexer(self, keys: Tensor) -> Tensor:
-        """Take in what keys are to be chosen by."""
+        """Record what selects keys."""
         self._seen.indexed = True
         return keys
 
@@ -126,7 +126,7 @@ class ProbePass(attention.AttentionSlot):
         self._windows: dict[Visibility, int | None] = {}
 
     def run(self) -> None:
-        """Let the token through."""
+        """Run the model."""
         held = {(module, name): each for module, name, each in self._tensors_outside()}
         with ExitStack() as stack:
             for module in self._model.modules():
@@ -165,7 +165,7 @@ class ProbePass(attention.AttentionSlot):
         attention_mask: Tensor | None,
         **options: Any,
     ) -> Output:
-        """Note the call, and attend as the model does."""
+        """Record the call, and attend as the model does."""
         given = self._given_by(key, value)
         layer = self.latest if given is None else given
         visible = None
@@ -191,7 +191,7 @@ class ProbePass(attention.AttentionSlot):
         return base(module, query, key, value, attention_mask, **options)
 
     def _given_by(self, key: Tensor, value: Tensor) -> int | None:
-        """The layer whose cache gave these."""
+        """Return the layer whose cache returned these."""
         for number in self.written:
             mine, theirs = self.cached(number)
             if (key.data_ptr(), value.data_ptr()) == (mine.data_ptr(), theirs.data_ptr()):

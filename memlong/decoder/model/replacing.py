@@ -12,7 +12,7 @@ from memlong.decoder.interrupts import uninterrupted
 
 @contextmanager
 def replaced(module: nn.Module, name: str, value: object) -> Iterator[None]:
-    """Let a method or a flag of this module be another, and give it back as it was."""
+    """Replace a method or a flag of this module, and restore it."""
     own, before = name in vars(module), vars(module).get(name)
     vars(module)[name] = value
     try:

@@ -1,4 +1,4 @@
-"""Rotary positions of any transformers model: rotate keys to positions, and undo it."""
+"""Rotary positions of any transformers model: rotating keys to positions, and back."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 Angles = tuple[Tensor, Tensor]
-"""Cosine and sine [rows, tokens, width / 2] of what each pair of dimensions turns by, float32."""
+"""Cosine and sine [rows, tokens, width / 2] of the angle of each pair of dimensions, float32."""
 
 Form = Literal["halves", "pairs"]
-"""Which dimension turns with dimension i: i + width / 2, or its neighbour."""
+"""Which dimension is rotated with dimension i: i + width / 2, or its neighbor."""
 
 Pick = Literal["all", "first half", "every other"]
-"""Which of the angles that a rotary module gives are those of the pairs: most give each of them twice."""
+"""Which of a rotary module's angles are those of the pairs: most modules return each twice."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RotaryCall:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for calls that give equal angles at equal positions."""
+        """Return a key that is equal for calls with equal angles at equal positions."""
         others = sorted(
             (name, value) for name, value in self.arguments.items() if isinstance(value, str | int | float)
         )
@@ -105,7 +105,7 @@ class LayerRope:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Equal for layers that turn alike."""
+        """Return a key that is equal for layers that rotate alike."""
         key = None if self.call is None else self.call.key
         return (key, self.width, self.start, self.form, self.pick, self.sign)
 
@@ -119,7 +119,7 @@ class LayerRope:
         return cos, self.sign * sin
 
     def rotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
-        """Put un-rotated keys [rows, kv_heads, tokens, head_dim] at the positions of ``angles``."""
+        """Rotate keys [rows, kv_heads, tokens, head_dim] to the positions of ``angles``."""
         return self.rotated(keys, angles).to(keys.dtype)
 
     def unrotate(self, keys: Tensor, angles: Angles | None) -> Tensor:
@@ -127,11 +127,11 @@ class LayerRope:
         return self.unrotated(keys, angles).to(keys.dtype)
 
     def rotated(self, keys: Tensor, angles: Angles | None) -> Tensor:
-        """Do what `rotate` does, in float32."""
+        """Do as `rotate`, in float32."""
         return keys if angles is None else self._turn(keys, *angles)
 
     def unrotated(self, keys: Tensor, angles: Angles | None) -> Tensor:
-        """Do what `unrotate` does, in float32."""
+        """Do as `unrotate`, in float32."""
         if angles is None:
             return keys
         cos, sin = angles
@@ -149,14 +149,14 @@ class LayerRope:
 
 
 def picked(angles: Tensor, pick: Pick) -> Tensor:
-    """Return the angles of the pairs among those that a rotary module gave [rows, tokens, any]."""
+    """Return the angles of the pairs among those of a rotary module [rows, tokens, any]."""
     if pick == "all":
         return angles
     return angles[..., : angles.shape[-1] // 2] if pick == "first half" else angles[..., ::2]
 
 
 def possible_ropes(call: RotaryCall, given: Tensor, head_dim: int) -> Iterator[LayerRope]:
-    """Ways in which keys of this width may turn by the angles [rows, tokens, any] that a call gave."""
+    """Yield the ways in which keys of this width may rotate by a call's angles [rows, tokens, any]."""
     picks: tuple[Pick, ...] = ("first half", "every other", "all")
     for pick in picks:
         width = 2 * picked(given, pick).shape[-1]
@@ -192,7 +192,7 @@ class AngleCache:
         self._angles: dict[tuple[object, ...], Angles] = {}
 
     def of(self, rope: LayerRope, start: int = 0) -> Angles | None:
-        """Angles for this layer, from column ``start`` on, or None if it has no positions."""
+        """Return angles for this layer, from column ``start`` on, or None if it has no positions."""
         if rope.call is None:
             return None
         if rope.kind not in self._angles:

@@ -1,4 +1,4 @@
-"""A trial: whether a memory does in a model what it should, for models that a probe alone cannot vouch for.
+"""A trial: whether memory works in a model, where a probe alone cannot tell.
 
 A few tokens are read as a stream whose window holds the last of them and whose memory all others. With everything in
 memory, at its place in the text, that is full attention: the logits must be the plain model's.
@@ -17,20 +17,21 @@ from memlong.decoder.kv.sources import make_source
 from memlong.decoder.model.attention import AttentionSlot, evaluating, installed, replaced_attention
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.retrievers.create import create_retriever
-from memlong.decoder.stream.streams import Streams
+from memlong.decoder.setup import Setup
+from memlong.decoder.stream.batch import StreamBatch
 from memlong.errors import MemlongError, UnsupportedModelError
 from memlong.plugins import Registry
 
 _CONFIG = MemoryConfig(
     retriever="recent", chunk_size=1, segment_size=2, local_window=3, sink_tokens=0, position_mode="original"
 )
-_TOKENS = 4  # two segments: the second goes on from the first one's states, and remembers a token
+_TOKENS = 4  # two segments: the second continues from the first one's states, and remembers a token
 _TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
 _COARSE = 0.05  # in half precision
 _NOISE = 4  # times what rounding the embeddings differently makes, where that is more, as in very deep models
 
 
-def try_out(model: PreTrainedModel, layout: ModelLayout, registry: Registry) -> None:
+def try_out(model: PreTrainedModel, model_layout: ModelLayout, registry: Registry) -> None:
     """Compare memory of everything with full attention, over a few tokens.
 
     Raises
@@ -39,11 +40,11 @@ def try_out(model: PreTrainedModel, layout: ModelLayout, registry: Registry) -> 
         If they differ, or the model does not come to an end.
     """
     like = cast("Tensor", model.get_input_embeddings().weight)
-    input_ids = torch.arange(5, 5 + _TOKENS, device=like.device)[None] % layout.vocabulary
+    input_ids = torch.arange(5, 5 + _TOKENS, device=like.device)[None] % model_layout.vocabulary
     try:
         with evaluating(model), torch.no_grad():
             plain: Tensor = model(input_ids=input_ids).logits
-            streamed = _streamed(model, layout, registry, input_ids, like)
+            streamed = _streamed(model, model_layout, registry, input_ids, like)
     except MemlongError:
         raise
     except torch.OutOfMemoryError:
@@ -73,15 +74,17 @@ def try_out(model: PreTrainedModel, layout: ModelLayout, registry: Registry) -> 
 
 
 def _streamed(
-    model: PreTrainedModel, layout: ModelLayout, registry: Registry, input_ids: Tensor, like: Tensor
+    model: PreTrainedModel, model_layout: ModelLayout, registry: Registry, input_ids: Tensor, like: Tensor
 ) -> Tensor:
     retriever = create_retriever(_CONFIG.retriever, model, None, {}, registry)
-    source = make_source(_CONFIG, layout, layout.full_attention_layers, like)
+    source = make_source(_CONFIG, model_layout, model_layout.full_attention_layers, like)
     bank = registry.create_bank("torch", retriever.dim, metric=retriever.metric)
-    streams = Streams(model, layout, _CONFIG, retriever, source, [bank])
+    layers = model_layout.full_attention_layers
+    setup = Setup(model, model_layout, _CONFIG, layers, source, None, retriever, registry)
     slot = AttentionSlot()
-    with installed(slot, layout.modules), replaced_attention(model):
-        segments = list(streams.read(input_ids.tolist(), slot, 0))
+    streams = StreamBatch(setup, slot, [bank])
+    with installed(slot, model_layout.modules), replaced_attention(model):
+        segments = list(streams.read(input_ids.tolist(), 0))
     return torch.cat([segment.logits for segment in segments], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""A hash of the weights that make keys and values, wherever they are."""
+"""Hashing the weights that make keys and values, wherever they are kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _hashed: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
 
 
 def text_decoder(model: PreTrainedModel, attention: Iterable[nn.Module]) -> nn.Module:
-    """Return the part of a model that makes keys and values of text: no vision tower, no head over the vocabulary.
+    """Return the part of a model that makes keys and values of text: without vision tower or LM head.
 
     Parameters
     ----------
@@ -37,14 +37,14 @@ def text_decoder(model: PreTrainedModel, attention: Iterable[nn.Module]) -> nn.M
 
 
 def weights_digest(model: PreTrainedModel, part: nn.Module) -> str:
-    """Hash every byte of a part's own weights, those of adapters apart.
+    """Hash every byte of a part's own weights, without adapters.
 
     While the same tensors stay in place, they are read once, and then a sample of each.
 
     Raises
     ------
     UnsupportedModelError
-        If weights are on torch's meta device, and not offloaded by accelerate: then nobody knows them.
+        If weights are on torch's meta device without being offloaded by accelerate.
     """
     prefix, state = _prefix(model, part), _state_of(part)
     own = {plain: name for name, plain in own_names(part, state).items()}
@@ -66,14 +66,14 @@ def weights_digest(model: PreTrainedModel, part: nn.Module) -> str:
 
 
 def weights_sample(part: nn.Module) -> str:
-    """Hash some numbers of each of a part's own weights, in a few milliseconds; of offloaded ones, names and shapes."""
+    """Hash a sample of each of a part's own weights, in milliseconds; of offloaded ones, names and shapes."""
     state = _state_of(part)
     own = {plain: state[name] for name, plain in own_names(part, state).items()}
     return digest_of(_plain(dict(sorted(own.items()))), _SAMPLE)
 
 
 def adapter_digests(model: PreTrainedModel, part: nn.Module) -> dict[str, str]:
-    """Hash what each adapter at work does in a part of a model, weights and scaling; whatever its name is."""
+    """Hash weights and scaling of each active adapter in a part of a model, regardless of its name."""
     digests: dict[str, Any] = {}
     prefix = _prefix(model, part)
     for each in active_layers(part):
@@ -87,7 +87,7 @@ def adapter_digests(model: PreTrainedModel, part: nn.Module) -> dict[str, str]:
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]], most: int | None = None) -> str:
-    """Hash all numbers of each tensor, or so many that are evenly spaced, the first and the last among them."""
+    """Hash all numbers of each tensor, or at most ``most`` evenly spaced ones, including the first and the last."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -103,7 +103,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], most: int | None = None) ->
 
 @contextmanager
 def left_as_they_are(module: nn.Module) -> Iterator[None]:
-    """Keep a module's weights from being changed where its ``state_dict()`` is asked for.
+    """Keep ``state_dict()`` from changing a module's weights.
 
     On a CPU, bitsandbytes 0.50 repacks 4-bit weights for computing, unpacks them in place for a state_dict, and
     loses the order of their scales in doing so: the model then computes something else.
@@ -120,7 +120,7 @@ def left_as_they_are(module: nn.Module) -> Iterator[None]:
 
 
 def true_tensor(model: nn.Module, name: str, value: Any) -> Any:
-    """Return a tensor of a model's state as it is; one that accelerate has offloaded, from where it is kept.
+    """Return a tensor of a model's state; one that accelerate has offloaded, from where it is kept.
 
     Raises
     ------
@@ -140,8 +140,8 @@ def true_tensor(model: nn.Module, name: str, value: Any) -> Any:
             except KeyError:
                 continue
     raise UnsupportedModelError(
-        f"The weights {name} of this {type(model).__name__} are on torch's meta device, so that nobody knows for which "
-        "model its memory is made. Load the model with its weights, or let accelerate offload them."
+        f"The weights {name} of this {type(model).__name__} are on torch's meta device, so that its memory could not "
+        "be matched to it. Load the model with its weights, or let accelerate offload them."
     )
 
 

@@ -1,4 +1,4 @@
-"""The adapter of a decoder's folder: written, and loaded into a model that is as it was if that fails."""
+"""The adapter of a decoder's folder: writing it, and loading it into a model, which stays unchanged if that fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.decoder.model.adapters import own_names
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.decoder.model.weights import left_as_they_are, true_tensor
 from memlong.decoder.persistence.json_file import read_json
 from memlong.decoder.persistence.lora_settings import lora_options, unreadable_lora
@@ -25,12 +25,12 @@ from memlong.errors import InvalidArgumentError, MemlongError, MissingDependency
 ADAPTER_SETTINGS, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 """Files of the folder, as transformers and peft write and read them."""
 
-_SAMPLE = 256  # numbers of a tensor that tell it from others
+_SAMPLE = 256  # numbers of a tensor that are compared
 _LARGEST = 4  # times as many numbers as the model
 
 
 def write_adapter(folder: Path, model: PreTrainedModel) -> None:
-    """Write the adapter that is at work in a model.
+    """Write a model's active adapter.
 
     Raises
     ------
@@ -44,8 +44,8 @@ def write_adapter(folder: Path, model: PreTrainedModel) -> None:
         active = model.active_adapters()
         if len(active) != 1:
             raise InvalidArgumentError(
-                f"{len(active)} adapters of the model are at work ({', '.join(active)}), and a folder holds one. Merge "
-                "them into one, or choose one by set_adapter."
+                f"The model must have one active adapter, got {len(active)} ({', '.join(active)}). Merge them into "
+                "one, or choose one with set_adapter."
             )
         config: Any = model.peft_config[active[0]]
         settings = json.loads(json.dumps(config.to_dict(), default=lambda each: sorted(map(str, each))))
@@ -114,7 +114,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None)
 
 
 def _options(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
-    """What peft is to make of the folder, which holds no more than a LoRA of this model."""
+    """Return the adapter's configuration, checked to be a LoRA of this model."""
     settings = read_json(folder / ADAPTER_SETTINGS)
     if odd := unreadable_lora(settings):
         raise ValueError(odd)
@@ -150,7 +150,7 @@ def _check_loaded(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _remove_adapter(model: PreTrainedModel, learning: Mapping[str, bool]) -> None:
-    """Make a model what it was before an adapter was loaded, however far that came."""
+    """Restore a model after loading an adapter failed, at whatever point."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer"):  # peft's layers, each around the model's own
             home, _, place = name.rpartition(".")
@@ -184,7 +184,7 @@ def base_weights(model: PreTrainedModel) -> str | None:
 
 
 def _unlike(stored: dict[str, Tensor], loaded: dict[str, Tensor]) -> set[str]:
-    """Tensors that are not in the model as they are in the file, for which transformers has no more than a warning."""
+    """Return tensors that differ between model and file, about which transformers only warns."""
     ours = {f"base_model.model.{name}": tensor for name, tensor in loaded.items()}
     return {
         name

@@ -1,4 +1,4 @@
-"""What stored keys and values depend on: without the same model, they mean nothing."""
+"""What stored keys and values depend on: they are meaningless to any other model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.kv.sources import KvSource, LatentSource, LayerSource
-from memlong.decoder.model.gates import MemoryGates
-from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.kv.sources import LatentSource, LayerSource
 from memlong.decoder.model.weights import (
     adapter_digests,
     module_digest,
@@ -20,6 +18,7 @@ from memlong.decoder.model.weights import (
     weights_sample,
 )
 from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.setup import Setup
 from memlong.uri import digested
 
 _DIGITS = 64  # of a SHA-256
@@ -48,45 +47,35 @@ _OF_TOKENS = ("_token_id", "_token_index")
 _SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
 
 
-def fingerprint(
-    model: PreTrainedModel,
-    config: MemoryConfig,
-    layout: ModelLayout,
-    source: KvSource,
-    gates: MemoryGates | None,
-    retriever: Retriever | None,
-) -> dict[str, Any]:
-    """Describe, as JSON can hold it, all that keys, values and embeddings of a memory depend on.
+def fingerprint(setup: Setup) -> dict[str, Any]:
+    """Describe, as JSON can hold it, everything that keys, values and embeddings of a memory depend on.
 
-    Of the weights, every byte is. While the same tensors stay in place, they are read once, and then a sample of each.
+    Every byte of the weights is hashed. While the same tensors stay in place, they are read once, and then a sample of
+    each.
     """
-    part = text_decoder(model, layout.modules)
+    model, config, source, gates = setup.model, setup.config, setup.source, setup.gates
+    part = text_decoder(model, setup.model_layout.modules)
     return {
         "model": type(part).__name__,
         "config": _told(model.config.get_text_config(decoder=True)),
         "weights": weights_digest(model, part),
         "adapters": adapter_digests(model, part),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "layers": len(layout.layers),
+        "layers": len(setup.model_layout.layers),
         "retrieval_layers": list(source.retrieval_layers),
         "kv_source": config.kv_source,
         "memory_layers": list(source.memory_layers) if isinstance(source, LayerSource) else None,
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
         "gates": None if gates is None else module_digest(gates),
-        "retriever": None if retriever is None else _retriever(config, retriever),
+        "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
         **{name: getattr(config, name) for name in _SIZES},
     }
 
 
-def origin_of(
-    model: PreTrainedModel,
-    config: MemoryConfig,
-    layout: ModelLayout,
-    source: KvSource,
-    retriever: Retriever | None,
-) -> dict[str, Any]:
-    """Describe what the chunks of a bank depend on, in a few milliseconds: of the weights, a sample is hashed."""
-    part = text_decoder(model, layout.modules)
+def origin_of(setup: Setup) -> dict[str, Any]:
+    """Describe what the chunks of a bank depend on, in a few milliseconds: a sample of the weights is hashed."""
+    model, config, source = setup.model, setup.config, setup.source
+    part = text_decoder(model, setup.model_layout.modules)
     return {
         "model": type(part).__name__,
         "config": _told(model.config.get_text_config(decoder=True)),
@@ -96,21 +85,21 @@ def origin_of(
         "kv_source": config.kv_source,
         "stored_layers": list(source.stored_layers),
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
-        "retriever": None if retriever is None else _retriever(config, retriever),
+        "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
     }
 
 
 def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Yield what a fingerprint says, one fact at a time; parts of one after a dot."""
+    """Yield the facts of a fingerprint one by one, with nested names joined by dots."""
     for name, value in told.items():
         yield from _leaves(name, value)
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return which parts of two fingerprints differ, with what they are where that says something.
+    """Return which parts of two fingerprints differ, with their values where they are readable.
 
-    Of the configuration, only what both know counts: a release of transformers may add fields. Of other dtypes,
-    weights cannot be compared.
+    Only configuration fields that both have are compared: a release of transformers may add some. Weights of different
+    dtypes cannot be compared.
     """
     adapters = theirs.get("adapters") or {}
     is_known = isinstance(theirs.get("config"), dict) and isinstance(adapters, dict)
@@ -138,12 +127,12 @@ def _told_apart(name: str, mine: object, other: object) -> str:
 
 
 def _names(adapters: Mapping[str, str]) -> str:
-    """Name adapters, so that two of one name and other weights are told apart."""
+    """Name adapters so that two of the same name with different weights differ."""
     return ", ".join(f"{name!r} {digest[:8]}" for name, digest in sorted(adapters.items())) or "none"
 
 
 def _told(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return all that keys and values may depend on of a text configuration; parts of a field after a dot."""
+    """Return the fields of a text configuration that keys and values may depend on, nested names joined by dots."""
     silent = _SAYS_NOTHING | (GenerationConfig().to_dict().keys() - {"top_k"})  # which may be that of experts
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {str(each) for name, each in _leaves("", rope) if name.endswith("rope_type")}

@@ -60,20 +60,20 @@ def unreadable_lora(settings: Mapping[str, Any]) -> str:
     if not isinstance(start, bool | str | None) or start not in _HARMLESS_STARTS:
         return f"its init_lora_weights is {_shown(start)}, which changes the weights of the model itself"
     if settings.get("bias", "none") != "none":
-        return f"its bias is {_shown(settings['bias'])}, expected 'none'"
+        return f"its bias must be 'none', got {_shown(settings['bias'])}"
     for name in _FLAGS:
         if not isinstance(settings.get(name, False), bool):
-            return f"its {name} is {_shown(settings[name])}, expected true or false"
+            return f"its {name} must be true or false, got {_shown(settings[name])}"
     alphas = settings.get("alpha_pattern") or {}
     if not isinstance(alphas, dict) or not all(_PLAIN.fullmatch(name) for name in alphas):
-        return f"its alpha_pattern is {_shown(alphas)}, expected names of layers, without patterns"
+        return f"its alpha_pattern must be names of layers, without patterns, got {_shown(alphas)}"
     numbers = {"lora_alpha": settings.get("lora_alpha", 8), **{f"alpha of {k}": v for k, v in alphas.items()}}
     for name, value in numbers.items():
         if type(value) not in (int, float) or not abs(value) < 1e9:
-            return f"its {name} is {_shown(value)}, expected a number"
+            return f"its {name} must be a number, got {_shown(value)}"
     dropout = settings.get("lora_dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        return f"its lora_dropout is {_shown(dropout)}, expected a number from 0 to 1"
+        return f"its lora_dropout must be a number from 0 to 1, got {_shown(dropout)}"
     return ""
 
 
@@ -109,7 +109,7 @@ def lora_options(
             ranks[found["layer"]] = shape[0] if shape else 0
     count = sum(math.prod(shape) for shape in shapes.values())
     if count > most or not ranks or not all(rank >= 1 for rank in ranks.values()):
-        raise ValueError(f"its {len(shapes)} tensors have {count:,} numbers, expected 1 to {most:,}")
+        raise ValueError(f"its {len(shapes)} tensors must have 1 to {most:,} numbers, got {count:,}")
     if max(ranks.values()) > widest:
         raise ValueError(
             f"its rank is {max(ranks.values()):,}, more than the {widest:,} numbers that a token has"

@@ -15,22 +15,22 @@ from transformers import PreTrainedModel
 
 from memlong.bank.snapshot.reader import folder_of
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.kv.latent import LatentMaps
-from memlong.decoder.model.gates import MemoryGates
-from memlong.decoder.model.loading import NAME, stable_name
-from memlong.decoder.model.machine import dtype_name
+from memlong.decoder.kv.sources import LatentSource
+from memlong.decoder.model.loading import NAME, load_model, stable_name
+from memlong.decoder.model.machine import choose_machine, dtype_name
 from memlong.decoder.persistence.adapter_files import base_weights, write_adapter
 from memlong.decoder.persistence.json_file import read_json
 from memlong.decoder.persistence.strangers import chosen_config, declared_options, is_on_another_host
+from memlong.decoder.setup import Setup
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.plugins import Registry
 from memlong.versions import versions
 
 SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
-"""Files of the folder, beside those of the adapter."""
+"""Files of the folder, besides those of the adapter."""
 
 CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "store")
-"""Fields of a MemoryConfig that can be others than those trained with."""
+"""Fields of a MemoryConfig that may differ from those of the training."""
 
 _FORMAT, _MODEL = "memlong-decoder-1", "config.json"
 
@@ -44,16 +44,16 @@ class Pretrained:
     folder
         Where it is.
     base_model
-        Under which name `load_model` finds the model that the adapter goes with; None if it was not known, or
-        is a place on another host.
+        The name under which `load_model` finds the model that the adapter belongs to; None if unknown, or on another
+        host.
     config
-        The settings, maps and gates named by their place.
+        The settings; maps and gates are named by their path.
     has_adapter
         Whether weights of the model were trained.
     dtype
-        That of the model when it was trained; None if the folder is older than its being noted down.
+        The model's dtype in training; None if an older memlong wrote the folder.
     base_weights
-        A hash of the model's own weights, likewise.
+        A hash of the model's own weights, or None likewise.
     """
 
     folder: Path
@@ -70,27 +70,20 @@ class Pretrained:
 
 
 def write_pretrained(
-    folder: str | Path,
-    model: PreTrainedModel,
-    config: MemoryConfig,
-    maps: LatentMaps | None,
-    gates: MemoryGates | None,
-    *,
-    base_model: str | None,
-    training: Mapping[str, Any] | None,
-    registry: Registry,
+    folder: str | Path, setup: Setup, *, base_model: str | None, training: Mapping[str, Any] | None
 ) -> None:
-    """Write a decoder's folder, for `read_pretrained`; what is there of another one is replaced at the end.
+    """Write a decoder's folder, for `read_pretrained`; an earlier decoder's files are replaced at the end.
 
     Raises
     ------
     InvalidArgumentError
-        If several adapters are at work, of which a folder holds one; or the folder holds a model, of which transformers
-        would take the adapter to be a part.
+        If several adapters are active, since a folder holds one; or the folder holds a model, which transformers would
+        load with this adapter.
     StorageError
-        If it cannot be written; a decoder that was there is as it was.
+        If it cannot be written; a decoder that was there is unchanged.
     """
-    folder = folder_of(folder)
+    folder, model, config, gates = folder_of(folder), setup.model, setup.config, setup.gates
+    maps = setup.source.maps if isinstance(setup.source, LatentSource) else None
     has_adapter = bool(getattr(model, "peft_config", None))
     if has_adapter and (folder / _MODEL).exists():
         raise InvalidArgumentError(
@@ -99,7 +92,7 @@ def write_pretrained(
         )
     memory = replace(config, maps=MAPS if maps else None, gates=GATES if gates else None).as_dict()
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
-    memory |= declared_options(config, registry)
+    memory |= declared_options(config, setup.registry)
     facts = {
         "format": _FORMAT,
         "base_model": base_model
@@ -125,7 +118,7 @@ def write_pretrained(
                 gates.save(beside / GATES)
             settings = beside / SETTINGS
             settings.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-            # Without it there is no decoder: better none than one of old parts and new ones.
+            # Without it there is no decoder: better none than a mix of old and new parts.
             (folder / SETTINGS).unlink(missing_ok=True)
             for path in sorted(beside.iterdir(), key=lambda path: path == settings):
                 path.replace(folder / path.name)
@@ -143,36 +136,36 @@ def read_pretrained(
     name
         The folder; where there is none, a hub id.
     changes
-        Fields of the MemoryConfig that are to be others, of those in ``CHANGEABLE``.
+        Fields of the MemoryConfig to change, of those in ``CHANGEABLE``.
     registry
         Where the backend and the retriever are looked up; a new one by default.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no such folder, it holds no decoder, a field cannot be changed, or the folder, which may be a
-        stranger's, names a place to connect or write to, which is for the user to name.
+        If there is no such folder, it holds no decoder, a field cannot be changed, or the folder, which may come from a
+        stranger, names a place to connect or write to, which only the user may name.
 
     Notes
     -----
-    A backend or retriever that takes the place of another gets its own options, or none.
+    A backend or retriever that replaces another gets its own options, or none.
     """
     for field in changes or {}:
         if field not in CHANGEABLE:
             raise InvalidArgumentError(
-                f"{field} was decided when the decoder was trained; what can be changed is {', '.join(CHANGEABLE)}."
+                f"changes must be among {', '.join(CHANGEABLE)}, got {field!r}, decided by the training."
             )
     folder = _folder(name)
     try:
         facts = read_json(folder / SETTINGS)
         if facts["format"] != _FORMAT:
             raise InvalidArgumentError(
-                f"{str(folder / SETTINGS)!r} has the format {facts['format']!r}; expected {_FORMAT!r}. Use the memlong "
-                "that wrote it, or a newer one."
+                f"{str(folder / SETTINGS)!r} must have the format {_FORMAT!r}, got {facts['format']!r}. Use the "
+                "memlong that wrote it, or a newer one."
             )
         for field in ("base_model", "dtype", "base_weights"):
             if not isinstance(facts.get(field), str | None):
-                raise TypeError(f"{field} is {facts[field]!r}")
+                raise TypeError(f"{field} must be a string or null, got {facts[field]!r}")
         config = chosen_config(folder, str(folder / SETTINGS), facts["memory"], changes or {}, registry)
         return Pretrained(
             folder,
@@ -196,6 +189,25 @@ def read_pretrained(
         ) from error
 
 
+def load_pretrained_model(
+    name: str | Path, found: Pretrained, *, dtype: str, device: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Any]:
+    """Load the model that a decoder was trained for, and its tokenizer; arguments are those of `from_pretrained`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the folder does not name it.
+    """
+    if found.base_model is None:
+        raise InvalidArgumentError(
+            f"{str(name)!r} does not say for which model it was trained, or names a place on another host: "
+            "give `model` and `tokenizer`, or --model."
+        )
+    dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
+    return load_model(found.base_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
 def _folder(name: str | Path) -> Path:
     folder = folder_of(name)
     try:
@@ -210,5 +222,5 @@ def _folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:  # which all errors of huggingface_hub are
         raise InvalidArgumentError(
-            f"{str(name)!r} is no folder here, and cannot be downloaded from the hub: {error}"
+            f"{str(name)!r} is not a folder here, and cannot be downloaded from the hub: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""What the folder of a trained decoder may choose of a memory, for it may be a stranger's."""
+"""Which memory settings the folder of a trained decoder may choose, since it may come from a stranger."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def chosen_config(
     changes: Mapping[str, Any],
     registry: Registry | None = None,
 ) -> MemoryConfig:
-    """Return the settings of a decoder: what its folder says, but where the user says otherwise.
+    """Return the settings of a decoder: its folder's, except where the user says otherwise.
 
     Parameters
     ----------
@@ -40,15 +40,15 @@ def chosen_config(
     Raises
     ------
     InvalidArgumentError
-        If the folder names a place to connect to, to read from or to write to, or an option that no file may choose.
+        If the folder names a place to connect to, read from or write to, or an option that no file may choose.
     TypeError, ValueError
-        If it says what is no setting.
+        If it contains something that is not a setting.
     """
     memory = dict(said)
     for field in ("maps", "gates"):
         if memory.get(field):
             if Path(memory[field]).name != memory[field]:
-                raise ValueError(f"{field} is {memory[field]!r}, expected the name of a file in the folder")
+                raise ValueError(f"{field} must be the name of a file in the folder, got {memory[field]!r}")
             memory[field] = str(folder / memory[field])
     for field in ("backend", "retriever"):
         if field in changes and changes[field] != memory.get(field):
@@ -73,7 +73,7 @@ def chosen_config(
 
 
 def is_on_another_host(name: str | None) -> bool:
-    """Whether a name of a model is one that Windows would log in to a stranger's host for."""
+    """Whether Windows would log in to a stranger's host for this model name."""
     return name is not None and name.startswith(("//", "\\\\"))
 
 
@@ -111,6 +111,6 @@ def _refused(cls: type, options: Mapping[str, Any], allowed: SavedOptions) -> st
 
 def _for_the_user(where: str, field: str, value: object, what: str) -> MemlongError:
     return InvalidArgumentError(
-        f"{where!r} has {field} {value!r}, {what}, which no file may choose, for it may be a stranger's. Name it "
-        f"yourself: changes={{{field!r}: ...}}, or --{field}."
+        f"{where!r} has {field} {value!r}, {what}, which no file may choose, since it may come from a stranger. Name "
+        f"it yourself: changes={{{field!r}: ...}}, or --{field}."
     )

@@ -18,7 +18,7 @@ from memlong.errors import InvalidArgumentError
 
 
 def check_tensors(path: Path) -> None:
-    """Raise ValueError if a file is no plain one, or describes more tensors than are ever written."""
+    """Raise ValueError if a file is not a regular one, or describes more tensors than are ever written."""
     if odd := oddity(path):
         raise ValueError(f"it {odd}")
     with path.open("rb") as file:
@@ -29,7 +29,7 @@ def check_tensors(path: Path) -> None:
 def write_tensors(
     path: str | Path, kind: str, layers: tuple[int, ...], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write tensors for some layers; a file of that name, or what a link leads to, is replaced when all is written.
+    """Write tensors for some layers; an existing file, or what a link leads to, is replaced once all is written.
 
     Raises
     ------
@@ -69,8 +69,8 @@ def read_tensors(
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
                 raise InvalidArgumentError(
-                    f"{field} names {str(path)!r}, whose format is {metadata.get('format')!r}; expected {kind!r}, as "
-                    f"`{command}` writes it."
+                    f"{field} must name a file of format {kind!r}, as `{command}` writes it, got {str(path)!r} of "
+                    f"format {metadata.get('format')!r}."
                 )
             layers = tuple(json.loads(metadata["layers"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

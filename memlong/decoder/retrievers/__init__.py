@@ -1,4 +1,4 @@
-"""The built-in retrievers, registered through the hook that third parties use."""
+"""The built-in retrievers, registered through the same hook as third-party ones."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from memlong.plugins.hookspecs import Register, hookimpl
 
 @hookimpl
 def memlong_register_retrievers(register: Register) -> None:
-    """Register the built-in retrievers; none of their modules is imported here."""
+    """Register the built-in retrievers without importing their modules."""
     register(
         "sentence-transformers",
         "memlong.decoder.retrievers.sentence:SentenceTransformersRetriever",
         requires=("sentence_transformers",),
         install="pip install 'memlong[sentence-transformers]'",
-        description="a sentence-transformers model embeds the text of each chunk",
+        description="embeds the text of chunks with a sentence-transformers model",
     )
     register(
         "lm",
         "memlong.decoder.retrievers.lm:LanguageModelRetriever",
-        description="recent chunks with shared tokens, weighed by the language model: no second model",
+        description="token overlap weighted by the language model, plus recency; no second model",
     )
     register(
         "random",
         "memlong.decoder.retrievers.baselines:RandomRetriever",
-        description="random chunks: the control of every claim that memory helps",
+        description="random chunks: the control for every claim that memory helps",
     )
     register(
         "recent",
         "memlong.decoder.retrievers.baselines:RecentRetriever",
-        description="the chunks that left the window last: a baseline",
+        description="the most recent chunks outside the window: a baseline",
     )

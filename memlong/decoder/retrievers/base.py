@@ -1,4 +1,4 @@
-"""The interface of a retriever: what turns chunks and queries into embeddings."""
+"""The retriever interface: turns chunks and queries into embeddings."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Passage:
     Attributes
     ----------
     token_ids
-        The tokens, as the language model knows them.
+        Token ids of the language model.
     start
-        Index in the stream of the first of them.
+        Index of the first token in the stream.
     """
 
     token_ids: tuple[int, ...]
@@ -30,27 +30,27 @@ class Passage:
 
     @property
     def end(self) -> int:
-        """Index in the stream of the token after the last."""
+        """Index in the stream one past the last token."""
         return self.start + len(self.token_ids)
 
 
 class Retriever(ABC):
-    """Embeds chunks, when they leave the window, and queries, the text just before a segment.
+    """Embeds chunks as they leave the window, and queries: the text right before a segment.
 
-    An embedding depends on its passage alone: rows of a batch and users share a retriever and must not notice.
+    An embedding must depend only on its passage, since rows of a batch and users share a retriever.
 
     Parameters
     ----------
     model, tokenizer
-        The language model that has the memory, and its tokenizer. Options of a retriever's own follow as keywords.
+        The language model with the memory, and its tokenizer. A retriever's own options are keyword arguments.
     """
 
     metric: ClassVar[Metric] = "cosine"
-    """How the bank is to compare the embeddings."""
+    """How the bank compares embeddings."""
 
     saved_options: ClassVar[SavedOptions] = {}
-    """Options of its own that a trained decoder's folder, which may be a stranger's, may choose, each with the most
-    that a number may be there, or None. Never one that names an address, a credential, a place to write to, or code."""
+    """Options that a trained decoder's folder, which may be untrusted, may set, each with the largest number allowed
+    there, or None. Never include an address, a credential, a path to write to, or code."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model

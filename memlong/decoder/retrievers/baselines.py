@@ -1,4 +1,4 @@
-"""Baselines that every retriever must beat: random chunks, and the most recent ones."""
+"""Baselines that every retriever must beat: random chunks and the most recent chunks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _WIDEST = 2**16
 
 
 class RandomRetriever(Retriever):
-    """Random directions, so that every chunk is as likely to be retrieved as any other.
+    """Embeds passages as random directions, so that every chunk is equally likely to be retrieved.
 
     Parameters
     ----------
     seed
-        Seed of the directions; the same seed and place in the stream give the same direction.
+        Random seed; the same seed and position in the stream give the same direction.
     dim
         Width of the embeddings, at most 65,536.
     """
@@ -36,7 +36,7 @@ class RandomRetriever(Retriever):
         self._seed = whole_number("seed", seed, at_least=0)
         self._dim = whole_number("dim", dim, at_least=1)
         if self._dim > _WIDEST:
-            raise InvalidArgumentError(f"dim is {dim}; expected at most {_WIDEST}.")
+            raise InvalidArgumentError(f"dim must be at most {_WIDEST}, got {dim}.")
 
     @property
     def dim(self) -> int:
@@ -48,7 +48,7 @@ class RandomRetriever(Retriever):
         return torch.stack([self._direction(2 * chunk.start) for chunk in chunks])
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
-        """Random embeddings [queries, dim], unlike those of any chunk."""
+        """Random embeddings [queries, dim], independent of those of all chunks."""
         return torch.stack([self._direction(2 * query.end + 1) for query in queries])
 
     def _direction(self, place: int) -> Tensor:
@@ -58,7 +58,7 @@ class RandomRetriever(Retriever):
 
 
 class RecentRetriever(Retriever):
-    """Scores a chunk by its place in the stream, so that the latest chunks outside the window win."""
+    """Scores a chunk by its position in the stream, so that the most recent chunks outside the window win."""
 
     metric: ClassVar[Metric] = "inner_product"
 
@@ -68,10 +68,10 @@ class RecentRetriever(Retriever):
         return 1
 
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
-        """The position of each chunk [chunks, 1]; exact in float32 for the first 16 million tokens."""
+        """Chunk positions [chunks, 1]; exact in float32 for the first 16 million tokens."""
         starts = [[float(chunk.start)] for chunk in chunks]
         return torch.tensor(starts, dtype=torch.float32, device="cpu")
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
-        """One [queries, 1], so that the score is the position."""
+        """Ones [queries, 1], so that scores are positions."""
         return torch.ones(len(queries), 1, dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-"""From what a user names to a retriever at work."""
+"""Create a retriever by name."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def create_retriever(
     options: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
 ) -> Retriever:
-    """Make the retriever of this name for a language model.
+    """Create the retriever of this name for a language model.
 
     Parameters
     ----------
     name
-        A registered name; or a hub id (``owner/model``) or a folder, which sentence-transformers loads.
+        A registered name, or a hub id (``owner/model``) or folder of a sentence-transformers model.
     model, tokenizer
-        The language model that has the memory, and its tokenizer.
+        The language model with the memory, and its tokenizer.
     options
         Options of the retriever.
     registry
-        Where names are looked up; a new one by default.
+        The registry to look names up in; the shared one by default.
 
     Raises
     ------
     UnknownNameError, MissingDependencyError, PluginError
-        If there is no such retriever, or it lacks something, or did not load.
+        If the retriever is unknown, lacks a library, or failed to load.
     InvalidArgumentError
-        If an option or a model of that name does not exist.
+        If an option is unknown, or the model cannot be loaded.
     """
     registry = registry or installed_registry()
     given = dict(options or {})
@@ -54,7 +54,7 @@ def create_retriever(
 
 
 def retriever_class(name: str, registry: Registry) -> type[Retriever]:
-    """Return the class that `create_retriever` makes one of; raises as that does."""
+    """Return the class that `create_retriever` instantiates; raises the same errors."""
     name = _OF_MODELS if _is_model(name, registry) else name
     found: type[Retriever] = registry.load_retriever_class(name, Retriever)
     return found
@@ -68,18 +68,18 @@ def _is_model(name: str, registry: Registry) -> bool:
 def _is_folder(name: str) -> bool:
     try:
         return Path(name).is_dir()
-    except OSError:  # such as a name that is too long
+    except OSError:  # for instance, the name is too long
         return False
 
 
 def check_made_for(retriever: Retriever | None, model: Any) -> None:
-    """Raise InvalidArgumentError if a retriever was made for tokens that are not the model's."""
+    """Raise InvalidArgumentError if a retriever was created for a model with another vocabulary."""
     other: Any = getattr(retriever, "model", None)
     if isinstance(other, PreTrainedModel):
         embeddings: list[Any] = [each.get_input_embeddings() for each in (other, model)]
         theirs, ours = (each.weight.shape[0] for each in embeddings)
         if theirs != ours:
             raise InvalidArgumentError(
-                f"retriever was made for a {type(other).__name__} of {theirs:,} tokens, and this "
-                f"{type(model).__name__} has {ours:,}: make one for this model, or name one in the MemoryConfig."
+                f"retriever must be for this {type(model).__name__} with {ours:,} tokens, got one for a "
+                f"{type(other).__name__} with {theirs:,}: create one for this model, or name one in the MemoryConfig."
             )

@@ -1,4 +1,4 @@
-"""The tokens of a passage, weighed by the language model itself, as the retriever: no second model, hardly any cost."""
+"""A retriever by shared tokens, weighted by the language model itself: no second model, and almost no cost."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ _FARTHEST = 2**40
 
 
 class LanguageModelRetriever(Retriever):
-    """Finds the chunks that share the query's telling tokens, the latest of them first.
+    """Finds chunks that share informative tokens with the query, and prefers recent ones.
 
-    Each distinct token of a passage, and each distinct pair of tokens in a row if ``pairs`` is not 0, adds random
-    directions of its own (a count sketch), so that passages are alike by what they share. A token weighs what the
-    language model thinks it tells on its own: its surprisal ``-log p`` where a text begins, to the power of
-    ``sharpness``. The model's token embeddings in place of the random directions agree less with a sentence encoder on
-    which chunks to retrieve.
+    Each distinct token of a passage, and each distinct bigram unless ``pairs`` is 0, adds its own random directions (a
+    count sketch), so that similarity measures overlap. A token's weight is its information content under the language
+    model: its surprisal ``-log p`` at the start of a text, to the power of ``sharpness``. Random directions agree
+    better with a sentence encoder on which chunks to retrieve than the model's token embeddings do.
 
     Parameters
     ----------
     dim
-        Width of the embeddings' part for tokens. Chance likenesses between passages go down with its square root.
+        Width of the token part of embeddings. Chance similarity between passages falls with its square root.
     sharpness
-        Exponent of the surprisal; 0 weighs all tokens alike.
+        Exponent of the surprisal; 0 weights all tokens equally.
     pairs
-        A pair of tokens weighs this times the sum of their weights; 0 leaves pairs out.
+        Weight of a bigram, relative to the sum of its tokens' weights; 0 disables bigrams.
     recency
-        What the latest chunk gains, beside the cosine of its tokens with the query's; 0 ranks by tokens alone.
-        Embeddings are wider by 256 for it.
+        Bonus of the most recent chunk, added to the cosine similarity of tokens; 0 disables it. It adds 256 dimensions
+        to embeddings.
     recency_scale
-        Tokens back at which a chunk gains 0.61 of that; twice as far back, 0.14.
+        Distance in tokens at which the bonus falls to 0.61 of that; at twice the distance, to 0.14.
 
     Notes
     -----
@@ -73,7 +72,7 @@ class LanguageModelRetriever(Retriever):
         self._tokens_dim = whole_number("dim", dim, at_least=1, at_most=_WIDEST)
         for name, value in (("sharpness", sharpness), ("pairs", pairs), ("recency", recency)):
             if not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
-                raise InvalidArgumentError(f"{name} is {value!r}; expected a number from 0 to {_LARGEST}.")
+                raise InvalidArgumentError(f"{name} must be a number from 0 to {_LARGEST}, got {value!r}.")
         self._pairs = pairs
         scale = whole_number("recency_scale", recency_scale, at_least=1, at_most=_FARTHEST)
         self._recency = RecencyPrior(recency, scale)
@@ -108,7 +107,9 @@ class LanguageModelRetriever(Retriever):
         couples = sorted(set(pairwise(passage.token_ids)))
         if couples and self._pairs:
             first, second = torch.tensor(couples, dtype=torch.long, device="cpu").T
-            places = (self._places[first] + 3 * self._places[second] + 1) % self._tokens_dim  # a b is not b a
+            places = (
+                self._places[first] + 3 * self._places[second] + 1
+            ) % self._tokens_dim  # "a b" differs from "b a"
             weights = self._pairs * (self._weights[first] + self._weights[second])
             self._add(sketch, places, self._signs[first] * self._signs[second], weights)
         return sketch
@@ -121,7 +122,7 @@ def _beginning(config: Any, vocabulary: int) -> int:
     start = getattr(config, "bos_token_id", None) or 0
     if not isinstance(start, int) or not 0 <= start < vocabulary:
         raise InvalidArgumentError(
-            f"model.config.bos_token_id is {start!r}, but the model's tokens go from 0 to {vocabulary - 1}: set it to "
-            "the token with which a text begins, or to None."
+            f"model.config.bos_token_id must be a token id from 0 to {vocabulary - 1}, got {start!r}: set it to the "
+            "token that starts a text, or to None."
         )
     return start

@@ -1,4 +1,4 @@
-"""A prior for the latest chunks, as a part of an embedding."""
+"""A recency prior, encoded as extra dimensions of an embedding."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch.nn.functional import normalize
 from memlong.decoder.retrievers.base import Passage
 
 _FREQUENCIES = 128
-_FASTEST = 3.5  # of the frequencies, times the scale; the Gaussian has hardly any beyond
+_FASTEST = 3.5  # highest frequency times the scale; the Gaussian's spectrum is negligible beyond
 
 
 class RecencyPrior:
     """Ranks chunks by cosine + ``weight`` * exp(-distance² / (2 ``scale``²)), distance in tokens from chunk to query.
 
-    An index compares a chunk and a query by one product, so the second term must be one too. It is a Fourier series of
-    the distance, and the cosine of a difference is a product of what a cosine and a sine make of either position. Up to
-    220 scales it is within 0.001 of the Gaussian; but a series comes round: around 230 scales chunks lose as much as
-    the latest gain, around 460 they gain as much.
+    An index compares chunk and query by one inner product, so the second term must be one, too. It is a Fourier series
+    in the distance, and the cosine of a difference is an inner product of cosines and sines of the two positions. Up
+    to 220 scales it is within 0.001 of the Gaussian. But the series is periodic: around 230 scales, chunks get the
+    full weight as a penalty, and around 460 as a bonus.
 
     Parameters
     ----------
     weight
-        What a chunk right before the query gains, cosines being from -1 to 1.
+        Bonus of a chunk right before the query, on the scale of cosines (-1 to 1).
     scale
-        Tokens over which that falls to 0.61 of it; over twice as many, to 0.14.
+        Distance in tokens at which the bonus falls to 0.61 of ``weight``; at twice the distance, to 0.14.
 
     Notes
     -----
     Features for shift-invariant kernels: Rahimi and Recht, "Random features for large-scale kernel machines", 2007.
-    Here the frequencies are evenly spaced instead of random, which makes them exact for all distances that matter.
+    Here frequencies are evenly spaced instead of random, which is exact for all distances of interest.
     """
 
     def __init__(self, weight: float, scale: float) -> None:
@@ -46,13 +46,13 @@ class RecencyPrior:
 
     @property
     def width(self) -> int:
-        """How much wider it makes embeddings."""
+        """Number of dimensions added to embeddings."""
         return 2 * _FREQUENCIES if self._weight else 0
 
     def extend(self, embeddings: Tensor, passages: Sequence[Passage]) -> Tensor:
-        """Make embeddings [passages, dim] unit vectors, and add to them where their passages end.
+        """Normalize embeddings [passages, dim] and append an encoding of their passages' end positions.
 
-        Returns float32 [passages, dim + width], to be compared by their cosine; without weight, what was given.
+        Returns float32 [passages, dim + width], to be compared by cosine; with weight 0, the embeddings unchanged.
         """
         if not self._weight:
             return embeddings

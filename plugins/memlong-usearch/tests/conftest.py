@@ -1,3 +1,3 @@
-"""Markers and fixtures of memlong's suites; and a failure says which clause of the contract it is about."""
+"""Load memlong's test plugin: markers, fixtures, and failures that name the violated clause of the contract."""
 
 pytest_plugins = ["memlong.testing.plugin"]

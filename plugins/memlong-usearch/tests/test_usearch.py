@@ -1,4 +1,4 @@
-"""UsearchBank and its plugin meet the contracts of all of them; then, what is particular to this index."""
+"""The usearch bank and plugin meet the shared contracts; further tests cover what is specific to this index."""
 
 from __future__ import annotations
 

@@ -414,7 +414,7 @@ def test_no_byte_of_a_changed_index_reaches_its_library(make, tmp_path, monkeypa
 def test_an_index_of_another_library_version_is_refused_by_name(make, tmp_path):
     make("hnswlib").save(tmp_path)
     forge(tmp_path, lambda data: data["banks"][0]["index"]["facts"].update(library="0.0"))
-    with pytest.raises(SnapshotError, match=r"is of hnswlib 0\.0"):
+    with pytest.raises(SnapshotError, match=r"saved by hnswlib 0\.0"):
         load_bank(tmp_path, trust_index=True)
     assert len(load_bank(tmp_path)) == 38
 

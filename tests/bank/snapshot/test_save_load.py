@@ -296,7 +296,7 @@ def test_a_class_that_no_plugin_has_is_never_imported(make, tmp_path):
 
 @pytest.mark.parametrize("path", [None, "", 3, "a\0b"])
 def test_a_path_must_be_one(make, path):
-    with pytest.raises(InvalidArgumentError, match="path is"):
+    with pytest.raises(InvalidArgumentError, match="path must be"):
         make().save(path)
 
 

@@ -1,4 +1,4 @@
-"""Where tokens stand: the positions of sinks, memory and window, by position mode."""
+"""The positions of sink tokens, memory and window in each position mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memlong.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Placement:
-    """Positions of one row: sink tokens as they are, all later tokens moved by ``offset``.
+    """Positions of one row: sink tokens keep theirs, all later tokens are shifted by ``offset``.
 
     Attributes
     ----------
@@ -32,10 +32,10 @@ class Placement:
     window_start: int
 
 
-def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Placement:
-    """Place the window of a row, whose first token after the sinks is ``first_token``, behind its memory.
+def placement_of(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Placement:
+    """Place the window of a row, whose first token after the sinks is ``first_token``, after its memory.
 
-    Without memory the window follows the sinks, as in a text that starts there.
+    Without memory, the window follows the sinks directly.
     """
     if config.position_mode == "original":
         return Placement(config.sink_tokens, 0, first_token)
@@ -44,9 +44,9 @@ def place(config: MemoryConfig, first_token: int, retrieved_tokens: int) -> Plac
 
 
 def positions_of(tokens: Ints, placements: Sequence[Placement], *, sinks_apart: bool = True) -> Ints:
-    """Where tokens [rows, columns], given by their index in the stream, stand; padding (−1) stands at 0.
+    """Return positions of tokens [rows, columns], given by their index in the stream; 0 for padding (−1).
 
-    Unless ``sinks_apart``, all stand as far from one another as in the text, as a sliding layer has them.
+    Unless ``sinks_apart``, distances are those of the text, as sliding-window layers need them.
     """
     if not sinks_apart:
         shift = np.array([row.offset for row in placements])[:, None]
@@ -56,7 +56,7 @@ def positions_of(tokens: Ints, placements: Sequence[Placement], *, sinks_apart: 
 
 
 def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) -> Ints:
-    """Positions [chunks * chunk_size] of a row's retrieved chunks, whose ``spans`` [chunks, 2] are in order."""
+    """Return positions [chunks * chunk_size] of a row's retrieved chunks, whose ``spans`` [chunks, 2] ascend."""
     steps = np.arange(config.chunk_size)
     if config.position_mode == "original":
         return (spans[:, :1] + steps).ravel()
@@ -69,68 +69,68 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) ->
 
 
 def with_positions(
-    config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]
 ) -> MemoryConfig:
-    """Return the configuration with a `position_mode`: the default is the first that the model has room for.
+    """Return the configuration with a `position_mode`: the default is the first that the model has positions for.
 
     Raises
     ------
     InvalidArgumentError
-        If the mode that was asked for, or every default, takes the stream beyond the trained positions, or retrieval
-        layers beyond their sliding windows.
+        If the requested mode, or every default, needs more than the trained positions, or hides memory behind the
+        sliding window of a retrieval layer.
     """
     if config.position_mode is None:
         in_order = replace(config, position_mode="before-window")
         try:
-            return with_positions(in_order, model, retrieval_layers)
+            return with_positions(in_order, model_layout, retrieval_layers)
         except InvalidArgumentError:
             config = replace(config, position_mode="zero")
-    _check_trained_positions(config, model)
-    _check_sliding_windows(config, model, retrieval_layers)
+    _check_trained_positions(config, model_layout)
+    _check_sliding_windows(config, model_layout, retrieval_layers)
     return config
 
 
-def _check_trained_positions(config: MemoryConfig, model: ModelLayout) -> None:
-    limit = model.max_positions
+def _check_trained_positions(config: MemoryConfig, model_layout: ModelLayout) -> None:
+    limit = model_layout.max_positions
     if config.position_mode == "original" or limit is None or config.position_span <= limit:
         return
     advice = (
         "" if config.position_mode == "zero" else ", or top_k and chunk_size, or use position_mode='zero'"
     )
     raise InvalidArgumentError(
-        f"These settings need {config.position_span} positions (sink tokens, room for memory, local_window "
-        f"{config.local_window}), but the model was trained on {limit}. Lower local_window{advice}."
+        f"Sink tokens, memory and local_window ({config.local_window}) must take at most the {limit} positions that "
+        f"the model was trained on, got {config.position_span}. Lower local_window{advice}."
     )
 
 
 def _check_sliding_windows(
-    config: MemoryConfig, model: ModelLayout, retrieval_layers: tuple[int, ...]
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]
 ) -> None:
     if config.backend is None or config.position_mode == "original":
         return
-    windows = {layer: model.layers[layer].sliding_window for layer in retrieval_layers}
+    windows = {layer: model_layout.layers[layer].sliding_window for layer in retrieval_layers}
     span = config.memory_span(config.top_k)
     reach = config.local_window + span
     blind = {layer: size for layer, size in windows.items() if size is not None and size < reach}
     if blind:
         least = min(blind.values())
         raise InvalidArgumentError(
-            f"local_window is {config.local_window}, and memory takes {span} positions before it, but retrieval layers "
-            f"{', '.join(map(str, blind))} have a sliding window of {least}, which would hide memory from them. Use a "
-            f"local_window of at most {max(0, least - span)}, or leave these layers out of retrieval_layers."
+            f"local_window must be at most {max(0, least - span)}, got {config.local_window}: memory takes {span} "
+            f"positions before it, and retrieval layers {', '.join(map(str, blind))} have a sliding window of {least}, "
+            "which would hide memory from them. Lower it, or leave these layers out of retrieval_layers."
         )
 
 
-def check_reach(position: int, model: ModelLayout) -> None:
-    """Refuse a position that the model was not trained on, which only ``"original"`` can come to.
+def check_max_position(position: int, model_layout: ModelLayout) -> None:
+    """Refuse a position that the model was not trained on, which only ``"original"`` can reach.
 
     Raises
     ------
     InvalidArgumentError
         Naming the position and the limit.
     """
-    if model.max_positions is not None and position >= model.max_positions:
+    if model_layout.max_positions is not None and position >= model_layout.max_positions:
         raise InvalidArgumentError(
-            f"The text reaches position {position}, but the model was trained on {model.max_positions}. Use "
+            f"Positions must be below {model_layout.max_positions}, as the model was trained, got {position}. Use "
             "position_mode='zero' or 'before-window', which re-base the window, or a shorter text."
         )

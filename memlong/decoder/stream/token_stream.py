@@ -1,4 +1,4 @@
-"""One token stream: how far it is, which chunks have left its window, and what it has retrieved."""
+"""One token stream: how far it has read, which chunks have left its window, and what it has retrieved."""
 
 from __future__ import annotations
 
@@ -13,29 +13,35 @@ from torch import Tensor
 from memlong.bank import ChunkLayout, Draft, MemoryBank
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.persistence.stored import fact_of, tensor_of
+from memlong.decoder.persistence.saved_values import fact_of, tensor_of
 from memlong.decoder.retrievers.base import Passage
-from memlong.decoder.stream.placement import Placement, memory_positions, place
-from memlong.decoder.stream.recall import RandomChunks, Retrieval, RowMemory, recall
+from memlong.decoder.stream.positions import Placement, memory_positions, placement_of
+from memlong.decoder.stream.retrieval import RandomChunks, Retrieval, StreamMemory, retrieve_chunks
 
 _MOST_IDS = 1 << 62
 
 
-class Row:
+class TokenStream:
     """Bookkeeping of one stream. Tokens are counted from its start.
 
     Attributes
     ----------
     bank
-        The row's memory, or None for the plain window.
+        The stream's memory, or None for the plain window.
+    bank_origin
+        What the bank's chunks were made with, when it was last looked at.
+    random_chunks
+        Chunks to retrieve now and then in place of the ones asked for.
     query_length
         Tokens that make a query.
-    asked
-        What the next query is, if not the text just before the coming segment.
+    memory, retrieval
+        What the stream attends to, and how it was found; None for nothing.
+    next_query
+        The next query, if it is not the text just before the next segment.
     storing_from
         The bank's next id when chunks were last given to it, until they have left the window.
     ahead
-        Tokens taken in whose ids are still to be noted.
+        Tokens read whose ids are still to be noted.
     """
 
     def __init__(
@@ -45,20 +51,25 @@ class Row:
         random_chunks: RandomChunks | None = None,
     ) -> None:
         self.config = config
-        self.bank = bank
-        self._random_chunks = random_chunks
+        self.use_bank(bank)
+        self.random_chunks = random_chunks
         self.query_length = config.query_length
-        self.memory: RowMemory | None = None
+        self.memory: StreamMemory | None = None
         self.retrieval: Retrieval | None = None
-        self.asked: Passage | None = None
-        self.storing_from: int | None = None
+        self.next_query: Passage | None = None
         self.ahead = 0
         self._departed = 0  # chunks that have left the window
         self._recent = Passage((), 0)  # the latest tokens, as far back as a chunk or a query may reach
 
+    def use_bank(self, bank: MemoryBank | Draft | None) -> None:
+        """Continue with this bank."""
+        self.bank = bank
+        self.bank_origin = bank.origin if isinstance(bank, MemoryBank) else None
+        self.storing_from: int | None = None
+
     @property
     def seen(self) -> int:
-        """Tokens taken in so far."""
+        """Tokens read so far."""
         return self._recent.end + self.ahead
 
     @property
@@ -72,19 +83,19 @@ class Row:
 
     @property
     def segment_rest(self) -> int:
-        """Tokens that the present segment still takes."""
+        """Tokens that the current segment still takes."""
         return self.config.segment_size - self.seen % self.config.segment_size
 
     @property
     def placement(self) -> Placement:
-        """Where the window stands now."""
-        return place(self.config, self.first_token, self.memory.tokens if self.memory else 0)
+        """Where the window is placed now."""
+        return placement_of(self.config, self.first_token, self.memory.tokens if self.memory else 0)
 
     def keeps(self, tokens: Ints, reach: int | None = None) -> Bools:
         """Which tokens [columns], by index and −1 for padding, belong in the window.
 
-        With a ``reach``, in that of a layer whose tokens see so many, themselves included: also of tokens that may be
-        taken back.
+        With a ``reach``, in the window of a layer whose tokens see that many, including themselves. It also keeps what
+        tokens that may be taken back see.
         """
         if reach is not None:
             return (tokens >= self._first_seen(reach)) & (tokens < self.seen)
@@ -104,46 +115,46 @@ class Row:
     def _first_seen(self, reach: int) -> int:
         return max(0, self.seen + 1 - reach - self.config.segment_size)
 
-    def fork(self) -> Row:
-        """Return a row that goes its own way from here; what it stores stays in a draft of the bank."""
+    def fork(self) -> TokenStream:
+        """Return an independent stream that continues from here; what it stores stays in a draft of the bank."""
         other = copy(self)
-        other._random_chunks = None  # noqa: SLF001 - its own; a fork is never trained on
+        other.random_chunks = None  # a fork is never trained on
         if self.bank is not None:
             other.bank = self.bank.fork() if isinstance(self.bank, Draft) else Draft(self.bank)
         return other
 
     def take(self, token_ids: Sequence[int]) -> None:
-        """Note the tokens of a forward call, or ids of tokens taken in before."""
+        """Note the tokens of a forward call, or the ids of tokens read before."""
         self._recent = Passage((*self._recent.token_ids, *token_ids), self._recent.start)
         self.ahead = 0
 
     @property
     def is_full(self) -> bool:
-        """Whether the local window has no room for another token."""
+        """Whether the local window is full."""
         return self.seen - self.first_token >= self.config.local_window
 
     def rewind(self, most: int | None) -> list[int]:
-        """Take back the latest tokens, ``most`` at most, to be read again with memory that they themselves ask for.
+        """Take back the latest tokens, at most ``most``, to be read again with memory that they themselves ask for.
 
-        None is all since the last segment began, of which at least one. The next query is the text that ends with them.
+        None is all since the last segment began, at least one. The next query is the text that ends with them.
         """
         since = self.first_token if self._departed else 0
         if most is None:
             most = (self.seen - 1) % self.config.segment_size + 1
         count = min(most, self.seen - since)
-        self.asked = self.query()
+        self.next_query = self.query()
         taken = self._passage(self.seen - count, self.seen)
         self._recent = self._passage(self._recent.start, taken.start)
         return list(taken.token_ids)
 
     def query(self) -> Passage:
-        """The text just before the coming segment."""
-        if self.asked is not None:
-            return self.asked
+        """The text just before the next segment."""
+        if self.next_query is not None:
+            return self.next_query
         return self._passage(max(self._recent.start, self.seen - self.query_length), self.seen)
 
     def departing(self, *, everything: bool = False) -> list[Passage]:
-        """The chunks that must leave so that the coming segment fits into the window, oldest first; or all that are."""
+        """The chunks that must leave so that the next segment fits into the window, oldest first; or all whole ones."""
         size = self.config.chunk_size
         held = self.seen - self.first_token
         count = max(0, held // size if everything else -(-(held - self.config.window_past) // size))
@@ -155,7 +166,7 @@ class Row:
         return list(self._passage(min(self.first_token, self.seen), self.seen).token_ids)
 
     def has_stored(self, chunks: Sequence[Passage]) -> bool:
-        """Whether the bank took these chunks in before something kept them from leaving."""
+        """Whether the bank has these chunks already, from a call that failed before they left the window."""
         if self.bank is None or self.storing_from is None:
             return False
         end = min(self.storing_from + len(chunks), self.bank.next_id)
@@ -163,24 +174,24 @@ class Row:
         return [chunks[-1].start, chunks[-1].end] in spans
 
     def depart(self, count: int) -> None:
-        """Note that ``count`` chunks have left, and forget text that is needed no more."""
+        """Note that ``count`` chunks have left, and forget text that is no longer needed."""
         self._departed += count
         self.storing_from = None
         needed = min(self.first_token, self.seen - self.config.query_length)
         self._recent = self._passage(max(self._recent.start, needed), self.seen)
 
     def forget(self) -> None:
-        """Let go of what was retrieved for the last segment."""
+        """Drop what was retrieved for the last segment."""
         self.memory = self.retrieval = None
 
-    def recall(self, query: Tensor) -> None:
+    def retrieve(self, query: Tensor) -> None:
         """Retrieve chunks for a query's embedding [dim]."""
-        assert self.bank is not None  # noqa: S101 - the plain window has nothing to recall
-        by_chance = self._random_chunks
+        assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
+        by_chance = self.random_chunks
         if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
-            self.retrieval, self.memory = by_chance.recall(self.bank, query, self.config)
+            self.retrieval, self.memory = by_chance.retrieve(self.bank, query, self.config)
         else:
-            self.retrieval, self.memory = recall(self.bank, query, self.config)
+            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config)
 
     def memory_positions(self) -> Ints:
         """Positions [tokens] of the retrieved chunks."""
@@ -189,7 +200,7 @@ class Row:
         return memory_positions(self.config, self.placement, self.memory.spans.numpy())
 
     def facts(self) -> dict[str, int | bool | None]:
-        """Return what JSON can hold of where the stream stands, for `go_on`."""
+        """Return the part of the state that JSON can hold, for `restore`."""
         return {
             "departed": self._departed,
             "recent_start": self._recent.start,
@@ -199,7 +210,7 @@ class Row:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the rest of it: the latest tokens, and what was retrieved."""
+        """Return the rest of the state: the latest tokens, and what was retrieved."""
         found = {"recent": torch.tensor(self._recent.token_ids, dtype=torch.int64, device="cpu")}
         if self.retrieval is not None:
             found |= {f"retrieval.{name}": each for name, each in vars(self.retrieval).items()}
@@ -207,19 +218,21 @@ class Row:
             found |= {f"memory.{name}": each for name, each in vars(self.memory).items()}
         return found
 
-    def go_on(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: ChunkLayout) -> None:
-        """Stand where another row stood; ValueError, KeyError or TypeError if none can have stood there."""
+    def restore(
+        self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], block_layout: ChunkLayout
+    ) -> None:
+        """Continue from a saved stream; ValueError, KeyError or TypeError if none can have been in that state."""
         departed, start = fact_of(facts, "departed", int), fact_of(facts, "recent_start", int)
         recent = tensor_of(tensors, "recent", None).tolist()
         self._departed, self._recent = departed, Passage(tuple(recent), start)
         if departed < 0 or not 0 <= start <= self.first_token or (departed and self.first_token > self.seen):
             raise ValueError(
-                f"a row cannot stand at token {self.seen}, and know the text from token {start} on, when {departed} "
+                f"a stream cannot be at token {self.seen}, and know the text from token {start} on, when {departed} "
                 "chunks have left"
             )
         self.storing_from = fact_of(facts, "storing_from", int, type(None))
         if self.storing_from is not None and not 0 <= self.storing_from < _MOST_IDS:
-            raise ValueError(f"storing_from is {self.storing_from}, which is no id of a chunk")
+            raise ValueError(f"storing_from must be the id of a chunk, got {self.storing_from}")
         self.retrieval = self.memory = None
         if fact_of(facts, "has_retrieved", bool):
             ids = tensor_of(tensors, "retrieval.ids", None)
@@ -237,13 +250,13 @@ class Row:
             )
         if fact_of(facts, "has_memory", bool):
             spans = tensor_of(tensors, "memory.spans", None, 2)
-            layers, heads, size, width = layout.shape
-            like = layout.empty(0)
+            layers, heads, size, width = block_layout.shape
+            like = block_layout.empty(0)
             keys, values = (
                 tensor_of(tensors, f"memory.{name}", layers, heads, len(spans) * size, width, like=like)
                 for name in ("keys", "values")
             )
-            self.memory = RowMemory(keys, values, spans)
+            self.memory = StreamMemory(keys, values, spans)
 
     def _passage(self, start: int, end: int) -> Passage:
         first = self._recent.start

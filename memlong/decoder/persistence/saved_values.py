@@ -1,4 +1,4 @@
-"""Facts and tensors of a state that was saved, taken out one by one, each of the kind that it must have."""
+"""Values of a saved state, checked one by one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def fact_of(facts: Mapping[str, Any], name: str, *kinds: type) -> Any:
-    """Return a fact of one of these very types, no subclass of them, as bool is of int; ValueError if it is another."""
+    """Return a fact of exactly one of these types (a bool is no int); ValueError for any other."""
     found = facts[name]
     if type(found) not in kinds:
-        raise ValueError(f"{name} is {found!r}, expected {' or '.join(kind.__name__ for kind in kinds)}")
+        raise ValueError(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {found!r}")
     return found
 
 
@@ -25,7 +25,7 @@ def tensor_of(
     Raises
     ------
     ValueError
-        If there is none, or it is another.
+        If its shape or dtype is another.
     """
     dtype = torch.int64 if like is None else like.dtype
     found = tensors[name]
@@ -33,5 +33,5 @@ def tensor_of(
         want in (None, have) for have, want in zip(found.shape, shape, strict=True)
     )
     if not fits or found.dtype != dtype:
-        raise ValueError(f"{name} is {found.dtype}{list(found.shape)}, expected {dtype}{list(shape)}")
+        raise ValueError(f"{name} must be {dtype}{list(shape)}, got {found.dtype}{list(found.shape)}")
     return found if like is None else found.to(like.device)

@@ -1,4 +1,4 @@
-"""Load with transformers, quietly and one at a time."""
+"""Loading with transformers, without its progress bars, one load at a time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _ONE_AT_A_TIME = free_after_fork(threading.RLock())
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep back transformers' bars and notes about loading, which would drown our own; nothing else is kept back.
+    """Silence transformers' progress bars and notes about loading, and nothing else.
 
-    Its settings are those of the whole process, so threads take turns, and the user's own come back.
+    These settings are global to the process, so threads take turns, and the user's own are restored.
     """
     with _ONE_AT_A_TIME:
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            with _heeded_by_gguf():
+            with _silencing_gguf():
                 yield
         finally:
             logging.set_verbosity(verbosity)
@@ -37,8 +37,8 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def _heeded_by_gguf() -> Iterator[None]:
-    """Reading a GGUF file shows a bar that heeds no setting: let it use the one that does."""
+def _silencing_gguf() -> Iterator[None]:
+    """Make the progress bar for GGUF files, which ignores these settings, follow them."""
     reader: Any = importlib.import_module(_GGUF_READER) if importlib.util.find_spec(_GGUF_READER) else None
     bar = getattr(reader, "tqdm", None)
     if bar is None:

@@ -1,4 +1,4 @@
-"""Which tokens the columns of a window hold, kept on the host."""
+"""Which token each column of a window holds, and its position; kept on the host."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.model.rope import AngleCache
 
 PADDING = -1
-"""Instead of a token's index, where a column holds none."""
+"""Stands for a token's index where a column holds none."""
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """Which tokens the columns of some layers hold, and where they stand.
+class WindowColumns:
+    """Which tokens the columns of some layers hold, and their positions.
 
     Attributes
     ----------
     tokens
-        [rows, columns]: which token of its stream a column holds, counted from 0; −1 for padding. Columns of a row
-        ascend; rows may have padding anywhere, since what a token sees goes by place.
+        [rows, columns]: the index of a column's token in its stream; −1 for padding. The tokens of a row ascend;
+        padding may be anywhere, since visibility does not depend on a token's column.
     positions
-        [rows, columns]: where keys are rotated to.
+        [rows, columns]: the positions that keys are rotated to.
     reach
-        How many tokens, a coming one included, a sliding layer keeps; None for the local window.
+        How many tokens a sliding-window layer keeps, including the next one; None for the local window.
     """
 
     tokens: Ints
@@ -43,24 +43,24 @@ class Held:
         return valid
 
     @property
-    def places(self) -> Ints:
-        """[rows, columns]: by which it is told who sees whom. A sliding window counts the tokens of the text."""
+    def order(self) -> Ints:
+        """[rows, columns]: what decides visibility: positions, or in a sliding layer's own window, token indices."""
         return self.positions if self.reach is None else self.tokens
 
     def angles(self, device: torch.device) -> AngleCache:
-        """Angles of the columns."""
+        """Rotation angles of the columns, computed once."""
         if not self._angles:
             self._angles.append(AngleCache(to_device(torch.from_numpy(self.positions), device)))
         return self._angles[0]
 
-    def of_rows(self, rows: Sequence[int]) -> Held:
-        """Those of these rows."""
+    def of_rows(self, rows: Sequence[int]) -> WindowColumns:
+        """Return the columns of these rows."""
         numbers = np.asarray(rows, dtype=np.int64)
-        return Held(self.tokens[numbers], self.positions[numbers], self.reach)
+        return WindowColumns(self.tokens[numbers], self.positions[numbers], self.reach)
 
-    def and_then(self, tokens: Ints, positions: Ints) -> Held:
-        """Return these and columns behind them."""
-        return Held(
+    def appended(self, tokens: Ints, positions: Ints) -> WindowColumns:
+        """Return these columns followed by new ones."""
+        return WindowColumns(
             np.concatenate([self.tokens, tokens], axis=1),
             np.concatenate([self.positions, positions], axis=1),
             self.reach,

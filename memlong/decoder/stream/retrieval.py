@@ -1,4 +1,4 @@
-"""From a query to the chunks that a row attends to."""
+"""From a query to the chunks that a stream attends to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memlong.decoder.config import MemoryConfig
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What one row retrieved for one segment.
+    """What one stream retrieved for one segment.
 
     Attributes
     ----------
@@ -30,8 +30,8 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class RowMemory:
-    """Retrieved K-V of one row, un-rotated, chunks in the order in which they stand.
+class StreamMemory:
+    """Retrieved K-V of one stream, un-rotated, with chunks in the order of the text.
 
     ``keys`` and ``values`` are [layers, kv_heads, tokens, head_dim]; ``spans`` is [chunks, 2].
     """
@@ -48,12 +48,12 @@ class RowMemory:
 
 @dataclass(frozen=True)
 class RandomChunks:
-    """Now and then, chunks at random in place of those that were asked for: what training tells memory from.
+    """Retrieves random chunks now and then, so that training has something to tell memory from.
 
     Parameters
     ----------
     share
-        Share of retrievals that it befalls, from 0 to 1.
+        Share of retrievals that are random, from 0 to 1.
     generator
         Decides when, and which chunks.
     """
@@ -62,25 +62,27 @@ class RandomChunks:
     generator: torch.Generator
 
     def due(self) -> bool:
-        """Whether the next retrieval is one of them."""
+        """Whether the next retrieval is random."""
         return float(torch.rand(1, generator=self.generator, dtype=torch.float32, device="cpu")) < self.share
 
-    def recall(
+    def retrieve(
         self, bank: MemoryBank, query: Tensor, config: MemoryConfig
-    ) -> tuple[Retrieval, RowMemory | None]:
-        """Take as many chunks as `recall` would look for, any of the bank's, in the order of the text."""
+    ) -> tuple[Retrieval, StreamMemory | None]:
+        """Take as many of the bank's chunks as `retrieve_chunks` would, at random, in the order of the text."""
         stored = bank.ids
         some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.top_k]
         ids = stored[some].sort().values
         chunks = bank.fetch(ids)
-        memory = RowMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans) if len(ids) else None
+        memory = (
+            StreamMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans) if len(ids) else None
+        )
         return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu")), memory
 
 
-def recall(
+def retrieve_chunks(
     bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
-) -> tuple[Retrieval, RowMemory | None]:
-    """Retrieve chunks for a query's embedding [dim], and put together what is attended to; None where nothing is."""
+) -> tuple[Retrieval, StreamMemory | None]:
+    """Retrieve chunks for a query's embedding [dim], and join their K-V; None if nothing was found."""
     found = bank.retrieve(query[None], min(config.top_k, len(bank)))
     count = int((found.ids[0] >= 0).sum())
     retrieval = Retrieval(query, found.ids[0, :count], found.scores[0, :count])
@@ -91,10 +93,10 @@ def recall(
     keys, values = (
         _in_line(states[0], to_device(order, states.device)) for states in (found.keys, found.values)
     )
-    return retrieval, RowMemory(keys, values, found.spans[0, order])
+    return retrieval, StreamMemory(keys, values, found.spans[0, order])
 
 
 def _in_line(blocks: Tensor, order: Tensor | None = None) -> Tensor:
     """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim], in one copy."""
-    side_by_side = blocks.permute(1, 2, 0, 3, 4)
+    side_by_side = blocks.permute(1, 2, 0, 3, 4)  # [layers, kv_heads, chunks, chunk, head_dim]
     return (side_by_side if order is None else side_by_side.index_select(2, order)).flatten(2, 3)

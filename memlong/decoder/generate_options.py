@@ -1,0 +1,80 @@
+"""Options of generate() that a memory can take, and what transformers infers from them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from memlong.errors import InvalidArgumentError
+
+_REFUSED = {
+    "assistant_model": "assisted decoding takes tokens back",
+    "prompt_lookup_num_tokens": "prompt lookup takes tokens back",
+    "assistant_early_exit": "assisted decoding takes tokens back",
+    "inputs_embeds": "the streams are made of tokens",
+    "inputs": "a prompt is given as input_ids",
+    "cache_implementation": "the streams are the cache",
+    "output_attentions": "attention goes over memory and window, whose columns have no place in the text",
+    "output_hidden_states": "the prompt is read in segments, of which only the last logits are kept",
+}
+_NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
+
+
+def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Refuse options that need a cache of transformers' own.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming the option and the reason.
+    """
+    config = options.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise InvalidArgumentError(f"generation_config must be a GenerationConfig, got {config!r}.")
+    options.setdefault(
+        "cache_implementation", getattr(config, "cache_implementation", None)
+    )  # not the model's own
+    for name, value in options.items():
+        if _NO_TEXT.search(name) and value is not None:
+            raise InvalidArgumentError(
+                f"{name} does not work with a memory, which holds text only. Leave it out, or generate with the model "
+                "itself, outside `with decoder:`."
+            )
+    for name in ("num_beams", "num_return_sequences"):
+        value = _setting(model, options, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise InvalidArgumentError(f"{name} must be an integer of at least 1, got {value!r}.")
+    for name in ("logits_processor", "stopping_criteria"):
+        odd = next((each for each in options.get(name) or () if not callable(each)), None)
+        if odd is not None:
+            raise InvalidArgumentError(f"{name} must hold callables, got {odd!r}.")
+    for name, reason in _REFUSED.items():
+        value = _setting(model, options, name)
+        if isinstance(value, Tensor) or value:
+            raise InvalidArgumentError(
+                f"{name} does not work with a memory: {reason}. Leave it out, or generate with the model itself, "
+                "outside `with decoder:`."
+            )
+
+
+def inferred_mask(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """Return the mask [rows, tokens] that transformers infers from padding in a prompt, or None."""
+    padding, ends = (_setting(model, options, name) for name in ("pad_token_id", "eos_token_id"))
+    padding, ends = (
+        each.flatten().tolist() if isinstance(each, Tensor) else each for each in (padding, ends)
+    )
+    padding = padding[0] if isinstance(padding, list) and padding else padding
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    if not isinstance(padding, int) or padding in stops or not bool((input_ids == padding).any()):
+        return None
+    return (input_ids != padding).long()
+
+
+def _setting(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given

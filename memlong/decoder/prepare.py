@@ -1,0 +1,75 @@
+"""Checking a model and memory settings against each other, and making what a decoder needs."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlong.bank import TieredStore
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.kv.sources import make_source
+from memlong.decoder.model.gates import make_gates
+from memlong.decoder.model.layer_names import parse_layers
+from memlong.decoder.model.probe import probe
+from memlong.decoder.model.trial import try_out
+from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.retrievers.create import check_made_for, create_retriever
+from memlong.decoder.setup import Setup
+from memlong.decoder.stream.positions import with_positions
+from memlong.errors import InvalidArgumentError
+from memlong.plugins import Registry
+from memlong.plugins.options import check_options
+from memlong.plugins.registry import installed_registry
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    config: MemoryConfig | None,
+    retriever: Retriever | None,
+    registry: Registry | None,
+) -> Setup:
+    """Return the parts of a decoder; arguments and errors are those of `MemoryDecoder`."""
+    config = MemoryConfig() if config is None else config
+    _check_types(tokenizer, config, retriever)
+    check_made_for(retriever, model)
+    registry = registry or installed_registry()
+    model_layout = probe(model)
+    if model_layout.is_unusual:
+        try_out(model, model_layout, registry)
+    layers = parse_layers(
+        str(config.retrieval_layers), model_layout.full_attention_layers, model_layout.layers
+    )
+    config = with_positions(config, model_layout, layers)
+    like = cast("Tensor", model.get_input_embeddings().weight)
+    source = make_source(config, model_layout, layers, like)
+    gates = make_gates(config, model_layout, layers, like)
+    if config.backend is not None:
+        registry.load_backend_class(config.backend)  # report a missing library now
+        if config.store:
+            check_options("store", TieredStore, config.store)
+            TieredStore(**config.store).check_device(model.device)
+        if retriever is None:
+            retriever = create_retriever(
+                config.retriever, model, tokenizer, config.retriever_options, registry
+            )
+    setup = Setup(model, model_layout, config, layers, source, gates, retriever, registry)
+    bank = setup.new_bank()  # checks a backend's options and its capacity, too
+    if bank is not None:
+        bank.check_layout(setup.block_layout)
+    return setup
+
+
+def _check_types(tokenizer: Any, config: Any, retriever: Any) -> None:
+    if not isinstance(config, MemoryConfig):
+        raise InvalidArgumentError(f"config must be a MemoryConfig, got {config!r}.")
+    if isinstance(tokenizer, MemoryConfig | Retriever | str):
+        raise InvalidArgumentError(
+            f"tokenizer must be the model's tokenizer, or None, got {tokenizer!r:.80}: the config comes after it."
+        )
+    if retriever is not None and not isinstance(retriever, Retriever):
+        raise InvalidArgumentError(
+            f"retriever must be a Retriever, got {retriever!r}: its name goes into the MemoryConfig."
+        )

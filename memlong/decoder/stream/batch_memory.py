@@ -1,0 +1,171 @@
+"""Retrieved K-V of all rows as one batch: on the model's device, with keys rotated to their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlong.bank.store.copying import to_device
+from memlong.decoder.arrays import Bools, Ints
+from memlong.decoder.kv.buffers import LayerGroup, turned
+from memlong.decoder.kv.copy_stream import CopyEvent, CopyStream
+from memlong.decoder.kv.sources import KvSource
+from memlong.decoder.kv.window import LocalWindow
+from memlong.decoder.model.rope import AngleCache
+from memlong.decoder.stream.token_stream import TokenStream
+
+
+@dataclass(frozen=True)
+class BatchMemory:
+    """What the rows of a batch have retrieved, ready for attention.
+
+    Attributes
+    ----------
+    positions
+        [rows, tokens], on the host.
+    valid
+        [rows, tokens], on the host; False where a row has retrieved fewer tokens than another.
+    layers
+        By group of retrieval layers, the layers.
+    keys, values
+        By group of retrieval layers: [rows, layers, kv_heads, tokens, head_dim]. Empty once the window holds them.
+    angles
+        What the keys are still to be rotated by; None if they are rotated.
+    ready
+        The event after which all of these may be used, if they are still being copied to a CUDA device.
+    """
+
+    positions: Ints
+    valid: Bools
+    layers: tuple[tuple[int, ...], ...]
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    angles: AngleCache | None = None
+    ready: CopyEvent | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Retrieved tokens of a row, padding included."""
+        return int(self.positions.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that are not in the window yet."""
+        return sum(states.nbytes for states in (*self.keys, *self.values))
+
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """By retrieval layer: its group, and its index there."""
+        return {
+            layer: (number, place)
+            for number, group in enumerate(self.layers)
+            for place, layer in enumerate(group)
+        }
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, kv_heads, tokens, head_dim] of a retrieval layer, if the window does not hold them."""
+        number, place = self.places[layer]
+        return self.keys[number][:, place], self.values[number][:, place]
+
+    def wait(self) -> None:
+        """Make what the device computes from here on wait for the copy."""
+        if self.ready is not None:
+            self.ready.wait()
+
+    def given_to(self, window: LocalWindow) -> BatchMemory:
+        """Move keys and values into the window's buffers, and return the rest."""
+        self.wait()
+        window.hold_memory(self.keys, self.values, self.angles)
+        return replace(self, keys=(), values=(), angles=None, ready=None)
+
+    def detach(self) -> BatchMemory:
+        """Return the same memory, as a constant."""
+        keys, values = (tuple(states.detach() for states in each) for each in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
+    def of_rows(self, rows: Sequence[int]) -> BatchMemory:
+        """Return the memory of these rows, which may come more than once."""
+        numbers = np.asarray(rows, dtype=np.int64)
+        keys, values = (tuple(states[list(rows)] for states in each) for each in (self.keys, self.values))
+        return replace(
+            self, positions=self.positions[numbers], valid=self.valid[numbers], keys=keys, values=values
+        )
+
+
+class MemoryLoader:
+    """Brings what the streams have retrieved to the model.
+
+    Parameters
+    ----------
+    source
+        What each retrieval layer makes of stored K-V.
+    groups
+        The layers that attend to memory, grouped as the window has them.
+    device
+        The model's.
+
+    Attributes
+    ----------
+    copy_stream
+        Where a CUDA device copies while it computes.
+    """
+
+    def __init__(self, source: KvSource, groups: Sequence[LayerGroup], device: torch.device) -> None:
+        self._source = source
+        self._groups = groups
+        self._device = device
+        self.copy_stream = CopyStream(device)
+
+    def load(self, streams: Sequence[TokenStream], *, gradients: bool) -> BatchMemory | None:
+        """Return the memory of these streams, one for each row; None if no row has retrieved anything."""
+        if gradients:  # on the model's stream: gradients of one leaf are best made on one stream
+            self.copy_stream.join()
+            with torch.enable_grad():
+                return self._assemble(streams)
+        if not self.copy_stream.is_available:
+            return self._assemble(streams, rotate=False)  # the window's buffers take them un-rotated
+        with self.copy_stream.active():
+            memory = self._assemble(streams)
+        if memory is None:
+            return None
+        return replace(memory, ready=self.copy_stream.record((*memory.keys, *memory.values)))
+
+    def _assemble(self, streams: Sequence[TokenStream], *, rotate: bool = True) -> BatchMemory | None:
+        """Batch the rows' retrieved K-V, pad shorter ones, and rotate keys to their positions."""
+        memories = [stream.memory for stream in streams]
+        if not any(memories):
+            return None
+        each = [stream.memory_positions() for stream in streams]
+        width = max(map(len, each))
+        positions = np.stack([np.pad(mine, (0, width - len(mine))) for mine in each])
+        valid = np.arange(width) < np.array([[len(mine)] for mine in each])
+        angles = AngleCache(to_device(torch.from_numpy(positions), self._device))
+        keys, values = [], []
+        for group in self._groups:
+            supplied = [
+                self._source.supply(group.layers, memory.keys, memory.values) if memory else (None, None)
+                for memory in memories
+            ]
+            raw, mine = (_batch(states).to(self._device) for states in zip(*supplied, strict=True))
+            keys.append(turned(raw, angles.of(group.rope), group.rope.rotated) if rotate else raw)
+            values.append(mine)
+        layers = tuple(group.layers for group in self._groups)
+        return BatchMemory(positions, valid, layers, tuple(keys), tuple(values), None if rotate else angles)
+
+
+def _batch(states: Sequence[Tensor | None]) -> Tensor:
+    """Stack [layers, kv_heads, tokens, head_dim] of the rows; those with fewer tokens (or None) are zero-padded."""
+    given = [state for state in states if state is not None]
+    if len(states) == 1:
+        return given[0][None]
+    layers, heads, _, width = given[0].shape
+    batch = given[0].new_zeros(len(states), layers, heads, max(state.shape[2] for state in given), width)
+    for row, state in enumerate(states):
+        if state is not None:
+            batch[row, :, :, : state.shape[2]] = state
+    return batch
