@@ -11,6 +11,7 @@ import memlong
 
 ROOMS = ("bank", "decoder", "errors", "evaluation", "plugins", "settings", "testing", "training")
 OURS_ALONE = {  # between a bank, its snapshots and the decoder
+    "BlockKind",
     "ChunkTable",
     "Reader",
     "SavedBank",

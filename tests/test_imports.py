@@ -18,9 +18,10 @@ BELOW = {
     "errors": set(),
     "versions": set(),
     "settings": {"errors"},
-    "bank": {"versions", "settings", "errors"},
-    "plugins": {"settings", "bank", "errors"},
-    "decoder": {"versions", "settings", "plugins", "bank", "errors"},
+    "uri": {"errors"},
+    "bank": {"versions", "settings", "uri", "errors"},
+    "plugins": {"settings", "uri", "bank", "errors"},
+    "decoder": {"versions", "settings", "uri", "plugins", "bank", "errors"},
     "training": {
         "settings",
         "evaluation",
@@ -41,6 +42,7 @@ BELOW = {
     "cli": {
         "versions",
         "settings",
+        "uri",
         "architectures",
         "training",
         "evaluation",

@@ -11,6 +11,8 @@ from memlong.bank.metric import Metric
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
 from memlong.bank.sessions.pool import BankPool
 from memlong.bank.state import BankState
+from memlong.bank.store.folder import ObjectFolder
+from memlong.bank.store.objects import Objects, StoredObject, objects_at
 from memlong.bank.store.store import InMemoryStore, KeyValueStore
 from memlong.bank.store.tiers import TieredStore
 from memlong.bank.validate import whole_number
@@ -33,12 +35,16 @@ __all__ = [
     "MemoryBank",
     "Metric",
     "NoOptions",
+    "ObjectFolder",
+    "Objects",
     "Retrieved",
     "SearchResult",
     "StoredEmbeddings",
+    "StoredObject",
     "TieredStore",
     "Usage",
     "bank_of",
     "eviction_policy",
+    "objects_at",
     "whole_number",
 ]

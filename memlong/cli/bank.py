@@ -10,7 +10,7 @@ import typer
 
 from memlong.cli.answer import answering, escaped, say
 from memlong.cli.output import print_json, print_section, print_table
-from memlong.plugins.uri import hide_credentials
+from memlong.uri import hide_credentials
 
 Folder = Annotated[Path, typer.Argument(metavar="PATH", help="Snapshot folder of a bank or a decoder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

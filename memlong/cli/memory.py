@@ -14,9 +14,9 @@ from memlong.cli.loading import runs_on
 from memlong.cli.values import key_values
 from memlong.decoder.config import MemoryConfig
 from memlong.errors import InvalidArgumentError
-from memlong.plugins.uri import hide_credentials, without_credentials
 from memlong.settings import default_of, metadata_of, types_of
 from memlong.training.config import TrainingConfig
+from memlong.uri import hide_credentials, without_credentials
 
 if TYPE_CHECKING:
     from memlong.decoder import MemoryDecoder
@@ -188,7 +188,7 @@ def described(decoder: MemoryDecoder) -> dict[str, Any]:
     settings |= {
         "backend": without_credentials(config.backend or "none"),
         "retrieval_layers": list(decoder.retrieval_layers),
-        "store": {name: str(value) for name, value in config.store.items()},
+        "store": {name: without_credentials(str(value)) for name, value in config.store.items()},
         "query_tokens": config.query_length,
     }
     if config.backend is None:

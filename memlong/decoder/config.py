@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from memlong.decoder.model.layer_names import layers_as_text
 from memlong.errors import InvalidArgumentError
-from memlong.plugins.uri import hide_credentials, without_credentials
 from memlong.settings import checked, documented, setting
+from memlong.uri import hide_credentials, without_credentials
 
 KvSourceName = Literal["layer", "shared", "latent"]
 PositionMode = Literal["zero", "overlaid", "before-window", "original"]
@@ -109,12 +109,13 @@ class MemoryConfig:
     )
     store: Mapping[str, Any] = setting(
         dict,
-        "Where keys and values are kept: device, host, disk, disk_budget, dtype.",
+        "Where keys and values are kept: device, host, disk, disk_budget, objects, readers, dtype.",
         unset="where they are made",
-        more='The arguments of `TieredStore`: ``{"host": "2GB", "disk": "/path/to/folder"}``.',
+        more='The arguments of `TieredStore`: ``{"host": "2GB", "disk": "/path/to/folder"}``, or ``"objects": '
+        '"s3://bucket/folder"`` in place of ``disk``.',
         metavar="K=V",
         example="host=1GB",
-        texts=frozenset({"disk", "dtype"}),
+        texts=frozenset({"disk", "objects", "dtype"}),
     )
 
     def __post_init__(self) -> None:
@@ -159,7 +160,7 @@ class MemoryConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return all settings as files and reports may hold them: with ``***`` for what may be secret."""
         settings = asdict(self)
-        for name in ("backend_options", "retriever_options"):
+        for name in ("backend_options", "retriever_options", "store"):
             settings[name] = hide_credentials(settings[name])
         if self.backend is not None:
             settings["backend"] = without_credentials(self.backend)

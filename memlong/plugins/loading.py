@@ -8,7 +8,7 @@ import inspect
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, PluginError
 from memlong.plugins.names import explained, text_of
 from memlong.plugins.spec import Spec
-from memlong.plugins.uri import scheme_of, scrubbed, without_credentials
+from memlong.uri import scheme_of, scrubbed, without_credentials
 
 
 def load_class(spec: Spec, *bases: type) -> type:

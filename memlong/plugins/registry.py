@@ -16,7 +16,7 @@ from memlong.plugins.names import explained, quoted
 from memlong.plugins.options import check_options
 from memlong.plugins.selection import DISABLE_VARIABLE, SELECT_VARIABLE
 from memlong.plugins.spec import Kind, Spec
-from memlong.plugins.uri import scheme_of
+from memlong.uri import scheme_of
 
 if TYPE_CHECKING:
     from memlong.bank.base import MemoryBank

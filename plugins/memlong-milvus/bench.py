@@ -73,7 +73,7 @@ def measure(uri: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "pymilvus": pymilvus.__version__,
-            "server": bank._engine.call("get_server_version"),  # noqa: SLF001 - a bench looks inside
+            "server": bank.engine.call("get_server_version"),
         },
         "chunks": given.chunks,
         "block_kib": given.block_kib,
@@ -109,9 +109,9 @@ def _fill(bank: MilvusBank, chunks: int, block_kib: int, draws: torch.Generator)
 
 def _settle(bank: MilvusBank) -> None:
     """Wait until what was added is no longer young, and a server has built its index."""
-    if bank._engine.address.is_local:  # noqa: SLF001
+    if bank.engine.address.is_local:
         return
-    client = bank._engine._client  # noqa: SLF001
+    client = bank.engine.client
     client.flush(bank.collection, timeout=300)
     client.load_collection(bank.collection, timeout=300)
     time.sleep(SETTLING)
@@ -119,7 +119,7 @@ def _settle(bank: MilvusBank) -> None:
 
 def _timed(bank: MilvusBank, asked: torch.Tensor, consistency: str) -> dict[str, list[float]]:
     """Return the milliseconds of each query in each way."""
-    raw, store = _raw_search(bank, consistency), Path(bank.state.store.place)  # type: ignore[attr-defined]
+    raw, store = _raw_search(bank, consistency), Path(bank.state.store.folder.place)  # type: ignore[attr-defined]
     ways: list[tuple[str, Callable[[torch.Tensor], Any]]] = [
         ("pymilvus search", raw),
         ("bank.search", lambda query: bank.search(query, K)),
@@ -141,19 +141,19 @@ def _timed(bank: MilvusBank, asked: torch.Tensor, consistency: str) -> dict[str,
 
 
 def _raw_search(bank: MilvusBank, consistency: str) -> Callable[[torch.Tensor], Any]:
-    rows, client = bank._rows, bank._engine._client  # noqa: SLF001
+    rows, client = bank.rows, bank.engine.client
 
     def search(query: torch.Tensor) -> Any:
         return client.search(
             bank.collection,
             data=list(query.numpy()),
             anns_field="embedding",
-            filter=rows._filter,  # noqa: SLF001
+            filter=rows.filter,
             limit=K,
             output_fields=["pk"],
             search_params={"metric_type": "IP", "params": {"ef": 64}},
             consistency_level=consistency.capitalize(),
-            partition_names=[rows._partition],  # noqa: SLF001
+            partition_names=[rows.partition],
             timeout=60,
         )
 
@@ -161,8 +161,9 @@ def _raw_search(bank: MilvusBank, consistency: str) -> Callable[[torch.Tensor], 
 
 
 def _read(bank: MilvusBank, store: Path, found: Any) -> torch.Tensor:
-    names = map(bank.state.store._folder.block, bank._session.ids_of(found[0].ids))  # type: ignore[attr-defined] # noqa: SLF001
-    blocks = [np.frombuffer((store / name).read_bytes(), dtype=np.uint8) for name in names]
+    folder = store / bank.state.store.folder.name  # type: ignore[attr-defined]
+    ids = bank.rows.session.ids_of(found[0].ids)
+    blocks = [np.frombuffer((folder / f"{each}.kv").read_bytes(), dtype=np.uint8) for each in ids]
     return torch.from_numpy(np.concatenate(blocks))
 
 
@@ -172,7 +173,7 @@ def _crowded(
     """Ask a small session among many of its size."""
     spans = np.stack([np.arange(SMALL), np.arange(SMALL) + 1], axis=1)
     for number in range(given.crowd):
-        rows = SessionRows(bank._engine, bank._rows._collection, Session.of(f"crowd {number}"))  # noqa: SLF001
+        rows = SessionRows(bank.engine, bank.rows.collection, Session.of(f"crowd {number}"))
         rows.upsert(np.arange(SMALL), _vectors(SMALL, draws).numpy(), spans)
     small = MilvusBank(
         DIM, uri=uri, store=folder, collection="memlong_bench", consistency=given.consistency, timeout=60
@@ -183,7 +184,7 @@ def _crowded(
     return {
         "sessions": given.crowd,
         "chunks_each": SMALL,
-        "partitions": bank._rows._collection.partitions,  # noqa: SLF001
+        "partitions": bank.rows.collection.partitions,
         "times": _table(times),
         "ratios": _ratios(times),
     }

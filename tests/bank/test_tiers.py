@@ -24,7 +24,19 @@ def blocks(count, dtype=torch.float32, seed=0):
     return [torch.randn(count, *SHAPE, generator=generator).to(dtype) for _ in range(2)]
 
 
-@pytest.fixture(params=["device", "host", "disk", "device-disk", "host-disk", "disk-budget"])
+@pytest.fixture(
+    params=[
+        "device",
+        "host",
+        "disk",
+        "device-disk",
+        "host-disk",
+        "disk-budget",
+        "objects",
+        "memory-objects",
+        "host-objects",
+    ]
+)
 def tiers(request, tmp_path):
     return {
         "device": {"device": "all"},
@@ -33,6 +45,9 @@ def tiers(request, tmp_path):
         "device-disk": {"device": 2 * BLOCK, "disk": tmp_path},
         "host-disk": {"host": 0, "disk": str(tmp_path)},
         "disk-budget": {"host": "1MB", "disk": tmp_path, "disk_budget": "1GiB"},
+        "objects": {"objects": tmp_path},
+        "memory-objects": {"objects": f"memory://{tmp_path.name}", "readers": 2},
+        "host-objects": {"host": 2 * BLOCK, "objects": f"file://{tmp_path}"},
     }[request.param]
 
 
@@ -82,8 +97,9 @@ def test_ids_that_are_not_held_and_ids_held_already_are_refused(tiers):
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "share"), [("bfloat16", 0.01, 0.5), ("float8", 0.07, 0.5), ("int8", 0.012, 0.5)]
 )
-def test_fewer_bits_cost_little(tmp_path, dtype, tolerance, share):
-    store = TieredStore(disk=tmp_path, dtype=dtype)
+@pytest.mark.parametrize("tier", ["disk", "objects"])
+def test_fewer_bits_cost_little(tmp_path, tier, dtype, tolerance, share):
+    store = TieredStore(**{tier: tmp_path}, dtype=dtype)
     shape = (2, 2, 64, 64)
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(2, *shape, generator=generator) for _ in range(2))
@@ -134,6 +150,8 @@ def test_what_is_in_memory_is_counted_with_its_copies_and_what_is_on_disk_is_not
         ({"host": "all"}, 4),
         ({"disk": tmp_path}, 0),
         ({"host": 3 * one, "disk": tmp_path}, 3),
+        ({"objects": tmp_path}, 0),
+        ({"host": 3 * one, "objects": tmp_path}, 3),
     ):
         store = TieredStore(**options)
         assert store.resident_bytes == 0
@@ -141,8 +159,9 @@ def test_what_is_in_memory_is_counted_with_its_copies_and_what_is_on_disk_is_not
         assert (store.nbytes, store.resident_bytes) == (4 * one, resident * one)
 
 
-def test_a_peek_leaves_near_tiers_to_those_that_search(tmp_path):
-    store = TieredStore(host=2 * BLOCK, disk=tmp_path)
+@pytest.mark.parametrize("tier", ["disk", "objects"])
+def test_a_peek_leaves_near_tiers_to_those_that_search(tmp_path, tier):
+    store = TieredStore(**{tier: tmp_path}, host=2 * BLOCK, readers=4)
     keys, values = blocks(6)
     store.put(range(6), keys, values)
     store.get([1, 3])
@@ -348,6 +367,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         ({"host": "9" * 400 + "GB"}, "host must be a size in bytes .*, got '999"),
         ({"disk": 5}, "disk is 5; expected the path of a folder"),
         ({"disk": ""}, "disk is ''; expected the path of a folder"),
+        ({"objects": 5}, "objects is 5; expected a folder, or a URI"),
+        ({"objects": "nope://x"}, "'nope://x' is no place that fsspec knows"),
+        ({"objects": ".", "readers": 0}, "readers must be an int >= 1, got 0"),
+        ({"objects": ".", "disk": "."}, "disk and objects are both named"),
         (
             {"host": "1GB", "dtype": "int4"},
             "the storage dtype is 'int4'; expected one of bfloat16, float8, int8",
@@ -359,8 +382,9 @@ def test_arguments_that_cannot_be_used_are_named(options, message):
         TieredStore(**options)
 
 
-def test_many_threads_may_read(tmp_path):
-    store = TieredStore(host=3 * BLOCK, disk=tmp_path)
+@pytest.mark.parametrize("tier", ["disk", "objects"])
+def test_many_threads_may_read(tmp_path, tier):
+    store = TieredStore(**{tier: tmp_path}, host=3 * BLOCK)
     keys, values = blocks(20)
     store.put(range(20), keys, values)
     wrong = []

@@ -33,7 +33,16 @@ def test_asking_for_more_than_there_is_costs_nothing_more(llama, small, text):
         decoder.read(text(100))
 
 
-@pytest.mark.parametrize("store", [{"host": "all"}, {"device": 2000}, {"host": "10kB", "disk": "here"}])
+@pytest.mark.parametrize(
+    "store",
+    [
+        {"host": "all"},
+        {"device": 2000},
+        {"host": "10kB", "disk": "here"},
+        {"objects": "memory://kv"},
+        {"host": "10kB", "objects": "memory://kv"},
+    ],
+)
 def test_where_keys_and_values_are_kept_makes_no_difference(llama, small, text, tmp_path, store):
     if "disk" in store:
         store = store | {"disk": str(tmp_path)}

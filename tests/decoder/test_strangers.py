@@ -53,6 +53,7 @@ def test_the_users_token_goes_to_no_host_of_an_adapter(folder, tiny_model, monke
     ("changes", "words"),
     [
         ({"store": {"disk": "/victim"}}, "a place to write to"),
+        ({"store": {"objects": "s3://victim"}}, "a place to write to"),
         ({"backend_options": {"uri": "http://stranger"}}, "names the option 'uri'"),
         (
             {"backend": "hnswlib", "backend_options": {"ef_construction": 2**20}},

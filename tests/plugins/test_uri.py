@@ -9,7 +9,7 @@ import pytest
 
 from memlong.errors import InvalidArgumentError, PluginError, UnknownNameError
 from memlong.plugins import PluginManager, Registry, hookimpl
-from memlong.plugins.uri import digested, hide_credentials, scrubbed, without_credentials
+from memlong.uri import digested, hide_credentials, scrubbed, without_credentials
 
 SOURCE = """
 from memlong.errors import InvalidArgumentError

@@ -1,17 +1,20 @@
-"""One tier of a store: records by chunk id, in memory or on disk."""
+"""One tier of a store: records by chunk id, in memory, on disk or as objects."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
+from memlong.bank.store.block import BlockKind
 from memlong.bank.store.copying import keep_while_read
 from memlong.bank.store.disk import DiskSlots
+from memlong.bank.store.folder import ObjectFolder
 from memlong.bank.store.records import Records
 from memlong.bank.store.slabs import Slabs, Slot
 from memlong.bank.store.traffic import Traffic, note
@@ -152,14 +155,7 @@ class DiskTier(Tier):
 
     def get(self, ids: Sequence[int]) -> Records:
         """Read them from the file."""
-        if self._slabs is None:
-            records = [torch.empty(self._record_bytes, dtype=torch.uint8, device=_HOST) for _ in ids]
-            self._read_into(ids, records)
-            return Records(records, apart=True)
-        slots = self._slabs.take(len(ids))
-        self._slabs.settle(slots, writing=True)
-        self._read_into(ids, [slot.record for slot in slots])
-        return Records.of_slots(slots, self._slabs)
+        return _read(len(ids), self._record_bytes, self._slabs, partial(self._read_into, ids))
 
     def remove(self, ids: Sequence[int]) -> None:
         """Give their slots back."""
@@ -196,3 +192,50 @@ class DiskTier(Tier):
         self._inherited |= {chunk_id: (self._slots, slot) for chunk_id, slot in self._slot_of.items()}
         self._slot_of = {}
         self._slots = fresh
+
+
+class ObjectTier(Tier):
+    """Records as objects in a folder, which a forked process only reads."""
+
+    def __init__(
+        self, folder: ObjectFolder, kind: BlockKind, record_bytes: int, slabs: Slabs | None = None
+    ) -> None:
+        super().__init__(None)
+        self._folder, self._kind, self._record_bytes, self._slabs = folder, kind, record_bytes, slabs
+        self._held: set[int] = set()
+
+    def adopt(self, ids: Sequence[int]) -> None:
+        """Take over objects that are there."""
+        self._held.update(ids)
+
+    def put(self, ids: Sequence[int], records: Records) -> None:
+        """Write them as objects."""
+        self._held.update(ids)
+        self._folder.write(ids, self._kind, records.at(_HOST))
+
+    def get(self, ids: Sequence[int]) -> Records:
+        """Read their objects."""
+        read = partial(self._folder.read_into, ids, self._kind)
+        return _read(len(ids), self._record_bytes, self._slabs, read)
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Remove their objects."""
+        self._folder.require_owner()
+        leaving = self._held.intersection(ids)
+        if leaving:
+            self._folder.delete(leaving)
+            self._held -= leaving
+
+
+def _read(
+    count: int, record_bytes: int, slabs: Slabs | None, read_into: Callable[[Sequence[torch.Tensor]], None]
+) -> Records:
+    """Return records that are read on the host, straight into slots where there are slabs."""
+    if slabs is None:
+        records = [torch.empty(record_bytes, dtype=torch.uint8, device=_HOST) for _ in range(count)]
+        read_into(records)
+        return Records(records, apart=True)
+    slots = slabs.take(count)
+    slabs.settle(slots, writing=True)
+    read_into([slot.record for slot in slots])
+    return Records.of_slots(slots, slabs)

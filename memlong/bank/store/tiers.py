@@ -1,4 +1,4 @@
-"""TieredStore: keys and values on the device, in the host's memory and on disk, what is wanted lately kept near."""
+"""TieredStore: keys and values on the device, in host memory, on disk or as objects, with recent ones kept near."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from memlong.bank.forks import fork_lock
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.sessions.folders import absolute
 from memlong.bank.sizes import byte_count
+from memlong.bank.store.block import BlockKind
 from memlong.bank.store.codec import BlockCodec, StorageDtype, check_storage_dtype, make_codec
 from memlong.bank.store.disk import DiskSlots
+from memlong.bank.store.folder import ObjectFolder
+from memlong.bank.store.objects import objects_at
 from memlong.bank.store.records import Records
 from memlong.bank.store.slabs import Slabs
 from memlong.bank.store.store import KeyValueStore
-from memlong.bank.store.tier import DiskTier, MemoryTier, PinnedTier, TensorTier, Tier
+from memlong.bank.store.tier import DiskTier, MemoryTier, ObjectTier, PinnedTier, TensorTier, Tier
+from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError, StorageError
 
 _HOST = torch.device("cpu")
 
 
 class TieredStore(KeyValueStore):
-    """Keys and values in up to three tiers: ``device``, ``host`` and ``disk``.
+    """Keys and values in up to three tiers: ``device``, ``host``, and one of ``disk`` and ``objects``.
 
     The farthest tier that is named holds every block; its budget is the capacity of the whole, which the bank's
     eviction keeps to. The tiers nearer to the model hold copies of those blocks that were stored or retrieved lately,
-    as many as their budgets admit. So a block is written to the disk once, when it is stored: an error there comes
-    before anything has changed, and reading never has to write.
+    as many as their budgets admit. So a block is written to the disk, or as an object, once, when it is stored: an
+    error there comes before anything has changed, and reading never has to write.
 
     Where the model runs on the CPU, ``device`` and ``host`` are the same memory; name one of them.
 
@@ -43,6 +47,12 @@ class TieredStore(KeyValueStore):
         A folder. What is kept there is gone with this object.
     disk_budget : int or str, optional
         Budget in that folder, by default no limit.
+    objects : str, Path or ObjectFolder, optional
+        A place for objects, one a chunk: a folder, or a URI that fsspec knows, such as ``s3://bucket/folder``. Each
+        store has a folder of its own there, which goes with it, unless the process is killed; an `ObjectFolder` may
+        stay.
+    readers : int, default 8
+        Threads that read and write objects.
     dtype : "bfloat16", "float8" or "int8", optional
         Store numbers in this dtype, with scales where it has eight bits; by default as they are. Blocks come back in
         their own dtype, rounded.
@@ -53,6 +63,8 @@ class TieredStore(KeyValueStore):
         If no tier is named, or an argument has a value that cannot be used.
     StorageError
         If the folder cannot be written to.
+    MissingDependencyError
+        If fsspec, or what it needs for the place of the objects, is not installed.
     """
 
     def __init__(
@@ -62,15 +74,24 @@ class TieredStore(KeyValueStore):
         host: int | str | None = None,
         disk: str | Path | None = None,
         disk_budget: int | str | None = None,
+        objects: str | Path | ObjectFolder | None = None,
+        readers: int = 8,
         dtype: StorageDtype | None = None,
     ) -> None:
         check_storage_dtype(dtype)
-        if device is None and host is None and disk is None:
-            raise InvalidArgumentError("no tier is named; expected at least one of device, host and disk")
+        if device is None and host is None and disk is None and objects is None:
+            raise InvalidArgumentError(
+                "no tier is named; expected at least one of device, host, disk and objects"
+            )
+        if disk is not None and objects is not None:
+            raise InvalidArgumentError(
+                "disk and objects are both named, but each holds every block; name one"
+            )
         if disk is None and disk_budget is not None:
             raise InvalidArgumentError("disk_budget is given, but no folder: name one with disk")
         if disk is not None and (not isinstance(disk, str | Path) or not str(disk) or "\0" in str(disk)):
             raise InvalidArgumentError(f"disk is {disk!r}; expected the path of a folder")
+        self._folder = _folder(objects, whole_number("readers", readers, at_least=1, at_most=256))
         self._device = _budget("device", device)
         self._host = _budget("host", host)
         self._disk = None if disk is None else absolute(disk)
@@ -116,7 +137,7 @@ class TieredStore(KeyValueStore):
     @property
     def max_bytes(self) -> int | None:
         """Budget of the farthest tier, which holds everything; None is no limit."""
-        if self._disk is not None:
+        if self._disk is not None or self._folder is not None:
             return self._disk_budget
         return self._host if self._has_host else self._device
 
@@ -161,14 +182,15 @@ class TieredStore(KeyValueStore):
 
     def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Read from the farthest tier, which holds everything, and leave the nearer ones to those that search."""
-        for chunk_id in ids:
+        together = 1 if self._folder is None else self._folder.readers
+        for start in range(0, len(ids), together):
             with self._lock:
-                codec, whole = self._holding([chunk_id])
-                records = whole.get([chunk_id])
-                where = codec.layout.device if self._slabs is None else _HOST
-                (record,) = records.at(where)
-            keys, values = codec.decode([record])  # `records` keeps a slot from being written over meanwhile
-            yield keys[0], values[0]
+                codec, whole = self._holding(ids[start : start + together])
+                records = whole.get(ids[start : start + together])
+                found = records.at(codec.layout.device if self._slabs is None else _HOST)
+            for record in found:  # `records` keeps a slot from being written over meanwhile
+                keys, values = codec.decode([record])
+                yield keys[0], values[0]
 
     def remove(self, ids: Sequence[int]) -> None:
         """Forget blocks in every tier."""
@@ -186,11 +208,46 @@ class TieredStore(KeyValueStore):
                 raise
 
     def clear(self) -> None:
-        """Forget every block, and the layout; the disk's file goes."""
+        """Forget every block, and the layout; the disk's file goes, and so do the objects."""
         with self._lock:
+            if self._folder is not None:
+                self._folder.require_owner()
+            held = list(self._ids)
             self._ids.clear()  # first: the next `put` makes new tiers then
+            if self._folder is not None and held:
+                self._folder.delete(held)
             self._codec = self._whole = self._slabs = None
             self._near = []
+
+    def adopt(self, ids: Sequence[int], device: torch.device) -> ChunkLayout | None:
+        """Take over blocks that an `ObjectFolder` holds already.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Of the blocks; the store is empty.
+        device : torch.device
+            Where they go.
+
+        Returns
+        -------
+        ChunkLayout or None
+            What the blocks are like. None if not one can be read: then nothing is taken over.
+        """
+        kind = None if self._folder is None else self._folder.kind(ids)
+        if kind is None:
+            return None
+        if kind.stored != self._dtype:
+            raise InvalidArgumentError(
+                f"dtype is {self._dtype!r}, but the objects are of {kind}; give dtype={kind.stored!r}"
+            )
+        layout = ChunkLayout(kind.shape, kind.dtype, device)
+        with self._lock:
+            _, whole = self._opened(layout)
+            if isinstance(whole, ObjectTier):
+                whole.adopt(ids)
+            self._ids.update(ids)
+        return layout
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -221,7 +278,7 @@ class TieredStore(KeyValueStore):
             return self._codec, self._whole
         self.check_device(layout.device)
         codec = make_codec(layout, self._dtype)
-        on_host = self._has_host or self._disk is not None
+        on_host = self._has_host or self._disk is not None or self._folder is not None
         slabs = _slabs_for(layout, codec, self._host) if on_host else None
         tiers: list[Tier] = []
         if self._has_device:
@@ -231,6 +288,9 @@ class TieredStore(KeyValueStore):
             tiers.append(host)
         if self._disk is not None:
             tiers.append(DiskTier(self._disk_budget, self._disk, codec.nbytes, slabs))
+        if self._folder is not None:
+            kind = BlockKind.of(layout, self._dtype)
+            tiers.append(ObjectTier(self._folder, kind, codec.nbytes, slabs))
         *near, self._whole = tiers
         self._near = [tier for tier in near if isinstance(tier, MemoryTier)]
         self._slabs = slabs
@@ -258,6 +318,16 @@ class TieredStore(KeyValueStore):
 def _slabs_for(layout: ChunkLayout, codec: BlockCodec, budget: int | None) -> Slabs | None:
     """Return where records lie on the host if a CUDA device copies them, None where it is the host that does."""
     return Slabs(codec.nbytes, layout.device, budget) if layout.device.type == "cuda" else None
+
+
+def _folder(objects: object, readers: int) -> ObjectFolder | None:
+    if objects is None or isinstance(objects, ObjectFolder):
+        return objects
+    if not isinstance(objects, str | Path) or not str(objects) or "\0" in str(objects):
+        raise InvalidArgumentError(
+            f"objects is {objects!r}; expected a folder, or a URI such as s3://bucket/folder"
+        )
+    return ObjectFolder(objects_at(objects, synced=False), readers=readers)
 
 
 def _budget(name: str, given: int | str | None) -> int | None:

@@ -19,7 +19,7 @@ from memlong.decoder.model.weights import (
 )
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.setup import Setup
-from memlong.plugins.uri import digested
+from memlong.uri import digested
 
 _DIGITS = 64  # of a SHA-256
 

@@ -12,7 +12,7 @@ from memlong.decoder.retrievers.create import retriever_class
 from memlong.errors import HIDDEN, InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
 from memlong.plugins.registry import installed_registry
-from memlong.plugins.uri import scheme_of, without_credentials
+from memlong.uri import scheme_of, without_credentials
 
 
 def chosen_config(

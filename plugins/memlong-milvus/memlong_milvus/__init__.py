@@ -11,7 +11,7 @@ def memlong_register_backends(register: Register) -> None:
     register(
         "milvus",
         "memlong_milvus.bank:MilvusBank",
-        requires=("pymilvus", "milvus_lite", "stamina", "fsspec"),
+        requires=("pymilvus", "milvus_lite", "stamina"),
         install="pip install memlong-milvus",
         description="Milvus: embedded in a local file, a server or a cluster",
     )

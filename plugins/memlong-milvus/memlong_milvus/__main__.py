@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from memlong.errors import MemlongError
-from memlong_milvus.uri import redacted
+from memlong.uri import without_credentials
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given.run(given)
     except (MemlongError, OSError) as error:  # an OSError is of the place of the objects
-        print(f"Error: {_shown(redacted(str(error)))}", file=sys.stderr)
+        print(f"Error: {_shown(without_credentials(str(error)))}", file=sys.stderr)
         return 1
     return 0
 
@@ -33,7 +33,7 @@ def _sweep(given: argparse.Namespace) -> None:
 
 
 def _purge(given: argparse.Namespace) -> None:
-    from memlong_milvus.purge import purge
+    from memlong_milvus.sweep import purge
 
     names = purge(uri=given.uri, database=given.database)
     print(

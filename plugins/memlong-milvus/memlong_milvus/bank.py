@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self, Unpack
+from typing import Any, Self
 from weakref import ref
 
 import torch
 
-from memlong.bank import IndexRows, KeyValueStore, MemoryBank
-from memlong.bank.snapshot.options import options_to_save
+from memlong.bank import IndexRows, KeyValueStore, MemoryBank, ObjectFolder
 from memlong.bank.snapshot.reader import StoredBank
 from memlong.bank.uncopied import Uncopied
 from memlong.errors import InvalidArgumentError
-from memlong_milvus.collection import CollectionPlan, ready_collection
+from memlong_milvus.collection import METRICS, Collection, ready_collection
 from memlong_milvus.engine import Engine
 from memlong_milvus.hold import Hold
 from memlong_milvus.hub import HUBS
 from memlong_milvus.index import SessionIndex
-from memlong_milvus.options import SAVED, OtherOptions, Tuning, check_resume, device_of
-from memlong_milvus.payloads import Folder, PayloadStore
-from memlong_milvus.place import find_place
-from memlong_milvus.resume import kept_of
-from memlong_milvus.rows import Consistency, SessionRows
+from memlong_milvus.options import MilvusOptions
+from memlong_milvus.place import address_of, objects_of
+from memlong_milvus.rows import SessionRows
 from memlong_milvus.sessions import Session
+from memlong_milvus.store import SessionStore, refuse_what_is_there, take_over
 
 
 class MilvusBank(Uncopied, MemoryBank):
@@ -33,7 +31,7 @@ class MilvusBank(Uncopied, MemoryBank):
     session in memory, scores what Milvus names by them, and so never returns what has left it or what is another's.
     What it added within the last `staleness` seconds, which Milvus may not show yet, it searches itself.
 
-    A session without a name ends with its bank; one with a name stays, and `resume=True` goes on with it. A session is
+    A session without a name ends with its bank; one with a name stays, and `resume=True` continues it. A session is
     one bank's at a time. `close`, or a `with` statement, lets go of it; so does a bank that nobody uses any more.
 
     Parameters
@@ -48,37 +46,18 @@ class MilvusBank(Uncopied, MemoryBank):
         "user:password" or an API key; by default what the environment has as MEMLONG_MILVUS_TOKEN.
     database : str, optional
         Of the server, if not the default one.
-    collection : str, optional
-        Where the rows are; made if it is not there. By default one for each dim and kind of metric, as
-        "memlong_384_ip".
-    session : str, optional
-        Whose memory this is; by default nobody's that has a name.
-    resume : bool, default False
-        Go on with what the session holds, if anything; without it, a session that holds chunks is refused.
     store : str or KeyValueStore, optional
         Where keys and values are: a folder or a URI that fsspec knows, such as ``s3://bucket/folder``. By default
-        a folder beside the local file; for sessions without a name, a temporary one.
-    consistency : {"bounded", "strong", "eventually"}, default "bounded"
-        How current a server's answers are. A strong one waits, some 0.2 seconds, for all that was written. The
-        bank finds what it added itself at once, whichever it is.
-    staleness : float, default 10
-        Seconds that a search may lag behind if it is not strong; more than the server's gracefulTime (5).
-    M, ef_construction : int, default 16 and 200
-        Of the HNSW graph, where the collection is made.
-    ef : int, default 64
-        Effort of searching; a search never uses less than it needs.
-    partitions : int, default 16
-        How many parts a collection has, where it is made; a session is in one of them, and a search looks at one.
-    timeout : float, default 10
-        Seconds that one attempt of a call may take.
-    attempts : int, default 5
-        How often a call is tried while nobody answers.
-    readers : int, default 8
-        Threads that read and write keys and values.
-    kv_device : str, default "cpu"
-        Where keys and values of a resumed session go, until others are added.
+        a folder next to the local file; for sessions without a name, a temporary one.
     **bank_options
-        The options of `MemoryBank`.
+        The options of `MemoryBank` and of `MilvusOptions`.
+
+    Attributes
+    ----------
+    engine : Engine
+        The Milvus, as it is asked.
+    rows : SessionRows
+        Of the session, there.
 
     Raises
     ------
@@ -89,7 +68,6 @@ class MilvusBank(Uncopied, MemoryBank):
     """
 
     index_class = SessionIndex
-    saved_options = SAVED
 
     why_uncopied = "its chunks are in Milvus. Save it, and load it into a session of its own."
 
@@ -100,39 +78,25 @@ class MilvusBank(Uncopied, MemoryBank):
         uri: str | None = None,
         token: str | None = None,
         database: str | None = None,
-        collection: str | None = None,
-        session: str | None = None,
-        resume: bool = False,
         store: str | KeyValueStore | None = None,
-        consistency: Consistency = "bounded",
-        staleness: float = 10.0,
-        M: int = 16,  # noqa: N803 -- the paper's and the library's name
-        ef_construction: int = 200,
-        ef: int = 64,
-        partitions: int = 16,
-        timeout: float = 10.0,
-        attempts: int = 5,
-        readers: int = 8,
-        kv_device: str = "cpu",
-        **bank_options: Unpack[OtherOptions],
+        **bank_options: Any,
     ) -> None:
-        self._tuning = Tuning(
-            consistency, staleness, M, ef_construction, ef, partitions, timeout, attempts, readers
-        )
-        self._session = Session.of(session)
-        check_resume(resume, named=self._session.named)
-        blocks_go_to = device_of(kv_device)
-        metric = bank_options.get("metric", "cosine")
-        self._place = place = find_place(uri, token, database, store, self._session)
-        self._given_collection = collection
-        blocks, facts = place.store, {"dim": dim, "metric": metric}
-        if blocks is None:
-            blocks = PayloadStore(place.objects, readers=readers, lasting=self._session.named, facts=facts)
-        self._blocks = blocks
-        super().__init__(dim, store=blocks, **bank_options)
-        self._hold = Hold(self, self._engine.hub, self._session, self._rows, self.state.table, blocks)
+        given = {name: bank_options[name] for name in vars(MilvusOptions()) if name in bank_options}
+        options = SessionIndex.make_options(given)
+        self._session = Session.of(options.session)
+        self._address = address_of(uri, token, database)
+        facts = {"dim": dim, "metric": bank_options.get("metric", "cosine"), "session": self._session.name}
+        if not isinstance(store, KeyValueStore):
+            objects = objects_of(store, self._address, self._session)
+            folder = ObjectFolder(
+                objects, readers=options.readers, lasting=True, notes={**facts, "newest": -1}
+            )
+            store = SessionStore(folder, named=self._session.named)
+        self._blocks = store
+        super().__init__(dim, store=store, **bank_options)
+        self._hold = Hold(self, self.engine, self._session, self.rows, self.state.table, store)
         if self._session.named:
-            self._go_on(facts, resume=resume, kv_device=blocks_go_to)
+            self._begin(facts, options)
 
     @property
     def session(self) -> str:
@@ -142,16 +106,16 @@ class MilvusBank(Uncopied, MemoryBank):
     @property
     def uri(self) -> str:
         """Where Milvus is, without user and password."""
-        return self._engine.address.uri
+        return self.engine.address.uri
 
     @property
     def collection(self) -> str:
         """Name of the collection that its rows are in."""
-        return self._rows.collection
+        return self.rows.collection.name
 
     @classmethod
     def reopen(cls, dim: int, *, session: str, **options: Any) -> Self:
-        """Go on with a session, in this process or another; its chunks have the ids they had.
+        """Continue a session, in this process or another; its chunks have the ids they had.
 
         How often and how lately chunks were retrieved is not kept, but for what `save` writes: an eviction policy
         begins with the order of their ids.
@@ -185,7 +149,7 @@ class MilvusBank(Uncopied, MemoryBank):
         """Make a bank as `MemoryBank.load` does; never of a session that is there, whose chunks would be lost."""
         if options.get("resume"):
             raise InvalidArgumentError(
-                "resume goes on with what a session holds, and a snapshot would take its place: load it into a session "
+                "resume continues what a session holds, and a snapshot would take its place: load it into a session "
                 "of another name, without resume"
             )
         return super().of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
@@ -193,11 +157,13 @@ class MilvusBank(Uncopied, MemoryBank):
     def drop(self) -> None:
         """Remove the session from Milvus and from the store, down to its name; the bank is as after `reset`."""
         self.reset()
-        if isinstance(self._blocks, PayloadStore):
-            self._blocks.drop()
+        if isinstance(self._blocks, SessionStore):
+            self._blocks.folder.drop()
 
     def close(self) -> None:
         """Let go of the session; of one without a name nothing is left. The bank is of no use afterwards.
+
+        With the last bank at a local file, Milvus Lite lets go of the file, too.
 
         Raises
         ------
@@ -206,7 +172,7 @@ class MilvusBank(Uncopied, MemoryBank):
         """
         with self.state.lock.write():
             self._hold.let_go()
-            self._rows.close()
+            self.rows.close()
 
     def __enter__(self) -> Self:
         return self
@@ -214,36 +180,44 @@ class MilvusBank(Uncopied, MemoryBank):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def make_index(self, rows: IndexRows, options: Mapping[str, Any]) -> SessionIndex:  # noqa: ARG002 - it has none
+    def make_index(self, rows: IndexRows, options: Mapping[str, Any]) -> SessionIndex:
         """Find or make the collection, and the session's place in it."""
-        tuning = self._tuning
-        self._engine = Engine(HUBS.at(self._place.address), timeout=tuning.timeout, attempts=tuning.attempts)
-        self._engine.hub.bury()
-        name = self._given_collection or f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
-        plan = CollectionPlan(
-            name, rows.dim, rows.similarity, tuning.partitions, tuning.M, tuning.ef_construction
+        chosen = SessionIndex.make_options(options)
+        self.engine = Engine(HUBS.at(self._address), timeout=chosen.timeout, attempts=chosen.attempts)
+        self.engine.hub.bury()
+        name = (
+            chosen.collection
+            if chosen.collection is not None
+            else f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
         )
-        made = ready_collection(self._engine, plan)
-        if isinstance(self._blocks, PayloadStore):
-            self._blocks.settle(Folder(made.name, made.origin, self._session))
-        self._rows = SessionRows(self._engine, made, self._session, tuning.consistency)
-        is_current = self._engine.address.is_local or tuning.consistency == "strong"
+        wanted = Collection(name, rows.dim, METRICS[rows.similarity], chosen.partitions)
+        made = ready_collection(self.engine, wanted, links=chosen.M, effort=chosen.ef_construction)
+        if isinstance(self._blocks, SessionStore):
+            self._blocks.folder.name = f"{made.name}-{made.origin}/{self._session.key}"
+        self.rows = SessionRows(self.engine, made, self._session, chosen.consistency)
         bank = ref(self)
 
         def next_id() -> int:
             owner = bank()
             return 0 if owner is None else owner.next_id
 
-        self._session_index = SessionIndex(rows, self._rows, tuning, is_current=is_current, next_id=next_id)
+        self._session_index = SessionIndex(rows, chosen, self.rows, next_id)
         return self._session_index
 
-    def options_to_save(self) -> dict[str, Any]:
-        """Not where Milvus is: a snapshot must not lead another process, with its token, to a place of its choice."""
-        return options_to_save(self._tuning.as_options(), self.saved_options)
-
-    def _go_on(self, facts: dict[str, Any], *, resume: bool, kv_device: torch.device) -> None:
+    def _begin(self, facts: Mapping[str, Any], options: MilvusOptions) -> None:
+        """Continue a session with a name, or see that it is new."""
         try:
-            kept = kept_of(self._rows, self._blocks, facts, resume=resume, kv_device=kv_device)
+            if not isinstance(self._blocks, SessionStore):
+                if options.resume:
+                    raise InvalidArgumentError(
+                        f"resume needs keys and values where MilvusBank put them, and store is {self._blocks!r}: give "
+                        "the folder or URI that the session began with"
+                    )
+                return
+            if not options.resume:
+                refuse_what_is_there(self.rows, self._blocks)
+                return
+            kept = take_over(self.rows, self._blocks, facts, torch.device(options.kv_device))
         except BaseException:
             self._hold.let_go()  # at once: whoever catches this may ask for the session again
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ class Engine:
         with hub.setting_up:
             if hub.client is None:
                 hub.client = self._tried("be connected to", self._connect)
-                atexit.register(hub.bury_all)
-        self._client = hub.client
+            self.client: MilvusClient = hub.client
+            self._leave = weakref.finalize(self, hub.users.discard, hub.enter())
 
     @property
     def address(self) -> Address:
@@ -64,9 +64,15 @@ class Engine:
             If it fails for good; it names what, where and why.
         """
         self.hub.require_owner()
-        function = getattr(self._client, method)
+        function = getattr(self.client, method)
         timeout = min(self._timeout, _LAST_TIMEOUT) if self.hub.is_ending else self._timeout
         return self._tried(method.replace("_", " "), lambda: function(*arguments, timeout=timeout, **options))
+
+    def close(self) -> None:
+        """Ask no more; with the last engine, Milvus Lite lets go of its file."""
+        self.hub.bury()
+        self._leave()
+        self.hub.shut()
 
     def __repr__(self) -> str:
         return f"Engine({self.address.uri!r})"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import grpc
 from pymilvus import MilvusException
 
+from memlong.uri import without_credentials
 from memlong_milvus.errors import BackendError
-from memlong_milvus.uri import Address, redacted
+from memlong_milvus.uri import Address
 
 _NOT_READY = {1, 2, 4, 8, 101, 103, 503, 901, 902}
 """Codes of Milvus (pkg/util/merr) for a service, node, replica or collection that is about to be there."""
@@ -64,7 +65,7 @@ def explained(what: str, error: BaseException, address: Address, attempts: int) 
     """
     denied = is_denied(error)
     told = _chain(error)[-1] if denied else error
-    reason = _without(address.token, redacted(_text(told)))
+    reason = _without(address.token, without_credentials(_text(told)))
     if denied:
         return BackendError(
             f"Milvus at {address.uri} refused to {what}: {reason}. Give a user and a password that may, as "

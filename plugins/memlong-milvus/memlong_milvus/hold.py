@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from memlong.bank import KeyValueStore
 from memlong.bank.index.table import ChunkTable
-from memlong_milvus.hub import Hub
-from memlong_milvus.payloads import PayloadStore
+from memlong_milvus.engine import Engine
 from memlong_milvus.rows import SessionRows
 from memlong_milvus.sessions import Session
+from memlong_milvus.store import SessionStore
 
 
 class Hold:
@@ -20,8 +20,8 @@ class Hold:
     ----------
     bank : object
         Whose it is; not kept.
-    hub : Hub
-        That knows who holds what.
+    engine : Engine
+        The bank's; its hub knows who holds what.
     session : Session
         What is held.
     rows, table, store
@@ -36,16 +36,16 @@ class Hold:
     def __init__(
         self,
         bank: object,
-        hub: Hub,
+        engine: Engine,
         session: Session,
         rows: SessionRows,
         table: ChunkTable,
         store: KeyValueStore,
     ) -> None:
-        self._hub, self._key = hub, f"{rows.collection}/{session.key}"
-        self._end = None if session.named else _ending(hub, rows, table, store)
-        hub.claim(self._key, session.name, self._end)
-        self._finalizer = weakref.finalize(bank, hub.release, self._key)
+        self._engine, self._key = engine, f"{rows.collection.name}/{session.key}"
+        self._end = None if session.named else _ending(engine, rows, table, store)
+        engine.hub.claim(self._key, session.name, self._end)
+        self._finalizer = weakref.finalize(bank, engine.hub.release, self._key)
         self._finalizer.atexit = False
 
     def let_go(self) -> None:
@@ -55,14 +55,15 @@ class Hold:
         if self._end is not None:
             self._end()
         self._finalizer.detach()
-        self._hub.forget(self._key)
+        self._engine.hub.forget(self._key)
+        self._engine.close()
 
 
-def _ending(hub: Hub, rows: SessionRows, table: ChunkTable, store: KeyValueStore) -> Callable[[], None]:
+def _ending(engine: Engine, rows: SessionRows, table: ChunkTable, store: KeyValueStore) -> Callable[[], None]:
     def end() -> None:
-        if not hub.has_ended:  # who opens it next removes rows without a name
+        if not engine.hub.has_ended:  # who opens it next removes rows without a name
             rows.delete(table.ids)
-        if isinstance(store, PayloadStore):
-            store.drop()
+        if isinstance(store, SessionStore):
+            store.folder.drop()
 
     return end

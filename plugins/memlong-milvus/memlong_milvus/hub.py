@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from milvus_lite.server_manager import server_manager_instance
 from pymilvus import MilvusClient
 
 from memlong.bank.forks import fork_lock, unless_forked
@@ -35,6 +37,8 @@ class Hub:
         self._owner = os.getpid()
         self.client: MilvusClient | None = None
         self.opened: set[str] = set()
+        self.users: set[int] = set()
+        self._numbers = itertools.count()
         self.is_ending = False
         self._claims: dict[str, Callable[[], None] | None] = {}
         self._doomed: deque[Callable[[], None]] = deque()
@@ -51,6 +55,24 @@ class Hub:
                 f"the bank's connection to Milvus is that of process {self._owner}, from which this one was forked, "
                 "and does not survive that; make the bank in this process, or start processes with the method 'spawn'"
             )
+
+    def enter(self) -> int:
+        """Note one more who uses the connection; ``users`` has this number until it does so no more."""
+        number = next(self._numbers)
+        if not number:
+            atexit.register(self.bury_all)
+        self.users.add(number)
+        return number
+
+    def shut(self) -> None:
+        """Have Milvus Lite let go of its file, if nobody here uses it any more."""
+        with self.setting_up:
+            if self.users or self.client is None or not self.address.is_local or os.getpid() != self._owner:
+                return
+            self.client.close()
+            self.client = None
+            self.opened.clear()
+            server_manager_instance.release_server(self.address.uri)
 
     def claim(self, key: str, name: str, end: Callable[[], None] | None) -> None:
         """Note that a bank has a session; ``end`` removes what nobody wants after it.

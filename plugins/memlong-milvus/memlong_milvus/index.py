@@ -7,50 +7,39 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from memlong.bank import Floats, Ids, Index, IndexRows, NoOptions
+from memlong.bank import Floats, Ids, Index, IndexRows
 from memlong.bank.index.exact import nearest_rows
-from memlong_milvus.options import Tuning
+from memlong_milvus.options import MilvusOptions
 from memlong_milvus.recent import Recent
 from memlong_milvus.rows import MOST_ROWS, SessionRows
 
 _SPARE, _MOST_SPARE = 8, 256
 
 
-class SessionIndex(Index[NoOptions]):
+class SessionIndex(Index[MilvusOptions]):
     """The rows of one session as the index over a bank's table.
 
     Parameters
     ----------
     rows : IndexRows
         Of the bank, in step with the session's but for what the bank does at the time.
+    options : MilvusOptions
+        How to search.
     session : SessionRows
         Of the session.
-    tuning : Tuning
-        How to search.
-    is_current : bool
-        Whether a search finds all that was written before it.
     next_id : callable
         The id that the bank's next chunk will get.
     """
 
-    repairs_before_changes = (
-        True  # what was added is then in Milvus, too, for whoever goes on with the session
-    )
+    options_class = MilvusOptions
+    repairs_before_changes = True  # so that whoever continues the session finds what was added
 
     def __init__(
-        self,
-        rows: IndexRows,
-        session: SessionRows,
-        tuning: Tuning,
-        *,
-        is_current: bool,
-        next_id: Callable[[], int],
+        self, rows: IndexRows, options: MilvusOptions, session: SessionRows, next_id: Callable[[], int]
     ) -> None:
-        super().__init__(rows, NoOptions())
-        self._session = session
-        self._next_id = next_id
-        self._effort = tuning.ef
-        self._recent = Recent(0.0 if is_current else tuning.staleness)
+        super().__init__(rows, options)
+        self._session, self._next_id = session, next_id
+        self._recent = Recent(0.0 if session.is_current else options.staleness)
         self._is_empty = True
         self._standing: Ids = np.empty(0, dtype=np.int64)
 
@@ -67,7 +56,7 @@ class SessionIndex(Index[NoOptions]):
     def search(self, queries: Floats, k: int) -> Ids:
         """Name candidates for the k best chunks of each query, int64 [q, c]; -1 stands for none."""
         spare = _SPARE + min(self._recent.removed(), _MOST_SPARE)
-        found = self._session.search(queries, min(MOST_ROWS, k + spare), self._effort)
+        found = self._session.search(queries, min(MOST_ROWS, k + spare), self.options.ef)
         lowest = self._recent.lowest_added()
         first = len(self.rows) if lowest is None else int(np.searchsorted(self.rows.ids, lowest))
         if first == len(self.rows):

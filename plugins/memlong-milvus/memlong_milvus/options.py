@@ -1,111 +1,91 @@
-"""The options of a bank that a snapshot keeps, checked."""
+"""The options of a `MilvusBank` that say how to search, and whose memory it is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypedDict, get_args
+from typing import Literal
 
 import torch
 
-from memlong.bank import EvictionPolicy, Metric
-from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
-from memlong_milvus.rows import Consistency
+from memlong.settings import documented, setting
 
-_BOUNDS = {
-    "M": (2, 2048),
-    "ef_construction": (1, 32_768),
-    "ef": (1, 32_768),
-    "partitions": (1, 1024),
-    "attempts": (1, 100),
-    "readers": (1, 256),
-}
-SAVED = {
-    "consistency": None,
-    "staleness": 3600,
-    "M": 64,
-    "ef_construction": 1024,
-    "ef": 4096,
-    "partitions": 64,
-    "timeout": 60,
-    "attempts": 10,
-    "readers": 64,
-}
-"""What a file may choose, and the most of it: never where Milvus is, who asks, or whose session it is."""
+Consistency = Literal["strong", "bounded", "eventually"]
 
 
-class OtherOptions(TypedDict, total=False):
-    """The options of every bank, but for `store`, which takes more here."""
-
-    metric: Metric
-    max_chunks: int | None
-    max_bytes: int | str | None
-    eviction: str | EvictionPolicy
-    device: str | torch.device | None
-
-
+@documented
 @dataclass(frozen=True)
-class Tuning:
-    """How a bank asks Milvus, by the names of `MilvusBank`'s options; where it is and who asks are not among them.
+class MilvusOptions:
+    """How a bank asks Milvus, and whose memory it is; where Milvus is, and who asks, is not among these."""
 
-    Raises
-    ------
-    InvalidArgumentError
-        If an option has a value that cannot be used.
-    """
-
-    consistency: Consistency
-    staleness: float
-    M: int
-    ef_construction: int
-    ef: int
-    partitions: int
-    timeout: float
-    attempts: int
-    readers: int
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in _BOUNDS.items():
-            object.__setattr__(
-                self, name, whole_number(name, getattr(self, name), at_least=least, at_most=most)
-            )
-        for name in ("staleness", "timeout"):
-            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        if not self.timeout:
-            raise InvalidArgumentError(
-                "timeout is 0 seconds, in which nobody can answer: give more, such as 10"
-            )
-        if self.consistency not in get_args(Consistency):
-            raise InvalidArgumentError(
-                f"consistency must be one of {', '.join(get_args(Consistency))}, got {self.consistency!r}"
-            )
-
-    def as_options(self) -> dict[str, Any]:
-        """Return them by name."""
-        return dict(vars(self))
-
-
-def check_resume(resume: object, *, named: bool) -> None:
-    """Raise unless it is True or False, and True only for a session that is named."""
-    if not isinstance(resume, bool):
-        raise InvalidArgumentError(f"resume must be True or False, got {resume!r}")
-    if resume and not named:
-        raise InvalidArgumentError("resume goes on with a session: name it, as session='…'")
-
-
-def device_of(kv_device: str) -> torch.device:
-    """Return the device that keys and values go to."""
-    try:
-        if isinstance(kv_device, str | torch.device):
-            return torch.device(kv_device)
-    except RuntimeError:
-        pass
-    raise InvalidArgumentError(
-        f"kv_device must be the name of a torch device, such as 'cpu', got {kv_device!r}"
+    collection: str | None = setting(
+        None,
+        "Where the rows are; made if it is not there.",
+        unset="one for each dim and kind of metric, as ``memlong_384_ip``",
+        is_saved=False,
+    )
+    session: str | None = setting(None, "Whose memory this is.", unset="nobody's", is_saved=False)
+    resume: bool = setting(
+        False,
+        "Continue with what the session holds, if anything.",
+        more="Without it, a session that holds chunks is refused.",
+        is_saved=False,
+    )
+    consistency: Consistency = setting(
+        "bounded",
+        "How current a server's answers are.",
+        more="A strong one waits, some 0.2 seconds, for all that was written. The bank finds what it added itself at "
+        "once, whichever it is.",
+    )
+    staleness: float = setting(
+        10.0,
+        "Seconds that a search may lag behind if it is not strong; more than the server's gracefulTime (5).",
+        least=0,
+        most=1e6,
+        most_of_strangers=3600,
+    )
+    M: int = setting(
+        16, "Links of the HNSW graph, where the collection is made.", least=2, most=2048, most_of_strangers=64
+    )
+    ef_construction: int = setting(
+        200, "Effort of building, where it is made.", least=1, most=32_768, most_of_strangers=1024
+    )
+    ef: int = setting(
+        64,
+        "Effort of searching; a search never uses less than it needs.",
+        least=1,
+        most=32_768,
+        most_of_strangers=4096,
+    )
+    partitions: int = setting(
+        16,
+        "How many parts a collection has, where it is made.",
+        more="A session is in one of them, and a search looks at one.",
+        least=1,
+        most=1024,
+        most_of_strangers=64,
+    )
+    timeout: float = setting(
+        10.0, "Seconds that one attempt of a call may take.", above=0, most=1e6, most_of_strangers=60
+    )
+    attempts: int = setting(
+        5, "How often a call is tried while nobody answers.", least=1, most=100, most_of_strangers=10
+    )
+    readers: int = setting(
+        8, "Threads that read and write keys and values.", least=1, most=256, most_of_strangers=64
+    )
+    kv_device: str = setting(
+        "cpu",
+        "Where keys and values of a resumed session go, until others are added.",
+        is_saved=False,
     )
 
-
-def _seconds(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e6:
-        raise InvalidArgumentError(f"{name} must be a number of seconds >= 0, got {value!r}")
-    return float(value)
+    def __post_init__(self) -> None:
+        if self.resume is True and self.session is None:
+            raise InvalidArgumentError("resume continues a session: name it, as session='…'")
+        try:
+            torch.device(self.kv_device if isinstance(self.kv_device, str) else "cpu")
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"kv_device must be the name of a torch device, such as 'cpu', got {self.kv_device!r}"
+            ) from error

@@ -3,60 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import secrets
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 
-from memlong.bank import KeyValueStore
+from memlong.bank import Objects, objects_at
+from memlong.bank.forks import unless_forked
 from memlong.errors import InvalidArgumentError
-from memlong_milvus.objects import Objects, TemporaryObjects, objects_at
 from memlong_milvus.sessions import Session
 from memlong_milvus.uri import Address, parse_address
 
 URI_VARIABLE, TOKEN_VARIABLE = "MEMLONG_MILVUS_URI", "MEMLONG_MILVUS_TOKEN"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a bank keeps what it holds.
-
-    Attributes
-    ----------
-    address : Address or None
-        Of Milvus; None is Milvus Lite on a file that goes when the process does.
-    objects : Objects
-        Where keys and values go, if there is no `store`.
-    store : KeyValueStore or None
-        What the user gave instead.
-    """
-
-    address: Address | None
-    objects: Objects
-    store: KeyValueStore | None
-
-
-def find_place(
-    uri: str | None,
-    token: str | None,
-    database: str | None,
-    store: str | KeyValueStore | None,
-    session: Session,
-) -> Place:
-    """Return where a bank keeps what it holds; the arguments are options of `MilvusBank`.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If an argument cannot be used, or a session that is to last would have its keys and values in a temporary
-        folder.
-    """
-    address = address_of(uri, token, database)
-    if isinstance(store, KeyValueStore):
-        return Place(address, TemporaryObjects(), store)
-    if store is not None and (not isinstance(store, str) or not store):
-        raise InvalidArgumentError(
-            f"store must be a folder, a URI or a KeyValueStore, got {store!r} of type {type(store).__name__}"
-        )
-    return Place(address, _objects(store, address, session), None)
 
 
 def address_of(uri: str | None, token: str | None, database: str | None) -> Address | None:
@@ -75,11 +34,25 @@ def address_of(uri: str | None, token: str | None, database: str | None) -> Addr
     return None if uri is None else parse_address(uri, token, database)
 
 
-def _objects(store: str | None, address: Address | None, session: Session) -> Objects:
+def objects_of(store: str | None, address: Address | None, session: Session) -> Objects:
+    """Return where the keys and values of a session go.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a session that is to last would have them in a temporary folder, or ``store`` names no place.
+    """
     if store is not None:
+        if not isinstance(store, str) or not store:
+            raise InvalidArgumentError(
+                f"store must be a folder, a URI or a KeyValueStore, got {store!r} of type {type(store).__name__}"
+            )
         return objects_at(store, synced=session.named)
     if not session.named:
-        return TemporaryObjects()
+        folder = Path(tempfile.gettempdir(), f"memlong-milvus-kv-{secrets.token_hex(8)}")
+        objects = objects_at(folder, synced=False)
+        weakref.finalize(objects, unless_forked(shutil.rmtree, folder, ignore_errors=True))
+        return objects
     if address is None:
         raise InvalidArgumentError(
             f"the session {session.name!r} is to last, but without uri all is in a file that goes when the process "
@@ -90,4 +63,4 @@ def _objects(store: str | None, address: Address | None, session: Session) -> Ob
             f"the session {session.name!r} on {address.uri} lasts, so its keys and values must, too: say where, as "
             "store='/a/folder' or store='s3://bucket/folder'"
         )
-    return objects_at(str(Path(address.uri).with_suffix(".kv")))
+    return objects_at(Path(address.uri).with_suffix(".kv"))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +11,8 @@ from memlong.bank import Floats, Ids
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import FIELDS, Collection
 from memlong_milvus.engine import Engine
+from memlong_milvus.options import Consistency
 from memlong_milvus.sessions import Session
-
-Consistency = Literal["strong", "bounded", "eventually"]
 
 MOST_ROWS = 16_384
 """What one answer of Milvus may hold."""
@@ -22,15 +20,6 @@ MOST_ROWS = 16_384
 _BATCH_BYTES, _ANSWER_BYTES = 4 << 20, 32 << 20  # a message may have 64 MiB
 _MOST_QUERIES, _MOST_HITS = 1024, 1 << 18  # of one request
 _MOST_RANGES = 1024  # in which ids are asked for
-
-
-@dataclass(frozen=True, eq=False)
-class StoredRows:
-    """Rows as they were written: ids ascending, with embeddings and spans."""
-
-    ids: Ids
-    embeddings: Floats
-    spans: Ids
 
 
 class SessionRows:
@@ -58,25 +47,25 @@ class SessionRows:
     ) -> None:
         self._engine, self._collection, self._session = engine, collection, session
         self._consistency = consistency.capitalize()
-        self._partition = f"p{session.partition(collection.partitions)}"
-        self._filter = f"session == {session.number}"
+        self.partition = f"p{session.partition(collection.partitions)}"
+        self.filter = f"session == {session.number}"
         self._is_closed = False
         self._batch = max(1, min(MOST_ROWS, _BATCH_BYTES // (4 * collection.dim + 128)))
 
     @property
-    def collection(self) -> str:
-        """Name of the collection."""
-        return self._collection.name
-
-    @property
-    def dim(self) -> int:
-        """Width of the embeddings."""
-        return self._collection.dim
+    def collection(self) -> Collection:
+        """Where they are."""
+        return self._collection
 
     @property
     def session(self) -> Session:
         """Whose they are."""
         return self._session
+
+    @property
+    def is_current(self) -> bool:
+        """Whether a search finds all that was written before it."""
+        return self._engine.address.is_local or self._consistency == "Strong"
 
     def close(self) -> None:
         """Refuse all that is asked from now on."""
@@ -103,7 +92,7 @@ class SessionRows:
                     strict=True,
                 )
             ]
-            self._call("upsert", data=rows, partition_name=self._partition)
+            self._call("upsert", data=rows, partition_name=self.partition)
 
     def search(self, queries: Floats, limit: int, effort: int) -> Ids:
         """Return ids [q, limit] of rows near to queries, -1 where there are fewer."""
@@ -115,12 +104,12 @@ class SessionRows:
                 "search",
                 data=list(queries[part]),
                 anns_field="embedding",
-                filter=self._filter,
+                filter=self.filter,
                 limit=limit,
                 output_fields=["pk"],
                 search_params={"metric_type": self._collection.metric, "params": {"ef": max(effort, limit)}},
                 consistency_level=self._consistency,
-                partition_names=[self._partition],
+                partition_names=[self.partition],
             )
             for row, hits in zip(ids[part], found, strict=True):
                 ours = self._session.ids_of(hits.ids)
@@ -131,7 +120,7 @@ class SessionRows:
         """Remove rows; those that are not there count as removed."""
         for start in range(0, len(ids), MOST_ROWS // 4):
             keys = self._session.keys_of(ids[start : start + MOST_ROWS // 4])
-            self._call("delete", ids=keys, partition_name=self._partition)
+            self._call("delete", ids=keys, partition_name=self.partition)
 
     def held(self, next_id: int) -> Ids:
         """Return the ids of all rows there are now, ascending; few are of ``next_id`` or above."""
@@ -143,40 +132,36 @@ class SessionRows:
 
     def among(self, ids: Ids) -> Ids:
         """Return those of some ids, ascending and distinct, that have a row now; it takes as long as they are many."""
-        start, rows = 0, []
-        while start < len(ids):
-            end = int(np.searchsorted(ids, ids[start] + MOST_ROWS - 1))
-            rows += self._between(int(ids[start]), int(ids[end - 1]) + 1, ["pk"], MOST_ROWS)
-            start = end
-        return np.intersect1d(
-            ids, np.array(self._session.ids_of([row["pk"] for row in rows]), dtype=np.int64)
-        )
+        found = [row["chunk"] for rows in self._of(ids, ["pk", "chunk"], MOST_ROWS) for row in rows]
+        return np.array(found, dtype=np.int64)
 
     def is_empty(self) -> bool:
         """Whether there are no rows now."""
         return not self._session.ids_of([row["pk"] for row in self._query("chunk >= 0", ["pk"], MOST_ROWS)])
 
-    def read(self, ids: Ids) -> Iterator[StoredRows]:
-        """Give the rows there are now of ids, which ascend, in batches."""
-        start, most = 0, max(2, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
+    def read(self, ids: Ids) -> tuple[Ids, Floats, Ids]:
+        """Return ids [n], embeddings [n, dim] and spans [n, 2] of the rows there are now of ids, which ascend."""
+        most = max(2, min(MOST_ROWS, _ANSWER_BYTES // (4 * self._collection.dim + 128)))
+        numbers = np.empty((0, 3), dtype=np.int64)
+        embeddings = np.empty((0, self._collection.dim), dtype=np.float32)
+        parts = [(numbers, embeddings)]
+        for rows in self._of(ids, list(FIELDS), most):
+            found = [[row[name] for name in ("chunk", "first", "last")] for row in rows]
+            vectors = [row["embedding"] for row in rows]
+            parts.append((np.array(found, numbers.dtype), np.array(vectors, embeddings.dtype)))
+        numbers = np.concatenate([each for each, _ in parts if len(each)] or [numbers])
+        embeddings = np.concatenate([each for _, each in parts if len(each)] or [embeddings])
+        return numbers[:, 0].copy(), embeddings, numbers[:, 1:].copy()
+
+    def _of(self, ids: Ids, fields: list[str], most: int) -> Iterator[list[dict[str, Any]]]:
+        """Give the rows of some ids, ascending as these are, fewer than ``most`` at a time."""
+        start, wanted = 0, set(ids.tolist())
         while start < len(ids):
             end = int(np.searchsorted(ids, ids[start] + most - 1))
-            yield self._rows(ids[start:end], most)
+            rows = self._between(int(ids[start]), int(ids[end - 1]) + 1, fields, most)
+            ours = {row["chunk"]: row for row in rows if self._session.ids_of([row["pk"]])}
+            yield [ours[chunk_id] for chunk_id in sorted(wanted.intersection(ours))]
             start = end
-
-    def _rows(self, ids: Ids, most: int) -> StoredRows:
-        wanted = set(ids.tolist())
-        found = {
-            row["chunk"]: row
-            for row in self._between(int(ids[0]), int(ids[-1]) + 1, list(FIELDS), most)
-            if row["chunk"] in wanted and self._session.ids_of([row["pk"]])
-        }
-        rows = [found[chunk_id] for chunk_id in sorted(found)]
-        return StoredRows(
-            np.array([row["chunk"] for row in rows], dtype=np.int64),
-            np.array([row["embedding"] for row in rows], dtype=np.float32).reshape(-1, self._collection.dim),
-            np.array([[row["first"], row["last"]] for row in rows], dtype=np.int64).reshape(-1, 2),
-        )
 
     def _between(self, low: int, high: int, fields: list[str], most: int) -> list[dict[str, Any]]:
         """Return the rows of ids from low to below high, fewer than `most` ids."""
@@ -190,18 +175,18 @@ class SessionRows:
         return list(
             self._call(
                 "query",
-                filter=f"{self._filter} and {condition}",
+                filter=f"{self.filter} and {condition}",
                 output_fields=fields,
                 limit=limit,
                 consistency_level="Strong",
-                partition_names=[self._partition],
+                partition_names=[self.partition],
             )
         )
 
     def _call(self, method: str, **options: Any) -> Any:
         if self._is_closed:
             raise InvalidArgumentError(
-                f"the bank of the session {self._session.name!r} is closed; another one can go on with a session that "
+                f"the bank of the session {self._session.name!r} is closed; another one can continue a session that "
                 "has a name: MilvusBank.reopen"
             )
         return self._engine.call(method, self._collection.name, **options)

@@ -42,14 +42,14 @@ class Session:
         Raises
         ------
         InvalidArgumentError
-            If the name is empty, too long or no text.
+            If the name is empty or too long.
         """
         if name is None:
             random = f"unnamed-{secrets.token_hex(16)}"
             return cls(random, named=False, key=_key(random, named=False))
-        if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+        if not 0 < len(name) <= _LONGEST_NAME:
             raise InvalidArgumentError(
-                f"session is {name!r}; expected text of 1 to {_LONGEST_NAME} characters, such as a user's id"
+                f"session must be text of 1 to {_LONGEST_NAME} characters, such as a user's id, got {name!r}"
             )
         return cls(name, named=True, key=_key(name, named=True))
 

@@ -1,26 +1,28 @@
-"""sweep: remove the objects of chunks that Milvus does not hold."""
+"""What an operator runs: sweep removes objects that no row refers to, purge the rows of sessions without a name."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
+from memlong.bank import Objects, StoredObject, objects_at
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import Collection, find_collection
 from memlong_milvus.engine import Engine
 from memlong_milvus.hub import HUBS
-from memlong_milvus.objects import Listed, objects_at
-from memlong_milvus.payloads import chunk_id_of
 from memlong_milvus.place import address_of
 from memlong_milvus.rows import SessionRows
-from memlong_milvus.sessions import Session
+from memlong_milvus.sessions import LEAST_UNNAMED, Session
 
 _BLOCK = re.compile(
-    r"(?P<collection>[^/]+)-(?P<origin>[0-9a-f]+)/(?P<key>[0-9a-f]{32})/([0-9]{1,18}\.kv|\.[0-9]+\.kv\.[0-9]+\.part)"
+    r"(?P<collection>[^/]+)-(?P<origin>[0-9a-f]+)/(?P<key>[0-9a-f]{32})/"
+    r"((?P<id>0|[1-9][0-9]{0,17})\.kv|0[0-9]{1,17}\.kv|\.[0-9]+\.kv\.[0-9]+\.part)"
 )
 
 
@@ -88,45 +90,88 @@ def sweep(
     """
     if not isinstance(grace, int | float) or isinstance(grace, bool) or not grace >= 0:
         raise InvalidArgumentError(f"grace must be a number of seconds of at least 0, got {grace!r}")
-    address = address_of(uri, token, database)
-    if address is None:
-        raise InvalidArgumentError(
-            "sweep needs the uri of the Milvus that has the rows; without it, all are orphans"
-        )
-    objects = objects_at(store)
-    before = time.time() - grace
-    listed = _by_session(objects.list())  # first: a row that comes later is not missed
-    engine = Engine(HUBS.at(address), timeout=timeout, attempts=attempts)
     orphans = young = living = 0
     passed_over = []
-    for (name, origin), sessions in listed.items():
-        collection = find_collection(engine, name)
-        if collection is None or collection.origin != origin:
-            passed_over.append(f"{name}-{origin}")
-            continue
-        found = {key: _living(engine, collection, key, blocks) for key, blocks in sessions.items()}
-        for key, blocks in sessions.items():
-            lonely = [each for each in blocks if chunk_id_of(each.name) not in found[key]]
-            old = [each.name for each in lonely if each.written <= before]
-            living += len(blocks) - len(lonely)
-            young += len(lonely) - len(old)
-            orphans += len(old)
-            if not dry_run:
-                objects.delete(old)
+    with _engine("sweep", uri, token, database, timeout, attempts) as engine:
+        objects, before = objects_at(store), time.time() - grace
+        for (name, origin), sessions in _by_session(objects).items():
+            collection = find_collection(engine, name)
+            if collection is None or collection.origin != origin:
+                passed_over.append(f"{name}-{origin}")
+                continue
+            found = {key: _living(engine, collection, key, blocks) for key, blocks in sessions.items()}
+            for key, blocks in sessions.items():
+                lonely = [each for each in blocks if _chunk_id(each) not in found[key]]
+                old = [each.name for each in lonely if each.written <= before]
+                living += len(blocks) - len(lonely)
+                young += len(lonely) - len(old)
+                orphans += len(old)
+                if not dry_run:
+                    objects.delete(old)
     return Swept(orphans, young, living, tuple(passed_over))
 
 
-def _by_session(listed: list[Listed]) -> dict[tuple[str, str], dict[str, list[Listed]]]:
-    found: dict[tuple[str, str], dict[str, list[Listed]]] = defaultdict(lambda: defaultdict(list))
-    for each in listed:
+def purge(
+    *,
+    uri: str | None = None,
+    token: str | None = None,
+    database: str | None = None,
+    timeout: float = 10.0,
+    attempts: int = 5,
+) -> list[str]:
+    """Remove the rows of all sessions without a name, while no process is at work with one.
+
+    Such a session ends with its process, which removes its rows unless it is killed. Whose rows are left nobody can
+    tell, so all are removed; their objects, where they lie in a store that stays, are orphans for `sweep` then.
+
+    Parameters, and errors, are those of `sweep`. Returns the collections of memlong's that were gone through.
+    """
+    done = []
+    with _engine("purge", uri, token, database, timeout, attempts) as engine:
+        for name in engine.call("list_collections"):
+            try:
+                collection = find_collection(engine, name)
+            except InvalidArgumentError:  # somebody else's
+                continue
+            if collection is not None:
+                engine.call("delete", name, filter=f"session >= {LEAST_UNNAMED}")
+                done.append(name)
+    return done
+
+
+@contextmanager
+def _engine(
+    what: str, uri: str | None, token: str | None, database: str | None, timeout: float, attempts: int
+) -> Iterator[Engine]:
+    address = address_of(uri, token, database)
+    if address is None:
+        raise InvalidArgumentError(
+            f"{what} needs the uri of the Milvus that has the rows; without it, nobody can tell what is in use"
+        )
+    engine = Engine(HUBS.at(address), timeout=timeout, attempts=attempts)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _by_session(objects: Objects) -> dict[tuple[str, str], dict[str, list[StoredObject]]]:
+    """Return what is listed before any row is asked for, by collection and session: a row that comes later counts."""
+    found: dict[tuple[str, str], dict[str, list[StoredObject]]] = defaultdict(lambda: defaultdict(list))
+    for each in objects.list():
         parts = _BLOCK.fullmatch(each.name)
         if parts:
             found[parts["collection"], parts["origin"]][parts["key"]].append(each)
     return found
 
 
-def _living(engine: Engine, collection: Collection, key: str, blocks: list[Listed]) -> set[int]:
+def _living(engine: Engine, collection: Collection, key: str, blocks: list[StoredObject]) -> set[int | None]:
     """Return the ids of a session's rows, of those that there are objects of."""
-    ids = np.unique([i for i in (chunk_id_of(each.name) for each in blocks) if i is not None])
-    rows = SessionRows(engine, collection, Session.of_key(key))
-    return set(rows.among(ids.astype(np.int64)).tolist())
+    ids = np.unique([i for i in map(_chunk_id, blocks) if i is not None]).astype(np.int64)
+    return set(SessionRows(engine, collection, Session.of_key(key)).among(ids).tolist())
+
+
+def _chunk_id(block: StoredObject) -> int | None:
+    """Return whose object it is; None for what was never finished."""
+    parts = _BLOCK.fullmatch(block.name)
+    return None if parts is None or parts["id"] is None else int(parts["id"])

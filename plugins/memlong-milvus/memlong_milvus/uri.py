@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from memlong.errors import InvalidArgumentError
-from memlong.plugins.uri import without_credentials
+from memlong.uri import without_credentials as redacted
+from memlong_milvus.options import MilvusOptions
 
 _SERVER_SCHEMES = ("http", "https", "tcp")
 _NUMBER = re.compile(r"-?\d+")
@@ -15,22 +16,8 @@ _FORMS = (
     "milvus://host:19530/database?session=NAME&store=s3://bucket/folder, milvus+https://host/database, or "
     "milvus+lite:///folder/file.db"
 )
-_OPTIONS = (
-    "collection",
-    "session",
-    "resume",
-    "store",
-    "consistency",
-    "staleness",
-    "partitions",
-    "timeout",
-    "attempts",
-    "readers",
-    "kv_device",
-    "M",
-    "ef_construction",
-    "ef",
-)
+_TEXTS = ("session", "collection", "store")
+_OPTIONS = (*vars(MilvusOptions()), "store")
 
 
 @dataclass(frozen=True)
@@ -98,11 +85,6 @@ def parse_address(uri: str, token: str | None = None, database: str | None = Non
     return Address(bare, token or given, database or unquote(parts.path.strip("/")))
 
 
-def redacted(text: str) -> str:
-    """Return a text with user, password and other secrets taken out of the URIs in it."""
-    return without_credentials(text)
-
-
 def resolve(uri: str) -> tuple[str, dict[str, object]]:
     """Turn a milvus:// URI into the name of the backend and its options.
 
@@ -153,7 +135,7 @@ def _options(query: str, uri: str) -> dict[str, object]:
             )
         if name in found:
             raise InvalidArgumentError(f"{redacted(uri)!r} gives {name!r} twice; give it once")
-        found[name] = _plain(value) if name not in ("session", "collection", "store") else value
+        found[name] = _plain(value) if name not in _TEXTS else value
     return found
 
 

@@ -12,14 +12,14 @@ import pytest
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 _FORKS = """
-import os, signal, sys
+import os, pathlib, signal, sys
 from memlong.errors import MemlongError
 from memlong.testing.harness import random_chunks
 from memlong_milvus.bank import MilvusBank
 bank = MilvusBank(32)
 more = random_chunks(5, seed=1, first=500)
 random_chunks(5).into(bank)
-objects = bank.state.store._objects._folder
+objects = pathlib.Path(bank.state.store.folder.place)
 child = os.fork()
 if not child:
     signal.alarm(30)

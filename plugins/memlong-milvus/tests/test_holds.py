@@ -43,7 +43,7 @@ def test_a_bank_that_failed_lets_go_of_its_session(
     bank = MilvusBank(DIM, **place, session="a", attempts=2)
     chunks = random_chunks(6)
     chunks.into(bank)
-    client, gone = bank._engine._client, weakref.ref(bank)
+    client, gone = bank.engine.client, weakref.ref(bank)
     gc.collect()
     gc.disable()
     try:
@@ -86,7 +86,7 @@ def test_a_closed_bank_without_a_name_leaves_nothing(place: dict[str, Any], tmp_
     with MilvusBank(DIM, **place, store=str(tmp_path / "kv")) as bank:
         random_chunks(6).into(bank)
         other = MilvusBank(DIM, **place)
-        rows = SessionRows(other._engine, bank._rows._collection, bank._session)
+        rows = SessionRows(other.engine, bank.rows.collection, bank.rows.session)
         assert rows.held(6).tolist() == list(range(6))
     assert rows.is_empty()
     assert not list(tmp_path.rglob("*.kv"))
@@ -98,7 +98,7 @@ def test_what_is_added_after_a_failure_is_in_milvus_with_all_else(
     """And what is there already is not written again."""
     bank = MilvusBank(DIM, **place, session="a", attempts=1)
     random_chunks(6).into(bank)
-    client, written = bank._engine._client, []
+    client, written = bank.engine.client, []
     with monkeypatch.context() as patch:
         patch.setattr(client, "upsert", _unavailable)
         with pytest.raises(BackendError):
@@ -115,4 +115,4 @@ def test_what_is_added_after_a_failure_is_in_milvus_with_all_else(
     )
     random_chunks(2, seed=2, first=6).into(bank)
     assert set(written) == {6, 7}
-    assert bank._rows.held(8).tolist() == list(range(8))
+    assert bank.rows.held(8).tolist() == list(range(8))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from milvus_server import Server
 
-from memlong.testing.harness import DIM
+from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.bank import MilvusBank
 
 _STREAM = """
@@ -64,3 +64,24 @@ def test_a_local_file_is_one_processs(tmp_path: Path) -> None:
     assert other.returncode == 1
     assert "Has another process the file?" in other.stderr.splitlines()[-1]
     assert len(bank) == 0
+
+
+@pytest.mark.slow
+def test_a_closed_bank_lets_go_of_its_local_file(tmp_path: Path) -> None:
+    """With the last one: another process may have the file while this one is still there, and this one again then."""
+    place = {"uri": str(tmp_path / "memory.db")}
+    bank, other = MilvusBank(DIM, **place, session="a"), MilvusBank(DIM, **place)
+    random_chunks(3).into(bank)
+    script = (
+        "from memlong.testing.harness import random_chunks; from memlong_milvus.bank import MilvusBank\n"
+        f"bank = MilvusBank.reopen({DIM}, **{place!r}, session='a')\n"
+        "random_chunks(2, seed=1, first=3).into(bank)\n"
+    )
+    bank.close()
+    refused = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "Has another process the file?" in refused.stderr
+    other.close()
+    subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    with MilvusBank.reopen(DIM, **place, session="a") as again:
+        assert again.retrieve(random_chunks(3).embeddings, 1).ids[:, 0].tolist() == [0, 1, 2]
+        assert len(again.fetch(again.ids).keys) == 5

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from memlong import SnapshotError, create_bank, load_bank
+from memlong.bank.store.block import HEAD, MAGIC
 from memlong.errors import InvalidArgumentError, LostChunksWarning, StorageError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.bank import MilvusBank
-from memlong_milvus.block import _HEAD, _MAGIC
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_session_of_the_users_own_outlives_a_snapshot(
     folder = forged(session="alice", resume=True)
     with pytest.raises(SnapshotError, match="names the option 'session'"):
         load_bank(folder)
-    with pytest.raises(InvalidArgumentError, match="resume goes on with what a session holds"):
+    with pytest.raises(InvalidArgumentError, match="resume continues what a session holds"):
         load_bank(folder, session="alice", resume=True)
     with MilvusBank.reopen(DIM, session="alice") as bank:
         assert len(bank.fetch(bank.ids).keys) == 5
@@ -75,7 +75,7 @@ def left(tmp_path: Path) -> Path:
     """What the session alice of five chunks has left in its folder of objects."""
     with MilvusBank(DIM, uri=str(tmp_path / "memory.db"), session="alice") as bank:
         random_chunks(5).into(bank)
-        folder = bank.state.store._folder.name
+        folder = bank.state.store.folder.name
     return tmp_path / "memory.kv" / folder
 
 
@@ -97,33 +97,33 @@ def reopened(tmp_path: Path) -> MilvusBank:
     ids=["deep", "list", "number", "infinite", "text", "huge", "long"],
 )
 def test_facts_of_a_stranger_are_told_to_be_none(left: Path, tmp_path: Path, content: str) -> None:
-    (left / "session.json").write_text(content)
-    with pytest.raises(StorageError, match=r"session\.json.* is damaged"):
+    (left / "bank.json").write_text(content)
+    with pytest.raises(StorageError, match=r"bank\.json.* is damaged"):
         reopened(tmp_path)
 
 
 def test_a_folder_in_place_of_the_facts_is_told(left: Path, tmp_path: Path) -> None:
-    (left / "session.json").unlink()
-    (left / "session.json").mkdir()
+    (left / "bank.json").unlink()
+    (left / "bank.json").mkdir()
     with pytest.raises(StorageError, match="is no plain file"):
         reopened(tmp_path)
 
 
 def test_a_huge_newest_id_costs_no_endless_queries(left: Path, tmp_path: Path) -> None:
-    facts = json.loads((left / "session.json").read_text())
-    (left / "session.json").write_text(json.dumps({**facts, "newest": 10**18}))
+    facts = json.loads((left / "bank.json").read_text())
+    (left / "bank.json").write_text(json.dumps({**facts, "newest": 10**18}))
     (left / f"{'9' * 200}.kv").write_bytes(b"")
     (left / "007.kv").write_bytes(b"")
     (left / f"{'9' * 18}.kv").write_bytes(b"")
     with reopened(tmp_path) as bank:
         assert bank.ids.tolist() == list(range(5))
-        assert len(bank._rows.held(bank.next_id)) == 5
+        assert len(bank.rows.held(bank.next_id)) == 5
 
 
 @pytest.mark.parametrize("header", ["[1]", "[" * 10_000, '{"shape": "x"}', '{"shape": [1, 1, 1, -1]}', "{}"])
 def test_an_object_of_a_stranger_is_a_lost_chunk(left: Path, tmp_path: Path, header: str) -> None:
     body = header.encode()
-    (left / "0.kv").write_bytes(_HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body)
+    (left / "0.kv").write_bytes(HEAD.pack(MAGIC, len(body), zlib.crc32(body)) + body)
     with reopened(tmp_path) as bank:
         with pytest.warns(LostChunksWarning, match="chunk 0"):
             bank.fetch(bank.ids)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from memlong.bank.store.objects import LocalObjects
 from memlong.errors import InvalidArgumentError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.__main__ import main
 from memlong_milvus.bank import MilvusBank
-from memlong_milvus.objects import LocalObjects
 from memlong_milvus.sweep import Swept, sweep
 
 HOUR = 3600
@@ -29,7 +29,7 @@ def _with_orphans(uri: str, store: Path, **options: str) -> tuple[MilvusBank, di
     bank = MilvusBank(DIM, uri=uri, session="a", store=str(store), **options)
     chunks = random_chunks(10)
     chunks.into(bank)
-    bank._rows.delete(bank.ids.numpy()[:3])
+    bank.rows.delete(bank.ids.numpy()[:3])
     objects = {path.name: path for path in store.rglob("*.kv")}
     for path in objects.values():
         os.utime(path, (time.time() - 2 * HOUR,) * 2)
@@ -63,7 +63,7 @@ def test_collections_that_this_milvus_does_not_have_are_passed_over(uri: str, tm
     bank, objects = _with_orphans(uri, tmp_path / "kv", collection="mine")
     swept = sweep(str(tmp_path / "kv"), uri=str(tmp_path / "other.db"))
     assert swept == Swept(
-        orphans=0, young=0, living=0, passed_over=(bank.state.store._folder.name.split("/")[0],)
+        orphans=0, young=0, living=0, passed_over=(bank.state.store.folder.name.split("/")[0],)
     )
     assert all(path.exists() for path in objects.values())
     assert len(bank) == 10
@@ -76,7 +76,7 @@ def test_objects_of_another_milvus_stay(uri: str, tmp_path: Path) -> None:
     random_chunks(2).into(other)
     swept = sweep(str(tmp_path / "kv"), uri=str(tmp_path / "other.db"), grace=0)
     assert (swept.orphans, swept.living) == (0, 2)
-    assert swept.passed_over == (bank.state.store._folder.name.split("/")[0],)
+    assert swept.passed_over == (bank.state.store.folder.name.split("/")[0],)
     assert bank.retrieve(random_chunks(10).embeddings[3:], 1).ids[:, 0].tolist() == list(range(3, 10))
 
 

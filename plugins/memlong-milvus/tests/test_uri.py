@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from memlong.errors import InvalidArgumentError
-from memlong_milvus.uri import parse_address, redacted, resolve
+from memlong.uri import without_credentials
+from memlong_milvus.uri import parse_address, resolve
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_an_address_shows_no_token() -> None:
     address = parse_address("https://me:secret@host:19530/db")
     assert (address.uri, address.token, address.database) == ("https://host:19530", "me:secret", "db")
     assert "secret" not in repr(address)
-    assert redacted("see https://me:secret@host/x") == "see https://***@host/x"
+    assert without_credentials("see https://me:secret@host/x") == "see https://***@host/x"
 
 
 @pytest.mark.parametrize("uri", ["memory.sqlite", "ftp://host", "http://"])

@@ -1,12 +1,9 @@
-"""Objects by name under a place: a local folder, or whatever fsspec reaches."""
+"""Objects by name under a place: a local folder, or what fsspec reaches."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-import tempfile
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,13 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from memlong.bank.forks import unless_forked
+from memlong.bank.sessions.folders import absolute
+from memlong.bank.snapshot.files import sync_folder
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
-from memlong_milvus.uri import redacted
+from memlong.uri import without_credentials
 
 
 @dataclass(frozen=True)
-class Listed:
+class StoredObject:
     """An object as a listing shows it.
 
     Attributes
@@ -44,7 +42,7 @@ class Objects(ABC):
 
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
-        """Store an object, in place of one of that name; it is there as a whole, or not at all."""
+        """Store an object, replacing one of that name; it is there as a whole, or not at all."""
 
     @abstractmethod
     def read(self, name: str, most: int) -> bytes:
@@ -55,7 +53,7 @@ class Objects(ABC):
         """Remove objects; those that are not there count as removed."""
 
     @abstractmethod
-    def list(self, folder: str = "") -> list[Listed]:
+    def list(self, folder: str = "") -> list[StoredObject]:
         """Return all objects below a folder, in no particular order."""
 
     @abstractmethod
@@ -79,20 +77,20 @@ class LocalObjects(Objects):
         self._folder, self._synced = folder, synced
 
     def write(self, name: str, content: bytes) -> None:
-        """Write beside and rename into place."""
+        """Write a temporary file and rename it into place."""
         path = self._folder / name
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            self._write(beside, content)
-            beside.replace(path)
+            self._write(part, content)
+            part.replace(path)
             if self._synced:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
         except OSError as error:
             with suppress(OSError):
-                beside.unlink()
+                part.unlink()
             raise StorageError(
-                f"{str(path)!r} cannot be written: {error.strerror or error}. Is the disk full, or the folder "
-                "another's? store names another place"
+                f"{str(path)!r} cannot be written: {error.strerror or error}. Free some space, change the folder's "
+                "rights, or name another place."
             ) from error
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -121,14 +119,14 @@ class LocalObjects(Objects):
             with suppress(FileNotFoundError):
                 (self._folder / name).unlink()
 
-    def list(self, folder: str = "") -> list[Listed]:
+    def list(self, folder: str = "") -> list[StoredObject]:
         """Walk the folder."""
         found = []
         for path in (self._folder / folder).rglob("*"):
             with suppress(FileNotFoundError):
                 if path.is_file():
                     name = path.relative_to(self._folder).as_posix()
-                    found.append(Listed(name, path.stat().st_mtime))
+                    found.append(StoredObject(name, path.stat().st_mtime))
         return found
 
     def delete_folder(self, folder: str) -> None:
@@ -139,8 +137,8 @@ class LocalObjects(Objects):
 class RemoteObjects(Objects):
     """Objects that fsspec reaches: s3://, gcs://, memory:// and the like.
 
-    An object store shows an object when all of it has come; of other kinds of place fsspec promises no such thing, and
-    a block that is cut off is found out by its checksum.
+    An object store shows an object once all of it has arrived. Of other places fsspec promises no such thing; a block
+    that is cut off is found by its checksum.
 
     Parameters
     ----------
@@ -149,20 +147,25 @@ class RemoteObjects(Objects):
     """
 
     def __init__(self, uri: str) -> None:
-        import fsspec
-
-        self.place = redacted(uri)
+        self.place = without_credentials(uri)
+        try:
+            import fsspec
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Keys and values at {self.place!r} need fsspec: pip install 'memlong[objects]', and the package for "
+                "that place, such as s3fs. (A local folder needs neither.)"
+            ) from error
         try:
             self._files: Any
             self._files, self._root = fsspec.core.url_to_fs(uri)
         except ImportError as error:
             raise MissingDependencyError(
-                f"store {self.place!r} needs a library that is not here: {redacted(str(error))}"
+                f"{self.place!r} needs a library that is not installed: {without_credentials(str(error))}"
             ) from None  # the cause may show the URI as it was given
         except ValueError as error:
             raise InvalidArgumentError(
-                f"store {self.place!r} is no place that fsspec knows: {redacted(str(error))}. Expected a folder, or a "
-                "URI such as s3://bucket/folder"
+                f"{self.place!r} is no place that fsspec knows: {without_credentials(str(error))}. Expected a folder, "
+                "or a URI such as s3://bucket/folder."
             ) from None
 
     def write(self, name: str, content: bytes) -> None:
@@ -184,7 +187,7 @@ class RemoteObjects(Objects):
                 with suppress(FileNotFoundError):
                     self._files.rm_file(path)
 
-    def list(self, folder: str = "") -> list[Listed]:
+    def list(self, folder: str = "") -> list[StoredObject]:
         """List them, as they are now."""
         self._files.invalidate_cache()
         try:
@@ -192,7 +195,7 @@ class RemoteObjects(Objects):
         except FileNotFoundError:
             return []
         start = len(self._root.rstrip("/")) + 1
-        return [Listed(path[start:], _written(facts)) for path, facts in found.items()]
+        return [StoredObject(path[start:], _written(facts)) for path, facts in found.items()]
 
     def delete_folder(self, folder: str) -> None:
         """Remove it with all that is in it."""
@@ -203,37 +206,33 @@ class RemoteObjects(Objects):
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")
 
 
+def objects_at(place: str | Path, *, synced: bool = True) -> Objects:
+    """Return the objects at a place.
+
+    Parameters
+    ----------
+    place : str or Path
+        A folder, file://... or another URI that fsspec knows, such as s3://bucket/folder.
+    synced : bool, default True
+        Whether objects in a local folder are on the disk, and not only in its cache, once they are written.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If fsspec knows no such place.
+    MissingDependencyError
+        If fsspec, or the library that it needs for this place, is not installed.
+    """
+    text = str(place).removeprefix("file://")
+    if isinstance(place, str) and "://" in text:
+        return RemoteObjects(text)
+    return LocalObjects(absolute(text), synced=synced)
+
+
 def _bounded(content: bytes, most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"it has more than {most:,} bytes")
     return content
-
-
-def objects_at(place: str, *, synced: bool = True) -> Objects:
-    """Return the objects at a place: a path, file://… or another URI that fsspec knows."""
-    if place.startswith("file://"):
-        return LocalObjects(Path(place.removeprefix("file://")), synced=synced)
-    return RemoteObjects(place) if "://" in place else LocalObjects(Path(place).absolute(), synced=synced)
-
-
-class TemporaryObjects(LocalObjects):
-    """Files in a folder that is made with the first and goes when this does."""
-
-    def __init__(self) -> None:
-        folder = Path(tempfile.gettempdir(), f"memlong-milvus-kv-{secrets.token_hex(8)}")
-        super().__init__(folder, synced=False)
-        weakref.finalize(self, unless_forked(shutil.rmtree, folder, ignore_errors=True))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the disk know the names in a folder, where a system lets folders be opened."""
-    if os.name == "nt":
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _written(facts: dict[str, Any]) -> float:

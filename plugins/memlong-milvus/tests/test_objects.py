@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from memlong.bank.layout import ChunkLayout
+from memlong.bank import ObjectFolder, objects_at
+from memlong.bank.store.objects import LocalObjects
 from memlong.errors import InvalidArgumentError, LostChunksError, LostChunksWarning, StorageError
 from memlong.testing.harness import DIM, assert_same_state, random_chunks, state_of
 from memlong_milvus.bank import MilvusBank
-from memlong_milvus.block import decode, encode
-from memlong_milvus.objects import LocalObjects, objects_at
-from memlong_milvus.payloads import Folder, PayloadStore
-from memlong_milvus.sessions import Session
+from memlong_milvus.store import SessionStore
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "its object is missing"),
@@ -68,17 +66,15 @@ def test_a_put_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     bank = MilvusBank(DIM, store=str(tmp_path))
     random_chunks(5).into(bank)
     before = state_of(bank)
-    write = LocalObjects._write
+    open_file = Path.open
 
-    def failing(self: LocalObjects, path: Path, content: bytes) -> None:
+    def failing(path: Path, *given: object) -> object:
         if path.name.startswith(".7."):
             raise OSError(28, "No space left on device")
-        write(self, path, content)
+        return open_file(path, *given)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(LocalObjects, "_write", failing)
-    with pytest.raises(
-        StorageError, match=r"7\.kv.* cannot be written: No space left.*store names another place"
-    ):
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(StorageError, match=r"7\.kv.* cannot be written: No space left.*name another place"):
         random_chunks(5, seed=1, first=5).into(bank)
     assert_same_state(before, bank)
     assert set(_objects_of(tmp_path)) == {f"{number}.kv" for number in range(5)}
@@ -168,38 +164,24 @@ def test_one_retrieval_reads_its_objects_at_the_same_time(
     assert bank.retrieve(chunks.embeddings[:1], 4).found.all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_block_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
-    keys, values = torch.randn(2, 3, 2, 5, 4).to(dtype).transpose(1, 3).unbind(0)
-    layout = ChunkLayout.of(keys[None])
-    read = decode(encode("s", 7, keys, values), "s", 7, layout)
-    for states, content in zip((keys, values), read, strict=True):
-        assert torch.equal(torch.from_numpy(content.copy()).view(dtype).view(layout.shape), states)
-
-
-def test_a_block_of_another_kind_is_told() -> None:
-    states = torch.ones(1, 1, 2, 2)
-    content = encode("s", 7, states, states)
-    with pytest.raises(ValueError, match=r"of torch.float32 \[1, 1, 2, 2\], not torch.float16"):
-        decode(content, "s", 7, ChunkLayout.of(states[None].half()))
-
-
 def test_any_place_that_fsspec_knows_will_do(tmp_path: Path) -> None:
-    store = PayloadStore(objects_at("memory://bucket/kv"), readers=2, lasting=True, facts={"dim": 4})
-    store.settle(Folder("c", "0", Session.of("a")))
+    folder = ObjectFolder(
+        objects_at("memory://bucket/kv"), "c-0/a", readers=2, lasting=True, notes={"dim": 4, "newest": -1}
+    )
+    store = SessionStore(folder, named=True)
     keys = torch.arange(24.0).view(3, 1, 2, 2, 2)
     store.put([0, 1, 2], keys, -keys)
     assert torch.equal(store.get([2, 0])[0], keys[[2, 0]])
-    assert store.stored_ids() == [0, 1, 2]
-    assert store.stored_facts()["newest"] == -1
+    assert folder.ids() == [0, 1, 2]
+    assert folder.notes()["newest"] == -1
     store.remove([2, 1])
-    assert store.stored_ids() == [0]
-    assert store.stored_facts()["newest"] == 2
-    store._objects.delete(["c/none", store._folder.block(0)])
+    assert folder.ids() == [0]
+    assert folder.notes()["newest"] == 2
+    objects_at("memory://bucket/kv").delete(["c/none", "c-0/a/0.kv"])
     with pytest.raises(LostChunksError, match="chunk 0"):
         store.get([0])
-    store.drop()
-    assert store._objects.list() == []
+    folder.drop()
+    assert objects_at("memory://bucket/kv").list() == []
 
 
 @pytest.mark.parametrize(

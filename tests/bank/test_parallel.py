@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from memlong_milvus.parallel import Workers
+from memlong.bank.store.parallel import Workers
 
 
 def test_each_thing_is_done_once() -> None:

@@ -16,10 +16,10 @@ from memlong.errors import HIDDEN
 _HARMLESS = frozenset(
     (  # noqa: SIM905 - a list would take a line per name
         "M attempts build_threads candidates chunk_prompt collection compression connectivity consistency database db "
-        "device dim disk dtype ef ef_construction ef_search endpoint eviction expansion_add expansion_search folder "
-        "host hosts index initial_capacity kv_device max_bytes max_chunks metric mode model name nprobe pairs "
-        "partitions path piece_tokens port query_prompt readers recency recency_scale refine region resume retries "
-        "seed session sharpness staleness store timeout tls train_size uri url"
+        "device dim disk disk_budget dtype ef ef_construction ef_search endpoint eviction expansion_add "
+        "expansion_search folder host hosts index initial_capacity kv_device max_bytes max_chunks metric mode model "
+        "name nprobe objects pairs partitions path piece_tokens port query_prompt readers recency recency_scale "
+        "refine region resume retries seed session sharpness staleness store timeout tls train_size uri url"
     ).split()
 )
 """Names of options whose values may be shown; secrets in URIs are still redacted."""

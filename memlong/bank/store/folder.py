@@ -1,0 +1,217 @@
+"""ObjectFolder: the blocks of one bank as objects, one a chunk, in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from memlong.bank.forks import unless_forked
+from memlong.bank.store.block import BlockKind, decode, encode, kind_of
+from memlong.bank.store.objects import Objects
+from memlong.bank.store.parallel import Workers
+from memlong.errors import LostChunksError, StorageError
+from memlong.uri import without_credentials
+
+_NOTES = "bank.json"
+_BLOCK = re.compile(r"(0|[1-9][0-9]{0,17})\.kv")
+_HEADER = 1 << 16  # bytes before the record, at most
+_MOST_NOTES, _MOST_BLOCK = 1 << 20, 1 << 31
+
+
+class ObjectFolder:
+    """The blocks of one bank as objects, each with a checksum, written and read by several threads at once.
+
+    Next to them is an object of notes, written before the first block: where it is gone, too, the place is away, and
+    no chunk is lost. What cannot be removed is forgotten all the same, and tried again with the next removal.
+
+    Parameters
+    ----------
+    objects : Objects
+        The place that the folder is in.
+    name : str, optional
+        Of the folder; no other bank at the place has one that ends in the same part. By default a random one.
+    readers : int, default 8
+        Threads that read and write.
+    lasting : bool, default False
+        Whether what is there stays when this object goes.
+    notes : mapping, optional
+        What to note down of the bank, for JSON.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        name: str | None = None,
+        *,
+        readers: int = 8,
+        lasting: bool = False,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name or f"memlong-{secrets.token_hex(8)}"
+        self.readers = readers
+        self._objects, self._notes = objects, dict(notes or {})
+        self._is_noted = False
+        self._leftover: set[str] = set()
+        self._workers = Workers(readers)
+        self._owner = os.getpid()
+        if not lasting:
+            weakref.finalize(self, unless_forked(_remove, objects, self.name))
+
+    @property
+    def place(self) -> str:
+        """Where the objects are, without secrets."""
+        return self._objects.place
+
+    def write(self, ids: Sequence[int], kind: BlockKind, records: Sequence[torch.Tensor]) -> None:
+        """Write blocks, or none: what was written before an error is removed."""
+        self.require_owner()
+
+        def write(row: int) -> None:
+            content = encode(self._bank, ids[row], kind, records[row])
+            self._objects.write(self._block(ids[row]), content)
+
+        try:
+            if not self._is_noted:
+                self.note({})
+            self._workers.each(write, range(len(ids)))
+        except BaseException as error:
+            self.delete(ids)
+            if isinstance(error, OSError) and not isinstance(error, StorageError):
+                raise self._unusable("written", error) from error
+            raise
+        self._leftover.difference_update(map(self._block, ids))  # they are these chunks' now
+
+    def read_into(self, ids: Sequence[int], kind: BlockKind, records: Sequence[torch.Tensor]) -> None:
+        """Read records into tensors, each uint8 [bytes] on the CPU.
+
+        Raises
+        ------
+        LostChunksError
+            Naming the chunks whose objects are missing or damaged.
+        StorageError
+            If the place cannot be read.
+        """
+        lost: dict[int, str] = {}
+
+        def read(row: int) -> None:
+            try:
+                content = self._objects.read(self._block(ids[row]), len(records[row]) + _HEADER)
+                decode(content, self._bank, ids[row], kind, records[row])
+            except FileNotFoundError:
+                lost[ids[row]] = "its object is missing"
+            except ValueError as error:
+                lost[ids[row]] = str(error)
+
+        try:
+            self._workers.each(read, range(len(ids)))
+            if lost:
+                self._objects.read(self._path(_NOTES), _MOST_NOTES)  # if they are gone, the place is away
+        except OSError as error:
+            raise self._unusable("read", error) from error
+        if lost:
+            raise LostChunksError(lost)
+
+    def delete(self, ids: Iterable[int]) -> None:
+        """Remove objects."""
+        self._leftover.update(map(self._block, ids))  # until they are gone
+        with suppress(OSError):
+            self._objects.delete(sorted(self._leftover))
+            self._leftover.clear()
+
+    def drop(self) -> None:
+        """Remove the folder; StorageError if the place does not let it go."""
+        self.require_owner()
+        self._leftover.clear()
+        self._is_noted = False
+        try:
+            self._objects.delete_folder(self.name)
+        except OSError as error:
+            raise self._unusable("removed", error) from error
+
+    def ids(self) -> list[int]:
+        """Return the ids of all objects in the folder, whoever wrote them, ascending."""
+        names = (each.name for each in self._objects.list(self.name))
+        return sorted(chunk_id for chunk_id in map(chunk_id_of, names) if chunk_id is not None)
+
+    def kind(self, ids: Iterable[int]) -> BlockKind | None:
+        """Return the kind of the first of some blocks that can be read; None if none can."""
+        for chunk_id in ids:
+            with suppress(OSError, ValueError):
+                return kind_of(self._objects.read(self._block(chunk_id), _MOST_BLOCK), self._bank, chunk_id)
+        return None
+
+    def note(self, more: Mapping[str, Any]) -> None:
+        """Write the notes, with more in them."""
+        self.require_owner()
+        notes = {**self._notes, **more}
+        try:
+            self._objects.write(self._path(_NOTES), json.dumps(notes).encode())
+        except StorageError:
+            raise
+        except OSError as error:
+            raise self._unusable("written", error) from error
+        self._notes, self._is_noted = notes, True
+
+    def notes(self) -> dict[str, Any]:
+        """Return the notes that are there; nothing if there are none."""
+        try:
+            notes = json.loads(self._objects.read(self._path(_NOTES), _MOST_NOTES))
+            if not isinstance(notes, dict):
+                raise ValueError(f"it holds a {type(notes).__name__}, and no object")
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise self._unusable("read", error) from error
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(str(error)) from error
+        self._is_noted = True
+        return notes
+
+    def damaged(self, why: str) -> StorageError:
+        """Return the error for notes that cannot be right."""
+        return StorageError(
+            f"{self._path(_NOTES)!r} in {self.place!r} is damaged ({why}). Restore it, or begin another memory."
+        )
+
+    def require_owner(self) -> None:
+        """Raise StorageError in a forked process, where both would write the same objects."""
+        if os.getpid() != self._owner:
+            raise StorageError(
+                f"The objects in {self.place!r} are those of process {self._owner}, from which this one was forked: "
+                "both would write the same. Make the bank in this process, or start processes with the method 'spawn'."
+            )
+
+    @property
+    def _bank(self) -> str:
+        return self.name.rpartition("/")[2]
+
+    def _path(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def _block(self, chunk_id: int) -> str:
+        return self._path(f"{chunk_id}.kv")
+
+    def _unusable(self, what: str, error: OSError) -> StorageError:
+        return StorageError(
+            f"Keys and values cannot be {what} in {self.place!r}: {without_credentials(str(error))}. Is the place "
+            "there, and may this process use it? Otherwise name another place."
+        )
+
+
+def chunk_id_of(name: str) -> int | None:
+    """Return the id of the chunk whose object this is; None if it is no chunk's."""
+    found = _BLOCK.fullmatch(name.rpartition("/")[2])
+    return None if found is None else int(found[1])
+
+
+def _remove(objects: Objects, folder: str) -> None:
+    with suppress(OSError, RuntimeError):  # at the end of the process no more threads may be started
+        objects.delete_folder(folder)
