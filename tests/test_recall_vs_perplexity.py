@@ -95,7 +95,9 @@ def test_each_system_has_the_figures_of_a_run_of_its_own(given, run):
         if system["backend"] in ("none", "noisy"):
             continue
         options = system["options"][0]
-        config = MemoryConfig(backend=system["backend"], backend_options=options, retriever="lm", **memory)
+        config = MemoryConfig(
+            backend=system["backend"], backend_options=options, retriever="lm", position_mode="zero", **memory
+        )
         with MemoryDecoder(model, tokenizer, config) as decoder:
             own = evaluate_perplexity(decoder, ids, score_from=SIZES["score_from"])
         assert system["overall"]["perplexity"] == pytest.approx(own.perplexity, rel=1e-6)

@@ -56,7 +56,7 @@ def test_forks_go_their_own_way():
 def test_what_a_bank_refuses_a_draft_refuses():
     draft = Draft(create_bank("torch", 6))
     embeddings, keys, values, spans = chunks(2, 1)
-    with pytest.raises(InvalidArgumentError, match="is nan"):
+    with pytest.raises(InvalidArgumentError, match="must be finite, got nan"):
         draft.add(torch.full_like(embeddings, float("nan")), keys, values, spans)
     with pytest.raises(InvalidArgumentError, match="embeddings"):
         draft.add(embeddings[:, :5], keys, values, spans)

@@ -70,7 +70,7 @@ def test_a_full_device(shell, saved, command):
     done = shell(command, *of(command, saved), ending="> /dev/full")
     assert done.returncode == 1
     *answer, line = done.stderr.strip().split("\n")
-    assert line.startswith("memlong: the answer cannot be printed: No space left on device.")
+    assert line.startswith("memlong: Cannot print the result: No space left on device.")
     if "--json" in command:
         assert json.loads("\n".join(answer))["banks"][0]["chunks"] == 3  # not lost
     else:
@@ -83,7 +83,7 @@ def test_a_full_device(shell, saved, command):
 def test_a_closed_output(shell, saved, command):
     done = shell(command, *of(command, saved), ending=">&-")
     assert done.returncode == 1
-    assert done.stderr.startswith("memlong: standard output is closed")
+    assert done.stderr.startswith("memlong: Standard output is closed")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -112,7 +112,9 @@ def test_a_pipe_that_nobody_reads_and_one_that_somebody_does(arguments, story, t
     typed = [sys.executable, "-c", PROGRAM, *arguments("perplexity", text=story, json=pipe)]
     done = subprocess.run(typed, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.endswith("pipe' is a pipe that nobody reads: start the reader first, or name a file\n")
+    assert done.stderr.endswith(
+        "pipe': it is a pipe without a reader. Start the reader first, or name a file.\n"
+    )
     found = []
     reader = threading.Thread(target=lambda: found.append(pipe.read_text()))
     reader.start()
@@ -182,4 +184,4 @@ def test_a_character_that_the_console_does_not_have(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "are what was saved" in done.stdout
+    assert "are intact" in done.stdout

@@ -76,7 +76,7 @@ def test_a_trained_decoder_brings_its_dtype_and_the_command_says_so(cpu, invoke,
     folder = tmp_path / "trained"
     made = invoke("train", text=story, out=folder, **{**TRAINING, "dtype": "float32"})
     assert made.exit_code == 0, made.output
-    assert "numbers learn, cpu, float32" in made.stdout
+    assert "trainable parameters, cpu, float32" in made.stdout
     used = ["perplexity", "--adapter", str(folder), "--text", str(story), "--json", "-"]
     result = CliRunner().invoke(make_app(), used)
     assert result.exit_code == 0, result.output

@@ -47,7 +47,7 @@ def other(story):
 def test_what_it_leaves_serves_the_other_commands(run, other, tmp_path):
     result = run()
     assert result.exit_code == 0, result.output
-    assert "4 steps, last loss" in result.stdout
+    assert "4 steps, final loss" in result.stdout
     folder = tmp_path / "trained"
     assert {file.name for file in folder.iterdir()} >= {
         "adapter_model.safetensors",

@@ -198,7 +198,7 @@ def test_what_is_no_configuration_or_retriever_is_refused(llama, small):
         MemoryDecoder(llama, None, {})
     with pytest.raises(InvalidArgumentError, match="retriever must be a Retriever, got 'lm'"):
         MemoryDecoder(llama, None, small(), retriever="lm")
-    with pytest.raises(InvalidArgumentError, match="tokenizer is None, but the retriever"):
+    with pytest.raises(InvalidArgumentError, match="tokenizer must be the model's, as the retriever"):
         MemoryDecoder(llama, None, small(retriever="sentence-transformers"))
     with pytest.raises(InvalidArgumentError, match="where they are one memory; name one"):
         MemoryDecoder(llama, None, small(store={"device": "1MB", "host": "1MB"}))

@@ -150,7 +150,10 @@ def test_a_retriever_of_other_tokens_is_refused(llama, tiny_model, small):
     other = tiny_model(seed=1)
     other.resize_token_embeddings(80, mean_resizing=False)
     retriever = MemoryDecoder(other, None, small()).retriever
-    with pytest.raises(InvalidArgumentError, match="of 80 tokens, and this LlamaForCausalLM has 97"):
+    with pytest.raises(
+        InvalidArgumentError,
+        match="must be for this LlamaForCausalLM with 97 tokens, got one for a LlamaForCausalLM with 80",
+    ):
         MemoryDecoder(llama, None, small(), retriever=retriever)
 
 

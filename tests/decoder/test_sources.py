@@ -154,13 +154,16 @@ def test_maps_in_int8_are_exact_in_bfloat16_too(llama, text, tmp_path):
 
 @pytest.mark.parametrize("dim", [0, 7, 60])
 def test_a_width_that_cannot_be_is_refused(llama, text, dim):
-    with pytest.raises(InvalidArgumentError, match=f"dim is {dim} for 60 tokens"):
+    with pytest.raises(InvalidArgumentError, match=f"less than the 60 tokens of text, got {dim}:"):
         fit_latent_maps(llama, [text(60)], dim=dim)
 
 
 def test_more_numbers_than_there_are_is_refused(llama, text):
     most = all_numbers(llama)
-    with pytest.raises(InvalidArgumentError, match=f"in 4 layers are {most} numbers"):
+    with pytest.raises(
+        InvalidArgumentError,
+        match=f"dim must be at most {most}, the size of a token's keys and values in 4 layers",
+    ):
         fit_latent_maps(llama, [text(most + 10)], dim=most + 2)
 
 

@@ -70,7 +70,7 @@ def test_the_suite_finds_a_wrong_bank_and_names_the_clause(failures, bank):
 @pytest.mark.parametrize("name", ["NamesNothing", "SignFlipped", "StopsGrowing"])
 def test_a_failure_for_low_recall_says_what_to_look_at(failures, name):
     (said,) = [each for test, each in failures.items() if test.startswith(f"Test{name}.")]
-    assert "Look at the metric" in said
+    assert "Check the metric" in said
     assert "ef, nprobe" in said
 
 
