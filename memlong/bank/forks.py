@@ -1,4 +1,4 @@
-"""What a forked process must put right: locks held by threads that it does not have, and the parent's files."""
+"""What a forked process must repair: locks held by threads that it does not have, and the parent's files."""
 
 from __future__ import annotations
 

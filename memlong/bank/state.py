@@ -41,7 +41,7 @@ class BankState:
     dim : int
         Width of the embeddings.
     metric : {"cosine", "inner_product", "l2"}
-        What is near.
+        What counts as near.
     capacity : Capacity
         How much it may hold.
     store : KeyValueStore
@@ -197,6 +197,10 @@ class BankState:
     def clear(self) -> None:
         """Remove every chunk, and forget the layout; ids continue."""
         self.contents.restore()
+        if self.index.repairs_before_changes and len(self.table):
+            self._change_index(
+                self.index.remove, self.table.ids
+            )  # first: it may refuse, and nothing has changed then
         self.drop_index()
         self.unproven.clear()
         self.origin = None
@@ -227,7 +231,10 @@ class BankState:
             except LostChunksError as error:
                 ids = np.array(sorted(error.reasons), dtype=np.int64)
                 with self.writing():
-                    self.remove(ids[self.table.rows_of(ids) >= 0])
+                    lost = ids[self.table.rows_of(ids) >= 0]
+                    if not len(lost):
+                        raise  # the store names others than the bank's: to try again would not end
+                    self.remove(lost)
                 warn(f"{error} The bank has forgotten them.", LostChunksWarning, stacklevel=4)
 
     def search(self, queries: Floats, k: int, *, exactly: bool = False) -> SearchResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -288,3 +289,81 @@ def empty_memory():
     files = fsspec.filesystem("memory")
     files.store.clear()
     files.pseudo_dirs[:] = [""]
+
+
+def test_a_folder_is_one_stores(place):
+    folder = ObjectFolder(objects_at(place))
+    store = TieredStore(objects=folder)
+    with pytest.raises(InvalidArgumentError, match="one store's own"):
+        TieredStore(objects=folder)
+    del store
+    TieredStore(objects=folder)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/../b", "/x", "", "a//b", 5])
+def test_a_folder_stays_within_its_place(place, name):
+    with pytest.raises(InvalidArgumentError, match="name must be parts"):
+        ObjectFolder(objects_at(place), name)
+
+
+def test_a_block_that_may_not_be_read_is_not_taken_for_lost(tmp_path, monkeypatch):
+    folder = ObjectFolder(objects_at(tmp_path), "mine", lasting=True)
+    chunks = random_chunks(2)
+    TieredStore(objects=folder).put([0, 1], chunks.keys, chunks.values)
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(objects_at(tmp_path)), "read", refused)
+    with pytest.raises(StorageError, match="cannot be read"):
+        TieredStore(objects=ObjectFolder(objects_at(tmp_path), "mine", lasting=True)).adopt(
+            [0, 1], torch.device("cpu")
+        )
+
+
+def test_many_lost_chunks_cost_a_save_one_restart_and_one_warning(tmp_path):
+    bank = create_bank("torch", DIM, store=TieredStore(objects=tmp_path / "objects", readers=2))
+    random_chunks(40).into(bank)
+    for path in sorted((tmp_path / "objects").rglob("*.kv"))[::2]:
+        path.unlink()
+    with pytest.warns(LostChunksWarning) as told:
+        bank.save(tmp_path / "saved")
+    assert len(told) == 1
+    assert len(bank) == len(load_bank(tmp_path / "saved")) == 20
+
+
+def test_a_store_that_names_chunks_of_nobodys_as_lost_ends_the_call(tmp_path, monkeypatch):
+    bank = create_bank("torch", DIM, store=TieredStore(objects=tmp_path))
+    random_chunks(3).into(bank)
+
+    def lost(*_):
+        raise LostChunksError({99: "its object is missing"})
+
+    monkeypatch.setattr(bank.state.store, "get", lost)
+    with pytest.raises(LostChunksError):
+        bank.fetch([0])
+
+
+def test_a_folder_that_was_removed_is_begun_again_by_a_reset(tmp_path):
+    bank = create_bank("torch", DIM, store=TieredStore(objects=tmp_path / "objects"))
+    random_chunks(3).into(bank)
+    shutil.rmtree(tmp_path / "objects")
+    bank.reset()
+    random_chunks(3, first=3).into(bank)
+    assert len(bank.fetch([3, 4, 5]).ids) == 3
+    next(iter((tmp_path / "objects").rglob("4.kv"))).unlink()
+    with pytest.warns(LostChunksWarning, match="chunk 4"):
+        assert bank.fetch([3, 4, 5]).ids.tolist() == [3, 5]
+
+
+def test_what_a_library_behind_fsspec_raises_shows_no_credentials(monkeypatch):
+    objects = objects_at("memory://me:sesame@bucket/x")
+
+    def refused(*_, **__):
+        raise RuntimeError("no access for s3://me:sesame@bucket")
+
+    monkeypatch.setattr(type(objects._files), "pipe_file", refused)
+    with pytest.raises(StorageError, match="cannot be used") as told:
+        objects.write("a", b"1")
+    assert "sesame" not in str(told.value)
+    assert told.value.__cause__ is None

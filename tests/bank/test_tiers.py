@@ -359,21 +359,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no tier is named"),
+        ({}, "must have at least one of"),
         ({"host": "much"}, "host must be a size in bytes of at least 0, such as .*, got 'much'"),
         ({"device": -1}, "device must be a size in bytes of at least 0, .*, got -1"),
         ({"host": "1XB"}, "host must be a size in bytes .*, got '1XB'"),
         ({"host": "1GB", "disk_budget": "1GB"}, "no folder: name one with disk"),
         ({"host": "9" * 400 + "GB"}, "host must be a size in bytes .*, got '999"),
-        ({"disk": 5}, "disk is 5; expected the path of a folder"),
-        ({"disk": ""}, "disk is ''; expected the path of a folder"),
-        ({"objects": 5}, "objects is 5; expected a folder, or a URI"),
-        ({"objects": "nope://x"}, "'nope://x' is no place that fsspec knows"),
+        ({"disk": 5}, "disk must be the path of a folder, got 5"),
+        ({"disk": ""}, "disk must be the path of a folder, got ''"),
+        ({"objects": 5}, "objects must be a folder, or a URI .* got 5"),
+        ({"objects": "nope://x"}, "that fsspec knows, .* got 'nope://x'"),
         ({"objects": ".", "readers": 0}, "readers must be an int >= 1, got 0"),
         ({"objects": ".", "disk": "."}, "disk and objects are both named"),
         (
             {"host": "1GB", "dtype": "int4"},
-            "the storage dtype is 'int4'; expected one of bfloat16, float8, int8",
+            "dtype must be one of bfloat16, float8, int8",
         ),
     ],
 )

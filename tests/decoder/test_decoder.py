@@ -535,3 +535,11 @@ def test_layers_that_do_not_exist_are_named(llama, small, layers, message):
 def test_layers_and_ranges_are_understood(llama, small):
     assert MemoryDecoder(llama, None, small(retrieval_layers="3, 0-1")).retrieval_layers == (0, 1, 3)
     assert MemoryDecoder(llama, None, small(retrieval_layers=[3, 0, 1])).retrieval_layers == (0, 1, 3)
+
+
+def test_a_stream_that_was_not_begun_ends_with_a_reset(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        segments = decoder.stream(text(40))
+        decoder.reset()
+        with pytest.raises(MemlongError, match=r"stream\(\) has ended"):
+            next(segments)

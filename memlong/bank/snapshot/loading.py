@@ -28,7 +28,7 @@ def load(
     """Make a bank of a class of what a snapshot holds; as `MemoryBank.load`."""
     if lazy and given.get("store") is not None:
         raise InvalidArgumentError(
-            "lazy leaves keys and values in the snapshot, but a store is given: use one of both"
+            "lazy leaves keys and values in the snapshot, but a store is given: use one of the two"
         )
     bank = _made_for(
         kind, stored, {**given, "store": SnapshotStore()} if lazy else given, trusted=trust_index
@@ -65,7 +65,7 @@ def _made_for(kind: type[Made], stored: StoredBank, given: dict[str, Any], *, tr
         )
     if record.eviction is None and "eviction" not in given:
         raise InvalidArgumentError(
-            "the bank was saved with an eviction policy of its owner's: give it, or another, as eviction"
+            "the bank was saved with a custom eviction policy: give it, or another, as eviction"
         )
     options: dict[str, Any] = {
         name: getattr(record, name) for name in ("metric", "max_chunks", "max_bytes", "eviction")

@@ -148,7 +148,7 @@ def check_storage_dtype(dtype: object) -> None:
     """Raise InvalidArgumentError unless blocks can be stored in ``dtype``."""
     if dtype is not None and dtype not in get_args(StorageDtype):
         raise InvalidArgumentError(
-            f"the storage dtype is {dtype!r}; expected one of {', '.join(get_args(StorageDtype))}, or None"
+            f"dtype must be one of {', '.join(get_args(StorageDtype))}, or None, got {dtype!r}"
         )
 
 

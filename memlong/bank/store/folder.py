@@ -17,7 +17,7 @@ from memlong.bank.forks import unless_forked
 from memlong.bank.store.block import BlockKind, decode, encode, kind_of
 from memlong.bank.store.objects import Objects
 from memlong.bank.store.parallel import Workers
-from memlong.errors import LostChunksError, StorageError
+from memlong.errors import InvalidArgumentError, LostChunksError, StorageError
 from memlong.uri import without_credentials
 
 _NOTES = "bank.json"
@@ -29,8 +29,8 @@ _MOST_NOTES, _MOST_BLOCK = 1 << 20, 1 << 31
 class ObjectFolder:
     """The blocks of one bank as objects, each with a checksum, written and read by several threads at once.
 
-    Next to them is an object of notes, written before the first block: where it is gone, too, the place is away, and
-    no chunk is lost. What cannot be removed is forgotten all the same, and tried again with the next removal.
+    Next to them is an object of notes, written before the first block: if it is missing as well, the place is
+    unreachable, and no chunk counts as lost. What cannot be removed is tried again with the next removal.
 
     Parameters
     ----------
@@ -55,7 +55,14 @@ class ObjectFolder:
         lasting: bool = False,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(objects, Objects):
+            raise InvalidArgumentError(f"objects must be what objects_at(place) returns, got {objects!r:.80}")
+        if name is not None and not _is_name(name):
+            raise InvalidArgumentError(
+                f"name must be parts of letters, digits, '.', '_' and '-' with '/' between them, got {name!r:.80}"
+            )
         self.name = name or f"memlong-{secrets.token_hex(8)}"
+        self._user: weakref.ref[object] | None = None
         self.readers = readers
         self._objects, self._notes = objects, dict(notes or {})
         self._is_noted = False
@@ -64,6 +71,14 @@ class ObjectFolder:
         self._owner = os.getpid()
         if not lasting:
             weakref.finalize(self, unless_forked(_remove, objects, self.name))
+
+    def claim(self, user: object) -> None:
+        """Note that a store uses the folder; InvalidArgumentError if another does, as both would write the same."""
+        if self._user is not None and self._user() not in (None, user):
+            raise InvalidArgumentError(
+                "objects must be a folder of one store's own, got one that another store uses."
+            )
+        self._user = weakref.ref(user)
 
     @property
     def place(self) -> str:
@@ -85,7 +100,7 @@ class ObjectFolder:
         except BaseException as error:
             self.delete(ids)
             if isinstance(error, OSError) and not isinstance(error, StorageError):
-                raise self._unusable("written", error) from error
+                raise self._unusable("written", error) from None
             raise
         self._leftover.difference_update(map(self._block, ids))  # they are these chunks' now
 
@@ -115,7 +130,7 @@ class ObjectFolder:
             if lost:
                 self._objects.read(self._path(_NOTES), _MOST_NOTES)  # if they are gone, the place is away
         except OSError as error:
-            raise self._unusable("read", error) from error
+            raise self._unusable("read", error) from None  # the cause may show credentials
         if lost:
             raise LostChunksError(lost)
 
@@ -134,7 +149,7 @@ class ObjectFolder:
         try:
             self._objects.delete_folder(self.name)
         except OSError as error:
-            raise self._unusable("removed", error) from error
+            raise self._unusable("removed", error) from None  # the cause may show credentials
 
     def ids(self) -> list[int]:
         """Return the ids of all objects in the folder, whoever wrote them, ascending."""
@@ -144,9 +159,17 @@ class ObjectFolder:
     def kind(self, ids: Iterable[int]) -> BlockKind | None:
         """Return the kind of the first of some blocks that can be read; None if none can."""
         for chunk_id in ids:
-            with suppress(OSError, ValueError):
+            try:
                 return kind_of(self._objects.read(self._block(chunk_id), _MOST_BLOCK), self._bank, chunk_id)
+            except (FileNotFoundError, ValueError):  # lost; the next one may not be
+                continue
+            except OSError as error:
+                raise self._unusable("read", error) from None
         return None
+
+    def forget_notes(self) -> None:
+        """Write the notes again with the next block: somebody may have removed them with the folder."""
+        self._is_noted = False
 
     def note(self, more: Mapping[str, Any]) -> None:
         """Write the notes, with more in them."""
@@ -157,7 +180,7 @@ class ObjectFolder:
         except StorageError:
             raise
         except OSError as error:
-            raise self._unusable("written", error) from error
+            raise self._unusable("written", error) from None  # the cause may show credentials
         self._notes, self._is_noted = notes, True
 
     def notes(self) -> dict[str, Any]:
@@ -169,7 +192,7 @@ class ObjectFolder:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise self._unusable("read", error) from error
+            raise self._unusable("read", error) from None  # the cause may show credentials
         except (ValueError, RecursionError) as error:
             raise self.damaged(str(error)) from error
         self._is_noted = True
@@ -206,6 +229,12 @@ class ObjectFolder:
         )
 
 
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and all(
+        re.fullmatch(r"[\w.-]+", part) and part not in (".", "..") for part in name.split("/")
+    )
+
+
 def chunk_id_of(name: str) -> int | None:
     """Return the id of the chunk whose object this is; None if it is no chunk's."""
     found = _BLOCK.fullmatch(name.rpartition("/")[2])
@@ -213,5 +242,5 @@ def chunk_id_of(name: str) -> int | None:
 
 
 def _remove(objects: Objects, folder: str) -> None:
-    with suppress(OSError, RuntimeError):  # at the end of the process no more threads may be started
+    with suppress(Exception):  # a finalizer; at the end of the process no more threads may be started
         objects.delete_folder(folder)

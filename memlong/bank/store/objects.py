@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -109,7 +109,7 @@ class LocalObjects(Objects):
         """Read the file."""
         path = self._folder / name
         if path.exists() and not path.is_file():
-            raise OSError(f"{str(path)!r} is no plain file")
+            raise OSError(f"{str(path)!r} is not a regular file")
         with path.open("rb") as file:
             return _bounded(file.read(most + 1), most)
 
@@ -164,34 +164,41 @@ class RemoteObjects(Objects):
             ) from None  # the cause may show the URI as it was given
         except ValueError as error:
             raise InvalidArgumentError(
-                f"{self.place!r} is no place that fsspec knows: {without_credentials(str(error))}. Expected a folder, "
-                "or a URI such as s3://bucket/folder."
+                f"The place must be a folder, or a URI that fsspec knows, such as s3://bucket/folder, got "
+                f"{self.place!r}: {without_credentials(str(error))}."
             ) from None
+        except Exception as error:  # noqa: BLE001 - of any library behind fsspec
+            raise self._failed(error) from None
 
     def write(self, name: str, content: bytes) -> None:
         """Send it."""
-        self._files.pipe_file(self._path(name), content)
+        path = self._path(name)
+        try:
+            self._ask(self._files.pipe_file, path, content)
+        except FileNotFoundError:  # a filesystem with folders
+            self._ask(self._files.makedirs, path.rpartition("/")[0], exist_ok=True)
+            self._ask(self._files.pipe_file, path, content)
 
     def read(self, name: str, most: int) -> bytes:
         """Fetch it."""
-        return _bounded(self._files.cat_file(self._path(name), start=0, end=most + 1), most)
+        return _bounded(self._ask(self._files.cat_file, self._path(name), start=0, end=most + 1), most)
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove them, in one request where the place can do that."""
         paths = [self._path(name) for name in names]
         try:
             if paths:
-                self._files.rm(paths)
+                self._ask(self._files.rm, paths)
         except FileNotFoundError:
             for path in paths:
                 with suppress(FileNotFoundError):
-                    self._files.rm_file(path)
+                    self._ask(self._files.rm_file, path)
 
     def list(self, folder: str = "") -> list[StoredObject]:
         """List them, as they are now."""
         self._files.invalidate_cache()
         try:
-            found = self._files.find(self._path(folder), detail=True)
+            found = self._ask(self._files.find, self._path(folder), detail=True)
         except FileNotFoundError:
             return []
         start = len(self._root.rstrip("/")) + 1
@@ -200,7 +207,22 @@ class RemoteObjects(Objects):
     def delete_folder(self, folder: str) -> None:
         """Remove it with all that is in it."""
         with suppress(FileNotFoundError):
-            self._files.rm(self._path(folder), recursive=True)
+            self._ask(self._files.rm, self._path(folder), recursive=True)
+
+    def _ask(self, act: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """Call fsspec; whatever a library behind it raises is an OSError, and shows no credentials."""
+        try:
+            return act(*given, **named)
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of any library behind fsspec
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> StorageError:
+        return StorageError(
+            f"{self.place!r} cannot be used: {without_credentials(f'{type(error).__name__}: {error}')}. Check the "
+            "place and the credentials for it, or name another."
+        )
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")

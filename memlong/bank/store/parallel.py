@@ -1,4 +1,4 @@
-"""Workers: threads that help whoever has many small things to do."""
+"""Workers: threads for many small reads and writes that wait for a disk or a network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from memlong.bank.forks import fork_lock
@@ -68,7 +69,10 @@ class _Task(Generic[Given]):
     def call_helper(self, pool: ThreadPoolExecutor, most: int) -> None:
         """Have one thread help, if that makes sense and it is at most so many."""
         if self._todo and not self.errors and len(self._helpers) < most:
-            self._helpers.append(pool.submit(self._help, pool, most))
+            with suppress(
+                RuntimeError
+            ):  # the interpreter is ending, and starts no threads: the caller works alone
+                self._helpers.append(pool.submit(self._help, pool, most))
 
     def _help(self, pool: ThreadPoolExecutor, most: int) -> None:
         self.call_helper(pool, most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from memlong.bank.store.slabs import Slabs
 from memlong.bank.store.store import KeyValueStore
 from memlong.bank.store.tier import DiskTier, MemoryTier, ObjectTier, PinnedTier, TensorTier, Tier
 from memlong.bank.validate import whole_number
-from memlong.errors import InvalidArgumentError, StorageError
+from memlong.errors import InvalidArgumentError, LostChunksError, StorageError
+from memlong.uri import without_credentials
 
 _HOST = torch.device("cpu")
 
@@ -81,7 +83,7 @@ class TieredStore(KeyValueStore):
         check_storage_dtype(dtype)
         if device is None and host is None and disk is None and objects is None:
             raise InvalidArgumentError(
-                "no tier is named; expected at least one of device, host, disk and objects"
+                "a store must have at least one of device, host, disk and objects, got none of them"
             )
         if disk is not None and objects is not None:
             raise InvalidArgumentError(
@@ -90,8 +92,10 @@ class TieredStore(KeyValueStore):
         if disk is None and disk_budget is not None:
             raise InvalidArgumentError("disk_budget is given, but no folder: name one with disk")
         if disk is not None and (not isinstance(disk, str | Path) or not str(disk) or "\0" in str(disk)):
-            raise InvalidArgumentError(f"disk is {disk!r}; expected the path of a folder")
+            raise InvalidArgumentError(f"disk must be the path of a folder, got {disk!r}")
         self._folder = _folder(objects, whole_number("readers", readers, at_least=1, at_most=256))
+        if self._folder is not None:
+            self._folder.claim(self)
         self._device = _budget("device", device)
         self._host = _budget("host", host)
         self._disk = None if disk is None else absolute(disk)
@@ -170,27 +174,40 @@ class TieredStore(KeyValueStore):
                 here = [chunk_id for chunk_id in far if chunk_id in tier]
                 parts.append((tier, here, tier.get(here)))
                 far = [chunk_id for chunk_id in far if chunk_id not in tier]
-            if far:
+            if far and not self._reads_alone:
                 parts.append((whole, far, whole.get(far)))
+                far = []
+        if far:
+            parts.append((whole, far, whole.get(far)))
+        with self._lock:
             found: dict[int, torch.Tensor] = {}
             for _, there, records in parts:
                 found.update(zip(there, records.at(codec.layout.device), strict=True))
             for source, there, records in parts:
-                if source not in self._near[:1]:
+                if source not in self._near[:1] and self._ids.issuperset(there):
                     self._keep_near(there, records)
         return codec.decode([found[chunk_id] for chunk_id in ids])
 
     def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Read from the farthest tier, which holds everything, and leave the nearer ones to those that search."""
         together = 1 if self._folder is None else self._folder.readers
+        lost: dict[int, str] = {}
         for start in range(0, len(ids), together):
-            with self._lock:
-                codec, whole = self._holding(ids[start : start + together])
-                records = whole.get(ids[start : start + together])
-                found = records.at(codec.layout.device if self._slabs is None else _HOST)
+            some = ids[start : start + together]
+            try:
+                with nullcontext() if self._reads_alone else self._lock:
+                    codec, whole = self._holding(some)
+                    records = whole.get(some)
+                    found = records.at(codec.layout.device if self._slabs is None else _HOST)
+            except LostChunksError as error:  # to know of all, before any caller begins again
+                lost |= error.reasons
+            if lost:
+                continue
             for record in found:  # `records` keeps a slot from being written over meanwhile
                 keys, values = codec.decode([record])
                 yield keys[0], values[0]
+        if lost:
+            raise LostChunksError(lost)
 
     def remove(self, ids: Sequence[int]) -> None:
         """Forget blocks in every tier."""
@@ -214,8 +231,9 @@ class TieredStore(KeyValueStore):
                 self._folder.require_owner()
             held = list(self._ids)
             self._ids.clear()  # first: the next `put` makes new tiers then
-            if self._folder is not None and held:
+            if self._folder is not None:
                 self._folder.delete(held)
+                self._folder.forget_notes()
             self._codec = self._whole = self._slabs = None
             self._near = []
 
@@ -239,7 +257,7 @@ class TieredStore(KeyValueStore):
             return None
         if kind.stored != self._dtype:
             raise InvalidArgumentError(
-                f"dtype is {self._dtype!r}, but the objects are of {kind}; give dtype={kind.stored!r}"
+                f"dtype must be that of the objects, {kind.stored!r}, got {self._dtype!r}: give dtype={kind.stored!r}"
             )
         layout = ChunkLayout(kind.shape, kind.dtype, device)
         with self._lock:
@@ -270,6 +288,11 @@ class TieredStore(KeyValueStore):
     def open_files(self) -> int:
         """How many files are kept open: one where there is a disk tier that holds, or held, anything."""
         return int(self._disk is not None and self._whole is not None)
+
+    @property
+    def _reads_alone(self) -> bool:
+        """Whether the farthest tier can be read without the lock: a network would hold up all others."""
+        return self._folder is not None and self._slabs is None
 
     def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, Tier]:
         """Make the tiers, where there are no blocks yet, for this layout."""
@@ -325,7 +348,7 @@ def _folder(objects: object, readers: int) -> ObjectFolder | None:
         return objects
     if not isinstance(objects, str | Path) or not str(objects) or "\0" in str(objects):
         raise InvalidArgumentError(
-            f"objects is {objects!r}; expected a folder, or a URI such as s3://bucket/folder"
+            f"objects must be a folder, or a URI such as s3://bucket/folder, got {without_credentials(repr(objects))}"
         )
     return ObjectFolder(objects_at(objects, synced=False), readers=readers)
 

@@ -169,10 +169,9 @@ class CurrentStreams:
             batch = self.for_rows(len(pending))
             self.take_over(batch)
         segments = batch.read(pending, logits_to_keep, gradients=gradients)
-        return Segments(self._while_current(segments), batch.segments_of(pending))
+        return Segments(self._while_current(segments, self._reader), batch.segments_of(pending))
 
-    def _while_current(self, segments: Iterator[Segment]) -> Iterator[Segment]:
-        reader = self._reader
+    def _while_current(self, segments: Iterator[Segment], reader: object) -> Iterator[Segment]:
         while True:
             self._attachment.check()
             if reader is not self._reader:

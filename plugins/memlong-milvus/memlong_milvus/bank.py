@@ -93,6 +93,7 @@ class MilvusBank(Uncopied, MemoryBank):
             )
             store = SessionStore(folder, named=self._session.named)
         self._blocks = store
+        self._is_closed = False
         super().__init__(dim, store=store, **bank_options)
         self._hold = Hold(self, self.engine, self._session, self.rows, self.state.table, store)
         if self._session.named:
@@ -136,6 +137,7 @@ class MilvusBank(Uncopied, MemoryBank):
         """
         bank = cls(dim, session=session, resume=True, **options)
         if not bank.next_id:
+            bank.close()
             raise InvalidArgumentError(
                 f"there is no session {session!r} in the collection {bank.collection!r} at {bank.uri} with this store. "
                 "Was it made with another dim, metric, collection or store?"
@@ -170,9 +172,16 @@ class MilvusBank(Uncopied, MemoryBank):
         BackendError
             If what a session without a name has left cannot be removed.
         """
+        if self._is_closed:
+            return
         with self.state.lock.write():
             self._hold.let_go()
             self.rows.close()
+            self._is_closed = True
+        self.refuse_changes(  # which would reach another bank's rows and objects
+            f"the bank of the session {self.session!r} is closed; another one can continue a session that has a name: "
+            "MilvusBank.reopen"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -74,7 +74,7 @@ def ready_collection(engine: Engine, wanted: Collection, *, links: int, effort: 
     name = wanted.name
     if not _NAME.fullmatch(name):
         raise InvalidArgumentError(
-            f"collection is {name!r}; expected up to 255 letters, digits and underscores, no digit first"
+            f"collection must have up to 255 letters, digits and underscores, no digit first, got {name!r}"
         )
     with engine.hub.setting_up:
         until = time.monotonic()

@@ -1,4 +1,4 @@
-"""Engine: one Milvus as a bank asks it, again while that makes sense."""
+"""Engine: one Milvus connection as a bank uses it, with retries."""
 
 from __future__ import annotations
 

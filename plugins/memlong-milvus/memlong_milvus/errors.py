@@ -1,4 +1,4 @@
-"""What can go wrong with a Milvus and with the objects beside it."""
+"""What can go wrong with a Milvus and with the its objects."""
 
 from __future__ import annotations
 

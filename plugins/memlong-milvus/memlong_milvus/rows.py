@@ -26,7 +26,7 @@ class SessionRows:
     """What a bank asks of Milvus about its session.
 
     A row's key is the session's key and the chunk's id, and rows are only ever upserted: a write that is
-    done twice comes to the same as once. All rows of a session are in one partition, chosen by its number, so that
+    repeated changes nothing. All rows of a session are in one partition, chosen by its number, so that
     a search looks at that one only. (A partition key would do the same, but upserts of Milvus 2.3 put rows into
     partitions by another rule than that key's, where searches do not find them.)
 

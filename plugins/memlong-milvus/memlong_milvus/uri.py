@@ -62,8 +62,8 @@ def parse_address(uri: str, token: str | None = None, database: str | None = Non
     if "://" not in uri:
         if not uri.endswith(".db"):
             raise InvalidArgumentError(
-                f"uri is {redacted(uri)!r}; expected the path of a file that ends in .db, for Milvus Lite, or "
-                "http://host:19530, for a server"
+                "uri must be the path of a file that ends in .db, for Milvus Lite, or http://host:19530, for a server, "
+                f"got {redacted(uri)!r}"
             )
         return Address(uri, token or "", database or "")
     try:
@@ -77,8 +77,8 @@ def parse_address(uri: str, token: str | None = None, database: str | None = Non
     _check_encoded(uri, parts.netloc)
     if parts.scheme not in _SERVER_SCHEMES or not host:
         raise InvalidArgumentError(
-            f"uri is {redacted(uri)!r}; expected one of {', '.join(_SERVER_SCHEMES)} and a host, such as "
-            "http://localhost:19530, or the path of a file that ends in .db"
+            f"uri must be one of {', '.join(_SERVER_SCHEMES)} and a host, such as http://localhost:19530, or the path of a "
+            f"file that ends in .db, got {redacted(uri)!r}"
         )
     given = ":".join(unquote(each) for each in (parts.username, parts.password) if each is not None)
     bare = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}" + (f":{port}" if port else "")

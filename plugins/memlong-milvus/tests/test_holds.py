@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pymilvus import MilvusException
 
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.testing.harness import DIM, random_chunks
 from memlong_milvus.bank import MilvusBank
 from memlong_milvus.errors import BackendError
@@ -116,3 +116,21 @@ def test_what_is_added_after_a_failure_is_in_milvus_with_all_else(
     random_chunks(2, seed=2, first=6).into(bank)
     assert set(written) == {6, 7}
     assert bank.rows.held(8).tolist() == list(range(8))
+
+
+def test_a_closed_bank_changes_nothing_of_the_session_that_another_has(place: dict[str, Any]) -> None:
+    bank = MilvusBank(DIM, **place, session="a")
+    random_chunks(6).into(bank)
+    bank.close()
+    again = MilvusBank.reopen(DIM, **place, session="a")
+    for change in (
+        bank.reset,
+        bank.drop,
+        lambda: bank.remove([0]),
+        lambda: random_chunks(1, first=6).into(bank),
+    ):
+        with pytest.raises(MemlongError, match="is closed"):
+            change()
+    assert len(again.fetch(again.ids).ids) == 6
+    again.close()
+    assert len(MilvusBank.reopen(DIM, **place, session="a")) == 6

@@ -105,7 +105,7 @@ def test_facts_of_a_stranger_are_told_to_be_none(left: Path, tmp_path: Path, con
 def test_a_folder_in_place_of_the_facts_is_told(left: Path, tmp_path: Path) -> None:
     (left / "bank.json").unlink()
     (left / "bank.json").mkdir()
-    with pytest.raises(StorageError, match="is no plain file"):
+    with pytest.raises(StorageError, match="is not a regular file"):
         reopened(tmp_path)
 
 

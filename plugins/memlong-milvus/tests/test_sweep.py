@@ -117,4 +117,4 @@ def test_a_sweep_without_a_milvus_removes_nothing(tmp_path: Path, capsys: pytest
     with pytest.raises(InvalidArgumentError, match="sweep needs the uri"):
         sweep(str(tmp_path))
     assert main(["sweep", "--uri", "nonsense", "--store", str(tmp_path)]) == 1
-    assert "expected the path of a file that ends in .db" in capsys.readouterr().err
+    assert "uri must be the path of a file that ends in .db" in capsys.readouterr().err

@@ -276,7 +276,7 @@ def test_a_policy_of_ones_own_is_asked_for(make, tmp_path):
 
 def test_lazy_and_a_store_do_not_go_together(make, tmp_path):
     make().save(tmp_path)
-    with pytest.raises(InvalidArgumentError, match="use one of both"):
+    with pytest.raises(InvalidArgumentError, match="use one of the two"):
         load_bank(tmp_path, lazy=True, store=InMemoryStore())
 
 
