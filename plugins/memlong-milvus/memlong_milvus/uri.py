@@ -77,8 +77,8 @@ def parse_address(uri: str, token: str | None = None, database: str | None = Non
     _check_encoded(uri, parts.netloc)
     if parts.scheme not in _SERVER_SCHEMES or not host:
         raise InvalidArgumentError(
-            f"uri must be one of {', '.join(_SERVER_SCHEMES)} and a host, such as http://localhost:19530, or the path of a "
-            f"file that ends in .db, got {redacted(uri)!r}"
+            f"uri must be one of {', '.join(_SERVER_SCHEMES)} and a host, such as http://localhost:19530, or the path of "
+            f"a file that ends in .db, got {redacted(uri)!r}"
         )
     given = ":".join(unquote(each) for each in (parts.username, parts.password) if each is not None)
     bare = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}" + (f":{port}" if port else "")

@@ -73,5 +73,5 @@ def test_an_address_shows_no_token() -> None:
 
 @pytest.mark.parametrize("uri", ["memory.sqlite", "ftp://host", "http://"])
 def test_what_is_no_address_is_told(uri: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="uri (is|must be)"):
+    with pytest.raises(InvalidArgumentError, match="uri must be"):
         parse_address(uri)
