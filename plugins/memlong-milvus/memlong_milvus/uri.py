@@ -71,14 +71,14 @@ def parse_address(uri: str, token: str | None = None, database: str | None = Non
         host, port = parts.hostname, parts.port
     except ValueError:  # whose text may hold what is secret
         raise InvalidArgumentError(
-            f"uri is {redacted(uri)!r}, which cannot be read: expected http://host:19530, a port being a number, and "
-            "what is no letter or digit in a password percent-encoded"
+            "uri must be of the form http://host:19530, with a number as port and a percent-encoded password, got "
+            f"{redacted(uri)!r}"
         ) from None
     _check_encoded(uri, parts.netloc)
     if parts.scheme not in _SERVER_SCHEMES or not host:
         raise InvalidArgumentError(
-            f"uri must be one of {', '.join(_SERVER_SCHEMES)} and a host, such as http://localhost:19530, or the path of "
-            f"a file that ends in .db, got {redacted(uri)!r}"
+            f"uri must be one of {', '.join(_SERVER_SCHEMES)} and a host, such as http://localhost:19530, or the path "
+            f"of a file that ends in .db, got {redacted(uri)!r}"
         )
     given = ":".join(unquote(each) for each in (parts.username, parts.password) if each is not None)
     bare = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}" + (f":{port}" if port else "")
