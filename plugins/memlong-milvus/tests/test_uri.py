@@ -40,7 +40,7 @@ def test_a_uri_becomes_options(uri: str, options: dict[str, object]) -> None:
         ("milvus+lite:///a/b", r"names no local file that ends in \.db"),
         ("milvus://host?sesion=x", "option 'sesion' that there is not; there are: collection, session"),
         ("milvus://host?ef=1&ef=2", "gives 'ef' twice"),
-        ("milvus://host:port", "cannot be read"),
+        ("milvus://host:port", "with a number as port"),
     ],
 )
 def test_what_is_no_such_uri_is_told(uri: str, message: str) -> None:
