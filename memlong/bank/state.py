@@ -198,9 +198,8 @@ class BankState:
         """Remove every chunk, and forget the layout; ids continue."""
         self.contents.restore()
         if self.index.repairs_before_changes and len(self.table):
-            self._change_index(
-                self.index.remove, self.table.ids
-            )  # first: it may refuse, and nothing has changed then
+            # First, as it may refuse: nothing has changed then.
+            self._change_index(self.index.remove, self.table.ids)
         self.drop_index()
         self.unproven.clear()
         self.origin = None

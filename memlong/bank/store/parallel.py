@@ -69,9 +69,8 @@ class _Task(Generic[Given]):
     def call_helper(self, pool: ThreadPoolExecutor, most: int) -> None:
         """Have one thread help, if that makes sense and it is at most so many."""
         if self._todo and not self.errors and len(self._helpers) < most:
-            with suppress(
-                RuntimeError
-            ):  # the interpreter is ending, and starts no threads: the caller works alone
+            # Where the interpreter is ending, no thread starts: the caller works alone.
+            with suppress(RuntimeError):
                 self._helpers.append(pool.submit(self._help, pool, most))
 
     def _help(self, pool: ThreadPoolExecutor, most: int) -> None:

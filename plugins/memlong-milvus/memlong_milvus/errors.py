@@ -1,4 +1,4 @@
-"""What can go wrong with a Milvus and with the its objects."""
+"""The errors of Milvus and of its objects."""
 
 from __future__ import annotations
 
