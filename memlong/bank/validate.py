@@ -41,10 +41,10 @@ def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = 
     except TypeError:
         number = None
     if number is None or isinstance(value, (bool, np.bool_)) or number < at_least:
-        raise InvalidArgumentError(f"{name} must be an int >= {at_least}, got {repr_of(value)}")
+        raise InvalidArgumentError(f"{name} must be an integer of at least {at_least}, got {repr_of(value)}")
     if at_most is not None and number > at_most:
         raise InvalidArgumentError(
-            f"{name} must be an int from {at_least} to {at_most}, got {repr_of(value)}"
+            f"{name} must be an integer from {at_least} to {at_most}, got {repr_of(value)}"
         )
     return number
 

@@ -83,7 +83,7 @@ class CapacityTests(BankSuite):
     @pytest.mark.parametrize("value", [0, -1, 2.5, True, "many", 10**30, pytest.param(10**5000, id="huge")])
     def test_limits_must_be_positive_ints(self, name: str, value: object) -> None:
         """A limit that is not a positive int, or too large for a snapshot, is an error that names it."""
-        with pytest.raises(InvalidArgumentError, match=f"{name} must be (an int|a size in bytes) .*, got"):
+        with pytest.raises(InvalidArgumentError, match=f"{name} must be (an integer|a size in bytes) .*, got"):
             self.make(**{name: value})
 
     @whatever_the_options
@@ -95,10 +95,10 @@ class CapacityTests(BankSuite):
     @whatever_the_options
     @pytest.mark.parametrize("n", [-1, 1.5, None])
     def test_evict_takes_a_count(self, n: object) -> None:
-        """A count that is not an int >= 0 is an error."""
+        """A count that is not an integer of at least 0 is an error."""
         bank, _ = self.filled(3)
         before = state_of(bank)
-        with pytest.raises(InvalidArgumentError, match="n must be an int >= 0"):
+        with pytest.raises(InvalidArgumentError, match="n must be an integer of at least 0"):
             bank.evict(n)  # type: ignore[arg-type]
         assert_same_state(before, bank)
 

@@ -158,11 +158,11 @@ class InputTests(BankSuite):
     @pytest.mark.parametrize(
         ("queries", "k", "message"),
         [
-            (torch.zeros(2, DIM), 0, "k must be an int >= 1, got 0"),
-            (torch.zeros(2, DIM), -4, "k must be an int >= 1, got -4"),
-            (torch.zeros(2, DIM), 2.0, r"k must be an int >= 1, got 2\.0"),
-            (torch.zeros(2, DIM), True, "k must be an int >= 1, got True"),
-            (torch.zeros(2, DIM), None, "k must be an int >= 1, got None"),
+            (torch.zeros(2, DIM), 0, "k must be an integer of at least 1, got 0"),
+            (torch.zeros(2, DIM), -4, "k must be an integer of at least 1, got -4"),
+            (torch.zeros(2, DIM), 2.0, r"k must be an integer of at least 1, got 2\.0"),
+            (torch.zeros(2, DIM), True, "k must be an integer of at least 1, got True"),
+            (torch.zeros(2, DIM), None, "k must be an integer of at least 1, got None"),
             (torch.zeros(2, DIM - 1), 1, rf"queries must have shape \[n, {DIM}\], got \[2, 31\]"),
             (torch.zeros(DIM), 1, "queries must have shape"),
             (torch.full((2, DIM), torch.nan), 1, r"queries must be finite, got nan at \[0, 0\]"),
@@ -202,7 +202,9 @@ class InputTests(BankSuite):
     @pytest.mark.parametrize("dim", [0, -3, 2.0, "8", 2**31, 2**70])
     def test_dim_must_be_a_positive_int(self, dim: Any) -> None:
         """A `dim` that is not a positive int, or above the limit of snapshots (2**20), is an error."""
-        with pytest.raises(InvalidArgumentError, match=r"dim must be an int (>= 1|from 1 to 1048576)"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"dim must be an integer (of at least 1|from 1 to 1048576)"
+        ):
             self.bank_class(dim, **self.options)
 
     @whatever_the_options

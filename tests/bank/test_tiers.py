@@ -369,7 +369,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         ({"disk": ""}, "disk must be the path of a folder, got ''"),
         ({"objects": 5}, "objects must be a folder, or a URI .* got 5"),
         ({"objects": "nope://x"}, "that fsspec knows, .* got 'nope://x'"),
-        ({"objects": ".", "readers": 0}, "readers must be an int >= 1, got 0"),
+        ({"objects": ".", "readers": 0}, "readers must be an integer of at least 1, got 0"),
         ({"objects": ".", "disk": "."}, "disk and objects are both named"),
         (
             {"host": "1GB", "dtype": "int4"},

@@ -185,7 +185,7 @@ def test_a_row_of_a_snapshot_is_a_number(llama, small, text, tmp_path):
         banks = decoder.banks
     assert len(load_bank(tmp_path, row=np.int64(1))) == len(banks[1])
     for row in (True, "0", -1, 1.0):
-        with pytest.raises(InvalidArgumentError, match="row must be an int"):
+        with pytest.raises(InvalidArgumentError, match="row must be an integer"):
             load_bank(tmp_path, row=row)
 
 

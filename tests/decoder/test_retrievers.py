@@ -113,8 +113,8 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("random", {"seed": -1}, "seed must be an int >= 0, got -1"),
-        ("random", {"dim": 0}, "dim must be an int >= 1"),
+        ("random", {"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ("random", {"dim": 0}, "dim must be an integer of at least 1"),
         ("random", {"dim": 10**21}, "dim must be at most 65536, got 1000000000000000000000"),
         ("sentence-transformers", {"query_prompt": 5}, "query_prompt must be text, got 5"),
         ("sentence-transformers", {"chunk_prompt": None}, "chunk_prompt must be text, got None"),
@@ -123,10 +123,10 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
         ("lm", {"sharpness": "high"}, "sharpness must be a number from 0 to 8, got 'high'"),
         ("lm", {"pairs": float("nan")}, "pairs must be a number from 0 to 8, got nan"),
         ("lm", {"recency": -1}, "recency must be a number from 0 to 8, got -1"),
-        ("lm", {"recency_scale": 0.5}, "recency_scale must be an int >= 1, got 0.5"),
-        ("lm", {"recency_scale": 10**400}, "recency_scale must be an int from 1 to"),
-        ("lm", {"dim": 10**21}, "dim must be an int from 1 to 1048576"),
-        ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an int >= 1"),
+        ("lm", {"recency_scale": 0.5}, "recency_scale must be an integer of at least 1, got 0.5"),
+        ("lm", {"recency_scale": 10**400}, "recency_scale must be an integer from 1 to"),
+        ("lm", {"dim": 10**21}, "dim must be an integer from 1 to 1048576"),
+        ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an integer of at least 1"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(llama, name, options, message):

@@ -38,5 +38,5 @@ def test_of_an_empty_bank_all_is_found():
 
 
 def test_a_k_that_is_none_is_refused(bank):
-    with pytest.raises(InvalidArgumentError, match="k must be an int >= 1"):
+    with pytest.raises(InvalidArgumentError, match="k must be an integer of at least 1"):
         recall_at_k(bank, torch.eye(4)[0], torch.empty(0), 0)
