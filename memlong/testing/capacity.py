@@ -83,7 +83,9 @@ class CapacityTests(BankSuite):
     @pytest.mark.parametrize("value", [0, -1, 2.5, True, "many", 10**30, pytest.param(10**5000, id="huge")])
     def test_limits_must_be_positive_ints(self, name: str, value: object) -> None:
         """A limit that is not a positive int, or too large for a snapshot, is an error that names it."""
-        with pytest.raises(InvalidArgumentError, match=f"{name} must be (an integer|a size in bytes) .*, got"):
+        with pytest.raises(
+            InvalidArgumentError, match=f"{name} must be (an integer|a size in bytes) .*, got"
+        ):
             self.make(**{name: value})
 
     @whatever_the_options
