@@ -367,3 +367,40 @@ def test_what_a_library_behind_fsspec_raises_shows_no_credentials(monkeypatch):
         objects.write("a", b"1")
     assert "sesame" not in str(told.value)
     assert told.value.__cause__ is None
+
+
+def test_several_threads_read_the_objects_of_one_bank_at_the_same_time(tmp_path, monkeypatch):
+    bank = create_bank("torch", DIM, store=TieredStore(objects=tmp_path))
+    random_chunks(2).into(bank)
+    read, together = LocalObjects.read, threading.Barrier(2, timeout=20)
+
+    def waiting(self, name, most):
+        together.wait()  # for the other thread's read: breaks if that waits for this one
+        return read(self, name, most)
+
+    monkeypatch.setattr(LocalObjects, "read", waiting)
+    found = []
+    threads = [
+        threading.Thread(target=lambda each=each: found.append(bank.fetch([each]))) for each in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(each.ids.tolist() for each in found) == [[0], [1]]
+
+
+def test_a_bank_can_be_saved_while_the_interpreter_ends(tmp_path):
+    program = (
+        "import atexit, sys\n"
+        "from memlong import create_bank\n"
+        "from memlong.bank import TieredStore\n"
+        "from memlong.testing.harness import DIM, random_chunks\n"
+        "bank = create_bank('torch', DIM, store=TieredStore(objects=sys.argv[1]))\n"
+        "random_chunks(5).into(bank)\n"
+        "atexit.register(bank.save, sys.argv[2])\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "kv", tmp_path / "saved"], check=True, timeout=100
+    )
+    assert len(load_bank(tmp_path / "saved")) == 5

@@ -152,7 +152,7 @@ class ObjectFolder:
             raise self._unusable("removed", error) from None  # the cause may show credentials
 
     def ids(self) -> list[int]:
-        """Return the ids of all objects in the folder, whoever wrote them, ascending."""
+        """Return the ids of all objects in the folder, ascending, no matter who wrote them."""
         names = (each.name for each in self._objects.list(self.name))
         return sorted(chunk_id for chunk_id in map(chunk_id_of, names) if chunk_id is not None)
 

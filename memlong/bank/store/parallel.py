@@ -94,4 +94,4 @@ class _Task(Generic[Given]):
         for helper in self._helpers:
             if not helper.cancel():
                 wait([helper])
-        del self._act  # a thread may hold this object a moment longer, but nothing of whoever asked
+        del self._act  # a thread may hold this object a moment longer, but nothing of its caller
