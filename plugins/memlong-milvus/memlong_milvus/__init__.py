@@ -19,10 +19,10 @@ def memlong_register_backends(register: Register) -> None:
 
 @hookimpl
 def memlong_register_uri_schemes(register: Register) -> None:
-    """Offer the URIs that begin with milvus."""
+    """Offer the milvus:// URIs."""
     for scheme in ("milvus", "milvus+http", "milvus+https", "milvus+lite"):
         register(
             scheme,
             "memlong_milvus.uri:resolve",
-            description=f"{scheme}://… is a Milvus: its place and options",
+            description=f"{scheme}://…: a Milvus and its options",
         )

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
-    except (MemlongError, OSError) as error:  # an OSError is of the place of the objects
+    except (MemlongError, OSError) as error:  # an OSError is the store's
         print(f"Error: {_shown(without_credentials(str(error)))}", file=sys.stderr)
         return 1
     return 0
@@ -29,7 +29,7 @@ def _sweep(given: argparse.Namespace) -> None:
     did = "would be removed" if given.dry_run else "removed"
     print(f"{swept.orphans} orphans {did}, {swept.young} too young to tell, {swept.living} in use")
     if swept.passed_over:
-        print(f"Passed over, as this Milvus has no such collection: {_shown(', '.join(swept.passed_over))}")
+        print(f"Skipped, as this Milvus has no such collection: {_shown(', '.join(swept.passed_over))}")
 
 
 def _purge(given: argparse.Namespace) -> None:
@@ -37,23 +37,23 @@ def _purge(given: argparse.Namespace) -> None:
 
     names = purge(uri=given.uri, database=given.database)
     print(
-        f"Sessions without a name are gone from: {_shown(', '.join(names)) or 'nothing, for there is no collection'}"
+        f"Sessions without a name removed from: {_shown(', '.join(names)) or 'nothing, there is no collection'}"
     )
 
 
 def _shown(text: str) -> str:
-    """Return text without what would command the terminal: names may be anybody's."""
+    """Escape what would control the terminal: a name may be a stranger's."""
     return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m memlong_milvus",
-        description="Tend what MilvusBank keeps. Who asks goes into the environment, as MEMLONG_MILVUS_TOKEN.",
+        description="Clean up what MilvusBank keeps. Credentials come from the environment, MEMLONG_MILVUS_TOKEN.",
     )
     place = argparse.ArgumentParser(add_help=False)
     place.add_argument("--uri", help="a file that ends in .db, or http://host:19530; or MEMLONG_MILVUS_URI")
-    place.add_argument("--database", help="of the server, if not the default one")
+    place.add_argument("--database", help="database of the server, if not the default one")
     commands = parser.add_subparsers(required=True, metavar="command")
     swept = commands.add_parser(
         "sweep",
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     purged = commands.add_parser(
         "purge",
         parents=[place],
-        help="remove the rows of sessions without a name, while nobody is at work with one",
+        help="remove the rows of sessions without a name, while none is in use",
         epilog="python -m memlong_milvus purge --uri http://localhost:19530",
     )
     purged.set_defaults(run=_purge)

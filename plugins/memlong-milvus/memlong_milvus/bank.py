@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
-from weakref import ref
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, Self
+from weakref import finalize
 
 import torch
 
 from memlong.bank import IndexRows, KeyValueStore, MemoryBank, ObjectFolder
 from memlong.bank.snapshot.reader import StoredBank
-from memlong.bank.uncopied import Uncopied
-from memlong.errors import InvalidArgumentError
-from memlong_milvus.collection import METRICS, Collection, ready_collection
-from memlong_milvus.engine import Engine
-from memlong_milvus.hold import Hold
-from memlong_milvus.hub import HUBS
+from memlong.errors import InvalidArgumentError, MemlongError
+from memlong_milvus.collection import METRICS, ready_collection
+from memlong_milvus.connection import Engine
 from memlong_milvus.index import SessionIndex
 from memlong_milvus.options import MilvusOptions
-from memlong_milvus.place import address_of, objects_of
 from memlong_milvus.rows import SessionRows
 from memlong_milvus.sessions import Session
 from memlong_milvus.store import SessionStore, refuse_what_is_there, take_over
+from memlong_milvus.uri import address_of, objects_of
 
 
-class MilvusBank(Uncopied, MemoryBank):
-    """A bank whose embeddings Milvus searches, and whose keys and values lie in a folder or an object store.
+class MilvusBank(MemoryBank):
+    """A bank whose embeddings Milvus searches, and whose keys and values are in a folder or an object store.
 
-    All sessions share a collection, and each is searched alone. The bank keeps embeddings and spans of its own
-    session in memory, scores what Milvus names by them, and so never returns what has left it or what is another's.
-    What it added within the last `staleness` seconds, which Milvus may not show yet, it searches itself.
+    All sessions share a collection, and each is searched alone. The bank keeps embeddings and spans of its own session
+    in memory and scores what Milvus names by them, so it never returns what has left it or is another's. What it added
+    within the last `staleness` seconds, which Milvus may not show yet, it searches itself.
 
-    A session without a name ends with its bank; one with a name stays, and `resume=True` continues it. A session is
-    one bank's at a time. `close`, or a `with` statement, lets go of it; so does a bank that nobody uses any more.
+    A session without a name ends with its bank; one with a name stays, and `resume=True` continues it. A session
+    belongs to one bank at a time, until `close`, the end of a `with` statement, or the end of the bank.
 
     Parameters
     ----------
@@ -40,24 +37,16 @@ class MilvusBank(Uncopied, MemoryBank):
         Width of the embeddings.
     uri : str, optional
         A local file that ends in .db, for Milvus Lite in this process, or ``http[s]://host:19530[/database]`` of a
-        server. By default what the environment has as MEMLONG_MILVUS_URI; without it, Milvus Lite in a file that
-        goes when the process does.
+        server. By default that of the environment (MEMLONG_MILVUS_URI); without it, a temporary local file.
     token : str, optional
-        "user:password" or an API key; by default what the environment has as MEMLONG_MILVUS_TOKEN.
+        "user:password" or an API key; by default that of the environment (MEMLONG_MILVUS_TOKEN).
     database : str, optional
-        Of the server, if not the default one.
+        Database of the server, if not the default one.
     store : str or KeyValueStore, optional
         Where keys and values are: a folder or a URI that fsspec knows, such as ``s3://bucket/folder``. By default
         a folder next to the local file; for sessions without a name, a temporary one.
     **bank_options
         The options of `MemoryBank` and of `MilvusOptions`.
-
-    Attributes
-    ----------
-    engine : Engine
-        The Milvus, as it is asked.
-    rows : SessionRows
-        Of the session, there.
 
     Raises
     ------
@@ -68,8 +57,6 @@ class MilvusBank(Uncopied, MemoryBank):
     """
 
     index_class = SessionIndex
-
-    why_uncopied = "its chunks are in Milvus. Save it, and load it into a session of its own."
 
     def __init__(
         self,
@@ -88,16 +75,24 @@ class MilvusBank(Uncopied, MemoryBank):
         facts = {"dim": dim, "metric": bank_options.get("metric", "cosine"), "session": self._session.name}
         if not isinstance(store, KeyValueStore):
             objects = objects_of(store, self._address, self._session)
-            folder = ObjectFolder(
-                objects, readers=options.readers, lasting=True, notes={**facts, "newest": -1}
-            )
+            notes = {**facts, "newest": -1}
+            folder = ObjectFolder(objects, readers=options.readers, lasting=True, notes=notes)
             store = SessionStore(folder, named=self._session.named)
         self._blocks = store
-        self._is_closed = False
         super().__init__(dim, store=store, **bank_options)
-        self._hold = Hold(self, self.engine, self._session, self.rows, self.state.table, store)
+        self._end: Callable[[], None] = (
+            _nothing if self._session.named else _ending(self.engine, self.rows, self.index.rows, store)
+        )
+        self._key = f"{self.collection}/{self._session.key}"
+        self.engine.hub.claim(self._key, self.session, self._end)
+        self._claim = finalize(self, self.engine.hub.release, self._key)
+        self._claim.atexit = False
         if self._session.named:
-            self._begin(facts, options)
+            try:
+                self._begin(facts, options)
+            except BaseException:
+                self._let_go()  # at once: whoever catches this may ask for the session again
+                raise
 
     @property
     def session(self) -> str:
@@ -118,8 +113,8 @@ class MilvusBank(Uncopied, MemoryBank):
     def reopen(cls, dim: int, *, session: str, **options: Any) -> Self:
         """Continue a session, in this process or another; its chunks have the ids they had.
 
-        How often and how lately chunks were retrieved is not kept, but for what `save` writes: an eviction policy
-        begins with the order of their ids.
+        How often and how recently chunks were retrieved is only in what `save` writes: an eviction policy begins with
+        the order of their ids.
 
         Parameters
         ----------
@@ -128,7 +123,7 @@ class MilvusBank(Uncopied, MemoryBank):
         session : str
             Its name.
         **options
-            The options of `MilvusBank`, with the place that the session is at.
+            The options of `MilvusBank`, with the place of the session.
 
         Raises
         ------
@@ -157,7 +152,7 @@ class MilvusBank(Uncopied, MemoryBank):
         return super().of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
 
     def drop(self) -> None:
-        """Remove the session from Milvus and from the store, down to its name; the bank is as after `reset`."""
+        """Remove the session from Milvus and from the store, with its name; the bank is as after `reset`."""
         self.reset()
         if isinstance(self._blocks, SessionStore):
             self._blocks.folder.drop()
@@ -172,16 +167,15 @@ class MilvusBank(Uncopied, MemoryBank):
         BackendError
             If what a session without a name has left cannot be removed.
         """
-        if self._is_closed:
+        if self.rows.why_closed:
             return
         with self.state.lock.write():
-            self._hold.let_go()
-            self.rows.close()
-            self._is_closed = True
-        self.refuse_changes(  # which would reach another bank's rows and objects
-            f"the bank of the session {self.session!r} is closed; another one can continue a session that has a name: "
-            "MilvusBank.reopen"
-        )
+            self._let_go()
+            self.rows.why_closed = (
+                f"the bank of the session {self.session!r} is closed; another one can continue a session that has a "
+                "name: MilvusBank.reopen"
+            )
+        self.refuse_changes(self.rows.why_closed)  # which would reach another bank's rows and objects
 
     def __enter__(self) -> Self:
         return self
@@ -189,47 +183,69 @@ class MilvusBank(Uncopied, MemoryBank):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise MemlongError(
+            "A MilvusBank cannot be copied or pickled: its chunks are in Milvus. Save it, and load it into a session "
+            "of its own."
+        )
+
     def make_index(self, rows: IndexRows, options: Mapping[str, Any]) -> SessionIndex:
         """Find or make the collection, and the session's place in it."""
         chosen = SessionIndex.make_options(options)
-        self.engine = Engine(HUBS.at(self._address), timeout=chosen.timeout, attempts=chosen.attempts)
-        self.engine.hub.bury()
-        name = (
-            chosen.collection
-            if chosen.collection is not None
-            else f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
+        name = chosen.collection
+        if name is None:
+            name = f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
+        self.engine = Engine(self._address, timeout=chosen.timeout, attempts=chosen.attempts)
+        collection = ready_collection(
+            self.engine,
+            name,
+            rows.dim,
+            METRICS[rows.similarity],
+            partitions=chosen.partitions,
+            links=chosen.M,
+            effort=chosen.ef_construction,
         )
-        wanted = Collection(name, rows.dim, METRICS[rows.similarity], chosen.partitions)
-        made = ready_collection(self.engine, wanted, links=chosen.M, effort=chosen.ef_construction)
         if isinstance(self._blocks, SessionStore):
-            self._blocks.folder.name = f"{made.name}-{made.origin}/{self._session.key}"
-        self.rows = SessionRows(self.engine, made, self._session, chosen.consistency)
-        bank = ref(self)
-
-        def next_id() -> int:
-            owner = bank()
-            return 0 if owner is None else owner.next_id
-
-        self._session_index = SessionIndex(rows, chosen, self.rows, next_id)
+            self._blocks.folder.name = f"{name}-{collection.origin}/{self._session.key}"
+        self.rows = SessionRows(self.engine, collection, self._session, chosen.consistency)
+        self._session_index = SessionIndex(rows, chosen, self.rows)
         return self._session_index
 
     def _begin(self, facts: Mapping[str, Any], options: MilvusOptions) -> None:
-        """Continue a session with a name, or see that it is new."""
-        try:
-            if not isinstance(self._blocks, SessionStore):
-                if options.resume:
-                    raise InvalidArgumentError(
-                        f"resume needs keys and values where MilvusBank put them, and store is {self._blocks!r}: give "
-                        "the folder or URI that the session began with"
-                    )
-                return
-            if not options.resume:
-                refuse_what_is_there(self.rows, self._blocks)
-                return
+        """Continue a session with a name, or check that it is new."""
+        if not isinstance(self._blocks, SessionStore):
+            if options.resume:
+                raise InvalidArgumentError(
+                    f"resume needs keys and values where MilvusBank put them, and store is {self._blocks!r}: give the "
+                    "folder or URI that the session began with"
+                )
+        elif options.resume:
             kept = take_over(self.rows, self._blocks, facts, torch.device(options.kv_device))
-        except BaseException:
-            self._hold.let_go()  # at once: whoever catches this may ask for the session again
-            raise
-        with self.state.lock.write():
-            self.state.fill(kept.ids, kept.embeddings, kept.spans, kept.layout, kept.next_id)
-            self._session_index.take_over()  # rebuilt before the first search: rows left by an interrupted change go
+            with self.state.lock.write():
+                self.state.fill(*kept)
+                self._session_index.take_over()  # the index is rebuilt first: rows of an interrupted change go
+        else:
+            refuse_what_is_there(self.rows, self._blocks)
+
+    def _let_go(self) -> None:
+        if self._claim.alive:
+            self._end()
+            self._claim.detach()
+            self.engine.hub.give_up(self._key)
+            self.engine.close()
+
+
+def _nothing() -> None:
+    """What a session with a name leaves to be removed."""
+
+
+def _ending(engine: Engine, rows: SessionRows, held: IndexRows, store: KeyValueStore) -> Callable[[], None]:
+    """Return a call that removes a session; it holds no bank."""
+
+    def end() -> None:
+        if not engine.hub.has_ended:  # the next process to open the file removes rows without a name
+            rows.delete(held.ids)
+        if isinstance(store, SessionStore):
+            store.folder.drop()
+
+    return end

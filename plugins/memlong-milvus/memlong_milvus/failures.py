@@ -1,6 +1,11 @@
-"""What an error of pymilvus means: worth another try or not, and what to tell the user."""
+"""Errors of pymilvus: which are worth another attempt, what to tell the user, and what not to log."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import grpc
 from pymilvus import MilvusException
@@ -9,8 +14,8 @@ from memlong.uri import without_credentials
 from memlong_milvus.errors import BackendError
 from memlong_milvus.uri import Address
 
-_NOT_READY = {1, 2, 4, 8, 101, 103, 503, 901, 902}
-"""Codes of Milvus (pkg/util/merr) for a service, node, replica or collection that is about to be there."""
+_PASSING_CODES = {2, 4, 8, 101, 103, 503, 901, 902}
+"""Codes of Milvus (pkg/util/merr) for a service, node, replica or collection that will soon be ready."""
 _PASSING = (
     "not ready",
     "unavailable",
@@ -20,73 +25,82 @@ _PASSING = (
     "retry timeout",
     "run out of",
 )
+_PASSING_RPC = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _DENIED = ("auth check failure", "unauthenticated", "permission", "password", "privilege")
-_DENIED_CODES = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
-_PASSING_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_DENIED_RPC = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
+_CALLING: ContextVar[bool] = ContextVar("memlong_milvus_calling", default=False)
+_LOGGERS = (
+    *("pymilvus.decorators", "pymilvus.client.connection_manager", "pymilvus.client.grpc_handler"),
+    "stamina",
+)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Drop what these libraries log of this thread's calls, a traceback an attempt: the last error is raised."""
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_of_others)  # a second time does nothing
+    token = _CALLING.set(True)
+    try:
+        yield
+    finally:
+        _CALLING.reset(token)
+
+
+def _is_of_others(_: logging.LogRecord) -> bool:
+    return not _CALLING.get()
 
 
 def is_denied(error: BaseException) -> bool:
-    """Whether Milvus refused whoever asks."""
+    """Whether Milvus denied access."""
     return any(
         any(word in _text(each).lower() for word in _DENIED)
-        or (isinstance(each, grpc.RpcError) and each.code() in _DENIED_CODES)
+        or (isinstance(each, grpc.RpcError) and each.code() in _DENIED_RPC)
         for each in _chain(error)
     )
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may well succeed in a moment: nobody there yet, overload, a deadline."""
+    """Whether the same request may soon succeed: nobody there yet, overload, a deadline."""
     if isinstance(error, grpc.FutureTimeoutError):
         return True
-    if isinstance(error, grpc.RpcError):
-        return error.code() in _PASSING_CODES
+    for each in (error, error.__cause__):
+        if isinstance(each, grpc.RpcError) and each.code() in _PASSING_RPC:
+            return not is_denied(error)
     if not isinstance(error, MilvusException) or is_denied(error):
         return False
-    cause = error.__cause__
-    if isinstance(cause, grpc.RpcError) and cause.code() in _PASSING_CODES:
-        return True
-    words = _text(error).lower()
-    return error.retriable or error.code in _NOT_READY - {1} or any(word in words for word in _PASSING)
+    text = _text(error).lower()
+    return error.retriable or error.code in _PASSING_CODES or any(word in text for word in _PASSING)
 
 
 def explained(what: str, error: BaseException, address: Address, attempts: int) -> BackendError:
-    """Return the error to raise for one of pymilvus; no secret is in it.
-
-    Parameters
-    ----------
-    what : str
-        What was to be done, such as "search".
-    error : BaseException
-        What pymilvus raised.
-    address : Address
-        Whom it was asked of.
-    attempts : int
-        How often.
-    """
+    """Return the error to raise, without secrets, for one of pymilvus after so many attempts to do ``what``."""
     denied = is_denied(error)
-    told = _chain(error)[-1] if denied else error
-    reason = _without(address.token, without_credentials(_text(told)))
+    reason = without_credentials(_text(_chain(error)[-1] if denied else error))
+    for secret in (address.token, address.token.partition(":")[2]):
+        reason = reason.replace(secret, "***") if secret else reason
     if denied:
         return BackendError(
-            f"Milvus at {address.uri} refused to {what}: {reason}. Give a user and a password that may, as "
-            "token='user:password', in the URI, or in the environment as MEMLONG_MILVUS_TOKEN"
+            f"Milvus at {address.uri} refused to {what}: {reason}. Give the user and password of an account that may, "
+            "as token='user:password', in the URI, or in the environment as MEMLONG_MILVUS_TOKEN"
         )
     if is_passing(error):
         where = "the local file" if address.is_local else "the server"
         return BackendError(
-            f"Milvus at {address.uri} did not {what} in {attempts} attempts: {reason}. Is {where} there, and may it be "
-            "reached? attempts and timeout say how long to try; what is in the bank is as it was"
+            f"Milvus at {address.uri} did not {what} in {attempts} attempts: {reason}. Is {where} there, and can it be "
+            "reached? attempts and timeout say how long to try; the bank is as it was"
         )
     if address.is_local and "open local milvus" in reason.lower():
         return BackendError(
-            f"Milvus Lite cannot open {address.uri!r}; what it logged says why. Has another process the file? It "
-            "lets one at a time have it, where a server takes many"
+            f"Milvus Lite cannot open {address.uri!r}; its log says why. Is another process using the file? Only one "
+            "can at a time; a server takes many"
         )
     return BackendError(f"Milvus at {address.uri} could not {what}: {reason}")
 
 
 def without_frames(error: BaseException) -> None:
-    """Take the frames from an error and what led to it: they hold the error again, and the bank that had it."""
+    """Drop the frames of an error and of what led to it: they hold the error again, and the bank that had it."""
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:
@@ -98,7 +112,7 @@ def without_frames(error: BaseException) -> None:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Return an error and what led to it; pymilvus says of a refusal only that it could not connect."""
+    """Return an error and its causes; pymilvus itself says of denied access only that it could not connect."""
     found = [error]
     while (cause := found[-1].__cause__) is not None and cause not in found:
         found.append(cause)
@@ -110,10 +124,3 @@ def _text(error: BaseException) -> str:
     if not text and isinstance(error, grpc.RpcError):
         text = f"{error.code().name}: {error.details()}"
     return str(text) or str(error) or type(error).__name__
-
-
-def _without(token: str, text: str) -> str:
-    for secret in (token, token.partition(":")[2]):
-        if secret:
-            text = text.replace(secret, "***")
-    return text

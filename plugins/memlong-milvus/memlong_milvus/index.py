@@ -1,8 +1,8 @@
-"""SessionIndex: the index over a bank's table that Milvus holds, and what of it Milvus may not show yet."""
+"""SessionIndex: the index over a bank's table that Milvus holds, and what Milvus may not show yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 
 import numpy as np
 import torch
@@ -10,60 +10,46 @@ import torch
 from memlong.bank import Floats, Ids, Index, IndexRows
 from memlong.bank.index.exact import nearest_rows
 from memlong_milvus.options import MilvusOptions
-from memlong_milvus.recent import Recent
 from memlong_milvus.rows import MOST_ROWS, SessionRows
 
 _SPARE, _MOST_SPARE = 8, 256
 
 
 class SessionIndex(Index[MilvusOptions]):
-    """The rows of one session as the index over a bank's table.
-
-    Parameters
-    ----------
-    rows : IndexRows
-        Of the bank, in step with the session's but for what the bank does at the time.
-    options : MilvusOptions
-        How to search.
-    session : SessionRows
-        Of the session.
-    next_id : callable
-        The id that the bank's next chunk will get.
-    """
+    """The rows of one session as the index over a bank's table, in step with it except during a change."""
 
     options_class = MilvusOptions
-    repairs_before_changes = True  # so that whoever continues the session finds what was added
+    repairs_before_changes = True  # so that a bank that resumes the session finds what was added
 
-    def __init__(
-        self, rows: IndexRows, options: MilvusOptions, session: SessionRows, next_id: Callable[[], int]
-    ) -> None:
+    def __init__(self, rows: IndexRows, options: MilvusOptions, session: SessionRows) -> None:
         super().__init__(rows, options)
-        self._session, self._next_id = session, next_id
-        self._recent = Recent(0.0 if session.is_current else options.staleness)
+        self._session = session
+        self._staleness = 0.0 if session.is_current else options.staleness
+        self._recent: tuple[tuple[float, int | None, int], ...] = ()
         self._is_empty = True
         self._standing: Ids = np.empty(0, dtype=np.int64)
 
     def add(self, ids: Ids, embeddings: Floats) -> None:
-        """Write the rows of chunks that are in the table, but for those that `reset` has found there."""
+        """Write the rows of chunks in the table, except those that `reset` has found there."""
         fresh = ~np.isin(ids, self._standing)
         self._standing = self._standing[:0]
         self._is_empty = False
         ids = ids[fresh]
         if len(ids):
             self._session.upsert(ids, embeddings[fresh], self.rows.spans[self.rows.rows_of(ids)])
-            self._recent.note_added(int(ids[0]))
+            self._note(added_from=int(ids[0]))
 
     def search(self, queries: Floats, k: int) -> Ids:
         """Name candidates for the k best chunks of each query, int64 [q, c]; -1 stands for none."""
-        spare = _SPARE + min(self._recent.removed(), _MOST_SPARE)
+        recent = self._young()
+        spare = _SPARE + min(sum(removed for _, _, removed in recent), _MOST_SPARE)
         found = self._session.search(queries, min(MOST_ROWS, k + spare), self.options.ef)
-        lowest = self._recent.lowest_added()
-        first = len(self.rows) if lowest is None else int(np.searchsorted(self.rows.ids, lowest))
+        added_from = min((lowest for _, lowest, _ in recent if lowest is not None), default=None)
+        if added_from is None:
+            return found
+        first = int(np.searchsorted(self.rows.ids, added_from))
         if first == len(self.rows):
             return found
-        return np.concatenate([found, self._newest(queries, k, first)], axis=1)
-
-    def _newest(self, queries: Floats, k: int, first: int) -> Ids:
         rows = nearest_rows(
             torch.from_numpy(queries),
             torch.from_numpy(self.rows.embeddings[first:]),
@@ -71,30 +57,37 @@ class SessionIndex(Index[MilvusOptions]):
             min(k, len(self.rows) - first),
             self.rows.similarity,
         ).numpy()
-        ids: Ids = np.where(rows < 0, -1, self.rows.ids[first:][rows])
-        return ids
+        return np.concatenate([found, np.where(rows < 0, -1, self.rows.ids[first:][rows])], axis=1)
 
     def remove(self, ids: Ids) -> bool:
         """Remove rows."""
         self._session.delete(ids)
-        self._recent.note_removed(len(ids))
+        self._note(removed=len(ids))
         return True
 
     def reset(self) -> None:
-        """Remove the rows of chunks that the table does not hold, and note which rows of others are there.
+        """Remove the rows of chunks that the table does not hold, and note the others.
 
-        A row of a chunk in the table is right: the ids of chunks that are gone are not given again, but for those of an
-        add that failed, and the next add writes those again.
+        Those are right: an id is given again only after a failed add, and the next add writes its row again.
         """
         if self._is_empty:
             return
-        held = self._session.held(self._next_id())
+        held = self._session.held(self.rows.ids)
         is_wanted = self.rows.rows_of(held) >= 0
         if not is_wanted.all():
             self.remove(held[~is_wanted])
         self._standing = held[is_wanted]
 
     def take_over(self) -> None:
-        """Reckon with rows that an earlier bank wrote, perhaps just now."""
+        """Expect rows that an earlier bank wrote, perhaps just now."""
         self._is_empty = False
-        self._recent.note_added(0)
+        self._note(added_from=0)
+
+    def _note(self, *, added_from: int | None = None, removed: int = 0) -> None:
+        if self._staleness:
+            self._recent = (*self._young(), (time.monotonic(), added_from, removed))
+
+    def _young(self) -> tuple[tuple[float, int | None, int], ...]:
+        """Return the changes that Milvus may not show yet: when, the least id added, how many were removed."""
+        since = time.monotonic() - self._staleness
+        return tuple(each for each in self._recent if each[0] >= since)

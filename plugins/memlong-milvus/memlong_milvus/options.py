@@ -1,4 +1,4 @@
-"""The options of a `MilvusBank` that say how to search, and whose memory it is."""
+"""The options of a `MilvusBank`: how to search, and whose memory it is."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Consistency = Literal["strong", "bounded", "eventually"]
 @documented
 @dataclass(frozen=True)
 class MilvusOptions:
-    """How a bank asks Milvus, and whose memory it is; where Milvus is, and who asks, is not among these."""
+    """How a bank asks Milvus, and whose memory it is; where Milvus is, and the credentials, are not among these."""
 
     collection: str | None = setting(
         None,
-        "Where the rows are; made if it is not there.",
+        "Collection that holds the rows; made if it is not there.",
         unset="one for each dim and kind of metric, as ``memlong_384_ip``",
         is_saved=False,
     )
@@ -35,7 +35,7 @@ class MilvusOptions:
         "bounded",
         "How current a server's answers are.",
         more="A strong one waits, some 0.2 seconds, for all that was written. The bank finds what it added itself at "
-        "once, whichever it is.",
+        "once in any case.",
     )
     staleness: float = setting(
         10.0,
@@ -45,10 +45,10 @@ class MilvusOptions:
         most_of_strangers=3600,
     )
     M: int = setting(
-        16, "Links of the HNSW graph, where the collection is made.", least=2, most=2048, most_of_strangers=64
+        16, "Links of the HNSW graph of a new collection.", least=2, most=2048, most_of_strangers=64
     )
     ef_construction: int = setting(
-        200, "Effort of building, where it is made.", least=1, most=32_768, most_of_strangers=1024
+        200, "Effort of building it.", least=1, most=32_768, most_of_strangers=1024
     )
     ef: int = setting(
         64,
@@ -59,8 +59,8 @@ class MilvusOptions:
     )
     partitions: int = setting(
         16,
-        "How many parts a collection has, where it is made.",
-        more="A session is in one of them, and a search looks at one.",
+        "Partitions of a new collection.",
+        more="A session is in one of them, and a search looks only there.",
         least=1,
         most=1024,
         most_of_strangers=64,
@@ -76,7 +76,7 @@ class MilvusOptions:
     )
     kv_device: str = setting(
         "cpu",
-        "Where keys and values of a resumed session go, until others are added.",
+        "Device of a resumed session's keys and values, until others are added.",
         is_saved=False,
     )
 

@@ -1,4 +1,4 @@
-"""Sessions: whose a chunk is, by name for people, by numbers for the engine."""
+"""Sessions: whose a chunk is, by name for people and by number for Milvus."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from memlong.errors import InvalidArgumentError
 LEAST_UNNAMED = 1 << 62
 """Numbers of sessions without a name begin here."""
 
-_LONGEST_NAME = 256
-_KEY_DIGITS = 32
-_UNNAMED = 1 << 127
+_LONGEST_NAME, _KEY_DIGITS, _UNNAMED = 256, 32, 1 << 127
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,11 @@ class Session:
     Attributes
     ----------
     name : str
-        As its user calls it.
+        As its user calls it, or random.
     named : bool
-        Whether a user did; otherwise the name is random, and nobody else's.
+        Whether a user named it.
     key : str
-        A bit that says whether there is a name, and 127 of its hash, in hexadecimal: no two names share it.
+        128 bits in hexadecimal, no two sessions' the same: whether it has a name, and 127 bits of its hash.
     """
 
     name: str
@@ -37,21 +35,15 @@ class Session:
 
     @classmethod
     def of(cls, name: str | None) -> Session:
-        """Return the session of this name, or one with a random name.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If the name is empty or too long.
-        """
-        if name is None:
-            random = f"unnamed-{secrets.token_hex(16)}"
-            return cls(random, named=False, key=_key(random, named=False))
-        if not 0 < len(name) <= _LONGEST_NAME:
+        """Return the session of this name, or one with a random name; InvalidArgumentError for an odd one."""
+        if name is not None and not 0 < len(name) <= _LONGEST_NAME:
             raise InvalidArgumentError(
                 f"session must be text of 1 to {_LONGEST_NAME} characters, such as a user's id, got {name!r}"
             )
-        return cls(name, named=True, key=_key(name, named=True))
+        known = f"unnamed-{secrets.token_hex(16)}" if name is None else name
+        digest = int(hashlib.sha256(known.encode()).hexdigest()[:_KEY_DIGITS], 16)
+        marked = digest | _UNNAMED if name is None else digest & (_UNNAMED - 1)
+        return cls(known, name is not None, f"{marked:0{_KEY_DIGITS}x}")
 
     @classmethod
     def of_key(cls, key: str) -> Session:
@@ -62,8 +54,8 @@ class Session:
     def number(self) -> int:
         """The first 63 bits of the key, for filters on integers.
 
-        Two of a million names share theirs with a probability of 1 in 10 million. A search then finds rows of
-        both, and `ids_of` leaves out those of the other.
+        Two of a million names share theirs with a probability of 1 in 10 million. A search then finds rows of both, and
+        `ids_of` leaves out those of the other.
         """
         return int(self.key[:16], 16) >> 1
 
@@ -79,8 +71,3 @@ class Session:
         """Return the chunk ids in primary keys, of those that are this session's."""
         prefix = f"{self.key}/"
         return [int(key[len(prefix) :]) for key in keys if key.startswith(prefix)]
-
-
-def _key(name: str, *, named: bool) -> str:
-    digest = int(hashlib.sha256(name.encode()).hexdigest()[:_KEY_DIGITS], 16)
-    return f"{digest & (_UNNAMED - 1) if named else digest | _UNNAMED:0{_KEY_DIGITS}x}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,11 @@ _MOST_ID = 10**18
 
 
 class SessionStore(TieredStore):
-    """Blocks as objects in a folder that the session keeps, with the newest id that it ever gave.
-
-    Parameters
-    ----------
-    folder : ObjectFolder
-        Of the session.
-    named : bool
-        Whether the session stays after this process; then the newest id is noted down before its chunk goes.
-    """
+    """Objects in the session's folder; of a named one, the newest id is noted there before its chunk goes."""
 
     def __init__(self, folder: ObjectFolder, *, named: bool) -> None:
         super().__init__(objects=folder)
-        self.folder, self.named, self.newest = folder, named, -1
+        self.folder, self._named, self.newest = folder, named, -1
 
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write objects."""
@@ -47,33 +38,17 @@ class SessionStore(TieredStore):
         super().clear()
 
     def _note_newest(self, leaving: Sequence[int]) -> None:
-        if self.named and self.newest in leaving:
+        if self._named and self.newest in leaving:
             self.folder.note({"newest": self.newest})
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """Chunks that have both a row and an object: one without the other is left of a change that was cut short.
-
-    Attributes
-    ----------
-    ids, embeddings, spans : numpy.ndarray
-        One of each a chunk, ids ascending.
-    layout : ChunkLayout or None
-        Of their keys and values; None where there are none.
-    next_id : int
-        Above all ids that the session ever gave.
-    """
-
-    ids: Ids
-    embeddings: Floats
-    spans: Ids
-    layout: ChunkLayout | None
-    next_id: int
-
-
-def take_over(rows: SessionRows, store: SessionStore, facts: Mapping[str, Any], device: torch.device) -> Kept:
+def take_over(
+    rows: SessionRows, store: SessionStore, facts: Mapping[str, Any], device: torch.device
+) -> tuple[Ids, Floats, Ids, ChunkLayout | None, int]:
     """Return what a session holds, after its store has adopted the keys and values.
+
+    These are ids, embeddings, spans and layout of the chunks that have both a row and an object (one without the other
+    is left of an interrupted change), and an id above all that the session ever gave.
 
     Raises
     ------
@@ -95,13 +70,13 @@ def take_over(rows: SessionRows, store: SessionStore, facts: Mapping[str, Any], 
     ids, embeddings, spans = rows.read(stored)
     layout = store.adopt(ids.tolist(), device)
     count = 0 if layout is None else len(ids)
-    return Kept(ids[:count], embeddings[:count], spans[:count], layout, store.newest + 1)
+    return ids[:count], embeddings[:count], spans[:count], layout, store.newest + 1
 
 
 def refuse_what_is_there(rows: SessionRows, store: SessionStore) -> None:
     """Raise InvalidArgumentError if a session that is to begin is there already."""
     stored = store.folder.ids()
-    if stored or store.folder.notes() or not rows.is_empty():
+    if stored or store.folder.notes() or len(rows.held()):
         raise InvalidArgumentError(
             f"the session {rows.session.name!r} is there already, with {len(stored)} chunks in "
             f"{store.folder.place!r}: resume=True continues it, and MilvusBank.reopen(...).drop() removes it"

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memlong.bank import Objects, StoredObject, objects_at
+from memlong.bank import StoredObject, objects_at
 from memlong.errors import InvalidArgumentError
 from memlong_milvus.collection import Collection, find_collection
-from memlong_milvus.engine import Engine
-from memlong_milvus.hub import HUBS
-from memlong_milvus.place import address_of
+from memlong_milvus.connection import Engine
 from memlong_milvus.rows import SessionRows
 from memlong_milvus.sessions import LEAST_UNNAMED, Session
+from memlong_milvus.uri import address_of
 
 _BLOCK = re.compile(
-    r"(?P<collection>[^/]+)-(?P<origin>[0-9a-f]+)/(?P<key>[0-9a-f]{32})/"
+    r"(?P<collection>[^/]+-[0-9a-f]+)/(?P<key>[0-9a-f]{32})/"
     r"((?P<id>0|[1-9][0-9]{0,17})\.kv|0[0-9]{1,17}\.kv|\.[0-9]+\.kv\.[0-9]+\.part)"
 )
 
@@ -33,7 +32,7 @@ class Swept:
     Attributes
     ----------
     orphans : int
-        Objects of chunks without a row, old enough; removed, unless it was only to look.
+        Objects of chunks without a row, old enough; removed, except in a dry run.
     young : int
         Objects without a row that may be about to get one.
     living : int
@@ -71,15 +70,9 @@ def sweep(
     uri, token, database, timeout, attempts
         As `MilvusBank` takes them.
     grace : float, default 3600
-        Seconds that an object without a row is left alone, by the clock of the place where it is. One whose age that
-        place does not tell stays.
+        Seconds that an object without a row is left alone, by the clock of its store; one without a date stays.
     dry_run : bool, default False
         Count only.
-
-    Returns
-    -------
-    Swept
-        What was found.
 
     Raises
     ------
@@ -94,14 +87,19 @@ def sweep(
     passed_over = []
     with _engine("sweep", uri, token, database, timeout, attempts) as engine:
         objects, before = objects_at(store), time.time() - grace
-        for (name, origin), sessions in _by_session(objects).items():
+        listed: dict[str, dict[str, list[StoredObject]]] = defaultdict(lambda: defaultdict(list))
+        for each in objects.list():  # before any row is read: a row that comes later counts
+            if parts := _BLOCK.fullmatch(each.name):
+                listed[parts["collection"]][parts["key"]].append(each)
+        for folder, sessions in listed.items():
+            name, _, origin = folder.rpartition("-")
             collection = find_collection(engine, name)
             if collection is None or collection.origin != origin:
-                passed_over.append(f"{name}-{origin}")
+                passed_over.append(folder)
                 continue
-            found = {key: _living(engine, collection, key, blocks) for key, blocks in sessions.items()}
             for key, blocks in sessions.items():
-                lonely = [each for each in blocks if _chunk_id(each) not in found[key]]
+                rows = _rows(engine, collection, key, blocks)
+                lonely = [each for each in blocks if _chunk_id(each) not in rows]
                 old = [each.name for each in lonely if each.written <= before]
                 living += len(blocks) - len(lonely)
                 young += len(lonely) - len(old)
@@ -121,17 +119,17 @@ def purge(
 ) -> list[str]:
     """Remove the rows of all sessions without a name, while no process is at work with one.
 
-    Such a session ends with its process, which removes its rows unless it is killed. Whose rows are left nobody can
-    tell, so all are removed; their objects, where they lie in a store that stays, are orphans for `sweep` then.
+    Such a session ends with its process, which removes its rows unless it is killed. Which rows are left of which
+    process is not known, so all are removed; `sweep` then removes their objects from a store that stays.
 
-    Parameters, and errors, are those of `sweep`. Returns the collections of memlong's that were gone through.
+    Parameters, and errors, are those of `sweep`. Returns the collections of memlong's that were purged.
     """
     done = []
     with _engine("purge", uri, token, database, timeout, attempts) as engine:
         for name in engine.call("list_collections"):
             try:
                 collection = find_collection(engine, name)
-            except InvalidArgumentError:  # somebody else's
+            except InvalidArgumentError:  # not memlong's
                 continue
             if collection is not None:
                 engine.call("delete", name, filter=f"session >= {LEAST_UNNAMED}")
@@ -146,32 +144,22 @@ def _engine(
     address = address_of(uri, token, database)
     if address is None:
         raise InvalidArgumentError(
-            f"{what} needs the uri of the Milvus that has the rows; without it, nobody can tell what is in use"
+            f"{what} needs the uri of the Milvus that has the rows: nothing else tells what is in use"
         )
-    engine = Engine(HUBS.at(address), timeout=timeout, attempts=attempts)
+    engine = Engine(address, timeout=timeout, attempts=attempts)
     try:
         yield engine
     finally:
         engine.close()
 
 
-def _by_session(objects: Objects) -> dict[tuple[str, str], dict[str, list[StoredObject]]]:
-    """Return what is listed before any row is asked for, by collection and session: a row that comes later counts."""
-    found: dict[tuple[str, str], dict[str, list[StoredObject]]] = defaultdict(lambda: defaultdict(list))
-    for each in objects.list():
-        parts = _BLOCK.fullmatch(each.name)
-        if parts:
-            found[parts["collection"], parts["origin"]][parts["key"]].append(each)
-    return found
-
-
-def _living(engine: Engine, collection: Collection, key: str, blocks: list[StoredObject]) -> set[int | None]:
-    """Return the ids of a session's rows, of those that there are objects of."""
+def _rows(engine: Engine, collection: Collection, key: str, blocks: list[StoredObject]) -> set[int | None]:
+    """Return the ids of a session's rows."""
     ids = np.unique([i for i in map(_chunk_id, blocks) if i is not None]).astype(np.int64)
-    return set(SessionRows(engine, collection, Session.of_key(key)).among(ids).tolist())
+    return set(SessionRows(engine, collection, Session.of_key(key)).held(ids).tolist())
 
 
 def _chunk_id(block: StoredObject) -> int | None:
-    """Return whose object it is; None for what was never finished."""
+    """Return whose object it is; None for one that was never finished."""
     parts = _BLOCK.fullmatch(block.name)
     return None if parts is None or parts["id"] is None else int(parts["id"])

@@ -1,17 +1,25 @@
-"""Where a Milvus is: URIs as users write them, taken apart, and shown without their secrets."""
+"""Where a bank's rows, keys and values go: by its arguments, by a milvus:// URI, or by the environment."""
 
 from __future__ import annotations
 
-import re
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from memlong.bank import Objects, objects_at
+from memlong.bank.forks import unless_forked
 from memlong.errors import InvalidArgumentError
-from memlong.uri import without_credentials as redacted
+from memlong.uri import without_credentials
 from memlong_milvus.options import MilvusOptions
+from memlong_milvus.sessions import Session
 
 _SERVER_SCHEMES = ("http", "https", "tcp")
-_NUMBER = re.compile(r"-?\d+")
 _FORMS = (
     "milvus://host:19530/database?session=NAME&store=s3://bucket/folder, milvus+https://host/database, or "
     "milvus+lite:///folder/file.db"
@@ -29,7 +37,7 @@ class Address:
     uri : str
         Without user and password: a local file for Milvus Lite, or http(s)://host:port.
     token : str
-        What to sign in with, "user:password" or an API key; empty for nothing.
+        "user:password" or an API key; empty for none.
     database : str
         Empty for the default one.
     """
@@ -44,41 +52,56 @@ class Address:
         return "://" not in self.uri
 
 
-def parse_address(uri: str, token: str | None = None, database: str | None = None) -> Address:
-    """Take apart where a Milvus is.
+def address_of(uri: str | None, token: str | None, database: str | None) -> Address | None:
+    """Return where Milvus is, by the arguments or the environment; None if neither says.
 
-    Parameters
-    ----------
-    uri : str
-        A local file that ends in .db, or http[s]://[user:password@]host[:port][/database].
-    token, database : str, optional
-        Instead of what the URI says.
+    Raises
+    ------
+    InvalidArgumentError
+        If an argument cannot be used.
+    """
+    for name, value in (("uri", uri), ("token", token), ("database", database)):
+        if value is not None and not isinstance(value, str):
+            raise InvalidArgumentError(f"{name} must be text, got {type(value).__name__}")
+    uri = uri or os.environ.get("MEMLONG_MILVUS_URI")
+    return parse_address(uri, token or os.environ.get("MEMLONG_MILVUS_TOKEN"), database) if uri else None
+
+
+def parse_address(uri: str, token: str | None = None, database: str | None = None) -> Address:
+    """Parse a URI: a local file that ends in .db, or http[s]://[user:password@]host[:port][/database].
+
+    ``token`` and ``database`` take precedence.
 
     Raises
     ------
     InvalidArgumentError
         If it is neither.
     """
+    shown = without_credentials(uri)
     if "://" not in uri:
         if not uri.endswith(".db"):
             raise InvalidArgumentError(
                 "uri must be the path of a file that ends in .db, for Milvus Lite, or http://host:19530, for a server, "
-                f"got {redacted(uri)!r}"
+                f"got {shown!r}"
             )
         return Address(uri, token or "", database or "")
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
-    except ValueError:  # whose text may hold what is secret
+    except ValueError:  # whose text may hold secrets
         raise InvalidArgumentError(
             "uri must be of the form http://host:19530, with a number as port and a percent-encoded password, got "
-            f"{redacted(uri)!r}"
+            f"{shown!r}"
         ) from None
-    _check_encoded(uri, parts.netloc)
+    if "@" in uri.partition("://")[2].removeprefix(parts.netloc):  # a password was cut in two
+        raise InvalidArgumentError(
+            f"{shown!r} has an '@' after the host; in a password, write %2F, %3F or %23 for '/', '?' or '#', and %40 "
+            "for '@' elsewhere"
+        )
     if parts.scheme not in _SERVER_SCHEMES or not host:
         raise InvalidArgumentError(
             f"uri must be one of {', '.join(_SERVER_SCHEMES)} and a host, such as http://localhost:19530, or the path "
-            f"of a file that ends in .db, got {redacted(uri)!r}"
+            f"of a file that ends in .db, got {shown!r}"
         )
     given = ":".join(unquote(each) for each in (parts.username, parts.password) if each is not None)
     bare = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}" + (f":{port}" if port else "")
@@ -92,68 +115,80 @@ def resolve(uri: str) -> tuple[str, dict[str, object]]:
     ----------
     uri : str
         ``milvus://[user:password@]host[:port][/database][?option=value&…]``, ``milvus+https://…`` for TLS, or
-        ``milvus+lite:///path/file.db[?…]`` for a local file. A value in it is percent-encoded where it must be.
+        ``milvus+lite:///path/file.db[?…]`` for a local file. Percent-encode values where necessary.
 
     Raises
     ------
     InvalidArgumentError
-        If it is of another form, or has an option that there is not.
+        If it has another form, or an unknown option.
     """
-    try:
-        parts = urlsplit(uri)
-    except ValueError:  # whose text may hold what is secret
-        raise InvalidArgumentError(f"{redacted(uri)!r} cannot be read; expected {_FORMS}") from None
-    _check_encoded(uri, parts.netloc)
-    kind = parts.scheme.removeprefix("milvus").removeprefix("+")
-    if not parts.scheme.startswith("milvus") or kind not in ("", "http", "https", "lite"):
-        raise InvalidArgumentError(f"{redacted(uri)!r} is no URI of a Milvus; expected {_FORMS}")
-    options = _options(parts.query, uri)
+    shown = without_credentials(uri)
+    scheme, _, rest = uri.partition("://")
+    kind = "http" if scheme == "milvus" else scheme.removeprefix("milvus+")
+    if not scheme.startswith("milvus") or kind not in ("http", "https", "lite"):
+        raise InvalidArgumentError(f"{shown!r} is no URI of a Milvus; expected {_FORMS}")
+    place, _, query = rest.partition("?")
     if kind == "lite":
-        if parts.netloc or not parts.path.endswith(".db"):
+        if not place.startswith("/") or not place.endswith(".db"):
             raise InvalidArgumentError(
-                f"{redacted(uri)!r} names no local file that ends in .db; expected milvus+lite:///folder/file.db, with "
-                "three slashes"
+                f"{shown!r} names no local file that ends in .db; expected milvus+lite:///folder/file.db, with three "
+                "slashes"
             )
-        return "milvus", {"uri": unquote(parts.path), **options}
-    if not parts.hostname:
-        raise InvalidArgumentError(f"{redacted(uri)!r} names no host; expected {_FORMS}")
-    address = parse_address(f"{kind or 'http'}://{parts.netloc}{parts.path}")
-    found: dict[str, object] = {"uri": address.uri}
-    if address.token:
-        found["token"] = address.token
-    if address.database:
-        found["database"] = address.database
-    return "milvus", {**found, **options}
+        return "milvus", {"uri": unquote(place), **_options(query, shown)}
+    if not place.partition("/")[0]:
+        raise InvalidArgumentError(f"{shown!r} names no host; expected {_FORMS}")
+    address = parse_address(f"{kind}://{rest}")
+    known = {"uri": address.uri, "token": address.token, "database": address.database}
+    return "milvus", {**{name: value for name, value in known.items() if value}, **_options(query, shown)}
 
 
-def _options(query: str, uri: str) -> dict[str, object]:
+def _options(query: str, shown: str) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in _OPTIONS:
             raise InvalidArgumentError(
-                f"{redacted(uri)!r} has an option {name!r} that there is not; there are: {', '.join(_OPTIONS)}"
+                f"{shown!r} has an option {name!r} that does not exist; there are: {', '.join(_OPTIONS)}"
             )
         if name in found:
-            raise InvalidArgumentError(f"{redacted(uri)!r} gives {name!r} twice; give it once")
-        found[name] = _plain(value) if name not in _TEXTS else value
+            raise InvalidArgumentError(f"{shown!r} gives {name!r} twice; give it once")
+        found[name] = value if name in _TEXTS else _plain(value)
     return found
 
 
-def _check_encoded(uri: str, netloc: str) -> None:
-    """A password with one of these would be cut in two, and a part of it be taken for a host or a path."""
-    if "@" in uri.partition("://")[2].removeprefix(netloc):
-        raise InvalidArgumentError(
-            f"{redacted(uri)!r} has an '@' after the host; where a password holds '/', '?' or '#', write %2F, %3F or "
-            "%23, and %40 for '@' elsewhere"
-        )
-
-
 def _plain(value: str) -> object:
-    if value in ("true", "false"):
-        return value == "true"
-    if _NUMBER.fullmatch(value):
-        return int(value)
     try:
-        return float(value)
-    except ValueError:
+        return json.loads(value)
+    except (ValueError, RecursionError):
         return value
+
+
+def objects_of(store: str | None, address: Address | None, session: Session) -> Objects:
+    """Return where the keys and values of a session go.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a session that is to last would have them in a temporary folder, or ``store`` names no place.
+    """
+    if store is not None:
+        if not isinstance(store, str) or not store:
+            raise InvalidArgumentError(
+                f"store must be a folder, a URI or a KeyValueStore, got {store!r} of type {type(store).__name__}"
+            )
+        return objects_at(store, synced=session.named)
+    if not session.named:
+        folder = Path(tempfile.gettempdir(), f"memlong-milvus-kv-{secrets.token_hex(8)}")
+        objects = objects_at(folder, synced=False)
+        weakref.finalize(objects, unless_forked(shutil.rmtree, folder, ignore_errors=True))
+        return objects
+    if address is None:
+        raise InvalidArgumentError(
+            f"the session {session.name!r} is to last, but without uri all is in a file that goes when the process "
+            "does: give uri='/a/folder/memory.db', or http://… of a server"
+        )
+    if not address.is_local:
+        raise InvalidArgumentError(
+            f"the session {session.name!r} on {address.uri} lasts, so its keys and values must, too: say where, as "
+            "store='/a/folder' or store='s3://bucket/folder'"
+        )
+    return objects_at(Path(address.uri).with_suffix(".kv"))

@@ -20,7 +20,7 @@ class Milvus(MemoryBankTests):
     def index_bytes(self, bank: MemoryBank) -> int:
         """The rows of the session that there are, a row being 4 bytes a number."""
         assert isinstance(bank, MilvusBank)
-        return 4 * bank.dim * len(bank.rows.held(bank.next_id))
+        return 4 * bank.dim * len(bank.rows.held())
 
 
 @pytest.mark.slow

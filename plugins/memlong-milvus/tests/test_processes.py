@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_a_local_file_is_one_processs(tmp_path: Path) -> None:
     script = f"from memlong_milvus.bank import MilvusBank; MilvusBank({DIM}, **{place!r})"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert other.returncode == 1
-    assert "Has another process the file?" in other.stderr.splitlines()[-1]
+    assert "Is another process using the file?" in other.stderr.splitlines()[-1]
     assert len(bank) == 0
 
 
@@ -79,9 +80,31 @@ def test_a_closed_bank_lets_go_of_its_local_file(tmp_path: Path) -> None:
     )
     bank.close()
     refused = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "Has another process the file?" in refused.stderr
+    assert "Is another process using the file?" in refused.stderr
     other.close()
     subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     with MilvusBank.reopen(DIM, **place, session="a") as again:
         assert again.retrieve(random_chunks(3).embeddings, 1).ids[:, 0].tolist() == [0, 1, 2]
         assert len(again.fetch(again.ids).keys) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("session", ["a", None])
+def test_a_collected_bank_lets_go_of_its_local_file(tmp_path: Path, session: str | None) -> None:
+    place = {"uri": str(tmp_path / "memory.db")}
+    bank = MilvusBank(DIM, **place, session="a")
+    random_chunks(3).into(bank)
+    bank.close()
+    bank = MilvusBank(DIM, **place, session=session, resume=session is not None)
+    random_chunks(2, seed=1, first=3).into(bank)
+    del bank
+    gc.collect()
+    script = (
+        "from memlong_milvus.bank import MilvusBank\n"
+        f"print(len(MilvusBank.reopen({DIM}, **{place!r}, session='a')))\n"
+    )
+    for _ in range(5):  # another thread closes the file
+        other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        if not other.returncode:
+            break
+    assert other.stdout.strip() == ("5" if session else "3"), other.stderr

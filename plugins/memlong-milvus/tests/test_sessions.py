@@ -49,7 +49,7 @@ def test_rows_of_another_session_with_the_same_number_are_passed_over(
     got = one.retrieve(chunks.embeddings, 3)
     assert (got.keys[:, 0, 0, 0, 0, 0] == torch.arange(30)).all()
     one.remove(range(30))
-    assert other.rows.held(30).tolist() == list(range(30))
+    assert other.rows.held().tolist() == list(range(30))
 
 
 def test_a_session_goes_on_in_another_bank(place: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def test_rows_of_another_session_with_the_same_number_crowd_nothing_out(
     one, other = (MilvusBank(DIM, **place, session=name) for name in ("one", "other"))
     random_chunks(30).into(one)
     random_chunks(30, first=100).into(other)
-    assert one.rows.held(30).tolist() == list(range(30))
+    assert one.rows.held().tolist() == list(range(30))
     one.close()
     assert MilvusBank.reopen(DIM, **place, session="one").ids.tolist() == list(range(30))
 
@@ -122,12 +122,12 @@ def test_a_session_without_a_name_leaves_nothing(place: dict[str, Any], tmp_path
     bank = MilvusBank(DIM, **place, store=str(tmp_path / "kv"))
     random_chunks(6).into(bank)
     rows = bank.rows
-    assert rows.held(6).tolist() == list(range(6))
+    assert rows.held().tolist() == list(range(6))
     assert list(tmp_path.rglob("*.kv"))
     del bank
     gc.collect()
     MilvusBank(DIM, **place)
-    assert len(rows.held(6)) == 0
+    assert not len(rows.held())
     assert not list(tmp_path.rglob("*.kv"))
 
 
@@ -144,18 +144,18 @@ def test_a_process_that_ends_leaves_nothing_without_a_name(place: dict[str, Any]
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stderr == ""
     bank = MilvusBank.reopen(DIM, **place, session="a")
-    assert len(bank.rows.held(7)) == 6
+    assert len(bank.rows.held()) == 6
     collection = find_collection(bank.engine, bank.collection)
     assert collection is not None
     gone = SessionRows(bank.engine, collection, Session.of_key(ran.stdout.strip()))
-    assert len(gone.held(7)) == 0
+    assert not len(gone.held())
 
 
 def test_dropping_a_session_leaves_nothing(place: dict[str, Any], tmp_path: Path) -> None:
     bank = MilvusBank(DIM, **place, session="a")
     random_chunks(6).into(bank)
     bank.drop()
-    assert len(bank.rows.held(6)) == 0
+    assert not len(bank.rows.held())
     assert not [path for path in (tmp_path / "memory.kv").rglob("*") if path.is_file()]
     del bank
     assert random_chunks(1).into(MilvusBank(DIM, **place, session="a")).tolist() == [0]

@@ -38,7 +38,7 @@ def test_a_uri_becomes_options(uri: str, options: dict[str, object]) -> None:
         ("milvus://", "names no host"),
         ("milvus+lite://a/b.db", "names no local file"),
         ("milvus+lite:///a/b", r"names no local file that ends in \.db"),
-        ("milvus://host?sesion=x", "option 'sesion' that there is not; there are: collection, session"),
+        ("milvus://host?sesion=x", "option 'sesion' that does not exist; there are: collection, session"),
         ("milvus://host?ef=1&ef=2", "gives 'ef' twice"),
         ("milvus://host:port", "with a number as port"),
     ],

@@ -1,0 +1,231 @@
+"""The connection to one Milvus: what the banks of a process share, and calls with a deadline and retries."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import itertools
+import os
+import shutil
+import tempfile
+import weakref
+from _thread import start_new_thread
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+import stamina
+from milvus_lite.server_manager import server_manager_instance
+from pymilvus import MilvusClient, MilvusException
+
+from memlong.bank.forks import fork_lock, unless_forked
+from memlong.errors import InvalidArgumentError, MemlongError
+from memlong_milvus.errors import BackendError
+from memlong_milvus.failures import explained, is_passing, quietly, without_frames
+from memlong_milvus.uri import Address
+
+_FIRST_PAUSE, _LONGEST_PAUSE, _LAST_TIMEOUT = 0.2, 5.0, 2.0  # seconds
+
+
+class Hub:
+    """What the banks of a process share at one address: the client, the sessions in use, what is to be removed."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.lock = fork_lock()
+        self.client: MilvusClient | None = None
+        self.opened: set[str] = set()
+        self.is_ending = False
+        self._owner = os.getpid()
+        self._numbers = itertools.count()
+        self._users: set[int] = set()
+        self._claims: dict[str, Callable[[], None]] = {}
+        self._doomed: deque[Callable[[], None]] = deque()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody answers any more: Milvus Lite ends before what a process registers for its end."""
+        return self.is_ending and self.address.is_local
+
+    def require_owner(self) -> None:
+        """Raise BackendError in a forked process, which has no connection of its own."""
+        if os.getpid() != self._owner:
+            raise BackendError(
+                f"the bank's connection to Milvus is that of process {self._owner}, from which this one was forked, "
+                "and does not survive that; make the bank in this process, or start processes with the method 'spawn'"
+            )
+
+    def enter(self, connect: Callable[[], MilvusClient]) -> tuple[MilvusClient, int]:
+        """Return the client, and the number to leave with."""
+        self._bury()
+        with self.lock:
+            if self.client is None:
+                self.client = connect()
+            number = next(self._numbers)
+            if not number:
+                atexit.register(self._end)
+            self._users.add(number)
+            return self.client, number
+
+    def leave(self, number: int) -> None:
+        """Note that an engine is gone; safe in a finalizer."""
+        self._users.discard(number)
+        self._settle_soon()
+
+    def settle(self) -> None:
+        """Remove what is left of banks that are gone; Milvus Lite lets go of its file if nobody here uses it."""
+        self._bury()
+        with self.lock:
+            if self._users or self.client is None or not self.address.is_local or os.getpid() != self._owner:
+                return
+            self.client.close()
+            self.client = None
+            self.opened.clear()
+            server_manager_instance.release_server(self.address.uri)
+
+    def claim(self, key: str, name: str, end: Callable[[], None]) -> None:
+        """Note that a bank has a session; ``end`` removes what nobody wants after it.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If another bank of this process has it.
+        """
+        with self.lock:
+            if key in self._claims:
+                gc.collect()  # an unreachable bank may still be there: in the frames of an error, say
+            if key in self._claims:
+                raise InvalidArgumentError(
+                    f"the session {name!r} is in use by another bank of this process; a session is one bank's: "
+                    "close() that one"
+                )
+            self._claims[key] = end
+
+    def give_up(self, key: str) -> None:
+        """Note that a session is free, and that nothing is left to remove."""
+        self._claims.pop(key, None)
+
+    def release(self, key: str) -> None:
+        """Note that a bank is gone; safe in a finalizer."""
+        end = self._claims.pop(key, None)
+        if end is not None and os.getpid() == self._owner:  # a child's copy of a bank owns nothing
+            self._doomed.append(end)
+            self._settle_soon()
+
+    def _settle_soon(self) -> None:
+        """Settle in another thread: a finalizer may run while its own thread holds the lock."""
+        if self.address.is_local and not self.is_ending and os.getpid() == self._owner:
+            with suppress(RuntimeError):  # too late in the process for a thread
+                start_new_thread(self.settle, ())
+
+    def _bury(self) -> None:
+        with self.lock:
+            while self._doomed:
+                with suppress(MemlongError):  # what cannot be removed stays
+                    self._doomed.popleft()()
+
+    def _end(self) -> None:
+        """Remove what is left of all banks as the process ends; after a failure nothing more is asked."""
+        if os.getpid() != self._owner:
+            return
+        self.is_ending = True
+        with (
+            self.lock,
+            suppress(MemlongError, OSError, RuntimeError),
+        ):  # a store's threads may have ended, too
+            for end in (*self._doomed, *self._claims.values()):
+                end()
+
+
+_LOCK, _HUBS = fork_lock(), dict[tuple[int, Address], Hub]()
+
+
+def _hub_at(address: Address | None) -> Hub:
+    """Return the hub of an address; None is Milvus Lite on a file that goes when this process does."""
+    with _LOCK:
+        address = address or Address(_temporary_file(os.getpid()))
+        resolved = replace(address, uri=str(Path(address.uri).resolve())) if address.is_local else address
+        return _HUBS.setdefault((os.getpid(), resolved), Hub(address))
+
+
+@cache
+def _temporary_file(_: int) -> str:
+    folder = tempfile.mkdtemp(prefix="memlong-milvus-")
+    atexit.register(unless_forked(shutil.rmtree, folder, ignore_errors=True))
+    return f"{folder}/lite.db"
+
+
+class Engine:
+    """A bank's connection to one Milvus, for many threads; an address of None is Milvus Lite on a temporary file.
+
+    A call is tried so many times (`attempts`) while nobody answers, for so many seconds each (`timeout`), with pauses
+    that grow from 0.2 to 5 seconds.
+    """
+
+    def __init__(self, address: Address | None, *, timeout: float, attempts: int) -> None:
+        self.hub, self._timeout, self._attempts = _hub_at(address), timeout, attempts
+        self.client, number = self.hub.enter(lambda: self._tried("be connected to", self._connect))
+        self._leave = weakref.finalize(self, self.hub.leave, number)
+        self._leave.atexit = False
+
+    @property
+    def address(self) -> Address:
+        """Where it is."""
+        return self.hub.address
+
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of `MilvusClient`, one that may be repeated, with a deadline and retries.
+
+        Raises
+        ------
+        BackendError
+            If it fails for good; it names what, where and why.
+        """
+        self.hub.require_owner()
+        function = getattr(self.client, method)
+        timeout = min(self._timeout, _LAST_TIMEOUT) if self.hub.is_ending else self._timeout
+        return self._tried(method.replace("_", " "), lambda: function(*arguments, timeout=timeout, **options))
+
+    def close(self) -> None:
+        """Ask no more; with the last engine, Milvus Lite lets go of its file."""
+        self._leave()
+        self.hub.settle()
+
+    def __repr__(self) -> str:
+        return f"Engine({self.address.uri!r})"
+
+    def _connect(self) -> MilvusClient:
+        uri, token, database = self.address.uri, self.address.token, self.address.database
+        if self.address.is_local:
+            try:
+                Path(uri).absolute().parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidArgumentError(
+                    f"uri is {uri!r}, whose folder cannot be made: {error.strerror}"
+                ) from error
+        return MilvusClient(uri=uri, token=token, db_name=database, timeout=self._timeout)
+
+    def _tried(self, what: str, function: Callable[[], Any]) -> Any:
+        made = 0
+        try:
+            with quietly():
+                for attempt in stamina.retry_context(
+                    on=is_passing,
+                    attempts=1 if self.hub.is_ending else self._attempts,
+                    timeout=None,
+                    wait_initial=_FIRST_PAUSE,
+                    wait_max=_LONGEST_PAUSE,
+                ):
+                    with attempt:
+                        made = attempt.num
+                        return function()
+        except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
+            # The cause would show what pymilvus was given; the message says all that helps.
+            without_frames(error)
+            raise explained(what, error, self.address, made) from None
+        raise AssertionError("unreachable: the last attempt returns or raises")
