@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NoReturn, Self
-from weakref import finalize
 
 import torch
 
@@ -12,7 +12,7 @@ from memlong.bank import IndexRows, KeyValueStore, MemoryBank, ObjectFolder
 from memlong.bank.snapshot.reader import StoredBank
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong_milvus.collection import METRICS, ready_collection
-from memlong_milvus.connection import Engine
+from memlong_milvus.connection import Engine, Hub
 from memlong_milvus.index import SessionIndex
 from memlong_milvus.options import MilvusOptions
 from memlong_milvus.rows import SessionRows
@@ -80,13 +80,9 @@ class MilvusBank(MemoryBank):
             store = SessionStore(folder, named=self._session.named)
         self._blocks = store
         super().__init__(dim, store=store, **bank_options)
-        self._end: Callable[[], None] = (
-            _nothing if self._session.named else _ending(self.engine, self.rows, self.index.rows, store)
-        )
-        self._key = f"{self.collection}/{self._session.key}"
-        self.engine.hub.claim(self._key, self.session, self._end)
-        self._claim = finalize(self, self.engine.hub.release, self._key)
-        self._claim.atexit = False
+        self._end = partial(_end, self.engine.hub, self.rows, self.index.rows, store)
+        key = f"{self.collection}/{self._session.key}"
+        self._claim = self.engine.hub.claim(self, key, self.session, self._end)
         if self._session.named:
             try:
                 self._begin(facts, options)
@@ -231,21 +227,14 @@ class MilvusBank(MemoryBank):
         if self._claim.alive:
             self._end()
             self._claim.detach()
-            self.engine.hub.give_up(self._key)
             self.engine.close()
 
 
-def _nothing() -> None:
-    """What a session with a name leaves to be removed."""
-
-
-def _ending(engine: Engine, rows: SessionRows, held: IndexRows, store: KeyValueStore) -> Callable[[], None]:
-    """Return a call that removes a session; it holds no bank."""
-
-    def end() -> None:
-        if not engine.hub.has_ended:  # the next process to open the file removes rows without a name
-            rows.delete(held.ids)
-        if isinstance(store, SessionStore):
-            store.folder.drop()
-
-    return end
+def _end(hub: Hub, rows: SessionRows, held: IndexRows, store: KeyValueStore) -> None:
+    """Remove a session without a name."""
+    if rows.session.named:
+        return
+    if not hub.has_ended:  # the next process to open the file removes rows without a name
+        rows.delete(held.ids)
+    if isinstance(store, SessionStore):
+        store.folder.drop()

@@ -45,13 +45,7 @@ def ready_collection(
     """Return a collection, made if it is not there and checked if it is, and loaded.
 
     ``partitions``, and ``links`` and ``effort`` (M and efConstruction of the HNSW graph), are of one that is made.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the name cannot be used, or the collection is there, and for other embeddings or not memlong's.
-    BackendError
-        If Milvus does not answer.
+    InvalidArgumentError if the name cannot be used, or the collection is for other embeddings or not memlong's.
     """
     if not _NAME.fullmatch(name):
         raise InvalidArgumentError(
@@ -88,12 +82,7 @@ def ready_collection(
 def find_collection(engine: Engine, name: str) -> Collection | None:
     """Return the collection of this name, loaded; None if there is none, or it is not finished.
 
-    Raises
-    ------
-    InvalidArgumentError
-        If it was not made by memlong.
-    BackendError
-        If Milvus does not answer.
+    InvalidArgumentError if it was not made by memlong.
     """
     if not engine.call("has_collection", name):
         return None

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import atexit
 import gc
-import itertools
 import os
 import shutil
 import tempfile
-import weakref
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import grpc
 import stamina
@@ -42,10 +42,10 @@ class Hub:
         self.opened: set[str] = set()
         self.is_ending = False
         self._owner = os.getpid()
-        self._numbers = itertools.count()
         self._users: set[int] = set()
-        self._claims: dict[str, Callable[[], None]] = {}
+        self._claims: dict[str, finalize[..., Any]] = {}
         self._doomed: deque[Callable[[], None]] = deque()
+        atexit.register(self._end)
 
     @property
     def has_ended(self) -> bool:
@@ -60,17 +60,14 @@ class Hub:
                 "and does not survive that; make the bank in this process, or start processes with the method 'spawn'"
             )
 
-    def enter(self, connect: Callable[[], MilvusClient]) -> tuple[MilvusClient, int]:
-        """Return the client, and the number to leave with."""
+    def enter(self, number: int, connect: Callable[[], MilvusClient]) -> MilvusClient:
+        """Return the client; the file of Milvus Lite stays open until this number leaves."""
         self._bury()
         with self.lock:
             if self.client is None:
                 self.client = connect()
-            number = next(self._numbers)
-            if not number:
-                atexit.register(self._end)
             self._users.add(number)
-            return self.client, number
+            return self.client
 
     def leave(self, number: int) -> None:
         """Note that an engine is gone; safe in a finalizer."""
@@ -88,32 +85,29 @@ class Hub:
             self.opened.clear()
             server_manager_instance.release_server(self.address.uri)
 
-    def claim(self, key: str, name: str, end: Callable[[], None]) -> None:
-        """Note that a bank has a session; ``end`` removes what nobody wants after it.
+    def claim(self, bank: object, key: str, name: str, end: Callable[[], None]) -> finalize[..., Any]:
+        """Give a bank a session until it is gone, then call ``end``, or until it detaches what is returned.
 
-        Raises
-        ------
-        InvalidArgumentError
-            If another bank of this process has it.
+        InvalidArgumentError if another bank of this process has it.
         """
         with self.lock:
-            if key in self._claims:
+            if self._claimed(key):
                 gc.collect()  # an unreachable bank may still be there: in the frames of an error, say
-            if key in self._claims:
+            if self._claimed(key):
                 raise InvalidArgumentError(
                     f"the session {name!r} is in use by another bank of this process; a session is one bank's: "
                     "close() that one"
                 )
-            self._claims[key] = end
+            claim = self._claims[key] = finalize(bank, self._doom, end)
+            claim.atexit = False
+            return claim
 
-    def give_up(self, key: str) -> None:
-        """Note that a session is free, and that nothing is left to remove."""
-        self._claims.pop(key, None)
+    def _claimed(self, key: str) -> bool:
+        self._claims = {each: claim for each, claim in self._claims.items() if claim.alive}
+        return key in self._claims
 
-    def release(self, key: str) -> None:
-        """Note that a bank is gone; safe in a finalizer."""
-        end = self._claims.pop(key, None)
-        if end is not None and os.getpid() == self._owner:  # a child's copy of a bank owns nothing
+    def _doom(self, end: Callable[[], None]) -> None:
+        if os.getpid() == self._owner:  # a child's copy of a bank owns nothing
             self._doomed.append(end)
             self._settle_soon()
 
@@ -134,15 +128,14 @@ class Hub:
         if os.getpid() != self._owner:
             return
         self.is_ending = True
-        with (
-            self.lock,
-            suppress(MemlongError, OSError, RuntimeError),
-        ):  # a store's threads may have ended, too
-            for end in (*self._doomed, *self._claims.values()):
+        for claim in list(self._claims.values()):
+            claim()  # dooms what is left of its session, if that is still claimed
+        with self.lock, suppress(MemlongError, OSError, RuntimeError):  # a store's threads may have ended
+            for end in self._doomed:
                 end()
 
 
-_LOCK, _HUBS = fork_lock(), dict[tuple[int, Address], Hub]()
+_LOCK, _HUBS, _NUMBERS = fork_lock(), dict[tuple[int, Address], Hub](), count()
 
 
 def _hub_at(address: Address | None) -> Hub:
@@ -150,7 +143,10 @@ def _hub_at(address: Address | None) -> Hub:
     with _LOCK:
         address = address or Address(_temporary_file(os.getpid()))
         resolved = replace(address, uri=str(Path(address.uri).resolve())) if address.is_local else address
-        return _HUBS.setdefault((os.getpid(), resolved), Hub(address))
+        key = (os.getpid(), resolved)
+        if key not in _HUBS:
+            _HUBS[key] = Hub(address)
+        return _HUBS[key]
 
 
 @cache
@@ -169,8 +165,9 @@ class Engine:
 
     def __init__(self, address: Address | None, *, timeout: float, attempts: int) -> None:
         self.hub, self._timeout, self._attempts = _hub_at(address), timeout, attempts
-        self.client, number = self.hub.enter(lambda: self._tried("be connected to", self._connect))
-        self._leave = weakref.finalize(self, self.hub.leave, number)
+        number = next(_NUMBERS)
+        self.client = self.hub.enter(number, lambda: self._tried("be connected to", self._connect))
+        self._leave = finalize(self, self.hub.leave, number)
         self._leave.atexit = False
 
     @property
@@ -179,13 +176,7 @@ class Engine:
         return self.hub.address
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call a method of `MilvusClient`, one that may be repeated, with a deadline and retries.
-
-        Raises
-        ------
-        BackendError
-            If it fails for good; it names what, where and why.
-        """
+        """Call a method of `MilvusClient`, one that may be repeated; BackendError if it fails for good."""
         self.hub.require_owner()
         function = getattr(self.client, method)
         timeout = min(self._timeout, _LAST_TIMEOUT) if self.hub.is_ending else self._timeout

@@ -48,12 +48,8 @@ def take_over(
     """Return what a session holds, after its store has adopted the keys and values.
 
     These are ids, embeddings, spans and layout of the chunks that have both a row and an object (one without the other
-    is left of an interrupted change), and an id above all that the session ever gave.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the session was made with another dim or metric than the bank's ``facts``.
+    is left of an interrupted change), and an id above all that the session ever gave. InvalidArgumentError if the
+    session was made with another dim or metric than the bank's ``facts``.
     """
     noted = store.folder.notes()
     newest = noted.get("newest", -1)

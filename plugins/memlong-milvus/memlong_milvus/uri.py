@@ -30,19 +30,10 @@ _OPTIONS = (*vars(MilvusOptions()), "store")
 
 @dataclass(frozen=True)
 class Address:
-    """Where to connect to.
-
-    Attributes
-    ----------
-    uri : str
-        Without user and password: a local file for Milvus Lite, or http(s)://host:port.
-    token : str
-        "user:password" or an API key; empty for none.
-    database : str
-        Empty for the default one.
-    """
+    """Where to connect to; empty strings are no token, and the default database."""
 
     uri: str
+    """Without user and password: a local file for Milvus Lite, or http(s)://host:port."""
     token: str = field(default="", repr=False)
     database: str = ""
 
@@ -53,13 +44,7 @@ class Address:
 
 
 def address_of(uri: str | None, token: str | None, database: str | None) -> Address | None:
-    """Return where Milvus is, by the arguments or the environment; None if neither says.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If an argument cannot be used.
-    """
+    """Return where Milvus is, by the arguments or the environment; None if neither says."""
     for name, value in (("uri", uri), ("token", token), ("database", database)):
         if value is not None and not isinstance(value, str):
             raise InvalidArgumentError(f"{name} must be text, got {type(value).__name__}")
@@ -70,12 +55,7 @@ def address_of(uri: str | None, token: str | None, database: str | None) -> Addr
 def parse_address(uri: str, token: str | None = None, database: str | None = None) -> Address:
     """Parse a URI: a local file that ends in .db, or http[s]://[user:password@]host[:port][/database].
 
-    ``token`` and ``database`` take precedence.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If it is neither.
+    ``token`` and ``database`` take precedence. InvalidArgumentError for another form.
     """
     shown = without_credentials(uri)
     if "://" not in uri:
@@ -163,13 +143,7 @@ def _plain(value: str) -> object:
 
 
 def objects_of(store: str | None, address: Address | None, session: Session) -> Objects:
-    """Return where the keys and values of a session go.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If a session that is to last would have them in a temporary folder, or ``store`` names no place.
-    """
+    """Return where the keys and values of a session go; InvalidArgumentError if it would outlive them."""
     if store is not None:
         if not isinstance(store, str) or not store:
             raise InvalidArgumentError(
