@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -42,14 +41,14 @@ class Hub:
         self.opened: set[str] = set()
         self.is_ending = False
         self._owner = os.getpid()
-        self._users: set[int] = set()
+        self._users: list[finalize[..., Any]] = []
         self._claims: dict[str, finalize[..., Any]] = {}
         self._doomed: deque[Callable[[], None]] = deque()
         atexit.register(self._end)
 
     @property
     def has_ended(self) -> bool:
-        """Whether nobody answers any more: Milvus Lite ends before what a process registers for its end."""
+        """Whether Milvus Lite has stopped: at exit it does so before any function of atexit."""
         return self.is_ending and self.address.is_local
 
     def require_owner(self) -> None:
@@ -60,25 +59,23 @@ class Hub:
                 "and does not survive that; make the bank in this process, or start processes with the method 'spawn'"
             )
 
-    def enter(self, number: int, connect: Callable[[], MilvusClient]) -> MilvusClient:
-        """Return the client; the file of Milvus Lite stays open until this number leaves."""
+    def connect(self, user: Engine, connect: Callable[[], MilvusClient]) -> finalize[..., Any]:
+        """Keep a client until the user is gone, or detaches what is returned."""
         self._bury()
         with self.lock:
             if self.client is None:
                 self.client = connect()
-            self._users.add(number)
-            return self.client
-
-    def leave(self, number: int) -> None:
-        """Note that an engine is gone; safe in a finalizer."""
-        self._users.discard(number)
-        self._settle_soon()
+            use = finalize(user, self._settle_soon)
+            use.atexit = False
+            self._users = [*(each for each in self._users if each.alive), use]
+            return use
 
     def settle(self) -> None:
-        """Remove what is left of banks that are gone; Milvus Lite lets go of its file if nobody here uses it."""
+        """Remove what is left of banks that are gone, and close a local file that nobody here uses."""
         self._bury()
         with self.lock:
-            if self._users or self.client is None or not self.address.is_local or os.getpid() != self._owner:
+            is_used = any(each.alive for each in self._users)
+            if is_used or self.client is None or not self.address.is_local or os.getpid() != self._owner:
                 return
             self.client.close()
             self.client = None
@@ -86,7 +83,7 @@ class Hub:
             server_manager_instance.release_server(self.address.uri)
 
     def claim(self, bank: object, key: str, name: str, end: Callable[[], None]) -> finalize[..., Any]:
-        """Give a bank a session until it is gone, then call ``end``, or until it detaches what is returned.
+        """Give a bank a session until it detaches what is returned, or is gone: then ``end`` is called.
 
         InvalidArgumentError if another bank of this process has it.
         """
@@ -135,7 +132,7 @@ class Hub:
                 end()
 
 
-_LOCK, _HUBS, _NUMBERS = fork_lock(), dict[tuple[int, Address], Hub](), count()
+_LOCK, _HUBS = fork_lock(), dict[tuple[int, Address], Hub]()
 
 
 def _hub_at(address: Address | None) -> Hub:
@@ -159,16 +156,14 @@ def _temporary_file(_: int) -> str:
 class Engine:
     """A bank's connection to one Milvus, for many threads; an address of None is Milvus Lite on a temporary file.
 
-    A call is tried so many times (`attempts`) while nobody answers, for so many seconds each (`timeout`), with pauses
-    that grow from 0.2 to 5 seconds.
+    While nobody answers, a call is tried ``attempts`` times, each for up to ``timeout`` seconds, with pauses that grow
+    from 0.2 to 5 seconds.
     """
 
     def __init__(self, address: Address | None, *, timeout: float, attempts: int) -> None:
         self.hub, self._timeout, self._attempts = _hub_at(address), timeout, attempts
-        number = next(_NUMBERS)
-        self.client = self.hub.enter(number, lambda: self._tried("be connected to", self._connect))
-        self._leave = finalize(self, self.hub.leave, number)
-        self._leave.atexit = False
+        self._use = self.hub.connect(self, lambda: self._tried("be connected to", self._connect))
+        self.client: Any = self.hub.client
 
     @property
     def address(self) -> Address:
@@ -183,8 +178,8 @@ class Engine:
         return self._tried(method.replace("_", " "), lambda: function(*arguments, timeout=timeout, **options))
 
     def close(self) -> None:
-        """Ask no more; with the last engine, Milvus Lite lets go of its file."""
-        self._leave()
+        """Let go of the connection; with the last engine, Milvus Lite closes its file."""
+        self._use.detach()
         self.hub.settle()
 
     def __repr__(self) -> str:

@@ -24,6 +24,7 @@ _FORMS = (
     "milvus://host:19530/database?session=NAME&store=s3://bucket/folder, milvus+https://host/database, or "
     "milvus+lite:///folder/file.db"
 )
+_KINDS = {"milvus": "http", "milvus+http": "http", "milvus+https": "https", "milvus+lite": "lite"}
 _TEXTS = ("session", "collection", "store")
 _OPTIONS = (*vars(MilvusOptions()), "store")
 
@@ -104,8 +105,8 @@ def resolve(uri: str) -> tuple[str, dict[str, object]]:
     """
     shown = without_credentials(uri)
     scheme, _, rest = uri.partition("://")
-    kind = "http" if scheme == "milvus" else scheme.removeprefix("milvus+")
-    if not scheme.startswith("milvus") or kind not in ("http", "https", "lite"):
+    kind = _KINDS.get(scheme.lower())
+    if kind is None:
         raise InvalidArgumentError(f"{shown!r} is no URI of a Milvus; expected {_FORMS}")
     place, _, query = rest.partition("?")
     if kind == "lite":
@@ -143,7 +144,7 @@ def _plain(value: str) -> object:
 
 
 def objects_of(store: str | None, address: Address | None, session: Session) -> Objects:
-    """Return where the keys and values of a session go; InvalidArgumentError if it would outlive them."""
+    """Return where the keys and values of a session go; InvalidArgumentError if they would go before the session."""
     if store is not None:
         if not isinstance(store, str) or not store:
             raise InvalidArgumentError(

@@ -17,6 +17,7 @@ from memlong_milvus.uri import parse_address, resolve
         ("milvus://me:p%40ss@host:1/db", {"uri": "http://host:1", "token": "me:p@ss", "database": "db"}),
         ("milvus://[::1]:19530", {"uri": "http://[::1]:19530"}),
         ("milvus+lite:///a/b.db", {"uri": "/a/b.db"}),
+        ("MILVUS+Lite:///a@b/c%23.db?ef=1", {"uri": "/a@b/c#.db", "ef": 1}),
         (
             "milvus+lite:///a/b.db?session=007&resume=true&ef=128&staleness=2.5",
             {"uri": "/a/b.db", "session": "007", "resume": True, "ef": 128, "staleness": 2.5},
@@ -55,6 +56,9 @@ def test_what_is_no_such_uri_is_told(uri: str, message: str) -> None:
         "milvus://me:secret@host:x",
         "milvus://me:p@secret@host?nope=1",
         "mil://me:secret@h",
+        "milvus://me:p?secret@host",
+        "milvus://me:1/secret@host?ef=1",
+        "milvus://me:1#secret@host",
     ],
 )
 def test_errors_about_a_uri_do_not_show_its_password(uri: str) -> None:
