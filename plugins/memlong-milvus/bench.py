@@ -1,4 +1,4 @@
-"""How much a bank adds to Milvus: its searches and retrievals beside pymilvus and plain reads, in turns, in one run.
+"""What a bank adds to Milvus: its searches and retrievals against pymilvus and plain reads, in turns, in one run.
 
 python bench.py --start                           the server of ``pip install 'milvus==2.3.5'``, started for this
 python bench.py --uri http://127.0.0.1:19530      a server of yours
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(uri: str, folder: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Fill a bank, wait until the server has settled, and ask; then with others' chunks beside it."""
+    """Fill a bank, wait until the server has settled, and query it; then again among other sessions' chunks."""
     draws = torch.Generator().manual_seed(0)
     bank = MilvusBank(
         DIM, uri=uri, store=folder, collection="memlong_bench", consistency=given.consistency, timeout=60

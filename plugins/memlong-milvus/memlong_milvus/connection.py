@@ -156,8 +156,8 @@ def _temporary_file(_: int) -> str:
 class Engine:
     """A bank's connection to one Milvus, for many threads; an address of None is Milvus Lite on a temporary file.
 
-    While nobody answers, a call is tried ``attempts`` times, each for up to ``timeout`` seconds, with pauses that grow
-    from 0.2 to 5 seconds.
+    While Milvus does not answer, a call is tried ``attempts`` times, each for up to ``timeout`` seconds, with pauses
+    that grow from 0.2 to 5 seconds.
     """
 
     def __init__(self, address: Address | None, *, timeout: float, attempts: int) -> None:

@@ -24,10 +24,15 @@ class MilvusOptions:
         unset="one for each dim and kind of metric, as ``memlong_384_ip``",
         is_saved=False,
     )
-    session: str | None = setting(None, "Whose memory this is.", unset="nobody's", is_saved=False)
+    session: str | None = setting(
+        None,
+        "Name of the session, which then stays.",
+        unset="a random one, which ends with the bank",
+        is_saved=False,
+    )
     resume: bool = setting(
         False,
-        "Continue with what the session holds, if anything.",
+        "Continue the session if it exists.",
         more="Without it, a session that holds chunks is refused.",
         is_saved=False,
     )
@@ -69,7 +74,7 @@ class MilvusOptions:
         10.0, "Seconds that one attempt of a call may take.", above=0, most=1e6, most_of_strangers=60
     )
     attempts: int = setting(
-        5, "How often a call is tried while nobody answers.", least=1, most=100, most_of_strangers=10
+        5, "How often a call is tried while Milvus does not answer.", least=1, most=100, most_of_strangers=10
     )
     readers: int = setting(
         8, "Threads that read and write keys and values.", least=1, most=256, most_of_strangers=64

@@ -117,10 +117,10 @@ def purge(
     timeout: float = 10.0,
     attempts: int = 5,
 ) -> list[str]:
-    """Remove the rows of all sessions without a name, while no process is at work with one.
+    """Remove the rows of all sessions without a name; no process may be using one.
 
-    Such a session ends with its process, which removes its rows unless it is killed. Which rows are left of which
-    process is not known, so all are removed; `sweep` then removes their objects from a store that stays.
+    Such a session ends with its process, which removes its rows unless it is killed. Rows do not tell which process
+    they belong to, so all are removed; `sweep` then removes their objects from a lasting store.
 
     Parameters, and errors, are those of `sweep`. Returns the collections of memlong's that were purged.
     """

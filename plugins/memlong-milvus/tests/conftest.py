@@ -1,4 +1,4 @@
-"""What the tests share: servers that are started once, and ended whatever happens."""
+"""What the tests share: servers that start once, and stop in any case."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milvus_server import INSTALL, Server, is_installed
 
 @pytest.fixture(autouse=True)
 def nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the environment says, tests go where they say."""
+    """Ignore the Milvus that the environment names."""
     monkeypatch.delenv("MEMLONG_MILVUS_URI", raising=False)
     monkeypatch.delenv("MEMLONG_MILVUS_TOKEN", raising=False)
 

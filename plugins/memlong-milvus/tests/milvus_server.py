@@ -36,8 +36,8 @@ listen-peer-urls: http://127.0.0.1:{peers}
 initial-advertise-peer-urls: http://127.0.0.1:{peers}
 initial-cluster: default=http://127.0.0.1:{peers}
 """
-# Without it the etcd inside takes ports 2379 and 2380, whatever Milvus's own settings say, so that a second server on
-# one machine, or one beside another etcd, ends as it starts.
+# Without it the embedded etcd takes ports 2379 and 2380, regardless of Milvus's own settings, so a second server on the
+# machine, or one next to another etcd, exits at once.
 
 
 def is_installed() -> bool:

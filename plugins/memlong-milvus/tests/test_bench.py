@@ -12,7 +12,7 @@ BENCH = Path(__file__).parents[1] / "bench.py"
 
 
 @pytest.mark.slow
-def test_the_bench_sets_a_bank_beside_pymilvus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bench_compares_a_bank_with_pymilvus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("bench_of_milvus", BENCH)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""What is wrong is told clearly, and secrets are told to nobody."""
+"""Errors say what is wrong, and show no secrets."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_deleted_now_is_deleted_later(tmp_path: Path, monkeypatch
     assert set(_objects_of(tmp_path)) == {"3.kv", "4.kv"}
 
 
-def test_what_was_left_over_and_is_written_anew_is_not_deleted(
+def test_a_leftover_object_that_is_written_again_is_not_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The id of an add that failed is the next one's: its object must not go with what the failure left."""

@@ -69,7 +69,7 @@ def test_a_local_file_is_one_processs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_closed_bank_lets_go_of_its_local_file(tmp_path: Path) -> None:
-    """With the last one: another process may have the file while this one is still there, and this one again then."""
+    """When it is the last one: another process can then use the file while this one still runs, and this one again."""
     place = {"uri": str(tmp_path / "memory.db")}
     bank, other = MilvusBank(DIM, **place, session="a"), MilvusBank(DIM, **place)
     random_chunks(3).into(bank)
