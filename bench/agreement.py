@@ -58,7 +58,7 @@ def main(
     odd = [name for name in ALIKE if one.get(name) != other.get(name)]
     if odd:
         raise InvalidArgumentError(
-            f"The two runs differ in {', '.join(odd)}, so their figures cannot agree: run both with the same options."
+            f"The two runs differ in {', '.join(odd)}, so their figures cannot agree: run both with the same options"
         )
     pairs = list(_pairs(one, other))
     for tokens, said in TOKENS.items():
@@ -81,7 +81,7 @@ def _read(folder: Path) -> dict[str, Any]:
         return {"dtype": "?", **found, "systems": {each["name"]: each for each in found["systems"]}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(
-            f"{str(path)!r} is no result of examples/recall_vs_perplexity.py: {error!r}. Name its --out folder."
+            f"{str(path)!r} is no result of examples/recall_vs_perplexity.py: {error!r}. Name its --out folder"
         ) from error
 
 

@@ -90,17 +90,17 @@ def main(
     chosen = [each for each in listed if not system or each.name.startswith(tuple(system))]
     if not chosen:
         raise InvalidArgumentError(
-            f"--system is {system}, but there are {', '.join(each.name for each in listed)}."
+            f"--system is {system}, but there are {', '.join(each.name for each in listed)}"
         )
     steps = numbers("--lengths", lengths, int)
     if min(steps) < MIN_LENGTH or score_from < 1:
         raise InvalidArgumentError(
             f"--lengths is {lengths!r} and --score-from {score_from}; expected lengths of at least {MIN_LENGTH}, and "
-            "to score from 1 or later: token 0 cannot be predicted."
+            "to score from 1 or later: token 0 cannot be predicted"
         )
     names = [path.name for path in text]
     if len(set(names)) < len(names):
-        raise InvalidArgumentError(f"Two texts have one name, {max(names, key=names.count)}: rename one.")
+        raise InvalidArgumentError(f"Two texts have one name, {max(names, key=names.count)}: rename one")
     found = []
     for path in text:
         input_ids = tokenize(tokenizer, read_text(path), max_tokens)
@@ -202,7 +202,7 @@ def _ratios(texts: list[Losses], score_from: int) -> dict[str, Any]:
     first = score_from - 1
     if any(len(each.distant) <= first for each in texts):
         raise InvalidTextError(
-            f"score_from is {score_from}: a text has no more tokens than that. Count from fewer."
+            f"score_from is {score_from}: a text has no more tokens than that. Count from fewer"
         )
     longest = {len(each.distant) for each in texts}
     names = [

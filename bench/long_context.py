@@ -135,7 +135,7 @@ def _measured_apart(command: list[str], what: str) -> Measured:
     if done.returncode < 0:
         raise SystemExit(
             f"bench: {what} was ended by signal {-done.returncode}, as happens where memory runs out. Use smaller "
-            "--lengths."
+            "--lengths"
         )
     if done.returncode:
         raise SystemExit(done.returncode)  # the process has printed why

@@ -86,7 +86,7 @@ def main(
     story, filler = words[:, : CHAPTERS + LEAD_IN + PASSAGE], words[:, CHAPTERS + LEAD_IN + PASSAGE :]
     if filler.shape[1] < CHAPTERS:
         raise SystemExit(
-            f"The text has {words.shape[1]:,} tokens: too few for a passage and something before it."
+            f"The text has {words.shape[1]:,} tokens: too few for a passage and something before it"
         )
     process = psutil.Process()
     curve: list[Point] = []

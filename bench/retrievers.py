@@ -85,7 +85,7 @@ def main(
     rows = _rows(language_model, tokenizer, input_ids)
     chosen = {name: make for name, make in rows.items() if not row or name.startswith(tuple(row))}
     if not chosen:
-        raise InvalidArgumentError(f"--row is {row}, but the rows are {', '.join(rows)}.")
+        raise InvalidArgumentError(f"--row is {row}, but the rows are {', '.join(rows)}")
     about = {"model": model, "text": text.name, "tokens": input_ids.shape[1], "score_from": score_from}
     about |= {"dtype": dtype, "device": device}
     out.parent.mkdir(parents=True, exist_ok=True)

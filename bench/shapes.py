@@ -69,6 +69,6 @@ def token_ids(model: PreTrainedModel, tokenizer: Any, text: Path, count: int) ->
     found = tokenize(tokenizer, read_text(text), count)
     if found.shape[1] < count:
         raise InvalidTextError(
-            f"The text has {found.shape[1]:,} tokens, fewer than {count:,}: give a longer one."
+            f"The text has {found.shape[1]:,} tokens, fewer than {count:,}: give a longer one"
         )
     return found

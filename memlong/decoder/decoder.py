@@ -98,7 +98,7 @@ class MemoryDecoder(Uncopied):
 
     why_uncopied = (
         "it has a model, and streams that go through it. Save them with save(path), and continue elsewhere with "
-        "MemoryDecoder.load(path, model, tokenizer, config)."
+        "MemoryDecoder.load(path, model, tokenizer, config)"
     )
 
     def __init__(
@@ -229,7 +229,7 @@ class MemoryDecoder(Uncopied):
             If the configuration has ``backend=None``: there are no banks.
         """
         if self.config.backend is None:
-            raise MemlongError("There is no bank to store the window in: the configuration has backend=None.")
+            raise MemlongError("There is no bank to store the window in: the configuration has backend=None")
         return self._streams.flush()
 
     def stream(
@@ -270,7 +270,7 @@ class MemoryDecoder(Uncopied):
             If the decoder is not attached, or was reset before the last segment.
         """
         if logits not in ("all", "last"):
-            raise InvalidArgumentError(f"logits must be 'all' or 'last', got {logits!r}.")
+            raise InvalidArgumentError(f"logits must be 'all' or 'last', got {logits!r}")
         pending = token_lists(input_ids, attention_mask, self.model_layout)
         return self._streams.read(pending, 0 if logits == "all" else 1, gradients=gradients)
 
@@ -285,7 +285,7 @@ class MemoryDecoder(Uncopied):
         pending = token_lists(input_ids, attention_mask, self.model_layout)
         if not all(pending):
             raise InvalidArgumentError(
-                "input_ids must hold at least one token in every row, got an empty row."
+                "input_ids must hold at least one token in every row, got an empty row"
             )
         last: Tensor | None = None
         for segment in self._streams.read(pending, 1, gradients=False):

@@ -58,9 +58,9 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
         If the length is too short for needle and question, or too long, or the depth is not from 0 to 1.
     """
     if length > _LONGEST:
-        raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}.")
+        raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}")
     if not 0 <= depth <= 1:
-        raise InvalidArgumentError(f"depth must be a number from 0 to 1, got {depth}.")
+        raise InvalidArgumentError(f"depth must be a number from 0 to 1, got {depth}")
     opening, needle, question = (
         _ids(tokenizer, text) for text in (OPENING, NEEDLE.format(key=key), QUESTION)
     )
@@ -68,11 +68,11 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
     room = length - len(opening) - len(needle) - len(question)
     if room < 0:
         raise InvalidArgumentError(
-            f"length must be at least {length - room} tokens, for opening, pass key and question, got {length}."
+            f"length must be at least {length - room} tokens, for opening, pass key and question, got {length}"
         )
     line = _ids(tokenizer, filler)
     if not line:
-        raise InvalidArgumentError("filler must not be empty: give some text, or leave it out.")
+        raise InvalidArgumentError("filler must not be empty: give some text, or leave it out")
     # Whole lines before the needle, so that it does not start in the middle of a sentence.
     before = round(depth * room / len(line)) * len(line) if depth < 1 else room
     before = min(before, room)
@@ -116,7 +116,7 @@ def evaluate_needle(
         If the model's logits are NaN.
     """
     if trials < 1:
-        raise InvalidArgumentError(f"trials must be at least 1, got {trials}.")
+        raise InvalidArgumentError(f"trials must be at least 1, got {trials}")
     for length, depth in itertools.product(lengths, depths):  # fail early
         passkey_prompt(decoder.tokenizer, length, depth, 10_000, filler)
     numbers = random.Random(seed)  # noqa: S311 - not for cryptography

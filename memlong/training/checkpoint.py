@@ -119,7 +119,7 @@ def save_checkpoint(
         why = getattr(error, "strerror", None) or error
         raise StorageError(
             f"Cannot write the checkpoint {str(target)!r}: {why}. The previous checkpoint, if any, is intact. Free "
-            "some space or make the folder writable, then resume."
+            "some space or make the folder writable, then resume"
         ) from error
 
 
@@ -141,7 +141,7 @@ def load_checkpoint(
     if not found:
         raise InvalidArgumentError(
             f"The folder {str(folder)!r} has no checkpoint to resume from: give the folder of a run that has one, or "
-            "start without resuming."
+            "start without resuming"
         )
     latest = found[-1]
     try:
@@ -156,7 +156,7 @@ def load_checkpoint(
     except (*_DAMAGE, SafetensorError) as error:
         raise InvalidArgumentError(
             f"Cannot read the checkpoint {str(latest)!r}: {error!r}. Remove it, and resume from an older one or start "
-            "over."
+            "over"
         ) from error
     _restore(tensors, parameters, optimizer)
     generator.set_state(tensors["random.chunks"])
@@ -170,7 +170,7 @@ def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) ->
     if facts["format"] != _FORMAT:
         raise InvalidArgumentError(
             f"The checkpoint {str(latest)!r} must have the format {_FORMAT!r}, got {facts['format']!r}: resume with "
-            "the version of memlong that wrote it, or start over in another folder."
+            "the version of memlong that wrote it, or start over in another folder"
         )
     for name, ours in json.loads(json.dumps(made_of, default=str)).items():
         if name.startswith("model.config.") and name not in facts["made_of"]:
@@ -179,7 +179,7 @@ def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) ->
         if ours != theirs:
             raise InvalidArgumentError(
                 f"{name} must be {theirs!r}, as in the checkpoint {str(latest)!r}, got {ours!r}: resume with the same "
-                "model, settings and text, or start over in another folder."
+                "model, settings and text, or start over in another folder"
             )
 
 

@@ -182,7 +182,7 @@ def raise_all(failures: list[SnapshotError]) -> None:
         raise failures[0]
     if failures:
         raise SnapshotError(
-            f"{len(failures)} sessions could not be saved: {' '.join(map(str, failures))}"
+            f"{len(failures)} sessions could not be saved: {'; '.join(map(str, failures))}"
         ) from ExceptionGroup("sessions that could not be saved", failures)
 
 
@@ -209,5 +209,5 @@ def remove(folder: Path) -> None:
     except OSError as error:
         raise SnapshotError(
             f"{str(folder)!r} holds a session that was deleted, and cannot be removed: {error.strerror or error}. "
-            "Remove it, or change its rights: the next pool in this folder tries again."
+            "Remove it, or change its rights: the next pool in this folder tries again"
         ) from error

@@ -240,7 +240,7 @@ def _parsed(path: Path, content: bytes | bytearray) -> dict[str, Any]:
         if data.get("version") != VERSION:
             raise SnapshotError(
                 f"{str(path)!r} has the format version {data.get('version')!r}, but this memlong reads version "
-                f"{VERSION}. Use the memlong that wrote it, or a newer one."
+                f"{VERSION}. Use the memlong that wrote it, or a newer one"
             )
         data.pop("sha256", None)
     except (ValueError, RecursionError) as error:

@@ -36,7 +36,7 @@ def refused_option(cls: type, options: Mapping[str, Any], allowed: SavedOptions)
             continue
         return (
             f"names the option {name!r}, {why}: a file may be a stranger's. If it is right, give {name} yourself when "
-            "loading."
+            "loading"
         )
     return ""
 

@@ -60,7 +60,7 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
             if is_state(folder, manifest.token):
                 raise
     raise SnapshotError(
-        f"{str(folder)!r} was rewritten {_TRIES} times while it was read. Load it when nothing is writing there."
+        f"{str(folder)!r} was rewritten {_TRIES} times while it was read. Load it when nothing is writing there"
     )
 
 
@@ -181,10 +181,10 @@ def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str 
 
 def _manifest(folder: Path) -> Manifest:
     if folder.is_file():
-        raise SnapshotError(f"{str(folder)!r} is a file. Name the folder that was saved to.")
+        raise SnapshotError(f"{str(folder)!r} is a file. Name the folder that was saved to")
     if not has_manifest(folder):
         raise SnapshotError(
-            f"{str(folder)!r} holds no {MANIFEST}, so no snapshot. Name the folder that was saved to."
+            f"{str(folder)!r} holds no {MANIFEST}, so no snapshot. Name the folder that was saved to"
         )
     return read_manifest(folder)
 
@@ -196,7 +196,7 @@ def _check_size(folder: Path, manifest: Manifest, most_bytes: int | str | None) 
             hollow = next((f"{path.name!r} in " for path in paths if is_hollow(path)), "")
             raise SnapshotError(
                 f"{hollow}{str(folder)!r} claims far more bytes than there are on the disk. If you trust the snapshot, "
-                "say as most_bytes how much may be read."
+                "say as most_bytes how much may be read"
             )
         return
     limit = byte_count("most_bytes", most_bytes)
@@ -204,7 +204,7 @@ def _check_size(folder: Path, manifest: Manifest, most_bytes: int | str | None) 
     if total > limit:
         raise SnapshotError(
             f"{str(folder / MANIFEST)!r} names files of {total:,} bytes, more than most_bytes, {limit:,}. Raise it if "
-            "you trust the snapshot."
+            "you trust the snapshot"
         )
 
 

@@ -49,7 +49,7 @@ class DiskSlots:
         except OSError as error:
             raise StorageError(
                 f"The disk tier cannot write to the folder {str(folder)!r}: {error.strerror}. Create it, or name "
-                "another."
+                "another"
             ) from error
         self._close = weakref.finalize(self, self._file.close)
         self._owner = os.getpid()
@@ -83,7 +83,7 @@ class DiskSlots:
                     raise StorageError(
                         f"The disk tier in {str(self._folder)!r} cannot take another {self._size:,} bytes: "
                         f"{error.strerror}. Nothing was stored. Free some space, name another folder, or set "
-                        "disk_budget."
+                        "disk_budget"
                     ) from error
                 raise
         return slots
@@ -110,7 +110,7 @@ class DiskSlots:
                 self._free.difference_update(slots)
                 raise StorageError(
                     f"The disk tier in {str(self._folder)!r} cannot give space back: {error.strerror or error}. "
-                    "Nothing was removed. Try again, or name another folder."
+                    "Nothing was removed. Try again, or name another folder"
                 ) from error
 
     def keep_only(self, slots: Iterable[int]) -> None:
@@ -134,16 +134,16 @@ class DiskSlots:
         except OSError as error:
             raise StorageError(
                 f"The disk tier in {str(self._folder)!r} cannot be read: {error.strerror or error}. Check the disk; "
-                "a memory kept on another (disk=...) starts empty."
+                "a memory kept on another (disk=...) starts empty"
             ) from error
         if not self.is_ours and self._shared_count() != self._given_back:
             raise StorageError(
                 f"The disk tier in {str(self._folder)!r} is that of process {self._owner}, from which this one was "
                 "forked, and chunks have left it since: what this process reads there may be another chunk's. Save the "
-                "bank before the fork, and load it in each process."
+                "bank before the fork, and load it in each process"
             )
         if missing:
-            raise StorageError(f"The disk tier in {str(self._folder)!r} lost data: its file is too short.")
+            raise StorageError(f"The disk tier in {str(self._folder)!r} lost data: its file is too short")
 
     def _note_given_back(self) -> None:
         """Tell forked processes; first, as a slot may hold something else from here on."""

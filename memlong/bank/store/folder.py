@@ -76,7 +76,7 @@ class ObjectFolder:
         """Note that a store uses the folder; InvalidArgumentError if another does, as both would write the same."""
         if self._user is not None and self._user() not in (None, user):
             raise InvalidArgumentError(
-                "objects must be a folder of one store's own, got one that another store uses."
+                "objects must be a folder of one store's own, got one that another store uses"
             )
         self._user = weakref.ref(user)
 
@@ -201,7 +201,7 @@ class ObjectFolder:
     def damaged(self, why: str) -> StorageError:
         """Return the error for notes that cannot be right."""
         return StorageError(
-            f"{self._path(_NOTES)!r} in {self.place!r} is damaged ({why}). Restore it, or begin another memory."
+            f"{self._path(_NOTES)!r} in {self.place!r} is damaged ({why}). Restore it, or begin another memory"
         )
 
     def require_owner(self) -> None:
@@ -209,7 +209,7 @@ class ObjectFolder:
         if os.getpid() != self._owner:
             raise StorageError(
                 f"The objects in {self.place!r} are those of process {self._owner}, from which this one was forked: "
-                "both would write the same. Make the bank in this process, or start processes with the method 'spawn'."
+                "both would write the same. Make the bank in this process, or start processes with the method 'spawn'"
             )
 
     @property
@@ -225,7 +225,7 @@ class ObjectFolder:
     def _unusable(self, what: str, error: OSError) -> StorageError:
         return StorageError(
             f"Keys and values cannot be {what} in {self.place!r}: {without_credentials(str(error))}. Is the place "
-            "there, and may this process use it? Otherwise name another place."
+            "there, and may this process use it? Otherwise name another place"
         )
 
 

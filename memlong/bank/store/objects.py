@@ -90,7 +90,7 @@ class LocalObjects(Objects):
                 part.unlink()
             raise StorageError(
                 f"{str(path)!r} cannot be written: {error.strerror or error}. Free some space, change the folder's "
-                "rights, or name another place."
+                "rights, or name another place"
             ) from error
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -165,7 +165,7 @@ class RemoteObjects(Objects):
         except ValueError as error:
             raise InvalidArgumentError(
                 f"The place must be a folder, or a URI that fsspec knows, such as s3://bucket/folder, got "
-                f"{self.place!r}: {without_credentials(str(error))}."
+                f"{self.place!r}: {without_credentials(str(error))}"
             ) from None
         except Exception as error:  # noqa: BLE001 - of any library behind fsspec
             raise self._failed(error) from None
@@ -221,7 +221,7 @@ class RemoteObjects(Objects):
     def _failed(self, error: Exception) -> StorageError:
         return StorageError(
             f"{self.place!r} cannot be used: {without_credentials(f'{type(error).__name__}: {error}')}. Check the "
-            "place and the credentials for it, or name another."
+            "place and the credentials for it, or name another"
         )
 
     def _path(self, name: str) -> str:

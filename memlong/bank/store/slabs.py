@@ -174,5 +174,5 @@ def page_locked(count: int, size: int) -> torch.Tensor:
     except RuntimeError as error:
         raise StorageError(
             f"The host tier cannot get another {count * size:,} bytes of page-locked memory ({error}). Nothing was "
-            "stored. Set a smaller budget (host=...), or add a disk tier."
+            "stored. Set a smaller budget (host=...), or add a disk tier"
         ) from error

@@ -26,7 +26,7 @@ class KeyValueStore(Uncopied, ABC):
     is there, and can get or remove all of that.
     """
 
-    why_uncopied = "it belongs to one bank. Copy or pickle that, or save it and load it elsewhere."
+    why_uncopied = "it belongs to one bank. Copy or pickle that, or save it and load it elsewhere"
 
     @property
     def storage_dtype(self) -> StorageDtype | None:

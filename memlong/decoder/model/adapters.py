@@ -57,12 +57,12 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         if config.is_prompt_learning or config.is_adaption_prompt or kind in _OUTSIDE:
             raise UnsupportedModelError(
                 f"The adapter {name!r} is of the kind {kind}, which works outside the model's layers, and memory "
-                "sees only the model. Use an adapter of the layers (LoRA, DoRA, IA3, ...), or the plain model."
+                "sees only the model. Use an adapter of the layers (LoRA, DoRA, IA3, ...), or the plain model"
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise UnsupportedModelError(
                 f"The adapter {name!r} is an activated LoRA, active only after its invocation tokens, which memory "
-                "does not look for. Use a LoRA without alora_invocation_tokens, or the plain model."
+                "does not look for. Use a LoRA without alora_invocation_tokens, or the plain model"
             )
     return cast("PreTrainedModel", model.base_model.model)
 
