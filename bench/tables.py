@@ -1,9 +1,9 @@
-"""The tables of docs/results, from the JSON files that the benchmarks wrote.
+"""Write the tables of docs/results from the benchmarks' JSON files.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+A table goes between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
     python bench/tables.py             # write the tables of all pages
-    python bench/tables.py --check     # only say which pages differ from the JSON files
+    python bench/tables.py --check     # only list pages that differ from the JSON files
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _tables() -> dict[str, Callable[[], str]]:
-    """Return every table by the name that stands in the pages."""
+    """Return every table, by its name in the pages."""
     found: dict[str, Callable[[], str]] = {
         make.__name__.replace("_", "-"): make
         for make in (
@@ -58,12 +58,12 @@ TABLES = _tables()
 
 
 def filled(text: str) -> str:
-    """Return a page with its tables as the JSON files have them."""
+    """Return a page with up-to-date tables."""
     return _TABLE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 def main(arguments: list[str]) -> int:
-    """Write the tables, or with ``--check`` name the pages whose tables differ; 1 if there are any."""
+    """Write the tables, or with ``--check`` list the pages that differ and return 1 if there are any."""
     stale = 0
     for page in sorted(RESULTS.glob("*.md")):
         text = page.read_text(encoding="utf-8")
