@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
-    path for folder in ("memlong", "backends", "plugins", "examples", "bench") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("memlong", "backends", "plugins", "examples", "bench")
+    for path in (ROOT / folder).rglob("*.py")
 ]
 
 
@@ -46,5 +48,7 @@ def test_no_message_ends_with_a_period(path):
 
 
 def test_a_period_is_found():
-    tree = ast.parse('raise ValueError(f"{x}: a, " "b" + ("." if y else ""))\nwarn(f"{x}.")\nraise odd("fine")')
+    tree = ast.parse(
+        'raise ValueError(f"{x}: a, " "b" + ("." if y else ""))\nwarn(f"{x}.")\nraise odd("fine")'
+    )
     assert {line for line, end in messages(tree) if end.endswith(".")} == {1, 2}

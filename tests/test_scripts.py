@@ -297,7 +297,7 @@ def test_what_was_measured_is_not_measured_again(lengths, monkeypatch):
     [
         (["--system", "nope"], "--system must start one of 'plain window'.*got .'nope'."),
         (["--lengths", "x"], "must be comma-separated numbers"),
-        (["--lengths", "1"], "expected lengths of at least 2"),
+        (["--lengths", "1"], "--lengths must be at least 2"),
         (["--score-from", "0"], "token 0 cannot be predicted"),
     ],
 )
@@ -461,9 +461,7 @@ def test_the_block_bench_compares_gathering_with_copying(tmp_path):
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["gathered_bytes"] == 3 * 2 * 2 * 4 * 2
     assert {"host", "disk", "plain copy", "plain read"} < set(found["seconds"])
-    assert result.output.splitlines()[-1].startswith(
-        "5 ratios measured, 2 with a target; targets missed"
-    )
+    assert result.output.splitlines()[-1].startswith("5 ratios measured, 2 with a target; targets missed")
 
 
 def test_the_peer_bench_leaves_out_what_is_not_installed(tmp_path, monkeypatch):

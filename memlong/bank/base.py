@@ -503,7 +503,7 @@ class MemoryBank:
         """
         if not hasattr(cls, "index_class"):
             raise InvalidArgumentError(
-                f"{cls.__name__} is no backend: memlong.load_bank(path) makes a bank of the one that was saved, "
+                f"{cls.__name__} is not a backend: memlong.load_bank(path) makes a bank of the one that was saved, "
                 "load_bank(path, backend='torch') of another"
             )
         folder = folder_of(path)

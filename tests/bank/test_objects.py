@@ -294,7 +294,7 @@ def empty_memory():
 def test_a_folder_is_one_stores(place):
     folder = ObjectFolder(objects_at(place))
     store = TieredStore(objects=folder)
-    with pytest.raises(InvalidArgumentError, match="one store's own"):
+    with pytest.raises(InvalidArgumentError, match="no other store uses"):
         TieredStore(objects=folder)
     del store
     TieredStore(objects=folder)

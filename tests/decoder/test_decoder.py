@@ -212,7 +212,7 @@ def test_an_unknown_backend_is_answered_with_what_was_meant(llama, small):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"store": {"host": "1KB", "disk": "."}}, "host is 1000 bytes, but .* could never hold any"),
+        ({"store": {"host": "1KB", "disk": "."}}, "host must be at least .* bytes, .*got 1000"),
         ({"backend_options": {"max_bytes": 1}}, "max_bytes is 1, but one chunk takes"),
         ({"backend_options": {"eviction": "x"}}, "no eviction policy 'x'"),
         ({"backend_options": {"dim": 1}}, "backend_options must not hold dim, which the decoder sets itself"),

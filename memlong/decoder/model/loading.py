@@ -136,9 +136,7 @@ def _kinds_of(config: PreTrainedConfig) -> list[Any]:
         if kind.__name__ in own or type(config) in kind._model_mapping  # noqa: SLF001 - no public name holds for all
     ]
     if not found:
-        raise ValueError(
-            f"transformers knows no model of the type {config.model_type!r} that generates text"
-        )
+        raise ValueError(f"transformers knows no model of the type {config.model_type!r} that generates text")
     return found
 
 

@@ -41,7 +41,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no transformers model. Load one with AutoModelForCausalLM.from_pretrained(...)"
+            f"{type(model).__name__} is not a transformers model: load one with AutoModelForCausalLM.from_pretrained"
         )
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise _unsupported(
@@ -68,7 +68,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
             if isinstance(error, AttributeError) and isinstance(error.obj, NotingLayer):
                 raise _unsupported(
                     model,
-                    f"its cache is to keep something else beside keys, values and states ({error.name})",
+                    f"its cache is to keep something other than keys, values and states ({error.name})",
                 ) from error
             raise _unsupported(
                 model,
