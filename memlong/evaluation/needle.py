@@ -65,19 +65,19 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
         _ids(tokenizer, text) for text in (OPENING, NEEDLE.format(key=key), QUESTION)
     )
     opening = [*opening_tokens(tokenizer), *opening]
-    room = length - len(opening) - len(needle) - len(question)
-    if room < 0:
+    filler_tokens = length - len(opening) - len(needle) - len(question)
+    if filler_tokens < 0:
         raise InvalidArgumentError(
-            f"length must be at least {length - room} tokens, for opening, pass key and question, got {length}"
+            f"length must be at least {length - filler_tokens} tokens, for opening, pass key and question, got {length}"
         )
     line = _ids(tokenizer, filler)
     if not line:
         raise InvalidArgumentError("filler must not be empty: give some text, or leave it out")
     # Whole lines before the needle, so that it does not start in the middle of a sentence.
-    before = round(depth * room / len(line)) * len(line) if depth < 1 else room
-    before = min(before, room)
+    before = round(depth * filler_tokens / len(line)) * len(line) if depth < 1 else filler_tokens
+    before = min(before, filler_tokens)
     hay = list(itertools.islice(itertools.cycle(line), before))
-    rest = list(itertools.islice(itertools.cycle(line), room - before))
+    rest = list(itertools.islice(itertools.cycle(line), filler_tokens - before))
     return torch.tensor([[*opening, *hay, *needle, *rest, *question]], dtype=torch.long, device="cpu")
 
 
