@@ -136,7 +136,7 @@ def _failure_to_print(more: str = "") -> OSError | None:
 
 
 def _unprinted(failure: OSError) -> int:
-    if not isinstance(failure, BrokenPipeError):  # a reader that stops early, such as head, is no error
+    if not isinstance(failure, BrokenPipeError):  # a reader that stops early, such as head, is not an error
         _print_error(f"memlong: Cannot print the result: {failure.strerror}. Redirect the output elsewhere")
     return _FAILED
 

@@ -189,6 +189,6 @@ class MemoryConfig:
         return self.sink_tokens + (self.memory_span(self.top_k) if self.backend else 0) + self.local_window
 
     def memory_span(self, chunks: int) -> int:
-        """Positions that so many retrieved chunks take between sinks and window."""
+        """Positions that this many retrieved chunks take between sinks and window."""
         of_modes: dict[str | None, int] = {"zero": 1, "overlaid": self.chunk_size}
         return of_modes.get(self.position_mode, chunks * self.chunk_size) if chunks else 0

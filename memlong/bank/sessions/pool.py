@@ -191,7 +191,7 @@ class BankPool(Uncopied):
         visit = self._enter(session_id)
         session = visit.session
         try:
-            with session.lock:  # nobody loads or saves it meanwhile
+            with session.lock:  # no one loads or saves it in the meantime
                 others = session.users - 1
                 if others:
                     raise InvalidArgumentError(
@@ -201,7 +201,7 @@ class BankPool(Uncopied):
                 removed = self._set_aside(session.folder) if session.folder.exists() else None
                 session.bank = None
                 if removed is not None:
-                    sync_folder(self._folder)  # from here on it is gone for good
+                    sync_folder(self._folder)  # from here on, the deletion is permanent
                     remove(removed)
         finally:
             self._leave(visit)

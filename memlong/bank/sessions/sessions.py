@@ -195,7 +195,7 @@ def make_folder(folder: Path) -> None:
 
 
 def folders(folder: Path, prefix: str) -> list[Path]:
-    """Return the entries of a folder whose names have a prefix."""
+    """Return the entries of a folder whose names start with a prefix."""
     try:
         return [path for path in folder.iterdir() if path.name.startswith(prefix)]
     except OSError as error:

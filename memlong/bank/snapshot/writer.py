@@ -1,4 +1,4 @@
-"""SnapshotWriter: writes a new state of a folder next to the current one, and replaces that in one step."""
+"""SnapshotWriter: writes a new state next to the current one in a folder, and switches to it atomically."""
 
 from __future__ import annotations
 

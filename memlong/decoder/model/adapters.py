@@ -18,18 +18,18 @@ _OUTSIDE = ("POLY", "XLORA")  # kinds whose forward pass is that of the PeftMode
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """What one adapter does to one layer.
+    """One adapter's part in one layer.
 
     Attributes
     ----------
     adapter
-        Its name.
+        Name of the adapter.
     path, layer
-        Name of the layer in the model, and what that is without adapters.
+        Name of the layer in the model, and its type without adapters.
     scaling
-        By which the adapter's part is multiplied; None where its kind knows none.
+        Factor of the adapter's output; None if this kind of adapter has none.
     tensors
-        Its own, by their names in the layer.
+        The adapter's weights, by their names in the layer.
     """
 
     adapter: str

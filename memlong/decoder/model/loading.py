@@ -34,7 +34,7 @@ NAME = "memlong_name"
 
 
 _KINDS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-_READS = {  # packages that read what a method of quantization wrote, by its name in a configuration
+_READS = {  # packages that read quantized weights, by the method's name in a configuration
     "aqlm": "accelerate 'aqlm[cpu,gpu]'",
     "auto-round": "auto-round",
     "awq": "accelerate gptqmodel",

@@ -32,7 +32,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     Raises
     ------
     UnsupportedModelError
-        If it is no such model, saying what is missing.
+        If memory cannot be attached to the model; the message says why.
     """
     if isinstance(model, nn.Module) and any(map(_is_compiled, model.modules())):
         raise UnsupportedModelError(

@@ -41,7 +41,7 @@ def check_banks(
     Raises
     ------
     InvalidArgumentError
-        If one is no bank or is given twice, or does not fit the retriever's embeddings or the decoder's blocks; or,
+        If one is not a bank or is given twice, or does not fit the retriever's embeddings or the decoder's blocks; or,
         unless ``any_model``, if another model filled it.
     """
     if setup.retriever is None or setup.config.backend is None:

@@ -120,7 +120,7 @@ class CurrentStreams:
         return StreamBatch(self._setup, self._attachment.slot, banks, self._random_chunks)
 
     def for_rows(self, rows: int) -> StreamBatch:
-        """Return streams for a batch of so many rows, new ones if none have begun; they are not current yet.
+        """Return streams for a batch of this many rows, new ones if there are none yet; they are not current yet.
 
         Raises
         ------
