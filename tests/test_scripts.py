@@ -215,7 +215,7 @@ def test_a_stream_of_a_3b_shape_says_how_far_it_came(tmp_path):
     ]
     result = invoke(script("bench/three_b.py"), *typed)
     assert result.exit_code == 0, result.output
-    assert "512 tokens of 2,048, and then the time was out" in result.stdout
+    assert "512 tokens of 2,048 before time ran out" in result.stdout
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["kv_source"] for row in rows] == ["layer", "shared"]
 

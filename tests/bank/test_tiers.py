@@ -306,7 +306,7 @@ def test_a_layout_that_a_tier_can_never_hold_is_refused_before_the_first_chunk(
     layout = ChunkLayout.of(blocks(1)[0])
     bank = Registry().create_bank("torch", 4, store=TieredStore(**options))
     with pytest.raises(
-        InvalidArgumentError, match=f"^{tier} is {BLOCK - 1} bytes, .* one chunk take {BLOCK}"
+        InvalidArgumentError, match=f"^{tier} must be at least {BLOCK} bytes, .*, got {BLOCK - 1}"
     ):
         bank.check_layout(layout)
     wider = {name: given if name == "disk" else BLOCK for name, given in options.items()}
