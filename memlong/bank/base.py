@@ -94,7 +94,7 @@ class MemoryBank:
     """What finds the chunks."""
 
     saved_options: ClassVar[SavedOptions] = {}
-    """Options that a file, perhaps a stranger's, may choose, each with the most that it may ask for, or None."""
+    """Options that a snapshot, possibly an untrusted one, may set, each with its maximum there, or None."""
 
     maker: ClassVar[type]
     """The class that snapshots name: that of the index, or of the bank where it is more than its index."""
@@ -263,7 +263,7 @@ class MemoryBank:
         Parameters
         ----------
         layout : ChunkLayout
-            Of the chunks.
+            Layout of the chunks.
 
         Raises
         ------

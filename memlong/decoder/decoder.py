@@ -307,7 +307,7 @@ class MemoryDecoder(Uncopied):
 
         Memory is retrieved at the end of the prompt and after every ``retrieve_every`` generated tokens. The last
         tokens of the prompt, at most a segment, are read again with it, so that a question is understood in the light
-        of its answer. Chunks that leave the window meanwhile are stored, too.
+        of its answer. Chunks that leave the window are stored as usual.
 
         Parameters
         ----------
@@ -324,8 +324,8 @@ class MemoryDecoder(Uncopied):
             What an earlier call returned in its dict: then ``input_ids`` is the whole conversation, as in transformers,
             and only what is new is read.
         options
-            Of the model's ``generate()``: greedy, sampling and beam search, streamers, logits processors and stopping
-            criteria.
+            Options of the model's ``generate()``: greedy, sampling and beam search, streamers, logits processors and
+            stopping criteria.
 
         Returns
         -------
@@ -481,8 +481,8 @@ class MemoryDecoder(Uncopied):
         retriever, registry
             As for `MemoryDecoder`.
         dtype, device
-            Of the model, if it is to be loaded, as for `load_model`; but ``"auto"`` is the dtype of the training, if
-            the folder names it.
+            Dtype and device of the model if it is loaded, as for `load_model`; but ``"auto"`` is the dtype of the
+            training if the folder names it.
         trust_remote_code
             Whether code that the model brings may run, as for `load_model`. The decoder's own folder holds no code.
 

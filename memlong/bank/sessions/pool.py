@@ -133,7 +133,7 @@ class BankPool(Uncopied):
         Parameters
         ----------
         session_id : str
-            Whose bank.
+            The session's id.
 
         Raises
         ------

@@ -28,7 +28,7 @@ class Fields:
     data : object
         What the JSON says is there.
     path : Path
-        Of the manifest, for messages.
+        Path of the manifest, for messages.
     where : str
         Which part of it this is, for messages.
 

@@ -31,7 +31,7 @@ class FileRecord:
     nbytes : int
         Its size.
     sha256 : str
-        Of its content, 64 hexadecimal digits.
+        SHA-256 of its content, 64 hexadecimal digits.
     """
 
     name: str
@@ -141,7 +141,7 @@ class CheckedFile:
     Parameters
     ----------
     folder : Path
-        Of the snapshot.
+        Folder of the snapshot.
     record : FileRecord
         What the manifest says of it.
 
@@ -221,7 +221,7 @@ class NewFile:
     Parameters
     ----------
     path : Path
-        Of a file that does not exist.
+        Path of a file that does not exist yet.
 
     Raises
     ------

@@ -29,7 +29,7 @@ class FolderLock:
     folder : Path
         It must exist.
     name : str
-        Of the file in it that is locked.
+        Name of the file in it that is locked.
 
     Raises
     ------

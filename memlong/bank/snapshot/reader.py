@@ -44,7 +44,7 @@ def folder_of(path: str | Path) -> Path:
 
 
 def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes: int | str | None) -> Result:
-    """Do something with a snapshot; again, if another state was written into its folder meanwhile.
+    """Call a function on a snapshot's manifest; retry if another state was written to the folder in the meantime.
 
     Raises
     ------
@@ -71,15 +71,15 @@ class StoredBank:
     Attributes
     ----------
     folder : Path
-        Of the snapshot.
+        Folder of the snapshot.
     record : BankRecord
         What the manifest says of the bank.
     token : str
-        Of the state of the folder.
+        Token of the folder's state.
     content : Content
         The rows of its table.
     layout : ChunkLayout or None
-        Of its blocks.
+        Layout of its blocks.
     segments : tuple of SegmentChunks
         Ids, spans, embeddings and checksums of each of the record's segments.
     """

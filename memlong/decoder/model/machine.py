@@ -30,7 +30,7 @@ class Machine:
     Attributes
     ----------
     device, dtype
-        Of the model.
+        Device and dtype of the model.
     why
         One line: why they were chosen.
     passed_over
