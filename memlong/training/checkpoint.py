@@ -89,7 +89,7 @@ def save_checkpoint(
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     target = folder / f"checkpoint-{progress.step}"
-    beside = folder / f".{target.name}.writing"
+    partial = folder / f".{target.name}.writing"
     facts = {
         "format": _FORMAT,
         "progress": vars(progress),
@@ -97,23 +97,23 @@ def save_checkpoint(
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
     try:
-        beside.mkdir()
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
-        facts["sha256"] = _digest(beside / TENSORS)
-        (beside / FACTS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        for file in beside.iterdir():
+        partial.mkdir()
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+        facts["sha256"] = _digest(partial / TENSORS)
+        (partial / FACTS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        for file in partial.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        sync_folder(beside)
+        sync_folder(partial)
         if os.path.lexists(target):
             raise FileExistsError(0, "something else has that name")
-        beside.rename(target)
+        partial.rename(target)
         sync_folder(folder)
         for other in checkpoints(folder):
             if other != target:
                 remove_checkpoint(other)
     except BaseException as error:
-        clear(beside)
+        clear(partial)
         if not isinstance(error, OSError | SafetensorError):
             raise
         why = getattr(error, "strerror", None) or error

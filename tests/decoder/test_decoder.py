@@ -200,7 +200,7 @@ def test_what_is_no_configuration_or_retriever_is_refused(llama, small):
         MemoryDecoder(llama, None, small(), retriever="lm")
     with pytest.raises(InvalidArgumentError, match="tokenizer must be the model's, as the retriever"):
         MemoryDecoder(llama, None, small(retriever="sentence-transformers"))
-    with pytest.raises(InvalidArgumentError, match="where they are one memory; name one"):
+    with pytest.raises(InvalidArgumentError, match="where they are the same memory"):
         MemoryDecoder(llama, None, small(store={"device": "1MB", "host": "1MB"}))
 
 

@@ -109,18 +109,18 @@ def write_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".memlong-", dir=folder) as made:
-            beside = Path(made)
+            temporary = Path(made)
             if has_adapter:
-                write_adapter(beside, model)
+                write_adapter(temporary, model)
             if maps is not None:
-                maps.save(beside / MAPS)
+                maps.save(temporary / MAPS)
             if gates is not None:
-                gates.save(beside / GATES)
-            settings = beside / SETTINGS
+                gates.save(temporary / GATES)
+            settings = temporary / SETTINGS
             settings.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             # Without it there is no decoder: better none than a mix of old and new parts.
             (folder / SETTINGS).unlink(missing_ok=True)
-            for path in sorted(beside.iterdir(), key=lambda path: path == settings):
+            for path in sorted(temporary.iterdir(), key=lambda path: path == settings):
                 path.replace(folder / path.name)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"The decoder cannot be written to {str(folder)!r}: {error}") from error
