@@ -1,6 +1,6 @@
-"""Compare the figures of two runs of examples/recall_vs_perplexity.py, for instance in two dtypes.
+"""Compare two runs of examples/recall_vs_perplexity.py, for example in two dtypes.
 
-A ratio agrees if it is within the 95 % confidence interval of the other run.
+A ratio agrees if it lies within the other run's 95 % confidence interval.
 
     python examples/recall_vs_perplexity.py --dtype float32 --out out/float32
     python examples/recall_vs_perplexity.py --dtype bfloat16 --out out/bfloat16
@@ -30,7 +30,7 @@ ALIKE = ("model", "text", "tokens", "scored_tokens", "retriever", "chunk_size", 
 
 @dataclass(frozen=True)
 class Pair:
-    """The figures of two runs for one system, over some of the tokens."""
+    """The results of two runs for one system, on all or on long-range tokens."""
 
     system: str
     tokens: str
@@ -39,7 +39,7 @@ class Pair:
 
     @property
     def change(self) -> float:
-        """Relative difference of the second perplexity to the first."""
+        """Relative difference of the second perplexity from the first."""
         return float(self.second["perplexity"] / self.first["perplexity"] - 1)
 
     @property
@@ -58,7 +58,7 @@ def main(
     odd = [name for name in ALIKE if one.get(name) != other.get(name)]
     if odd:
         raise InvalidArgumentError(
-            f"The two runs differ in {', '.join(odd)}, so their figures cannot agree: run both with the same options."
+            f"The two runs differ in {', '.join(odd)}, so they cannot be compared: run both with the same options"
         )
     pairs = list(_pairs(one, other))
     for tokens, said in TOKENS.items():
@@ -70,7 +70,7 @@ def main(
     agreeing = sum(pair.agrees for pair in pairs)
     typer.echo(
         f"\nPerplexities differ by {abs(largest.change):.2%} at most ({largest.system}, {TOKENS[largest.tokens]}). "
-        f"{agreeing} of {len(pairs)} lines have all ratios within the other run's 95 % intervals."
+        f"In {agreeing} of {len(pairs)} lines, all ratios are within the other run's 95 % intervals."
     )
 
 
@@ -81,7 +81,7 @@ def _read(folder: Path) -> dict[str, Any]:
         return {"dtype": "?", **found, "systems": {each["name"]: each for each in found["systems"]}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(
-            f"{str(path)!r} is no result of examples/recall_vs_perplexity.py: {error!r}. Name its --out folder."
+            f"{str(path)!r} is not a result of examples/recall_vs_perplexity.py: {error!r}. Name its --out folder"
         ) from error
 
 

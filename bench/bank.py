@@ -1,13 +1,12 @@
-"""Overhead of a bank over the bare index library: adding, searching and retrieving, in turns, in one process.
+"""Overhead of a bank over the bare index library: adding, searching and retrieving, timed alternately in one process.
 
-Each backend and its library hold the same vectors with the same settings, in one thread. The ratio of the best times is
-the result: at 10,000 chunks searching and adding are to take at most 1.1 times as long as by the library itself in
-batches of 32, and 1.3 times one by one. What the library does is in raw.py; it keeps no ids, spans, keys or values, is
-never evicted from, and checks nothing. Keys and values are as small as can be, so that the index is what is measured
-(kv.py measures the rest), and stay on the CPU. With `--device cuda` torch and FAISS search there, and what cannot is
-left out.
+Each backend and its library hold the same vectors with the same settings, in one thread. The result is the ratio of
+the best times; the targets, at 10,000 chunks, are 1.1 for searching and adding in batches of 32, and 1.3 one by one.
+The bare library (raw.py) keeps no ids, spans, keys or values, never evicts, and validates nothing. Keys and values are
+minimal, so that only the index is measured (kv.py measures the rest), and stay on the CPU. With `--device cuda`, torch
+and FAISS search on the GPU, and backends that cannot are skipped.
 
-The vectors are drawn around random centers, a fiftieth as many: recall on such clusters is not that on
+The vectors are drawn around random centers, one for every 50: recall on such clusters differs from recall on
 embeddings of text, which bench/backends.py measures.
 
     make bench
@@ -26,7 +25,7 @@ from typing import Annotated
 
 import torch
 import typer
-from beside import BATCHES, SETTINGS, SWEEP, Row, Setting, measure
+from paired import BATCHES, SETTINGS, SWEEP, Row, Setting, measure
 from ratios import Clock, Ratio
 from raw import use_one_thread
 from results import Budget, Report
@@ -41,15 +40,15 @@ from memlong.errors import DeviceUnavailableError
 
 QUERIES = 256
 ROUNDS = 5
-NEW = 4096  # vectors to add when the index is built
+NEW = 4096  # vectors to add after the index is built
 
 
 def main(
     sizes: Annotated[
-        str, typer.Option(help="Chunks in the bank, separated by commas.")
+        str, typer.Option(help="Numbers of chunks in the bank, comma-separated.")
     ] = "1000,10000,100000",
     dims: Annotated[str, typer.Option(help="Dimensions of the embeddings, comma-separated.")] = "384,1024",
-    backend: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Only this backend; repeatable.")] = None,
     graphs_up_to: Annotated[int, typer.Option(min=1, help="Largest bank to build graphs for.")] = 10_000,
     device: Annotated[
         str, typer.Option(help="Where the indexes compute: 'cpu', 'cuda' or 'cuda:N'.")
@@ -57,20 +56,21 @@ def main(
     clock: Annotated[
         Clock | None,
         typer.Option(
-            help="'cpu', the time of this process, which other work does not spoil; or 'wall'.  [default: cpu; wall "
-            "where the device is not the CPU]"
+            help="'cpu': CPU time of this process, unaffected by other load; or 'wall'.  [default: cpu, or wall if "
+            "--device is not the CPU]"
         ),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw queries a second against recall here, at the first width and the largest size with graphs."
+            help="Plot queries per second against recall, for the first of --dims and the largest bank with graphs."
         ),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Begin no further setting after this time; name those left out.")
+        float | None,
+        typer.Option(help="Start no new setting after this many seconds; those skipped are listed."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
 ) -> None:
     """Compare each backend with its bare library.
 
@@ -93,7 +93,7 @@ def main(
         if setting in SETTINGS or (plot is not None and (dim, count) == drawn)
         if setting.is_exact or count <= graphs_up_to
     ]
-    facts = {"vectors": "about random centres, a fiftieth as many", "k": K, "clock": told}
+    facts = {"vectors": "around random centers, one for every 50", "k": K, "clock": told}
     report = Report(out, facts, device, Budget(seconds))
     rows: list[Row] = []
     data: tuple[int, int, Data] | None = None
@@ -136,14 +136,14 @@ def _able(settings: Sequence[Setting], device: torch.device) -> list[Setting]:
             Registry().create_bank(setting.backend, 64, device=str(device), **setting.options)
         except DeviceUnavailableError as error:
             if setting in SETTINGS:
-                print(f"{setting.name} is left out: {error}")
+                print(f"Skipped {setting.name}: {error}")
         else:
             able.append(setting)
     return able
 
 
 def _ratios(rows: list[Row]) -> list[Ratio]:
-    """Return those to the libraries, and those of exact search by torch to that by FAISS."""
+    """Return the ratios to the libraries, and those of exact search with torch to FAISS."""
     found = [ratio for row in rows for ratio in row.ratios]
     by_place = {(row.setting, row.dim, row.chunks): row for row in rows}
     for row in rows:
@@ -186,9 +186,9 @@ def _draw(rows: list[Row], path: Path) -> None:
         library = sorted((row.raw_recall, 1 / row.raw["search 1"]) for row in own)
         (line,) = axes.plot(*zip(*bank, strict=True), marker="o", label=f"{kind}")
         axes.plot(*zip(*library, strict=True), marker=".", linestyle=":", color=line.get_color(), alpha=0.5)
-    axes.set(xlabel="recall@8", ylabel="queries a second, one at a time", yscale="log")
+    axes.set(xlabel="recall@8", ylabel="queries per second, one at a time", yscale="log")
     axes.set_title(
-        f"{rows[0].chunks:,} clustered vectors of {rows[0].dim} numbers; dotted: the library by itself"
+        f"{rows[0].chunks:,} clustered vectors of dimension {rows[0].dim}; dotted: the bare library"
     )
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
@@ -203,7 +203,7 @@ def _numbers(option: str, text: str) -> list[int]:
         numbers = [0]
     if min(numbers) < 1:
         raise typer.BadParameter(
-            f"{text!r} is not whole numbers above 0, separated by commas", param_hint=option
+            f"{text!r} is not a comma-separated list of positive integers", param_hint=option
         )
     return numbers
 

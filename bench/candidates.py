@@ -1,4 +1,4 @@
-"""Ways to find chunks that are not in memlong: scores of the chunks in the bank, each made a retriever by `Scored`."""
+"""Retrieval methods that memlong does not ship: scoring functions, each made a retriever by `Scored`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.nn.functional import normalize
 from memlong import MemoryConfig, MemoryDecoder, Passage, Retriever
 from memlong.errors import MissingDependencyError
 
-PAST = 64  # queries of a segment's last tokens that look for keys
+PAST = 64  # number of latest queries that attend to the chunks
 Score = Callable[[Sequence[Passage], Passage], Tensor]
-"""From the chunks in the bank and a query to the chunks' scores [chunks]."""
+"""Takes the chunks in the bank and a query, and returns the chunks' scores [chunks]."""
 
 
 class Scored(Retriever):
-    """A retriever from any scoring function: each chunk is its own direction, a query the vector of all scores."""
+    """A retriever for any scoring function: chunks are one-hot vectors, and a query is the vector of all scores."""
 
     metric = "inner_product"
 
@@ -31,17 +31,17 @@ class Scored(Retriever):
 
     @property
     def dim(self) -> int:
-        """As many as there may be chunks."""
+        """The maximum number of chunks."""
         return self._most
 
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
-        """Unit vectors."""
+        """One-hot vectors."""
         first = len(self._chunks)
         self._chunks += chunks
         return torch.eye(self._most)[first : len(self._chunks)]
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
-        """Scores, no chunk left out."""
+        """The scores of all chunks."""
         found = torch.zeros(len(queries), self._most)
         for row, query in enumerate(queries):
             scores = self._score(self._chunks, query).float()
@@ -50,7 +50,7 @@ class Scored(Retriever):
 
 
 class States:
-    """The states of a model's layers for a text, streamed with the plain window."""
+    """The inputs of a model's attention layers for a text, streamed with the plain window."""
 
     def __init__(self, model: Any, tokenizer: Any, input_ids: Tensor) -> None:
         self._inputs: dict[int, list[Tensor]] = {}
@@ -65,11 +65,11 @@ class States:
                 hook.remove()
 
     def hidden(self, layer: int) -> Tensor:
-        """What the attention of a layer was given [tokens, hidden], float32."""
+        """Input of a layer's attention [tokens, hidden], float32."""
         return torch.cat(self._inputs[layer]).float()
 
     def keys_and_queries(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Without positions [tokens, kv_heads, head_dim]; queries of heads that share keys are averaged."""
+        """Keys and queries before RoPE [tokens, kv_heads, head_dim]; queries of heads that share keys are averaged."""
         module: Any = self._modules[layer]
         hidden = torch.cat(self._inputs[layer])
         with torch.no_grad():
@@ -86,7 +86,7 @@ class States:
 
 
 def bm25(chunks: Sequence[Passage], query: Passage) -> Tensor:
-    """BM25 over tokens, of the chunks there are."""
+    """BM25 over the tokens of the chunks in the bank."""
     try:
         library = importlib.import_module("bm25s")
     except ImportError as error:
@@ -103,7 +103,7 @@ def bm25(chunks: Sequence[Passage], query: Passage) -> Tensor:
 
 
 def pooled(states: Tensor) -> Score:
-    """Cosine of mean states [tokens, width], the mean of all before the segment taken away."""
+    """Cosine of mean states [tokens, width], minus the mean of everything before the segment."""
     sums = torch.cat([states.new_zeros(1, states.shape[1]), states]).double().cumsum(dim=0)
 
     def mean(passage: Passage) -> Tensor:
@@ -118,7 +118,7 @@ def pooled(states: Tensor) -> Score:
 
 
 def token_vectors(vectors: Tensor, input_ids: Tensor) -> Score:
-    """Cosine of the sums of token embeddings, each over the square root of how often the token came before."""
+    """Cosine of summed token embeddings, each divided by the square root of the token's count so far."""
 
     def score(chunks: Sequence[Passage], query: Passage) -> Tensor:
         counts = torch.bincount(input_ids[: query.end], minlength=len(vectors)).clamp_min(1)
@@ -133,7 +133,7 @@ def token_vectors(vectors: Tensor, input_ids: Tensor) -> Score:
 
 
 def attention(keys: Tensor, queries: Tensor) -> Score:
-    """How much the latest queries would attend to each chunk, heads and queries alike."""
+    """How much the latest queries would attend to each chunk, averaged over heads and queries."""
 
     def score(chunks: Sequence[Passage], query: Passage) -> Tensor:
         blocks = torch.stack([keys[chunk.start : chunk.end] for chunk in chunks])
@@ -146,7 +146,7 @@ def attention(keys: Tensor, queries: Tensor) -> Score:
 
 
 def embedding(retriever: Retriever) -> Score:
-    """Cosine of a retriever's embeddings, each made once."""
+    """Cosine of a retriever's embeddings, each computed once."""
     made: list[Tensor] = []
 
     def score(chunks: Sequence[Passage], query: Passage) -> Tensor:

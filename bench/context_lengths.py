@@ -1,8 +1,8 @@
 """Perplexity by length of text: plain windows, full attention, memory, random chunks, and a trained decoder.
 
-Each system streams a text once; its perplexity at a length is over that many first tokens. Full attention stops at the
-end of the model's trained positions. Per-token losses are cached in --out, so that an interrupted run, or one with an
-additional system, continues from there; remove the folder after changes to memlong itself.
+Each system streams a text once; its perplexity at a length is over the first that many tokens. Full attention stops at
+the model's trained length. Per-token losses are cached in --out, so that a run that was interrupted, or adds a system,
+continues from there; delete the folder after changing memlong itself.
 
     python bench/context_lengths.py --text moby_dick.txt --adapter examples/trained_demo
     python bench/context_lengths.py --text typing.py --text turtle.py --text _pydecimal.py --max-tokens 24576
@@ -43,7 +43,7 @@ LENGTHS = "1024,2048,4096,8192,16384,32768,65536"
 
 @dataclass(frozen=True)
 class System:
-    """A system that streams a text, and how much of the text it can read."""
+    """A system that streams a text, and the maximum length it can read."""
 
     name: str
     settings: dict[str, Any]
@@ -64,15 +64,18 @@ def main(
     text: Annotated[list[Path], typer.Option(help="UTF-8 text; repeatable.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
     adapter: Annotated[Path | None, typer.Option(help="Folder of a trained decoder.")] = None,
-    system: Annotated[list[str] | None, typer.Option(help="Only names with this prefix; repeatable.")] = None,
+    system: Annotated[
+        list[str] | None, typer.Option(help="Only systems with this name prefix; repeatable.")
+    ] = None,
     retriever: Annotated[
-        list[str] | None, typer.Option(help="Retriever by name; repeatable, the first serves --adapter too.")
+        list[str] | None,
+        typer.Option(help="Retriever by name; repeatable. The first is also used for --adapter."),
     ] = None,
     local_window: Annotated[int, typer.Option(help="Local tokens attended to, the segment included.")] = 1024,
     max_tokens: Annotated[int, typer.Option(help="Use the first N tokens of each text.")] = 65_536,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, comma-separated.")] = LENGTHS,
     score_from: Annotated[
-        int, typer.Option(help="First token that counts in ratios over a whole text.")
+        int, typer.Option(help="Index of the first token scored in the ratios over a whole text.")
     ] = 4096,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
@@ -90,17 +93,18 @@ def main(
     chosen = [each for each in listed if not system or each.name.startswith(tuple(system))]
     if not chosen:
         raise InvalidArgumentError(
-            f"--system is {system}, but there are {', '.join(each.name for each in listed)}."
+            f"--system must start one of {', '.join(repr(each.name) for each in listed)}, got {system}"
         )
     steps = numbers("--lengths", lengths, int)
     if min(steps) < MIN_LENGTH or score_from < 1:
         raise InvalidArgumentError(
-            f"--lengths is {lengths!r} and --score-from {score_from}; expected lengths of at least {MIN_LENGTH}, and "
-            "to score from 1 or later: token 0 cannot be predicted."
+            f"--lengths must be at least {MIN_LENGTH} and --score-from at least 1, as token 0 cannot be predicted, got "
+            f"{lengths!r} and {score_from}"
         )
     names = [path.name for path in text]
     if len(set(names)) < len(names):
-        raise InvalidArgumentError(f"Two texts have one name, {max(names, key=names.count)}: rename one.")
+        twice = max(names, key=names.count)
+        raise InvalidArgumentError(f"Texts must have different names, got {twice!r} twice: rename one")
     found = []
     for path in text:
         input_ids = tokenize(tokenizer, read_text(path), max_tokens)
@@ -143,7 +147,7 @@ def _systems(
         return System(
             name,
             {"adapter": digest, **changes},
-            lambda: MemoryDecoder.from_pretrained(  # on a separate model, as its weights may differ
+            lambda: MemoryDecoder.from_pretrained(  # its own model, as its weights may differ
                 folder, changes=changes, dtype=dtype, device=str(model.device)
             ),
         )
@@ -168,7 +172,7 @@ def _systems(
 def _losses(
     system: System, input_ids: Any, about: dict[str, Any], text: str, out: Path
 ) -> NDArray[np.float64]:
-    """Stream a text, or read what an earlier run of the same kept."""
+    """Stream a text, or load the losses that an earlier run cached."""
     if system.most_tokens is not None:
         input_ids = input_ids[:, : system.most_tokens]
     key = json.dumps({**about, **system.settings, "tokens": input_ids.shape[1]}, sort_keys=True, default=str)
@@ -185,7 +189,7 @@ def _losses(
 
 
 def _by_length(losses: Losses, lengths: list[int]) -> dict[str, dict[str, dict[str, float]]]:
-    """By system and length: perplexity of the first so many tokens, and its ratio to the plain window's."""
+    """By system and length: perplexity of the first tokens, and its ratio to the plain window's."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, nll in losses.nll.items():
         found[name] = {}
@@ -198,11 +202,11 @@ def _by_length(losses: Losses, lengths: list[int]) -> dict[str, dict[str, dict[s
 
 
 def _ratios(texts: list[Losses], score_from: int) -> dict[str, Any]:
-    """By system, over all tokens and over long-range ones: perplexity, and ratios to the baselines that were run."""
+    """By system, over all and over long-range tokens: perplexity, and its ratios to the baselines that were run."""
     first = score_from - 1
     if any(len(each.distant) <= first for each in texts):
         raise InvalidTextError(
-            f"score_from is {score_from}: a text has no more tokens than that. Count from fewer."
+            f"Texts must be longer than --score-from ({score_from}), got one that is not: lower it"
         )
     longest = {len(each.distant) for each in texts}
     names = [

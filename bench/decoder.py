@@ -1,7 +1,7 @@
 """Time overhead of a memory in streaming, generation and training, over a plain window of equal budget.
 
-All systems run in turns in one process, segment by segment, on the same tokens; a ratio is the median over the segments
-of one system's time over the other's, its retriever included.
+All systems alternate in one process, segment by segment, on the same tokens; a ratio is the median over segments of
+one system's time, retriever included, over the other's.
 
     python bench/decoder.py
     python bench/decoder.py --model random-135m --device cuda --backend torch --json out/decoder.json
@@ -42,12 +42,12 @@ TARGET = 1.15
 TEXT = Path(inspect.getfile(typing))
 PLAIN = "plain window"
 PROMPT = 16
-_NOTED = 8  # segments between two checks of the measurements
+_NOTED = 8  # segments between updates of the result file
 
 
 @dataclass(frozen=True)
 class Run:
-    """The clock, where measurements go, and how long each part may take."""
+    """The clock, the result file, and the time limit of the current part."""
 
     clock: Clock
     report: Report
@@ -59,12 +59,12 @@ def main(
     text: Annotated[Path, typer.Option(help="UTF-8 text; by default Python's own typing.py.")] = TEXT,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="Memory backend; repeatable. By default torch, faiss, hnswlib."),
+        typer.Option(help="Memory backend; repeatable. By default, torch, faiss and hnswlib."),
     ] = None,
-    index_device: Annotated[str, typer.Option(help="Where the backend searches.")] = "cpu",
+    index_device: Annotated[str, typer.Option(help="Device that the backend searches on.")] = "cpu",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
-    tokens: Annotated[int, typer.Option(help="Tokens that are timed, once memory is full.")] = 4096,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated, in each of two rounds.")] = 96,
+    tokens: Annotated[int, typer.Option(help="Tokens to time, once the memory is full.")] = 4096,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate, in each of two rounds.")] = 96,
     training_tokens: Annotated[int, typer.Option(help="Tokens per training step.")] = 1024,
     skip: Annotated[list[str] | None, typer.Option(help="Skip 'parts', 'decoding' or 'training'.")] = None,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
@@ -80,7 +80,7 @@ def main(
         Path | None, typer.Option("--json", help="Also write the result to this file.")
     ] = None,
 ) -> None:
-    """Time streaming, generation and training with a memory, and with the plain window of equal budget."""
+    """Time streaming, generation and training with a memory and with a plain window of equal budget."""
     dtype, device = choose_machine(dtype, device).names
     budget = Budget(seconds)
     language_model, tokenizer = load(model, dtype=dtype, device=device)
@@ -144,7 +144,7 @@ def _in_turns(
     what: str,
     note: Callable[[dict[str, list[float]]], object],
 ) -> None:
-    """Record the seconds of each system for each part, as far as time allows, in alternating order."""
+    """Record the seconds of each system for each part, in alternating order, until time is up."""
     times: dict[str, list[float]] = {name: [] for name in systems}
     for number, part in enumerate(tqdm(parts, unit="segment", leave=False)):
         order = list(systems) if number % 2 else list(reversed(systems))
@@ -159,12 +159,12 @@ def _in_turns(
     note(times)
 
 
-def _beside(times: dict[str, list[float]], name: str, baseline: str) -> float:
+def _median_ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:
     return median(mine / other for mine, other in zip(times[name], times[baseline], strict=True))
 
 
 def _streaming(systems: dict[str, MemoryDecoder], first: Tensor, parts: tuple[Tensor, ...], run: Run) -> None:
-    """Tokens per second of each system, once its window and its memory are full."""
+    """Tokens per second of each system, once its window and memory are full."""
     for decoder in systems.values():
         with decoder:
             decoder.read(first)
@@ -173,7 +173,7 @@ def _streaming(systems: dict[str, MemoryDecoder], first: Tensor, parts: tuple[Te
     def note(times: dict[str, list[float]]) -> None:
         speeds.update((name, parts[0].shape[1] / median(mine)) for name, mine in times.items())
         run.report.ratios = [
-            Ratio(f"streaming, {name}", _beside(times, name, PLAIN), TARGET)
+            Ratio(f"streaming, {name}", _median_ratio(times, name, PLAIN), TARGET)
             for name in times
             if name != PLAIN
         ]
@@ -185,7 +185,7 @@ def _streaming(systems: dict[str, MemoryDecoder], first: Tensor, parts: tuple[Te
 
 
 def _parts(systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...], run: Run) -> None:
-    """Milliseconds of a segment that each part takes."""
+    """Milliseconds that each part of a segment takes."""
     found: dict[str, dict[str, float]] = {}
     for name, decoder in systems.items():
         rows = []
@@ -196,7 +196,7 @@ def _parts(systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...], run: Ru
                 rows.append(watch.read())
         found[name] = {part: 1000 * median(row[part] for row in rows) for part in PARTS}
         run.report.add({"parts": found})
-    typer.echo(f"{'ms a segment':14s}" + "".join(f"{name:>14s}{'share':>8s}" for name in found))
+    typer.echo(f"{'ms per segment':14s}" + "".join(f"{name:>14s}{'share':>8s}" for name in found))
     for part in PARTS:
         cells = [(row[part], row[part] / sum(row.values())) for row in found.values()]
         typer.echo(f"{part:14s}" + "".join(f"{spent:14.2f}{share:8.1%}" for spent, share in cells))
@@ -205,7 +205,7 @@ def _parts(systems: dict[str, MemoryDecoder], parts: tuple[Tensor, ...], run: Ru
 def _decoding(
     systems: dict[str, MemoryDecoder], context: Tensor, prompt: Tensor, count: int, run: Run
 ) -> None:
-    """Milliseconds of each new token after the first; transformers' own cache holds as much as the plain window."""
+    """Milliseconds per new token after the first; transformers' own cache is as long as the plain window."""
     model = next(iter(systems.values())).model
     prompt = prompt.to(model.device)
     everything = torch.cat([context.to(model.device), prompt], dim=1)
@@ -229,7 +229,7 @@ def _decoding(
         run.report.add({"decoding": found})
     for name, row in found.items():
         typer.echo(
-            f"generating, {name}: median {row['median_ms']:.1f} ms a token, mean {row['mean_ms']:.1f} ms"
+            f"generating, {name}: median {row['median_ms']:.1f} ms per token, mean {row['mean_ms']:.1f} ms"
         )
     memory = list(systems)[-1]
     means = {name: row["mean_ms"] for name, row in found.items()}
@@ -269,7 +269,7 @@ def _token_times(
 
 
 def _training(systems: dict[str, MemoryDecoder], first: Tensor, ids: Tensor, run: Run) -> None:
-    """Seconds of forward and backward passes (LoRA of rank 16), segment by segment, and in one plain pass."""
+    """Seconds of forward and backward passes (LoRA of rank 16), segment by segment, and in a single plain pass."""
     if find_spec("peft") is None:
         run.report.leave_out("training", "the package peft is not installed")
         return
@@ -292,7 +292,10 @@ def _training(systems: dict[str, MemoryDecoder], first: Tensor, ids: Tensor, run
     def note(times: dict[str, list[float]]) -> None:
         found.update((name, sum(mine)) for name, mine in times.items())
         found["tokens"] = sum(part.shape[1] for part in parts[: len(times[PLAIN])])
-        run.report.ratios = [*earlier, Ratio(f"training, {memory} to {PLAIN}", _beside(times, memory, PLAIN))]
+        run.report.ratios = [
+            *earlier,
+            Ratio(f"training, {memory} to {PLAIN}", _median_ratio(times, memory, PLAIN)),
+        ]
         run.report.add({"training": found})
 
     _in_turns(systems, parts, learn, run, "training", note)

@@ -51,8 +51,8 @@ print(" ".join(name for name in sys.argv[1:] if find_spec(name) is None))
 PY
 }
 
-left_out() { # left_out NAME WHY: say that a part is not run, if it was asked for
-    [[ " $PARTS " != *" $1 "* ]] || echo "== $1 is left out: $2"
+left_out() { # left_out NAME WHY: say that a requested part is skipped
+    [[ " $PARTS " != *" $1 "* ]] || echo "== $1 is skipped: $2"
 }
 
 pack() { # everything so far in one file
@@ -95,7 +95,7 @@ if [[ -n $LACKING ]]; then
     exit 2
 fi
 LACKING=$(missing "${FOR_TESTS[@]}" "${FOR_TRAINING[@]}" "${OPTIONAL[@]}")
-[[ -z $LACKING ]] || echo "Not installed, and what needs them is left out: $LACKING"
+[[ -z $LACKING ]] || echo "Not installed; what needs them is skipped: $LACKING"
 
 "$PYTHON" - "$DEVICE" "$RESULTS/machine.json" <<'PY' | tee "$RESULTS/machine.txt"
 import json

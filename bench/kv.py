@@ -1,11 +1,10 @@
 """How fast the keys and values of retrieved chunks are gathered, compared with a plain copy of the same bytes.
 
-Blocks are those of the demo model (30 layers, 3 heads, chunks of 128 tokens, 64 numbers a head, bfloat16: 2.9 MB of
-keys and as many of values), or of another. "As they come" is the store that banks have by default; the tiers are
-those of TieredStore, in the host's memory and on disk. A plain copy clones a part of one tensor of keys and one of
-values; the disk tier is compared with a plain read of as many records, into one buffer, from a file in the page cache,
-like the tier's own. The target is at least 0.7 of the speed of a plain copy in memory. Stores with fewer bits are
-measured as well.
+By default, blocks have the demo model's shape (30 layers, 3 heads, chunks of 128 tokens, head dimension 64, bfloat16:
+2.9 MB of keys and as much of values). "As they come" is the default store of banks; the others are tiers of
+TieredStore, in host memory and on disk, also with fewer bits. A plain copy clones a slice of one tensor of keys and one
+of values. The disk tier is compared with a plain read of as many records into one buffer, from a file in the page
+cache, where the tier's own file is. The target is at least 0.7 of the speed of a plain copy in memory.
 
     make bench
     python bench/kv.py --k 8 --layers 16 --heads 8 --head-dim 128 --json out/kv.json
@@ -33,22 +32,22 @@ TARGET = 0.7
 
 
 def main(
-    k: Annotated[int, typer.Option(min=1, help="Chunks that are gathered at once.")] = 8,
+    k: Annotated[int, typer.Option(min=1, help="Chunks to gather at once.")] = 8,
     held: Annotated[
-        int, typer.Option(min=1, help="Chunks in the store; those gathered are drawn from them.")
+        int, typer.Option(min=1, help="Chunks in the store, from which those to gather are drawn.")
     ] = 32,
     layers: Annotated[int, typer.Option(min=1)] = 30,
     heads: Annotated[int, typer.Option(min=1)] = 3,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens in a chunk.")] = 128,
     head_dim: Annotated[int, typer.Option(min=1)] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each; the best counts.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per system; the best counts.")] = 15,
     folder: Annotated[
         Path | None,
         typer.Option(
             exists=True, file_okay=False, help="Folder of the disk tier; a temporary one by default."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
 ) -> None:
     """Compare gathering keys and values with a plain copy.
 
@@ -99,13 +98,13 @@ def main(
 
 
 def _copy(blocks: list[Tensor], number: int, k: int) -> list[Tensor]:
-    """Copy k neighbours, others at each call."""
+    """Copy k adjacent blocks, different ones at each call."""
     first = number * k % max(len(blocks[0]) - k + 1, 1)
     return [states[first : first + k].clone() for states in blocks]
 
 
 def _write(file: BinaryIO, blocks: list[Tensor]) -> None:
-    """Write each chunk's keys and values, one after the other."""
+    """Write each chunk's keys, then its values."""
     for pair in zip(*blocks, strict=True):
         for states in pair:
             file.write(states.view(torch.uint8).numpy().tobytes())

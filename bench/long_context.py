@@ -1,7 +1,7 @@
 """Time and memory of reading a long text: streaming with memory against full attention.
 
-Both read the same tokens, in segments, and predict the next one. On the CPU, each measurement runs in its own process,
-to separate resident memory, and the memory's blocks are on disk; on a CUDA device, the blocks are in host memory.
+Both read the same tokens, in segments, and predict the next one. On a CPU, each measurement runs in its own process, to
+measure its resident memory, and the memory's blocks are on disk; on a CUDA device, the blocks are in host memory.
 
     python bench/long_context.py
     python bench/long_context.py --lengths 2048,8192 --out out
@@ -42,12 +42,12 @@ from memlong.evaluation import read_text
 
 TEXT = Path(inspect.getfile(typing)).with_name("_pydecimal.py")
 SYSTEMS = ("full attention", "memory")
-_LOOKED = 8192  # tokens between two checks of the clock
+_LOOKED = 8192  # tokens between checks of the clock
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One system at one length, as far as it came; the peak is of resident or device memory beyond the loaded model."""
+    """One system at one length, possibly cut short; the peak is resident or device memory beyond the loaded model."""
 
     system: str
     length: int
@@ -104,7 +104,7 @@ def main(
                 row = _measure(system, length, model, text, retriever, dtype, device, budget)
             rows.append(row)
             if row.tokens < row.length:
-                report.leave_out(f"{what} from token {row.tokens:,} on")
+                report.leave_out(f"{what} after token {row.tokens:,}")
             report.add({"rows": [asdict(each) for each in rows]}, _ratios(rows))
             typer.echo(
                 f"{row.tokens:7,} tokens, {row.system:14s} {row.seconds:8.1f} s, K-V on the device "
@@ -116,14 +116,14 @@ def main(
     for one_row, other in zip(full, memory, strict=False):
         if one_row.tokens == other.tokens:
             typer.echo(
-                f"At {other.tokens:,} tokens full attention takes {one_row.seconds / other.seconds:.1f} times the time "
-                f"of memory, and {one_row.device_kv_bytes / other.device_kv_bytes:.1f} times its K-V on the device."
+                f"At {other.tokens:,} tokens full attention takes {one_row.seconds / other.seconds:.1f} times as long "
+                f"as memory, and {one_row.device_kv_bytes / other.device_kv_bytes:.1f} times as much K-V on the device."
             )
     report.end()
 
 
 def _ratios(rows: list[Measured]) -> list[Ratio]:
-    """Return that of the last two rows, if they are of one length and both came to its end."""
+    """Return the ratio of the last two rows, if both completed the same length."""
     full, memory = (rows[-2:] + rows)[:2]
     if (full.system, memory.system) != SYSTEMS or full.tokens != memory.tokens:
         return []
@@ -134,8 +134,7 @@ def _measured_apart(command: list[str], what: str) -> Measured:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
     if done.returncode < 0:
         raise SystemExit(
-            f"bench: {what} was ended by signal {-done.returncode}, as happens where memory runs out. Use smaller "
-            "--lengths."
+            f"bench: {what} was killed by signal {-done.returncode}, possibly for lack of memory. Use smaller --lengths"
         )
     if done.returncode:
         raise SystemExit(done.returncode)  # the process has printed why
@@ -143,7 +142,7 @@ def _measured_apart(command: list[str], what: str) -> Measured:
 
 
 class _Peak:
-    """The most memory since the beginning, beyond what there was: resident, or allocated on a CUDA device."""
+    """Peak memory on top of what was in use at the start: resident, or allocated on a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -158,13 +157,13 @@ class _Peak:
         self._before = self._most = self._process.memory_info().rss
 
     def note(self) -> None:
-        """Look at how much it is now."""
+        """Sample the current use."""
         if self._device.type != "cuda":
             self._most = max(self._most, self._process.memory_info().rss)
 
     @property
     def extra(self) -> int:
-        """Bytes."""
+        """Bytes on top of those at the start."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return self._most - self._before
@@ -175,7 +174,7 @@ def _measure(
 ) -> Measured:
     model, tokenizer = load(name, dtype=dtype, device=device)
     input_ids = token_ids(model, tokenizer, text, length)
-    folder = tempfile.TemporaryDirectory()  # blocks elsewhere: what is counted is what attention works on
+    folder = tempfile.TemporaryDirectory()  # blocks go there, so that only what attention works on is counted
     store = {"disk": folder.name} if device == "cpu" else {"host": "all"}
     config = MemoryConfig(retriever=retriever, store=store)
     decoder = MemoryDecoder(model, tokenizer, config)
@@ -226,7 +225,7 @@ def _draw(rows: list[Measured], title: str, path: Path) -> None:
         axes[2].plot(lengths, [row.peak_bytes / 2**20 for row in mine], "o-", label=system)
     axes[0].set(title="time to read", xlabel="tokens", ylabel="seconds")
     axes[1].set(title="K-V on the device", xlabel="tokens", ylabel="MiB")
-    axes[2].set(title="peak memory beyond the model's", xlabel="tokens", ylabel="MiB")
+    axes[2].set(title="peak memory on top of the model's", xlabel="tokens", ylabel="MiB")
     axes[0].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)

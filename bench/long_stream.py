@@ -1,8 +1,8 @@
 """A very long stream: do speed, memory and perplexity stay constant?
 
 Streams text through a model with the bank's keys and values on disk, and records tokens per second and resident memory.
-At some lengths it scores the same passage, with the same chapters in the bank every time, so that only the distance
-from the beginning differs.
+At some lengths it scores the same passage, always with the same chapters in the bank, so that only the distance from
+the beginning differs.
 
     python bench/long_stream.py --tokens 100000
     python bench/long_stream.py --tokens 1000000 --text library.txt --out out
@@ -42,7 +42,7 @@ CHAPTERS, LEAD_IN, PASSAGE = 8192, 2048, 2048
 
 @dataclass(frozen=True)
 class Point:
-    """The stream at some length: speed since the point before, resident memory and the bank's size."""
+    """The stream at some length: speed since the previous point, resident memory and bank size."""
 
     tokens: int
     tokens_per_second: float
@@ -53,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Placed:
-    """Perplexity of the passage after so many tokens."""
+    """Perplexity of the passage after this many tokens."""
 
     tokens: int
     perplexity: float
@@ -86,7 +86,7 @@ def main(
     story, filler = words[:, : CHAPTERS + LEAD_IN + PASSAGE], words[:, CHAPTERS + LEAD_IN + PASSAGE :]
     if filler.shape[1] < CHAPTERS:
         raise SystemExit(
-            f"The text has {words.shape[1]:,} tokens: too few for a passage and something before it."
+            f"The text has {words.shape[1]:,} tokens, too few for the passage and text before it: give a longer one"
         )
     process = psutil.Process()
     curve: list[Point] = []
@@ -137,7 +137,9 @@ def _score(decoder: MemoryDecoder, chapters: MemoryBank, story: Tensor) -> float
     own = decoder.banks
     decoder.use_banks([_copy(chapters, decoder)])
     logits = decoder.read(story[:, :LEAD_IN])[:, None]
-    decoder.use_banks([_copy(chapters, decoder)])  # without what the lead-in has pushed out of the window
+    decoder.use_banks(
+        [_copy(chapters, decoder)]
+    )  # without the chunks that the lead-in has pushed out of the window
     loss = 0.0
     for segment in decoder.stream(story[:, LEAD_IN:]):
         predicting = torch.cat([logits, segment.logits[:, :-1]], dim=1)
@@ -158,15 +160,15 @@ def _report(curve: list[Point], placed: list[Placed]) -> None:
     for point in curve[:: max(1, len(curve) // 10)]:
         typer.echo(
             f"{point.tokens:9,} tokens: {point.tokens_per_second:5.0f} tokens/s, resident "
-            f"{point.rss_bytes / 2**30:.2f} GiB, {point.chunks:,} chunks of {point.stored_bytes / 2**30:.2f} GiB"
+            f"{point.rss_bytes / 2**30:.2f} GiB, {point.chunks:,} chunks, {point.stored_bytes / 2**30:.2f} GiB"
         )
     tenth = max(1, len(curve) // 10)
     ratio = _speed(curve[-tenth:]) / _speed(curve[tenth : 2 * tenth] or curve)
-    typer.echo(f"Speed in the last tenth over that in the second: {ratio:.3f} (target: at least 0.9)")
+    typer.echo(f"Speed in the last tenth relative to the second tenth: {ratio:.3f} (target: at least 0.9)")
     first = placed[0].perplexity
     for place in placed:
         typer.echo(
-            f"The passage after {place.tokens:9,} tokens: perplexity {place.perplexity:.4f} "
+            f"Passage after {place.tokens:9,} tokens: perplexity {place.perplexity:.4f} "
             f"({place.perplexity / first - 1:+.2%})"
         )
 

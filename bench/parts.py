@@ -1,4 +1,4 @@
-"""Where the time of a stream goes: timers patched into the decoder's functions."""
+"""Where a stream spends its time: timers patched into the decoder's functions."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from memlong.decoder.stream import batch, token_stream
 from memlong.decoder.stream.batch_memory import MemoryLoader
 
 PARTS = {
-    "lower layers": "below the first retrieval layer, attention apart",
-    "upper layers": "from the first retrieval layer up, with embedding and head, attention apart",
+    "lower layers": "below the first retrieval layer, without attention",
+    "upper layers": "from the first retrieval layer up, with embedding and head, without attention",
     "attention": "the kernel, in all layers",
-    "joining": "memory and window concatenated, and their mask",
-    "window": "taking in K-V, letting columns go, rotating the rest",
-    "retriever": "embeddings of chunks and queries",
-    "storing": "chunks into the bank",
+    "joining": "concatenating memory and window, building the mask",
+    "window": "adding K-V, dropping old columns, rotating the rest",
+    "retriever": "embedding chunks and queries",
+    "storing": "adding chunks to the bank",
     "search": "the index",
-    "gather": "K-V of what was found, from the store",
-    "placing": "their batch, keys rotated",
+    "gather": "reading retrieved K-V from the store",
+    "placing": "batching retrieved K-V, rotating keys",
     "rest": "bookkeeping",
 }
 
@@ -40,9 +40,9 @@ class PartClock:
     Parameters
     ----------
     device
-        Where the model is; a CUDA device is waited for at every seam, so that work counts where it was asked for.
+        The model's device; CUDA is synchronized whenever the part changes, so that work counts where it was launched.
     clock
-        What time is told.
+        Which time to use.
     """
 
     def __init__(self, device: torch.device, clock: Clock = Clock.WALL) -> None:
@@ -52,17 +52,17 @@ class PartClock:
         self.reset()
 
     def reset(self) -> None:
-        """Start over."""
+        """Set all parts to zero."""
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._since = self._now()
 
     def read(self) -> dict[str, float]:
-        """Seconds by part until now."""
+        """Seconds by part so far."""
         self._switch(self._part)
         return dict(self._seconds)
 
     def timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """Return the function, with what it takes counted for a part."""
+        """Return the function, with its time counted for a part."""
 
         def call(*args: Any, **options: Any) -> Any:
             outer = self._switch(part)
@@ -87,9 +87,9 @@ class PartClock:
 
 @contextmanager
 def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartClock]:
-    """Time the parts of what an attached decoder does; arguments as `PartClock` has them."""
+    """Time the parts of an attached decoder's work; for the clock, see `PartClock`."""
     watch = PartClock(decoder.model.device, clock)
-    seams: list[tuple[Any, str, Callable[..., Any], str]] = [
+    timed_calls: list[tuple[Any, str, Callable[..., Any], str]] = [
         (decoder.model, "forward", decoder.model.forward, "upper layers")
     ]
     for owner, name, part in (
@@ -106,13 +106,13 @@ def watched(decoder: MemoryDecoder, clock: Clock = Clock.WALL) -> Iterator[PartC
         (MemoryLoader, "load", "placing"),
         (BankState, "_rank", "search"),
     ):
-        seams.append((owner, name, getattr(owner, name), part))
+        timed_calls.append((owner, name, getattr(owner, name), part))
     retriever = decoder.retriever
     embedding = ("embed_chunks", "embed_queries") if retriever is not None else ()
-    seams += [(retriever, name, getattr(retriever, name), "retriever") for name in embedding]
-    seams += [(layer, "forward", layer.forward, "lower layers") for layer in _lower_layers(decoder)]
+    timed_calls += [(retriever, name, getattr(retriever, name), "retriever") for name in embedding]
+    timed_calls += [(layer, "forward", layer.forward, "lower layers") for layer in _lower_layers(decoder)]
     with ExitStack() as stack:
-        for owner, name, function, part in seams:
+        for owner, name, function, part in timed_calls:
             stack.enter_context(patch.object(owner, name, watch.timed(function, part)))
         yield watch
 

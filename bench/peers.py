@@ -1,11 +1,11 @@
-"""Compare storing and retrieving with the memory of another package, on the same vectors.
+"""Compare storing and retrieving with another package's memory, on the same vectors.
 
-The peer is the k-nearest-neighbours memory of memorizing-transformers-pytorch: one FAISS graph (HNSW, 15 links,
-FAISS's own efforts), keys and values in a file that is mapped into memory. Beside it a bank of the same graph
-(`HNSW15`, the same efforts), and the exact one; each vector has its own key and value of the same width, as the peer's
-have. Single thread, in turns, wall-clock time; recall by score.
+The peer is the k-nearest-neighbor memory of memorizing-transformers-pytorch: one FAISS graph (HNSW, 15 links, FAISS's
+default efConstruction and efSearch), with keys and values in a memory-mapped file. It is compared with a bank on the
+same graph (`HNSW15`, same parameters) and with the exact one; as in the peer, each vector has a key and a value of the
+same width. One thread, alternating, wall-clock time; recall by score.
 
-The peer is left out, with a message, where it is not installed:
+If the peer is not installed, it is skipped with a message:
 
     pip install --no-deps memorizing-transformers-pytorch einops einops-exts filelock joblib
     python bench/peers.py --chunks 10000 --json out/peers.json
@@ -42,7 +42,7 @@ BANKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Memory(ABC):
-    """Vectors to search for, each the key of a stored pair."""
+    """A memory of vectors, each stored as a key and a value."""
 
     @abstractmethod
     def store(self, vectors: Tensor) -> None:
@@ -50,7 +50,7 @@ class Memory(ABC):
 
     @abstractmethod
     def retrieve(self, queries: Tensor) -> Tensor:
-        """Return the keys [q, K, dim] of what is nearest, having fetched the values as well."""
+        """Fetch the keys and values of the nearest vectors, and return the keys [q, K, dim]."""
 
 
 class Bank(Memory):
@@ -70,12 +70,12 @@ class Bank(Memory):
 
 
 class Peer(Memory):
-    """The memory of memorizing-transformers-pytorch, of one row, in this process."""
+    """The memory of memorizing-transformers-pytorch, with one row, in this process."""
 
-    def __init__(self, dim: int, room: int, file: Path) -> None:
+    def __init__(self, dim: int, capacity: int, file: Path) -> None:
         module = importlib.import_module("memorizing_transformers_pytorch.knn_memory")
         self._memory = module.KNNMemory(
-            dim, max_memories=room, memmap_filename=str(file), multiprocessing=False
+            dim, max_memories=capacity, memmap_filename=str(file), multiprocessing=False
         )
 
     def store(self, vectors: Tensor) -> None:
@@ -88,15 +88,15 @@ class Peer(Memory):
 
 
 @contextmanager
-def memories(dim: int, room: int) -> Iterator[dict[str, Memory]]:
+def memories(dim: int, capacity: int) -> Iterator[dict[str, Memory]]:
     """Return the empty memories by name; the peer's only if installed."""
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Memory] = {name: Bank(dim, *bank) for name, bank in BANKS.items()}
         try:
-            found = {PEER: Peer(dim, room, Path(folder, "peer")), **found}
+            found = {PEER: Peer(dim, capacity, Path(folder, "peer")), **found}
         except ImportError as error:
             print(
-                f"{PEER} is left out ({error}): pip install --no-deps {PEER} einops einops-exts filelock joblib"
+                f"Skipped {PEER} ({error}): pip install --no-deps {PEER} einops einops-exts filelock joblib"
             )
         yield found
 
@@ -104,10 +104,10 @@ def memories(dim: int, room: int) -> Iterator[dict[str, Memory]]:
 def main(
     chunks: Annotated[int, typer.Option(min=K, help="Vectors in each memory.")] = 10_000,
     dim: Annotated[int, typer.Option(min=1, help="Dimension of the embeddings.")] = 384,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each; the best counts.")] = 5,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per system; the best counts.")] = 5,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
 ) -> None:
-    """Compare banks with the memory of another package.
+    """Compare banks with another package's memory.
 
     \b
     Examples:

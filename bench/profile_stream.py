@@ -1,8 +1,8 @@
-"""Does any part of the streaming loop get slower with the length of the text? Time its parts at two lengths.
+"""Does any part of the streaming loop slow down as the text gets longer? Time the parts at two lengths.
 
-Two streams of one text, one shorter than the other, read their last segments in turns, so that other load on the
-machine affects both. The loop's own work shows best with a tiny random model, which takes a minute; with a real model
-it is small in comparison.
+Two streams of the same text, one shorter than the other, read their last segments alternately, so that other load on
+the machine affects both. The loop's own cost shows best with a tiny random model, which takes a minute; with a real
+model it is small in comparison.
 
     python bench/profile_stream.py
     python bench/profile_stream.py --model demo --lengths 8192,65536 --json out/profile_demo.json
@@ -34,13 +34,13 @@ from memlong.evaluation import read_text, tokenize
 
 TARGET = 1.1
 GROWS = "search"
-SMALLEST = 0.01  # minimum share of a segment's time for a part's ratio to be meaningful
+SMALLEST = 0.01  # minimum share of a segment's time for a part to have a target
 
 
 def main(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "random-tiny",
     lengths: Annotated[str, typer.Option(help="Two lengths in tokens, comma-separated.")] = "8192,200192",
-    segments: Annotated[int, typer.Option(help="Segments that are timed up to each length.")] = 24,
+    segments: Annotated[int, typer.Option(help="Segments to time before each length.")] = 24,
     backend: Annotated[str, typer.Option(help="Memory backend.")] = "torch",
     retriever: Annotated[str, typer.Option(help="Retriever by name.")] = "lm",
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
@@ -79,7 +79,7 @@ def main(
         length: {part: median(row[part] for row in found) for part in PARTS} for length, found in at.items()
     }
     ratios = _ratios(rows[early], rows[late])
-    typer.echo(f"{'ms a segment':14s}{early:>12,}{late:>12,}       ratio")
+    typer.echo(f"{'ms per segment':14s}{early:>12,}{late:>12,}       ratio")
     for ratio in ratios:
         part = ratio.name
         first, last = (1000 * _of(rows[length], part) for length in (early, late))
@@ -93,7 +93,7 @@ def main(
 
 
 def _ratios(early: dict[str, float], late: dict[str, float]) -> list[Ratio]:
-    """Late over early: each part, and all of them but the search; parts hardly there have no target."""
+    """Late over early, for each part and for all but the search; very small parts have no target."""
     least = SMALLEST * sum(late.values())
     found = [
         Ratio(part, late[part] / early[part], TARGET if part != GROWS and late[part] >= least else None)
@@ -111,7 +111,7 @@ def _of(row: dict[str, float], part: str) -> float:
 
 
 def _tokens(model: PreTrainedModel, tokenizer: Any, count: int) -> Tensor:
-    """Tokens [1, count]: of Python's library, or random for a model without a tokenizer."""
+    """Tokens [1, count] of Python's library, or random ones for a model without a tokenizer."""
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(3, model.config.vocab_size, (1, count), generator=generator)

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: systems timed in turns, ratios with targets, and a summary line."""
+"""Shared by the benchmarks: alternating timings, ratios with targets, and a summary line."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Ratio:
     at_least: bool = False
 
     @property
-    def is_beyond(self) -> bool:
-        """Whether it has missed its target."""
+    def misses_target(self) -> bool:
+        """Whether it misses its target."""
         if self.target is None:
             return False
         return self.value < self.target if self.at_least else self.value > self.target
@@ -54,11 +54,11 @@ class Ratio:
 
 
 def summary(ratios: Sequence[Ratio]) -> str:
-    """Return a benchmark's last line: how many ratios were measured, and which miss their target."""
-    aimed = sum(ratio.target is not None for ratio in ratios)
-    beyond = [str(ratio) for ratio in ratios if ratio.is_beyond]
-    return f"{len(ratios)} ratios measured, {aimed} with a target; beyond their target: {len(beyond)}" + (
-        f": {'; '.join(beyond)}" if beyond else ""
+    """Return a benchmark's last line: the number of ratios, and those that miss their target."""
+    targets = sum(ratio.target is not None for ratio in ratios)
+    missed = [str(ratio) for ratio in ratios if ratio.misses_target]
+    return f"{len(ratios)} ratios measured, {targets} with a target; targets missed: {len(missed)}" + (
+        f": {'; '.join(missed)}" if missed else ""
     )
 
 
@@ -71,7 +71,7 @@ def best_times(
     seconds: float = 0.06,
     settle: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Return the best seconds per call of each system, timed in turns.
+    """Return the best seconds per call of each system, timed alternately.
 
     Parameters
     ----------
@@ -80,13 +80,13 @@ def best_times(
     clock : Clock
         The clock.
     rounds : int
-        Number of turns of each system; the best counts.
+        Number of rounds; the best counts.
     most_calls : int
-        Maximum number of calls per turn.
+        Maximum number of calls per round.
     seconds : float
-        Approximate duration of a turn.
+        Approximate duration of a system's calls in a round.
     settle : callable
-        Synchronizes with the device, before and at the end of each timing.
+        Synchronizes with the device, before and after each timing.
     """
     slowest = 0.0
     for call in systems.values():

@@ -1,4 +1,4 @@
-"""The bare index libraries, called as by their backends: the baseline for a bank's overhead."""
+"""The bare index libraries, called the way their backends call them: the baseline for a bank's overhead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Raw(ABC):
-    """An index of float32 unit vectors by inner product, single-threaded, without ids."""
+    """A single-threaded inner-product index of float32 unit vectors, without ids."""
 
     @abstractmethod
     def add(self, vectors: np.ndarray) -> None:
@@ -20,7 +20,7 @@ class Raw(ABC):
 
     @abstractmethod
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Return the numbers [q, k] of the nearest vectors."""
+        """Return the row numbers [q, k] of the nearest vectors."""
 
     @property
     @abstractmethod
@@ -31,17 +31,17 @@ class Raw(ABC):
 class RawTorch(Raw):
     """One matrix product and `topk`; vectors are written into a preallocated matrix."""
 
-    def __init__(self, dim: int, room: int, device: torch.device) -> None:
-        self._matrix = torch.empty(room, dim, device=device)
+    def __init__(self, dim: int, capacity: int, device: torch.device) -> None:
+        self._matrix = torch.empty(capacity, dim, device=device)
         self._count = 0
 
     def add(self, vectors: np.ndarray) -> None:
-        """Write into the matrix."""
+        """Copy the vectors into the matrix."""
         self._matrix[self._count : self._count + len(vectors)] = torch.from_numpy(vectors)
         self._count += len(vectors)
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Multiply, and take the largest."""
+        """Multiply, and return the largest."""
         products = torch.from_numpy(queries).to(self._matrix.device) @ self._matrix[: self._count].T
         return products.topk(k, dim=1).indices.cpu().numpy()
 
@@ -52,7 +52,7 @@ class RawTorch(Raw):
 
 
 class RawFaiss(Raw):
-    """An index of FAISS's factory, on the CPU or a GPU, with the settings that FaissBank gives it."""
+    """A FAISS index by factory string, on the CPU or a GPU, with the settings of FaissIndex."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class RawFaiss(Raw):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of FAISS's own file."""
+        """Bytes of FAISS's index file."""
         import faiss
 
         index = faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
@@ -95,17 +95,17 @@ class RawFaiss(Raw):
 
 
 class RawHnswlib(Raw):
-    """hnswlib with the settings of HnswlibBank, at full capacity from the start."""
+    """hnswlib with the settings of HnswlibIndex, at full capacity from the start."""
 
-    def __init__(self, dim: int, room: int, ef: int = 64) -> None:
+    def __init__(self, dim: int, capacity: int, ef: int = 64) -> None:
         import hnswlib
 
         self._index = hnswlib.Index("ip", dim)
-        self._index.init_index(room, M=16, ef_construction=200, random_seed=100)
+        self._index.init_index(capacity, M=16, ef_construction=200, random_seed=100)
         self._index.set_ef(ef)
 
     def add(self, vectors: np.ndarray) -> None:
-        """Add, with the numbers that follow as labels."""
+        """Add, labeled with consecutive row numbers."""
         first = self._index.element_count
         self._index.add_items(vectors, np.arange(first, first + len(vectors)), num_threads=1)
 
@@ -115,27 +115,27 @@ class RawHnswlib(Raw):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of hnswlib's own file."""
+        """Bytes of hnswlib's index file."""
         return self._index.index_file_size()
 
 
 RAW: Mapping[str, Callable[..., Raw]] = {
-    "torch": lambda sample, room, device: RawTorch(sample.shape[1], room, device),
+    "torch": lambda sample, capacity, device: RawTorch(sample.shape[1], capacity, device),
     "faiss": lambda sample, _, device, **options: RawFaiss(sample.shape[1], device, sample=sample, **options),
-    "hnswlib": lambda sample, room, _, **options: RawHnswlib(sample.shape[1], room, **options),
+    "hnswlib": lambda sample, capacity, _, **options: RawHnswlib(sample.shape[1], capacity, **options),
 }
-"""By backend: makes its library's index of vectors [n, dim] like a sample, with room for so many, on a device."""
+"""By backend: creates its library's index, given sample vectors [n, dim], a capacity and a device."""
 
 
 def make_raw(
-    backend: str, options: Mapping[str, Any], sample: np.ndarray, room: int, device: torch.device
+    backend: str, options: Mapping[str, Any], sample: np.ndarray, capacity: int, device: torch.device
 ) -> Raw:
-    """Return the empty index of the library behind a backend with these options."""
-    return RAW[backend](sample, room, device, **options)
+    """Return an empty index of a backend's library, with these options."""
+    return RAW[backend](sample, capacity, device, **options)
 
 
 def use_one_thread() -> None:
-    """Make the libraries single-threaded for this thread; FAISS may bundle its own OpenMP."""
+    """Make torch and FAISS, which may bundle its own OpenMP, single-threaded."""
     torch.set_num_threads(1)
     if find_spec("faiss") is not None:
         import faiss

@@ -1,4 +1,4 @@
-"""Result files of benchmarks: ratios, the underlying figures and the machine; and a table of several files.
+"""Result files of benchmarks, with ratios, measurements and the machine; as a script, a table of several files.
 
 python bench/results.py out/gpu/*.json
 """
@@ -22,7 +22,7 @@ from memlong.versions import versions
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, threads and device of this process, and the versions of what it uses."""
+    """Return processor, cores, threads and device of this process, and library versions."""
     found: dict[str, Any] = {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
@@ -40,23 +40,23 @@ def write(path: Path | None, facts: Mapping[str, Any], ratios: Sequence[Ratio], 
 
 
 def _put(path: Path, facts: Mapping[str, Any], ratios: Sequence[Ratio]) -> None:
-    """Write the file atomically: an interrupted write leaves the previous one."""
+    """Write the file atomically: an interrupted write leaves the previous one intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {**facts, "ratios": [asdict(ratio) for ratio in ratios]}
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    partial = path.with_name(f".{path.name}.writing")
+    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 class Budget:
-    """Seconds that may be spent from now on; None is as many as it takes."""
+    """A time limit in seconds, from now on; None means no limit."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self._end = float("inf") if seconds is None else time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds until it is spent, below 0 after that."""
+        """Seconds left; negative once it is spent."""
         return self._end - time.monotonic()
 
     @property
@@ -65,23 +65,23 @@ class Budget:
         return self.left <= 0
 
     def share(self, parts: int) -> Budget:
-        """Return one of so many equal parts of what is left."""
+        """Return an equal share of the time left, for one of several parts."""
         return Budget(None if self._end == float("inf") else self.left / parts)
 
 
 class Report:
-    """A result file that is rewritten after each measurement, so that an interrupted run keeps its figures.
+    """A result file that is rewritten after each measurement, so that an interrupted run keeps its results.
 
     Parameters
     ----------
     path : Path or None
-        The file; None is none.
+        The file; None writes nothing.
     facts : mapping
-        What is known before anything is measured.
+        Facts known before measuring.
     device : str
-        Where it is measured.
+        Device of the measurements.
     budget : Budget
-        How long it may take.
+        Time limit.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class Report:
         self.ratios += ratios
         self.write()
 
-    def leave_out(self, what: str, why: str = "the time is out") -> None:
-        """Print what is skipped, and record it."""
-        print(f"{what} is left out: {why}")
+    def leave_out(self, what: str, why: str = "out of time") -> None:
+        """Print and record what is skipped."""
+        print(f"Skipped {what}: {why}")
         self._facts["left_out"].append(f"{what}: {why}")
         self.write()
 
     def end(self) -> None:
-        """Mark the file as complete, and print how many ratios miss their target."""
+        """Mark the file as complete unless something was skipped, and print the summary."""
         self._facts["complete"] = not self._facts["left_out"]
         self.write()
         print(summary(self.ratios))
@@ -119,7 +119,7 @@ class Report:
 
 
 def table(files: Sequence[Path]) -> str:
-    """The ratios of several result files, a line each, and the last line over all of them."""
+    """Return the ratios of several result files, one per line, and a summary of all."""
     ratios: list[Ratio] = []
     lines: list[str] = []
     for file in files:

@@ -1,9 +1,9 @@
-"""Which chunks help a language model most: retrievers and alternatives, by perplexity and cost.
+"""Which retriever helps a language model most, by perplexity and cost.
 
-Beside the retrievers that memlong has, candidates that are not in it: BM25, the model's own token embeddings, hidden
-states, keys and queries, and mixtures. All score by what comes before a segment alone. A row's cost is the time that
-embedding or scoring took in its own run; for hidden states and keys it leaves out the model's pass over the text, and
-BM25 is re-indexed at each query.
+Memlong's own retrievers are compared with candidates that it does not ship: BM25, the model's token embeddings, hidden
+states, keys and queries, and mixtures. All score only by what comes before a segment. A row's cost is the time that
+embedding or scoring took in its run; for hidden states and keys, it excludes the model's pass over the text. BM25 is
+reindexed at each query.
 
     python bench/retrievers.py                                             # Python's own typing.py
     python bench/retrievers.py --text moby_dick.txt --max-tokens 24576 --score-from 8192 --row lm --row BM25
@@ -37,7 +37,7 @@ TEXT = Path(inspect.getfile(typing))
 
 
 class Timed(Retriever):
-    """Wraps a retriever and counts its seconds."""
+    """A retriever that records how long another one takes."""
 
     def __init__(self, inner: Retriever) -> None:
         super().__init__(inner.model, inner.tokenizer)
@@ -68,7 +68,7 @@ class Timed(Retriever):
 def main(
     text: Annotated[Path, typer.Option(help="UTF-8 text; by default Python's own typing.py.")] = TEXT,
     model: Annotated[
-        str, typer.Option(help="A Llama-like model: hub id, folder, GGUF file, or 'demo'.")
+        str, typer.Option(help="Llama-like model: hub id, folder, GGUF file, or 'demo'.")
     ] = "demo",
     row: Annotated[
         list[str] | None, typer.Option(help="Only rows with this name prefix; repeatable.")
@@ -85,7 +85,7 @@ def main(
     rows = _rows(language_model, tokenizer, input_ids)
     chosen = {name: make for name, make in rows.items() if not row or name.startswith(tuple(row))}
     if not chosen:
-        raise InvalidArgumentError(f"--row is {row}, but the rows are {', '.join(rows)}.")
+        raise InvalidArgumentError(f"--row must start one of {', '.join(map(repr, rows))}, got {row}")
     about = {"model": model, "text": text.name, "tokens": input_ids.shape[1], "score_from": score_from}
     about |= {"dtype": dtype, "device": device}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,13 @@ def main(
                 }
             )
         except MissingDependencyError as error:
-            typer.echo(f"{name}: left out. {error}", err=True)
+            typer.echo(f"Skipped {name}: {error}", err=True)
             continue
         result = {**about, "versions": versions(), "rows": results}
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    table = Table("retriever", "perplexity", "long-range", "ms a segment", "of the time", box=box.MARKDOWN)
+    table = Table(
+        "retriever", "perplexity", "long-range", "ms per segment", "share of time", box=box.MARKDOWN
+    )
     for each in results:
         table.add_row(
             each["retriever"],

@@ -1,4 +1,4 @@
-"""Models for benchmarks: loaded by name, or with random weights in a known shape."""
+"""Models for benchmarks: loaded by name, or of a known shape with random weights."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 MODEL_HELP = f"Hub id, folder, GGUF file, 'demo', or random weights: {', '.join(SHAPES)}."
-_POSITIONS = 1 << 20  # full attention over long texts is measured, too
+_POSITIONS = 1 << 20  # for full attention over long texts
 
 
 def load(name: str, *, dtype: str, device: str) -> tuple[PreTrainedModel, Any]:
-    """Return a model and its tokenizer; a model of random weights has none."""
+    """Return a model and its tokenizer, which is None for random weights."""
     if name not in SHAPES:
         return load_model(name, dtype=dtype, device=device)
     config = LlamaConfig(**SHAPES[name], max_position_embeddings=_POSITIONS)
@@ -69,6 +69,6 @@ def token_ids(model: PreTrainedModel, tokenizer: Any, text: Path, count: int) ->
     found = tokenize(tokenizer, read_text(text), count)
     if found.shape[1] < count:
         raise InvalidTextError(
-            f"The text has {found.shape[1]:,} tokens, fewer than {count:,}: give a longer one."
+            f"The text has {found.shape[1]:,} tokens, fewer than {count:,}: give a longer one"
         )
     return found

@@ -1,7 +1,7 @@
 """Cost of snapshots: saving a bank against writing the same bytes, loading it against reading them.
 
-All run in turns, in one process, on the same disk. Saving and writing include fsync; loading and reading start from
-files dropped from the page cache, and end in memory. Ratios are those of the best times.
+All alternate in one process, on the same disk. Saving and writing include fsync; files are dropped from the page cache
+before loading and reading. Ratios are of the best times.
 
     make bench
     python bench/snapshots.py --gigabytes 1 --backend hnswlib --folder /tmp --json out/snapshots.json
@@ -44,9 +44,9 @@ def main(
             help="Folder to write to; a temporary one by default.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
 ) -> None:
-    """Measure."""
+    """Compare snapshots with plain files."""
     bank = create_bank(backend, DIM)
     chunks = max(100, int(gigabytes * 1e9 / (4 * torch.Size(SHAPE).numel())))
     fill(bank, chunks)
@@ -110,7 +110,7 @@ def cool(folder: Path) -> None:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that it takes."""
+    """Return the seconds that an action takes."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
@@ -125,14 +125,16 @@ def report(times: dict[str, list[float]], size: int, backend: str, chunks: int, 
     print(f"{backend}, {chunks:,} chunks, {size / 1e9:.2f} GB; {platform.machine()}")
     for name, seconds in best.items():
         print(f"{name:12} {seconds:7.2f} s")
-    print(f"save {speed['save']:.2f} of a plain write's speed, target {TARGETS['save']}")
-    print(f"load {speed['load']:.2f} of a plain read's speed, target {TARGETS['load']}")
-    print(f"1 % more {share:.3f} of a full save's time, target under {TARGETS['incremental']}")
+    print(f"save: {speed['save']:.2f} times the speed of a plain write (target: {TARGETS['save']})")
+    print(f"load: {speed['load']:.2f} times the speed of a plain read (target: {TARGETS['load']})")
+    print(
+        f"save with 1 % new: {share:.3f} of the time of a full one (target: under {TARGETS['incremental']})"
+    )
     if out is not None:
-        figures: dict[str, Any] = {"backend": backend, "chunks": chunks, "bytes": size, "seconds": times}
-        figures |= {"speed_to_plain": speed, "incremental_share": share, "versions": versions()}
+        result: dict[str, Any] = {"backend": backend, "chunks": chunks, "bytes": size, "seconds": times}
+        result |= {"speed_to_plain": speed, "incremental_share": share, "versions": versions()}
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The tables of docs/results, from the JSON files that the benchmarks wrote.
+"""Write the tables of docs/results and docs/choosing-a-backend.md from the benchmarks' JSON files.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+A table goes between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
     python bench/tables.py             # write the tables of all pages
-    python bench/tables.py --check     # only say which pages differ from the JSON files
+    python bench/tables.py --check     # only list pages that differ from the JSON files
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import tables_quality as quality
 import tables_speed as speed
@@ -21,7 +22,7 @@ _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _tables() -> dict[str, Callable[[], str]]:
-    """Return every table by the name that stands in the pages."""
+    """Return every table, by its name in the pages."""
     found: dict[str, Callable[[], str]] = {
         make.__name__.replace("_", "-"): make
         for make in (
@@ -47,6 +48,8 @@ def _tables() -> dict[str, Callable[[], str]]:
         found[f"length-pydecimal-{what}"] = partial(
             quality.by_length, "context_lengths.json", "_pydecimal.py", what
         )
+    for count in (10_000, 100_000):
+        found[f"backends-{count}"] = partial(speed.backends, count)
     for prefix, folder in (("", ""), ("gpu-", "gpu/")):
         for make in (speed.streaming, speed.parts, speed.generating):
             found[prefix + make.__name__] = partial(make, f"{folder}decoder.json")
@@ -57,15 +60,20 @@ def _tables() -> dict[str, Callable[[], str]]:
 TABLES = _tables()
 
 
+def pages() -> list[Path]:
+    """Return the pages that may have tables."""
+    return [*sorted(RESULTS.glob("*.md")), *RESULTS.parent.glob("choosing-a-backend.md")]
+
+
 def filled(text: str) -> str:
-    """Return a page with its tables as the JSON files have them."""
+    """Return a page with up-to-date tables."""
     return _TABLE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 def main(arguments: list[str]) -> int:
-    """Write the tables, or with ``--check`` name the pages whose tables differ; 1 if there are any."""
+    """Write the tables, or with ``--check`` list the pages that differ and return 1 if there are any."""
     stale = 0
-    for page in sorted(RESULTS.glob("*.md")):
+    for page in pages():
         text = page.read_text(encoding="utf-8")
         if filled(text) == text:
             continue

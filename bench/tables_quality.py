@@ -1,4 +1,4 @@
-"""Tables of perplexity: recall, number formats, retrievers, training and context lengths."""
+"""Tables of perplexity: recall, dtypes, retrievers, training and context lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OTHERS = ("plain window", "plain window, equal budget")
 
 
 def merged(systems: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Name the systems; those that found exactly the same share a line."""
+    """Name the systems; those with identical results share a line."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for system in systems:
         groups.setdefault(json.dumps(system["overall"]), []).append(system)
@@ -57,7 +57,7 @@ def dtypes() -> str:
 
 
 def needle() -> str:
-    """Keys found by length and depth."""
+    """Pass keys found, by length and depth."""
     cells = load("needle.json")["cells"]
     depths = sorted({cell["depth"] for cell in cells})
     rows = [
@@ -71,7 +71,7 @@ def needle() -> str:
 
 
 def retrievers() -> str:
-    """Perplexity and time by retriever, code and prose."""
+    """Perplexity and time by retriever, on code and prose."""
     rows = []
     for code, prose in zip(
         *(load(f"retrievers_{text}.json")["rows"] for text in ("code", "prose")), strict=True
@@ -86,7 +86,7 @@ def retrievers() -> str:
 
 
 def trained(file: str, text: str, part: str) -> str:
-    """Ratios of all systems of bench/context_lengths.py over one text, or over all."""
+    """Perplexity of the systems of bench/context_lengths.py on one text or all, and its ratios to the baselines."""
     rows = []
     for name, parts in load(file)["ratios"][text].items():
         against = [*_OTHERS, "trained, random chunks" if name == "trained memory" else "random chunks"]
@@ -96,7 +96,7 @@ def trained(file: str, text: str, part: str) -> str:
 
 
 def by_length(file: str, text: str, what: str) -> str:
-    """Perplexity, or its ratio to the plain window, of the first so many tokens."""
+    """Perplexity of the first tokens by length, or its ratio to the plain window's."""
     systems = load(file)["texts"][text]
     lengths = list(systems["plain window"])
     show: Callable[[dict[str, float]], str] = (

@@ -11,13 +11,13 @@ _LONG_CONTEXT = ("tokens", "full attention, s", "memory, s", "full: K-V, peak, M
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits."""
+    """Format with three significant digits."""
     ms = 1000 * seconds
     return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.3g}"
 
 
 def bank() -> str:
-    """Times of banks and their ratios to the library."""
+    """Times of banks, and their ratios to the bare library's."""
     shown = ("search 1", "search 32", "add 1", "add 32", "retrieve 1", "retrieve 32")
     rows = [
         [row["setting"], f"{row['chunks']:,} x {row['dim']}"]
@@ -26,13 +26,29 @@ def bank() -> str:
             for each in shown
         ]
         for row in load("bank.json")["rows"]
-        if "=" not in row["setting"]  # those are only in the picture
+        if "=" not in row["setting"]  # those are only in the plot
     ]
     return table(["backend", "vectors", *(f"{each}, ms" for each in shown)], rows, words=2)
 
 
+def backends(chunks: int) -> str:
+    """Recall, CPU times and index size of each backend."""
+    rows = []
+    for row in load("backends.json")["rows"]:
+        if row["chunks"] == chunks:
+            name, _, options = row["setting"].partition(" (")
+            options = options.rstrip(")").removeprefix("index=")
+            recall = f"{row['recall']:.{4 if 0.9995 <= row['recall'] < 1 else 3}f}"
+            times = row["cpu"]
+            figures = [f"{times['ms_single']:.2f}", f"{times['ms_batch']:.1f}", f"{times['build_s']:.1f}"]
+            label = f"`{name}`" + (f", {options}" if options else "")
+            rows.append([label, recall, *figures, f"{row['index_bytes_per_chunk']:,.0f}"])
+    head = ["backend", "recall@8", "ms, 1 query", "ms, 32 queries", "build, s", "index, bytes per chunk"]
+    return table(head, rows)
+
+
 def stores() -> str:
-    """Gathering blocks from each kind of store."""
+    """Time to gather blocks from each kind of store."""
     found = load("kv.json")
     rows = []
     for ratio in found["ratios"]:
@@ -42,7 +58,7 @@ def stores() -> str:
 
 
 def peers() -> str:
-    """Another library's memory."""
+    """Comparison with another package's memory."""
     found = load("peers.json")
     rows = [
         [name, f"{recall:.3f}", *(f"{1000 * times[name]:.2f}" for times in found["seconds"].values())]
@@ -63,7 +79,7 @@ def streaming(file: str) -> str:
 
 
 def parts(file: str) -> str:
-    """Where the time of a segment goes."""
+    """Time of a segment by part."""
     columns = load(file)["parts"]
     rows = [
         [part, *(_share(column, part) for column in columns.values())]
@@ -79,7 +95,7 @@ def _share(column: dict[str, float], part: str) -> str:
 
 
 def generating(file: str) -> str:
-    """A generated token."""
+    """Time of a generated token."""
     found = load(file)["decoding"]
     names = {"torch": "memory, torch", "transformers": "transformers' own cache of 2,048"}
     mine = found["torch"]["mean_ms"]
@@ -96,7 +112,7 @@ def generating(file: str) -> str:
 
 
 def growth() -> str:
-    """A segment early and late in a stream."""
+    """Time of a segment early and late in a stream."""
     found = load("profile_stream.json")
     early, late = found["ms_per_segment"].values()
     rows = [
@@ -121,7 +137,7 @@ def long_context(file: str) -> str:
 
 
 def long_stream() -> str:
-    """A million tokens: speed, memory and one passage's perplexity, at three places and halfway."""
+    """A million tokens: speed, memory and one passage's perplexity at three places, and speed and memory halfway."""
     found = load("long_stream.json")
     placed = {each["tokens"]: each["perplexity"] for each in found["placed"]}
     first = min(placed.values())
@@ -142,7 +158,7 @@ def long_stream() -> str:
 
 
 def milvus() -> str:
-    """What a bank adds to its engine."""
+    """Overhead of a bank over pymilvus."""
     found = load("milvus.json")
     rows = []
     for session, each in (("100,000 chunks", found), ("100 chunks, next to 1,001 others", found["crowd"])):

@@ -1,9 +1,9 @@
-"""A 3B-shaped model on a 24 GB device: 80,000 tokens, and then a million, with keys and values in the host's memory.
+"""A 3B-shaped model on a 24 GB device: 80,000 tokens, then a million, with keys and values in host memory.
 
-The weights are random, in OpenLLaMA-3B's shape; the device's allocator is held to the limit. A token's keys and values
+The weights are random, in OpenLLaMA-3B's shape; the device's allocator enforces the limit. A token's keys and values
 take 333 kB in all 26 layers: 26.6 GB for the first stream, which stores every layer's own. The second stores one
-layer's, which serves four layers (the MemLong paper's form): 12.8 kB a token, 12.8 GB in all. Pinned memory comes in
-powers of two, so that the host gives 42 and 16 GB for these.
+layer's K-V, which four layers read, as in the MemLong paper: 12.8 kB per token, 12.8 GB in all. Pinned memory is
+allocated in powers of two, so that these take 42 and 16 GB of the host.
 
     python bench/three_b.py --device cuda
     python bench/three_b.py --model random-tiny --tokens 8192,16384 --limit-gb 0
@@ -34,13 +34,13 @@ from memlong.errors import MemlongError
 
 GB = 10**9
 EVEN_SPEED = 0.9
-"""Least speed in the last tenth of a stream, over that in the second."""
-_MARKED = 8  # segments between two checks of the clock, which synchronize with the device
+"""Minimum speed in the last tenth of a stream relative to the second tenth."""
+_MARKED = 8  # segments between checks of the clock, which synchronize with the device
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """The figures of one stream."""
+    """Measurements of one stream."""
 
     kv_source: str
     wanted: int
@@ -55,11 +55,15 @@ class Streamed:
 
 def main(
     model: Annotated[str, typer.Option(help=f"Random weights: {', '.join(SHAPES)}.")] = "random-3b",
-    tokens: Annotated[str, typer.Option(help="Lengths of both streams, comma-separated.")] = "80000,1000000",
+    tokens: Annotated[
+        str, typer.Option(help="Lengths of the two streams, comma-separated.")
+    ] = "80000,1000000",
     limit_gb: Annotated[float, typer.Option(help="Limit of device memory in GB; 0 means none.")] = 24.0,
     seconds: Annotated[
         float,
-        typer.Option(help="Time for loading and for both streams; one that is out of time says so."),
+        typer.Option(
+            help="Time limit in seconds for loading and both streams; a stream that is cut short says so."
+        ),
     ] = 170.0,
     segment_size: Annotated[int, typer.Option(help="Tokens per forward call.")] = 512,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
@@ -107,7 +111,7 @@ def main(
 
 
 def _line(row: Streamed) -> str:
-    short = "" if row.tokens == row.wanted else f" of {row.wanted:,}, and then the time was out"
+    short = "" if row.tokens == row.wanted else f" of {row.wanted:,} before time ran out"
     return (
         f"K-V source {row.kv_source}: {row.tokens:,} tokens{short}, {row.tokens_per_second:,.0f} tokens/s, device "
         f"peak {row.device_peak_bytes / GB:.1f} GB, {row.host_bytes / GB:.1f} GB of K-V in the bank"
@@ -148,7 +152,7 @@ def _common(device: str, segment_size: int) -> dict[str, Any]:
 def _stream(
     decoder: MemoryDecoder, model: PreTrainedModel, length: int, budget: Budget
 ) -> Iterator[Streamed]:
-    """Read a number of random tokens, and print progress."""
+    """Read random tokens, and yield measurements along the way."""
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -185,7 +189,7 @@ def _speed(one: tuple[int, float], other: tuple[int, float]) -> float:
 
 
 def _late_to_early(marks: list[tuple[int, float]]) -> float:
-    """Speed in the last tenth over that in the second."""
+    """Speed in the last tenth relative to the second tenth."""
     count = len(marks) - 1
     tenth = max(1, count // 10)
     end = min(2 * tenth, count)

@@ -1,7 +1,7 @@
 """Speed of `memlong train`: tokens per second by rows, segment size, K-V source, and with or without gates.
 
-The text is random, and so are the weights unless a model is given: the cost is that of real training. Steps before the
-first retrieval are not counted.
+The text is random, as are the weights by default; training on real ones costs the same. Steps before the first
+retrieval are not counted.
 
     python bench/training.py --model random-135m --device cuda --json out/training.json
     python bench/training.py --model random-tiny --steps 2
@@ -34,7 +34,7 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class Setting:
-    """What to train, and the number of rows and the segment size."""
+    """What to train, with how many rows and which segment size."""
 
     kv_source: str
     gates: bool
@@ -59,7 +59,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps of one setting, as far as it came; loss in nats at its last one."""
+    """Steps of one setting, possibly cut short; the loss is that of the last step, in nats."""
 
     setting: str
     steps: int
@@ -75,7 +75,7 @@ class _Enough(Exception):  # noqa: N818 - not an error
 
 def main(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "random-135m",
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, in each setting.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time in each setting.")] = 24,
     most_rows: Annotated[int, typer.Option(min=1, help="Skip settings with more rows.")] = 32,
     seconds: Annotated[
         float | None,
@@ -112,20 +112,20 @@ def main(
         except torch.OutOfMemoryError as error:
             report.leave_out(setting.name, str(error).split(". ")[0])
         if row is None:
-            report.leave_out(f"{setting.name}, whose first steps are not done,")
+            report.leave_out(setting.name, "the first steps did not finish")
             continue
         done.append(row)
         if row.steps < steps:
             report.leave_out(f"{setting.name} beyond {row.steps} of {steps} steps")
         typer.echo(
-            f"{row.setting:28s} {row.tokens_per_second:8,.0f} tokens/s, {row.ms_per_step:8.1f} ms a step, peak "
+            f"{row.setting:28s} {row.tokens_per_second:8,.0f} tokens/s, {row.ms_per_step:8.1f} ms per step, peak "
             f"{row.device_peak_bytes / 1e9:.1f} GB"
         )
     report.end()
 
 
 def _ratios(rows: list[Measured]) -> list[Ratio]:
-    """Speeds to that of the first setting."""
+    """Speeds relative to the first setting."""
     return [
         Ratio(
             f"tokens/s, {row.setting} to {rows[0].setting}", row.tokens_per_second / rows[0].tokens_per_second
@@ -168,12 +168,12 @@ def _train(
     folder: Path,
     note: Callable[[Measured], None],
 ) -> None:
-    """Train for so many steps of one segment each, once a memory is read."""
+    """Train for a number of one-segment steps, starting once memory is retrieved."""
     device = decoder.model.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    first = WINDOW // setting.segment + 2  # steps before a memory is read, and one in which it is new
+    first = WINDOW // setting.segment + 2  # steps before the first retrieval, and the step of that retrieval
     tokens = (first + steps) * setting.segment
     config = TrainingConfig(
         steps=first + steps,

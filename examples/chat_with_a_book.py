@@ -48,7 +48,7 @@ def main(
     """Chat about a book."""
     if not all(asked.strip() for asked in question or []):
         raise InvalidArgumentError(
-            "--question must not be empty: ask something, or leave it out to type questions."
+            "--question must not be empty: ask something, or leave it out to type questions"
         )
     text = read_text(book)
     config = MemoryConfig(

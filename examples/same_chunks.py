@@ -66,7 +66,7 @@ def chunks_found(
 ) -> Found:
     """Replay recorded requests against another index, and return the ids that it finds for each search, in order."""
     if config.backend is None:
-        raise ValueError("config.backend must name a backend, got None.")
+        raise ValueError("config.backend must name a backend, got None")
     bank = registry.create_bank(
         config.backend, retriever.dim, metric=retriever.metric, **config.backend_options
     )

@@ -88,7 +88,7 @@ class LostChunksError(StorageError):
         first = [f"chunk {chunk_id} ({reason})" for chunk_id, reason in list(self.reasons.items())[:3]]
         more = len(self.reasons) - len(first)
         named = ", ".join(first) + (f" and {more} more" if more else "")
-        super().__init__(f"The keys and values of {named} are lost.")
+        super().__init__(f"The keys and values of {named} are lost")
 
 
 class LostChunksWarning(UserWarning):

@@ -129,7 +129,7 @@ def checked(settings: Any) -> dict[str, Any]:
                 else repr_of(value)
             )
             raise InvalidArgumentError(
-                f"{each.name} must be {wanted}{', or None' if optional else ''}, got {got}."
+                f"{each.name} must be {wanted}{', or None' if optional else ''}, got {got}"
             )
         found[each.name] = _own(good, value)
     return found

@@ -184,7 +184,7 @@ def test_figures_outside_of_the_intervals_are_counted(run, tmp_path):
     ("change", "message"),
     [
         ({"tokens": 5}, "differ in tokens"),
-        ({"systems": 1}, "is no result of examples/recall_vs_perplexity.py"),
+        ({"systems": 1}, "is not a result of examples/recall_vs_perplexity.py"),
     ],
 )
 def test_what_cannot_be_compared_is_named(run, tmp_path, change, message):

@@ -31,7 +31,7 @@ def warn_if_two_owners() -> None:
     if len(owners()) > 1:
         warnings.warn(
             f"The faiss module is provided by {' and '.join(owners())}: the last one installed has overwritten the "
-            "other, which may silently disable the GPU. Uninstall both and install one.",
+            "other, which may silently disable the GPU. Uninstall both and install one",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -47,7 +47,7 @@ def require_gpu(device: torch.device) -> None:
     if (device.index or 0) >= faiss.get_num_gpus():
         raise DeviceUnavailableError(
             f"device must be one of the {faiss.get_num_gpus()} GPUs that FAISS sees, got {str(device)!r}: check the "
-            "driver with nvidia-smi, or use device='cpu'."
+            "driver with nvidia-smi, or use device='cpu'"
         )
 
 
@@ -87,7 +87,7 @@ class GpuResources:
         if os.getpid() != self._owner:
             raise DeviceUnavailableError(
                 "The bank was created on a GPU before this process was forked, and CUDA does not survive a fork: "
-                "create or load the bank in this process, or use the start method 'spawn'."
+                "create or load the bank in this process, or use the start method 'spawn'"
             )
         with self._lock:
             yield self._native

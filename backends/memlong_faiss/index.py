@@ -114,7 +114,7 @@ class FaissIndex(Index[FaissOptions]):
         if not on_cpu and not isinstance(core_of(sample), (faiss.IndexFlat, faiss.IndexIVF)):
             raise DeviceUnavailableError(
                 f"index must be a Flat or IVF one on {rows.device}, as FAISS has no others for GPUs, got "
-                f"{options.index!r}: use one of these, or device='cpu'."
+                f"{options.index!r}: use one of these, or device='cpu'"
             )
 
     @property

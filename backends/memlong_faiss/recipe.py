@@ -57,7 +57,7 @@ class Recipe:
     def __post_init__(self) -> None:
         odd = _absurdity(self.factory, self.dim)
         if odd:
-            raise InvalidArgumentError(f"index {self.factory[:_LONGEST]!r} {odd}. Examples: {_EXAMPLES}.")
+            raise InvalidArgumentError(f"index {self.factory[:_LONGEST]!r} {odd}. Examples: {_EXAMPLES}")
 
     @property
     def metric(self) -> int:
@@ -77,17 +77,17 @@ class Recipe:
         except RuntimeError as error:
             raise InvalidArgumentError(
                 f"index must be one that FAISS can build for dim {self.dim} and {self.similarity}, got "
-                f"{self.factory!r}: {_reason(error)}. Examples: {_EXAMPLES}."
+                f"{self.factory!r}: {_reason(error)}. Examples: {_EXAMPLES}"
             ) from error
         core = core_of(index)
         families = (faiss.IndexFlat, faiss.IndexHNSW, faiss.IndexIVF, faiss.IndexScalarQuantizer)
         if not isinstance(core, families) or (isinstance(core, faiss.IndexIVF) and not core.nlist):
             raise InvalidArgumentError(
                 f"index must be a Flat, HNSW, IVF or SQ one, got {self.factory!r}, a {type(core).__name__}: leave out "
-                f"IDMap and Refine, as the bank itself stores ids and scores exactly. Examples: {_EXAMPLES}."
+                f"IDMap and Refine, as the bank itself stores ids and scores exactly. Examples: {_EXAMPLES}"
             )
         if odd := _fails_later(index, core):
-            raise InvalidArgumentError(f"index {self.factory!r} {odd}. Examples: {_EXAMPLES}.")
+            raise InvalidArgumentError(f"index {self.factory!r} {odd}. Examples: {_EXAMPLES}")
         if isinstance(core, faiss.IndexHNSW):
             core.hnsw.efConstruction = self.ef_construction
         if isinstance(core, faiss.IndexIVF):
@@ -115,7 +115,7 @@ class Recipe:
         except RuntimeError as error:
             raise InvalidArgumentError(
                 f"FAISS cannot train index {self.factory!r} on {len(embeddings):,} embeddings: {_reason(error)}. Use "
-                f"another index, or a larger train_size. Examples: {_EXAMPLES}."
+                f"another index, or a larger train_size. Examples: {_EXAMPLES}"
             ) from error
 
 
@@ -190,7 +190,7 @@ def training_points(index: Any, train_size: int | None) -> int:
     if train_size < centroids:
         raise InvalidArgumentError(
             f"train_size must be at least {centroids}, the number of centroids to learn, got {train_size}: raise it, "
-            "or use fewer lists or bits."
+            "or use fewer lists or bits"
         )
     return train_size
 

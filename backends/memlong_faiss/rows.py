@@ -130,7 +130,7 @@ class GpuRows(RowIndex):
         except RuntimeError as error:
             raise InvalidArgumentError(
                 f"index must be one that FAISS supports on GPUs, such as 'Flat' or 'IVF256,Flat', got "
-                f"{recipe.factory!r}: {error}."
+                f"{recipe.factory!r}: {error}"
             ) from error
         weakref.finalize(self, resources.dispose, self._index).atexit = False
 
@@ -143,7 +143,7 @@ class GpuRows(RowIndex):
         """Search all rows, fetching enough to include k living ones if the limit allows."""
         if k > self.k_limit:
             raise InvalidArgumentError(
-                f"k must be at most {self.k_limit} on a GPU, a limit of FAISS, got {k}: lower it, or use device='cpu'."
+                f"k must be at most {self.k_limit} on a GPU, a limit of FAISS, got {k}: lower it, or use device='cpu'"
             )
         fetch = min(k + numbers.dead, len(numbers), self.k_limit)
         with self._resources.using():

@@ -140,7 +140,7 @@ class HnswlibIndex(Index[HnswlibOptions]):
         except (RuntimeError, MemoryError) as error:
             raise InvalidArgumentError(
                 f"hnswlib cannot allocate a graph with initial_capacity {options.initial_capacity} and M {options.M}: "
-                f"{error}. Use smaller values; the graph grows as it fills."
+                f"{error}. Use smaller values; the graph grows as it fills"
             ) from error
         self._graph.set_ef(options.ef)
         self._dead = 0

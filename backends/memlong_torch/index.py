@@ -35,7 +35,7 @@ class TorchIndex(Index[NoOptions]):
             raise DeviceUnavailableError(
                 f"device must be one that torch {torch.__version__} can use, got {str(chosen)!r}, and it sees "
                 f"{torch.cuda.device_count()} CUDA devices: use device='cpu', or install a CUDA build of torch and "
-                "check the driver with nvidia-smi."
+                "check the driver with nvidia-smi"
             )
         return chosen
 

@@ -55,7 +55,7 @@ def of_model_type(model_type: str) -> tuple[Architecture, ...]:
     if not is_model_type(model_type):
         raise UnknownNameError(
             f"transformers has no decoder-only architecture of model type {model_type!r}: run `memlong models` for a "
-            "list. For your own model, give its folder, config.json or hub id."
+            "list. For your own model, give its folder, config.json or hub id"
         )
     return tuple(each for each in _mapped() if each.model_type == model_type)
 

@@ -25,7 +25,7 @@ from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
 _TOO_LARGE = (
-    "Out of memory while building a light model of this configuration: lower only its number of layers."
+    "Out of memory while building a light model of this configuration: lower only its number of layers"
 )
 _KINDS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
@@ -80,10 +80,10 @@ def outline(config: PreTrainedConfig) -> Outline:
     kind = _class_of(config)
     if kind is None:
         return Outline(
-            config.model_type, f"transformers {__version__} has no model of this type that generates text."
+            config.model_type, f"transformers {__version__} has no model of this type that generates text"
         )
     if config.model_type in encoder_decoders():
-        return Outline(kind.__name__, "an encoder reads its text, and memory is for decoder-only models.")
+        return Outline(kind.__name__, "an encoder reads its text, and memory is for decoder-only models")
     reason = ""
     with quiet_loading():
         for make, is_whole in light_models(kind, config):

@@ -38,10 +38,10 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
             if "trust_remote_code" in str(error):
                 raise InvalidArgumentError(
                     f"The configuration of {name!r} needs Python code that comes with the model and would run with "
-                    "your permissions. Read that code; if you trust it, add --trust-remote-code."
+                    "your permissions. Read that code; if you trust it, add --trust-remote-code"
                 ) from error
             raise InvalidArgumentError(
                 f"Cannot read the configuration of {name!r}: {error}\nGive a hub id, a folder saved by transformers, "
-                "a config.json, a GGUF file, 'demo', or a model type from `memlong models`."
+                "a config.json, a GGUF file, 'demo', or a model type from `memlong models`"
             ) from error
     return config

@@ -68,7 +68,7 @@ class Trial:
     def short_reason(self) -> str:
         """The reason, without the text common to all refusals."""
         begin = self.reason.find(": ") + 2 if self.reason.startswith("Memory cannot be attached to ") else 0
-        return self.reason[begin:].partition(" Supported are ")[0]
+        return self.reason[begin:].partition(". Supported are ")[0]
 
 
 def try_architecture(architecture: Architecture) -> Trial:

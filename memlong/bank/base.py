@@ -94,7 +94,7 @@ class MemoryBank:
     """What finds the chunks."""
 
     saved_options: ClassVar[SavedOptions] = {}
-    """Options that a file, perhaps a stranger's, may choose, each with the most that it may ask for, or None."""
+    """Options that a snapshot, possibly an untrusted one, may set, each with its maximum there, or None."""
 
     maker: ClassVar[type]
     """The class that snapshots name: that of the index, or of the bank where it is more than its index."""
@@ -263,7 +263,7 @@ class MemoryBank:
         Parameters
         ----------
         layout : ChunkLayout
-            Of the chunks.
+            Layout of the chunks.
 
         Raises
         ------
@@ -503,7 +503,7 @@ class MemoryBank:
         """
         if not hasattr(cls, "index_class"):
             raise InvalidArgumentError(
-                f"{cls.__name__} is no backend: memlong.load_bank(path) makes a bank of the one that was saved, "
+                f"{cls.__name__} is not a backend: memlong.load_bank(path) makes a bank of the one that was saved, "
                 "load_bank(path, backend='torch') of another"
             )
         folder = folder_of(path)

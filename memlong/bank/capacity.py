@@ -1,4 +1,4 @@
-"""How much a bank may hold, and which chunks leave when it holds more."""
+"""A bank's capacity, and which chunks are evicted when it is exceeded."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Capacity:
     Parameters
     ----------
     max_chunks : int or None
-        The most chunks; None is no limit.
+        Maximum number of chunks; None means no limit.
     max_bytes : int, str or None
-        The most bytes of embeddings, keys and values, such as 2000000 or "8GB".
+        Maximum bytes of embeddings, keys and values, such as 2000000 or "8GB".
     policy : EvictionPolicy
         Chooses which chunks leave.
     """
 
     def __init__(self, max_chunks: int | None, max_bytes: int | str | None, policy: EvictionPolicy) -> None:
-        # A manifest holds no more.
+        # The limit of a manifest.
         self.max_chunks = (
             None if max_chunks is None else whole_number("max_chunks", max_chunks, at_least=1, at_most=_MOST)
         )
@@ -44,7 +44,7 @@ class Capacity:
         embedding_bytes, block_bytes : int
             Of one chunk: its embedding, and its keys and values as the store keeps them.
         store_bytes : int or None
-            The most bytes of keys and values that the store takes.
+            Maximum bytes of keys and values in the store.
 
         Raises
         ------

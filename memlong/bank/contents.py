@@ -39,7 +39,7 @@ class Contents:
     store : KeyValueStore
         Empty.
     owner : object
-        Whose contents they are; held weakly.
+        The owner of the contents; held weakly.
     on_undo : callable
         Tells the owner, before anything else, that the index over the table may be wrong.
     """
@@ -86,7 +86,7 @@ class Contents:
         Parameters
         ----------
         layout : ChunkLayout or None
-            Of the chunks, after the change.
+            Layout of the chunks after the change.
         added : numpy.ndarray, optional
             int64 [n], the ids of the chunks that it adds: those from `next_id` on.
         """

@@ -47,7 +47,7 @@ class Draft(Uncopied):
         Chunks that another draft over the same bank already holds.
     """
 
-    why_uncopied = "it lies over a bank. Fork it, or copy the bank."
+    why_uncopied = "it lies over a bank. Fork it, or copy the bank"
 
     def __init__(self, bank: MemoryBank | Draft, chunks: Sequence[_Chunk] = ()) -> None:
         self._bank = bank

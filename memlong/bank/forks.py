@@ -16,7 +16,7 @@ class ForkAware(Protocol):
     """An object that must know when it is in a forked process."""
 
     def after_fork(self) -> None:
-        """Undo what threads that exist only in the parent left half done; nothing else runs meanwhile."""
+        """Undo what threads that exist only in the parent left half done; nothing else runs in the meantime."""
 
 
 def tell_after_fork(thing: ForkAware) -> None:

@@ -1,4 +1,4 @@
-"""What is near, and what an index ranks by."""
+"""Metrics, and the similarity that an index ranks by."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ Metric = Literal["cosine", "inner_product", "l2"]
 
 
 def similarity_of(metric: Metric) -> Similarity:
-    """Return what to rank by; under the cosine metric embeddings have length 1, or 0, already."""
+    """Return what to rank by; under the cosine metric, embeddings are already normalized (or zero)."""
     return "l2" if metric == "l2" else "inner_product"

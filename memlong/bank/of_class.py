@@ -22,7 +22,7 @@ else:
             def refuse(*_: Any, **__: Any) -> Any:
                 raise InvalidArgumentError(
                     f"{name}() makes a new {kind}, and would leave this one as it is: write "
-                    f"new = {kind}.{name}(path, ...), and use that."
+                    f"new = {kind}.{name}(path, ...), and use that"
                 )
 
             return refuse

@@ -234,7 +234,7 @@ class BankState:
                     if not len(lost):
                         raise  # the store names others than the bank's: to try again would not end
                     self.remove(lost)
-                warn(f"{error} The bank has forgotten them.", LostChunksWarning, stacklevel=4)
+                warn(f"{error}. The bank has forgotten them", LostChunksWarning, stacklevel=4)
 
     def search(self, queries: Floats, k: int, *, exactly: bool = False) -> SearchResult:
         """Return the k best chunks of each query, by the index or by brute force."""

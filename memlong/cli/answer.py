@@ -28,7 +28,7 @@ def answering(command: Callable[..., None]) -> Callable[..., None]:
             # None of our commands exits this way, and exit status 0 would look like success.
             raise MemlongError(
                 f"A plugin or library exited the program (exit status {ended.code!r}) before the command finished. "
-                "To run without third-party plugins, set MEMLONG_PLUGINS= (empty)."
+                "To run without third-party plugins, set MEMLONG_PLUGINS= (empty)"
             ) from ended
         finally:
             _answer.reset(token)

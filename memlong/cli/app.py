@@ -57,7 +57,7 @@ def run() -> int:
         why = str(error).partition("\n")[0] or "raised by Python"
         return _failed(
             f"Out of memory ({why}). Use a smaller model, --segment-size, --rows or --beams, or move keys and values "
-            "off the device with --store."
+            "off the device with --store"
         )
     except SystemExit as ended:  # typer exits this way, with 130 after a KeyboardInterrupt
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)

@@ -98,7 +98,7 @@ def choose_decoder(
     if adapter is None:
         if model is None:
             raise InvalidArgumentError(
-                "--model is missing: give a hub id, folder, GGUF file or 'demo', or a trained decoder with --adapter."
+                "--model is missing: give a hub id, folder, GGUF file or 'demo', or a trained decoder with --adapter"
             )
         return DecoderChoice(model, None, memory.config(seed), {}, dtype, device, trust_remote_code)
     from memlong.decoder import MemoryConfig
@@ -109,7 +109,7 @@ def choose_decoder(
     if fixed:  # checked before their values, which the adapter's rules would decide
         raise InvalidArgumentError(
             f"--{fixed[0].replace('_', '-')} cannot be combined with --adapter, whose memory is fixed by training. "
-            "Only the backend, the retriever, their options and the store can be changed."
+            "Only the backend, the retriever, their options and the store can be changed"
         )
     config = memory.config(seed)
     changes: dict[str, Any] = {}

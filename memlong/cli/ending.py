@@ -69,7 +69,7 @@ def _run() -> int:
     _open_closed_streams()
     if not had_output:
         _print_error(
-            "memlong: Standard output is closed, so the result cannot be printed. To discard it, use > /dev/null."
+            "memlong: Standard output is closed, so the result cannot be printed. To discard it, use > /dev/null"
         )
         return _FAILED
     _keep_output_for_the_answer()
@@ -136,8 +136,8 @@ def _failure_to_print(more: str = "") -> OSError | None:
 
 
 def _unprinted(failure: OSError) -> int:
-    if not isinstance(failure, BrokenPipeError):  # a reader that stops early, such as head, is no error
-        _print_error(f"memlong: Cannot print the result: {failure.strerror}. Redirect the output elsewhere.")
+    if not isinstance(failure, BrokenPipeError):  # a reader that stops early, such as head, is not an error
+        _print_error(f"memlong: Cannot print the result: {failure.strerror}. Redirect the output elsewhere")
     return _FAILED
 
 

@@ -32,7 +32,7 @@ def keep_apart(writes: Mapping[str, Path | None], reads: Mapping[str, Iterable[s
             if _is_one_file(path, there):
                 raise InvalidArgumentError(
                     f"{option} and {other} must be different files, got {str(path)!r} for both: it would be "
-                    "overwritten."
+                    "overwritten"
                 )
         used.append((option, path))
 
@@ -60,19 +60,19 @@ def writable(path: Path, *, replaces: tuple[bytes, ...] = ()) -> Path:
             if not any(each in head for each in replaces):
                 raise InvalidArgumentError(
                     f"{str(path)!r} already exists, and this command did not write it, so it is not overwritten: "
-                    "remove it, or name another file."
+                    "remove it, or name another file"
                 )
     except InvalidArgumentError:
         raise
     except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
         why = getattr(error, "strerror", None) or error
-        raise InvalidArgumentError(f"Cannot write {str(path)!r}: {why}.") from error
+        raise InvalidArgumentError(f"Cannot write {str(path)!r}: {why}") from error
     return path
 
 
 def _check_writable(path: Path) -> None:
     if path.is_dir():
-        raise InvalidArgumentError(f"{str(path)!r} is a folder: name a file.")
+        raise InvalidArgumentError(f"{str(path)!r} is a folder: name a file")
     target = path.resolve() if path.is_symlink() else path
     if not target.parent.is_dir():
         raise InvalidArgumentError(
@@ -80,7 +80,7 @@ def _check_writable(path: Path) -> None:
         )
     if not os.access(target if target.exists() else target.parent, os.W_OK):
         raise InvalidArgumentError(
-            f"{str(path)!r} is not writable: change its permissions, or name another file."
+            f"{str(path)!r} is not writable: change its permissions, or name another file"
         )
 
 

@@ -50,7 +50,7 @@ def fit(
     keep_apart({"--out": out}, {"--text": text, "--model": [model]})
     writable(out, replaces=_MAPS)
     if out.exists() and not out.is_file():
-        raise InvalidArgumentError(f"--out must be a regular file, got {str(out)!r}.")
+        raise InvalidArgumentError(f"--out must be a regular file, got {str(out)!r}")
     import torch
 
     from memlong.evaluation import read_text, tokenize
@@ -65,7 +65,7 @@ def fit(
         if not whole:
             raise InvalidTextError(
                 f"{str(file)!r} must have at least {passage_tokens} tokens, one passage: give a longer text, or a "
-                "smaller --passage-tokens."
+                "smaller --passage-tokens"
             )
         places = torch.linspace(0, len(whole) - 1, min(passages, len(whole))).round().long().tolist()
         chosen += [whole[place].to(language_model.device) for place in places]
@@ -90,5 +90,5 @@ def _save(maps: LatentMaps, out: Path) -> None:
         kept = Path(tempfile.mkdtemp(prefix="memlong-")) / out.name
         maps.save(kept)
         raise InvalidArgumentError(
-            f"Cannot write {str(out)!r}: {error}. The maps were saved to {str(kept)!r} instead."
+            f"Cannot write {str(out)!r}: {error}. The maps were saved to {str(kept)!r} instead"
         ) from error

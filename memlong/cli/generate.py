@@ -82,7 +82,7 @@ def generate(
     from memlong.evaluation.text import check_characters
 
     if not prompt:
-        raise InvalidArgumentError("--prompt must not be empty: give at least one word to continue.")
+        raise InvalidArgumentError("--prompt must not be empty: give at least one word to continue")
     check_characters("--prompt", prompt)
     texts = [read_text(path) for path in context or []]
     said: dict[str, Any] = {
@@ -142,11 +142,11 @@ def generate(
 
 def _sampling(option: str, value: float, least: float, most: float, *, sample: bool) -> float:
     if not sample:
-        raise InvalidArgumentError(f"{option} only applies to sampling: add --sample, or leave it out.")
+        raise InvalidArgumentError(f"{option} only applies to sampling: add --sample, or leave it out")
     if not least <= value <= most:
         raise InvalidArgumentError(
             f"{option} must be a number from {least:g} to {most:g}, got {value}. For greedy decoding, leave out "
-            "--sample."
+            "--sample"
         )
     return value
 
@@ -157,11 +157,11 @@ def _prompt(tokenizer: Any, prompt: str, *, chat: bool, begins: bool, control_to
     if not chat:
         found = tokenize(tokenizer, prompt, begins=begins, control_tokens=control_tokens)
         if not found.shape[1]:
-            raise InvalidArgumentError("--prompt must not be empty: give at least one word to continue.")
+            raise InvalidArgumentError("--prompt must not be empty: give at least one word to continue")
         return found
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidArgumentError(
-            "--chat needs a model with a chat template, and this one has none: leave it out, or use an instruct model."
+            "--chat needs a model with a chat template, and this one has none: leave it out, or use an instruct model"
         )
     return chat_turn(tokenizer, prompt, begins=begins)
 

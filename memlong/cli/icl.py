@@ -147,10 +147,10 @@ def _words(labels: str) -> dict[str, str]:
         label, _, word = (piece.strip() for piece in part.partition("="))
         if not label or not word:
             raise InvalidArgumentError(
-                f"--labels must give a word for each label, such as --labels 0=negative,1=positive, got {labels!r}."
+                f"--labels must give a word for each label, such as --labels 0=negative,1=positive, got {labels!r}"
             )
         if label in found:
-            raise InvalidArgumentError(f"--labels must give each label once, got {label!r} twice.")
+            raise InvalidArgumentError(f"--labels must give each label once, got {label!r} twice")
         found[label] = word
     return found
 

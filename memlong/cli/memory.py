@@ -63,7 +63,7 @@ class MemoryOptions:
                 if needs and settings.get(each.name, default_of(each)) != default_of(each):
                     raise InvalidArgumentError(
                         f"--{option_of(each).replace('_', '-')} needs a backend, got --backend none: name one, or "
-                        "leave the option out."
+                        "leave the option out"
                     )
         if settings["retriever"] == "random":
             settings["retriever_options"].setdefault("seed", seed)

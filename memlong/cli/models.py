@@ -53,7 +53,7 @@ def models(
     if markdown is not None:
         if name is not None:
             raise InvalidArgumentError(
-                f"--markdown writes all model types, and cannot be combined with {name!r}: leave one of them out."
+                f"--markdown writes all model types, and cannot be combined with {name!r}: leave one of them out"
             )
         writable(markdown, replaces=(_PAGE.split("{")[0].encode(),))
     from memlong.architectures import is_model_type
@@ -68,7 +68,7 @@ def models(
         except OSError as error:
             say(page(trials))
             raise InvalidArgumentError(
-                f"Cannot write {str(markdown)!r}: {error.strerror}. The page is printed instead."
+                f"Cannot write {str(markdown)!r}: {error.strerror}. The page is printed instead"
             ) from error
         say(f"{escaped(str(markdown))}: {_counted(trials)}")
     elif as_json:
@@ -183,15 +183,15 @@ def _check_name(name: str) -> None:
 
     if name in encoder_decoders():
         raise InvalidArgumentError(
-            f"NAME must be a decoder-only model, got {name!r}, an encoder-decoder: its encoder cannot use a memory."
+            f"NAME must be a decoder-only model, got {name!r}, an encoder-decoder: its encoder cannot use a memory"
         )
     if Path(name).suffix in (".json", ".gguf"):
-        raise InvalidArgumentError(f"The file {name!r} does not exist: check the path.")
+        raise InvalidArgumentError(f"The file {name!r} does not exist: check the path")
     near = get_close_matches(name, [each.model_type for each in architectures()], n=1, cutoff=0.8)
     if near and name != "demo" and "/" not in name:
         raise InvalidArgumentError(
             f"transformers {TRANSFORMERS} has no model type {name!r}; did you mean {near[0]!r}? For a model on the "
-            "hub, include its owner."
+            "hub, include its owner"
         )
 
 

@@ -117,7 +117,7 @@ def _check_plot(plot: Path) -> None:
     """Check that the plot can be drawn and written, before the long work."""
     writable(plot)
     if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InvalidArgumentError(f"--plot must end in .png, .svg or .pdf, got {str(plot)!r}.")
+        raise InvalidArgumentError(f"--plot must end in .png, .svg or .pdf, got {str(plot)!r}")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError("--plot requires matplotlib: pip install 'memlong[plot]'")
 
@@ -155,7 +155,7 @@ def _draw(cells: list[Cell], title: str, path: Path) -> None:
         figure.savefig(path, dpi=130)
     except OSError as error:
         raise InvalidArgumentError(
-            f"Cannot write {str(path)!r}: {error.strerror or error}. The result is printed without the plot."
+            f"Cannot write {str(path)!r}: {error.strerror or error}. The result is printed without the plot"
         ) from error
     finally:
         plt.close(figure)

@@ -82,7 +82,7 @@ class JsonOutput:
             except OSError as error:
                 print_json(data)
                 raise InvalidArgumentError(
-                    f"Cannot write {str(self._path)!r}: {error.strerror}. The result is printed instead."
+                    f"Cannot write {str(self._path)!r}: {error.strerror}. The result is printed instead"
                 ) from error
         return not self.is_stdout
 
@@ -107,7 +107,7 @@ def _pipe_at(path: Path) -> int | None:
     except OSError as error:
         why = "it is a pipe without a reader" if error.errno == errno.ENXIO else error.strerror
         raise InvalidArgumentError(
-            f"Cannot write {str(path)!r}: {why}. Start the reader first, or name a file."
+            f"Cannot write {str(path)!r}: {why}. Start the reader first, or name a file"
         ) from error
     os.set_blocking(number, True)
     return number

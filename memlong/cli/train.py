@@ -70,11 +70,11 @@ def train(
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     if not text and dataset is None:
         raise InvalidArgumentError(
-            "There is nothing to train on: name files or folders with --text, or a --dataset."
+            "There is nothing to train on: name files or folders with --text, or a --dataset"
         )
     if memory.typed["backend"] == "none":
         raise InvalidArgumentError(
-            "--backend must name a backend, got 'none': without a memory there is nothing to train."
+            "--backend must name a backend, got 'none': without a memory there is nothing to train"
         )
     config, training = memory.config(seed), replace(training, seed=seed)
     from memlong.decoder import MemoryDecoder

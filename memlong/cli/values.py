@@ -38,9 +38,9 @@ def key_values(
         key, equals, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
-            raise InvalidArgumentError(f"{option} must be K=V, such as {option} {example}, got {text!r}.")
+            raise InvalidArgumentError(f"{option} must be K=V, such as {option} {example}, got {text!r}")
         if key in found:
-            raise InvalidArgumentError(f"{option} must give each key once, got {key!r} twice.")
+            raise InvalidArgumentError(f"{option} must give each key once, got {key!r} twice")
         found[key] = value
         if key not in as_text:
             with suppress(ValueError, RecursionError):  # too many digits, or too deeply nested
@@ -60,5 +60,5 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise InvalidArgumentError(
-            f"{option} must be comma-separated numbers, such as {option} 1,2, got {text!r}."
+            f"{option} must be comma-separated numbers, such as {option} 1,2, got {text!r}"
         ) from error

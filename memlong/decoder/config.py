@@ -123,33 +123,33 @@ class MemoryConfig:
         if not isinstance(self.retrieval_layers, str):
             raise InvalidArgumentError(
                 "retrieval_layers must be 'all', layers and ranges such as '3,7,11-13', or a list of numbers such as "
-                f"[3, 7], got {self.retrieval_layers!r}."
+                f"[3, 7], got {self.retrieval_layers!r}"
             )
         for name, value in checked(self).items():
             object.__setattr__(self, name, value)
         if self.retrieval_interval > self.segment_size:
             raise InvalidArgumentError(
                 f"retrieve_every must be at most segment_size ({self.segment_size}), which the window has space for, "
-                f"got {self.retrieve_every}."
+                f"got {self.retrieve_every}"
             )
         for name, source in (("memory_layer", "shared"), ("maps", "latent")):
             value = getattr(self, name)
             if value is not None and self.kv_source != source:
                 raise InvalidArgumentError(
                     f"{name} must be None unless kv_source is {source!r}, got {value!r} with {self.kv_source!r}: set "
-                    f"kv_source to {source!r}, or leave {name} out."
+                    f"kv_source to {source!r}, or leave {name} out"
                 )
         taken = sorted(_NOT_OPTIONS & set(self.backend_options))
         if taken:
             raise InvalidArgumentError(
                 f"backend_options must not hold {', '.join(taken)}, which the decoder sets itself: dim is the "
-                "retriever's, and store is a setting of its own."
+                "retriever's, and store is a setting of its own"
             )
         if self.local_window < self.segment_size + self.chunk_size:
             raise InvalidArgumentError(
                 f"local_window must be at least {self.segment_size + self.chunk_size}, to hold a segment "
                 f"({self.segment_size} tokens) and a chunk that is still filling ({self.chunk_size}), got "
-                f"{self.local_window}: raise it, or lower segment_size or chunk_size."
+                f"{self.local_window}: raise it, or lower segment_size or chunk_size"
             )
 
     def __repr__(self) -> str:
@@ -189,6 +189,6 @@ class MemoryConfig:
         return self.sink_tokens + (self.memory_span(self.top_k) if self.backend else 0) + self.local_window
 
     def memory_span(self, chunks: int) -> int:
-        """Positions that so many retrieved chunks take between sinks and window."""
+        """Positions that this many retrieved chunks take between sinks and window."""
         of_modes: dict[str | None, int] = {"zero": 1, "overlaid": self.chunk_size}
         return of_modes.get(self.position_mode, chunks * self.chunk_size) if chunks else 0

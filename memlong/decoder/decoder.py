@@ -98,7 +98,7 @@ class MemoryDecoder(Uncopied):
 
     why_uncopied = (
         "it has a model, and streams that go through it. Save them with save(path), and continue elsewhere with "
-        "MemoryDecoder.load(path, model, tokenizer, config)."
+        "MemoryDecoder.load(path, model, tokenizer, config)"
     )
 
     def __init__(
@@ -229,7 +229,7 @@ class MemoryDecoder(Uncopied):
             If the configuration has ``backend=None``: there are no banks.
         """
         if self.config.backend is None:
-            raise MemlongError("There is no bank to store the window in: the configuration has backend=None.")
+            raise MemlongError("There is no bank to store the window in: the configuration has backend=None")
         return self._streams.flush()
 
     def stream(
@@ -270,7 +270,7 @@ class MemoryDecoder(Uncopied):
             If the decoder is not attached, or was reset before the last segment.
         """
         if logits not in ("all", "last"):
-            raise InvalidArgumentError(f"logits must be 'all' or 'last', got {logits!r}.")
+            raise InvalidArgumentError(f"logits must be 'all' or 'last', got {logits!r}")
         pending = token_lists(input_ids, attention_mask, self.model_layout)
         return self._streams.read(pending, 0 if logits == "all" else 1, gradients=gradients)
 
@@ -285,7 +285,7 @@ class MemoryDecoder(Uncopied):
         pending = token_lists(input_ids, attention_mask, self.model_layout)
         if not all(pending):
             raise InvalidArgumentError(
-                "input_ids must hold at least one token in every row, got an empty row."
+                "input_ids must hold at least one token in every row, got an empty row"
             )
         last: Tensor | None = None
         for segment in self._streams.read(pending, 1, gradients=False):
@@ -307,7 +307,7 @@ class MemoryDecoder(Uncopied):
 
         Memory is retrieved at the end of the prompt and after every ``retrieve_every`` generated tokens. The last
         tokens of the prompt, at most a segment, are read again with it, so that a question is understood in the light
-        of its answer. Chunks that leave the window meanwhile are stored, too.
+        of its answer. Chunks that leave the window are stored as usual.
 
         Parameters
         ----------
@@ -324,8 +324,8 @@ class MemoryDecoder(Uncopied):
             What an earlier call returned in its dict: then ``input_ids`` is the whole conversation, as in transformers,
             and only what is new is read.
         options
-            Of the model's ``generate()``: greedy, sampling and beam search, streamers, logits processors and stopping
-            criteria.
+            Options of the model's ``generate()``: greedy, sampling and beam search, streamers, logits processors and
+            stopping criteria.
 
         Returns
         -------
@@ -481,8 +481,8 @@ class MemoryDecoder(Uncopied):
         retriever, registry
             As for `MemoryDecoder`.
         dtype, device
-            Of the model, if it is to be loaded, as for `load_model`; but ``"auto"`` is the dtype of the training, if
-            the folder names it.
+            Dtype and device of the model if it is loaded, as for `load_model`; but ``"auto"`` is the dtype of the
+            training if the folder names it.
         trust_remote_code
             Whether code that the model brings may run, as for `load_model`. The decoder's own folder holds no code.
 

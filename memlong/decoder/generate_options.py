@@ -33,7 +33,7 @@ def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> N
     """
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
-        raise InvalidArgumentError(f"generation_config must be a GenerationConfig, got {config!r}.")
+        raise InvalidArgumentError(f"generation_config must be a GenerationConfig, got {config!r}")
     options.setdefault(
         "cache_implementation", getattr(config, "cache_implementation", None)
     )  # not the model's own
@@ -41,22 +41,22 @@ def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> N
         if _NO_TEXT.search(name) and value is not None:
             raise InvalidArgumentError(
                 f"{name} does not work with a memory, which holds text only. Leave it out, or generate with the model "
-                "itself, outside `with decoder:`."
+                "itself, outside `with decoder:`"
             )
     for name in ("num_beams", "num_return_sequences"):
         value = _setting(model, options, name)
         if value is not None and not (isinstance(value, int) and value >= 1):
-            raise InvalidArgumentError(f"{name} must be an integer of at least 1, got {value!r}.")
+            raise InvalidArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
     for name in ("logits_processor", "stopping_criteria"):
         odd = next((each for each in options.get(name) or () if not callable(each)), None)
         if odd is not None:
-            raise InvalidArgumentError(f"{name} must hold callables, got {odd!r}.")
+            raise InvalidArgumentError(f"{name} must hold callables, got {odd!r}")
     for name, reason in _REFUSED.items():
         value = _setting(model, options, name)
         if isinstance(value, Tensor) or value:
             raise InvalidArgumentError(
                 f"{name} does not work with a memory: {reason}. Leave it out, or generate with the model itself, "
-                "outside `with decoder:`."
+                "outside `with decoder:`"
             )
 
 

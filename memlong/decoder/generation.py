@@ -41,7 +41,7 @@ class StreamCache(Uncopied, Cache):
     is_compileable = False
     why_uncopied = (
         "it stands for the streams of a decoder. Save those with decoder.save(path), and keep only the sequences of "
-        "what generate() returned."
+        "what generate() returned"
     )
 
     def __init__(self, columns: int, speaker: Speaker) -> None:
@@ -228,8 +228,8 @@ def generate(
     if not all(prompt) or (new_mask is not None and not bool(new_mask[:, -1].all())):
         raise InvalidArgumentError(
             "input_ids must hold at least one token in every row, and be padded on the left, got a row of the prompt "
-            "that is empty, or padded on the right: set tokenizer.padding_side = 'left'."
-            + (" If padding tokens are text here, pass an attention_mask of ones." if is_inferred else "")
+            "that is empty, or padded on the right: set tokenizer.padding_side = 'left'"
+            + (". If padding tokens are text here, pass an attention_mask of ones" if is_inferred else "")
         )
     batch = streams.for_rows(len(prompt)) if remember else streams.forked(len(prompt))
 
@@ -259,14 +259,14 @@ def _columns_of(cache: StreamCache, input_ids: Tensor, streams: CurrentStreams) 
     if turn is None or turn.cache is not cache or turn.tokens_read != streams.tokens_read:
         raise InvalidArgumentError(
             "past_key_values is not what this decoder's latest generate() returned, or the streams have read more "
-            "since: pass only the new text, and leave past_key_values out."
+            "since: pass only the new text, and leave past_key_values out"
         )
     read = turn.sequences.to(input_ids.device)
     remedy = "Pass the conversation as generate() returned it followed by the new text, or the new text alone"
     if input_ids.shape[0] != len(read) or input_ids.shape[1] <= cache.columns:
         raise InvalidArgumentError(
             f"input_ids must continue the {len(read)} rows of {cache.columns} tokens that past_key_values stands for, "
-            f"got {tuple(input_ids.shape)}. {remedy}, without past_key_values."
+            f"got {tuple(input_ids.shape)}. {remedy}, without past_key_values"
         )
     odd = (input_ids[:, : cache.columns] != read).nonzero()
     if len(odd):
@@ -274,6 +274,6 @@ def _columns_of(cache: StreamCache, input_ids: Tensor, streams: CurrentStreams) 
         raise InvalidArgumentError(
             f"input_ids must begin with the conversation that past_key_values stands for, got "
             f"{int(input_ids[row, column])} in row {row} at column {column}, where the streams have read "
-            f"{int(read[row, column])}. {remedy}, without past_key_values."
+            f"{int(read[row, column])}. {remedy}, without past_key_values"
         )
     return cache.columns

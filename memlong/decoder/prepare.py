@@ -64,12 +64,12 @@ def prepare(
 
 def _check_types(tokenizer: Any, config: Any, retriever: Any) -> None:
     if not isinstance(config, MemoryConfig):
-        raise InvalidArgumentError(f"config must be a MemoryConfig, got {config!r}.")
+        raise InvalidArgumentError(f"config must be a MemoryConfig, got {config!r}")
     if isinstance(tokenizer, MemoryConfig | Retriever | str):
         raise InvalidArgumentError(
-            f"tokenizer must be the model's tokenizer, or None, got {tokenizer!r:.80}: the config comes after it."
+            f"tokenizer must be the model's tokenizer, or None, got {tokenizer!r:.80}: the config comes after it"
         )
     if retriever is not None and not isinstance(retriever, Retriever):
         raise InvalidArgumentError(
-            f"retriever must be a Retriever, got {retriever!r}: its name goes into the MemoryConfig."
+            f"retriever must be a Retriever, got {retriever!r}: its name goes into the MemoryConfig"
         )

@@ -66,22 +66,22 @@ def perplexity_ratio(
     if nll.shape != baseline_nll.shape or nll.ndim != 1 or not nll.size:
         raise InvalidArgumentError(
             f"nll and baseline_nll must be [tokens] of one length, got {nll.shape} and {baseline_nll.shape}: score "
-            "both systems on the same tokens."
+            "both systems on the same tokens"
         )
     _check_draws(samples, confidence)
     if block < 1:
-        raise InvalidArgumentError(f"block must be at least 1 token, got {block}.")
+        raise InvalidArgumentError(f"block must be at least 1 token, got {block}")
     if not (np.isfinite(nll).all() and np.isfinite(baseline_nll).all()):
         raise InvalidArgumentError(
-            "nll and baseline_nll must be finite, got infinite values or NaN: check the runs that produced them."
+            "nll and baseline_nll must be finite, got infinite values or NaN: check the runs that produced them"
         )
     if where is not None and (where.shape != nll.shape or where.dtype != np.bool_):
         raise InvalidArgumentError(
-            f"where must be bool of shape {nll.shape}, one per token, got {where.dtype} of shape {where.shape}."
+            f"where must be bool of shape {nll.shape}, one per token, got {where.dtype} of shape {where.shape}"
         )
     counted = np.ones(nll.shape, dtype=np.bool_) if where is None else where
     if not counted.any():
-        raise InvalidArgumentError("where must mark at least one token, got none.")
+        raise InvalidArgumentError("where must mark at least one token, got none")
     starts = np.arange(0, nll.size, block)
     sums = np.add.reduceat(np.where(counted, nll - baseline_nll, 0.0), starts)
     sizes = np.add.reduceat(counted.astype(np.int64), starts)
@@ -120,7 +120,7 @@ def accuracy_interval(
     """
     if right.ndim != 1 or not right.size:
         raise InvalidArgumentError(
-            f"right must be [answers] with at least one answer, got shape {right.shape}."
+            f"right must be [answers] with at least one answer, got shape {right.shape}"
         )
     _check_draws(samples, confidence)
     drawn = np.random.default_rng(seed).integers(0, right.size, (samples, right.size))
@@ -131,6 +131,6 @@ def accuracy_interval(
 
 def _check_draws(samples: int, confidence: float) -> None:
     if samples < 1:
-        raise InvalidArgumentError(f"samples must be at least 1, got {samples}.")
+        raise InvalidArgumentError(f"samples must be at least 1, got {samples}")
     if not 0 < confidence < 1:
-        raise InvalidArgumentError(f"confidence must be between 0 and 1, got {confidence}.")
+        raise InvalidArgumentError(f"confidence must be between 0 and 1, got {confidence}")

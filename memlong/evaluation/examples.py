@@ -83,7 +83,7 @@ def read_examples(
         If a label is not in ``labels``, or labels are not words and ``labels`` is None.
     """
     if label_column not in (None, "first", "last"):
-        raise InvalidArgumentError(f"label_column must be 'first' or 'last', got {label_column!r}.")
+        raise InvalidArgumentError(f"label_column must be 'first' or 'last', got {label_column!r}")
     rows = _rows(path)
     known: Mapping[str, str] = labels or {}
     label_at, text_at = (0, 1) if (label_column or _label_column(rows, known)) == "first" else (-1, -2)
@@ -95,7 +95,7 @@ def read_examples(
     for (line, cells), label in zip(rows, found, strict=True):
         text = cells[text_at].strip()
         if not text:
-            raise InvalidTextError(f"{str(path)!r} has no text in line {line}: add it, or remove the line.")
+            raise InvalidTextError(f"{str(path)!r} has no text in line {line}: add it, or remove the line")
         examples.append(Example(text, words[label]))
     return examples
 
@@ -131,18 +131,18 @@ def draw_task(
         If there are fewer than two words, too few examples of one, a test with an unknown word, or no tests left.
     """
     if shots < 1 or test_limit < 1:
-        raise InvalidArgumentError(f"shots and test_limit must be at least 1, got {shots} and {test_limit}.")
+        raise InvalidArgumentError(f"shots and test_limit must be at least 1, got {shots} and {test_limit}")
     words = sorted({example.word for example in examples})
     if len(words) < 2:
         raise InvalidArgumentError(
-            f"examples must have at least two labels, got one for all {len(examples)}: {_listed(words)}."
+            f"examples must have at least two labels, got one for all {len(examples)}: {_listed(words)}"
         )
     demonstrations = _balanced(examples, words, shots, seed)
     pool = list(examples if tests is None else tests)
     if strange := sorted({test.word for test in pool} - set(words)):
         raise InvalidArgumentError(
             f"tests must have labels of the demonstrations ({_listed(words)}), got {_listed(strange)}: use files of "
-            "one task."
+            "one task"
         )
     shown = {example.text for example in demonstrations}
     random.Random(seed).shuffle(pool)  # noqa: S311 - not for cryptography
@@ -150,7 +150,7 @@ def draw_task(
     if not left:
         raise InvalidArgumentError(
             f"No tests are left, as all {len(pool)} are among the {shots} demonstrations: use fewer shots, or a "
-            "separate file of tests."
+            "separate file of tests"
         )
     return Task(tuple(words), tuple(demonstrations), tuple(left))
 
@@ -166,7 +166,7 @@ def _balanced(examples: Sequence[Example], words: Sequence[str], shots: int, see
     if shots > most:
         raise InvalidArgumentError(
             f"shots must be at most {most}, with {len(words)} balanced labels and only {len(pools[scarce])} examples "
-            f"of {scarce!r}, got {shots}."
+            f"of {scarce!r}, got {shots}"
         )
     drawn: list[Example] = []
     while len(drawn) < shots:
@@ -190,24 +190,24 @@ def _rows(path: str | Path) -> _Cells:
         if "field limit" in str(error):
             raise InvalidTextError(
                 f"{str(path)!r} has a text of more than {csv.field_size_limit():,} characters, up to line "
-                f"{reader.line_num}: shorten it, or close an open quote."
+                f"{reader.line_num}: shorten it, or close an open quote"
             ) from error
         raise InvalidTextError(
             f"{str(path)!r} is not valid CSV: {error} (line {reader.line_num}). Quote texts that contain quotes, and "
-            "double the inner ones."
+            "double the inner ones"
         ) from error
     if not rows:
-        raise InvalidTextError(f"{str(path)!r} is empty: give a file with labeled texts.")
+        raise InvalidTextError(f"{str(path)!r} is empty: give a file with labeled texts")
     columns = len(rows[0][1])
     if columns < 2:
         raise InvalidTextError(
-            f"{str(path)!r} must have a text and a label per row, separated by a tab or comma, got one column."
+            f"{str(path)!r} must have a text and a label per row, separated by a tab or comma, got one column"
         )
     for line, cells in rows:
         if len(cells) != columns:
             raise InvalidTextError(
                 f"{str(path)!r} must have {columns} columns in every row, as in its first, got {len(cells)} in line "
-                f"{line}. In CSV, quote texts that contain commas."
+                f"{line}. In CSV, quote texts that contain commas"
             )
     return rows
 
@@ -226,13 +226,13 @@ def _words_of(path: str | Path, found: Sequence[str], labels: Mapping[str, str] 
         if not all(any(letter.isalpha() for letter in label) for label in different):
             raise InvalidArgumentError(
                 f"The labels in {str(path)!r} must be words, got {_listed(different)}. Give a word for each, such as "
-                "--labels 0=negative,1=positive, or set the column of the labels: --label-column first or last."
+                "--labels 0=negative,1=positive, or set the column of the labels: --label-column first or last"
             )
         return {label: label for label in different}
     if unknown := [label for label in different if label not in labels]:
         raise InvalidArgumentError(
             f"The labels in {str(path)!r} must be among {_listed(list(labels))}, got {_listed(unknown)}. Give a word "
-            "for each with --labels, or set the column of the labels: --label-column first or last."
+            "for each with --labels, or set the column of the labels: --label-column first or last"
         )
     return labels
 

@@ -55,7 +55,7 @@ class Template:
         before, _, after = template.partition("{word}")
         if template.count("{text}") != 1 or template.count("{word}") != 1 or "{text}" not in before:
             raise InvalidArgumentError(
-                f"template must contain {{text}} and then {{word}}, once each, such as {TEMPLATE!r}, got {template!r}."
+                f"template must contain {{text}} and then {{word}}, once each, such as {TEMPLATE!r}, got {template!r}"
             )
         question, rest = before.rstrip(), after.rstrip()
         return cls(question, before[len(question) :], rest, after[len(rest) :])
@@ -142,7 +142,7 @@ def evaluate_icl(
     for count in shots:
         if not 1 <= count <= len(task.demonstrations):
             raise InvalidArgumentError(
-                f"shots must be from 1 to {len(task.demonstrations)}, the number of demonstrations, got {count}."
+                f"shots must be from 1 to {len(task.demonstrations)}, the number of demonstrations, got {count}"
             )
     form = Template.parse(template)
     for what, examples in (("A demonstration", task.demonstrations), ("A test", task.tests)):
@@ -198,14 +198,14 @@ def _first_tokens(tokenizer: Any, form: Template, words: Sequence[str]) -> list[
         if answered[: len(asked)] != asked or len(answered) == len(asked):
             raise InvalidArgumentError(
                 f"The tokenizer merges the word {word!r} with the end of the question: put a space before {{word}} in "
-                "the template."
+                "the template"
             )
         words_by_token.setdefault(answered[len(asked)], []).append(word)
     shared = [" and ".join(map(repr, same)) for same in words_by_token.values() if len(same) > 1]
     if shared:
         raise InvalidArgumentError(
             f"Label words must differ in their first token, got {'; '.join(shared)}: choose other words, such as "
-            "--labels 0=negative,1=positive."
+            "--labels 0=negative,1=positive"
         )
     return list(words_by_token)
 

@@ -58,26 +58,26 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
         If the length is too short for needle and question, or too long, or the depth is not from 0 to 1.
     """
     if length > _LONGEST:
-        raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}.")
+        raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}")
     if not 0 <= depth <= 1:
-        raise InvalidArgumentError(f"depth must be a number from 0 to 1, got {depth}.")
+        raise InvalidArgumentError(f"depth must be a number from 0 to 1, got {depth}")
     opening, needle, question = (
         _ids(tokenizer, text) for text in (OPENING, NEEDLE.format(key=key), QUESTION)
     )
     opening = [*opening_tokens(tokenizer), *opening]
-    room = length - len(opening) - len(needle) - len(question)
-    if room < 0:
+    filler_tokens = length - len(opening) - len(needle) - len(question)
+    if filler_tokens < 0:
         raise InvalidArgumentError(
-            f"length must be at least {length - room} tokens, for opening, pass key and question, got {length}."
+            f"length must be at least {length - filler_tokens} tokens, for opening, pass key and question, got {length}"
         )
     line = _ids(tokenizer, filler)
     if not line:
-        raise InvalidArgumentError("filler must not be empty: give some text, or leave it out.")
+        raise InvalidArgumentError("filler must not be empty: give some text, or leave it out")
     # Whole lines before the needle, so that it does not start in the middle of a sentence.
-    before = round(depth * room / len(line)) * len(line) if depth < 1 else room
-    before = min(before, room)
+    before = round(depth * filler_tokens / len(line)) * len(line) if depth < 1 else filler_tokens
+    before = min(before, filler_tokens)
     hay = list(itertools.islice(itertools.cycle(line), before))
-    rest = list(itertools.islice(itertools.cycle(line), room - before))
+    rest = list(itertools.islice(itertools.cycle(line), filler_tokens - before))
     return torch.tensor([[*opening, *hay, *needle, *rest, *question]], dtype=torch.long, device="cpu")
 
 
@@ -116,7 +116,7 @@ def evaluate_needle(
         If the model's logits are NaN.
     """
     if trials < 1:
-        raise InvalidArgumentError(f"trials must be at least 1, got {trials}.")
+        raise InvalidArgumentError(f"trials must be at least 1, got {trials}")
     for length, depth in itertools.product(lengths, depths):  # fail early
         passkey_prompt(decoder.tokenizer, length, depth, 10_000, filler)
     numbers = random.Random(seed)  # noqa: S311 - not for cryptography

@@ -20,7 +20,7 @@ def checked_logits(_input_ids: Tensor | None, logits: Tensor) -> Tensor:
     if bool(logits.isnan().any()):
         raise MemlongError(
             "The model's logits must be numbers, got NaN: its weights are damaged, or its dtype overflows. Load it in "
-            "float32 or bfloat16, or download the model again."
+            "float32 or bfloat16, or download the model again"
         )
     return logits
 

@@ -127,24 +127,24 @@ def _check(input_ids: Tensor, score_from: int, distance: int, segment_size: int)
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise InvalidArgumentError(
             "input_ids must be one document, [1, tokens], got "
-            f"{f'shape {tuple(input_ids.shape)}' if isinstance(input_ids, Tensor) else f'{input_ids!r:.80}'}."
+            f"{f'shape {tuple(input_ids.shape)}' if isinstance(input_ids, Tensor) else f'{input_ids!r:.80}'}"
         )
     if score_from < 1:
         raise InvalidArgumentError(
-            f"score_from must be at least 1, as token 0 cannot be predicted, got {score_from}."
+            f"score_from must be at least 1, as token 0 cannot be predicted, got {score_from}"
         )
     if distance < 1:
-        raise InvalidArgumentError(f"long_range_distance must be at least 1 token, got {distance}.")
+        raise InvalidArgumentError(f"long_range_distance must be at least 1 token, got {distance}")
     count = input_ids.shape[1]
     if count < segment_size:
         raise InvalidTextError(
             f"The text must have at least {segment_size} tokens, one segment, got {count}: give a longer text, or a "
-            "smaller segment_size."
+            "smaller segment_size"
         )
     if count <= score_from:
         raise InvalidTextError(
             f"The text must have more than {score_from} tokens, as scoring starts there, got {count}: give a longer "
-            "text, or a smaller score_from."
+            "text, or a smaller score_from"
         )
 
 

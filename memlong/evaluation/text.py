@@ -34,24 +34,24 @@ def read_text(path: str | Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise InvalidTextError(f"The text file {str(path)!r} does not exist: check the path.") from error
+        raise InvalidTextError(f"The text file {str(path)!r} does not exist: check the path") from error
     except OSError as error:
-        raise InvalidTextError(f"Cannot read the text file {str(path)!r}: {error.strerror}.") from error
+        raise InvalidTextError(f"Cannot read the text file {str(path)!r}: {error.strerror}") from error
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in data:
         raise InvalidTextError(
-            f"The file {str(path)!r} is binary, or UTF-16 without a byte-order mark: give a UTF-8 text file."
+            f"The file {str(path)!r} is binary, or UTF-16 without a byte-order mark: give a UTF-8 text file"
         )
     try:
         text = data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InvalidTextError(
             f"The text file {str(path)!r} must be {encoding.upper()}, got {error.reason} at byte {error.start}: "
-            "convert it, for instance with iconv -t UTF-8."
+            "convert it, for instance with iconv -t UTF-8"
         ) from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        raise InvalidTextError(f"The text file {str(path)!r} is empty: give a file with text.")
+        raise InvalidTextError(f"The text file {str(path)!r} is empty: give a file with text")
     return text
 
 
@@ -86,7 +86,7 @@ def tokenize(
         If ``max_tokens`` is below 1, or the text contains an unpaired surrogate.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise InvalidTextError(f"max_tokens must be at least 1, got {max_tokens}.")
+        raise InvalidTextError(f"max_tokens must be at least 1, got {max_tokens}")
     check_characters("The text", text)
     words = _ids(tokenizer, text, control_tokens=control_tokens)
     ids = [*(opening_tokens(tokenizer) if begins else []), *words]
@@ -125,7 +125,7 @@ def chat_turn(
         if not whole.startswith(known):
             raise InvalidTextError(
                 "The chat template must extend the conversation, but it formats earlier messages differently now: call "
-                "reset(), and read the whole conversation."
+                "reset(), and read the whole conversation"
             )
         whole = whole.removeprefix(known)
     before, _, after = whole.partition(_PLACE) if hides else (whole, "", "")
@@ -165,7 +165,7 @@ def check_characters(what: str, text: str) -> None:
     except UnicodeEncodeError as error:
         raise InvalidTextError(
             f"{what} must be UTF-8, got {text[error.start]!r} at character {error.start}: convert it, or type it in a "
-            "UTF-8 terminal."
+            "UTF-8 terminal"
         ) from error
 
 

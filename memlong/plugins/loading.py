@@ -98,7 +98,7 @@ def _import_requirement(spec: Spec, module: str) -> None:
         if isinstance(error, ModuleNotFoundError) and error.name and _is_same_or_inside(module, error.name):
             raise _lacks(spec, module) from error
         raise MissingDependencyError(
-            f"{_needs(spec, module)} is installed but fails to import: {explained(error)}.{_remedy(spec)}"
+            f"{_needs(spec, module)} is installed but fails to import: {explained(error)}{_remedy(spec)}"
         ) from error
 
 
@@ -124,7 +124,7 @@ def _is_same_or_inside(module: str, package: str) -> bool:
 
 
 def _lacks(spec: Spec, module: str) -> MissingDependencyError:
-    return MissingDependencyError(f"{_needs(spec, module)} is not installed.{_remedy(spec)}")
+    return MissingDependencyError(f"{_needs(spec, module)} is not installed{_remedy(spec)}")
 
 
 def _needs(spec: Spec, module: str) -> str:
@@ -132,7 +132,7 @@ def _needs(spec: Spec, module: str) -> str:
 
 
 def _remedy(spec: Spec) -> str:
-    return f"\nInstall it with: {spec.install}" if spec.install else ""
+    return f".\nInstall it with: {spec.install}" if spec.install else ""
 
 
 def fault(spec: Spec, what: str) -> PluginError:

@@ -20,7 +20,7 @@ def find(manager: PluginManager, kind: Kind, name: str) -> Spec:
         If two plugins registered the name, or the plugin of this name failed.
     """
     if not isinstance(name, str):
-        raise UnknownNameError(f"The name of a {kind} must be text, such as 'my-index', got {brief(name)}.")
+        raise UnknownNameError(f"The name of a {kind} must be text, such as 'my-index', got {brief(name)}")
     specs = manager.specs(kind)
     found = [spec for spec in specs if spec.name == name]
     if len(found) > 1:
@@ -41,8 +41,8 @@ def _unknown(
             return error
     failures = [_why(report) for report in unavailable if report.status == "failed"]
     return UnknownNameError(
-        f"There is no {kind} {_shown(name)!r}.{did_you_mean(name, known)} Known: {quoted(dict.fromkeys(known))}."
-        + "".join(f"\nIt may belong to a plugin that did not load: {failure}" for failure in failures)
+        f"There is no {kind} {_shown(name)!r}{did_you_mean(name, known) or '.'} Known: {quoted(dict.fromkeys(known))}"
+        + "".join(f".\nIt may belong to a plugin that did not load: {failure}" for failure in failures)
     )
 
 

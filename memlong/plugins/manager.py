@@ -83,11 +83,11 @@ class PluginManager:
         """
         if not isinstance(name, str) or not 0 < len(name.strip()) <= LONGEST:
             raise InvalidArgumentError(
-                f"name must be non-empty text of at most {LONGEST} characters, got {brief(name)}."
+                f"name must be non-empty text of at most {LONGEST} characters, got {brief(name)}"
             )
         if any(normalize(record.candidate.name) == normalize(name) for record in self._records):
             raise PluginError(
-                f"name must be unused, but there is already a plugin named {name!r}: choose another."
+                f"name must be unused, but there is already a plugin named {name!r}: choose another"
             )
         # Objects and classes have __module__, modules only __name__.
         module = str(getattr(plugin, "__module__", None) or getattr(plugin, "__name__", ""))
@@ -112,7 +112,7 @@ class PluginManager:
         for record in self._records:
             if any(own is spec for own in record.specs):
                 return self._report(record)
-        raise InvalidArgumentError(f"spec must be registered with this manager, got {spec!r}.")
+        raise InvalidArgumentError(f"spec must be registered with this manager, got {spec!r}")
 
     def switch_off(self, report: PluginReport) -> str:
         """Return the environment setting that disables the plugin of ``report``, but no other of the same name."""
@@ -167,7 +167,7 @@ class PluginManager:
             optional = all(impl.optionalhook for impl in caller.get_hookimpls() if impl.plugin is plugin)
             if not caller.has_spec() and not optional:
                 raise PluginError(
-                    f"it implements an unknown hook, {caller.name!r}.{did_you_mean(caller.name, known)}"
+                    f"it implements an unknown hook, {caller.name!r}{did_you_mean(caller.name, known)}"
                 )
         if not callers:
             raise PluginError(
@@ -215,7 +215,7 @@ class PluginManager:
                 origin=variable,
                 module="",
                 status="missing",
-                reason=f"{variable} names it, but no such plugin is installed." + did_you_mean(name, names),
+                reason=f"{variable} names it, but no such plugin is installed" + did_you_mean(name, names),
             )
             for variable, name in self._selection.named()
             if not any(candidate.answers_to(name) for candidate in candidates)

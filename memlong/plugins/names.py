@@ -18,13 +18,13 @@ def normalize(name: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` with the closest known name, or an empty string if none is close."""
+    """Return ``". Did you mean 'x'?"`` with the closest known name, or an empty string if none is close."""
     candidates = sorted(set(known))[:_MOST_COMPARED]
     if closest := difflib.get_close_matches(name, candidates, n=1):
-        return f" Did you mean {closest[0]!r}?"
+        return f". Did you mean {closest[0]!r}?"
     wanted = normalize(name)
     if wanted and (holding := [known_name for known_name in candidates if wanted in normalize(known_name)]):
-        return f" Did you mean {holding[0]!r}?"
+        return f". Did you mean {holding[0]!r}?"
     return ""
 
 

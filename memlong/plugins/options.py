@@ -77,13 +77,13 @@ def check_options(what: str, cls: type, given: Collection[str], *, besides: Coll
     for name in given:
         if name not in accepted:
             raise InvalidArgumentError(
-                f"There is no option {brief(name)} of {what}.{did_you_mean(name, accepted)} It accepts: "
-                f"{quoted(accepted)}."
+                f"There is no option {brief(name)} of {what}{did_you_mean(name, accepted) or '.'} It accepts: "
+                f"{quoted(accepted)}"
             )
     for name in _needed(cls):
         if name not in given and name not in besides:
             raise InvalidArgumentError(
-                f"The option {name!r} of {what} is missing. It accepts: {quoted(accepted)}."
+                f"The option {name!r} of {what} is missing. It accepts: {quoted(accepted)}"
             )
 
 

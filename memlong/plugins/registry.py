@@ -124,7 +124,7 @@ class Registry:
         if twice := sorted(held.keys() & options.keys()):
             raise InvalidArgumentError(
                 f"Options must be given once, got {quoted(twice)} both in the backend's URI and as an option: leave "
-                "one out."
+                "one out"
             )
         return backend, {**held, **options}
 
@@ -235,7 +235,7 @@ class Registry:
             if policy not in {spec.name for spec in self.list_eviction_policies()}:
                 raise InvalidArgumentError(
                     f"{str(stored.folder)!r} was saved with the eviction policy {policy!r}, which is not installed: "
-                    "install its plugin, or pass a policy as eviction."
+                    "install its plugin, or pass a policy as eviction"
                 )
             options["eviction"] = policy
         bank_class = self.load_backend_class(name)
@@ -254,7 +254,7 @@ class Registry:
                 return spec.name
         raise InvalidArgumentError(
             f"{str(stored.folder)!r} was saved by {stored.record.made_by!r}, which is not an installed backend: "
-            "install its plugin, or load the snapshot with another backend, such as backend='torch'."
+            "install its plugin, or load the snapshot with another backend, such as backend='torch'"
         )
 
     def _one(self, kind: Kind, name: str) -> Spec:

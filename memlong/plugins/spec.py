@@ -63,12 +63,12 @@ class Spec:
             raise InvalidArgumentError(
                 f"The name of {_A[self.kind]} {self.kind} must be at most {_LONGEST_NAME} lowercase letters and "
                 f"digits, with '-', {'+' if is_scheme else '_'!r} or '.' between them, such as 'my-index', got "
-                f"{brief(self.name)}."
+                f"{brief(self.name)}"
             )
         if not _is_target(self.target):
             raise InvalidArgumentError(
                 f"target of {self.kind} {self.name!r} must be 'module:{'function' if is_scheme else 'Class'}', such as "
-                f"'my_package.index:MyIndex', got {brief(self.target)}."
+                f"'my_package.index:MyIndex', got {brief(self.target)}"
             )
         # A bare string is a likely mistake, and iterates over its letters.
         given = self.requires
@@ -77,14 +77,14 @@ class Spec:
         if not is_many or len(modules) > _MOST_REQUIRED or not all(map(_is_module, modules)):
             raise InvalidArgumentError(
                 f"requires of {self.kind} {self.name!r} must be a tuple of at most {_MOST_REQUIRED} import names, such "
-                f"as ('faiss',), got {brief(given)}."
+                f"as ('faiss',), got {brief(given)}"
             )
         object.__setattr__(self, "requires", modules)
         for field, value in (("install", self.install), ("description", self.description)):
             if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
                 raise InvalidArgumentError(
                     f"{field} of {self.kind} {self.name!r} must be text of at most {_LONGEST_TEXT:,} characters, got "
-                    f"{brief(value)}."
+                    f"{brief(value)}"
                 )
 
     def missing(self) -> tuple[str, ...]:

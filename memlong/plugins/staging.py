@@ -57,7 +57,7 @@ class Staging:
         if self._plugin is None:
             raise PluginError(
                 f"register({brief(name)}, ...) must be called inside the hook that received it, not after the hook has "
-                "returned."
+                "returned"
             )
         return self._plugin
 

@@ -69,7 +69,7 @@ def tiny_model(architecture: str = "Llama", attention: str = "sdpa", seed: int =
 
     if architecture not in _CONFIGS:
         raise UnknownNameError(
-            f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}."
+            f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}"
         )
     kind, options = _CONFIGS[architecture]
     with torch.random.fork_rng(devices=[]):

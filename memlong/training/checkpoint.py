@@ -89,7 +89,7 @@ def save_checkpoint(
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     target = folder / f"checkpoint-{progress.step}"
-    beside = folder / f".{target.name}.writing"
+    partial = folder / f".{target.name}.writing"
     facts = {
         "format": _FORMAT,
         "progress": vars(progress),
@@ -97,29 +97,29 @@ def save_checkpoint(
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
     try:
-        beside.mkdir()
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside / TENSORS)
-        facts["sha256"] = _digest(beside / TENSORS)
-        (beside / FACTS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        for file in beside.iterdir():
+        partial.mkdir()
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+        facts["sha256"] = _digest(partial / TENSORS)
+        (partial / FACTS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        for file in partial.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        sync_folder(beside)
+        sync_folder(partial)
         if os.path.lexists(target):
             raise FileExistsError(0, "something else has that name")
-        beside.rename(target)
+        partial.rename(target)
         sync_folder(folder)
         for other in checkpoints(folder):
             if other != target:
                 remove_checkpoint(other)
     except BaseException as error:
-        clear(beside)
+        clear(partial)
         if not isinstance(error, OSError | SafetensorError):
             raise
         why = getattr(error, "strerror", None) or error
         raise StorageError(
             f"Cannot write the checkpoint {str(target)!r}: {why}. The previous checkpoint, if any, is intact. Free "
-            "some space or make the folder writable, then resume."
+            "some space or make the folder writable, then resume"
         ) from error
 
 
@@ -141,7 +141,7 @@ def load_checkpoint(
     if not found:
         raise InvalidArgumentError(
             f"The folder {str(folder)!r} has no checkpoint to resume from: give the folder of a run that has one, or "
-            "start without resuming."
+            "start without resuming"
         )
     latest = found[-1]
     try:
@@ -156,7 +156,7 @@ def load_checkpoint(
     except (*_DAMAGE, SafetensorError) as error:
         raise InvalidArgumentError(
             f"Cannot read the checkpoint {str(latest)!r}: {error!r}. Remove it, and resume from an older one or start "
-            "over."
+            "over"
         ) from error
     _restore(tensors, parameters, optimizer)
     generator.set_state(tensors["random.chunks"])
@@ -170,7 +170,7 @@ def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) ->
     if facts["format"] != _FORMAT:
         raise InvalidArgumentError(
             f"The checkpoint {str(latest)!r} must have the format {_FORMAT!r}, got {facts['format']!r}: resume with "
-            "the version of memlong that wrote it, or start over in another folder."
+            "the version of memlong that wrote it, or start over in another folder"
         )
     for name, ours in json.loads(json.dumps(made_of, default=str)).items():
         if name.startswith("model.config.") and name not in facts["made_of"]:
@@ -179,7 +179,7 @@ def _check_kind(latest: Path, facts: dict[str, Any], made_of: dict[str, Any]) ->
         if ours != theirs:
             raise InvalidArgumentError(
                 f"{name} must be {theirs!r}, as in the checkpoint {str(latest)!r}, got {ours!r}: resume with the same "
-                "model, settings and text, or start over in another folder."
+                "model, settings and text, or start over in another folder"
             )
 
 

@@ -90,7 +90,7 @@ class TrainingConfig:
         if self.warmup_stage_steps and not self.lora_rank:
             raise InvalidArgumentError(
                 "warmup_stage_steps must be 0 if lora_rank is 0, as there would be nothing to train in that stage, got "
-                f"{self.warmup_stage_steps}: set lora_rank, or leave out the stage."
+                f"{self.warmup_stage_steps}: set lora_rank, or leave out the stage"
             )
 
     def share_of_rate(self, step: int) -> float:

@@ -134,7 +134,7 @@ def _told(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"Cannot write {str(path)!r}: {error.strerror or error}. Checkpoints and a saved decoder are intact. Free "
-            "some space or make the folder writable, then resume."
+            "some space or make the folder writable, then resume"
         ) from error
 
 
@@ -160,7 +160,7 @@ def _read(path: Path, count: int) -> tuple[list[Step], int]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InvalidArgumentError(
             f"{str(path)!r} must have the checkpoint's {count} steps, but line {len(steps) + 1} cannot be read: "
-            f"{error}. Restore the file, or start over in another folder."
+            f"{error}. Restore the file, or start over in another folder"
         ) from error
     return steps, size
 
@@ -185,7 +185,7 @@ def _tensorboard(folder: Path) -> Any:
     if find_spec("tensorboard") is None:
         raise MissingDependencyError(
             f"Writing TensorBoard logs to {str(folder)!r} needs the package tensorboard: pip install tensorboard. "
-            "Without it, the curve is still written as JSON."
+            "Without it, the curve is still written as JSON"
         )
     with _told(folder):
         return import_module("torch.utils.tensorboard").SummaryWriter(str(folder))

@@ -51,7 +51,7 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
         if not found:
             raise InvalidTextError(
                 f"The folder {str(source)!r} has no text in files named *{', *'.join(SUFFIXES)}: give another folder, "
-                "or the files themselves."
+                "or the files themselves"
             )
 
 
@@ -68,7 +68,7 @@ def read_dataset(name: str, *, split: str = "train", column: str = "text") -> It
     if find_spec("datasets") is None:
         raise MissingDependencyError(
             f"Reading the dataset {name!r} needs the package datasets: pip install datasets. Text files and folders "
-            "work without it."
+            "work without it"
         )
     datasets = import_module("datasets")
     try:
@@ -78,17 +78,17 @@ def read_dataset(name: str, *, split: str = "train", column: str = "text") -> It
         data = data[split] if isinstance(data, dict) else data
     except (OSError, ValueError, KeyError) as error:
         raise InvalidArgumentError(
-            f"Cannot load the dataset {name!r}: {error}. Give a hub id, or a folder written by save_to_disk."
+            f"Cannot load the dataset {name!r}: {error}. Give a hub id, or a folder written by save_to_disk"
         ) from error
     if column not in data.column_names:
         raise InvalidArgumentError(
-            f"column must be one of {', '.join(map(repr, data.column_names))} for the dataset {name!r}, got {column!r}."
+            f"column must be one of {', '.join(map(repr, data.column_names))} for the dataset {name!r}, got {column!r}"
         )
     for number, row in enumerate(data):
         if not isinstance(row[column], str):
             raise InvalidArgumentError(
                 f"The column {column!r} of the dataset {name!r} must be text, got {type(row[column]).__name__} in row "
-                f"{number}: give another column, or filter out such rows and use save_to_disk."
+                f"{number}: give another column, or filter out such rows and use save_to_disk"
             )
         yield row[column]
 
@@ -121,7 +121,7 @@ class Episodes:
         if not self._pieces:
             raise InvalidTextError(
                 f"At least one document must have {least} tokens to need a memory, got {len(documents)} shorter ones: "
-                "give longer texts, or a smaller local_window."
+                "give longer texts, or a smaller local_window"
             )
 
     def __len__(self) -> int:

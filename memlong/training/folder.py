@@ -64,7 +64,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not writable" if there.is_dir() else "is not a folder"
         raise StorageError(
-            f"Cannot create the folder {str(folder)!r}: {str(there)!r} {why}. Give another folder."
+            f"Cannot create the folder {str(folder)!r}: {str(there)!r} {why}. Give another folder"
         )
     if there != folder:
         return
@@ -73,13 +73,13 @@ def check_folder(folder: Path, *, resume: bool) -> None:
             if why := _strange(path):
                 raise InvalidArgumentError(
                     f"{str(path)!r} {why}, but it has the name of a checkpoint, which a run would overwrite or remove: "
-                    "move it, or give another folder."
+                    "move it, or give another folder"
                 )
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(
-            f"Cannot read the folder {str(folder)!r}: {error.strerror}. Give another folder."
+            f"Cannot read the folder {str(folder)!r}: {error.strerror}. Give another folder"
         ) from error
     if not resume:
         _check_new(folder)
@@ -89,7 +89,7 @@ def _check_new(folder: Path) -> None:
     if checkpoints(folder):
         raise InvalidArgumentError(
             f"The folder {str(folder)!r} has the checkpoint of an unfinished run: resume it, remove the checkpoint, or "
-            "give another folder."
+            "give another folder"
         )
     for name in (SETTINGS, CURVE, PICTURE, MAPS, GATES, ADAPTER_SETTINGS, ADAPTER, _MODEL, _GENERATION):
         path = folder / name
@@ -101,7 +101,7 @@ def _check_new(folder: Path) -> None:
             )
             raise InvalidArgumentError(
                 f"{str(path)!r} already exists ({what}), and a new run does not overwrite it: remove it, or give "
-                "another folder."
+                "another folder"
             )
 
 

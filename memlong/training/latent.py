@@ -68,29 +68,29 @@ def fit_latent_maps(
     if any(layout.layers[layer].is_made or layout.layers[layer].keys_second for layer in chosen):
         raise UnsupportedModelError(
             f"Latent maps need a model whose cache holds keys and values, but {type(model).__name__} computes them "
-            "from something else, such as a latent vector: use kv_source='layer'."
+            "from something else, such as a latent vector: use kv_source='layer'"
         )
     if not layout.alike(chosen):
         raise UnsupportedModelError(
             f"Latent maps need layers with keys and values of one shape, but {type(model).__name__} has several in the "
-            f"layers {ranges(chosen)}: choose layers of one shape."
+            f"layers {ranges(chosen)}: choose layers of one shape"
         )
     for passage in passages:
         if not isinstance(passage, Tensor) or passage.ndim != 2:
             raise InvalidArgumentError(
                 "passages must be a list of tensors of token ids [1, tokens], one per passage, got "
-                f"{f'shape {tuple(passage.shape)}' if isinstance(passage, Tensor) else type(passage).__name__}."
+                f"{f'shape {tuple(passage.shape)}' if isinstance(passage, Tensor) else type(passage).__name__}"
             )
     tokens = sum(passage.shape[1] for passage in passages)
     if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(
             f"dim must be an even integer of at least 2, and less than the {tokens} tokens of text, got {dim}: give "
-            "more text, or a smaller dim."
+            "more text, or a smaller dim"
         )
     most = len(chosen) * layout.layers[chosen[0]].shape.numbers
     if dim > most:
         raise InvalidArgumentError(
-            f"dim must be at most {most}, the size of a token's keys and values in {len(chosen)} layers, got {dim}."
+            f"dim must be at most {most}, the size of a token's keys and values in {len(chosen)} layers, got {dim}"
         )
     watch = _Watch(layout, chosen)
     for passage in passages:
@@ -101,7 +101,7 @@ def fit_latent_maps(
     if not bool(states.isfinite().all()):
         raise InvalidArgumentError(
             f"Keys and values of {type(model).__name__} must be finite: its weights are damaged, or its dtype "
-            "overflows. Load it in float32 or bfloat16."
+            "overflows. Load it in float32 or bfloat16"
         )
     mean = states.mean(dim=0)
     states -= mean
@@ -181,7 +181,7 @@ class _Watch(AttentionSlot):
         if missing:
             raise UnsupportedModelError(
                 f"Latent maps need a linear output projection after attention, but {type(model).__name__} has none in "
-                f"layers {missing}."
+                f"layers {missing}"
             )
         for layer in self.layers:
             lengths = output.hidden_states[layer][0].float().norm(dim=-1)

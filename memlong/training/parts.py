@@ -54,7 +54,7 @@ class TrainableParts:
         if not self.parameters:
             raise InvalidArgumentError(
                 "Nothing to train: lora_rank is 0, and there are no maps or gates to train. Set lora_rank, or "
-                "gate_init in the MemoryConfig."
+                "gate_init in the MemoryConfig"
             )
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
@@ -91,7 +91,7 @@ class TrainableParts:
         if getattr(self._model, "peft_config", None):
             raise InvalidArgumentError(
                 f"decoder.model must not have an adapter, got a {type(self._model).__name__} with one: load the plain "
-                "model for training."
+                "model for training"
             )
         layer_of = _linear_layers(decoder, config.lora_targets)
         first = 0 if config.warmup_stage_steps else self._first
@@ -99,7 +99,7 @@ class TrainableParts:
         if not targets:
             raise InvalidArgumentError(
                 f"lora_targets must name linear layers from layer {first} up, got {config.lora_targets!r}: name "
-                "existing ones, or leave it empty for those of attention, and set memory_layer below the last layer."
+                "existing ones, or leave it empty for those of attention, and set memory_layer below the last layer"
             )
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=cast("int", config.lora_alpha), target_modules=targets
@@ -155,7 +155,7 @@ def first_learning_layer(decoder: MemoryDecoder) -> int:
         if below:
             raise InvalidArgumentError(
                 f"retrieval_layers must be {memory_layer} or above, as the memory layer's K-V must not depend on "
-                f"retrieval, got {decoder.config.retrieval_layers!r} with layer {below[0]}."
+                f"retrieval, got {decoder.config.retrieval_layers!r} with layer {below[0]}"
             )
         return memory_layer + 1
     return min(decoder.retrieval_layers)

@@ -92,7 +92,7 @@ class Trainer:
         check_settings(decoder.config, config)
         if decoder.model.dtype == torch.float16:
             raise InvalidArgumentError(
-                "decoder.model must be bfloat16 or float32 for training, got float16, in which small gradients vanish."
+                "decoder.model must be bfloat16 or float32 for training, got float16, in which small gradients vanish"
             )
         self._accelerator = _accelerator(decoder)
         self.episodes = Episodes(documents, config.document_tokens, _least(decoder.config), config.seed)
@@ -112,7 +112,7 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"Cannot create the folder {str(folder)!r}: {error.strerror}.") from error
+            raise StorageError(f"Cannot create the folder {str(folder)!r}: {error.strerror}") from error
 
     @property
     def trainable_parameters(self) -> int:
@@ -150,12 +150,12 @@ class Trainer:
         if self._settled:
             raise InvalidArgumentError(
                 "This trainer is done, and its decoder is frozen: save it with save_pretrained(folder) if it is not "
-                "saved yet, or create a new trainer on the plain model."
+                "saved yet, or create a new trainer on the plain model"
             )
         if self._has_begun and not resume:
             raise InvalidArgumentError(
                 "This trainer's run was interrupted, and its weights are partly trained: resume from a checkpoint with "
-                "resume=True, or create a new trainer on the plain model."
+                "resume=True, or create a new trainer on the plain model"
             )
         with lock(self.folder):
             return self._run(resume, progress)
@@ -167,7 +167,7 @@ class Trainer:
             kind = "a complete run with these settings" if self.ended else "a run with other settings"
             raise InvalidArgumentError(
                 f"The folder {str(self.folder)!r} has the trained decoder of {kind}: load it with "
-                "MemoryDecoder.from_pretrained, or give another folder."
+                "MemoryDecoder.from_pretrained, or give another folder"
             )
         check_folder(self.folder, resume=resume)
         clear_unfinished(self.folder)
@@ -247,7 +247,7 @@ class Trainer:
             raise MemlongError(
                 f"Training diverged in step {at.step + 1}: the sum of the losses is {sums[0]}, the gradient norm "
                 f"{length}. The last checkpoint is {str(kept[-1]) if kept else None!r}. Start over in another folder, "
-                "with a lower lr or gate_lr, or more warmup_steps."
+                "with a lower lr or gate_lr, or more warmup_steps"
             )
         self._optimizer.step()
         self._has_begun = True
@@ -299,13 +299,13 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
     """
     if memory.backend is None:
         raise InvalidArgumentError(
-            "backend must be a name for training, got None: there would be no memory to read."
+            "backend must be a name for training, got None: there would be no memory to read"
         )
     if training.document_tokens < _least(memory):
         raise InvalidArgumentError(
             f"document_tokens must be at least {_least(memory)}, with local_window {memory.local_window} and "
             f"segment_size {memory.segment_size}, got {training.document_tokens}: set it to several times that, or "
-            "lower local_window."
+            "lower local_window"
         )
 
 
@@ -323,6 +323,6 @@ def _accelerator(decoder: MemoryDecoder) -> Any:
     if accelerator.num_processes > 1:
         raise InvalidArgumentError(
             f"Training must run in one process, got {accelerator.num_processes}: start it without `accelerate launch`, "
-            "and set rows to what fits on the device."
+            "and set rows to what fits on the device"
         )
     return accelerator

@@ -33,10 +33,10 @@ def test_a_class_that_is_not_there_is_refused():
 
 
 def test_a_refusal_of_ours_is_a_refusal(monkeypatch):
-    text = "Memory cannot be attached to Llama: it is: odd. Supported are others."
+    text = "Memory cannot be attached to Llama: it is: odd. Supported are others"
     monkeypatch.setattr(trials, "MemoryDecoder", raising(UnsupportedModelError(text)))
     trial = try_architecture(LLAMA)
-    assert (trial.status, trial.reason, trial.short_reason) == ("refused", text, "it is: odd.")
+    assert (trial.status, trial.reason, trial.short_reason) == ("refused", text, "it is: odd")
 
 
 def test_any_other_error_fails(monkeypatch):

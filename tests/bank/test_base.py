@@ -75,6 +75,20 @@ def test_what_an_index_fails_to_name_is_found_by_brute_force(bank, names):
     assert torch.equal(found.scores, true.scores)
 
 
+def test_an_error_of_an_index_in_a_search_reaches_the_caller_and_changes_nothing(bank):
+    def fails(_queries, _k):
+        raise RuntimeError("fewer than k")
+
+    query = torch.randn(1, 4)
+    before = bank.exact_search(query, 3)
+    bank.index.names = fails
+    with pytest.raises(RuntimeError, match="fewer than k"):
+        bank.search(query, 3)
+    bank.index.names = lambda queries, k: np.arange(6)[None]
+    assert torch.equal(bank.search(query, 3).ids, before.ids)
+    assert ("reset",) not in bank.index.log  # nor is the index rebuilt
+
+
 @pytest.mark.parametrize("answer", [False, np.False_])
 def test_an_index_that_asks_for_it_is_rebuilt_once_before_the_next_search(bank, answer):
     bank.index.is_good = answer

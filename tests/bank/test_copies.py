@@ -110,7 +110,9 @@ def test_what_belongs_to_something_else_says_what_to_copy(tmp_path, act):
     bank = create_bank("torch", 6)
     pool = BankPool(tmp_path, lambda: bank, load_bank, budget=10)
     for odd in (TieredStore(host="all"), Draft(bank), pool):
-        with pytest.raises(MemlongError, match=rf"A {type(odd).__name__} cannot be copied or pickled: .*\."):
+        with pytest.raises(
+            MemlongError, match=rf"A {type(odd).__name__} cannot be copied or pickled: .*[^.]$"
+        ):
             act(odd)
     pool.close()
 

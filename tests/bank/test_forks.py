@@ -127,7 +127,7 @@ def test_a_child_refuses_to_read_what_may_be_another_chunks(tmp_path):
 
     def act():
         with pytest.raises(
-            StorageError, match=rf"is that of process {os.getppid()}, from which this one was forked"
+            StorageError, match=rf"belongs to process {os.getppid()}, from which this one was forked"
         ):
             bank.fetch([0])
         bank.reset()

@@ -306,7 +306,7 @@ def test_a_layout_that_a_tier_can_never_hold_is_refused_before_the_first_chunk(
     layout = ChunkLayout.of(blocks(1)[0])
     bank = Registry().create_bank("torch", 4, store=TieredStore(**options))
     with pytest.raises(
-        InvalidArgumentError, match=f"^{tier} is {BLOCK - 1} bytes, .* one chunk take {BLOCK}"
+        InvalidArgumentError, match=f"^{tier} must be at least {BLOCK} bytes, .*, got {BLOCK - 1}"
     ):
         bank.check_layout(layout)
     wider = {name: given if name == "disk" else BLOCK for name, given in options.items()}
@@ -363,14 +363,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         ({"host": "much"}, "host must be a size in bytes of at least 0, such as .*, got 'much'"),
         ({"device": -1}, "device must be a size in bytes of at least 0, .*, got -1"),
         ({"host": "1XB"}, "host must be a size in bytes .*, got '1XB'"),
-        ({"host": "1GB", "disk_budget": "1GB"}, "no folder: name one with disk"),
+        ({"host": "1GB", "disk_budget": "1GB"}, "disk_budget needs a folder"),
         ({"host": "9" * 400 + "GB"}, "host must be a size in bytes .*, got '999"),
         ({"disk": 5}, "disk must be the path of a folder, got 5"),
         ({"disk": ""}, "disk must be the path of a folder, got ''"),
         ({"objects": 5}, "objects must be a folder, or a URI .* got 5"),
         ({"objects": "nope://x"}, "that fsspec knows, .* got 'nope://x'"),
         ({"objects": ".", "readers": 0}, "readers must be an integer of at least 1, got 0"),
-        ({"objects": ".", "disk": "."}, "disk and objects are both named"),
+        ({"objects": ".", "disk": "."}, "disk and objects cannot be combined"),
         (
             {"host": "1GB", "dtype": "int4"},
             "dtype must be one of bfloat16, float8, int8",

@@ -113,7 +113,7 @@ def test_a_pipe_that_nobody_reads_and_one_that_somebody_does(arguments, story, t
     done = subprocess.run(typed, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.endswith(
-        "pipe': it is a pipe without a reader. Start the reader first, or name a file.\n"
+        "pipe': it is a pipe without a reader. Start the reader first, or name a file\n"
     )
     found = []
     reader = threading.Thread(target=lambda: found.append(pipe.read_text()))

@@ -73,14 +73,14 @@ def test_the_page_counts_and_escapes():
         Trial(
             Architecture("b", "B"),
             "refused",
-            "Memory cannot be attached to B: a <mask> | more. Supported are others.",
+            "Memory cannot be attached to B: a <mask> | more. Supported are others",
         ),
     ]
     written = page(trials)
     assert "Of 2 architectures" in written
     assert "1 work, 1 are refused, 0 fail." in written
     assert "\n| a | A | works | full attention | keys and values |  |\n" in written
-    assert line(trials[1]) == r"| b | B | refused |  |  | a \<mask> \| more. |"
+    assert line(trials[1]) == r"| b | B | refused |  |  | a \<mask> \| more |"
 
 
 def test_the_help_holds_examples():

@@ -176,5 +176,5 @@ def test_an_error_ends_the_program_with_one_line_and_no_traceback(monkeypatch, c
         main()
     assert ended.value.code == 1
     assert capsys.readouterr().err.splitlines() == [
-        "memlong: The text file 'no-such.txt' does not exist: check the path."
+        "memlong: The text file 'no-such.txt' does not exist: check the path"
     ]

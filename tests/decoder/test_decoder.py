@@ -200,7 +200,7 @@ def test_what_is_no_configuration_or_retriever_is_refused(llama, small):
         MemoryDecoder(llama, None, small(), retriever="lm")
     with pytest.raises(InvalidArgumentError, match="tokenizer must be the model's, as the retriever"):
         MemoryDecoder(llama, None, small(retriever="sentence-transformers"))
-    with pytest.raises(InvalidArgumentError, match="where they are one memory; name one"):
+    with pytest.raises(InvalidArgumentError, match="where they are the same memory"):
         MemoryDecoder(llama, None, small(store={"device": "1MB", "host": "1MB"}))
 
 
@@ -212,7 +212,7 @@ def test_an_unknown_backend_is_answered_with_what_was_meant(llama, small):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"store": {"host": "1KB", "disk": "."}}, "host is 1000 bytes, but .* could never hold any"),
+        ({"store": {"host": "1KB", "disk": "."}}, "host must be at least .* bytes, .*got 1000"),
         ({"backend_options": {"max_bytes": 1}}, "max_bytes is 1, but one chunk takes"),
         ({"backend_options": {"eviction": "x"}}, "no eviction policy 'x'"),
         ({"backend_options": {"dim": 1}}, "backend_options must not hold dim, which the decoder sets itself"),

@@ -61,7 +61,7 @@ def test_sliding_windows_are_found(tiny_model):
     [
         (lambda: random_model("GPT2"), "no rotary positions"),
         (lambda: random_model("Falcon"), "does not let its attention be replaced"),
-        (lambda: torch.nn.Linear(2, 2), "Linear is no transformers model"),
+        (lambda: torch.nn.Linear(2, 2), "Linear is not a transformers model"),
         (
             lambda: transformers.BertModel(
                 transformers.BertConfig(

@@ -1,4 +1,4 @@
-"""Index: what a backend is, something that names the likely best rows of a bank's table."""
+"""Index: the base class of backends, which propose candidates for the best rows of a bank."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Options = TypeVar("Options")
 
 
 class IndexRows:
-    """What an index sees of its bank: one row for each chunk, ascending by id. Nobody else changes them meanwhile.
+    """A read-only view of a bank for its index: one row per chunk, ascending by id; rows do not change during a call.
 
     Parameters
     ----------
     table
-        Of the bank.
+        The bank's table.
     dim : int
         Width of the embeddings.
     similarity : "inner_product" or "l2"
-        What to rank by. Under the cosine metric it is the inner product, of embeddings of unit length or zero.
+        What to rank by. Under the cosine metric, it is the inner product of normalized (or zero) embeddings.
     device : torch.device
-        Where to compute.
+        Device to compute on.
     """
 
     def __init__(self, table: ChunkTable, dim: int, similarity: Similarity, device: torch.device) -> None:
@@ -52,54 +52,54 @@ class IndexRows:
 
     @property
     def ids(self) -> Ids:
-        """int64 [n], ascending; a view, valid until the next change, and not to be written to."""
+        """int64 [n], ascending; a read-only view, valid until the next change."""
         return self._table.ids
 
     @property
     def embeddings(self) -> Floats:
-        """float32 [n, dim], as `ids` is."""
+        """float32 [n, dim]; a view like `ids`."""
         return self._table.embeddings
 
     @property
     def squared_norms(self) -> Floats:
-        """float32 [n], the squared length of each embedding, as `ids` is."""
+        """float32 [n], the squared length of each embedding; a view like `ids`."""
         return self._table.squared_norms
 
     @property
     def longest(self) -> float:
-        """A length that no embedding exceeds."""
+        """An upper bound of the embeddings' lengths."""
         return self._table.longest
 
     @property
     def spans(self) -> Ids:
-        """int64 [n, 2], the token positions [start, end) of each chunk, as `ids` is."""
+        """int64 [n, 2], the token positions [start, end) of each chunk; a view like `ids`."""
         return self._table.spans
 
     def rows_of(self, ids: Ids) -> Ids:
-        """Return the row number of each id, -1 where there is none; same shape as `ids`."""
+        """Return the row number of each id, -1 for unknown ids; same shape as `ids`."""
         return self._table.rows_of(ids)
 
 
 class Index(ABC, Generic[Options]):
-    """Names candidates for the best rows of a bank's table; subclasses wrap a search library.
+    """Proposes candidates for the best rows of a bank; subclasses wrap a search library.
 
-    The bank checks what comes in, holds embeddings, keys, values and usage, scores what an index names, searches again
-    by brute force where it names too few, evicts and locks. `add`, `remove`, `reset` and `load` run alone, searches
-    together. If one of the former raises, or `remove` returns False, the index is rebuilt (`reset`, then one `add` of
-    all rows) before its next use: so an index may refuse what it cannot do well, and need never repair itself.
+    The bank validates arguments, holds embeddings, keys, values and usage, scores the candidates, searches by brute
+    force if there are too few, evicts and locks. `add`, `remove`, `reset` and `load` run alone, searches concurrently.
+    If one of the former raises, or `remove` returns False, the index is rebuilt (`reset`, then one `add` of all rows)
+    before its next use: an index may refuse what it cannot do well, and never has to repair itself. An exception of
+    `search` reaches the bank's caller.
 
     Parameters
     ----------
     rows : IndexRows
-        The rows that it is an index over: when `add` is called they hold the new ones already, when `remove` is called
-        those that leave still.
+        The rows to index. During `add` they already contain the new ones, during `remove` still the leaving ones.
     options
-        Of the class `options_class`, checked against the bounds that its fields declare.
+        An instance of `options_class`, validated against the bounds declared by its fields.
 
     Raises
     ------
     InvalidArgumentError
-        If an option does not go with the rows.
+        If an option does not fit the rows.
     DeviceUnavailableError
         If the index cannot compute on the device.
     """
@@ -108,10 +108,10 @@ class Index(ABC, Generic[Options]):
     """A frozen dataclass of `memlong.settings.setting` fields: an option is declared there and nowhere else."""
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
-    """The device types that it can compute on."""
+    """The device types that the index can compute on."""
 
     repairs_before_changes: ClassVar[bool] = False
-    """Whether an index that has to be rebuilt is so before the next change already, and not only before a search."""
+    """Whether an outdated index is rebuilt before the next change, not only before a search."""
 
     def __init__(self, rows: IndexRows, options: Options) -> None:
         self.rows = rows
@@ -119,19 +119,19 @@ class Index(ABC, Generic[Options]):
 
     @abstractmethod
     def add(self, ids: Ids, embeddings: Floats) -> None:
-        """Take up n >= 1 new rows, the last ones.
+        """Add the last n >= 1 rows, which are new.
 
         Parameters
         ----------
         ids : numpy.ndarray
-            int64 [n], ascending, above all others; like `embeddings` lent for the call alone, and not to be changed.
+            int64 [n], ascending, greater than all others. Like `embeddings`, read-only and valid only during the call.
         embeddings : numpy.ndarray
             float32 [n, dim].
         """
 
     @abstractmethod
     def search(self, queries: Floats, k: int) -> Ids:
-        """Name candidates for the k best rows of each query.
+        """Propose candidates for the k best rows of each query.
 
         Parameters
         ----------
@@ -143,43 +143,42 @@ class Index(ABC, Generic[Options]):
         Returns
         -------
         numpy.ndarray
-            int64 ids [q, c] in any order; more than k raise the recall, and -1 and ids that have left count for
-            nothing.
+            int64 ids [q, c] in any order. More than k increase the recall; -1 and ids of removed rows are ignored.
         """
 
     @abstractmethod
     def remove(self, ids: Ids) -> bool:
-        """Forget n >= 1 rows, int64 ids [n], ascending; return False to be rebuilt instead."""
+        """Remove n >= 1 rows, int64 ids [n], ascending, and return True; or return False to be rebuilt."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Be empty; called once before all else."""
+        """Empty the index; called once before anything else."""
 
     def dump(self) -> tuple[Mapping[str, Any], bytes] | None:
-        """Return the index as a file's content, with what JSON can hold of the rest; None to have it rebuilt.
+        """Return facts about the index for JSON, and the content of its file; None to have it rebuilt.
 
         Searches may run at the same time.
         """
         return None
 
     def load(self, facts: Mapping[str, Any], content: bytes) -> None:  # noqa: ARG002 - a subclass's
-        """Take over what `dump` returned for the present rows; the index is as after `reset`.
+        """Restore what `dump` returned for the current rows; called on an empty index.
 
-        A RuntimeError, ValueError, KeyError or TypeError says that it does not fit.
+        Raise a RuntimeError, ValueError, KeyError or TypeError if it does not fit.
         """
         raise ValueError("it saves no index")
 
     def after_fork(self) -> None:
-        """Make a library that has threads fit for a forked process; the index is reset and rebuilt afterwards."""
+        """Prepare a multithreaded library for a forked process; the index is then reset and rebuilt."""
 
     @classmethod
     def usable_device(cls, device: str | torch.device | None) -> torch.device:
-        """Return the device asked for, by default the CPU; a subclass extends this with what its library needs.
+        """Return the requested device, by default the CPU; subclasses add the checks of their library.
 
         Raises
         ------
         InvalidArgumentError
-            If it is no device.
+            If there is no such device.
         DeviceUnavailableError
             If the index cannot compute there.
         """
@@ -195,12 +194,12 @@ class Index(ABC, Generic[Options]):
 
     @classmethod
     def make_options(cls, given: Mapping[str, Any]) -> Options:
-        """Return options, checked.
+        """Validate options, and return them.
 
         Raises
         ------
         InvalidArgumentError
-            If one cannot be used, or there is none of that name.
+            If an option is invalid or unknown.
         """
         names = [each.name for each in fields(cls.options_class)]
         for name in given:
@@ -212,7 +211,7 @@ class Index(ABC, Generic[Options]):
 
     @classmethod
     def saved_options(cls) -> SavedOptions:
-        """Return the options that a file may choose, each with the most that a stranger's may ask for, or None."""
+        """Return the options that a snapshot may set, each with the maximum for untrusted ones, or None."""
         chosen = [each for each in fields(cls.options_class) if metadata_of(each).is_saved]
         most = {}
         for each in chosen:
@@ -221,6 +220,6 @@ class Index(ABC, Generic[Options]):
         return {name: None if bound == inf else bound for name, bound in most.items()}
 
     def options_to_save(self) -> dict[str, Any]:
-        """Return the options that go into a snapshot."""
+        """Return the options to store in a snapshot."""
         names = self.saved_options()
         return {name: value for name, value in asdict(cast("Any", self.options)).items() if name in names}

@@ -19,7 +19,7 @@ def at_home(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InvalidArgumentError(
-            f"{str(path)!r} is in an unknown home directory. Give the whole path."
+            f"{str(path)!r} is in an unknown home directory. Give the whole path"
         ) from error
 
 
@@ -36,5 +36,5 @@ def absolute(folder: str | Path) -> Path:
     except OSError as error:
         raise InvalidArgumentError(
             f"{str(folder)!r} is relative, but the working directory cannot be found: {error.strerror}. Give the whole "
-            "path."
+            "path"
         ) from error

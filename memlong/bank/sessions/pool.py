@@ -38,7 +38,7 @@ _PREFIX, _DELETED = "session-", "deleted-"
 _LONGEST = 1024
 _GIVEN_BACK = (
     "The pool has saved this bank and dropped it from memory, so changes to it here would be lost. Use "
-    "`with pool.session(...)` again, and the bank that it gives."
+    "`with pool.session(...)` again, and the bank that it gives"
 )
 
 
@@ -87,7 +87,7 @@ class BankPool(Uncopied):
     """
 
     why_uncopied = (
-        "it alone holds its folder. Make it in the process that uses it; banks of sessions can be copied."
+        "it alone holds its folder. Make it in the process that uses it; banks of sessions can be copied"
     )
 
     def __init__(
@@ -133,7 +133,7 @@ class BankPool(Uncopied):
         Parameters
         ----------
         session_id : str
-            Whose bank.
+            The session's id.
 
         Raises
         ------
@@ -162,7 +162,7 @@ class BankPool(Uncopied):
                 warnings.warn(
                     f"A decoder holds {bank.unstored} tokens in its window that are not in this session's bank, and a "
                     "pool keeps banks alone: call decoder.flush() before the block ends, or generate(remember=False) "
-                    "for what need not be remembered.",
+                    "for what need not be remembered",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -191,7 +191,7 @@ class BankPool(Uncopied):
         visit = self._enter(session_id)
         session = visit.session
         try:
-            with session.lock:  # nobody loads or saves it meanwhile
+            with session.lock:  # no one loads or saves it in the meantime
                 others = session.users - 1
                 if others:
                     raise InvalidArgumentError(
@@ -201,7 +201,7 @@ class BankPool(Uncopied):
                 removed = self._set_aside(session.folder) if session.folder.exists() else None
                 session.bank = None
                 if removed is not None:
-                    sync_folder(self._folder)  # from here on it is gone for good
+                    sync_folder(self._folder)  # from here on, the deletion is permanent
                     remove(removed)
         finally:
             self._leave(visit)
@@ -267,7 +267,7 @@ class BankPool(Uncopied):
         folder = self._folder_of(session_id)
         with self._lock:
             if not self._let_go.alive:
-                raise MemlongError("The pool is closed: make another one of this folder.")
+                raise MemlongError("The pool is closed: make another one of this folder")
             return self._sessions.enter(session_id, folder)
 
     def _leave(self, visit: Visit) -> None:
@@ -279,7 +279,7 @@ class BankPool(Uncopied):
             raise MemlongError(
                 f"The pool was made by process {self._owner}, from which this one was forked: two that save the same "
                 "sessions would overwrite each other. Make a pool in this process, in a folder of its own, or start "
-                "processes with the method 'spawn'."
+                "processes with the method 'spawn'"
             )
 
     def _bank_of(self, session: Session) -> MemoryBank:

@@ -182,7 +182,7 @@ def raise_all(failures: list[SnapshotError]) -> None:
         raise failures[0]
     if failures:
         raise SnapshotError(
-            f"{len(failures)} sessions could not be saved: {' '.join(map(str, failures))}"
+            f"{len(failures)} sessions could not be saved: {'; '.join(map(str, failures))}"
         ) from ExceptionGroup("sessions that could not be saved", failures)
 
 
@@ -195,7 +195,7 @@ def make_folder(folder: Path) -> None:
 
 
 def folders(folder: Path, prefix: str) -> list[Path]:
-    """Return the entries of a folder whose names have a prefix."""
+    """Return the entries of a folder whose names start with a prefix."""
     try:
         return [path for path in folder.iterdir() if path.name.startswith(prefix)]
     except OSError as error:
@@ -209,5 +209,5 @@ def remove(folder: Path) -> None:
     except OSError as error:
         raise SnapshotError(
             f"{str(folder)!r} holds a session that was deleted, and cannot be removed: {error.strerror or error}. "
-            "Remove it, or change its rights: the next pool in this folder tries again."
+            "Remove it, or change its rights: the next pool in this folder tries again"
         ) from error

@@ -28,7 +28,7 @@ class Fields:
     data : object
         What the JSON says is there.
     path : Path
-        Of the manifest, for messages.
+        Path of the manifest, for messages.
     where : str
         Which part of it this is, for messages.
 
@@ -56,7 +56,7 @@ class Fields:
         return None if self._took_none(name) else self.integer(name, least, most)
 
     def integers(self, name: str, count: int, least: int, most: int) -> tuple[int, ...]:
-        """Return so many integers within limits."""
+        """Return the given number of integers, within limits."""
         value = self._take(name)
         if not isinstance(value, list) or len(value) != count:
             raise self.odd(name, value, f"{count} integers")
@@ -85,7 +85,7 @@ class Fields:
         raise self.odd(name, value, " or ".join(choices))
 
     def hexadecimal(self, name: str, digits: int) -> str:
-        """Return so many hexadecimal digits."""
+        """Return a string of the given number of hexadecimal digits."""
         value = self.text(name)
         if not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
             raise self.odd(name, value, f"{digits} hexadecimal digits")

@@ -31,7 +31,7 @@ class FileRecord:
     nbytes : int
         Its size.
     sha256 : str
-        Of its content, 64 hexadecimal digits.
+        SHA-256 of its content, 64 hexadecimal digits.
     """
 
     name: str
@@ -43,7 +43,7 @@ def damaged(path: Path, why: str) -> SnapshotError:
     """Return the error for a file that differs from what was saved."""
     return SnapshotError(
         f"{str(path)!r} {why}: the snapshot is damaged, and nothing was loaded from it. Get the folder from a copy, or "
-        "save into another one."
+        "save into another one"
     )
 
 
@@ -51,7 +51,7 @@ def unreadable(path: Path, error: OSError) -> SnapshotError:
     """Return the error for a file that cannot be read."""
     return SnapshotError(
         f"{str(path)!r} cannot be read: {error.strerror or error}. Check that the file exists, its permissions and "
-        "the disk."
+        "the disk"
     )
 
 
@@ -59,7 +59,7 @@ def unwritable(path: Path, error: OSError) -> SnapshotError:
     """Return the error for a file that cannot be written."""
     return SnapshotError(
         f"{str(path)!r} cannot be written: {error.strerror or error}. What was saved there before is as it was. Free "
-        "some space, change the folder's permissions, or name another folder."
+        "some space, change the folder's permissions, or name another folder"
     )
 
 
@@ -120,7 +120,7 @@ def open_plain(path: Path) -> FileIO:
         if path.is_symlink():  # where O_NOFOLLOW is missing; where it is there, nobody can be quicker
             raise SnapshotError(
                 f"{str(path)!r} is a link, which could lead anywhere: only those of the hub's own cache are followed. "
-                "Put the file itself in its place: cp -L."
+                "Put the file itself in its place: cp -L"
             )
         file = FileIO(path, opener=lambda name, flags: os.open(name, flags | _FLAGS))
     except SnapshotError:
@@ -141,7 +141,7 @@ class CheckedFile:
     Parameters
     ----------
     folder : Path
-        Of the snapshot.
+        Folder of the snapshot.
     record : FileRecord
         What the manifest says of it.
 
@@ -221,7 +221,7 @@ class NewFile:
     Parameters
     ----------
     path : Path
-        Of a file that does not exist.
+        Path of a file that does not exist yet.
 
     Raises
     ------

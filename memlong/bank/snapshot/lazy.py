@@ -104,13 +104,13 @@ class BlocksFile:
     Parameters
     ----------
     folder : Path
-        Of the snapshot.
+        Folder of the snapshot.
     segment : SegmentRecord
         Which one.
     chunks : SegmentChunks
         Its ids, spans, embeddings and checksums.
     layout : ChunkLayout
-        Of the blocks, with the device to read them to.
+        Layout of the blocks, with the device to read them to.
 
     Raises
     ------

@@ -87,7 +87,7 @@ def _made_for(kind: type[Made], stored: StoredBank, given: dict[str, Any], *, tr
         _check_given(kind, record.dim, given)
         raise SnapshotError(
             f"{str(stored.manifest_path)!r} names options that {kind.__name__} does not take ({error}). Give others "
-            "when loading, or load into another backend."
+            "when loading, or load into another backend"
         ) from error
 
 
@@ -146,7 +146,7 @@ def _load_index(state: BankState, stored: StoredBank) -> None:
         ) as error:
             raise SnapshotError(
                 f"{str(stored.folder / record.file.name)!r} is not read by this backend's library ({error}). Load "
-                "the snapshot without trust_index, which rebuilds the index."
+                "the snapshot without trust_index, which rebuilds the index"
             ) from error
 
 
@@ -158,7 +158,7 @@ def _capacity_for(state: BankState, layout: ChunkLayout, stored: StoredBank) -> 
             raise  # the caller asked for it
         raise SnapshotError(
             f"{str(stored.manifest_path)!r} cannot be loaded within its own limit: {error}. If its store kept "
-            "fewer bits, give such a store (store=TieredStore(host='2GB', dtype='int8')), or another max_bytes."
+            "fewer bits, give such a store (store=TieredStore(host='2GB', dtype='int8')), or another max_bytes"
         ) from error
 
 
@@ -179,5 +179,5 @@ def _check_capacity(state: BankState, stored: StoredBank) -> None:
         raise SnapshotError(
             f"{str(stored.folder)!r} holds {count} chunks, but only {fit} fit into its limits (max_chunks "
             f"{capacity.max_chunks}, max_bytes {capacity.max_bytes}): its store kept fewer bits. Give another "
-            "max_bytes, or, without lazy, such a store (store=TieredStore(host='2GB', dtype='int8'))."
+            "max_bytes, or, without lazy, such a store (store=TieredStore(host='2GB', dtype='int8'))"
         )

@@ -29,7 +29,7 @@ class FolderLock:
     folder : Path
         It must exist.
     name : str
-        Of the file in it that is locked.
+        Name of the file in it that is locked.
 
     Raises
     ------
@@ -108,7 +108,7 @@ class FolderLock:
     def _held_by(self, owner: str) -> SnapshotError:
         return SnapshotError(
             f"{str(self._path)!r} is held by {f'process {owner}' if owner else 'another process'}, which writes into "
-            "this folder: two writers would overwrite each other. Wait until it is done, or name another folder."
+            "this folder: two writers would overwrite each other. Wait until it is done, or name another folder"
         )
 
 

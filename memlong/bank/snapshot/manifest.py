@@ -70,7 +70,7 @@ class BankRecord:
     next_id, clock : int
         The id of the next chunk, and the clock of its usage.
     layout : LayoutRecord or None
-        Of the chunks; None where nothing was ever added.
+        Layout of the chunks; None if none was ever added.
     origin : mapping or None
         Which model made the chunks, if the bank knows.
     state : FileRecord
@@ -126,7 +126,7 @@ class Manifest:
     generation : int
         The number of this state in the folder, from 1.
     versions : mapping
-        Of the packages that wrote it.
+        Versions of the packages that wrote it.
     banks : tuple of BankRecord
         One for a bank, one for each row of a decoder.
     extra : ExtraRecord or None
@@ -240,7 +240,7 @@ def _parsed(path: Path, content: bytes | bytearray) -> dict[str, Any]:
         if data.get("version") != VERSION:
             raise SnapshotError(
                 f"{str(path)!r} has the format version {data.get('version')!r}, but this memlong reads version "
-                f"{VERSION}. Use the memlong that wrote it, or a newer one."
+                f"{VERSION}. Use the memlong that wrote it, or a newer one"
             )
         data.pop("sha256", None)
     except (ValueError, RecursionError) as error:

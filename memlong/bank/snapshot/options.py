@@ -8,7 +8,7 @@ from typing import Any
 from memlong.errors import HIDDEN, InvalidArgumentError
 
 SavedOptions = Mapping[str, float | None]
-"""By name of an option, the most that a number may be; None for text and for what is not bounded.
+"""By name of an option, its maximum; None for text and for numbers without a limit.
 
 It may name no network address, no credential, no place to write to and no code: those the user gives.
 """
@@ -36,7 +36,7 @@ def refused_option(cls: type, options: Mapping[str, Any], allowed: SavedOptions)
             continue
         return (
             f"names the option {name!r}, {why}: a file may be a stranger's. If it is right, give {name} yourself when "
-            "loading."
+            "loading"
         )
     return ""
 

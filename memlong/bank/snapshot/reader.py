@@ -44,7 +44,7 @@ def folder_of(path: str | Path) -> Path:
 
 
 def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes: int | str | None) -> Result:
-    """Do something with a snapshot; again, if another state was written into its folder meanwhile.
+    """Call a function on a snapshot's manifest; retry if another state was written to the folder in the meantime.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
             if is_state(folder, manifest.token):
                 raise
     raise SnapshotError(
-        f"{str(folder)!r} was rewritten {_TRIES} times while it was read. Load it when nothing is writing there."
+        f"{str(folder)!r} was rewritten {_TRIES} times while it was read. Load it when nothing is writing there"
     )
 
 
@@ -71,15 +71,15 @@ class StoredBank:
     Attributes
     ----------
     folder : Path
-        Of the snapshot.
+        Folder of the snapshot.
     record : BankRecord
         What the manifest says of the bank.
     token : str
-        Of the state of the folder.
+        Token of the folder's state.
     content : Content
         The rows of its table.
     layout : ChunkLayout or None
-        Of its blocks.
+        Layout of its blocks.
     segments : tuple of SegmentChunks
         Ids, spans, embeddings and checksums of each of the record's segments.
     """
@@ -181,10 +181,10 @@ def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str 
 
 def _manifest(folder: Path) -> Manifest:
     if folder.is_file():
-        raise SnapshotError(f"{str(folder)!r} is a file. Name the folder that was saved to.")
+        raise SnapshotError(f"{str(folder)!r} is a file. Name the folder that was saved to")
     if not has_manifest(folder):
         raise SnapshotError(
-            f"{str(folder)!r} holds no {MANIFEST}, so no snapshot. Name the folder that was saved to."
+            f"{str(folder)!r} holds no {MANIFEST}, so no snapshot. Name the folder that was saved to"
         )
     return read_manifest(folder)
 
@@ -196,7 +196,7 @@ def _check_size(folder: Path, manifest: Manifest, most_bytes: int | str | None) 
             hollow = next((f"{path.name!r} in " for path in paths if is_hollow(path)), "")
             raise SnapshotError(
                 f"{hollow}{str(folder)!r} claims far more bytes than there are on the disk. If you trust the snapshot, "
-                "say as most_bytes how much may be read."
+                "say as most_bytes how much may be read"
             )
         return
     limit = byte_count("most_bytes", most_bytes)
@@ -204,7 +204,7 @@ def _check_size(folder: Path, manifest: Manifest, most_bytes: int | str | None) 
     if total > limit:
         raise SnapshotError(
             f"{str(folder / MANIFEST)!r} names files of {total:,} bytes, more than most_bytes, {limit:,}. Raise it if "
-            "you trust the snapshot."
+            "you trust the snapshot"
         )
 
 

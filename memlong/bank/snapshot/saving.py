@@ -37,7 +37,7 @@ class Bank(Protocol):
 
 
 def save(bank: Bank, path: str | Path, *, compact: bool) -> None:
-    """Write a bank into a folder; as `MemoryBank.save`."""
+    """Write a bank to a folder; see `MemoryBank.save`."""
     with SnapshotWriter(folder_of(path), "bank") as writer:
         saved = write_bank(bank, writer, compact=compact)
         writer.commit([saved.record])

@@ -148,7 +148,7 @@ def read_blocks(
 ) -> Iterator[tuple[Ids, torch.Tensor]]:
     """Read all blocks of a segment, a batch at a time: ids [n] and keys and values [n, 2, *layout.shape] on the CPU.
 
-    Only when the iterator has come to its end they are proven; until then nobody may see them.
+    They are verified only once the iterator is exhausted; until then, they must not be exposed.
 
     Raises
     ------

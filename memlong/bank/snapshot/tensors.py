@@ -67,7 +67,7 @@ def read_arrays(folder: Path, record: FileRecord, shapes: Shapes) -> Arrays:
     try:
         arrays: Arrays = safetensors.numpy.load(read_checked(folder, record))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(path, f"is no safetensors file ({error})") from error
+        raise damaged(path, f"is not a safetensors file ({error})") from error
     if arrays.keys() != shapes.keys():
         raise damaged(path, f"holds {', '.join(sorted(arrays))} instead of {', '.join(sorted(shapes))}")
     for name, (dtype, shape) in shapes.items():
@@ -87,7 +87,7 @@ def read_streams(folder: Path, record: FileRecord) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise damaged(path, f"is no safetensors file ({error})") from error
+        raise damaged(path, f"is not a safetensors file ({error})") from error
 
 
 def has_long_header(start: bytes) -> bool:

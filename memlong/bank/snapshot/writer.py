@@ -1,4 +1,4 @@
-"""SnapshotWriter: writes a new state of a folder next to the current one, and replaces that in one step."""
+"""SnapshotWriter: writes a new state next to the current one in a folder, and switches to it atomically."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class SnapshotWriter:
             if self.current is not None and self.current.kind != self._kind:
                 raise SnapshotError(
                     f"{str(self._folder)!r} holds the snapshot of a {self.current.kind}, and this is one of a "
-                    f"{self._kind}: name another folder, or remove that one."
+                    f"{self._kind}: name another folder, or remove that one"
                 )
             self._remove_all_but(self.current)
             self._held = stack.pop_all()
@@ -134,7 +134,7 @@ class SnapshotWriter:
             self._is_committed = True  # remove nothing: a disk that failed once may later report success
             raise SnapshotError(
                 f"{str(path)!r} names what was saved now, but the disk has not confirmed that: {error.__cause__}. What "
-                "was saved before is still there as well, in case the power fails. Check the disk, and save again."
+                "was saved before is still there as well, in case the power fails. Check the disk, and save again"
             ) from error
         self._is_committed = True
         return manifest
@@ -157,7 +157,7 @@ class SnapshotWriter:
             if name not in own and not (was_cut_off and FILE_NAME.fullmatch(name)):
                 raise SnapshotError(
                     f"{str(self._folder / name)!r} is not part of a snapshot: a folder that holds other things is left "
-                    "alone. Name a new folder."
+                    "alone. Name a new folder"
                 )
 
 
@@ -169,7 +169,7 @@ def _readable(path: Path, manifest: Manifest) -> bytes:
     except (SnapshotError, ValueError) as error:
         why = str(error).partition(": the snapshot is damaged")[0]
         raise InvalidArgumentError(
-            f"this cannot be saved, as it could not be loaded: {why}. What was saved before is as it was."
+            f"this cannot be saved, as it could not be loaded: {why}. What was saved before is as it was"
         ) from error
     return content
 

@@ -1,1 +1,1 @@
-"""Where keys and values live: in memory, near and far, on disk, in fewer bits."""
+"""Stores of keys and values: in device or host memory, on disk or as objects, optionally quantized."""

@@ -1,4 +1,4 @@
-"""The content of one object: a chunk's record, with what it takes to trust it."""
+"""The format of an object: a chunk's record, with a checksum and a header that says whose it is."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from memlong.bank.layout import ChunkLayout
 from memlong.bank.store.codec import StorageDtype
 
 MAGIC = b"memlong\x01"
-HEAD = struct.Struct("<8sII")  # magic, length of the header, CRC-32 of all that follows
-_WIDEST, _LARGEST = 2**20, 2**27  # as in a snapshot
+HEAD = struct.Struct("<8sII")  # magic, header length, CRC-32 of everything after it
+_WIDEST, _LARGEST = 2**20, 2**27  # same limits as in a snapshot
 _DTYPES = {str(each): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -30,9 +30,9 @@ class BlockKind:
     shape : tuple of int
         (layers, kv_heads, chunk, head_dim).
     dtype : torch.dtype
-        Of the keys and values.
+        Dtype of the keys and values.
     stored : str or None
-        The dtype they are stored in, where that is another.
+        Dtype they are stored in, if different.
     """
 
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class BlockKind:
 
     @classmethod
     def of(cls, layout: ChunkLayout, stored: StorageDtype | None) -> Self:
-        """Return the kind of blocks of a layout."""
+        """Return the kind of a layout's blocks."""
         return cls(layout.shape, layout.dtype, stored)
 
     def __str__(self) -> str:
@@ -49,16 +49,16 @@ class BlockKind:
 
 
 def encode(owner: str, chunk_id: int, kind: BlockKind, record: torch.Tensor) -> bytes:
-    """Return the content of the object that holds one chunk.
+    """Return the content of a chunk's object.
 
     Parameters
     ----------
     owner : str
-        Whose chunk it is, which no other bank at the place is called.
+        Name of the chunk's bank, unique in its place.
     chunk_id : int
-        Its id there.
+        The chunk's id in that bank.
     kind : BlockKind
-        Of the block.
+        Kind of the block.
     record : torch.Tensor
         uint8 [bytes] on the CPU.
     """
@@ -70,28 +70,28 @@ def encode(owner: str, chunk_id: int, kind: BlockKind, record: torch.Tensor) -> 
 
 
 def decode(content: bytes, owner: str, chunk_id: int, kind: BlockKind, record: torch.Tensor) -> None:
-    """Read the record in an object into a tensor, uint8 [bytes] on the CPU.
+    """Copy the record from an object's content into a tensor, uint8 [bytes] on the CPU.
 
     Raises
     ------
     ValueError
-        If the content is damaged, of another chunk or of another kind; the message says how it shows.
+        If the content is damaged, or belongs to another chunk or another kind; the message says which.
     """
     found, start = _opened(content, owner, chunk_id)
     if found != kind:
-        raise ValueError(f"it is of {found}, not {kind}")
+        raise ValueError(f"it holds {found}, not {kind}")
     if len(content) - start != len(record):
-        raise ValueError(f"it has {len(content) - start:,} bytes of {len(record):,}")
+        raise ValueError(f"it has {len(content) - start:,} bytes instead of {len(record):,}")
     record.numpy()[:] = np.frombuffer(content, dtype=np.uint8, offset=start)
 
 
 def kind_of(content: bytes, owner: str, chunk_id: int) -> BlockKind:
-    """Return the kind of the block in an object; raises as `decode` does."""
+    """Return the kind of the block in an object's content; raises like `decode`."""
     return _opened(content, owner, chunk_id)[0]
 
 
 def _opened(content: bytes, owner: str, chunk_id: int) -> tuple[BlockKind, int]:
-    """Return the kind of a block, and where its record begins."""
+    """Return the kind of a block, and the offset of its record."""
     if len(content) < HEAD.size:
         raise ValueError(f"it is cut off after {len(content)} bytes")
     magic, length, checksum = HEAD.unpack_from(content)
@@ -105,7 +105,7 @@ def _opened(content: bytes, owner: str, chunk_id: int) -> tuple[BlockKind, int]:
     except RecursionError as error:
         raise ValueError("its header is nested too deeply") from error
     if not isinstance(header, dict) or not _is_shape(header.get("shape")):
-        raise ValueError("its header is none of a chunk")
+        raise ValueError("its header is not that of a chunk")
     if (header.get("owner"), header.get("chunk")) != (owner, chunk_id):
         raise ValueError(f"it is chunk {header.get('chunk')!r:.50} of {header.get('owner')!r:.50}")
     dtype, stored = _DTYPES.get(str(header.get("dtype"))), header.get("stored")

@@ -1,4 +1,4 @@
-"""How a chunk's keys and values become bytes: as they are, or in fewer bits."""
+"""How a chunk's keys and values become bytes: unchanged, or in fewer bits."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _CHUNK, _HEAD_DIM = -2, -1
 
 
 class BlockCodec(ABC):
-    """Turns blocks of one layout into records of equal length, and back.
+    """Encodes blocks of one layout as records of equal length, and decodes them.
 
     Parameters
     ----------
     layout : ChunkLayout
-        Of the blocks.
+        Layout of the blocks.
     """
 
     def __init__(self, layout: ChunkLayout) -> None:
@@ -42,22 +42,22 @@ class BlockCodec(ABC):
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Return records [n, nbytes], uint8, of blocks [n, layers, kv_heads, chunk, head_dim]."""
+        """Encode blocks [n, layers, kv_heads, chunk, head_dim] as records [n, nbytes], uint8."""
 
     @abstractmethod
     def decode(self, records: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and the values of n >= 1 records in the layout's dtype, on their device; fresh copies."""
+        """Return keys and values of n >= 1 records as new tensors, in the layout's dtype, on the records' device."""
 
 
 class PlainCodec(BlockCodec):
-    """Keys and values in one dtype: their own, which loses nothing, or a narrower one.
+    """Keys and values in one dtype: their own, which is lossless, or a narrower one.
 
     Parameters
     ----------
     layout : ChunkLayout
-        Of the blocks.
+        Layout of the blocks.
     dtype : torch.dtype, optional
-        Of the records, by default that of the blocks.
+        Dtype of the records; by default, that of the blocks.
     """
 
     def __init__(self, layout: ChunkLayout, dtype: torch.dtype | None = None) -> None:
@@ -70,28 +70,27 @@ class PlainCodec(BlockCodec):
         return 2 * math.prod(self.layout.shape) * self._dtype.itemsize
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Put the values' bytes after the keys'."""
+        """Concatenate the bytes of keys and values."""
         return torch.cat([_bytes(keys.to(self._dtype)), _bytes(values.to(self._dtype))], dim=1)
 
     def decode(self, records: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy each half to its place, once, unless the dtype is another."""
+        """Copy each half once, or twice if the dtype differs."""
         halves = zip(*(record.tensor_split(2) for record in records), strict=True)
         keys, values = (_as(stack(half), self._dtype, self.layout.shape) for half in halves)
         return keys.to(self.layout.dtype), values.to(self.layout.dtype)
 
 
 class ScaledCodec(BlockCodec):
-    """Eight bits a number, with scales: a key's for each channel of a chunk, a value's for each token.
+    """Eight-bit quantization with float16 scales, per channel for keys and per token for values.
 
-    Outliers of keys sit in a few channels and those of values in a few tokens, so each gets a scale of its own, in
-    float16 (KIVI, arXiv 2402.02750, section 3).
+    Outliers of keys are in a few channels and those of values in a few tokens (KIVI, arXiv 2402.02750, section 3).
 
     Parameters
     ----------
     layout : ChunkLayout
-        Of the blocks.
+        Layout of the blocks.
     dtype : "float8" or "int8"
-        Of the numbers; float8 is e4m3.
+        The eight-bit dtype; float8 is e4m3.
     """
 
     def __init__(self, layout: ChunkLayout, dtype: Literal["float8", "int8"]) -> None:
@@ -107,12 +106,12 @@ class ScaledCodec(BlockCodec):
         return 2 * math.prod(self.layout.shape) + 2 * scales
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Scale, round, and put scales and numbers one after the other."""
+        """Scale and round, and concatenate scales and numbers."""
         parts = []
         for states, axis in ((keys, _CHUNK), (values, _HEAD_DIM)):
             wide = states.float()
             largest = wide.abs().amax(dim=axis, keepdim=True)
-            # Never zero, nor so small or so large that float16 loses it.
+            # Never zero, subnormal or infinite in float16.
             scale = (largest / self._limit).clamp_(2.0**-14, _MOST_HALF).half()
             scaled = (wide / scale.float()).clamp_(-self._limit, self._limit)
             if self._dtype == torch.int8:
@@ -132,12 +131,12 @@ class ScaledCodec(BlockCodec):
 
     def _scaled(self, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         wide = _as(numbers, self._dtype, self.layout.shape).float()
-        aligned = scales.clone()  # in one record they may begin at an odd byte
+        aligned = scales.clone()  # within a record, they may start at an odd byte
         return wide.mul_(_as(aligned, torch.float16, shape).float()).to(self.layout.dtype)
 
 
 def make_codec(layout: ChunkLayout, dtype: StorageDtype | None) -> BlockCodec:
-    """Return the codec that stores blocks of this layout in ``dtype``; None is as they are."""
+    """Return the codec that stores blocks of this layout in ``dtype``; None keeps their own."""
     check_storage_dtype(dtype)
     if dtype == "float8" or dtype == "int8":
         return ScaledCodec(layout, dtype)

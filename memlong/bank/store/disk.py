@@ -1,4 +1,4 @@
-"""The disk tier: records of one length in slots of a file that leaves nothing behind."""
+"""The disk tier: records of equal length in slots of a temporary file."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from memlong.errors import StorageError
 class DiskSlots:
     """Slots of equal size in one file.
 
-    The file has no name in the folder (or loses it when closed, on Windows), so that nothing is left behind however the
-    process ends. It is read and written rather than mapped into memory: what lies on disk then never counts as resident
-    memory, and a full disk is an error that can be caught instead of a signal that kills the process.
+    The file has no name in the folder (on Windows, it is deleted when closed), so nothing is left behind however the
+    process ends. It is read and written rather than memory-mapped: its content never counts as resident memory, and a
+    full disk is an error that can be caught instead of a signal that kills the process.
 
-    It is the process's that made it. A process forked from that one reads the slots there were then, until the owner
-    gives one back, which may hold something else from there on: all reading is refused after that.
+    The file belongs to the process that created it. A forked process may read the slots of that time until the owner
+    releases one, which may then hold something else: from then on, reading is refused.
 
     Parameters
     ----------
     folder : Path
-        Where the file is made; it must exist.
+        Folder of the file; it must exist.
     slot_bytes : int
         Size of a slot.
 
     Raises
     ------
     StorageError
-        If no file can be made there.
+        If no file can be created there.
     """
 
     def __init__(self, folder: Path, slot_bytes: int) -> None:
@@ -49,25 +49,25 @@ class DiskSlots:
         except OSError as error:
             raise StorageError(
                 f"The disk tier cannot write to the folder {str(folder)!r}: {error.strerror}. Create it, or name "
-                "another."
+                "another"
             ) from error
         self._close = weakref.finalize(self, self._file.close)
         self._owner = os.getpid()
         self._given_back, self._given_back_by_owner = (
             0,
             mmap.mmap(-1, 8),
-        )  # the latter is one for all processes
+        )  # the latter is shared by all processes
         self._free: set[int] = set()
         self._end = 0
         self._lock = fork_lock()
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process made the file, so that it may write there."""
+        """Whether this process created the file and so may write to it."""
         return os.getpid() == self._owner
 
     def write(self, records: Iterable[torch.Tensor]) -> list[int]:
-        """Store records, each uint8 [slot_bytes] on the CPU, and return their slots; if this raises, none is stored."""
+        """Store records, each uint8 [slot_bytes] on the CPU, and return their slots; on an error, none is stored."""
         slots = []
         with self._lock:
             try:
@@ -77,13 +77,13 @@ class DiskSlots:
                     self._write_at(slots[-1], record.numpy())
             except BaseException as error:
                 self._free.update(slots)
-                with suppress(OSError):  # the first error is the one to tell, and free slots are used again
+                with suppress(OSError):  # report the first error; free slots are reused
                     self._shrink()
                 if isinstance(error, OSError):
                     raise StorageError(
                         f"The disk tier in {str(self._folder)!r} cannot take another {self._size:,} bytes: "
                         f"{error.strerror}. Nothing was stored. Free some space, name another folder, or set "
-                        "disk_budget."
+                        "disk_budget"
                     ) from error
                 raise
         return slots
@@ -94,13 +94,13 @@ class DiskSlots:
         Raises
         ------
         StorageError
-            If the file cannot be read, or what is there may no longer be what there was before the fork.
+            If the file cannot be read, or may have changed since the fork.
         """
         with self._lock:
             self._read_at(slot, target.numpy())
 
     def release(self, slots: list[int]) -> None:
-        """Give slots back; if this raises StorageError, because the file cannot be cut, they are all still there."""
+        """Free slots; if the file cannot be truncated, StorageError is raised and all are still in use."""
         with self._lock:
             self._note_given_back()
             self._free.update(slots)
@@ -110,19 +110,19 @@ class DiskSlots:
                 self._free.difference_update(slots)
                 raise StorageError(
                     f"The disk tier in {str(self._folder)!r} cannot give space back: {error.strerror or error}. "
-                    "Nothing was removed. Try again, or name another folder."
+                    "Nothing was removed. Try again, or name another folder"
                 ) from error
 
     def keep_only(self, slots: Iterable[int]) -> None:
-        """Give all other slots back, where an interrupt has left it open which are in use."""
+        """Free all other slots, after an interrupt that left unclear which are in use."""
         with self._lock:
             self._note_given_back()
             self._free = set(range(self._end)).difference(slots)
-            with suppress(OSError):  # free slots that stay in the file are used again
+            with suppress(OSError):  # free slots that stay in the file are reused
                 self._shrink()
 
     def close(self) -> None:
-        """Give everything back, as the end of this object does."""
+        """Delete the file, as happens when this object is garbage-collected."""
         self._close()
 
     def _write_at(self, slot: int, record: np.ndarray) -> None:
@@ -134,19 +134,19 @@ class DiskSlots:
         except OSError as error:
             raise StorageError(
                 f"The disk tier in {str(self._folder)!r} cannot be read: {error.strerror or error}. Check the disk; "
-                "a memory kept on another (disk=...) starts empty."
+                "a memory kept on another (disk=...) starts empty"
             ) from error
         if not self.is_ours and self._shared_count() != self._given_back:
             raise StorageError(
-                f"The disk tier in {str(self._folder)!r} is that of process {self._owner}, from which this one was "
-                "forked, and chunks have left it since: what this process reads there may be another chunk's. Save the "
-                "bank before the fork, and load it in each process."
+                f"The disk tier in {str(self._folder)!r} belongs to process {self._owner}, from which this one was "
+                "forked, and chunks have been removed since: this process could read another chunk's data. Save the "
+                "bank before the fork, and load it in each process"
             )
         if missing:
-            raise StorageError(f"The disk tier in {str(self._folder)!r} lost data: its file is too short.")
+            raise StorageError(f"The disk tier in {str(self._folder)!r} lost data: its file is too short")
 
     def _note_given_back(self) -> None:
-        """Tell forked processes; first, as a slot may hold something else from here on."""
+        """Tell forked processes. This comes first, as a slot may hold something else from here on."""
         count = self._given_back + 1
         self._given_back_by_owner[:] = count.to_bytes(8, "little")
         self._given_back = count
@@ -155,7 +155,7 @@ class DiskSlots:
         return int.from_bytes(self._given_back_by_owner[:], "little")
 
     def _shrink(self) -> None:
-        """Give the free slots at the end of the file back to the disk."""
+        """Truncate the free slots at the end of the file."""
         end = self._end
         while end - 1 in self._free:
             end -= 1

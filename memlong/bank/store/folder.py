@@ -1,4 +1,4 @@
-"""ObjectFolder: the blocks of one bank as objects, one a chunk, in a folder of their own."""
+"""ObjectFolder: the blocks of one bank as objects, one per chunk, in their own folder."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from memlong.uri import without_credentials
 
 _NOTES = "bank.json"
 _BLOCK = re.compile(r"(0|[1-9][0-9]{0,17})\.kv")
-_HEADER = 1 << 16  # bytes before the record, at most
+_HEADER = 1 << 16  # maximum bytes before the record
 _MOST_NOTES, _MOST_BLOCK = 1 << 20, 1 << 31
 
 
 class ObjectFolder:
-    """The blocks of one bank as objects, each with a checksum, written and read by several threads at once.
+    """The blocks of one bank as objects, each with a checksum, written and read by several threads in parallel.
 
-    Next to them is an object of notes, written before the first block: if it is missing as well, the place is
-    unreachable, and no chunk counts as lost. What cannot be removed is tried again with the next removal.
+    Next to them is an object with notes, written before the first block. If blocks and notes are all missing, the place
+    is unreachable and no chunk counts as lost. Objects that cannot be removed are retried at the next removal.
 
     Parameters
     ----------
     objects : Objects
         The place that the folder is in.
     name : str, optional
-        Of the folder; no other bank at the place has one that ends in the same part. By default a random one.
+        Name of the folder. Its last part must be unique in the place. By default, it is random.
     readers : int, default 8
         Threads that read and write.
     lasting : bool, default False
-        Whether what is there stays when this object goes.
+        Whether the folder outlives this object.
     notes : mapping, optional
-        What to note down of the bank, for JSON.
+        Facts about the bank to store, as JSON.
     """
 
     def __init__(
@@ -73,20 +73,20 @@ class ObjectFolder:
             weakref.finalize(self, unless_forked(_remove, objects, self.name))
 
     def claim(self, user: object) -> None:
-        """Note that a store uses the folder; InvalidArgumentError if another does, as both would write the same."""
+        """Register a store as the only user; InvalidArgumentError if there is another, as both would write the same."""
         if self._user is not None and self._user() not in (None, user):
             raise InvalidArgumentError(
-                "objects must be a folder of one store's own, got one that another store uses."
+                "objects must be a folder that no other store uses, got one that is in use"
             )
         self._user = weakref.ref(user)
 
     @property
     def place(self) -> str:
-        """Where the objects are, without secrets."""
+        """The place of the objects, without secrets."""
         return self._objects.place
 
     def write(self, ids: Sequence[int], kind: BlockKind, records: Sequence[torch.Tensor]) -> None:
-        """Write blocks, or none: what was written before an error is removed."""
+        """Write blocks; on an error, those already written are removed."""
         self.require_owner()
 
         def write(row: int) -> None:
@@ -102,7 +102,7 @@ class ObjectFolder:
             if isinstance(error, OSError) and not isinstance(error, StorageError):
                 raise self._unusable("written", error) from None
             raise
-        self._leftover.difference_update(map(self._block, ids))  # they are these chunks' now
+        self._leftover.difference_update(map(self._block, ids))  # they belong to these chunks now
 
     def read_into(self, ids: Sequence[int], kind: BlockKind, records: Sequence[torch.Tensor]) -> None:
         """Read records into tensors, each uint8 [bytes] on the CPU.
@@ -110,7 +110,7 @@ class ObjectFolder:
         Raises
         ------
         LostChunksError
-            Naming the chunks whose objects are missing or damaged.
+            If objects are missing or damaged; it names their chunks.
         StorageError
             If the place cannot be read.
         """
@@ -128,7 +128,9 @@ class ObjectFolder:
         try:
             self._workers.each(read, range(len(ids)))
             if lost:
-                self._objects.read(self._path(_NOTES), _MOST_NOTES)  # if they are gone, the place is away
+                self._objects.read(
+                    self._path(_NOTES), _MOST_NOTES
+                )  # if they are missing too, the place is unreachable
         except OSError as error:
             raise self._unusable("read", error) from None  # the cause may show credentials
         if lost:
@@ -142,7 +144,7 @@ class ObjectFolder:
             self._leftover.clear()
 
     def drop(self) -> None:
-        """Remove the folder; StorageError if the place does not let it go."""
+        """Remove the folder; StorageError if that fails."""
         self.require_owner()
         self._leftover.clear()
         self._is_noted = False
@@ -152,12 +154,12 @@ class ObjectFolder:
             raise self._unusable("removed", error) from None  # the cause may show credentials
 
     def ids(self) -> list[int]:
-        """Return the ids of all objects in the folder, ascending, no matter who wrote them."""
+        """Return the ids of all chunks in the folder, ascending, whichever process wrote them."""
         names = (each.name for each in self._objects.list(self.name))
         return sorted(chunk_id for chunk_id in map(chunk_id_of, names) if chunk_id is not None)
 
     def kind(self, ids: Iterable[int]) -> BlockKind | None:
-        """Return the kind of the first of some blocks that can be read; None if none can."""
+        """Return the kind of the first readable block; None if there is none."""
         for chunk_id in ids:
             try:
                 return kind_of(self._objects.read(self._block(chunk_id), _MOST_BLOCK), self._bank, chunk_id)
@@ -168,11 +170,11 @@ class ObjectFolder:
         return None
 
     def forget_notes(self) -> None:
-        """Write the notes again with the next block: somebody may have removed them with the folder."""
+        """Write the notes again with the next block, as they may have been removed with the folder."""
         self._is_noted = False
 
     def note(self, more: Mapping[str, Any]) -> None:
-        """Write the notes, with more in them."""
+        """Add to the notes, and write them."""
         self.require_owner()
         notes = {**self._notes, **more}
         try:
@@ -184,11 +186,11 @@ class ObjectFolder:
         self._notes, self._is_noted = notes, True
 
     def notes(self) -> dict[str, Any]:
-        """Return the notes that are there; nothing if there are none."""
+        """Return the stored notes; empty if there are none."""
         try:
             notes = json.loads(self._objects.read(self._path(_NOTES), _MOST_NOTES))
             if not isinstance(notes, dict):
-                raise ValueError(f"it holds a {type(notes).__name__}, and no object")
+                raise ValueError(f"it holds a {type(notes).__name__}, not an object")
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -199,17 +201,17 @@ class ObjectFolder:
         return notes
 
     def damaged(self, why: str) -> StorageError:
-        """Return the error for notes that cannot be right."""
+        """Return the error for damaged notes."""
         return StorageError(
-            f"{self._path(_NOTES)!r} in {self.place!r} is damaged ({why}). Restore it, or begin another memory."
+            f"{self._path(_NOTES)!r} in {self.place!r} is damaged ({why}). Restore it, or start a new memory"
         )
 
     def require_owner(self) -> None:
-        """Raise StorageError in a forked process, where both would write the same objects."""
+        """Raise StorageError in a forked process, as both would write the same objects."""
         if os.getpid() != self._owner:
             raise StorageError(
-                f"The objects in {self.place!r} are those of process {self._owner}, from which this one was forked: "
-                "both would write the same. Make the bank in this process, or start processes with the method 'spawn'."
+                f"The objects in {self.place!r} belong to process {self._owner}, from which this one was forked: "
+                "both would write the same. Create the bank in this process, or start processes with the method 'spawn'"
             )
 
     @property
@@ -225,7 +227,7 @@ class ObjectFolder:
     def _unusable(self, what: str, error: OSError) -> StorageError:
         return StorageError(
             f"Keys and values cannot be {what} in {self.place!r}: {without_credentials(str(error))}. Is the place "
-            "there, and may this process use it? Otherwise name another place."
+            "there, and may this process use it? Otherwise name another place"
         )
 
 
@@ -236,11 +238,11 @@ def _is_name(name: object) -> bool:
 
 
 def chunk_id_of(name: str) -> int | None:
-    """Return the id of the chunk whose object this is; None if it is no chunk's."""
+    """Return the id of the chunk in an object of this name; None for other objects."""
     found = _BLOCK.fullmatch(name.rpartition("/")[2])
     return None if found is None else int(found[1])
 
 
 def _remove(objects: Objects, folder: str) -> None:
-    with suppress(Exception):  # a finalizer; at the end of the process no more threads may be started
+    with suppress(Exception):  # a finalizer: at interpreter exit, threads cannot be started
         objects.delete_folder(folder)

@@ -17,11 +17,11 @@ def gather(store: KeyValueStore, layout: ChunkLayout | None, ids: Ids) -> tuple[
     Parameters
     ----------
     store : KeyValueStore
-        Holds every id that is not -1.
+        Store that holds every id except -1.
     layout : ChunkLayout or None
-        The kind of its blocks; None where nothing was ever stored.
+        Layout of its blocks; None if nothing was ever stored.
     ids : numpy.ndarray
-        int64 [q, k]; -1 is missing and gives zeros.
+        int64 [q, k]; -1 means missing and gives zeros.
     """
     layout = layout or UNKNOWN
     wanted = ids.ravel()

@@ -1,4 +1,4 @@
-"""Objects by name under a place: a local folder, or what fsspec reaches."""
+"""Objects by name in a place: a local folder, or any place that fsspec supports."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from memlong.uri import without_credentials
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object as a listing shows it.
+    """An entry of a listing.
 
     Attributes
     ----------
     name : str
-        Below the place, with "/" between its parts.
+        Name relative to the place, with "/" between its parts.
     written : float
-        When, in seconds since 1970; infinity where that cannot be told.
+        When it was written, in seconds since 1970; infinity if unknown.
     """
 
     name: str
@@ -35,30 +35,30 @@ class StoredObject:
 
 
 class Objects(ABC):
-    """Bytes by name, each written as a whole; names have "/" between their parts."""
+    """Bytes by name, each object written atomically; names have "/" between their parts."""
 
     place: str
-    """Where they are, without secrets."""
+    """The place, without secrets."""
 
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
-        """Store an object, replacing one of that name; it is there as a whole, or not at all."""
+        """Store an object, replacing any of that name; it is stored completely or not at all."""
 
     @abstractmethod
     def read(self, name: str, most: int) -> bytes:
-        """Return an object's content; FileNotFoundError where there is none, ValueError if it has more bytes."""
+        """Return an object's content; FileNotFoundError if it is missing, ValueError if it exceeds ``most`` bytes."""
 
     @abstractmethod
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; those that are not there count as removed."""
+        """Remove objects; missing ones are ignored."""
 
     @abstractmethod
     def list(self, folder: str = "") -> list[StoredObject]:
-        """Return all objects below a folder, in no particular order."""
+        """Return all objects in a folder and its subfolders, in no particular order."""
 
     @abstractmethod
     def delete_folder(self, folder: str) -> None:
-        """Remove all objects below a folder."""
+        """Remove all objects in a folder and its subfolders."""
 
 
 class LocalObjects(Objects):
@@ -67,9 +67,9 @@ class LocalObjects(Objects):
     Parameters
     ----------
     folder : Path
-        Made when the first object is written.
+        Created when the first object is written.
     synced : bool, default True
-        Whether an object is on the disk, and not only in its cache, before `write` returns.
+        Whether `write` waits until the object is on the disk (fsync).
     """
 
     def __init__(self, folder: Path, *, synced: bool = True) -> None:
@@ -90,7 +90,7 @@ class LocalObjects(Objects):
                 part.unlink()
             raise StorageError(
                 f"{str(path)!r} cannot be written: {error.strerror or error}. Free some space, change the folder's "
-                "rights, or name another place."
+                "permissions, or name another place"
             ) from error
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -135,15 +135,15 @@ class LocalObjects(Objects):
 
 
 class RemoteObjects(Objects):
-    """Objects that fsspec reaches: s3://, gcs://, memory:// and the like.
+    """Objects in a place that fsspec supports: s3://, gcs://, memory:// and others.
 
-    An object store shows an object once all of it has arrived. Of other places fsspec promises no such thing; a block
-    that is cut off is found by its checksum.
+    Object stores write atomically. For other places fsspec does not guarantee that; a truncated block is found by its
+    checksum.
 
     Parameters
     ----------
     uri : str
-        The place; fsspec takes credentials from the environment, or from the URI.
+        URI of the place; credentials come from the environment or the URI, as usual with fsspec.
     """
 
     def __init__(self, uri: str) -> None:
@@ -161,30 +161,30 @@ class RemoteObjects(Objects):
         except ImportError as error:
             raise MissingDependencyError(
                 f"{self.place!r} needs a library that is not installed: {without_credentials(str(error))}"
-            ) from None  # the cause may show the URI as it was given
+            ) from None  # the cause may show the URI with its credentials
         except ValueError as error:
             raise InvalidArgumentError(
                 f"The place must be a folder, or a URI that fsspec knows, such as s3://bucket/folder, got "
-                f"{self.place!r}: {without_credentials(str(error))}."
+                f"{self.place!r}: {without_credentials(str(error))}"
             ) from None
-        except Exception as error:  # noqa: BLE001 - of any library behind fsspec
+        except Exception as error:  # noqa: BLE001 - any library behind fsspec
             raise self._failed(error) from None
 
     def write(self, name: str, content: bytes) -> None:
-        """Send it."""
+        """Upload the object."""
         path = self._path(name)
         try:
             self._ask(self._files.pipe_file, path, content)
-        except FileNotFoundError:  # a filesystem with folders
+        except FileNotFoundError:  # a filesystem with real folders
             self._ask(self._files.makedirs, path.rpartition("/")[0], exist_ok=True)
             self._ask(self._files.pipe_file, path, content)
 
     def read(self, name: str, most: int) -> bytes:
-        """Fetch it."""
+        """Download the object."""
         return _bounded(self._ask(self._files.cat_file, self._path(name), start=0, end=most + 1), most)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove them, in one request where the place can do that."""
+        """Remove the objects, in one request if supported."""
         paths = [self._path(name) for name in names]
         try:
             if paths:
@@ -195,7 +195,7 @@ class RemoteObjects(Objects):
                     self._ask(self._files.rm_file, path)
 
     def list(self, folder: str = "") -> list[StoredObject]:
-        """List them, as they are now."""
+        """List the objects, bypassing fsspec's cache."""
         self._files.invalidate_cache()
         try:
             found = self._ask(self._files.find, self._path(folder), detail=True)
@@ -205,23 +205,23 @@ class RemoteObjects(Objects):
         return [StoredObject(path[start:], _written(facts)) for path, facts in found.items()]
 
     def delete_folder(self, folder: str) -> None:
-        """Remove it with all that is in it."""
+        """Remove the folder and everything in it."""
         with suppress(FileNotFoundError):
             self._ask(self._files.rm, self._path(folder), recursive=True)
 
     def _ask(self, act: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """Call fsspec; whatever a library behind it raises is an OSError, and shows no credentials."""
+        """Call fsspec; errors of the libraries behind it become OSErrors that show no credentials."""
         try:
             return act(*given, **named)
         except OSError:
             raise
-        except Exception as error:  # noqa: BLE001 - of any library behind fsspec
+        except Exception as error:  # noqa: BLE001 - any library behind fsspec
             raise self._failed(error) from None
 
     def _failed(self, error: Exception) -> StorageError:
         return StorageError(
             f"{self.place!r} cannot be used: {without_credentials(f'{type(error).__name__}: {error}')}. Check the "
-            "place and the credentials for it, or name another."
+            "place and the credentials for it, or name another"
         )
 
     def _path(self, name: str) -> str:
@@ -229,19 +229,19 @@ class RemoteObjects(Objects):
 
 
 def objects_at(place: str | Path, *, synced: bool = True) -> Objects:
-    """Return the objects at a place.
+    """Open a place for objects.
 
     Parameters
     ----------
     place : str or Path
-        A folder, file://... or another URI that fsspec knows, such as s3://bucket/folder.
+        A folder, or a URI that fsspec knows, such as file:///folder or s3://bucket/folder.
     synced : bool, default True
-        Whether objects in a local folder are on the disk, and not only in its cache, once they are written.
+        Whether writing to a local folder waits until the object is on the disk (fsync).
 
     Raises
     ------
     InvalidArgumentError
-        If fsspec knows no such place.
+        If fsspec does not know the place.
     MissingDependencyError
         If fsspec, or the library that it needs for this place, is not installed.
     """

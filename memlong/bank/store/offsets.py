@@ -1,4 +1,4 @@
-"""Read and write a file at offsets: its position is shared with forked processes, so nothing depends on it."""
+"""Read and write a file at offsets, without its position, which forked processes share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from io import FileIO
 
 
 def read_at(file: FileIO, offset: int, target: memoryview) -> int:
-    """Fill a buffer of bytes from an offset; the number that is missing where the file ends before, else 0."""
+    """Fill a buffer from an offset, and return the number of bytes that are missing because the file ends early."""
     rest = target
     while rest and (count := _read(file, offset, rest)):
         rest, offset = rest[count:], offset + count
@@ -23,7 +23,7 @@ def write_at(file: FileIO, offset: int, content: memoryview) -> None:
         rest, offset = rest[count:], offset + count
 
 
-if sys.platform == "win32":  # without forks, and without these calls: whoever reads and writes holds a lock
+if sys.platform == "win32":  # no forks and no such calls; callers hold a lock
 
     def _read(file: FileIO, offset: int, target: memoryview) -> int:
         file.seek(offset)

@@ -1,4 +1,4 @@
-"""Workers: threads for many small reads and writes that wait for a disk or a network."""
+"""Workers: a thread pool for many small reads and writes to a disk or network."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Given = TypeVar("Given")
 
 
 class Workers:
-    """Threads that help with what waits for a disk or a network.
+    """A thread pool for I/O in which the caller works, too.
 
-    Whoever asks begins at once and takes one thing after the other, and threads join in, each waking up the next. So
-    many slow things are done together, and a few quick ones do not wait for threads.
+    The caller starts at once on one item after another, and threads join in, each waking the next. Slow items therefore
+    run in parallel, and a few quick ones do not wait for threads to start.
 
     Parameters
     ----------
     count : int
-        How many things at most are done at a time.
+        Maximum number of items processed at a time.
     """
 
     def __init__(self, count: int) -> None:
@@ -33,9 +33,9 @@ class Workers:
         self._starting = fork_lock()
 
     def each(self, act: Callable[[Given], Any], given: Sequence[Given]) -> None:
-        """Do something with each thing given; nothing of it goes on afterwards.
+        """Call a function on each item, and return when no call is running anymore.
 
-        The first error ends it and is raised; what was not begun by then is left out.
+        The first error is raised; items that have not been started by then are skipped.
         """
         task = _Task(act, given)
         try:
@@ -48,18 +48,18 @@ class Workers:
             try:
                 raise task.errors[0]
             finally:
-                task.errors.clear()  # or the error would hold itself, and all that its frames do
+                task.errors.clear()  # otherwise the error would refer to itself, and keep its frames alive
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._starting:
-            if self._pool is None or os.getpid() != self._owner:  # a forked process has none of its threads
+            if self._pool is None or os.getpid() != self._owner:  # a forked process does not inherit threads
                 self._owner = os.getpid()
                 self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="memlong-kv")
             return self._pool
 
 
 class _Task(Generic[Given]):
-    """Things to do, by whoever asked and by helpers."""
+    """Items to process, by the caller and by helper threads."""
 
     def __init__(self, act: Callable[[Given], Any], given: Sequence[Given]) -> None:
         self._act, self._todo = act, deque(given)
@@ -67,9 +67,9 @@ class _Task(Generic[Given]):
         self.errors: list[BaseException] = []
 
     def call_helper(self, pool: ThreadPoolExecutor, most: int) -> None:
-        """Have one thread help, if that makes sense and it is at most so many."""
+        """Start one more helper if there is work left, up to ``most`` of them."""
         if self._todo and not self.errors and len(self._helpers) < most:
-            # Where the interpreter is ending, no thread starts: the caller works alone.
+            # At interpreter exit no threads can be started: the caller works alone.
             with suppress(RuntimeError):
                 self._helpers.append(pool.submit(self._help, pool, most))
 
@@ -78,20 +78,20 @@ class _Task(Generic[Given]):
         self.work()
 
     def work(self) -> None:
-        """Take one thing after the other until there are no more."""
+        """Process items until none are left."""
         while self._todo and not self.errors:
             try:
                 one = self._todo.popleft()
-            except IndexError:  # another thread has the last
+            except IndexError:  # another thread took the last one
                 return
             try:
                 self._act(one)
-            except BaseException as error:  # noqa: BLE001 - raised by whoever asked
+            except BaseException as error:  # noqa: BLE001 - raised in the caller
                 self.errors.append(error)
 
     def dismiss_helpers(self) -> None:
-        """Wait for those who are at work; a helper that one of them calls meanwhile is in the list by then."""
+        """Wait for running helpers; those that they start in the meantime are appended to the list before they end."""
         for helper in self._helpers:
             if not helper.cancel():
                 wait([helper])
-        del self._act  # a thread may hold this object a moment longer, but nothing of its caller
+        del self._act  # a thread may keep this object a moment longer, but must not keep the caller's

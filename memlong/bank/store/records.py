@@ -1,4 +1,4 @@
-"""Records on their way between the tiers of a store."""
+"""Records in transit between the tiers of a store."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from memlong.bank.store.slabs import Slabs, Slot
 
 
 class Records:
-    """n records of one size, on the host or on a device: each is copied to the other once, and only if wanted there.
+    """n records of equal size, on the host or a device, copied to the other at most once, and only if needed there.
 
     Parameters
     ----------
     rows : sequence of torch.Tensor
-        n times uint8 [bytes]; nobody changes them.
+        n tensors, uint8 [bytes], that are never modified.
     apart : bool
-        Whether each is all that its memory holds, so that who keeps one keeps no other's memory.
+        Whether each has its own memory, so that keeping one does not keep the memory of others.
     slabs : Slabs, optional
-        Where the host's copies are made, if a CUDA device has the records.
+        Page-locked memory for copies on the host, if the records are on a CUDA device.
     """
 
     def __init__(self, rows: Sequence[torch.Tensor], *, apart: bool, slabs: Slabs | None = None) -> None:
@@ -38,13 +38,13 @@ class Records:
 
     def slots(self) -> list[Slot]:
         """Return the records in page-locked memory; a device may still be copying them there."""
-        assert self._slabs is not None  # noqa: S101 - where there are no slabs, there is no tier of slots
+        assert self._slabs is not None  # noqa: S101 - without slabs there is no tier of slots
         if self._slots is None:
             self._slots = self._slabs.bring(self._rows)
         return self._slots
 
     def at(self, device: torch.device) -> list[torch.Tensor]:
-        """Return the records on a device; what is on the host may be read at once."""
+        """Return the records on a device; on the host, they can be read immediately."""
         if self._slabs is None:
             return [row.to(device) for row in self._rows]
         if device.type == "cpu":
@@ -56,7 +56,7 @@ class Records:
         return self._rows
 
     def own(self, row: int, device: torch.device) -> torch.Tensor:
-        """Return one record on a device, in memory of its own, to be kept."""
+        """Return one record on a device, in its own memory, to be kept."""
         given = self.at(device)[row] if self._slabs else self._rows[row].to(device)
         is_own = self._apart or (not self._slabs and given is not self._rows[row])
         return given if is_own else separate(given[None])[0]

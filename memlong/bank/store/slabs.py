@@ -1,4 +1,4 @@
-"""Page-locked memory of the host, in slabs cut into slots for records: what a CUDA device copies to and from."""
+"""Page-locked host memory for copies to and from a CUDA device, in slabs that are divided into slots for records."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _SLAB_BYTES = 256 << 20
 
 
 class Slot:
-    """A place for one record; free again as soon as nobody refers to this object.
+    """Memory for one record, freed as soon as nothing refers to this object.
 
-    So an interrupt cannot lose one, and nothing is written over what somebody still means to read.
+    So an interrupt cannot leak a slot, and a record that is still to be read is never overwritten.
 
     Attributes
     ----------
     record : torch.Tensor
         uint8 [bytes], page-locked.
     traffic : Traffic
-        What copies from and to it.
+        The copies from and to it.
     """
 
     __slots__ = ("__weakref__", "record", "traffic")
@@ -36,11 +36,11 @@ class Slot:
 
 
 class Slabs:
-    """Slots of one size, all in page-locked memory, for one user at a time.
+    """Slots of equal size in page-locked memory, for one user at a time.
 
-    Page-locking is slow, and torch rounds each piece of such memory up to a power of two: so there are few, each as
-    large as all before it together, up to 256 MB, and filled to that power. A slab is given back when its slots are
-    free, but for one.
+    Page-locking is slow, and torch rounds each allocation up to a power of two. So there are few slabs, each as large
+    as all previous ones together (up to 256 MB), and using the whole power of two. Slabs with only free slots are
+    released, except one.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Slabs:
     device : torch.device
         The CUDA device that copies.
     budget : int, optional
-        Bytes of records that are wanted at most; there are more slots only while more are in use.
+        Maximum bytes of records; exceeded only while more slots are in use.
     """
 
     def __init__(self, record_bytes: int, device: torch.device, budget: int | None = None) -> None:
@@ -65,9 +65,9 @@ class Slabs:
         return sum(slab.memory.nbytes for slab in self._slabs)
 
     def bring(self, records: Sequence[torch.Tensor]) -> list[Slot]:
-        """Copy records [bytes] of the device to slots of their own; the host does not wait.
+        """Copy records [bytes] from the device to new slots, without blocking the host.
 
-        The current stream copies. Whoever reads a slot afterwards waits for it: by `send` or `settle`.
+        The current stream copies. To read a slot afterward, use `send` or `settle`, which wait for the copy.
         """
         slots = self.take(len(records))
         stream = torch.cuda.current_stream(self._device)
@@ -81,7 +81,7 @@ class Slabs:
         return slots
 
     def send(self, slots: Sequence[Slot]) -> list[torch.Tensor]:
-        """Copy records to the device; the host does not wait, and the current stream copies once they are there."""
+        """Copy records to the device on the current stream, once they are complete, without blocking the host."""
         stream = torch.cuda.current_stream(self._device)
         for slot in slots:
             slot.traffic.hold_back(stream, writing=False)
@@ -91,17 +91,17 @@ class Slabs:
             note([slot.traffic for slot in slots], stream, writing=False)
 
     def settle(self, slots: Iterable[Slot], *, writing: bool = False) -> None:
-        """Have the host wait until it may read slots, or write to them."""
+        """Block the host until it may read slots, or write to them."""
         for slot in slots:
             slot.traffic.wait(writing=writing)
 
     def take(self, count: int) -> list[Slot]:
-        """Return slots that nobody uses; a device may still be copying from and to them.
+        """Return free slots; a device may still be copying from and to them.
 
         Raises
         ------
         StorageError
-            If there is no more page-locked memory.
+            If no more page-locked memory can be allocated.
         """
         self._collect()
         missing = count - sum(len(slab.free) for slab in self._slabs)
@@ -113,11 +113,11 @@ class Slabs:
         return slots
 
     def tidy(self) -> None:
-        """Give slabs back that are free, but for the smallest."""
+        """Release slabs that are entirely free, except the smallest."""
         self._collect()
         idle = [slab for slab in self._slabs if len(slab.free) == len(slab.traffic)]
         keep = min(idle, key=lambda slab: slab.memory.nbytes, default=None)
-        # Copies under way are no reason to wait: torch hands such memory out again only when they are done.
+        # No need to wait for pending copies: torch reuses the memory only after they are done.
         self._slabs = [slab for slab in self._slabs if slab is keep or slab not in idle]
 
     def _taken(self, slab: _Slab, row: int) -> Slot:
@@ -125,11 +125,11 @@ class Slabs:
         lease = _Lease(slot, self._ended.append)
         lease.slab, lease.row = slab, row
         slab.leases[row] = lease
-        del slab.free[row]  # last: an interrupt before this ends the lease, which changes nothing then
+        del slab.free[row]  # last: an interrupt before this ends the lease, which then has no effect
         return slot
 
     def _collect(self) -> None:
-        """Note what is free again; each step may be taken twice, should an interrupt come between."""
+        """Mark slots of ended leases as free; after an interrupt, each step may safely be repeated."""
         while self._ended:
             lease = self._ended[0]
             slab, row = lease.slab, lease.row
@@ -150,7 +150,7 @@ class Slabs:
 
 
 class _Slab:
-    """One piece of memory, and which of its rows are free, those that have been for longest first."""
+    """One allocation, and its free rows, those free the longest first."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
@@ -160,19 +160,19 @@ class _Slab:
 
 
 class _Lease(weakref.ref[Slot]):
-    """Tells when a slot has ended, by a call into no Python code: that could be interrupted."""
+    """Reports the end of a slot, with a callback that is not Python code, which an interrupt could break off."""
 
     slab: _Slab | None = None
     row = 0
 
 
 def page_locked(count: int, size: int) -> torch.Tensor:
-    """Return uint8 [count, size] in page-locked memory of the host; StorageError if there is none."""
+    """Return uint8 [count, size] in page-locked host memory; StorageError if it cannot be allocated."""
     try:
         with torch.inference_mode(False):
             return torch.empty(count, size, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError as error:
         raise StorageError(
             f"The host tier cannot get another {count * size:,} bytes of page-locked memory ({error}). Nothing was "
-            "stored. Set a smaller budget (host=...), or add a disk tier."
+            "stored. Set a smaller budget (host=...), or add a disk tier"
         ) from error

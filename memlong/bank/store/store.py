@@ -1,4 +1,4 @@
-"""Where keys and values live: the KeyValueStore interface, and the store that keeps them as they come."""
+"""The KeyValueStore interface, and the default store."""
 
 from __future__ import annotations
 
@@ -17,46 +17,45 @@ from memlong.errors import InvalidArgumentError
 class KeyValueStore(Uncopied, ABC):
     """A map from chunk id to the chunk's keys and values.
 
-    The bank calls `put`, `remove` and `clear` alone, and `get`, `in`, `len` and both counts of bytes from many
-    threads at once but never during the former. Where a block lies between `put` and `get` is the store's own affair:
-    callers only rely on getting it back in the dtype and on the device it was put in from: bit by bit, unless
-    the store was told to keep fewer bits.
+    The bank calls `put`, `remove` and `clear` from one thread at a time. It may call `get`, `in`, `len` and the byte
+    counts from many threads at once, but never during the former. Where a block is kept between `put` and `get` is up
+    to the store: it comes back in the dtype and on the device it came from, bit for bit unless the store is lossy.
 
-    An interrupt (KeyboardInterrupt) may leave `put` and `remove` half done; the bank then asks with `in` for what
-    is there, and can get or remove all of that.
+    An interrupt (KeyboardInterrupt) may leave `put` and `remove` half done; the bank then finds out with `in` which
+    blocks are held, and can get or remove all of them.
     """
 
-    why_uncopied = "it belongs to one bank. Copy or pickle that, or save it and load it elsewhere."
+    why_uncopied = "it belongs to one bank. Copy or pickle that, or save it and load it elsewhere"
 
     @property
     def storage_dtype(self) -> StorageDtype | None:
-        """In which numbers it keeps blocks; None for those that it gets."""
+        """The dtype that blocks are stored in; None means their own."""
         return None
 
     @abstractmethod
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store a copy of one block per id; if this raises, nothing has been stored.
+        """Store a copy of one block per id; on an error, nothing is stored.
 
         Parameters
         ----------
         ids : sequence of int
             n ids that the store does not hold.
         keys, values : torch.Tensor
-            [n, layers, kv_heads, chunk, head_dim], any strides; they belong to the caller.
+            [n, layers, kv_heads, chunk, head_dim], any strides. They belong to the caller.
         """
 
     def take(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store blocks that the caller gives away, as `put` does otherwise; a store may keep the very tensors."""
+        """Store blocks like `put`, but take ownership: the store may keep the tensors themselves."""
         self.put(ids, keys, values)
 
     @abstractmethod
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return fresh stacked copies of the keys and of the values of at least one id.
+        """Return stacked copies of the keys and values of some ids.
 
         Parameters
         ----------
         ids : sequence of int
-            n >= 1 ids that the store holds; an id may come more than once.
+            n >= 1 ids that the store holds; may contain duplicates.
 
         Returns
         -------
@@ -65,18 +64,18 @@ class KeyValueStore(Uncopied, ABC):
         """
 
     def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Give the keys and the values of each id, to be read before the next and never changed; no copy if it can."""
+        """Yield each id's keys and values without a copy if possible; valid until the next ones, and read-only."""
         for chunk_id in ids:
             keys, values = self.get([chunk_id])
             yield keys[0], values[0]
 
     @abstractmethod
     def remove(self, ids: Sequence[int]) -> None:
-        """Forget the blocks of ids that the store holds; if this raises, all of them are still there."""
+        """Remove the blocks of ids that the store holds; on an error, all are still there."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget every block."""
+        """Remove all blocks."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -91,32 +90,32 @@ class KeyValueStore(Uncopied, ABC):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of them in memory, copies included, and not on disk; by default all."""
+        """Bytes of keys and values in memory rather than on disk, copies included; by default, all of them."""
         return self.nbytes
 
     @property
     def open_files(self) -> int:
-        """How many files are kept open for them; by default none."""
+        """Number of files kept open; by default, none."""
         return 0
 
     @property
     def max_bytes(self) -> int | None:
-        """The most bytes of keys and values that the bank may keep here; None is no limit."""
+        """Maximum bytes of keys and values that the bank may store; None means no limit."""
         return None
 
     def record_bytes(self, layout: ChunkLayout) -> int:
-        """Bytes that a block of this layout takes."""
+        """Return the stored size of a block of this layout, in bytes."""
         return layout.nbytes
 
     def check_layout(self, layout: ChunkLayout) -> None:
-        """Raise InvalidArgumentError if not even one block of this layout could be kept; by default all can."""
+        """Raise InvalidArgumentError if no block of this layout fits; by default, all do."""
 
 
 class InMemoryStore(KeyValueStore):
-    """Keep every block where it came from: on the CPU or on its device.
+    """Keeps every block on the device that it came from.
 
-    Each block is a tensor of its own, so `put` copies once, `get` is one stacking copy, and a removed block
-    gives its memory back at once; one large slab would have to be copied to grow and compacted to shrink.
+    Each block is its own tensor, so that `put` copies once, `get` is one stacking copy, and removing a block frees its
+    memory at once. One large slab would have to be copied to grow, and compacted to shrink.
     """
 
     def __init__(self) -> None:
@@ -131,7 +130,7 @@ class InMemoryStore(KeyValueStore):
         self._blocks.update(dict(zip(ids, pairs, strict=True)))
 
     def take(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep a single block as it is; of several, copies, or one that stays would keep the memory of all."""
+        """Keep a single block itself; copy several, as otherwise one of them would keep the memory of all."""
         if len(ids) > 1 or ids[0] in self._blocks:
             self.put(ids, keys, values)
         else:
@@ -145,19 +144,19 @@ class InMemoryStore(KeyValueStore):
         return stack(keys), stack(values)
 
     def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Give the blocks themselves."""
+        """Yield the blocks themselves."""
         self._check_held(ids)
         for chunk_id in ids:
             yield self._blocks[chunk_id]
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Drop the blocks."""
+        """Delete the blocks."""
         self._check_held(ids)
         for chunk_id in ids:
             del self._blocks[chunk_id]
 
     def clear(self) -> None:
-        """Drop every block."""
+        """Delete all blocks."""
         self._blocks.clear()
 
     def __len__(self) -> int:
@@ -168,7 +167,7 @@ class InMemoryStore(KeyValueStore):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held; one block is as large as another."""
+        """Bytes of keys and values held; all blocks have the same size."""
         for key, value in self._blocks.values():
             return len(self._blocks) * (key.nbytes + value.nbytes)
         return 0

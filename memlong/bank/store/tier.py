@@ -23,37 +23,37 @@ from memlong.errors import StorageError
 _HOST = torch.device("cpu")
 
 Kept = TypeVar("Kept")
-"""What a tier in memory keeps of a record."""
+"""How a memory tier keeps a record."""
 
 
 class Tier(ABC):
-    """Records by chunk id, within a budget of bytes; None is no limit."""
+    """Records by chunk id, within a budget in bytes; None means no limit."""
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
 
     @abstractmethod
     def put(self, ids: Sequence[int], records: Records) -> None:
-        """Store records; if this raises StorageError, none is."""
+        """Store records; on a StorageError, none is stored."""
 
     @abstractmethod
     def get(self, ids: Sequence[int]) -> Records:
-        """Return the records of ids that are held."""
+        """Return the records of ids, all of which are held."""
 
     @abstractmethod
     def remove(self, ids: Sequence[int]) -> None:
-        """Forget the records of ids, those that are held; if this raises StorageError, all are still there."""
+        """Remove the records of those ids that are held; on a StorageError, all are still there."""
 
 
 class MemoryTier(Tier, Generic[Kept]):
-    """Records in memory, those wanted last at the end."""
+    """Records in memory, the most recently used last."""
 
     def __init__(self, budget: int | None) -> None:
         super().__init__(budget)
         self._records: OrderedDict[int, Kept] = OrderedDict()
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Let go of the records."""
+        """Drop the records."""
         for chunk_id in ids:
             self._records.pop(chunk_id, None)
 
@@ -64,7 +64,7 @@ class MemoryTier(Tier, Generic[Kept]):
         return len(self._records)
 
     def trim(self, record_bytes: int) -> None:
-        """Let go of what was wanted longest ago, until the rest is within the budget."""
+        """Drop the least recently used records until the rest fit the budget."""
         while self.budget is not None and len(self._records) * record_bytes > self.budget:
             self._records.popitem(last=False)
 
@@ -75,16 +75,16 @@ class MemoryTier(Tier, Generic[Kept]):
 
 
 class TensorTier(MemoryTier[torch.Tensor]):
-    """Records as tensors of their own, which give their memory back, on a device or in the host's memory."""
+    """Records as separate tensors, which free their memory individually, on a device or in host memory."""
 
     def __init__(self, budget: int | None, device: torch.device, slabs: Slabs | None = None) -> None:
         super().__init__(budget)
         self._device = device
         self._slabs = slabs
-        self._traffic = Traffic()  # a `get` puts, too: whoever reads on other streams knows nothing of that
+        self._traffic = Traffic()  # a `get` also puts, which readers on other streams do not know
 
     def put(self, ids: Sequence[int], records: Records) -> None:
-        """Keep those that are not held yet."""
+        """Keep the records that are not held yet."""
         for row, chunk_id in enumerate(ids):
             if chunk_id not in self._records:
                 self._records[chunk_id] = records.own(row, self._device)
@@ -93,42 +93,42 @@ class TensorTier(MemoryTier[torch.Tensor]):
             note([self._traffic], torch.cuda.current_stream(self._device), writing=True)
 
     def get(self, ids: Sequence[int]) -> Records:
-        """Return the records, now the ones wanted last."""
+        """Return the records, and mark them as most recently used."""
         rows = self._wanted(ids)
         if self._device.type == "cuda" and rows:
             self._traffic.hold_back(torch.cuda.current_stream(self._device), writing=False)
-        keep_while_read(rows)  # `trim` may let go of them before the device has come to the copy
+        keep_while_read(rows)  # `trim` may drop them before the device has copied them
         return Records(rows, apart=True, slabs=self._slabs)
 
 
 class PinnedTier(MemoryTier[Slot]):
-    """Records in page-locked memory of the host, which a CUDA device copies from and to while the host goes on."""
+    """Records in page-locked host memory, which a CUDA device copies from and to without blocking the host."""
 
     def __init__(self, budget: int | None, slabs: Slabs) -> None:
         super().__init__(budget)
         self._slabs = slabs
 
     def put(self, ids: Sequence[int], records: Records) -> None:
-        """Keep the slots of those that are not held yet."""
+        """Keep the slots of the records that are not held yet."""
         for row, chunk_id in enumerate(ids):
             if chunk_id not in self._records:
                 self._records[chunk_id] = records.slots()[row]
             self._records.move_to_end(chunk_id)
 
     def get(self, ids: Sequence[int]) -> Records:
-        """Return the records, now the ones wanted last."""
+        """Return the records, and mark them as most recently used."""
         return Records.of_slots(self._wanted(ids), self._slabs)
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Let go of the records, and of slabs that are free then."""
+        """Drop the records, and release slabs that are now free."""
         super().remove(ids)
         self._slabs.tidy()
 
 
 class DiskTier(Tier):
-    """Records in a file; where there are slabs, read straight into slots.
+    """Records in a file, read directly into slots if there are slabs.
 
-    A forked process reads what there was from its parent's file, and has a file of its own for what it adds.
+    A forked process reads earlier records from its parent's file, and writes new ones to its own.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class DiskTier(Tier):
         self._slabs = slabs
 
     def put(self, ids: Sequence[int], records: Records) -> None:
-        """Write them to the file."""
+        """Write the records to the file."""
         self._part_from_parent()
         try:
             slots = self._slots.write(records.at(_HOST))
@@ -154,19 +154,19 @@ class DiskTier(Tier):
             raise
 
     def get(self, ids: Sequence[int]) -> Records:
-        """Read them from the file."""
+        """Read the records from the file."""
         return _read(len(ids), self._record_bytes, self._slabs, partial(self._read_into, ids))
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Give their slots back."""
+        """Release the records' slots."""
         self._part_from_parent()
         for chunk_id in ids:
-            self._inherited.pop(chunk_id, None)  # the slot is the parent's to give back
+            self._inherited.pop(chunk_id, None)  # only the parent may release the slot
         leaving = {chunk_id: self._slot_of[chunk_id] for chunk_id in ids if chunk_id in self._slot_of}
         if not leaving:
             return
         try:
-            for chunk_id in leaving:  # first: a slot that is free must never be anyone's
+            for chunk_id in leaving:  # first: a free slot must never belong to a chunk
                 del self._slot_of[chunk_id]
             self._slots.release(list(leaving.values()))
         except StorageError:
@@ -185,7 +185,7 @@ class DiskTier(Tier):
                 slots.read_into(slot, target)
 
     def _part_from_parent(self) -> None:
-        """In a forked process, keep what there is as the parent's; each step may be taken twice."""
+        """In a forked process, mark the current records as the parent's; each step may safely be repeated."""
         if self._slots.is_ours:
             return
         fresh = DiskSlots(self._folder, self._record_bytes)
@@ -195,7 +195,7 @@ class DiskTier(Tier):
 
 
 class ObjectTier(Tier):
-    """Records as objects in a folder, which a forked process only reads."""
+    """Records as objects in a folder; a forked process may only read them."""
 
     def __init__(
         self, folder: ObjectFolder, kind: BlockKind, record_bytes: int, slabs: Slabs | None = None
@@ -205,21 +205,21 @@ class ObjectTier(Tier):
         self._held: set[int] = set()
 
     def adopt(self, ids: Sequence[int]) -> None:
-        """Take over objects that are there."""
+        """Take over existing objects."""
         self._held.update(ids)
 
     def put(self, ids: Sequence[int], records: Records) -> None:
-        """Write them as objects."""
+        """Write the records as objects."""
         self._held.update(ids)
         self._folder.write(ids, self._kind, records.at(_HOST))
 
     def get(self, ids: Sequence[int]) -> Records:
-        """Read their objects."""
+        """Read the records' objects."""
         read = partial(self._folder.read_into, ids, self._kind)
         return _read(len(ids), self._record_bytes, self._slabs, read)
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Remove their objects."""
+        """Remove the records' objects."""
         self._folder.require_owner()
         leaving = self._held.intersection(ids)
         if leaving:
@@ -230,7 +230,7 @@ class ObjectTier(Tier):
 def _read(
     count: int, record_bytes: int, slabs: Slabs | None, read_into: Callable[[Sequence[torch.Tensor]], None]
 ) -> Records:
-    """Return records that are read on the host, straight into slots where there are slabs."""
+    """Read records on the host, directly into slots if there are slabs."""
     if slabs is None:
         records = [torch.empty(record_bytes, dtype=torch.uint8, device=_HOST) for _ in range(count)]
         read_into(records)

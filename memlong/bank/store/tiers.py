@@ -1,4 +1,4 @@
-"""TieredStore: keys and values on the device, in host memory, on disk or as objects, with recent ones kept near."""
+"""TieredStore: keys and values on the device, in host memory, on disk or as objects; recent ones are cached."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ _HOST = torch.device("cpu")
 class TieredStore(KeyValueStore):
     """Keys and values in up to three tiers: ``device``, ``host``, and one of ``disk`` and ``objects``.
 
-    The farthest tier that is named holds every block; its budget is the capacity of the whole, which the bank's
-    eviction keeps to. The tiers nearer to the model hold copies of those blocks that were stored or retrieved lately,
-    as many as their budgets admit. So a block is written to the disk, or as an object, once, when it is stored: an
-    error there comes before anything has changed, and reading never has to write.
+    The farthest of the given tiers holds every block; its budget is the capacity of the store, which the bank enforces
+    by eviction. The tiers nearer to the model hold copies of recently stored or retrieved blocks, up to their budgets.
+    A block is written to disk, or as an object, exactly once, when it is stored: an error is raised before anything has
+    changed, and reading never writes.
 
-    Where the model runs on the CPU, ``device`` and ``host`` are the same memory; name one of them.
+    If the model runs on the CPU, ``device`` and ``host`` are the same memory; give only one of them.
 
     Parameters
     ----------
     device : int or str, optional
-        Budget in bytes (or text such as "500MB") where the blocks come from; "all" is no limit.
+        Budget in bytes (or text such as "500MB") on the blocks' device; "all" means no limit.
     host : int or str, optional
-        Budget in the host's memory.
+        Budget in host memory.
     disk : str or Path, optional
-        A folder. What is kept there is gone with this object.
+        Folder for a temporary file that is deleted with this object.
     disk_budget : int or str, optional
-        Budget in that folder, by default no limit.
+        Budget in that folder; by default, no limit.
     objects : str, Path or ObjectFolder, optional
-        A place for objects, one a chunk: a folder, or a URI that fsspec knows, such as ``s3://bucket/folder``. Each
-        store has a folder of its own there, which goes with it, unless the process is killed; an `ObjectFolder` may
-        stay.
+        Place for objects, one per chunk: a folder, or a URI that fsspec knows, such as ``s3://bucket/folder``. Each
+        store has its own folder there, deleted when the store is garbage-collected but not if the process is killed; an
+        `ObjectFolder` may be permanent.
     readers : int, default 8
         Threads that read and write objects.
     dtype : "bfloat16", "float8" or "int8", optional
-        Store numbers in this dtype, with scales where it has eight bits; by default as they are. Blocks come back in
-        their own dtype, rounded.
+        Dtype to store numbers in, with scales if it has eight bits; by default, their own. Blocks come back in their
+        own dtype, rounded.
 
     Raises
     ------
     InvalidArgumentError
-        If no tier is named, or an argument has a value that cannot be used.
+        If no tier is given, or an argument is invalid.
     StorageError
         If the folder cannot be written to.
     MissingDependencyError
-        If fsspec, or what it needs for the place of the objects, is not installed.
+        If fsspec, or the package it needs for this place, is not installed.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class TieredStore(KeyValueStore):
             )
         if disk is not None and objects is not None:
             raise InvalidArgumentError(
-                "disk and objects are both named, but each holds every block; name one"
+                "disk and objects cannot be combined, as each holds every block: give one of them"
             )
         if disk is None and disk_budget is not None:
-            raise InvalidArgumentError("disk_budget is given, but no folder: name one with disk")
+            raise InvalidArgumentError("disk_budget needs a folder: give one as disk")
         if disk is not None and (not isinstance(disk, str | Path) or not str(disk) or "\0" in str(disk)):
             raise InvalidArgumentError(f"disk must be the path of a folder, got {disk!r}")
         self._folder = _folder(objects, whole_number("readers", readers, at_least=1, at_most=256))
@@ -103,7 +103,7 @@ class TieredStore(KeyValueStore):
         self._has_device, self._has_host = device is not None, host is not None
         self._dtype = dtype
         if self._disk is not None:
-            DiskSlots(self._disk, 1).close()  # say now what cannot be written
+            DiskSlots(self._disk, 1).close()  # raise early if the folder is not writable
         self._codec: BlockCodec | None = None
         self._near: list[MemoryTier[Any]] = []
         self._slabs: Slabs | None = None
@@ -113,40 +113,40 @@ class TieredStore(KeyValueStore):
 
     @property
     def storage_dtype(self) -> StorageDtype | None:
-        """In which numbers it keeps blocks; None for those that it gets."""
+        """The dtype that blocks are stored in; None means their own."""
         return self._dtype
 
     def record_bytes(self, layout: ChunkLayout) -> int:
-        """Bytes that a block of this layout takes."""
+        """Return the stored size of a block of this layout, in bytes."""
         return make_codec(layout, self._dtype).nbytes
 
     def check_layout(self, layout: ChunkLayout) -> None:
-        """Raise InvalidArgumentError if the budget of a tier is smaller than one block of this layout."""
+        """Raise InvalidArgumentError if a tier's budget is smaller than one block of this layout."""
         needed = self.record_bytes(layout)
         budgets = {"device": self._device, "host": self._host, "disk_budget": self._disk_budget}
         for name, budget in budgets.items():
             if budget is not None and budget < needed:
                 raise InvalidArgumentError(
-                    f"{name} is {budget} bytes, but the keys and values of one chunk take {needed}: that tier could "
-                    "never hold any; raise it, or leave it out"
+                    f"{name} must be at least {needed} bytes, the keys and values of one chunk, got {budget}: raise "
+                    "it, or leave it out"
                 )
 
     def check_device(self, device: torch.device) -> None:
-        """Raise InvalidArgumentError if blocks from this device cannot be kept in the tiers that are named."""
+        """Raise InvalidArgumentError if blocks from this device cannot be kept in the given tiers."""
         if device.type == "cpu" and self._has_device and self._has_host:
             raise InvalidArgumentError(
-                "device and host are both named, but the model runs on the CPU, where they are one memory; name one"
+                "device and host cannot be combined on the CPU, where they are the same memory: give one of them"
             )
 
     @property
     def max_bytes(self) -> int | None:
-        """Budget of the farthest tier, which holds everything; None is no limit."""
+        """Budget of the farthest tier, which holds everything; None means no limit."""
         if self._disk is not None or self._folder is not None:
             return self._disk_budget
         return self._host if self._has_host else self._device
 
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store blocks in the farthest tier, and copies in the nearer ones."""
+        """Store blocks in the farthest tier, with copies in the nearer ones."""
         with self._lock:
             held = [chunk_id for chunk_id in ids if chunk_id in self._ids]
             if held or len(set(ids)) < len(ids):
@@ -154,7 +154,7 @@ class TieredStore(KeyValueStore):
             codec, whole = self._opened(ChunkLayout.of(keys))
             encoded = codec.encode(keys, values)
             records = Records(list(encoded), apart=len(ids) == 1, slabs=self._slabs)
-            self._drop(ids)  # what a call that was interrupted twice may have left of them
+            self._drop(ids)  # left over from a call that was interrupted twice
             try:
                 whole.put(ids, records)
                 self._keep_near(ids, records)
@@ -165,7 +165,7 @@ class TieredStore(KeyValueStore):
                 raise
 
     def get(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fetch blocks from the nearest tiers that hold them, and keep copies near."""
+        """Fetch blocks from the nearest tiers that hold them, and keep copies in nearer ones."""
         with self._lock:
             codec, whole = self._holding(ids)
             parts: list[tuple[Tier, list[int], Records]] = []
@@ -189,7 +189,7 @@ class TieredStore(KeyValueStore):
         return codec.decode([found[chunk_id] for chunk_id in ids])
 
     def peek(self, ids: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Read from the farthest tier, which holds everything, and leave the nearer ones to those that search."""
+        """Read from the farthest tier, which holds everything, so that the nearer ones keep what searches use."""
         together = 1 if self._folder is None else self._folder.readers
         lost: dict[int, str] = {}
         for start in range(0, len(ids), together):
@@ -199,18 +199,18 @@ class TieredStore(KeyValueStore):
                     codec, whole = self._holding(some)
                     records = whole.get(some)
                     found = records.at(codec.layout.device if self._slabs is None else _HOST)
-            except LostChunksError as error:  # to know of all, before any caller begins again
+            except LostChunksError as error:  # find all of them before raising
                 lost |= error.reasons
             if lost:
                 continue
-            for record in found:  # `records` keeps a slot from being written over meanwhile
+            for record in found:  # `records` keeps slots from being overwritten in the meantime
                 keys, values = codec.decode([record])
                 yield keys[0], values[0]
         if lost:
             raise LostChunksError(lost)
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Forget blocks in every tier."""
+        """Remove blocks from all tiers."""
         with self._lock:
             self._holding(ids)
             try:
@@ -225,12 +225,12 @@ class TieredStore(KeyValueStore):
                 raise
 
     def clear(self) -> None:
-        """Forget every block, and the layout; the disk's file goes, and so do the objects."""
+        """Remove all blocks, with the disk tier's file and the objects, and forget the layout."""
         with self._lock:
             if self._folder is not None:
                 self._folder.require_owner()
             held = list(self._ids)
-            self._ids.clear()  # first: the next `put` makes new tiers then
+            self._ids.clear()  # first: the next `put` then creates new tiers
             if self._folder is not None:
                 self._folder.delete(held)
                 self._folder.forget_notes()
@@ -238,19 +238,19 @@ class TieredStore(KeyValueStore):
             self._near = []
 
     def adopt(self, ids: Sequence[int], device: torch.device) -> ChunkLayout | None:
-        """Take over blocks that an `ObjectFolder` holds already.
+        """Take over the existing blocks of an `ObjectFolder`.
 
         Parameters
         ----------
         ids : sequence of int
-            Of the blocks; the store is empty.
+            Ids of the blocks; the store must be empty.
         device : torch.device
-            Where they go.
+            Device that the blocks are returned on.
 
         Returns
         -------
         ChunkLayout or None
-            What the blocks are like. None if not one can be read: then nothing is taken over.
+            Layout of the blocks; None if none can be read, and then nothing is taken over.
         """
         kind = None if self._folder is None else self._folder.kind(ids)
         if kind is None:
@@ -275,27 +275,27 @@ class TieredStore(KeyValueStore):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the blocks held, copies in nearer tiers apart."""
+        """Bytes of the blocks held, without copies in nearer tiers."""
         return 0 if self._codec is None else len(self._ids) * self._codec.nbytes
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the blocks on the device and in the host's memory, copies included."""
+        """Bytes of the blocks on the device and in host memory, copies included."""
         in_memory = [tier for tier in (self._whole, *self._near) if isinstance(tier, MemoryTier)]
         return 0 if self._codec is None else sum(map(len, in_memory)) * self._codec.nbytes
 
     @property
     def open_files(self) -> int:
-        """How many files are kept open: one where there is a disk tier that holds, or held, anything."""
+        """Number of files kept open: one if a disk tier holds, or has held, anything."""
         return int(self._disk is not None and self._whole is not None)
 
     @property
     def _reads_alone(self) -> bool:
-        """Whether the farthest tier can be read without the lock: a network would hold up all others."""
+        """Whether the farthest tier is read without the lock, as a slow network would block other threads."""
         return self._folder is not None and self._slabs is None
 
     def _opened(self, layout: ChunkLayout) -> tuple[BlockCodec, Tier]:
-        """Make the tiers, where there are no blocks yet, for this layout."""
+        """Create the tiers for this layout, unless there are blocks already."""
         if self._ids and self._codec is not None and self._whole is not None:
             self._codec.layout.require_same(layout)
             return self._codec, self._whole
@@ -327,7 +327,7 @@ class TieredStore(KeyValueStore):
         return self._codec, self._whole
 
     def _drop(self, ids: Sequence[int]) -> None:
-        for tier in (self._whole, *self._near):  # the farthest first: it alone can fail
+        for tier in (self._whole, *self._near):  # the farthest first: only it can fail
             if tier is not None:
                 tier.remove(ids)
 
@@ -339,7 +339,7 @@ class TieredStore(KeyValueStore):
 
 
 def _slabs_for(layout: ChunkLayout, codec: BlockCodec, budget: int | None) -> Slabs | None:
-    """Return where records lie on the host if a CUDA device copies them, None where it is the host that does."""
+    """Return page-locked memory for records if a CUDA device copies them; None if the host does."""
     return Slabs(codec.nbytes, layout.device, budget) if layout.device.type == "cuda" else None
 
 

@@ -1,4 +1,4 @@
-"""What CUDA streams have been told to do with memory that several of them, and the host, use."""
+"""Pending reads and writes by CUDA streams of memory that several streams and the host share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 class Traffic:
-    """Reads and writes of one piece of memory that streams have been given, and may not have come to yet.
+    """Reads and writes of one piece of memory that streams may not have completed yet.
 
-    The last of each stream is enough, as a stream does one thing after the other.
+    Only the last one of each stream is recorded, as a stream works sequentially.
     """
 
     __slots__ = ("_read", "_written")
@@ -20,7 +20,7 @@ class Traffic:
         self._read: dict[torch.cuda.Stream, torch.cuda.Event] = {}
 
     def hold_back(self, stream: torch.cuda.Stream, *, writing: bool) -> None:
-        """Let a stream read the memory, or write to it, only after what this could disturb; the host goes on."""
+        """Make a stream wait for conflicting accesses before it reads or writes the memory; the host does not wait."""
         for doings in self._disturbed_by(writing):
             for other, event in list(doings.items()):
                 if event.query():
@@ -29,7 +29,7 @@ class Traffic:
                     stream.wait_event(event)
 
     def wait(self, *, writing: bool) -> None:
-        """Have the host wait until it may read the memory, or write to it."""
+        """Block the host until it may read the memory, or write to it."""
         for doings in self._disturbed_by(writing):
             for other, event in list(doings.items()):
                 if not event.query():
@@ -37,7 +37,7 @@ class Traffic:
                 doings.pop(other, None)
 
     def add(self, stream: torch.cuda.Stream, event: torch.cuda.Event, *, writing: bool) -> None:
-        """Note an event that a stream comes to when it has read the memory, or written to it."""
+        """Record an event that marks when a stream has read the memory, or written to it."""
         (self._written if writing else self._read)[stream] = event
 
     def _disturbed_by(self, writing: bool) -> tuple[dict[torch.cuda.Stream, torch.cuda.Event], ...]:
@@ -45,7 +45,7 @@ class Traffic:
 
 
 def note(places: Iterable[Traffic], stream: torch.cuda.Stream, *, writing: bool) -> None:
-    """Note that what a stream has been given so far reads some places, or writes to them."""
+    """Record that a stream's work so far reads some places, or writes to them."""
     event = torch.cuda.Event()
     event.record(stream)
     for traffic in places:

@@ -39,21 +39,21 @@ class PluginNames:
         name, words = self.backend, normalize(self.backend)
         if len(name) > _MOST_LETTERS:
             raise InvalidArgumentError(
-                f"NAME must have at most {_MOST_LETTERS} characters, as files are named after it, got {len(name)}."
+                f"NAME must have at most {_MOST_LETTERS} characters, as files are named after it, got {len(name)}"
             )
         if not _NAME.fullmatch(name):
             raise InvalidArgumentError(
                 "NAME must be a lowercase letter, then lowercase letters and digits, with '-', '_' or '.' between "
-                f"them, got {name!r}.{_such_as(name)}"
+                f"them, got {name!r}. Try {_close_to(name)!r}"
             )
         if words == "memlong" or words.startswith("memlong_"):
             raise InvalidArgumentError(
-                f"NAME must not start with 'memlong', which the package's name adds, got {name!r}."
-                + _such_as(name)
+                f"NAME must not start with 'memlong', which the package's name adds, got {name!r}. Try "
+                f"{_close_to(name)!r}"
             )
         if words in _OF_PYTHON:
             raise InvalidArgumentError(
-                f"NAME must not be a Python keyword, got {name!r}: choose another, such as '{name}-index'."
+                f"NAME must not be a Python keyword, got {name!r}: choose another, such as '{name}-index'"
             )
 
     @property
@@ -85,7 +85,7 @@ class PluginNames:
         InvalidArgumentError
             If a plugin, distribution or backend has the name, or the package can already be imported.
         """
-        name, another = self.backend, f"choose another name, such as 'my-{self.backend}'."
+        name, another = self.backend, f"choose another name, such as 'my-{self.backend}'"
         for report in reports:
             if any(normalize(backend) == normalize(name) for backend in report.backends):
                 raise InvalidArgumentError(
@@ -104,10 +104,10 @@ class PluginNames:
             )
 
 
-def _such_as(name: str) -> str:
-    """Suggest a valid name close to an invalid one, as a sentence."""
+def _close_to(name: str) -> str:
+    """Return a valid name close to an invalid one."""
     words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
     near = "-".join(words[1:] if words[:1] == ["memlong"] else words)
     if not _NAME.fullmatch(near) or normalize(near) in _OF_PYTHON:
         near = f"my-{near}" if near else "my-index"
-    return f" Try {near!r}."
+    return near

@@ -46,21 +46,21 @@ def write_plugin(names: PluginNames, folder: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise InvalidArgumentError(
-            f"Cannot write {str(folder)!r}: {error.strerror}. Give another folder with --out."
+            f"Cannot write {str(folder)!r}: {error.strerror}. Give another folder with --out"
         ) from error
 
 
 def _refuse_used(folder: Path, target: Path) -> None:
     if not target.parent.is_dir():
         raise InvalidArgumentError(
-            f"Cannot write {str(folder)!r}: the folder {str(target.parent)!r} does not exist. Create it first."
+            f"Cannot write {str(folder)!r}: the folder {str(target.parent)!r} does not exist. Create it first"
         )
     if target.exists() and not target.is_dir():
-        raise InvalidArgumentError(f"{str(folder)!r} is not a folder: give another with --out.")
+        raise InvalidArgumentError(f"{str(folder)!r} is not a folder: give another with --out")
     if target.exists() and any(target.iterdir()):
         raise InvalidArgumentError(
             f"{str(folder)!r} is not empty, and nothing is overwritten: give another folder with --out, or remove it "
-            "first."
+            "first"
         )
 
 

@@ -129,7 +129,7 @@ class LayerBuffer:
         )
 
     def has_space(self, columns: int) -> bool:
-        """Whether the window can have so many columns."""
+        """Whether the window can have this many columns."""
         return self.memory + columns <= self.keys.shape[3]
 
     def grown(self, group: LayerGroup, columns: int, used: int) -> LayerBuffer:

@@ -47,7 +47,7 @@ class WindowLayer(DynamicLayer):
         return self._columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns including those of this call, and their offset."""
+        """Number of columns including those of this call, and their offset."""
         return self._columns + int(query_length), 0
 
 

@@ -117,7 +117,7 @@ class GroupWindow:
         return replace(other, raw=raw, spare=None if raw.is_cuda else self.buffer)
 
     def emptied(self, rows: int, like: Tensor, columns: int, memory: int) -> GroupWindow:
-        """Return a window of so many columns, and columns for retrieved tokens, all of them still to be written."""
+        """Return a window with this many columns, and columns for retrieved tokens, none of them written yet."""
         memory_columns = memory if self.group.has_memory else 0
         sizes = (rows, max(columns, self.capacity), memory_columns)
         if self.spare is not None and self.spare.fits(*sizes, like):

@@ -43,12 +43,12 @@ class LatentMaps(nn.Module):
         if mean.ndim != 4 or mean.shape[:2] != (2, len(layers)) or encode.shape[:-1] != mean.shape:
             raise InvalidArgumentError(
                 "mean must be [2, layers, kv_heads, head_dim], and encode the same with a last dimension for the "
-                f"latent vector, for {len(layers)} layers, got {tuple(mean.shape)} and {tuple(encode.shape)}."
+                f"latent vector, for {len(layers)} layers, got {tuple(mean.shape)} and {tuple(encode.shape)}"
             )
         if decode.shape != encode.shape or encode.shape[-1] % 2 or not encode.shape[-1]:
             raise InvalidArgumentError(
                 "encode and decode must have equal shapes with an even last dimension of at least 2 (half of a vector "
-                f"is stored as keys, half as values), got {tuple(encode.shape)} and {tuple(decode.shape)}."
+                f"is stored as keys, half as values), got {tuple(encode.shape)} and {tuple(decode.shape)}"
             )
         self.layers = layers
         self.register_buffer("mean", mean)
@@ -134,7 +134,7 @@ class LatentMaps(nn.Module):
             return cls(layers, mean, *both)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InvalidArgumentError(
-                f"maps names {str(path)!r}, which holds no maps: {error}. Make the file with `memlong fit`."
+                f"maps names {str(path)!r}, which holds no maps: {error}. Make the file with `memlong fit`"
             ) from error
 
 

@@ -220,7 +220,7 @@ def shared_memory_layer(config: MemoryConfig, model_layout: ModelLayout) -> int:
     layer = usual if config.memory_layer is None else config.memory_layer
     if layer not in model_layout.layers:
         raise InvalidArgumentError(
-            f"memory_layer must be among {ranges(numbers)}, the layers with K-V of their own, got {layer}."
+            f"memory_layer must be among {ranges(numbers)}, the layers with K-V of their own, got {layer}"
         )
     return layer
 
@@ -229,7 +229,7 @@ def _check_alike(config: MemoryConfig, model_layout: ModelLayout, layers: tuple[
     if not model_layout.alike(layers):
         raise InvalidArgumentError(
             f"Layers {ranges(layers)} must have keys and values of one shape for kv_source={config.kv_source!r}, got "
-            "different ones. Name layers that are alike, or use kv_source='layer'."
+            "different ones. Name layers that are alike, or use kv_source='layer'"
         )
 
 
@@ -238,7 +238,7 @@ def _fitting_maps(
 ) -> LatentMaps:
     if config.maps is None:
         raise InvalidArgumentError(
-            "maps must name the file that `memlong fit` wrote for this model if kv_source is 'latent', got None."
+            "maps must name the file that `memlong fit` wrote for this model if kv_source is 'latent', got None"
         )
     maps = LatentMaps.load(config.maps)
     shape = model_layout.layers[retrieval_layers[0]].shape
@@ -248,6 +248,6 @@ def _fitting_maps(
         raise InvalidArgumentError(
             f"maps names {config.maps!r}, made for the layers {theirs[0]} with {theirs[1]} K-V heads of {theirs[2]}, "
             f"but memory is in the layers {ours[0]} with {ours[1]} of {ours[2]}. Set retrieval_layers to those of the "
-            "maps, or make maps for this model with `memlong fit`."
+            "maps, or make maps for this model with `memlong fit`"
         )
     return maps.to(device=like.device, dtype=like.dtype)

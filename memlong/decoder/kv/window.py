@@ -246,7 +246,7 @@ class LocalWindow:
         return replace(self, states=states)
 
     def with_memory(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Return K-V of a layer's memory and of its window, which now has so many columns."""
+        """Return K-V of a layer's memory and of its window, which now has this many columns."""
         number, place = self._place[layer]
         return self.groups[number].with_memory(place, columns)
 

@@ -76,7 +76,7 @@ class WindowCache(Cache):
         return 0 if layer_idx else next(iter(self._window_layers.values())).get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns of a layer including those of this call, and their offset."""
+        """Number of a layer's columns including those of this call, and their offset."""
         return self.get_seq_length(layer_idx) + int(query_length), 0
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:

@@ -18,18 +18,18 @@ _OUTSIDE = ("POLY", "XLORA")  # kinds whose forward pass is that of the PeftMode
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """What one adapter does to one layer.
+    """One adapter's part in one layer.
 
     Attributes
     ----------
     adapter
-        Its name.
+        Name of the adapter.
     path, layer
-        Name of the layer in the model, and what that is without adapters.
+        Name of the layer in the model, and its type without adapters.
     scaling
-        By which the adapter's part is multiplied; None where its kind knows none.
+        Factor of the adapter's output; None if this kind of adapter has none.
     tensors
-        Its own, by their names in the layer.
+        The adapter's weights, by their names in the layer.
     """
 
     adapter: str
@@ -57,12 +57,12 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         if config.is_prompt_learning or config.is_adaption_prompt or kind in _OUTSIDE:
             raise UnsupportedModelError(
                 f"The adapter {name!r} is of the kind {kind}, which works outside the model's layers, and memory "
-                "sees only the model. Use an adapter of the layers (LoRA, DoRA, IA3, ...), or the plain model."
+                "sees only the model. Use an adapter of the layers (LoRA, DoRA, IA3, ...), or the plain model"
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise UnsupportedModelError(
                 f"The adapter {name!r} is an activated LoRA, active only after its invocation tokens, which memory "
-                "does not look for. Use a LoRA without alora_invocation_tokens, or the plain model."
+                "does not look for. Use a LoRA without alora_invocation_tokens, or the plain model"
             )
     return cast("PreTrainedModel", model.base_model.model)
 

@@ -71,5 +71,5 @@ class Attachment:
         """Raise MemlongError unless the memory is attached."""
         if not self._is_attached:
             raise MemlongError(
-                "The decoder is not attached to its model: stream and generate inside `with decoder:`."
+                "The decoder is not attached to its model: stream and generate inside `with decoder:`"
             )

@@ -111,7 +111,7 @@ def check_free(model: PreTrainedModel) -> None:
     if any(_slot_of(module) is not None for module in model.modules()):
         raise UnsupportedModelError(
             f"This {type(model).__name__} already has a memory attached: leave the other decoder's `with` block first, "
-            "or use another copy of the model."
+            "or use another copy of the model"
         )
 
 
@@ -170,7 +170,7 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
         raise UnsupportedModelError(
             f"{type(model).__name__} runs the attention implementation {before!r}; memory attaches to "
             f"{' and '.join(map(repr, BASES))}. Load it with attn_implementation='sdpa', or call "
-            "model.set_attn_implementation('sdpa')."
+            "model.set_attn_implementation('sdpa')"
         )
     name = _OURS + before
     AttentionInterface.register(name, partial(_attention, before))
@@ -186,7 +186,7 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
         if _implementation(config) != name:  # where it cannot, transformers only warns
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not let its attention be replaced: it is not built on transformers' "
-                "AttentionInterface. Use a model that is (Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX and most others)."
+                "AttentionInterface. Use a model that is (Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX and most others)"
             )
         yield
     finally:
@@ -213,7 +213,7 @@ def check_attached(model: PreTrainedModel) -> None:
     if not now.startswith(_OURS):
         raise MemlongError(
             f"The model's attention implementation is {now!r}: it was changed inside `with decoder:`, so that it no "
-            "longer goes through the memory. Choose it before (attn_implementation='sdpa' or 'eager' at loading)."
+            "longer goes through the memory. Choose it before (attn_implementation='sdpa' or 'eager' at loading)"
         )
 
 

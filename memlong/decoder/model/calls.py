@@ -117,7 +117,7 @@ class ModelCalls:
             if not self.slot.modules:
                 raise MemlongError(
                     "With gradient checkpointing, layers run again in the backward pass, which needs the memory: call "
-                    "backward() inside `with decoder:`."
+                    "backward() inside `with decoder:`"
                 )
             window = kept.expecting(tokens, incoming)
             cache = WindowCache(window, self.model_layout)
@@ -131,7 +131,7 @@ class ModelCalls:
         if (now.device, now.dtype) != (self.device, self.dtype):
             raise MemlongError(
                 f"The model must stay {self.dtype} on {self.device}, as it was when the stream began, got {now.dtype} "
-                f"on {now.device}. Move it back, or call reset() and read the text again."
+                f"on {now.device}. Move it back, or call reset() and read the text again"
             )
 
     @cached_property

@@ -34,7 +34,7 @@ class MemoryGates(nn.Module):
         super().__init__()
         if bias.ndim != 2 or bias.shape[0] != len(layers):
             raise InvalidArgumentError(
-                f"bias must be [layers, heads] for {len(layers)} layers, got {tuple(bias.shape)}."
+                f"bias must be [layers, heads] for {len(layers)} layers, got {tuple(bias.shape)}"
             )
         self.layers = layers
         self.bias = nn.Parameter(bias)
@@ -63,7 +63,7 @@ class MemoryGates(nn.Module):
             return cls(layers, tensors["bias"])
         except (KeyError, ValueError, TypeError) as error:
             raise InvalidArgumentError(
-                f"gates names {str(path)!r}, which holds no gates: {error}. Make the file with `memlong train`."
+                f"gates names {str(path)!r}, which holds no gates: {error}. Make the file with `memlong train`"
             ) from error
 
 
@@ -83,7 +83,7 @@ def make_gates(
     if len(counts) > 1:
         raise InvalidArgumentError(
             f"Retrieval layers with gates must have the same number of heads, got {sorted(counts)}. Leave gate_init "
-            "and gates out, or set retrieval_layers to those that are alike."
+            "and gates out, or set retrieval_layers to those that are alike"
         )
     heads = counts.pop()
     if config.gates is None:
@@ -96,6 +96,6 @@ def make_gates(
     if theirs != ours:
         raise InvalidArgumentError(
             f"gates names {config.gates!r}, made for the layers {theirs[0]} with {theirs[1]} heads, but memory is in "
-            f"the layers {ours[0]} with {ours[1]}. Set retrieval_layers to those of the gates."
+            f"the layers {ours[0]} with {ours[1]}. Set retrieval_layers to those of the gates"
         )
     return gates.to(device=like.device, dtype=torch.float32)

@@ -30,7 +30,7 @@ def warning_in_generate(model: PreTrainedModel) -> Iterator[None]:
             return type(self).generate(self, *args, **options)
         warnings.warn(
             "model.generate() does not use the attached memory: call decoder.generate(), or wrap the call in "
-            "`with decoder.replacing_generate():`.",
+            "`with decoder.replacing_generate():`",
             stacklevel=2,
         )
         return kind.generate(self, *args, **options) if before is None else before(*args, **options)

@@ -82,7 +82,7 @@ def attend_with_mask(
 ) -> Output:
     """Let transformers' own function attend with an additive mask [rows, 1 or heads, queries, keys].
 
-    On CUDA, heads whose width is no multiple of 8 are padded: else torch would fall back to products in float32.
+    On CUDA, heads whose width is not a multiple of 8 are padded: else torch would fall back to products in float32.
     """
     options = {**options, "is_causal": False}
     if mask.requires_grad and not query.requires_grad:

@@ -37,14 +37,14 @@ def parse_layers(text: str, eligible: tuple[int, ...], layers: Collection[int]) 
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise InvalidArgumentError(
                 "retrieval_layers must be 'all', or layers and ranges such as '15-29' or '3,7,11-13', got "
-                f"{text!r}, where {part.strip()!r} is neither a layer nor a range."
+                f"{text!r}, where {part.strip()!r} is neither a layer nor a range"
             )
         some = range(int(first), int(last or first) + 1) if len(f"{first}{last}") < _LONGEST else range(0)
         within = [layer for layer in layers if layer in some]
         if not within or (some[-1] > max(layers)) or (not dash and len(within) < len(some)):
             raise InvalidArgumentError(
                 f"retrieval_layers must be among {ranges(tuple(layers))}, the layers of this model that attend to K-V "
-                f"of their own, and ranges must ascend, got {text!r}."
+                f"of their own, and ranges must ascend, got {text!r}"
             )
         named.update(within)
     return tuple(sorted(named))

@@ -77,7 +77,7 @@ class LayerLayout:
 
     @property
     def head_dim(self) -> int:
-        """Width of a key's head."""
+        """Head dimension of the keys."""
         return self.shape.head_dim
 
 

@@ -34,7 +34,7 @@ NAME = "memlong_name"
 
 
 _KINDS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-_READS = {  # packages that read what a method of quantization wrote, by its name in a configuration
+_READS = {  # packages that read quantized weights, by the method's name in a configuration
     "aqlm": "accelerate 'aqlm[cpu,gpu]'",
     "auto-round": "auto-round",
     "awq": "accelerate gptqmodel",
@@ -94,7 +94,7 @@ def load_model(
         If the device is not there, or does not compute what memlong needs.
     """
     if not isinstance(name, str | os.PathLike):
-        raise InvalidArgumentError(f"name must be a hub id, a folder, a GGUF file, or 'demo', got {name!r}.")
+        raise InvalidArgumentError(f"name must be a hub id, a folder, a GGUF file, or 'demo', got {name!r}")
     name = os.fspath(name)
     if name.startswith("~"):
         name = str(at_home(name))
@@ -136,9 +136,7 @@ def _kinds_of(config: PreTrainedConfig) -> list[Any]:
         if kind.__name__ in own or type(config) in kind._model_mapping  # noqa: SLF001 - no public name holds for all
     ]
     if not found:
-        raise ValueError(
-            f"transformers knows no model of the type {config.model_type!r} that generates text."
-        )
+        raise ValueError(f"transformers knows no model of the type {config.model_type!r} that generates text")
     return found
 
 
@@ -156,7 +154,7 @@ def _loaded(kinds: Sequence[Any], source: str, **options: Any) -> PreTrainedMode
         missing = missing or odd
     raise ValueError(
         f"{len(missing)} of its weights are not in its files, or of another shape there, such as {missing[0]}, and "
-        "would be random."
+        "would be random"
     )
 
 
@@ -168,7 +166,7 @@ def _quantization_of(config: PreTrainedConfig) -> str:
     settings = found if isinstance(found, dict) else found.to_dict()
     method = settings.get("quant_method", "bitsandbytes")  # which once wrote no name
     if not AutoHfQuantizer.supports_quant_method(settings):  # it would take the numbers as they are
-        raise ValueError(f"it is quantized by {method!r}, which this release of transformers does not read.")
+        raise ValueError(f"it is quantized by {method!r}, which this release of transformers does not read")
     return str(getattr(method, "value", method))
 
 
@@ -190,13 +188,13 @@ def _failed(name: str, error: Exception) -> str:
         return (
             f"The model {name!r} comes with Python code of its own, without which it does not load. That code would "
             "run on this machine, with all your rights. Read it; if you trust it: load_model(..., "
-            "trust_remote_code=True), or --trust-remote-code."
+            "trust_remote_code=True), or --trust-remote-code"
         )
     plain = (OSError, ValueError, RuntimeError, StrictDataclassError)
     said = str(error) if isinstance(error, plain) else repr(error)
     return (
         f"The model {name!r} could not be loaded: {said}\nName a hub id, a folder that transformers saved, a GGUF "
-        "file, or 'demo'."
+        "file, or 'demo'"
     )
 
 
@@ -219,17 +217,17 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
     except OSError as error:  # such as a name that is too long
         raise InvalidArgumentError(
             f"The model {name!r} cannot be read: {error.strerror}. Name a hub id, a folder that transformers saved, a "
-            "GGUF file, or 'demo'."
+            "GGUF file, or 'demo'"
         ) from error
     if is_folder and not (path / "config.json").is_file():
         raise InvalidArgumentError(
             f"The folder {name!r} holds no config.json, so no model that transformers saved. Name one that does, or a "
-            "GGUF file itself."
+            "GGUF file itself"
         )
     if path.suffix != ".gguf":
         return name, {}
     if not path.is_file():
-        raise InvalidArgumentError(f"The model file {str(path)!r} does not exist. Check the path.")
+        raise InvalidArgumentError(f"The model file {str(path)!r} does not exist. Check the path")
     if importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError(
             f"Reading {path.name} needs the package gguf: pip install 'memlong[gguf]'"

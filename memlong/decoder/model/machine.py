@@ -30,7 +30,7 @@ class Machine:
     Attributes
     ----------
     device, dtype
-        Of the model.
+        Device and dtype of the model.
     why
         One line: why they were chosen.
     passed_over
@@ -83,13 +83,13 @@ def choose_machine(
     dtype = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
     device = str(device) if isinstance(device, torch.device) else device
     if dtype not in (AUTO, *DTYPES):
-        raise InvalidArgumentError(f"dtype must be one of {', '.join((*DTYPES, AUTO))}, got {dtype!r}.")
+        raise InvalidArgumentError(f"dtype must be one of {', '.join((*DTYPES, AUTO))}, got {dtype!r}")
     if device != AUTO:
         target = _named(device)
         chosen, why, problem = _try(target, dtype, trained, trains=trains)
         if problem:
             raise DeviceUnavailableError(
-                f"device is {device!r}, which does not compute what memlong needs: {problem}. Use --device cpu."
+                f"device is {device!r}, which does not compute what memlong needs: {problem}. Use --device cpu"
             )
         return Machine(target, chosen, why)
     passed_over = ""
@@ -207,17 +207,17 @@ def _named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise InvalidArgumentError(f"device {expected}, got {name!r}.") from error
+        raise InvalidArgumentError(f"device {expected}, got {name!r}") from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise InvalidArgumentError(f"device {expected}, got {name!r}.")
+        raise InvalidArgumentError(f"device {expected}, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceUnavailableError(
             f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu, or "
-            "install a CUDA build of torch and its driver."
+            "install a CUDA build of torch and its driver"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceUnavailableError(
-            f"device is {name!r}, but torch sees no Metal GPU here. Use --device cpu, or a Mac with Apple silicon."
+            f"device is {name!r}, but torch sees no Metal GPU here. Use --device cpu, or a Mac with Apple silicon"
         )
     return device
 

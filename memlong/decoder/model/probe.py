@@ -32,16 +32,16 @@ def probe(model: PreTrainedModel) -> ModelLayout:
     Raises
     ------
     UnsupportedModelError
-        If it is no such model, saying what is missing.
+        If memory cannot be attached to the model; the message says why.
     """
     if isinstance(model, nn.Module) and any(map(_is_compiled, model.modules())):
         raise UnsupportedModelError(
             "The model is compiled (torch.compile), and what memory does between calls would have torch compile it "
-            "again and again. Give the model as it was before it was compiled."
+            "again and again. Give the model as it was before it was compiled"
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no transformers model. Load one with AutoModelForCausalLM.from_pretrained(...)."
+            f"{type(model).__name__} is not a transformers model: load one with AutoModelForCausalLM.from_pretrained"
         )
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise _unsupported(
@@ -68,7 +68,7 @@ def probe(model: PreTrainedModel) -> ModelLayout:
             if isinstance(error, AttributeError) and isinstance(error.obj, NotingLayer):
                 raise _unsupported(
                     model,
-                    f"its cache is to keep something else beside keys, values and states ({error.name})",
+                    f"its cache is to keep something other than keys, values and states ({error.name})",
                 ) from error
             raise _unsupported(
                 model,
@@ -281,5 +281,5 @@ def _apart(one: Tensor, other: Tensor) -> float:
 def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"Memory cannot be attached to {type(model).__name__}: {reason}. Supported are decoder-only models with rotary "
-        "positions whose attention is full or slides, on transformers' AttentionInterface; `memlong models` lists them."
+        "positions whose attention is full or slides, on transformers' AttentionInterface; `memlong models` lists them"
     )

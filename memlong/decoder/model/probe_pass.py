@@ -41,7 +41,7 @@ class Reading:
     sliding_window
         What the module itself says of its window.
     bias
-        Name of what it adds to the logits of each query and key, beside the mask; None if it adds nothing.
+        Name of what it adds to the logits of each query and key in addition to the mask; None if nothing.
     """
 
     module: nn.Module
@@ -97,7 +97,7 @@ class ProbePass(attention.AttentionSlot):
     latest
         The last of those.
     states
-        By layer, how many states it carries besides.
+        By layer, the number of states it carries in addition.
     readings
         All calls of attention, in order.
     indexed

@@ -118,4 +118,4 @@ def _off(logits: Tensor, plain: Tensor) -> float:
 
 
 def _refused(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"Memory cannot be attached to {type(model).__name__}: {reason}.")
+    return UnsupportedModelError(f"Memory cannot be attached to {type(model).__name__}: {reason}")

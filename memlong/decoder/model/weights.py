@@ -141,7 +141,7 @@ def true_tensor(model: nn.Module, name: str, value: Any) -> Any:
                 continue
     raise UnsupportedModelError(
         f"The weights {name} of this {type(model).__name__} are on torch's meta device, so that its memory could not "
-        "be matched to it. Load the model with its weights, or let accelerate offload them."
+        "be matched to it. Load the model with its weights, or let accelerate offload them"
     )
 
 

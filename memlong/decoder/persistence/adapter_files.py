@@ -45,14 +45,14 @@ def write_adapter(folder: Path, model: PreTrainedModel) -> None:
         if len(active) != 1:
             raise InvalidArgumentError(
                 f"The model must have one active adapter, got {len(active)} ({', '.join(active)}). Merge them into "
-                "one, or choose one with set_adapter."
+                "one, or choose one with set_adapter"
             )
         config: Any = model.peft_config[active[0]]
         settings = json.loads(json.dumps(config.to_dict(), default=lambda each: sorted(map(str, each))))
         if odd := unreadable_lora(settings):
             raise InvalidArgumentError(
                 f"The adapter {active[0]!r} could not be loaded again from a decoder's folder: {odd}. Save it with "
-                "model.save_pretrained, or merge it into the model, and save that."
+                "model.save_pretrained, or merge it into the model, and save that"
             )
         with quiet_loading(), left_as_they_are(model):
             model.save_pretrained(folder)
@@ -82,17 +82,17 @@ def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None)
         if not (folder / file).exists():
             raise InvalidArgumentError(
                 f"The folder {str(folder)!r} holds no {file}, but its settings say that there is an adapter. Get the "
-                "folder again."
+                "folder again"
             )
     if getattr(model, "peft_config", None):
         raise InvalidArgumentError(
-            f"This {type(model).__name__} has an adapter already: give the plain model, or none."
+            f"This {type(model).__name__} has an adapter already: give the plain model, or none"
         )
     ours = base_weights(model)
     if trained_on and ours and trained_on != ours:
         raise InvalidArgumentError(
             f"The adapter in {str(folder)!r} was trained for other weights than those of this {type(model).__name__}. "
-            "Use the model that it was trained for."
+            "Use the model that it was trained for"
         )
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
@@ -109,7 +109,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None)
             raise
         raise InvalidArgumentError(
             f"The adapter in {str(folder)!r} could not be loaded into this {type(model).__name__}: {error}. Use the "
-            "model that it was trained for."
+            "model that it was trained for"
         ) from error
 
 
@@ -145,7 +145,7 @@ def _check_loaded(model: PreTrainedModel, folder: Path) -> None:
         raise InvalidArgumentError(
             f"The adapter in {str(folder)!r} does not fit this {type(model).__name__}: {len(odd)} of its tensors are "
             f"missing, unknown or of another shape, such as {min(odd)}. Use the model that it was trained "
-            "for."
+            "for"
         )
 
 

@@ -88,7 +88,7 @@ def write_pretrained(
     if has_adapter and (folder / _MODEL).exists():
         raise InvalidArgumentError(
             f"The folder {str(folder)!r} holds a model, which would be loaded with this adapter from now on: name "
-            "another folder."
+            "another folder"
         )
     memory = replace(config, maps=MAPS if maps else None, gates=GATES if gates else None).as_dict()
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
@@ -109,18 +109,18 @@ def write_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".memlong-", dir=folder) as made:
-            beside = Path(made)
+            temporary = Path(made)
             if has_adapter:
-                write_adapter(beside, model)
+                write_adapter(temporary, model)
             if maps is not None:
-                maps.save(beside / MAPS)
+                maps.save(temporary / MAPS)
             if gates is not None:
-                gates.save(beside / GATES)
-            settings = beside / SETTINGS
+                gates.save(temporary / GATES)
+            settings = temporary / SETTINGS
             settings.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             # Without it there is no decoder: better none than a mix of old and new parts.
             (folder / SETTINGS).unlink(missing_ok=True)
-            for path in sorted(beside.iterdir(), key=lambda path: path == settings):
+            for path in sorted(temporary.iterdir(), key=lambda path: path == settings):
                 path.replace(folder / path.name)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"The decoder cannot be written to {str(folder)!r}: {error}") from error
@@ -153,7 +153,7 @@ def read_pretrained(
     for field in changes or {}:
         if field not in CHANGEABLE:
             raise InvalidArgumentError(
-                f"changes must be among {', '.join(CHANGEABLE)}, got {field!r}, decided by the training."
+                f"changes must be among {', '.join(CHANGEABLE)}, got {field!r}, decided by the training"
             )
     folder = _folder(name)
     try:
@@ -161,7 +161,7 @@ def read_pretrained(
         if facts["format"] != _FORMAT:
             raise InvalidArgumentError(
                 f"{str(folder / SETTINGS)!r} must have the format {_FORMAT!r}, got {facts['format']!r}. Use the "
-                "memlong that wrote it, or a newer one."
+                "memlong that wrote it, or a newer one"
             )
         for field in ("base_model", "dtype", "base_weights"):
             if not isinstance(facts.get(field), str | None):
@@ -178,14 +178,14 @@ def read_pretrained(
     except FileNotFoundError as error:
         raise InvalidArgumentError(
             f"The folder {str(name)!r} holds no {SETTINGS}, so no decoder that save_pretrained or `memlong train` "
-            "wrote. Name one that does."
+            "wrote. Name one that does"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InvalidArgumentError):
             raise
         raise InvalidArgumentError(
             f"{str(folder / SETTINGS)!r} cannot be read as a decoder's settings: {error!r}. Save the decoder again, or "
-            "use the memlong that wrote it."
+            "use the memlong that wrote it"
         ) from error
 
 
@@ -202,7 +202,7 @@ def load_pretrained_model(
     if found.base_model is None:
         raise InvalidArgumentError(
             f"{str(name)!r} does not say for which model it was trained, or names a place on another host: "
-            "give `model` and `tokenizer`, or --model."
+            "give `model` and `tokenizer`, or --model"
         )
     dtype, device = choose_machine(dtype, device, trained=found.trained_in).names
     return load_model(found.base_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -213,11 +213,11 @@ def _folder(name: str | Path) -> Path:
     try:
         is_folder, is_there = folder.is_dir(), folder.exists()
     except OSError as error:  # such as a name that is too long
-        raise InvalidArgumentError(f"{str(name)!r} cannot be read: {error.strerror}.") from error
+        raise InvalidArgumentError(f"{str(name)!r} cannot be read: {error.strerror}") from error
     if is_folder:
         return folder
     if is_there:
-        raise InvalidArgumentError(f"{str(name)!r} is a file; name the folder that holds {SETTINGS}.")
+        raise InvalidArgumentError(f"{str(name)!r} is a file; name the folder that holds {SETTINGS}")
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:  # which all errors of huggingface_hub are

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def fact_of(facts: Mapping[str, Any], name: str, *kinds: type) -> Any:
-    """Return a fact of exactly one of these types (a bool is no int); ValueError for any other."""
+    """Return a fact of exactly one of these types (a bool is not an int); ValueError for others."""
     found = facts[name]
     if type(found) not in kinds:
         raise ValueError(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {found!r}")

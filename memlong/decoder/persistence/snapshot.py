@@ -49,7 +49,7 @@ def write_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, *, c
     batch = streams.batch
     if batch is None:
         raise MemlongError(
-            "There is nothing to save: no text has been read since the decoder was made or reset."
+            "There is nothing to save: no text has been read since the decoder was made or reset"
         )
     banks = streams.banks
     with SnapshotWriter(folder_of(path), "decoder") as writer:
@@ -76,7 +76,7 @@ def read_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, readi
         if manifest.extra is None:
             raise SnapshotError(
                 f"{str(folder)!r} holds a bank, and no streams of a decoder: load it with memlong.load_bank, and pass "
-                "it to reset(banks=[...])."
+                "it to reset(banks=[...])"
             )
         _check_fingerprint(folder, manifest.extra, setup, any_model=reading.any_model)
         return _restored(folder, manifest, manifest.extra, setup, streams, reading)
@@ -112,7 +112,7 @@ def _restored(
         if reading.any_model:
             raise SnapshotError(
                 f"{str(path)!r} holds no streams that this decoder can continue ({error}). They were saved with a "
-                "model of other shapes or other sizes, or are damaged: any_model=True does not change that."
+                "model of other shapes or other sizes, or are damaged: any_model=True does not change that"
             ) from error
         raise damaged(path, f"holds no streams of this decoder ({error!r})") from error
     return batch
@@ -152,8 +152,8 @@ def _check_fingerprint(folder: Path, extra: ExtraRecord, setup: Setup, *, any_mo
         is_dtype = ours["dtype"] != theirs.get("dtype") and theirs.get("dtype") in list(DTYPES)
         raise SnapshotError(
             f"{str(folder)!r} was saved with another model or other settings, for which its keys and values were "
-            f"made; what differs: {', '.join(odd)}. Use those, or any_model=True if you know that they fit."
-            + (f" To {loading_in(theirs['dtype'])}." if is_dtype else "")
+            f"made; what differs: {', '.join(odd)}. Use those, or any_model=True if you know that they fit"
+            + (f". To {loading_in(theirs['dtype'])}" if is_dtype else "")
         )
 
 

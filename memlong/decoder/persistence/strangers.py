@@ -68,7 +68,7 @@ def chosen_config(
         )
     for field, (cls, allowed) in _declared(config, changes, registry).items():
         if refused := _refused(cls, getattr(config, field), allowed):
-            raise InvalidArgumentError(f"{where!r} {refused} Here that is changes={{{field!r}: {{...}}}}.")
+            raise InvalidArgumentError(f"{where!r} {refused}. Here that is changes={{{field!r}: {{...}}}}")
     return config
 
 
@@ -105,12 +105,12 @@ def _declared(
 
 def _refused(cls: type, options: Mapping[str, Any], allowed: SavedOptions) -> str:
     if hidden := [name for name, value in options.items() if value == HIDDEN]:
-        return f"hides the option {hidden[0]!r}, as it may be secret: give it yourself when loading."
+        return f"hides the option {hidden[0]!r}, as it may be secret: give it yourself when loading"
     return refused_option(cls, options, allowed)
 
 
 def _for_the_user(where: str, field: str, value: object, what: str) -> MemlongError:
     return InvalidArgumentError(
         f"{where!r} has {field} {value!r}, {what}, which no file may choose, since it may come from a stranger. Name "
-        f"it yourself: changes={{{field!r}: ...}}, or --{field}."
+        f"it yourself: changes={{{field!r}: ...}}, or --{field}"
     )

@@ -70,7 +70,7 @@ def read_tensors(
             if metadata.get("format") != kind:
                 raise InvalidArgumentError(
                     f"{field} must name a file of format {kind!r}, as `{command}` writes it, got {str(path)!r} of "
-                    f"format {metadata.get('format')!r}."
+                    f"format {metadata.get('format')!r}"
                 )
             layers = tuple(json.loads(metadata["layers"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -82,5 +82,5 @@ def read_tensors(
         if isinstance(error, InvalidArgumentError):
             raise
         raise InvalidArgumentError(
-            f"{field} names {str(path)!r}, which cannot be read: {error}. Make the file with `{command}`."
+            f"{field} names {str(path)!r}, which cannot be read: {error}. Make the file with `{command}`"
         ) from error

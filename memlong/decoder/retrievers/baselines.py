@@ -36,7 +36,7 @@ class RandomRetriever(Retriever):
         self._seed = whole_number("seed", seed, at_least=0)
         self._dim = whole_number("dim", dim, at_least=1)
         if self._dim > _WIDEST:
-            raise InvalidArgumentError(f"dim must be at most {_WIDEST}, got {dim}.")
+            raise InvalidArgumentError(f"dim must be at most {_WIDEST}, got {dim}")
 
     @property
     def dim(self) -> int:

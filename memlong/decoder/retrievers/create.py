@@ -81,5 +81,5 @@ def check_made_for(retriever: Retriever | None, model: Any) -> None:
         if theirs != ours:
             raise InvalidArgumentError(
                 f"retriever must be for this {type(model).__name__} with {ours:,} tokens, got one for a "
-                f"{type(other).__name__} with {theirs:,}: create one for this model, or name one in the MemoryConfig."
+                f"{type(other).__name__} with {theirs:,}: create one for this model, or name one in the MemoryConfig"
             )

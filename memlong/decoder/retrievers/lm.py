@@ -72,7 +72,7 @@ class LanguageModelRetriever(Retriever):
         self._tokens_dim = whole_number("dim", dim, at_least=1, at_most=_WIDEST)
         for name, value in (("sharpness", sharpness), ("pairs", pairs), ("recency", recency)):
             if not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
-                raise InvalidArgumentError(f"{name} must be a number from 0 to {_LARGEST}, got {value!r}.")
+                raise InvalidArgumentError(f"{name} must be a number from 0 to {_LARGEST}, got {value!r}")
         self._pairs = pairs
         scale = whole_number("recency_scale", recency_scale, at_least=1, at_most=_FARTHEST)
         self._recency = RecencyPrior(recency, scale)
@@ -123,6 +123,6 @@ def _beginning(config: Any, vocabulary: int) -> int:
     if not isinstance(start, int) or not 0 <= start < vocabulary:
         raise InvalidArgumentError(
             f"model.config.bos_token_id must be a token id from 0 to {vocabulary - 1}, got {start!r}: set it to the "
-            "token that starts a text, or to None."
+            "token that starts a text, or to None"
         )
     return start

@@ -67,14 +67,14 @@ class SentenceTransformersRetriever(Retriever):
         if tokenizer is None:
             raise InvalidArgumentError(
                 f"tokenizer must be the model's, as the retriever {name!r} reads text, got None: give it, or use the "
-                "retriever 'lm'."
+                "retriever 'lm'"
             )
         texts = {"name": name, "query_prompt": query_prompt, "chunk_prompt": chunk_prompt}
         for option, value in texts.items():
             if not isinstance(value, str):
-                raise InvalidArgumentError(f"{option} must be text, got {value!r}.")
+                raise InvalidArgumentError(f"{option} must be text, got {value!r}")
         if not isinstance(device, str | None):
-            raise InvalidArgumentError(f"device must be text such as 'cpu', or None, got {device!r}.")
+            raise InvalidArgumentError(f"device must be text such as 'cpu', or None, got {device!r}")
         self._piece_tokens = whole_number("piece_tokens", piece_tokens, at_least=1)
         source = _packaged(name) or name
         try:

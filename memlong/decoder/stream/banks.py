@@ -29,7 +29,7 @@ def check_origins(banks: Sequence[MemoryBank], ours: Mapping[str, Any]) -> None:
             raise InvalidArgumentError(
                 "banks holds a bank that another model filled, or this one with other settings, for which its keys, "
                 f"values and embeddings were made; what differs: {', '.join(odd)}. Use those, or any_model=True if "
-                "you know that they fit."
+                "you know that they fit"
             )
 
 
@@ -41,18 +41,18 @@ def check_banks(
     Raises
     ------
     InvalidArgumentError
-        If one is no bank or is given twice, or does not fit the retriever's embeddings or the decoder's blocks; or,
+        If one is not a bank or is given twice, or does not fit the retriever's embeddings or the decoder's blocks; or,
         unless ``any_model``, if another model filled it.
     """
     if setup.retriever is None or setup.config.backend is None:
-        raise InvalidArgumentError("banks need a backend, but the configuration has backend=None: name one.")
+        raise InvalidArgumentError("banks need a backend, but the configuration has backend=None: name one")
     if isinstance(banks, str) or not isinstance(banks, Sequence) or not banks:
-        raise InvalidArgumentError(f"banks must be a sequence of banks, one for each row, got {banks!r}.")
+        raise InvalidArgumentError(f"banks must be a sequence of banks, one for each row, got {banks!r}")
     for bank in banks:
         if not isinstance(bank, MemoryBank):
-            raise InvalidArgumentError(f"banks must hold a MemoryBank for each row, got {bank!r}.")
+            raise InvalidArgumentError(f"banks must hold a MemoryBank for each row, got {bank!r}")
     if len({id(bank) for bank in banks}) < len(banks):
-        raise InvalidArgumentError("banks holds one bank twice; rows never share a bank: give each its own.")
+        raise InvalidArgumentError("banks holds one bank twice; rows never share a bank: give each its own")
     for bank in banks:
         _check_fit(bank, setup.retriever, setup.block_layout)
     if not any_model and any(bank.origin is not None for bank in banks):
@@ -65,7 +65,7 @@ def _check_fit(bank: MemoryBank, retriever: Retriever, block_layout: ChunkLayout
         raise InvalidArgumentError(
             f"banks must have dim {retriever.dim} and metric {retriever.metric!r}, as the retriever "
             f"{type(retriever).__name__} embeds, got a bank of dim {bank.dim} and metric {bank.metric!r}: make the "
-            "bank with those, or use the retriever it was made for."
+            "bank with those, or use the retriever it was made for"
         )
     for what in ("shape", "dtype", "device"):
         ours = getattr(block_layout, what)
@@ -73,6 +73,6 @@ def _check_fit(bank: MemoryBank, retriever: Retriever, block_layout: ChunkLayout
         if theirs != ours:
             raise InvalidArgumentError(
                 f"banks must have blocks of {what} {ours}, as this decoder's, got a bank with blocks of {what} "
-                f"{theirs} (a shape is layers, K-V heads, chunk_size, head width): use what it was filled with."
-                + (f" To {loading_in(dtype_name(theirs))}." if isinstance(theirs, torch.dtype) else "")
+                f"{theirs} (a shape is layers, K-V heads, chunk_size, head width): use what it was filled with"
+                + (f". To {loading_in(dtype_name(theirs))}" if isinstance(theirs, torch.dtype) else "")
             )

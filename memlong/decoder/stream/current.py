@@ -100,7 +100,7 @@ class CurrentStreams:
         rows = self.batch.streams if self.batch else ()
         if len(given) != len(rows):
             raise InvalidArgumentError(
-                f"banks must hold one bank for each of the {len(rows)} rows that stream, got {len(given)} banks."
+                f"banks must hold one bank for each of the {len(rows)} rows that stream, got {len(given)} banks"
             )
         if self.batch is not None:
             self.batch.use_banks(given)
@@ -120,7 +120,7 @@ class CurrentStreams:
         return StreamBatch(self._setup, self._attachment.slot, banks, self._random_chunks)
 
     def for_rows(self, rows: int) -> StreamBatch:
-        """Return streams for a batch of so many rows, new ones if none have begun; they are not current yet.
+        """Return streams for a batch of this many rows, new ones if there are none yet; they are not current yet.
 
         Raises
         ------
@@ -131,7 +131,7 @@ class CurrentStreams:
             if rows != len(self.batch.streams):
                 raise InvalidArgumentError(
                     f"input_ids must have {len(self.batch.streams)} rows, as the streams so far, got {rows}: "
-                    "call reset() to begin new ones."
+                    "call reset() to begin new ones"
                 )
             return self.batch
         given = self._given_banks
@@ -139,7 +139,7 @@ class CurrentStreams:
             return self.over([self._setup.new_bank() for _ in range(rows)])
         if len(given) != rows:
             raise InvalidArgumentError(
-                f"banks must hold one bank for each of the {rows} rows, got {len(given)} banks."
+                f"banks must hold one bank for each of the {rows} rows, got {len(given)} banks"
             )
         check_banks(given, self._setup, any_model=self._takes_any_model)  # they may have been filled since
         return self.over(given)
@@ -177,7 +177,7 @@ class CurrentStreams:
             if reader is not self._reader:
                 raise MemlongError(
                     "This call of stream() has ended: reset(), generate() or another stream() came before its last "
-                    "segment. What it had not read yet is not in the stream."
+                    "segment. What it had not read yet is not in the stream"
                 )
             segment = next(segments, None)
             if segment is None:

@@ -99,7 +99,7 @@ def _check_trained_positions(config: MemoryConfig, model_layout: ModelLayout) ->
     )
     raise InvalidArgumentError(
         f"Sink tokens, memory and local_window ({config.local_window}) must take at most the {limit} positions that "
-        f"the model was trained on, got {config.position_span}. Lower local_window{advice}."
+        f"the model was trained on, got {config.position_span}. Lower local_window{advice}"
     )
 
 
@@ -117,7 +117,7 @@ def _check_sliding_windows(
         raise InvalidArgumentError(
             f"local_window must be at most {max(0, least - span)}, got {config.local_window}: memory takes {span} "
             f"positions before it, and retrieval layers {', '.join(map(str, blind))} have a sliding window of {least}, "
-            "which would hide memory from them. Lower it, or leave these layers out of retrieval_layers."
+            "which would hide memory from them. Lower it, or leave these layers out of retrieval_layers"
         )
 
 
@@ -132,5 +132,5 @@ def check_max_position(position: int, model_layout: ModelLayout) -> None:
     if model_layout.max_positions is not None and position >= model_layout.max_positions:
         raise InvalidArgumentError(
             f"Positions must be below {model_layout.max_positions}, as the model was trained, got {position}. Use "
-            "position_mode='zero' or 'before-window', which re-base the window, or a shorter text."
+            "position_mode='zero' or 'before-window', which re-base the window, or a shorter text"
         )

@@ -19,12 +19,12 @@ from memlong.decoder.stream.token_stream import TokenStream
 def store_chunks(
     setup: Setup, stream: TokenStream, chunks: Sequence[Passage], window: LocalWindow, row: int
 ) -> None:
-    """Store consecutive chunks of a stream, whose K-V are in a row of the window, unless that has been done.
+    """Store consecutive chunks of a stream, whose K-V is in a row of the window, unless they are stored already.
 
     Raises
     ------
     InvalidArgumentError
-        If another model has stored in the bank meanwhile.
+        If another model has stored chunks in the bank in the meantime.
     """
     bank = stream.bank
     if bank is None or setup.retriever is None or stream.has_stored(chunks):

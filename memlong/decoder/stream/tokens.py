@@ -41,34 +41,34 @@ def token_lists(
     """
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in _INTEGERS:
         raise InvalidArgumentError(
-            f"input_ids must be an integer tensor [rows, tokens], got {_kind(input_ids)}.{_remedy(input_ids)}"
+            f"input_ids must be an integer tensor [rows, tokens], got {_kind(input_ids)}{_remedy(input_ids)}"
         )
     if attention_mask is None:
         rows: list[list[int]] = input_ids.tolist()
     elif not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         raise InvalidArgumentError(
             f"attention_mask must be a tensor of the shape of input_ids, {tuple(input_ids.shape)}, got "
-            f"{_kind(attention_mask)}."
+            f"{_kind(attention_mask)}"
         )
     elif not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise InvalidArgumentError("attention_mask must be 1, and 0 where padded, got other numbers.")
+        raise InvalidArgumentError("attention_mask must be 1, and 0 where padded, got other numbers")
     else:
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
     if not rows:
-        raise InvalidArgumentError("input_ids must have at least one row, got none.")
+        raise InvalidArgumentError("input_ids must have at least one row, got none")
     vocabulary = model_layout.vocabulary
     for row in rows:
         if row and not 0 <= min(row) <= max(row) < vocabulary:
             odd = next(token for token in row if not 0 <= token < vocabulary)
             raise InvalidArgumentError(
                 f"input_ids must be from 0 to {vocabulary - 1}, the model's tokens, got {odd}. Use its own tokenizer, "
-                "and an attention_mask that is 0 where input_ids is padded."
+                "and an attention_mask that is 0 where input_ids is padded"
             )
         if not model_layout.placeholders.keys().isdisjoint(row):
             token = next(token for token in row if token in model_layout.placeholders)
             raise InvalidArgumentError(
                 f"input_ids must be text, got {token}, which stands for {model_layout.placeholders[token]}. Leave it "
-                "out, or use the model outside `with decoder:`."
+                "out, or use the model outside `with decoder:`"
             )
     return rows
 
@@ -89,9 +89,9 @@ def _kind(given: object) -> str:
 
 def _remedy(given: object) -> str:
     if isinstance(given, str):
-        return " Tokenize text with tokenizer(text, return_tensors='pt').input_ids."
+        return ". Tokenize text with tokenizer(text, return_tensors='pt').input_ids"
     if isinstance(given, Mapping):
-        return " Pass what the tokenizer returned as **encoding, or its input_ids alone."
+        return ". Pass what the tokenizer returned as **encoding, or its input_ids alone"
     if isinstance(given, Tensor):
-        return " For a single text, pass input_ids[None]." if given.ndim == 1 else ""
-    return " Convert lists or arrays with torch.as_tensor."
+        return ". For a single text, pass input_ids[None]" if given.ndim == 1 else ""
+    return ". Convert lists or arrays with torch.as_tensor"

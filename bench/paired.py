@@ -1,4 +1,4 @@
-"""Time a bank and the bare index library in turns, built from the same vectors."""
+"""Time a bank and the bare index library alternately, on the same vectors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vectors import PART, Data, K
 
 from memlong import MemoryBank, Registry
 
-BATCHES = {1: 1.3, 32: 1.1}  # and their targets
+BATCHES = {1: 1.3, 32: 1.1}  # batch size: target ratio
 TARGET_CHUNKS = 10_000
-ROOM = 4096  # chunks added during measurement
+SPARE = 4096  # capacity for chunks added while measuring
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A backend and its options, which its library also takes."""
+    """A backend and the options that it shares with its library."""
 
     backend: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def ratios(self) -> list[Ratio]:
-        """The bank's times to the library's."""
+        """The bank's times relative to the library's."""
         place = f"{self.setting}, {self.chunks:,} x {self.dim}"
         return [
             Ratio(f"{what} of {place}", seconds / self.raw[what], self._target(what))
@@ -77,17 +77,17 @@ class Row:
         ]
 
     def _target(self, what: str) -> float | None:
-        aimed = {f"{act} {batch}": most for batch, most in BATCHES.items() for act in ("search", "add")}
-        is_aimed_at = self.chunks == TARGET_CHUNKS and self.setting in {each.name for each in SETTINGS}
-        return aimed.get(what) if is_aimed_at else None
+        targets = {f"{act} {batch}": most for batch, most in BATCHES.items() for act in ("search", "add")}
+        has_target = self.chunks == TARGET_CHUNKS and self.setting in {each.name for each in SETTINGS}
+        return targets.get(what) if has_target else None
 
 
 def measure(setting: Setting, data: Data, clock: Clock, device: torch.device, rounds: int) -> Row:
-    """Build bank and index on the device, and time the same operations with both in turns."""
+    """Build bank and index on the device, and time the same operations on both, alternately."""
     bank = Registry().create_bank(
         setting.backend, data.stored.shape[1], device=str(device), **setting.options
     )
-    library = make_raw(setting.backend, setting.options, data.stored, len(data.stored) + ROOM, device)
+    library = make_raw(setting.backend, setting.options, data.stored, len(data.stored) + SPARE, device)
 
     def settle() -> None:
         if device.type == "cuda":
@@ -105,7 +105,7 @@ def measure(setting: Setting, data: Data, clock: Clock, device: torch.device, ro
         data.recall(library.search(data.queries, K)),
     )
     index_bytes = library.nbytes
-    slab = torch.zeros(len(data.stored) + ROOM, 1, 1, 1, 1)
+    slab = torch.zeros(len(data.stored) + SPARE, 1, 1, 1, 1)
     for batch in BATCHES:
         queries = [data.queries[at : at + batch] for at in range(0, len(data.queries), batch)]
         new = [data.new[at : at + batch] for at in range(0, len(data.new), batch)]
@@ -126,10 +126,10 @@ def measure(setting: Setting, data: Data, clock: Clock, device: torch.device, ro
             ),
             "raw": lambda number, new=new: library.add(new[number % len(new)]),
         }
-        in_turns = {"clock": clock, "rounds": rounds, "settle": settle}
-        seconds[f"search {batch}"] = best_times(searches, **in_turns)
-        seconds[f"retrieve {batch}"] = best_times(retrievals, **in_turns)
-        seconds[f"add {batch}"] = best_times(adds, **in_turns, most_calls=max(64 // batch, 4))
+        timing = {"clock": clock, "rounds": rounds, "settle": settle}
+        seconds[f"search {batch}"] = best_times(searches, **timing)
+        seconds[f"retrieve {batch}"] = best_times(retrievals, **timing)
+        seconds[f"add {batch}"] = best_times(adds, **timing, most_calls=max(64 // batch, 4))
     of_bank, of_raw = ({what: each[whose] for what, each in seconds.items()} for whose in ("bank", "raw"))
     return Row(setting.name, data.stored.shape[1], len(data.stored), *recalls, index_bytes, of_bank, of_raw)
 
