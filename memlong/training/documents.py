@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from memlong.errors import InvalidArgumentError, InvalidTextError, MissingDependencyError
 from memlong.evaluation import read_text
+from memlong.warn import warn_caller
 
 SUFFIXES = (".txt", ".md", ".py")
 """Suffixes of the files that are read from a folder."""
@@ -44,9 +44,8 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
             found += 1
             yield text
         if left_out:
-            warnings.warn(
+            warn_caller(
                 f"Skipped {len(left_out)} files in {str(source)!r}. The first: {left_out[0]}",
-                stacklevel=2,
             )
         if not found:
             raise InvalidTextError(
