@@ -14,8 +14,8 @@ from weakref import WeakValueDictionary
 import faiss
 import torch
 
+from memlong.bank.warn import warn_caller
 from memlong.errors import DeviceUnavailableError
-from memlong.warn import warn_caller
 
 _SCRATCH_BYTES = 64 << 20
 

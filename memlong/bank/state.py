@@ -24,8 +24,8 @@ from memlong.bank.results import Chunks, Retrieved, SearchResult
 from memlong.bank.snapshot.segments import SavedBank
 from memlong.bank.store.gather import gather
 from memlong.bank.store.store import KeyValueStore
+from memlong.bank.warn import warn_caller
 from memlong.errors import InvalidArgumentError, LostChunksError, LostChunksWarning
-from memlong.warn import warn_caller
 
 Result = TypeVar("Result")
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memlong.bank.warn import warn_caller
 from memlong.errors import InvalidArgumentError, InvalidTextError, MissingDependencyError
 from memlong.evaluation import read_text
-from memlong.warn import warn_caller
 
 SUFFIXES = (".txt", ".md", ".py")
 """Suffixes of the files that are read from a folder."""

@@ -31,8 +31,8 @@ from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import has_manifest
 from memlong.bank.snapshot.reader import folder_of
 from memlong.bank.uncopied import Uncopied
+from memlong.bank.warn import warn_caller
 from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
-from memlong.warn import warn_caller
 
 _PREFIX, _DELETED = "session-", "deleted-"
 _LONGEST = 1024

@@ -12,8 +12,8 @@ from weakref import ref
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memlong.bank.warn import warn_caller
 from memlong.decoder.model.replacing import replaced
-from memlong.warn import warn_caller
 
 
 @contextmanager

