@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 import textwrap
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
+from difflib import get_close_matches
+from functools import cache, wraps
 from math import isfinite
 from numbers import Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -91,7 +92,8 @@ def types_of(settings: Any) -> dict[str, Any]:
 
 
 def documented(settings: type[Settings]) -> type[Settings]:
-    """Add a Parameters section, generated from the fields, to the docstring of a settings dataclass."""
+    """Complete a settings dataclass: a docstring with its Parameters, and an error that helps with unknown ones."""
+    _refuse_unknown(settings)
     lines = ["", "", "    Parameters", "    ----------"]
     for each in fields(settings):  # type: ignore[arg-type]
         metadata = metadata_of(each)
@@ -104,6 +106,28 @@ def documented(settings: type[Settings]) -> type[Settings]:
     head, raises, tail = (settings.__doc__ or "").partition("\n\n    Raises")
     settings.__doc__ = head + "\n".join(lines) + (f"\n\n    Raises{tail}" if raises else "")
     return settings
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` with the known name that is closest, or an empty string if none is close."""
+    close = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _refuse_unknown(settings: Any) -> None:
+    """Have the constructor name the settings that exist where it is given another."""
+    construct, names = settings.__init__, [each.name for each in fields(settings)]
+
+    @wraps(construct)
+    def construct_of_known(self: Any, *values: Any, **given: Any) -> None:
+        for name in given:
+            if name not in names:
+                raise InvalidArgumentError(
+                    f"{settings.__name__} has no setting {name!r}{nearest(name, names)}; it has: {', '.join(names)}"
+                )
+        construct(self, *values, **given)
+
+    settings.__init__ = construct_of_known
 
 
 def checked(settings: Any) -> dict[str, Any]:

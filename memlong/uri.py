@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from memlong.errors import HIDDEN
+from memlong.errors import HIDDEN, InvalidArgumentError
 
 _HARMLESS = frozenset(
     (  # noqa: SIM905 - a list would take a line per name
@@ -31,6 +31,7 @@ _SECRET = re.compile(
     r"(?i)pass|pwd|pin|secret|token|key|auth|cred|user|login|account|dsn|conn|jwt|sig|cert|cookie|session_?id|otp|salt"
 )
 _URI = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*)://([^\s'\"<>]*)")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)(.*)", re.DOTALL)  # longer than the letter of a drive
 _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[\w.,-]*)(?::(?P<port>[0-9]{1,5}))?")
 
 
@@ -40,6 +41,36 @@ def scheme_of(name: str) -> str | None:
         return None
     scheme, colon, _ = name.partition("://")
     return scheme.lower() if colon else None
+
+
+def local_path(place: str) -> str | None:
+    """Return the local path that a place stands for: a path itself, or that of a file URI; None for any other URI.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is a URI with one slash, or a file URI of another machine or of a relative path.
+    """
+    found = _SCHEME.match(place)
+    if found is None:
+        return None if "://" in place else place  # such as simplecache::s3://bucket
+    scheme, slashes, rest = found[1].lower(), found[2], found[3]
+    if scheme == "file":
+        path = "/" + rest if slashes == "/" else rest.removeprefix("localhost")
+        if not path.startswith("/") or path == "/":
+            raise InvalidArgumentError(
+                f"a file URI must have an absolute path, such as file:///data/kv, got {place!r}: add the missing "
+                "slash, or give the path without 'file:'"
+            )
+        from urllib.request import url2pathname  # slow to import
+
+        return url2pathname(path)
+    if slashes == "/":
+        raise InvalidArgumentError(
+            f"a URI must have two slashes after its scheme, got {without_credentials(place)!r}: write {scheme}://, and "
+            "as text, as a Path joins slashes"
+        )
+    return None
 
 
 def without_credentials(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import packages_distributions
@@ -15,6 +14,7 @@ from weakref import WeakValueDictionary
 import faiss
 import torch
 
+from memlong.bank.warn import warn_caller
 from memlong.errors import DeviceUnavailableError
 
 _SCRATCH_BYTES = 64 << 20
@@ -29,11 +29,10 @@ def owners() -> tuple[str, ...]:
 def warn_if_two_owners() -> None:
     """Warn if two distributions provide the faiss module, because one has overwritten the other."""
     if len(owners()) > 1:
-        warnings.warn(
+        warn_caller(
             f"The faiss module is provided by {' and '.join(owners())}: the last one installed has overwritten the "
             "other, which may silently disable the GPU. Uninstall both and install one",
             RuntimeWarning,
-            stacklevel=3,
         )
 
 

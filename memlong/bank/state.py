@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from warnings import warn
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from memlong.bank.results import Chunks, Retrieved, SearchResult
 from memlong.bank.snapshot.segments import SavedBank
 from memlong.bank.store.gather import gather
 from memlong.bank.store.store import KeyValueStore
+from memlong.bank.warn import warn_caller
 from memlong.errors import InvalidArgumentError, LostChunksError, LostChunksWarning
 
 Result = TypeVar("Result")
@@ -234,7 +234,7 @@ class BankState:
                     if not len(lost):
                         raise  # the store names others than the bank's: to try again would not end
                     self.remove(lost)
-                warn(f"{error}. The bank has forgotten them", LostChunksWarning, stacklevel=4)
+                warn_caller(f"{error}. The bank has forgotten them", LostChunksWarning)
 
     def search(self, queries: Floats, k: int, *, exactly: bool = False) -> SearchResult:
         """Return the k best chunks of each query, by the index or by brute force."""

@@ -187,6 +187,8 @@ def _check_name(name: str) -> None:
         )
     if Path(name).suffix in (".json", ".gguf"):
         raise InvalidArgumentError(f"The file {name!r} does not exist: check the path")
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise InvalidArgumentError(f"The path {name!r} does not exist: check it")
     near = get_close_matches(name, [each.model_type for each in architectures()], n=1, cutoff=0.8)
     if near and name != "demo" and "/" not in name:
         raise InvalidArgumentError(

@@ -76,6 +76,10 @@ def needle(
 
     wanted = list(dict.fromkeys(numbers("--lengths", lengths, int)))
     places = list(dict.fromkeys(numbers("--depths", depths, float)))
+    if not all(0 <= place <= 1 for place in places):
+        raise InvalidArgumentError(f"--depths must be numbers from 0 to 1, got {depths!r}")
+    if min(wanted) < 1:
+        raise InvalidArgumentError(f"--lengths must be at least 1, got {lengths!r}")
     hay = FILLER if filler is None else read_text(filler)
     decoder = choose_decoder(
         ctx,

@@ -29,12 +29,12 @@ def perplexity(
     model: options.ModelUnlessAdapter = None,
     adapter: options.Adapter = None,
     memory: MemoryOptions,
-    max_tokens: Annotated[int | None, typer.Option(help="Use only the first N tokens.")] = None,
-    score_from: Annotated[int, typer.Option(help="Index of the first scored token.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Use only the first N tokens.")] = None,
+    score_from: Annotated[int, typer.Option(min=1, help="Index of the first scored token.")] = 1,
     long_range_distance: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that last occurred farther back count as long-range  [default: local window]"
+            min=1, help="Tokens that last occurred farther back count as long-range  [default: local window]"
         ),
     ] = None,
     dtype: options.Dtype = "auto",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from memlong.decoder.model.layer_names import layers_as_text
 from memlong.errors import InvalidArgumentError
+from memlong.plugins.options import check_options
 from memlong.settings import checked, documented, setting
 from memlong.uri import hide_credentials, without_credentials
 
@@ -139,6 +140,12 @@ class MemoryConfig:
                     f"{name} must be None unless kv_source is {source!r}, got {value!r} with {self.kv_source!r}: set "
                     f"kv_source to {source!r}, or leave {name} out"
                 )
+        if self.store:
+            from memlong.bank.store.arguments import check_store  # imports torch
+            from memlong.bank.store.tiers import TieredStore
+
+            check_options("store", TieredStore, self.store)
+            check_store(**self.store)
         taken = sorted(_NOT_OPTIONS & set(self.backend_options))
         if taken:
             raise InvalidArgumentError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from memlong.errors import InvalidArgumentError
+from memlong.settings import nearest
 
 _REFUSED = {
     "assistant_model": "assisted decoding takes tokens back",
@@ -58,6 +60,16 @@ def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> N
                 f"{name} does not work with a memory: {reason}. Leave it out, or generate with the model itself, "
                 "outside `with decoder:`"
             )
+
+
+def named(error: ValueError, model: PreTrainedModel, options: Mapping[str, Any]) -> ValueError:
+    """Return the error for an option that transformers does not know, with the closest that it does; or this one."""
+    if "model_kwargs" not in str(error):
+        return error
+    unknown = [name for name in options if repr(name) in str(error)]
+    known = model.generation_config.to_dict()
+    close = [f"{name!r}{nearest(name, known)}" for name in unknown]
+    return InvalidArgumentError(f"generate() has no option {', '.join(close)}") if unknown else error
 
 
 def inferred_mask(model: PreTrainedModel, input_ids: Tensor, options: dict[str, Any]) -> Tensor | None:

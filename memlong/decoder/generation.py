@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.bank.uncopied import Uncopied
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.generate_options import check_generate_options, inferred_mask
+from memlong.decoder.generate_options import check_generate_options, inferred_mask, named
 from memlong.decoder.model.replacing import replaced
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.batch import StreamBatch
@@ -241,9 +241,12 @@ def generate(
     speaker = Speaker(batch, read_prompt, input_ids.shape[1], setup.config)
     with speaker.attached(model):
         plain: Any = type(model)
-        output = plain.generate(
-            model, input_ids, attention_mask=attention_mask, past_key_values=speaker.cache, **options
-        )
+        try:
+            output = plain.generate(
+                model, input_ids, attention_mask=attention_mask, past_key_values=speaker.cache, **options
+            )
+        except ValueError as error:
+            raise named(error, model, options) from error
     if remember:
         # Read like any text: what the streams hold must not depend on beams, or on other rows.
         sequences = output if isinstance(output, Tensor) else output.sequences

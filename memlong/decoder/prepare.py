@@ -20,7 +20,6 @@ from memlong.decoder.setup import Setup
 from memlong.decoder.stream.positions import with_positions
 from memlong.errors import InvalidArgumentError
 from memlong.plugins import Registry
-from memlong.plugins.options import check_options
 from memlong.plugins.registry import installed_registry
 
 
@@ -49,7 +48,6 @@ def prepare(
     if config.backend is not None:
         registry.load_backend_class(config.backend)  # report a missing library now
         if config.store:
-            check_options("store", TieredStore, config.store)
             TieredStore(**config.store).check_device(model.device)
         if retriever is None:
             retriever = create_retriever(

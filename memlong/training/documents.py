@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memlong.bank.warn import warn_caller
 from memlong.errors import InvalidArgumentError, InvalidTextError, MissingDependencyError
 from memlong.evaluation import read_text
 
@@ -44,9 +44,8 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
             found += 1
             yield text
         if left_out:
-            warnings.warn(
+            warn_caller(
                 f"Skipped {len(left_out)} files in {str(source)!r}. The first: {left_out[0]}",
-                stacklevel=2,
             )
         if not found:
             raise InvalidTextError(

@@ -15,7 +15,7 @@ from memlong.bank.index.exact import Similarity
 from memlong.bank.index.table import ChunkTable
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError
-from memlong.settings import checked, metadata_of
+from memlong.settings import checked, metadata_of, nearest
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,8 @@ class Index(ABC, Generic[Options]):
         for name in given:
             if name not in names:
                 raise InvalidArgumentError(
-                    f"{cls.__name__} has no option {name!r}; it has: {', '.join(names) or 'none'}"
+                    f"{cls.__name__} has no option {name!r}{nearest(name, names)}; it has: "
+                    f"{', '.join(names) or 'none'}, besides those of every bank"
                 )
         return cast("Options", cls.options_class(**checked(cls.options_class(**given))))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from memlong.errors import InvalidArgumentError
+from memlong.uri import without_credentials
 
 
 def at_home(path: str | Path) -> Path:
@@ -23,14 +25,25 @@ def at_home(path: str | Path) -> Path:
         ) from error
 
 
+def not_a_uri(path: str | Path) -> None:
+    """Raise InvalidArgumentError for a URI, which would be taken for a folder such as ``s3:``."""
+    found = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path))
+    if found is not None:
+        raise InvalidArgumentError(
+            f"a folder must be a local path, got the URI {without_credentials(str(path))!r}. (A folder that is named "
+            f"like this is ./{found[0]})"
+        )
+
+
 def absolute(folder: str | Path) -> Path:
     """Return a folder's absolute path: a process may change its working directory later.
 
     Raises
     ------
     InvalidArgumentError
-        If it is relative to a working directory that is no longer there.
+        If it is a URI, or relative to a working directory that is no longer there.
     """
+    not_a_uri(folder)
     try:
         return at_home(folder).absolute()
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import has_manifest
 from memlong.bank.snapshot.reader import folder_of
 from memlong.bank.uncopied import Uncopied
+from memlong.bank.warn import warn_caller
 from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 
 _PREFIX, _DELETED = "session-", "deleted-"
@@ -159,20 +159,18 @@ class BankPool(Uncopied):
                 bank = session.bank
             yield bank
             if bank.unstored:
-                warnings.warn(
+                warn_caller(
                     f"A decoder holds {bank.unstored} tokens in its window that are not in this session's bank, and a "
                     "pool keeps banks alone: call decoder.flush() before the block ends, or generate(remember=False) "
                     "for what need not be remembered",
                     RuntimeWarning,
-                    stacklevel=3,
                 )
         finally:
             self._leave(visit)
             for error in self._spill(Size(self._budget, self._files)):
-                warnings.warn(
+                warn_caller(
                     f"A session could not be saved to make room, and stays in memory: {error}",
                     RuntimeWarning,
-                    stacklevel=3,
                 )
 
     def delete(self, session_id: str) -> bool:

@@ -58,9 +58,15 @@ def unreadable(path: Path, error: OSError) -> SnapshotError:
 def unwritable(path: Path, error: OSError) -> SnapshotError:
     """Return the error for a file that cannot be written."""
     return SnapshotError(
-        f"{str(path)!r} cannot be written: {error.strerror or error}. What was saved there before is as it was. Free "
-        "some space, change the folder's permissions, or name another folder"
+        f"{str(path)!r} cannot be written: {error.strerror or error}. What was saved there before is as it was. "
+        + remedy(error, "Free some space, change the folder's permissions, or name another folder")
     )
+
+
+def remedy(error: OSError, usual: str) -> str:
+    """Return what to do about a folder that cannot be made or written to."""
+    is_a_file = isinstance(error, FileExistsError | NotADirectoryError)
+    return "This, or a folder it is in, is a file: name a folder." if is_a_file else usual
 
 
 def followed(path: Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 
 from memlong.bank.arrays import Ids
 from memlong.bank.layout import ChunkLayout
-from memlong.bank.sessions.folders import at_home
+from memlong.bank.sessions.folders import at_home, not_a_uri
 from memlong.bank.sizes import byte_count
 from memlong.bank.snapshot.content import Content, check_state
 from memlong.bank.snapshot.files import check_file, damaged, followed, is_hollow, read_checked
@@ -40,6 +40,7 @@ def folder_of(path: str | Path) -> Path:
     """Return the folder that a user named."""
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
         raise InvalidArgumentError(f"path must be the path of a folder, got {path!r:.80}")
+    not_a_uri(path)
     return at_home(path)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from memlong.bank.sessions.folders import absolute
-from memlong.bank.snapshot.files import sync_folder
+from memlong.bank.snapshot.files import remedy, sync_folder
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
-from memlong.uri import without_credentials
+from memlong.uri import local_path, without_credentials
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class LocalObjects(Objects):
             with suppress(OSError):
                 part.unlink()
             raise StorageError(
-                f"{str(path)!r} cannot be written: {error.strerror or error}. Free some space, change the folder's "
-                "permissions, or name another place"
+                f"{str(path)!r} cannot be written: {error.strerror or error}. "
+                + remedy(error, "Free some space, change the folder's permissions, or name another place")
             ) from error
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -241,14 +241,15 @@ def objects_at(place: str | Path, *, synced: bool = True) -> Objects:
     Raises
     ------
     InvalidArgumentError
-        If fsspec does not know the place.
+        If it is none of these, or fsspec does not know the place.
     MissingDependencyError
         If fsspec, or the library that it needs for this place, is not installed.
     """
-    text = str(place).removeprefix("file://")
-    if isinstance(place, str) and "://" in text:
-        return RemoteObjects(text)
-    return LocalObjects(absolute(text), synced=synced)
+    folder = local_path(str(place))
+    if folder is None:
+        scheme, colon, rest = str(place).partition("://")
+        return RemoteObjects(scheme.lower() + colon + rest)
+    return LocalObjects(absolute(folder), synced=synced)
 
 
 def _bounded(content: bytes, most: int) -> bytes:

@@ -13,9 +13,12 @@ from memlong.bank.forks import fork_lock
 
 Given = TypeVar("Given")
 
+MOST_THREADS = 256
+"""Threads of a process at most, and so the most readers of a store."""
+
 
 class Workers:
-    """A thread pool for I/O in which the caller works, too.
+    """Threads for I/O that all banks of a process share; the caller works, too.
 
     The caller starts at once on one item after another, and threads join in, each waking the next. Slow items therefore
     run in parallel, and a few quick ones do not wait for threads to start.
@@ -28,9 +31,6 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._pool: ThreadPoolExecutor | None = None
-        self._owner = os.getpid()
-        self._starting = fork_lock()
 
     def each(self, act: Callable[[Given], Any], given: Sequence[Given]) -> None:
         """Call a function on each item, and return when no call is running anymore.
@@ -40,7 +40,7 @@ class Workers:
         task = _Task(act, given)
         try:
             if len(given) > 1:
-                task.call_helper(self._threads(), self._count - 1)
+                task.call_helper(_THREADS.pool(), self._count - 1)
             task.work()
         finally:
             task.dismiss_helpers()
@@ -50,12 +50,25 @@ class Workers:
             finally:
                 task.errors.clear()  # otherwise the error would refer to itself, and keep its frames alive
 
-    def _threads(self) -> ThreadPoolExecutor:
+
+class _Threads:
+    """The threads of this process: none until they are needed, and no more than were ever busy at a time."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._owner = os.getpid()
+        self._starting = fork_lock()
+
+    def pool(self) -> ThreadPoolExecutor:
+        """Return the pool, made on first use; a forked process has none of its parent's threads, so makes its own."""
         with self._starting:
-            if self._pool is None or os.getpid() != self._owner:  # a forked process does not inherit threads
+            if self._pool is None or os.getpid() != self._owner:
                 self._owner = os.getpid()
-                self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="memlong-kv")
+                self._pool = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="memlong-kv")
             return self._pool
+
+
+_THREADS = _Threads()
 
 
 class _Task(Generic[Given]):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from memlong.bank.forks import fork_lock
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.sessions.folders import absolute
-from memlong.bank.sizes import byte_count
+from memlong.bank.store.arguments import budget_of, check_store
 from memlong.bank.store.block import BlockKind
-from memlong.bank.store.codec import BlockCodec, StorageDtype, check_storage_dtype, make_codec
+from memlong.bank.store.codec import BlockCodec, StorageDtype, make_codec
 from memlong.bank.store.disk import DiskSlots
 from memlong.bank.store.folder import ObjectFolder
 from memlong.bank.store.objects import objects_at
@@ -22,9 +22,7 @@ from memlong.bank.store.records import Records
 from memlong.bank.store.slabs import Slabs
 from memlong.bank.store.store import KeyValueStore
 from memlong.bank.store.tier import DiskTier, MemoryTier, ObjectTier, PinnedTier, TensorTier, Tier
-from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError, LostChunksError, StorageError
-from memlong.uri import without_credentials
 
 _HOST = torch.device("cpu")
 
@@ -80,26 +78,22 @@ class TieredStore(KeyValueStore):
         readers: int = 8,
         dtype: StorageDtype | None = None,
     ) -> None:
-        check_storage_dtype(dtype)
-        if device is None and host is None and disk is None and objects is None:
-            raise InvalidArgumentError(
-                "a store must have at least one of device, host, disk and objects, got none of them"
-            )
-        if disk is not None and objects is not None:
-            raise InvalidArgumentError(
-                "disk and objects cannot be combined, as each holds every block: give one of them"
-            )
-        if disk is None and disk_budget is not None:
-            raise InvalidArgumentError("disk_budget needs a folder: give one as disk")
-        if disk is not None and (not isinstance(disk, str | Path) or not str(disk) or "\0" in str(disk)):
-            raise InvalidArgumentError(f"disk must be the path of a folder, got {disk!r}")
-        self._folder = _folder(objects, whole_number("readers", readers, at_least=1, at_most=256))
+        check_store(
+            device=device,
+            host=host,
+            disk=disk,
+            disk_budget=disk_budget,
+            objects=objects,
+            readers=readers,
+            dtype=dtype,
+        )
+        self._folder = _folder(objects, int(readers))
         if self._folder is not None:
             self._folder.claim(self)
-        self._device = _budget("device", device)
-        self._host = _budget("host", host)
+        self._device = budget_of("device", device)
+        self._host = budget_of("host", host)
         self._disk = None if disk is None else absolute(disk)
-        self._disk_budget = _budget("disk_budget", disk_budget)
+        self._disk_budget = budget_of("disk_budget", disk_budget)
         self._has_device, self._has_host = device is not None, host is not None
         self._dtype = dtype
         if self._disk is not None:
@@ -193,18 +187,28 @@ class TieredStore(KeyValueStore):
         together = 1 if self._folder is None else self._folder.readers
         lost: dict[int, str] = {}
         for start in range(0, len(ids), together):
-            some = ids[start : start + together]
-            try:
-                with nullcontext() if self._reads_alone else self._lock:
-                    codec, whole = self._holding(some)
-                    records = whole.get(some)
-                    found = records.at(codec.layout.device if self._slabs is None else _HOST)
-            except LostChunksError as error:  # find all of them before raising
-                lost |= error.reasons
-            if lost:
+            some = list(ids[start : start + together])
+            copies: dict[int, torch.Tensor] = {}
+            while True:
+                there = [chunk_id for chunk_id in some if chunk_id not in copies]
+                try:
+                    with nullcontext() if self._reads_alone else self._lock:
+                        codec, whole = self._holding(some)
+                        records = whole.get(there)
+                        found = records.at(codec.layout.device if self._slabs is None else _HOST)
+                    break
+                except LostChunksError as error:
+                    rescued = self._rescued(error.reasons)
+                    gone = {each: why for each, why in error.reasons.items() if each not in rescued}
+                    copies |= rescued
+                    lost |= gone
+                    some = [chunk_id for chunk_id in some if chunk_id not in gone]
+            if lost:  # read on, to name all of them before any caller begins again
                 continue
-            for record in found:  # `records` keeps slots from being overwritten in the meantime
-                keys, values = codec.decode([record])
+            # `records` keeps a slot from being written over meanwhile
+            copies |= dict(zip(there, found, strict=True))
+            for chunk_id in some:
+                keys, values = codec.decode([copies[chunk_id]])
                 yield keys[0], values[0]
         if lost:
             raise LostChunksError(lost)
@@ -326,6 +330,22 @@ class TieredStore(KeyValueStore):
             raise InvalidArgumentError(f"the store holds no block for ids {unknown}")
         return self._codec, self._whole
 
+    def _rescued(self, ids: Iterable[int]) -> dict[int, torch.Tensor]:
+        """Return the records of lost blocks that a nearer tier holds, and write them again if the place allows it."""
+        found: dict[int, torch.Tensor] = {}
+        with self._lock:
+            codec, whole = self._holding([])
+            for tier in self._near:
+                here = [each for each in ids if each in tier and each in self._ids and each not in found]
+                if not here:
+                    continue
+                records = tier.get(here)
+                with suppress(StorageError):
+                    whole.put(here, records)
+                device = codec.layout.device if self._slabs is None else _HOST
+                found |= {each: record.clone() for each, record in zip(here, records.at(device), strict=True)}
+        return found
+
     def _drop(self, ids: Sequence[int]) -> None:
         for tier in (self._whole, *self._near):  # the farthest first: only it can fail
             if tier is not None:
@@ -343,15 +363,7 @@ def _slabs_for(layout: ChunkLayout, codec: BlockCodec, budget: int | None) -> Sl
     return Slabs(codec.nbytes, layout.device, budget) if layout.device.type == "cuda" else None
 
 
-def _folder(objects: object, readers: int) -> ObjectFolder | None:
+def _folder(objects: str | Path | ObjectFolder | None, readers: int) -> ObjectFolder | None:
     if objects is None or isinstance(objects, ObjectFolder):
         return objects
-    if not isinstance(objects, str | Path) or not str(objects) or "\0" in str(objects):
-        raise InvalidArgumentError(
-            f"objects must be a folder, or a URI such as s3://bucket/folder, got {without_credentials(repr(objects))}"
-        )
     return ObjectFolder(objects_at(objects, synced=False), readers=readers)
-
-
-def _budget(name: str, given: int | str | None) -> int | None:
-    return None if given is None or given == "all" else byte_count(name, given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -13,6 +12,7 @@ from weakref import ref
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memlong.bank.warn import warn_caller
 from memlong.decoder.model.replacing import replaced
 
 
@@ -28,10 +28,9 @@ def warning_in_generate(model: PreTrainedModel) -> Iterator[None]:
     def generate(self: Any, *args: Any, **options: Any) -> Any:
         if self is not place():  # a copy of the model, which has no memory
             return type(self).generate(self, *args, **options)
-        warnings.warn(
+        warn_caller(
             "model.generate() does not use the attached memory: call decoder.generate(), or wrap the call in "
             "`with decoder.replacing_generate():`",
-            stacklevel=2,
         )
         return kind.generate(self, *args, **options) if before is None else before(*args, **options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from memlong.bank.sessions.folders import at_home
+from memlong.bank.warn import warn_caller
 from memlong.decoder.model.machine import AUTO, choose_machine
 from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError
@@ -100,7 +100,7 @@ def load_model(
         name = str(at_home(name))
     machine = choose_machine(dtype, device)
     if machine.passed_over:
-        warnings.warn(f"The model runs on the CPU{machine.passed_over}", stacklevel=2)
+        warn_caller(f"The model runs on the CPU{machine.passed_over}")
     source, gguf = source_of(name)
     quantization = ""
     with quiet_loading(), torch.device("cpu"):  # whatever a caller has made torch's default
