@@ -246,7 +246,10 @@ def generate(
                 model, input_ids, attention_mask=attention_mask, past_key_values=speaker.cache, **options
             )
         except ValueError as error:
-            raise named(error, model, options) from error
+            better = named(error, model, options)
+            if better is error:
+                raise
+            raise better from error
     if remember:
         # Read like any text: what the streams hold must not depend on beams, or on other rows.
         sequences = output if isinstance(output, Tensor) else output.sequences

@@ -98,7 +98,7 @@ def test_the_one_who_knows_is_found_right(monkeypatch):
     ("changes", "message"),
     [
         ({"lengths": "100,many"}, "--lengths must be comma-separated numbers"),
-        ({"depths": "2"}, "depth must be a number from 0 to 1, got 2.0"),
+        ({"depths": "2"}, "--depths must be numbers from 0 to 1, got '2'"),
         ({"lengths": "99999999999"}, "length must be at most 100,000,000"),
         ({"lengths": "20"}, "for opening, pass key and question, got 20"),
         ({"lengths": "80,10"}, "for opening, pass key and question, got 10"),

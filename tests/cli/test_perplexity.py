@@ -119,11 +119,6 @@ def test_the_seed_chooses_the_random_chunks(run):
         ({"max_tokens": 5}, InvalidTextError, r"at least 8 tokens, one segment, got 5"),
         ({"top_k": 0}, InvalidArgumentError, "top_k must be"),
         (
-            {"long_range_distance": -3},
-            InvalidArgumentError,
-            "long_range_distance must be at least 1 token, got -3",
-        ),
-        (
             {"backend": "none", "backend_option": "index=Flat"},
             InvalidArgumentError,
             "--backend-option needs a backend",
@@ -157,6 +152,25 @@ def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
     assert isinstance(result.exception, error), result.output
     with pytest.raises(MemlongError, match=message):
         raise result.exception
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": -3}, "--max-tokens"),
+        ({"long_range_distance": -3}, "--long-range-distance"),
+        ({"store": "disk_budget=4"}, "disk_budget needs a folder"),
+        ({"store": "disk=s3://bucket/kv"}, "must be a local path"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(run, monkeypatch, changes, message):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("memlong.decoder.load_model", load)
+    result = run(**changes)
+    assert not isinstance(result.exception, AssertionError)
+    assert message in result.output + str(result.exception)
 
 
 def test_a_folder_without_a_model_and_a_cut_off_file_are_named(run, model_folder, tmp_path):

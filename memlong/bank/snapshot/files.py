@@ -66,7 +66,7 @@ def unwritable(path: Path, error: OSError) -> SnapshotError:
 def remedy(error: OSError, usual: str) -> str:
     """Return what to do about a folder that cannot be made or written to."""
     is_a_file = isinstance(error, FileExistsError | NotADirectoryError)
-    return "This, or a folder it is in, is a file: name a folder." if is_a_file else usual
+    return "This, or a folder it is in, is a file: name a folder" if is_a_file else usual
 
 
 def followed(path: Path) -> Path:

@@ -32,14 +32,16 @@ def check_store(
         If no tier is named, or an argument has a value that cannot be used.
     """
     check_storage_dtype(dtype)
+    if disk is None and disk_budget is not None:
+        raise InvalidArgumentError("disk_budget needs a folder: give one as disk")
     if device is None and host is None and disk is None and objects is None:
         raise InvalidArgumentError(
             "a store must have at least one of device, host, disk and objects, got none of them"
         )
     if disk is not None and objects is not None:
-        raise InvalidArgumentError("disk and objects are both named, but each holds every block; name one")
-    if disk is None and disk_budget is not None:
-        raise InvalidArgumentError("disk_budget is given, but no folder: name one with disk")
+        raise InvalidArgumentError(
+            "disk and objects cannot be combined, as each holds every block: give one of them"
+        )
     if disk is not None:
         if not _is_path(disk):
             raise InvalidArgumentError(f"disk must be the path of a folder, got {disk!r}")

@@ -16,7 +16,8 @@ import torch
 from memlong.bank.forks import unless_forked
 from memlong.bank.store.block import BlockKind, decode, encode, kind_of
 from memlong.bank.store.objects import Objects
-from memlong.bank.store.parallel import Workers
+from memlong.bank.store.parallel import MOST_THREADS, Workers
+from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError, LostChunksError, StorageError
 from memlong.uri import without_credentials
 
@@ -61,13 +62,15 @@ class ObjectFolder:
             raise InvalidArgumentError(
                 f"name must be parts of letters, digits, '.', '_' and '-' with '/' between them, got {name!r:.80}"
             )
+        self.readers = whole_number("readers", readers, at_least=1, at_most=MOST_THREADS)
+        if notes is not None and not isinstance(notes, Mapping):
+            raise InvalidArgumentError(f"notes must be a mapping, got {notes!r:.80}")
         self.name = name or f"memlong-{secrets.token_hex(8)}"
         self._user: weakref.ref[object] | None = None
-        self.readers = readers
         self._objects, self._notes = objects, dict(notes or {})
         self._is_noted = False
         self._leftover: set[str] = set()
-        self._workers = Workers(readers)
+        self._workers = Workers(self.readers)
         self._owner = os.getpid()
         if not lasting:
             weakref.finalize(self, unless_forked(_remove, objects, self.name))
@@ -128,9 +131,8 @@ class ObjectFolder:
         try:
             self._workers.each(read, range(len(ids)))
             if lost:
-                self._objects.read(
-                    self._path(_NOTES), _MOST_NOTES
-                )  # if they are missing too, the place is unreachable
+                with suppress(ValueError):  # damaged notes: the place is there
+                    self._objects.read(self._path(_NOTES), _MOST_NOTES)
         except OSError as error:
             raise self._unusable("read", error) from None  # the cause may show credentials
         if lost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def chosen_config(
         If it contains something that is not a setting.
     """
     memory = dict(said)
+    unknown = memory.keys() - {each.name for each in fields(MemoryConfig)}
+    if unknown:
+        raise TypeError(f"memory holds {', '.join(sorted(unknown))}, which are not settings")
     for field in ("maps", "gates"):
         if memory.get(field):
             if Path(memory[field]).name != memory[field]:

@@ -182,7 +182,7 @@ class MilvusBank(MemoryBank):
     def __reduce_ex__(self, _: object) -> NoReturn:
         raise MemlongError(
             "A MilvusBank cannot be copied or pickled: its chunks are in Milvus. Save it, and load it into a session "
-            "of its own."
+            "of its own"
         )
 
     def make_index(self, rows: IndexRows, options: Mapping[str, Any]) -> SessionIndex:
@@ -192,15 +192,19 @@ class MilvusBank(MemoryBank):
         if name is None:
             name = f"memlong_{rows.dim}_{'l2' if rows.similarity == 'l2' else 'ip'}"
         self.engine = Engine(self._address, timeout=chosen.timeout, attempts=chosen.attempts)
-        collection = ready_collection(
-            self.engine,
-            name,
-            rows.dim,
-            METRICS[rows.similarity],
-            partitions=chosen.partitions,
-            links=chosen.M,
-            effort=chosen.ef_construction,
-        )
+        try:
+            collection = ready_collection(
+                self.engine,
+                name,
+                rows.dim,
+                METRICS[rows.similarity],
+                partitions=chosen.partitions,
+                links=chosen.M,
+                effort=chosen.ef_construction,
+            )
+        except BaseException:
+            self.engine.close()  # at once: an error that is kept would keep Milvus Lite's file, too
+            raise
         if isinstance(self._blocks, SessionStore):
             self._blocks.folder.name = f"{name}-{collection.origin}/{self._session.key}"
         self.rows = SessionRows(self.engine, collection, self._session, chosen.consistency)

@@ -115,9 +115,13 @@ class Hub:
                 start_new_thread(self.settle, ())
 
     def _bury(self) -> None:
+        if os.getpid() != self._owner:
+            return
         with self.lock:
             while self._doomed:
-                with suppress(MemlongError):  # what cannot be removed stays
+                with suppress(
+                    Exception
+                ):  # what cannot be removed stays, and is no failure of the bank that connects
                     self._doomed.popleft()()
 
     def _end(self) -> None:
@@ -142,7 +146,7 @@ def _hub_at(address: Address | None) -> Hub:
         resolved = replace(address, uri=str(Path(address.uri).resolve())) if address.is_local else address
         key = (os.getpid(), resolved)
         if key not in _HUBS:
-            _HUBS[key] = Hub(address)
+            _HUBS[key] = Hub(resolved)  # the working directory may change
         return _HUBS[key]
 
 

@@ -134,3 +134,27 @@ def test_a_closed_bank_changes_nothing_of_the_session_that_another_has(place: di
     assert len(again.fetch(again.ids).ids) == 6
     again.close()
     assert len(MilvusBank.reopen(DIM, **place, session="a")) == 6
+
+
+def test_a_relative_path_means_the_same_file_after_a_change_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.chdir(first)
+    with MilvusBank(DIM, uri="memory.db", session="a") as bank:
+        random_chunks(3).into(bank)
+    monkeypatch.chdir(second)
+    with MilvusBank.reopen(DIM, uri=str(first / "memory.db"), session="a") as bank:
+        assert len(bank) == 3
+    assert not list(second.iterdir())
+
+
+def test_a_bank_that_was_refused_lets_go_of_the_file(place: dict[str, Any]) -> None:
+    with MilvusBank(DIM, **place, session="a", collection="one") as bank:
+        hub = bank.engine.hub
+    with pytest.raises(InvalidArgumentError) as refused:  # which holds the frames
+        MilvusBank(DIM + 1, **place, session="b", collection="one")
+    assert refused.value
+    assert hub.client is None
