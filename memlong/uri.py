@@ -59,7 +59,7 @@ def local_path(place: str) -> str | None:
         path = "/" + rest if slashes == "/" else rest.removeprefix("localhost")
         if not path.startswith("/") or path == "/":
             raise InvalidArgumentError(
-                f"a file URI must have an absolute path, such as file:///data/kv, got "
+                "a file URI must have an absolute path, such as file:///data/kv, got "
                 f"{without_credentials(place)!r}: add the missing slash, or give the path without 'file:'"
             )
         from urllib.request import url2pathname  # slow to import
