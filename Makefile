@@ -58,7 +58,7 @@ dist: $(INSTALLED) ## Build the wheel and the source archive into dist/, and che
 	$(BIN)/uv build
 	$(BIN)/uvx twine check --strict dist/*
 
-bench: $(INSTALLED) ## Measure speed and memory, each beside a baseline (under 15 minutes)
+bench: $(INSTALLED) ## Measure speed and memory, each next to a baseline (under 15 minutes)
 	mkdir -p out
 	$(BIN)/python bench/bank.py --json out/bank.json
 	$(BIN)/python bench/kv.py --json out/kv.json
