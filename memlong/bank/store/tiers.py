@@ -32,8 +32,8 @@ class TieredStore(KeyValueStore):
 
     The farthest of the given tiers holds every block; its budget is the capacity of the store, which the bank enforces
     by eviction. The tiers nearer to the model hold copies of recently stored or retrieved blocks, up to their budgets.
-    A block is written to disk, or as an object, exactly once, when it is stored: an error is raised before anything has
-    changed, and reading never writes.
+    A block is written to disk, or as an object, when it is stored: an error is raised before anything has changed, and
+    reading never writes, except that saving writes a lost object again if a nearer tier holds its block.
 
     If the model runs on the CPU, ``device`` and ``host`` are the same memory; give only one of them.
 
