@@ -87,7 +87,7 @@ class MilvusBank(MemoryBank):
             try:
                 self._begin(facts, options)
             except BaseException:
-                self._let_go()  # at once: whoever catches this may ask for the session again
+                self._let_go()  # at once: the caller may catch this and ask for the session again
                 raise
 
     @property

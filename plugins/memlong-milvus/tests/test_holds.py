@@ -31,7 +31,7 @@ def test_who_is_refused_a_session_may_go_on_with_it_at_once(place: dict[str, Any
     random_chunks(6).into(MilvusBank(DIM, **place, session="a"))
     try:
         MilvusBank(DIM, **place, session="a")
-    except InvalidArgumentError:  # which holds the frames of the bank that was not to be
+    except InvalidArgumentError:  # which holds the frames of the refused bank
         bank = MilvusBank(DIM, **place, session="a", resume=True)
     assert len(bank) == 6
 
