@@ -52,7 +52,7 @@ class TieredStore(KeyValueStore):
         store has its own folder there, deleted when the store is garbage-collected but not if the process is killed; an
         `ObjectFolder` may be permanent.
     readers : int, default 8
-        Threads that read and write objects.
+        Threads that read and write objects; an `ObjectFolder` brings its own number.
     dtype : "bfloat16", "float8" or "int8", optional
         Dtype to store numbers in, with scales if it has eight bits; by default, their own. Blocks come back in their
         own dtype, rounded.
