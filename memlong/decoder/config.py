@@ -76,6 +76,13 @@ class MemoryConfig:
         more='``"all"`` is every full-attention layer. A list of numbers is read as such text.',
         needs_backend=True,
     )
+    retrieval_heads: str = setting(
+        "all",
+        "'all', or K-V heads of retrieval layers, such as '15:0+2,16:1'.",
+        more="As `memlong heads` prints them: layer, then heads. The other heads attend to the local window alone, and "
+        "only these heads' K-V are stored. Needs ``kv_source='layer'``.",
+        needs_backend=True,
+    )
     chunk_size: int = setting(128, "Tokens of a chunk, the unit of memory.", least=1)
     top_k: int = setting(8, "Chunks retrieved for a segment.", least=1)
     local_window: int = setting(
@@ -140,6 +147,11 @@ class MemoryConfig:
                     f"{name} must be None unless kv_source is {source!r}, got {value!r} with {self.kv_source!r}: set "
                     f"kv_source to {source!r}, or leave {name} out"
                 )
+        if self.retrieval_heads.strip() != "all" and self.kv_source != "layer":
+            raise InvalidArgumentError(
+                f"retrieval_heads must be 'all' unless kv_source is 'layer', got {self.retrieval_heads!r:.80} with "
+                f"{self.kv_source!r}"
+            )
         if self.store:
             from memlong.bank.store.arguments import check_store  # imports torch
             from memlong.bank.store.tiers import TieredStore

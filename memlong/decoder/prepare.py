@@ -44,6 +44,7 @@ def prepare(
     config = with_positions(config, model_layout, layers)
     like = cast("Tensor", model.get_input_embeddings().weight)
     source = make_source(config, model_layout, layers, like)
+    layers = source.retrieval_layers  # those with retrieval heads
     gates = make_gates(config, model_layout, layers, like)
     if config.backend is not None:
         registry.load_backend_class(config.backend)  # report a missing library now

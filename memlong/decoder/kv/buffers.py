@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from memlong.decoder.model.head_names import Heads, runs
 from memlong.decoder.model.layout import KvShape, ModelLayout
 from memlong.decoder.model.rope import Angles, LayerRope
 
@@ -30,6 +31,8 @@ class LayerGroup:
     ----------
     has_memory
         Whether they attend to memory.
+    heads
+        The K-V heads that do, ascending; none where all do.
     reach
         How many tokens their window keeps, including the next one: those that a sliding-window layer sees. None for the
         local window of the whole model.
@@ -39,6 +42,7 @@ class LayerGroup:
     rope: LayerRope
     shape: KvShape
     has_memory: bool
+    heads: tuple[int, ...] = ()
     reach: int | None = None
 
 
@@ -47,22 +51,25 @@ def layer_groups(
     retrieval_layers: Sequence[int],
     memory_layers: Sequence[int] = (),
     local_window: int = 0,
+    heads: Heads | None = None,
 ) -> tuple[LayerGroup, ...]:
-    """Sort the layers of a model into groups, each ascending.
+    """Sort the layers of a model into groups, each ascending; ``heads`` are those that attend to memory, where not all.
 
     A sliding-window layer keeps what it sees itself, unless it attends to memory; one whose K-V are stored also keeps
     the local window.
     """
-    groups: dict[tuple[bool, KvShape, object, int | None], list[int]] = {}
+    groups: dict[tuple[bool, KvShape, object, tuple[int, ...], int | None], list[int]] = {}
     for index, layer in model_layout.layers.items():
         has_memory = index in retrieval_layers
         reach = None if has_memory else layer.sliding_window
         if reach is not None and index in memory_layers:
             reach = max(reach, local_window + 1)
-        groups.setdefault((has_memory, layer.shape, layer.rope.kind, reach), []).append(index)
+        some = heads.get(index, ()) if heads else ()
+        some = () if len(some) == layer.kv_heads else some
+        groups.setdefault((has_memory, layer.shape, layer.rope.kind, some, reach), []).append(index)
     return tuple(
-        LayerGroup(tuple(layers), model_layout.layers[layers[0]].rope, shape, has_memory, reach)
-        for (has_memory, shape, _, reach), layers in groups.items()
+        LayerGroup(tuple(layers), model_layout.layers[layers[0]].rope, shape, has_memory, some, reach)
+        for (has_memory, shape, _, some, reach), layers in groups.items()
     )
 
 
@@ -154,12 +161,21 @@ class LayerBuffer:
         return self.keys[:, :, :, columns], self.values[:, :, :, columns]
 
     def hold_memory(
-        self, keys: Tensor, values: Tensor, angles: Angles | None = None, turn: Turn | None = None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        angles: Angles | None = None,
+        turn: Turn | None = None,
+        heads: Sequence[int] = (),
     ) -> None:
-        """Write the K-V of all retrieved tokens, rotating the keys if there are angles."""
-        target = self.keys[:, :, :, : self.memory]
-        if angles is None or turn is None:
-            target.copy_(keys)
-        else:
-            turned(keys, angles, turn, out=target)
-        self.values[:, :, :, : self.memory] = values
+        """Write the K-V of all retrieved tokens, of these heads or of all, rotating the keys if there are angles."""
+        first = 0
+        for run in runs(heads) or [slice(None)]:
+            part = slice(first, first + run.stop - run.start) if heads else run
+            first = part.stop
+            target = self.keys[:, :, run, : self.memory]
+            if angles is None or turn is None:
+                target.copy_(keys[:, :, part])
+            else:
+                turned(keys[:, :, part], angles, turn, out=target)
+            self.values[:, :, run, : self.memory] = values[:, :, part]

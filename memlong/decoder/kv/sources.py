@@ -12,6 +12,7 @@ from memlong.bank import ChunkLayout
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.kv.latent import LatentMaps
 from memlong.decoder.kv.window import LocalWindow
+from memlong.decoder.model.head_names import Heads, parse_heads
 from memlong.decoder.model.layer_names import ranges
 from memlong.decoder.model.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
@@ -28,6 +29,11 @@ class KvSource(ABC):
 
     def __init__(self, retrieval_layers: tuple[int, ...]) -> None:
         self.retrieval_layers = retrieval_layers
+
+    @property
+    def heads(self) -> Heads | None:
+        """The K-V heads of the retrieval layers that attend to retrieved K-V; None if all do."""
+        return None
 
     @property
     def stored_layers(self) -> tuple[int, ...]:
@@ -160,6 +166,59 @@ class PackedSource(KvSource):
         return each.transpose(1, 2).reshape(heads, -1, width)
 
 
+class HeadSource(KvSource):
+    """Some K-V heads of the retrieval layers store and read their own K-V.
+
+    A block has one layer with all of these heads. Layers with the same ones are next to each other, so that nothing is
+    copied to supply them.
+
+    Parameters
+    ----------
+    model_layout
+        The model's layers.
+    heads
+        By retrieval layer, its heads.
+    """
+
+    def __init__(self, model_layout: ModelLayout, heads: Heads) -> None:
+        super().__init__(tuple(heads))
+        self._heads = dict(heads)
+        self._head_dim = model_layout.layers[self.retrieval_layers[0]].head_dim
+        self._first: dict[int, int] = {}  # by layer, the place of its first head in a block
+        self._pairs: list[tuple[int, int]] = []
+        for place, layer in sorted(enumerate(heads), key=lambda each: (heads[each[1]], each[0])):
+            self._first[layer] = len(self._pairs)
+            self._pairs += [(place, head) for head in heads[layer]]
+
+    @property
+    def heads(self) -> Heads:
+        """The heads that store and read."""
+        return self._heads
+
+    def block_layout(self, chunk_size: int, dtype: torch.dtype, device: torch.device) -> ChunkLayout:
+        """One layer, with the heads of all."""
+        return ChunkLayout((1, len(self._pairs), chunk_size, self._head_dim), dtype, device)
+
+    def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The heads' K-V."""
+        keys, values = window.stacked(row, start, end, self.retrieval_layers)
+        places, heads = torch.tensor(self._pairs, device="cpu").T.to(keys.device)
+        return keys[places, heads][None], values[places, heads][None]
+
+    def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The K-V of these layers' heads."""
+        count = len(self._heads[layers[0]])
+        places = [self._first[layer] for layer in layers]
+        if places == list(range(places[0], places[0] + count * len(layers), count)):
+            part = slice(places[0], places[-1] + count)
+            size = (len(layers), count, -1, self._head_dim)
+            return keys[0, part].reshape(size), values[0, part].reshape(size)
+        keys, values = (
+            torch.stack([states[0, place : place + count] for place in places]) for states in (keys, values)
+        )
+        return keys, values
+
+
 class LatentSource(KvSource):
     """One latent vector per token is stored, from which each retrieval layer makes its own K-V.
 
@@ -198,8 +257,10 @@ def make_source(
     Raises
     ------
     InvalidArgumentError
-        If the memory layer does not exist, or maps are missing or made for another model.
+        If the memory layer or a head does not exist, or maps are missing or made for another model.
     """
+    if config.retrieval_heads.strip() != "all":
+        return _of_heads(config, model_layout, retrieval_layers)
     if config.kv_source == "layer":
         if not model_layout.alike(retrieval_layers):
             return PackedSource(model_layout, retrieval_layers)
@@ -210,6 +271,18 @@ def make_source(
     memory_layer = shared_memory_layer(config, model_layout)
     _check_alike(config, model_layout, (*retrieval_layers, memory_layer))
     return LayerSource(model_layout, dict.fromkeys(retrieval_layers, memory_layer))
+
+
+def _of_heads(
+    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]
+) -> HeadSource:
+    heads = parse_heads(config.retrieval_heads, model_layout, retrieval_layers)
+    if not model_layout.alike(tuple(heads)) or any(model_layout.layers[layer].is_made for layer in heads):
+        raise InvalidArgumentError(
+            "retrieval_heads must be 'all' for this model, whose retrieval layers do not attend to K-V heads of one "
+            f"shape, got {config.retrieval_heads!r:.80}"
+        )
+    return HeadSource(model_layout, heads)
 
 
 def shared_memory_layer(config: MemoryConfig, model_layout: ModelLayout) -> int:

@@ -262,7 +262,7 @@ class LocalWindow:
             assert window.buffer is not None  # noqa: S101 - it was made with columns for memory
             rope = window.group.rope
             where = None if angles is None else angles.of(rope)
-            window.buffer.hold_memory(some_keys, some_values, where, rope.rotated)
+            window.buffer.hold_memory(some_keys, some_values, where, rope.rotated, window.group.heads)
 
     def keys_and_values(
         self, row: int, start: int, end: int, layers: Sequence[int]

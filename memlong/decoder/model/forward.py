@@ -14,8 +14,22 @@ from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model import kernels
 from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.kernels import Attend, Output
+from memlong.decoder.model.head_names import runs
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.stream.batch_memory import BatchMemory
+from memlong.errors import UnsupportedModelError
+
+
+_BY_HEAD = ("s_aux",)  # what some models give each head besides
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What some heads of a layer see: the window, and memory or not; ``heads`` are those of queries, None for all."""
+
+    layer: int
+    memory: bool
+    heads: slice | None = None
 
 
 @dataclass
@@ -49,7 +63,7 @@ class AttentionPass:
     device: torch.device
     _latest: int = -1
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
-    _sees_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
+    _seeing_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
 
     def add_memory(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's memory, if it has any, before its window's K-V [rows, heads, columns, width]."""
@@ -59,8 +73,10 @@ class AttentionPass:
             return keys, values
         if torch.is_grad_enabled():  # what has gradients is not overwritten
             memory.wait()
-            retrieved, their_values = memory.of(layer)
-            return torch.cat([retrieved, keys], dim=2), torch.cat([their_values, values], dim=2)
+            heads = self._memory_heads(layer)
+            both = zip(memory.of(layer), (keys, values), strict=True)
+            keys, values = (torch.cat([_in_place(mine, local, heads), local], dim=2) for mine, local in both)
+            return keys, values
         if memory.keys:
             self.memory = memory.given_to(self.window)
         return self.window.with_memory(layer, keys.shape[2])
@@ -77,66 +93,110 @@ class AttentionPass:
         """Attend to the cache's K-V, or what the model derived from it: [rows, kv_heads, (memory +) columns, width]."""
         layers = self.model_layout.readers[module]
         layer = layers[0] if len(layers) == 1 else self._latest
-        gated = self.gates is not None and self._has_memory(layer)
+        heads = self._memory_heads(layer)
+        if not heads:
+            seen = _Seen(layer, self._has_memory(layer))
+            return self._attend(base, module, query, key, value, options, seen)
+        memory = cast("BatchMemory", self.memory)
+        if options.get("position_bias") is not None:
+            raise UnsupportedModelError(
+                f"retrieval_heads must be 'all' for {type(module).__name__}, whose attention has a position bias"
+            )
+        outputs = []
+        group = query.shape[1] // key.shape[1]
+        for run, sees_memory in _all_runs(heads, key.shape[1]):
+            queries = slice(run.start * group, run.stop * group)
+            first = 0 if sees_memory else memory.tokens
+            of_run = {name: options[name][queries] for name in _BY_HEAD if options.get(name) is not None}
+            output, _ = self._attend(
+                base,
+                module,
+                query[:, queries],
+                key[:, run, first:],
+                value[:, run, first:],
+                {**options, **of_run},
+                _Seen(layer, sees_memory, queries),
+            )
+            outputs.append(output)
+        return torch.cat(outputs, dim=2), None
+
+    def _attend(
+        self,
+        base: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: dict[str, Any],
+        seen: _Seen,
+    ) -> Output:
+        """Attend with heads that all see memory, or all do not."""
+        gated = self.gates is not None and seen.memory
         # Some models query with the latest tokens alone where only their logits are wanted.
         asking = query.shape[2]
-        if not gated and self.sees_all(layer):
+        if not gated and self._sees_all(seen):
             plain = kernels.is_plain(base, options)
             if plain and (asking == 1 or kernels.prefers_no_mask(query)):
                 return kernels.attend_to_all_before(query, key, value, options.get("scaling"))
             if asking == 1:
                 return base(module, query, key, value, None, **{**options, "is_causal": False})
-        mask = self.mask(layer, query.dtype)[:, :, -asking:]
+        mask = self._mask(seen, query.dtype)[:, :, -asking:]
         if gated:
-            mask = self._gated(mask, layer)
+            mask = self._gated(mask, seen)
         return kernels.attend_with_mask(base, module, query, key, value, mask, options)
 
     def _has_memory(self, layer: int) -> bool:
         return self.memory is not None and layer in self.memory.places
 
-    def _kind(self, layer: int) -> tuple[object, ...]:
-        """Return a key that is equal for layers with the same visibility."""
-        reach = self.window.columns_of(layer).reach
-        return reach, self.model_layout.layers[layer].sliding_window, self._has_memory(layer)
+    def _memory_heads(self, layer: int) -> tuple[int, ...]:
+        """K-V heads that attend to memory, ascending; none if all do, or there is no memory."""
+        return self.window.group_of(layer)[0].group.heads if self._has_memory(layer) else ()
 
-    def sees_all(self, layer: int) -> bool:
+    def _kind(self, seen: _Seen) -> tuple[object, ...]:
+        """Return a key that is equal where visibility is the same."""
+        reach = self.window.columns_of(seen.layer).reach
+        return reach, self.model_layout.layers[seen.layer].sliding_window, seen.memory
+
+    def _sees_all(self, seen: _Seen) -> bool:
         """Whether each token of the call sees every key of memory and window up to itself, in every row."""
-        kind = self._kind(layer)
-        if kind not in self._sees_all:
-            self._sees_all[kind] = self._is_lower_right(layer)
-        return self._sees_all[kind]
+        kind = self._kind(seen)
+        if kind not in self._seeing_all:
+            self._seeing_all[kind] = self._is_lower_right(seen)
+        return self._seeing_all[kind]
 
-    def _is_lower_right(self, layer: int) -> bool:
-        held, memory = self.window.columns_of(layer), self.memory
+    def _is_lower_right(self, seen: _Seen) -> bool:
+        held, memory = self.window.columns_of(seen.layer), self.memory
         if not held.valid.all():
             return False
         farthest = held.order.min()
-        if self._has_memory(layer) and memory is not None:
+        if seen.memory and memory is not None:
             first = held.order[:, -self.queries]
             if not memory.valid.all() or (memory.positions.max(axis=1) > first).any():
                 return False
             farthest = min(farthest, memory.positions.min())
-        sliding_window = self.model_layout.layers[layer].sliding_window
+        sliding_window = self.model_layout.layers[seen.layer].sliding_window
         return sliding_window is None or int(held.order.max() - farthest) < sliding_window
 
-    def mask(self, layer: int, dtype: torch.dtype) -> Tensor:
+    def _mask(self, seen: _Seen, dtype: torch.dtype) -> Tensor:
         """Additive mask [rows, 1, queries, (memory +) keys], one object for all layers of the same visibility."""
-        kind = (*self._kind(layer), dtype)
+        kind = (*self._kind(seen), dtype)
         if kind not in self._masks:
-            self._masks[kind] = self._build(layer, dtype)
+            self._masks[kind] = self._build(seen, dtype)
         return self._masks[kind]
 
-    def _gated(self, mask: Tensor, layer: int) -> Tensor:
+    def _gated(self, mask: Tensor, seen: _Seen) -> Tensor:
         """Add a layer's gates to the memory's columns of a mask: [rows, heads, queries, memory + keys]."""
         gates, memory = cast("MemoryGates", self.gates), cast("BatchMemory", self.memory)
-        bias = gates.of(layer).to(mask.dtype)[None, :, None, None]
+        bias = gates.of(seen.layer)[slice(None) if seen.heads is None else seen.heads]
+        bias = bias.to(mask.dtype)[None, :, None, None]
         local = mask[..., memory.tokens :].expand(-1, bias.shape[1], -1, -1)
         return torch.cat([mask[..., : memory.tokens] + bias, local], dim=-1)
 
-    def _build(self, layer: int, dtype: torch.dtype) -> Tensor:
-        held, sliding_window = self.window.columns_of(layer), self.model_layout.layers[layer].sliding_window
+    def _build(self, seen: _Seen, dtype: torch.dtype) -> Tensor:
+        held = self.window.columns_of(seen.layer)
+        sliding_window = self.model_layout.layers[seen.layer].sliding_window
         places, valid = held.order, held.valid
-        if self._has_memory(layer) and self.memory is not None:
+        if seen.memory and self.memory is not None:
             places = np.concatenate([self.memory.positions, places], axis=1)
             valid = np.concatenate([self.memory.valid, valid], axis=1)
         keys = to_device(torch.from_numpy(places), self.device)
@@ -148,3 +208,19 @@ class AttentionPass:
             visible &= queries - keys[:, None] < sliding_window
         visible[:, :, -self.queries :].diagonal(dim1=1, dim2=2).fill_(True)  # a token sees itself
         return kernels.additive_mask(visible, dtype)
+
+
+def _all_runs(heads: tuple[int, ...], count: int) -> list[tuple[slice, bool]]:
+    """Return the stretches of these heads, and of the others, of ``count`` in all, in order."""
+    others = [head for head in range(count) if head not in heads]
+    both = [(run, True) for run in runs(heads)] + [(run, False) for run in runs(others)]
+    return sorted(both, key=lambda each: each[0].start)
+
+
+def _in_place(states: Tensor, like: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Put memory [rows, memory heads, tokens, width] where its heads are among all, which otherwise have zeros."""
+    if not heads:
+        return states
+    rows, count, _, width = like.shape
+    where = to_device(torch.tensor(heads, device="cpu"), states.device)
+    return states.new_zeros(rows, count, states.shape[2], width).index_copy(1, where, states)

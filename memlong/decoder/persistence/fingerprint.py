@@ -9,7 +9,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.kv.sources import LatentSource, LayerSource
+from memlong.decoder.kv.sources import KvSource, LatentSource, LayerSource
+from memlong.decoder.model.head_names import heads_as_text
 from memlong.decoder.model.weights import (
     adapter_digests,
     module_digest,
@@ -69,6 +70,7 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
         "gates": None if gates is None else module_digest(gates),
         "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
         **{name: getattr(config, name) for name in _SIZES},
+        **_heads(source),
     }
 
 
@@ -86,7 +88,13 @@ def origin_of(setup: Setup) -> dict[str, Any]:
         "stored_layers": list(source.stored_layers),
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
         "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
+        **_heads(source),
     }
+
+
+def _heads(source: KvSource) -> dict[str, str]:
+    """Return the heads that attend to memory and are stored, if not all are."""
+    return {} if source.heads is None else {"retrieval_heads": heads_as_text(source.heads)}
 
 
 def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:

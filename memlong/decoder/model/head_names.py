@@ -1,0 +1,72 @@
+"""K-V heads by layer and number, as users write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from memlong.decoder.model.layer_names import ranges
+from memlong.decoder.model.layout import ModelLayout
+from memlong.errors import InvalidArgumentError
+
+_PAIR = re.compile(r"(\d{1,9}):(\d{1,9}(?:\+\d{1,9})*)")
+
+Heads = Mapping[int, tuple[int, ...]]
+"""By layer, ascending numbers of K-V heads."""
+
+
+def parse_heads(text: str, model_layout: ModelLayout, layers: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Turn ``"15:0+2,16:1"`` into K-V heads by layer, both ascending.
+
+    Parameters
+    ----------
+    text
+        What the user wrote; "all" is every head of ``layers``.
+    model_layout
+        The model's layers.
+    layers
+        Those that heads may be of.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the text is malformed, or names a head that these layers do not have.
+    """
+    if text.strip() == "all":
+        return {layer: tuple(range(model_layout.layers[layer].kv_heads)) for layer in layers}
+    named: dict[int, set[int]] = {}
+    for part in text.split(","):
+        found = _PAIR.fullmatch(part.strip())
+        if found is None:
+            raise InvalidArgumentError(
+                "retrieval_heads must be 'all', or K-V heads by layer such as '15:0+2,16:1', as `memlong heads` prints "
+                f"them, got {text!r:.200}, where {part.strip()!r:.80} is none"
+            )
+        layer, heads = int(found[1]), {int(head) for head in found[2].split("+")}
+        if layer not in layers:
+            raise InvalidArgumentError(
+                f"retrieval_heads must be of the retrieval layers {ranges(layers)}, got layer {layer}"
+            )
+        count = model_layout.layers[layer].kv_heads
+        if max(heads) >= count:
+            raise InvalidArgumentError(
+                f"retrieval_heads must be below {count}, the K-V heads of layer {layer}, got {max(heads)}"
+            )
+        named.setdefault(layer, set()).update(heads)
+    return {layer: tuple(sorted(named[layer])) for layer in sorted(named)}
+
+
+def heads_as_text(heads: Heads) -> str:
+    """Write K-V heads as `parse_heads` reads them."""
+    return ",".join(f"{layer}:{'+'.join(map(str, some))}" for layer, some in sorted(heads.items()) if some)
+
+
+def runs(heads: Sequence[int]) -> list[slice]:
+    """Return the stretches of consecutive numbers in ascending ones."""
+    found: list[slice] = []
+    for head in heads:
+        if found and found[-1].stop == head:
+            found[-1] = slice(found[-1].start, head + 1)
+        else:
+            found.append(slice(head, head + 1))
+    return found
