@@ -14,7 +14,8 @@ from memlong.cli import options
 from memlong.cli.answer import escaped, say
 from memlong.cli.files import keep_apart, writable
 from memlong.cli.loading import load, machine_of
-from memlong.errors import InvalidArgumentError, InvalidTextError
+from memlong.cli.passages import passages_of
+from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from memlong.decoder.kv.latent import LatentMaps
@@ -51,24 +52,13 @@ def fit(
     writable(out, replaces=_MAPS)
     if out.exists() and not out.is_file():
         raise InvalidArgumentError(f"--out must be a regular file, got {str(out)!r}")
-    import torch
-
-    from memlong.evaluation import read_text, tokenize
+    from memlong.evaluation import read_text
     from memlong.training import fit_latent_maps
 
     words = [read_text(file) for file in text]
     language_model, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    chosen = []
-    for file, content in zip(text, words, strict=True):
-        pieces = tokenize(tokenizer, content).split(passage_tokens, dim=1)
-        whole = [piece for piece in pieces if piece.shape[1] == passage_tokens]
-        if not whole:
-            raise InvalidTextError(
-                f"{str(file)!r} must have at least {passage_tokens} tokens, one passage: give a longer text, or a "
-                "smaller --passage-tokens"
-            )
-        places = torch.linspace(0, len(whole) - 1, min(passages, len(whole))).round().long().tolist()
-        chosen += [whole[place].to(language_model.device) for place in places]
+    chosen = passages_of(text, words, tokenizer, passages=passages, passage_tokens=passage_tokens)
+    chosen = [passage.to(language_model.device) for passage in chosen]
     with tqdm(
         total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({machine_of(language_model)})"
     ) as bar:

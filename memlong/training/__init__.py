@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from memlong.training.config import TrainingConfig
     from memlong.training.curve import Step
     from memlong.training.documents import read_dataset, read_documents
+    from memlong.training.heads import HeadScores, score_heads
     from memlong.training.latent import fit_latent_maps
     from memlong.training.parts import usual_retrieval_layers
     from memlong.training.trainer import Trainer
 
 # Imported on first access: defining a command's options must not import torch.
 _HOMES = {
+    "HeadScores": "memlong.training.heads",
     "LatentMaps": "memlong.decoder.kv.latent",
     "Step": "memlong.training.curve",
     "Trainer": "memlong.training.trainer",
@@ -23,10 +25,12 @@ _HOMES = {
     "fit_latent_maps": "memlong.training.latent",
     "read_dataset": "memlong.training.documents",
     "read_documents": "memlong.training.documents",
+    "score_heads": "memlong.training.heads",
     "usual_retrieval_layers": "memlong.training.parts",
 }
 
 __all__ = [
+    "HeadScores",
     "LatentMaps",
     "Step",
     "Trainer",
@@ -34,6 +38,7 @@ __all__ = [
     "fit_latent_maps",
     "read_dataset",
     "read_documents",
+    "score_heads",
     "usual_retrieval_layers",
 ]
 

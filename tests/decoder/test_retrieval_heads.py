@@ -39,7 +39,9 @@ def by_masks(model, ids, config, heads):
 
     def attend(module, query, key, value, _mask, scaling=None, **_):
         count, group = key.shape[1], query.shape[1] // key.shape[1]
-        seen = torch.stack([causal if head in heads.get(module.layer_idx, ()) else local for head in range(count)])
+        seen = torch.stack(
+            [causal if head in heads.get(module.layer_idx, ()) else local for head in range(count)]
+        )
         output = functional.scaled_dot_product_attention(
             query,
             key.repeat_interleave(group, 1),
@@ -99,7 +101,9 @@ def test_only_these_heads_are_stored(llama, small, text):
 
 def test_logits_are_the_same_with_gradients_and_gates_learn(llama, small, text):
     ids = text(90)
-    decoder = MemoryDecoder(llama.requires_grad_(False), None, small(retrieval_heads="1:0,2:1", gate_init=-0.5))
+    decoder = MemoryDecoder(
+        llama.requires_grad_(False), None, small(retrieval_heads="1:0,2:1", gate_init=-0.5)
+    )
     plain = logits_of(decoder, ids)
     decoder.reset()
     with decoder:
@@ -162,7 +166,10 @@ def test_heads_as_users_write_them(llama, small):
         ({"retrieval_heads": "1:0,"}, "where '' is none"),
         ({"retrieval_heads": "9:0"}, "must be of the retrieval layers 0-3, got layer 9"),
         ({"retrieval_heads": "1:2"}, "must be below 2, the K-V heads of layer 1, got 2"),
-        ({"retrieval_heads": "1:0", "retrieval_layers": "2-3"}, "must be of the retrieval layers 2-3, got layer 1"),
+        (
+            {"retrieval_heads": "1:0", "retrieval_layers": "2-3"},
+            "must be of the retrieval layers 2-3, got layer 1",
+        ),
         ({"retrieval_heads": "1:0", "kv_source": "shared"}, "must be 'all' unless kv_source is 'layer'"),
     ],
 )

@@ -65,7 +65,9 @@ class StreamBatch:
         config, layout, source = setup.config, setup.model_layout, setup.source
         embeddings = cast("Tensor", setup.model.get_input_embeddings().weight)
         self._device = embeddings.device
-        groups = layer_groups(layout, source.retrieval_layers, source.stored_layers, config.local_window, source.heads)
+        groups = layer_groups(
+            layout, source.retrieval_layers, source.stored_layers, config.local_window, source.heads
+        )
         # However large local_window is, buffers start with no more than the model can read.
         capacity = min(config.sink_tokens + config.local_window, layout.max_positions or _LONGEST)
         window = LocalWindow.empty(layout, groups, len(self.streams), capacity, embeddings.detach())

@@ -1,0 +1,74 @@
+"""``memlong heads``: find the K-V heads that make use of distant tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from memlong.cli import options
+from memlong.cli.answer import say
+from memlong.cli.loading import load, machine_of
+from memlong.cli.output import JsonOutput
+from memlong.cli.passages import passages_of
+from memlong.errors import InvalidArgumentError
+
+
+def heads(
+    model: options.Model,
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text similar to what will be read; repeatable.")],
+    share: Annotated[float, typer.Option(help="Share of K-V heads to keep, above 0 and at most 1.")] = 0.5,
+    retrieval_layers: Annotated[
+        str, typer.Option(help="'all', or layers and ranges, such as '15-29' or '3,7,11-13'.")
+    ] = "all",
+    local_window: Annotated[int, typer.Option(min=1, help="Tokens that the other heads attend to.")] = 1024,
+    passages: Annotated[int, typer.Option(min=1, help="Passages to read from each text, evenly spaced.")] = 1,
+    passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens per passage.")] = 4096,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    json_file: options.JsonFile = None,
+) -> None:
+    """Find retrieval heads: the K-V heads that make most of distant tokens. Prints them for --retrieval-heads.
+
+    The others then attend to the local window alone: their K-V are neither stored nor retrieved, which halves a
+    memory's size and cost at the default share.
+
+    \b
+    Examples:
+      memlong heads --model demo --text code.py --text book.txt
+      memlong perplexity --model demo --text other.py --retrieval-heads "$(memlong heads --model demo --text code.py)"
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    output = JsonOutput(json_file)
+    if not 0 < share <= 1:
+        raise InvalidArgumentError(f"--share must be above 0 and at most 1, got {share}")
+    from memlong.decoder.model.head_names import heads_as_text
+    from memlong.evaluation import read_text
+    from memlong.training import score_heads
+    from memlong.versions import versions
+
+    words = [read_text(file) for file in text]
+    language_model, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    chosen = passages_of(text, words, tokenizer, passages=passages, passage_tokens=passage_tokens)
+    machine = machine_of(language_model)
+    with tqdm(total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({machine})") as bar:
+        found = score_heads(
+            language_model,
+            [passage.to(language_model.device) for passage in chosen],
+            layers=retrieval_layers,
+            local_window=local_window,
+            progress=bar.update,
+        )
+    best = heads_as_text(found.best(share))
+    result = {
+        "model": model,
+        "texts": [path.name for path in text],
+        "share": share,
+        "retrieval_heads": best,
+        "scores": dict(zip(map(str, found.layers), found.scores.tolist(), strict=True)),
+        "versions": versions(),
+    }
+    if output.write(result):
+        say(best)

@@ -1,0 +1,63 @@
+"""Scores of retrieval heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memlong.errors import InvalidArgumentError
+from memlong.training import HeadScores, score_heads
+
+
+def test_a_score_is_what_distant_tokens_add_to_the_residual_stream(llama, text):
+    """Against each layer's output projection of the difference, head by head, for one passage."""
+    ids, seen = text(60), {}
+    found = score_heads(llama, [ids], local_window=20, sink_tokens=2)
+    assert (found.layers, tuple(found.scores.shape)) == ((0, 1, 2, 3), (4, 2))
+    attention = llama.model.layers[1].self_attn
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention, "forward", noting(attention.forward, seen))
+        hidden = llama.model(ids)
+    assert hidden is not None
+    states, (cos, sin) = seen["hidden_states"], seen["position_embeddings"]
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    query, key, value = (
+        getattr(attention, f"{name}_proj")(states).view(1, 60, -1, 12).transpose(1, 2) for name in "qkv"
+    )
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    index = torch.arange(60)
+    causal = index[:, None] >= index
+    near = causal & ((index[:, None] - index < 20) | (index < 2))
+    for kv_head in range(2):
+        change = 0
+        for head in (2 * kv_head, 2 * kv_head + 1):
+            logits = query[0, head] @ key[0, kv_head].T * 12**-0.5
+            far, local = (logits.masked_fill(~mask, -torch.inf).softmax(-1) for mask in (causal, near))
+            projection = attention.o_proj.weight[:, 12 * head : 12 * head + 12]
+            change = change + (far - local) @ value[0, kv_head] @ projection.T
+        expected = change[20:].square().sum(-1).mean()
+        torch.testing.assert_close(found.scores[1, kv_head], expected.detach(), rtol=1e-4, atol=1e-7)
+
+
+def noting(forward, seen):
+    def run(**options):
+        seen.update(options)
+        return forward(**options)
+
+    return run
+
+
+def test_the_best_heads_come_by_layer():
+    found = HeadScores((3, 5), torch.tensor([[1.0, 4.0], [3.0, 2.0]]))
+    assert found.best(0.5) == {3: (1,), 5: (0,)}
+    assert found.best(0.01) == {3: (1,)}
+    assert found.best(1) == {3: (0, 1), 5: (0, 1)}
+    with pytest.raises(InvalidArgumentError, match="share must be above 0 and at most 1, got 0"):
+        found.best(0)
+
+
+@pytest.mark.parametrize("passages", [[torch.zeros(1, 20, dtype=torch.long)], [[1, 2, 3]], []])
+def test_passages_within_the_window_are_refused(llama, passages):
+    with pytest.raises(InvalidArgumentError, match="passages must"):
+        score_heads(llama, passages, local_window=20, sink_tokens=2)
