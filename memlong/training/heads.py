@@ -20,7 +20,6 @@ from memlong.decoder.model.attention import evaluating, installed, replaced_atte
 from memlong.decoder.model.head_names import Heads
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layer_names import parse_layers, ranges
-from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.probe import probe
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 from memlong.training.projections import ProjectionWatch

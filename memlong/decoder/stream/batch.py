@@ -18,6 +18,7 @@ from memlong.decoder.kv.buffers import layer_groups
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.attention import AttentionSlot
 from memlong.decoder.model.calls import BatchState, ModelCalls
+from memlong.decoder.model.pages import PageBudget
 from memlong.decoder.retrievers.base import Passage
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.batch_memory import MemoryLoader
@@ -73,7 +74,10 @@ class StreamBatch:
         window = LocalWindow.empty(layout, groups, len(self.streams), capacity, embeddings.detach())
         self._state = BatchState(window, None, self._placements())
         self._segment_states = window.states  # of each row, at the beginning of its current segment
-        self._calls = ModelCalls(setup.model, layout, setup.gates, slot, self._device, embeddings.dtype)
+        budget = PageBudget.of(config.attended_tokens, config.chunk_size)
+        self._calls = ModelCalls(
+            setup.model, layout, setup.gates, slot, self._device, embeddings.dtype, budget
+        )
         self._loader = MemoryLoader(source, [group for group in groups if group.has_memory], self._device)
         self._unread: list[Tensor] = []  # ids [rows, new] of tokens that the streams have not noted yet
 
