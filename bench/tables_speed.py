@@ -200,6 +200,20 @@ def gpu_three_b() -> str:
     return table(head, rows)
 
 
+def gpu_training() -> str:
+    """Training steps by K-V source, rows and segment size."""
+    rows = [
+        [
+            row["setting"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ms_per_step']:.0f}",
+            f"{row['device_peak_bytes'] / 1e9:.1f}",
+        ]
+        for row in load("gpu/training.json")["rows"]
+    ]
+    return table(["K-V source, rows x segment", "tokens/s", "ms per step", "device peak, GB"], rows)
+
+
 def gpu_bank() -> str:
     """The exact bank against FAISS-GPU."""
     rows = []
