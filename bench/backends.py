@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +32,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from setting import Setting
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,21 +45,6 @@ QUERIES = 512
 BATCH = 32
 PART = 4096  # embeddings in one file of the cache
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row: a backend and its options."""
-
-    backend: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Name in the table."""
-        options = ", ".join(f"{option}={value}" for option, value in self.options.items())
-        return f"{self.backend} ({options})" if options else self.backend
-
 
 SETTINGS = (
     Setting("torch"),

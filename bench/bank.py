@@ -25,13 +25,14 @@ from typing import Annotated
 
 import torch
 import typer
-from paired import BATCHES, SETTINGS, SWEEP, Row, Setting, measure
+from paired import BATCHES, SETTINGS, SWEEP, Row, measure
 from ratios import Clock, Ratio
 from raw import use_one_thread
 from results import Budget, Report
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from setting import Setting
 from tqdm import tqdm
 from vectors import Data, K
 

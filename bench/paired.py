@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from ratios import Clock, Ratio, best_times
 from raw import Raw, make_raw
+from setting import Setting
 from vectors import PART, Data, K
 
 from memlong import MemoryBank, Registry
@@ -17,29 +17,6 @@ from memlong import MemoryBank, Registry
 BATCHES = {1: 1.3, 32: 1.1}  # batch size: target ratio
 TARGET_CHUNKS = 10_000
 SPARE = 4096  # capacity for chunks added while measuring
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A backend and the options that it shares with its library."""
-
-    backend: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Name in tables."""
-        options = ", ".join(
-            f"{option}={value}" for option, value in self.options.items() if option != "index"
-        )
-        kind = f"{self.backend} {self.options.get('index', '')}".strip()
-        return f"{kind}, {options}" if options else kind
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether search is exact."""
-        return self.backend == "torch" or self.options.get("index") == "Flat"
-
 
 SETTINGS = (
     Setting("torch"),

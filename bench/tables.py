@@ -28,7 +28,7 @@ def _tables() -> dict[str, Callable[[], str]]:
         for make in (
             *(quality.dtypes, quality.needle, quality.retrievers),
             *(speed.bank, speed.stores, speed.peers, speed.growth, speed.long_stream, speed.milvus),
-            *(speed.gpu_three_b, speed.gpu_bank),
+            *(speed.gpu_three_b, speed.gpu_bank, speed.gpu_training),
         )
     }
     for part, key in (("all", "overall"), ("long", "long_range")):

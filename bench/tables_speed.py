@@ -36,12 +36,11 @@ def backends(chunks: int) -> str:
     rows = []
     for row in load("backends.json")["rows"]:
         if row["chunks"] == chunks:
-            name, _, options = row["setting"].partition(" (")
-            options = options.rstrip(")").removeprefix("index=")
+            name, _, options = row["setting"].partition(" ")
             recall = f"{row['recall']:.{4 if 0.9995 <= row['recall'] < 1 else 3}f}"
             times = row["cpu"]
             figures = [f"{times['ms_single']:.2f}", f"{times['ms_batch']:.1f}", f"{times['build_s']:.1f}"]
-            label = f"`{name}`" + (f", {options}" if options else "")
+            label = f"`{name.rstrip(',')}`" + (f", {options}" if options else "")
             rows.append([label, recall, *figures, f"{row['index_bytes_per_chunk']:,.0f}"])
     head = ["backend", "recall@8", "ms, 1 query", "ms, 32 queries", "build, s", "index, bytes per chunk"]
     return table(head, rows)
@@ -199,6 +198,20 @@ def gpu_three_b() -> str:
         "K-V in the bank, GB",
     ]
     return table(head, rows)
+
+
+def gpu_training() -> str:
+    """Training steps by K-V source, rows and segment size."""
+    rows = [
+        [
+            row["setting"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ms_per_step']:.0f}",
+            f"{row['device_peak_bytes'] / 1e9:.1f}",
+        ]
+        for row in load("gpu/training.json")["rows"]
+    ]
+    return table(["K-V source, rows x segment", "tokens/s", "ms per step", "device peak, GB"], rows)
 
 
 def gpu_bank() -> str:

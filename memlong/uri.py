@@ -31,7 +31,9 @@ _SECRET = re.compile(
     r"(?i)pass|pwd|pin|secret|token|key|auth|cred|user|login|account|dsn|conn|jwt|sig|cert|cookie|session_?id|otp|salt"
 )
 _URI = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*)://([^\s'\"<>]*)")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)(.*)", re.DOTALL)  # longer than the letter of a drive
+_SCHEME = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]+):(/{0,2})(.*)", re.DOTALL
+)  # longer than the letter of a drive
 _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[\w.,-]*)(?::(?P<port>[0-9]{1,5}))?")
 
 
@@ -52,11 +54,11 @@ def local_path(place: str) -> str | None:
         If it is a URI with one slash, or a file URI of another machine or of a relative path.
     """
     found = _SCHEME.match(place)
-    if found is None:
+    scheme, slashes, rest = (found[1].lower(), found[2], found[3]) if found else ("", "", place)
+    if not slashes and scheme != "file":
         return None if "://" in place else place  # such as simplecache::s3://bucket
-    scheme, slashes, rest = found[1].lower(), found[2], found[3]
     if scheme == "file":
-        path = "/" + rest if slashes == "/" else rest.removeprefix("localhost")
+        path = rest.removeprefix("localhost") if slashes == "//" else slashes + rest
         if not path.startswith("/") or path == "/":
             raise InvalidArgumentError(
                 "a file URI must have an absolute path, such as file:///data/kv, got "

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError
 from memlong.settings import nearest
 
@@ -22,11 +23,20 @@ _REFUSED = {
     "output_attentions": "attention goes over memory and window, whose columns have no place in the text",
     "output_hidden_states": "the prompt is read in segments, of which only the last logits are kept",
 }
+_COUNTS = {  # and the least of each
+    "max_new_tokens": 1,
+    "min_new_tokens": 0,
+    "max_length": 1,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+}
+_FLAGS = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits")
 _NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
 
 
 def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Refuse options that need a cache of transformers' own.
+    """Refuse options that need a cache of transformers' own, and wrong values of those that decide what streams read.
 
     Raises
     ------
@@ -45,12 +55,19 @@ def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> N
                 f"{name} does not work with a memory, which holds text only. Leave it out, or generate with the model "
                 "itself, outside `with decoder:`"
             )
-    for name in ("num_beams", "num_return_sequences"):
+    for name, least in _COUNTS.items():
         value = _setting(model, options, name)
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise InvalidArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
+        if value is not None:
+            whole_number(name, value, at_least=least)
+    for name in _FLAGS:
+        check_flag(name, _setting(model, options, name), or_none=True)
+    for name in ("pad_token_id", "eos_token_id"):
+        _check_tokens(name, _setting(model, options, name))
     for name in ("logits_processor", "stopping_criteria"):
-        odd = next((each for each in options.get(name) or () if not callable(each)), None)
+        given = options.get(name)
+        if not isinstance(given, list | tuple | None):
+            raise InvalidArgumentError(f"{name} must be a list of callables, got {given!r}")
+        odd = next((each for each in given or () if not callable(each)), None)
         if odd is not None:
             raise InvalidArgumentError(f"{name} must hold callables, got {odd!r}")
     for name, reason in _REFUSED.items():
@@ -60,6 +77,25 @@ def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> N
                 f"{name} does not work with a memory: {reason}. Leave it out, or generate with the model itself, "
                 "outside `with decoder:`"
             )
+
+
+def check_flag(name: str, value: object, *, or_none: bool = False) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Naming the option and the value.
+    """
+    if not (isinstance(value, bool) or (or_none and value is None)):
+        raise InvalidArgumentError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_tokens(name: str, value: Any) -> None:
+    tokens = value.flatten().tolist() if isinstance(value, Tensor) else value
+    for token in tokens if isinstance(tokens, list | tuple) else [tokens]:
+        if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+            raise InvalidArgumentError(f"{name} must be a token id, or a list of them, got {value!r}")
 
 
 def named(error: ValueError, model: PreTrainedModel, options: Mapping[str, Any]) -> ValueError:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlong.bank.uncopied import Uncopied
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.generate_options import check_generate_options, inferred_mask, named
+from memlong.decoder.generate_options import check_flag, check_generate_options, inferred_mask, named
 from memlong.decoder.model.replacing import replaced
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.batch import StreamBatch
@@ -217,6 +217,7 @@ def generate(
 ) -> Any:
     """Read a prompt and continue it; arguments, result and errors are those of `MemoryDecoder.generate`."""
     model, layout = setup.model, setup.model_layout
+    check_flag("remember", remember)
     check_generate_options(model, options)
     token_lists(input_ids, attention_mask, layout)  # before anything is cut
     is_inferred = attention_mask is None

@@ -98,7 +98,7 @@ class Episodes:
     Parameters
     ----------
     documents
-        Token ids [tokens] of each document.
+        Token ids [tokens] of each document, on any device.
     tokens
         Maximum length of an episode, in tokens.
     least
@@ -108,12 +108,23 @@ class Episodes:
 
     Raises
     ------
+    InvalidArgumentError
+        If a document is not token ids [tokens].
     InvalidTextError
         If no episode is long enough.
     """
 
     def __init__(self, documents: Sequence[Tensor], tokens: int, least: int, seed: int) -> None:
-        cut = [piece for document in documents for piece in torch.split(document, tokens)]
+        for document in documents:
+            if not isinstance(document, Tensor) or document.ndim != 1 or document.is_floating_point():
+                kind = type(document).__name__
+                given = (
+                    f"{tuple(document.shape)} of {document.dtype}" if isinstance(document, Tensor) else kind
+                )
+                raise InvalidArgumentError(
+                    f"documents must be a list of integer tensors of token ids [tokens], one per document, got {given}"
+                )
+        cut = [piece for document in documents for piece in torch.split(document.cpu(), tokens)]
         self._pieces: list[Tensor] = [piece for piece in cut if len(piece) >= least]
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from memlong.bank.store.copying import to_device
 from memlong.decoder.kv.latent import LatentMaps
 from memlong.decoder.model.attention import AttentionSlot, evaluating, installed, replaced_attention
 from memlong.decoder.model.kernels import Attend, Output
@@ -23,6 +24,8 @@ from memlong.decoder.model.layer_names import parse_layers, ranges
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.probe import probe
 from memlong.decoder.model.rope import AngleCache
+from memlong.decoder.model.weights import true_tensor
+from memlong.decoder.stream.tokens import token_lists
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 
 _SMALLEST = 1e-4  # floor on a direction's importance, relative to the most important one
@@ -44,8 +47,8 @@ def fit_latent_maps(
     model
         A model that memory can be attached to.
     passages
-        Token ids [1, tokens] of text similar to what will be stored, each about as long as a local window; 16 passages
-        of 1,024 tokens suffice. Their K-V is held in RAM as float32.
+        Token ids [1, tokens], on any device, of text similar to what will be stored, each about as long as a local
+        window; 16 passages of 1,024 tokens suffice. Their K-V is held in RAM as float32.
     dim
         Dimension of the latent vector: even, less than the number of tokens, and at most the number of values it
         replaces.
@@ -59,7 +62,8 @@ def fit_latent_maps(
     Raises
     ------
     InvalidArgumentError
-        If there is too little text for ``dim``, a layer does not exist, or keys or values are not finite.
+        If a passage is not token ids of the model, there is too little text for ``dim``, a layer does not exist, or
+        keys or values are not finite.
     UnsupportedModelError
         If memory does not attach to the model, or its attention has no linear output projection.
     """
@@ -76,11 +80,12 @@ def fit_latent_maps(
             f"layers {ranges(chosen)}: choose layers of one shape"
         )
     for passage in passages:
-        if not isinstance(passage, Tensor) or passage.ndim != 2:
+        if not isinstance(passage, Tensor) or passage.ndim != 2 or len(passage) != 1 or not passage.numel():
             raise InvalidArgumentError(
                 "passages must be a list of tensors of token ids [1, tokens], one per passage, got "
                 f"{f'shape {tuple(passage.shape)}' if isinstance(passage, Tensor) else type(passage).__name__}"
             )
+        token_lists(passage, None, layout)
     tokens = sum(passage.shape[1] for passage in passages)
     if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(
@@ -93,8 +98,9 @@ def fit_latent_maps(
             f"dim must be at most {most}, the size of a token's keys and values in {len(chosen)} layers, got {dim}"
         )
     watch = _Watch(layout, chosen)
+    device = cast("torch.device", model.get_input_embeddings().weight.device)
     for passage in passages:
-        watch.read(model, passage)
+        watch.read(model, to_device(passage.long(), device))
         if progress is not None:
             progress(passage.shape[1])
     states = watch.states()  # [tokens, 2, layers, kv_heads, head_dim]
@@ -160,11 +166,12 @@ class _Watch(AttentionSlot):
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, passage: Tensor) -> None:
-        """Run the model on a passage [1, tokens]."""
+        """Run the model on a passage [1, tokens] on its device."""
         positions = torch.arange(passage.shape[1], device=passage.device)[None]
         self._angles = AngleCache(positions)
+        names = {part: name for name, part in model.named_modules()}
         hooks = [
-            part.register_forward_hook(self._note_projection(layer))
+            part.register_forward_hook(self._note_projection(layer, model, f"{names[part]}.weight"))
             for layer in self.layers
             for part in self.layout.layers[layer].module.modules()
             if isinstance(part, nn.Linear)
@@ -214,10 +221,13 @@ class _Watch(AttentionSlot):
         """Return all unrotated keys, and values, as float32 [tokens, 2, layers, kv_heads, head_dim]."""
         return torch.stack([torch.cat(self._parts[layer]) for layer in self.layers], dim=2)
 
-    def _note_projection(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+    def _note_projection(
+        self, layer: int, model: PreTrainedModel, name: str
+    ) -> Callable[[nn.Module, Any, Any], None]:
         """Return a hook that records weights; in attention modules, the output projection is the last linear layer."""
 
         def note(part: nn.Module, _inputs: Any, _output: Any) -> None:
-            self.projections[layer] = cast("Tensor", part.weight).detach().float().cpu()
+            weight: Tensor = true_tensor(model, name, part.weight)
+            self.projections[layer] = weight.detach().float().cpu()
 
         return note

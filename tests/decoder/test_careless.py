@@ -10,7 +10,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from memlong import MemoryDecoder
 from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
@@ -162,7 +168,15 @@ def test_a_stream_knows_how_many_segments_are_to_come(llama, small, text):
     ("options", "message"),
     [
         ({"inputs": torch.ones(1, 3, dtype=torch.long)}, "a prompt is given as input_ids"),
-        ({"num_beams": 0, "max_new_tokens": 3}, "num_beams"),
+        ({"num_beams": 0, "max_new_tokens": 3}, "num_beams must be an integer of at least 1, got 0"),
+        ({"max_new_tokens": "3"}, "max_new_tokens must be an integer of at least 1, got '3'"),
+        ({"max_length": 50.5}, "max_length must be an integer of at least 1, got 50.5"),
+        ({"min_new_tokens": "2"}, "min_new_tokens must be an integer of at least 0, got '2'"),
+        ({"do_sample": "yes"}, "do_sample must be True or False, got 'yes'"),
+        ({"remember": "x"}, "remember must be True or False, got 'x'"),
+        ({"eos_token_id": ["a"]}, r"eos_token_id must be a token id, or a list of them, got \['a'\]"),
+        ({"stopping_criteria": 5}, "stopping_criteria must be a list of callables, got 5"),
+        ({"generation_config": GenerationConfig(max_new_tokens=2.0)}, "max_new_tokens must be an integer"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_is_read(llama, small, text, options, message):

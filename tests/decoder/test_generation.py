@@ -65,7 +65,7 @@ def test_a_ragged_batch_says_what_its_rows_say_alone(tiny_model, architecture, b
     lengths = [90, 47, 5]
     ids = text(90, rows=3)
     mask = torch.stack([(torch.arange(90) >= 90 - length).long() for length in lengths])
-    options = {"max_new_tokens": 25, "do_sample": False, "num_beams": beams, "eos_token_id": None}
+    options = {"max_new_tokens": 14, "do_sample": False, "num_beams": beams, "eos_token_id": None}
     with MemoryDecoder(model, None, small(backend=backend, retrieval_layers="1-3")) as decoder:
         together = decoder.generate(ids, mask, **options)
         later = decoder.generate(text(9, rows=3, seed=1), **options)

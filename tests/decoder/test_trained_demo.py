@@ -31,16 +31,14 @@ def test_it_is_the_plain_model_until_it_remembers_and_reads_a_twentieth():
     )
     with torch.no_grad():
         plain = model(ids).logits[:, -1]
+    long = tokenize(tokenizer, read_text(inspect.getfile(typing)), 1792)
     with MemoryDecoder.from_pretrained(FOLDER, model, tokenizer) as decoder:
         torch.testing.assert_close(decoder.read(ids), plain, rtol=0.0, atol=1e-3)
-
-    ids = tokenize(tokenizer, read_text(inspect.getfile(typing)), 1792)
-    with MemoryDecoder.from_pretrained(FOLDER, model, tokenizer) as decoder:
-        *_, with_memory = decoder.stream(ids)
+        decoder.reset()
+        with_memory = decoder.read(long)
         layout = decoder.layout
         assert len(decoder.banks[0]) > 3
     own = 4 * 2 * 30 * 3 * 64  # bytes of all layers' keys and values of a token, in float32
     assert layout.nbytes == layout.shape[2] * own // 20
-    with MemoryDecoder(model, tokenizer, MemoryConfig(backend=None)) as plain:
-        *_, without = plain.stream(ids)
-    assert not torch.equal(with_memory.logits, without.logits)
+    with MemoryDecoder(model, tokenizer, MemoryConfig(backend=None)) as window:
+        assert not torch.equal(with_memory, window.read(long))

@@ -41,6 +41,8 @@ def test_a_place_is_a_path_or_a_uri(place, path):
     [
         ("s3:/bucket", "must have two slashes .*write s3://"),
         (Path("s3://bucket"), "must have two slashes .*write s3://.*Path joins slashes"),
+        ("file:rel", "must have an absolute path"),
+        ("File:localhost/data", "must have an absolute path"),
         ("file://rel", "must have an absolute path"),
         ("file://other/data", "must have an absolute path"),
         ("file://", "must have an absolute path"),
@@ -75,7 +77,7 @@ def test_objects_are_in_the_folder_that_a_place_names(tmp_path, monkeypatch):
 
 def test_a_uri_is_not_taken_for_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("s3://bucket/kv", Path("s3://bucket/kv"), "file:///data"):
+    for folder in ("s3://bucket/kv", Path("s3://bucket/kv"), "file:///data", "file:data"):
         with pytest.raises(InvalidArgumentError, match="must be a local path, got the URI"):
             absolute(folder)
     assert absolute("./s3:/kv") == tmp_path / "s3:" / "kv"

@@ -99,3 +99,9 @@ def test_a_digest_tells_texts_and_cuts_apart():
     assert one == Episodes([torch.arange(20)], 10, 4, 1).digest
     assert one != Episodes([torch.arange(20)], 20, 4, 0).digest
     assert one != Episodes([torch.arange(1, 21)], 10, 4, 0).digest
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(1, 20, dtype=torch.int64), torch.zeros(20), [1, 2, 3]])
+def test_what_is_no_document_is_refused(odd):
+    with pytest.raises(InvalidArgumentError, match=r"documents must be a list of integer tensors .*, got "):
+        Episodes([odd], 10, 4, 0)

@@ -27,7 +27,7 @@ def at_home(path: str | Path) -> Path:
 
 def not_a_uri(path: str | Path) -> None:
     """Raise InvalidArgumentError for a URI, which would be taken for a folder such as ``s3:``."""
-    found = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path))
+    found = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|(?i:file):", str(path))
     if found is not None:
         raise InvalidArgumentError(
             f"a folder must be a local path, got the URI {without_credentials(str(path))!r}. (A folder that is named "

@@ -53,7 +53,8 @@ def token_lists(
     elif not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise InvalidArgumentError("attention_mask must be 1, and 0 where padded, got other numbers")
     else:
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        kept = attention_mask.bool().to(input_ids.device)
+        rows = [ids[mask].tolist() for ids, mask in zip(input_ids, kept, strict=True)]
     if not rows:
         raise InvalidArgumentError("input_ids must have at least one row, got none")
     vocabulary = model_layout.vocabulary
