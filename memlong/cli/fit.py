@@ -58,7 +58,6 @@ def fit(
     words = [read_text(file) for file in text]
     language_model, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     chosen = passages_of(text, words, tokenizer, passages=passages, passage_tokens=passage_tokens)
-    chosen = [passage.to(language_model.device) for passage in chosen]
     with tqdm(
         total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({machine_of(language_model)})"
     ) as bar:

@@ -56,7 +56,7 @@ def heads(
     with tqdm(total=len(chosen) * passage_tokens, unit="tok", desc=f"reading ({machine})") as bar:
         found = score_heads(
             language_model,
-            [passage.to(language_model.device) for passage in chosen],
+            chosen,
             layers=retrieval_layers,
             local_window=local_window,
             progress=bar.update,

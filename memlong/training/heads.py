@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from memlong.bank.store.copying import to_device
 from memlong.decoder.model import kernels
-from memlong.decoder.model.attention import evaluating, installed, replaced_attention
 from memlong.decoder.model.head_names import Heads
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layer_names import parse_layers, ranges
@@ -100,8 +100,9 @@ def score_heads(
     if not passages:
         raise InvalidArgumentError("passages must hold at least one, got none")
     watch = _Watch(layout, chosen, local_window, sink_tokens)
+    device = cast("torch.device", model.get_input_embeddings().weight.device)
     for passage in passages:
-        watch.read(model, passage)
+        watch.read(model, to_device(passage.long(), device))
         if progress is not None:
             progress(passage.shape[1])
     return HeadScores(chosen, watch.scores())
@@ -125,14 +126,7 @@ class _Watch(ProjectionWatch):
         near = (distance < self.local_window) | (index < self.sink_tokens)
         self._mask = kernels.additive_mask(((distance >= 0) & near)[None], model.dtype)
         self._tokens += passage.shape[1] - self.local_window
-        with (
-            self.noting_projections(),
-            evaluating(model),
-            installed(self, self.layout.modules),
-            replaced_attention(model),
-        ):
-            model(input_ids=passage, use_cache=False, logits_to_keep=1)
-        self.check_projections(model)
+        self.run(model, passage)
 
     def attend(
         self,

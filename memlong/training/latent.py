@@ -18,15 +18,13 @@ from transformers import PreTrainedModel
 
 from memlong.bank.store.copying import to_device
 from memlong.decoder.kv.latent import LatentMaps
-from memlong.decoder.model.attention import AttentionSlot, evaluating, installed, replaced_attention
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layer_names import parse_layers, ranges
-from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.probe import probe
 from memlong.decoder.model.rope import AngleCache
-from memlong.decoder.model.weights import true_tensor
 from memlong.decoder.stream.tokens import token_lists
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
+from memlong.training.projections import ProjectionWatch
 
 _SMALLEST = 1e-4  # floor on a direction's importance, relative to the most important one
 
@@ -151,45 +149,19 @@ def _importance(states: Tensor, watch: _Watch) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(eq=False)
-class _Watch(AttentionSlot):
+class _Watch(ProjectionWatch):
     """Records K-V, queries and output projections of some layers while a model reads."""
 
-    layout: ModelLayout
-    layers: tuple[int, ...]
     query_energy: dict[int, list[Tensor]] = field(default_factory=dict)
     residual: dict[int, list[Tensor]] = field(default_factory=dict)
-    projections: dict[int, Tensor] = field(default_factory=dict)
     _parts: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()
 
     @torch.no_grad()
     def read(self, model: PreTrainedModel, passage: Tensor) -> None:
         """Run the model on a passage [1, tokens] on its device."""
         positions = torch.arange(passage.shape[1], device=passage.device)[None]
         self._angles = AngleCache(positions)
-        names = {part: name for name, part in model.named_modules()}
-        hooks = [
-            part.register_forward_hook(self._note_projection(layer, model, f"{names[part]}.weight"))
-            for layer in self.layers
-            for part in self.layout.layers[layer].module.modules()
-            if isinstance(part, nn.Linear)
-        ]
-        try:
-            with evaluating(model), installed(self, self.layout.modules), replaced_attention(model):
-                output = model(
-                    input_ids=passage, use_cache=False, output_hidden_states=True, logits_to_keep=1
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        missing = [layer for layer in self.layers if layer not in self.projections]
-        if missing:
-            raise UnsupportedModelError(
-                f"Latent maps need a linear output projection after attention, but {type(model).__name__} has none in "
-                f"layers {missing}"
-            )
+        output = self.run(model, passage, output_hidden_states=True)
         for layer in self.layers:
             lengths = output.hidden_states[layer][0].float().norm(dim=-1)
             self.residual.setdefault(layer, []).append(
@@ -220,14 +192,3 @@ class _Watch(AttentionSlot):
     def states(self) -> Tensor:
         """Return all unrotated keys, and values, as float32 [tokens, 2, layers, kv_heads, head_dim]."""
         return torch.stack([torch.cat(self._parts[layer]) for layer in self.layers], dim=2)
-
-    def _note_projection(
-        self, layer: int, model: PreTrainedModel, name: str
-    ) -> Callable[[nn.Module, Any, Any], None]:
-        """Return a hook that records weights; in attention modules, the output projection is the last linear layer."""
-
-        def note(part: nn.Module, _inputs: Any, _output: Any) -> None:
-            weight: Tensor = true_tensor(model, name, part.weight)
-            self.projections[layer] = weight.detach().float().cpu()
-
-        return note

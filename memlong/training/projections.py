@@ -1,23 +1,24 @@
-"""A slot that also records the output projections of attention layers."""
+"""A slot for attention that also records each layer's output projection."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memlong.decoder.model.attention import AttentionSlot
+from memlong.decoder.model.attention import AttentionSlot, evaluating, installed, replaced_attention
 from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.model.weights import true_tensor
 from memlong.errors import UnsupportedModelError
 
 
 @dataclass(eq=False)
 class ProjectionWatch(AttentionSlot):
-    """Records the weights that attention's output goes through while a model reads.
+    """Watches some layers while a model reads; subclasses say what is recorded of attention.
 
     Parameters
     ----------
@@ -29,7 +30,7 @@ class ProjectionWatch(AttentionSlot):
     Attributes
     ----------
     projections
-        By layer, the weight [hidden, heads * width], float32 on the CPU.
+        By layer, the weight that attention's output goes through [hidden, heads * width], float32 on the CPU.
     """
 
     layout: ModelLayout
@@ -39,27 +40,41 @@ class ProjectionWatch(AttentionSlot):
     def __post_init__(self) -> None:
         super().__init__()
 
-    @contextmanager
-    def noting_projections(self) -> Iterator[None]:
-        """Record projections; in attention modules, the last linear layer is the output projection."""
-        with ExitStack() as hooks:
-            for layer in self.layers:
-                for part in self.layout.layers[layer].module.modules():
-                    if isinstance(part, nn.Linear):
-                        hooks.callback(part.register_forward_hook(self._note(layer)).remove)
-            yield
+    @torch.no_grad()
+    def run(self, model: PreTrainedModel, passage: Tensor, **options: Any) -> Any:
+        """Run the model on a passage [1, tokens] on its device, and return its output.
 
-    def _note(self, layer: int) -> Any:
-        def note(part: nn.Module, _inputs: Any, _output: Any) -> None:
-            self.projections[layer] = cast("Tensor", part.weight).detach().float().cpu()
-
-        return note
-
-    def check_projections(self, model: PreTrainedModel) -> None:
-        """Refuse a model whose attention has no linear output projection."""
+        Raises
+        ------
+        UnsupportedModelError
+            If memory does not attach to the model, or its attention has no linear output projection.
+        """
+        names = {part: name for name, part in model.named_modules()}
+        hooks = [
+            part.register_forward_hook(self._note(layer, model, f"{names[part]}.weight"))
+            for layer in self.layers
+            for part in self.layout.layers[layer].module.modules()
+            if isinstance(part, nn.Linear)
+        ]
+        try:
+            with evaluating(model), installed(self, self.layout.modules), replaced_attention(model):
+                output = model(input_ids=passage, use_cache=False, logits_to_keep=1, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
         missing = [layer for layer in self.layers if layer not in self.projections]
         if missing:
             raise UnsupportedModelError(
-                f"Attention must end in a linear output projection, but {type(model).__name__} has none in layers "
-                f"{missing}"
+                "Latent maps and scores of heads need a linear output projection after attention, but "
+                f"{type(model).__name__} has none in layers {missing}"
             )
+        return output
+
+    def _note(self, layer: int, model: PreTrainedModel, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """Return a hook that records weights; in attention modules, the output projection is the last linear layer."""
+
+        def note(part: nn.Module, _inputs: Any, _output: Any) -> None:
+            weight: Tensor = true_tensor(model, name, part.weight)
+            self.projections[layer] = weight.detach().float().cpu()
+
+        return note

@@ -91,7 +91,8 @@ def choose_pages(query: Tensor, sketch: Sketch, budget: PageBudget, bias: Tensor
         logits += bias
     by_page = logits.unflatten(3, (-1, budget.page_size)).logsumexp(dim=4)
     shares = by_page.softmax(dim=3).sum(dim=2)
-    return shares.topk(min(budget.pages, shares.shape[2]), sorted=False).indices.sort().values
+    chosen: Tensor = shares.topk(min(budget.pages, shares.shape[2]), sorted=False).indices.sort().values
+    return chosen
 
 
 def attend_to_pages(
@@ -152,5 +153,5 @@ def attend_to_pages(
         logits += torch.cat([picked_bias, bias[..., memory:].expand(*picked_bias.shape[:3], -1)], dim=3)
     weights = logits.softmax(dim=3).to(value.dtype)
     count = picked[0].shape[2]
-    output = weights[..., :count] @ picked[1] + weights[..., count:] @ local[1]
+    output: Tensor = weights[..., :count] @ picked[1] + weights[..., count:] @ local[1]
     return output.view(rows, 1, -1, value.shape[3])
