@@ -31,9 +31,7 @@ _SECRET = re.compile(
     r"(?i)pass|pwd|pin|secret|token|key|auth|cred|user|login|account|dsn|conn|jwt|sig|cert|cookie|session_?id|otp|salt"
 )
 _URI = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*)://([^\s'\"<>]*)")
-_SCHEME = re.compile(
-    r"([A-Za-z][A-Za-z0-9+.-]+):(/{0,2})(.*)", re.DOTALL
-)  # longer than the letter of a drive
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/?/?)(.*)", re.DOTALL)  # longer than a drive's letter
 _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[\w.,-]*)(?::(?P<port>[0-9]{1,5}))?")
 
 

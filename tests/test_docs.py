@@ -187,11 +187,8 @@ def test_every_public_name_is_in_the_api_pages(module):
 # --- what is shown runs -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny_demo(tmp_path, monkeypatch):
-    """An empty folder with a book in it, and a tiny random model where "demo" is asked for."""
-    monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text("call me a whale and " * 600, encoding="utf-8")
+def tiny_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A random model, and a tokenizer of five words, that "demo" stands for here."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=9, max_position_embeddings=4096, **sizes)).eval()
@@ -201,6 +198,15 @@ def tiny_demo(tmp_path, monkeypatch):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="?")
     turns = "{% for turn in messages %} call {{ turn.content }}{% endfor %}"
     tokenizer.chat_template = turns + "{% if add_generation_prompt %} me{% endif %}"
+    return model, tokenizer
+
+
+@pytest.fixture
+def tiny_demo(tmp_path, monkeypatch):
+    """An empty folder with a book in it, and a tiny random model where "demo" is asked for."""
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("call me a whale and " * 600, encoding="utf-8")
+    model, tokenizer = tiny_model()
     monkeypatch.setattr("memlong.load_model", lambda name: (model, tokenizer), raising=False)
 
 
@@ -249,6 +255,9 @@ def newcomer(tmp_path_factory):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", WALKS)
 def test_a_walk_works_as_written(page, newcomer, tmp_path):
+    """All of it, but with a tiny random model for the demo's, which takes 15 seconds to load."""
+    for part in tiny_model():
+        part.save_pretrained(tmp_path / "tiny")
     (tmp_path / "book.txt").write_text("The whale was white, and the sea was wide. " * 40, encoding="utf-8")
     steps = [block for block in BLOCKS[page] if block.language != "python" or not block.is_fragment]
     python: list[str] = []
@@ -259,7 +268,8 @@ def test_a_walk_works_as_written(page, newcomer, tmp_path):
             path.write_text(step.text, encoding="utf-8")
             continue
         if step.language == "bash":
-            typed = ["bash", "-euo", "pipefail", "-c", step.text]
+            text = step.text.replace("--model demo", "--model tiny")
+            typed = ["bash", "-euo", "pipefail", "-c", text]
         else:
             python.append(step.text)
             typed = ["python", "-c", "\n".join(python)]
