@@ -178,26 +178,18 @@ def main(
     run = Run(language_model, tokenizer, reading, facts, out)
     choices = {"reading": reading, "local_window": local_window, "score_from": score_from, "ceiling": ceiling}
     listed = {each.name: {"family": each.family, "settings": each.settings} for each in systems}
-    report = Report(
-        out / "front.json", {**facts, **choices, "systems": listed}, device, budget := Budget(seconds)
-    )
+    told = {**facts, **choices, "systems": listed}
+    report = Report(out / "front.json", told, device, Budget(seconds))
     result = _qualities(run, texts, systems, ceiling, report)
     result["systems"] = listed
     if times:
-        decoders = {
-            each.name: MemoryDecoder(language_model, tokenizer, each.config)
+        measured = [
+            each
             for each in systems
-            if each.name in next(iter(result["texts"].values()))["systems"]
-        }
-        found = measure(decoders, texts[0].input_ids, score_from, clock, budget)
-        result["costs"] = {name: asdict(cost) for name, cost in found.items()}
-        ratios = [
-            Ratio(f"{what}, {name}", value)
-            for name, cost in found.items()
-            for what, value in (("reading", cost.reading), ("generating", cost.generating))
-            if value is not None and name != systems[0].name
+            if all(each.name in found["systems"] for found in result["texts"].values())
         ]
-        report.add({"clock": clock, "costs": result["costs"]}, ratios)
+        decoders = {each.name: MemoryDecoder(language_model, tokenizer, each.config) for each in measured}
+        _costs(decoders, texts[0], score_from, clock, report, result)
     for each in texts:
         typer.echo(
             f"\n{each.name}: {len(each.distant):,} tokens, {each.distant.sum():,} of them long-range\n"
@@ -210,6 +202,26 @@ def main(
             draw(result, kind, out / f"front_{kind}.png")
     report.end()
     typer.echo(f"Written: {out}")
+
+
+def _costs(
+    decoders: dict[str, MemoryDecoder],
+    text: Text,
+    score_from: int,
+    clock: Clock,
+    report: Report,
+    result: dict[str, Any],
+) -> None:
+    """Measure what the systems cost, and add it to the report and the result."""
+    found = measure(decoders, text.input_ids, score_from, clock, report.budget)
+    result["costs"] = {name: asdict(cost) for name, cost in found.items()}
+    ratios = [
+        Ratio(f"{what}, {name}", value)
+        for name, cost in list(found.items())[1:]
+        for what, value in (("reading", cost.reading), ("generating", cost.generating))
+        if value is not None
+    ]
+    report.add({"clock": clock, "costs": result["costs"]}, ratios)
 
 
 def _paths(given: list[str]) -> list[Path]:
