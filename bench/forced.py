@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -55,10 +57,16 @@ def say(decoder: MemoryDecoder, prompt: Tensor, targets: Tensor, clock: Clock = 
     return forced
 
 
-def generated_losses(decoder: MemoryDecoder, input_ids: Tensor, last: int) -> NDArray[np.float64]:
-    """Return losses [last] of the last tokens of a text [1, tokens], read one at a time as generation reads them."""
+def generated_losses(
+    decoder: MemoryDecoder, input_ids: Tensor, last: int, progress: Callable[[int], None] = lambda _: None
+) -> NDArray[np.float64]:
+    """Return losses [last] of the last tokens of a text [1, tokens], read one at a time as generation reads them.
+
+    ``progress`` is called with the number of tokens in each forward call of what comes before them.
+    """
     decoder.reset()
     said = input_ids.shape[1] - last
     if said > 1:
-        decoder.read(input_ids[:, : said - 1])
+        for segment in decoder.stream(input_ids[:, : said - 1], logits="last"):
+            progress(segment.tokens.shape[1])
     return np.array(say(decoder, input_ids[:, said - 1 : said], input_ids[0, said:]).nll)

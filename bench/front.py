@@ -14,7 +14,7 @@ folder after changing memlong itself.
 from __future__ import annotations
 
 import sysconfig
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,7 +101,7 @@ class Run:
                 tqdm(total=count, unit="tok", desc=f"{text.name}: {system.name}") as bar,
             ):
                 if self.reading is Reading.TOKEN:
-                    return generated_losses(decoder, text.input_ids, count - text.first)
+                    return generated_losses(decoder, text.input_ids, count - text.first, bar.update)
                 return evaluate_perplexity(decoder, text.input_ids, progress=bar.update).token_nll
 
         return kept_losses(self.out, self.about(system, text), measured)[-len(text.distant) :]
@@ -124,7 +124,7 @@ def main(
     position_mode: Annotated[
         str | None,
         typer.Option(
-            help="Of memory  [default: 'original' within the model's length, else the setting's own]"
+            help="Of memory  [default: 'original'; 'before-window' or 'zero' beyond the model's length]"
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Use the first N tokens of each text.")] = 8188,
@@ -161,12 +161,12 @@ def main(
     plain = MemoryConfig(backend=None, local_window=local_window)
     positions = MemoryDecoder(language_model, tokenizer, plain).model_layout.max_positions
     fits = positions is None or longest <= positions
-    mode: Any = position_mode or ("original" if fits else None)
+    counts = numbers("--chunks", chunks, int)
+    mode: Any = position_mode or ("original" if fits else _mode_beyond(plain, max(counts), positions))
     base = MemoryConfig(local_window=local_window, position_mode=mode)
-    sizes = numbers("--windows", windows, int), numbers("--chunks", chunks, int)
     systems = all_different(
         [
-            *built_in(base, *sizes, longest if fits else None),
+            *built_in(base, numbers("--windows", windows, int), counts, longest if fits else None),
             *(described(each, base) for each in system or ()),
         ]
     )
@@ -202,6 +202,12 @@ def main(
             draw(result, kind, out / f"front_{kind}.png")
     report.end()
     typer.echo(f"Written: {out}")
+
+
+def _mode_beyond(plain: MemoryConfig, most_chunks: int, positions: int) -> str:
+    """Return the mode for texts beyond the model's length, one for memories of all sizes."""
+    largest = replace(plain, backend="torch", top_k=most_chunks, position_mode="before-window")
+    return "before-window" if largest.position_span <= positions else "zero"
 
 
 def _costs(

@@ -99,6 +99,19 @@ def test_what_there_is_no_time_for_is_named(run):
     assert "Skipped a.py, lm 1" in said
 
 
+@pytest.mark.parametrize(("chunks", "mode"), [(2, "before-window"), (4, "zero")])
+def test_beyond_the_length_of_the_model_another_system_is_the_ceiling(bench, run, monkeypatch, chunks, mode):
+    monkeypatch.setattr(bench("shapes"), "_POSITIONS", 1400)
+    with pytest.raises(
+        InvalidArgumentError, match=r"'full' \(texts of 1,500 tokens exceed the model's 1,400"
+    ):
+        run()
+    name = f"lm {chunks}"
+    _, found = run("--chunks", f"1,{chunks}", "--ceiling", name, "--no-times")
+    assert list(found["systems"]) == ["window 1024", "window 1152", "lm 1", name]
+    assert found["systems"]["lm 1"]["settings"] == {"position_mode": mode, "top_k": 1}
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
