@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 256  # tokens; nearby ones are correlated
+LEAST_BLOCKS = 12  # of a short stretch, such as the tokens that are read one at a time
 SAMPLES = 1000
 
 
@@ -34,12 +35,14 @@ class Scored:
 def gap_closed(texts: Sequence[Scored]) -> Gap | None:
     """Return the mean over texts of ln(window / it) / ln(window / ceiling), in perplexities.
 
-    Blocks of each text are resampled, the same for all three systems. None if a text has no token that counts, or its
+    Blocks of each text are resampled, the same for all three systems; where a text is short they are smaller, and the
+    interval may be too narrow. None if a text has no token that counts, or its
     ceiling is no better than its window: then there is no gap to close.
     """
     values, draws = [], []
     for number, text in enumerate(texts):
-        starts = np.arange(0, text.nll.size, BLOCK)
+        size = max(1, min(BLOCK, text.nll.size // LEAST_BLOCKS))
+        starts = np.arange(0, text.nll.size, size)
         closed, whole = (
             np.add.reduceat(np.where(text.where, text.window - other, 0.0), starts)
             for other in (text.nll, text.ceiling)
