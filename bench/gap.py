@@ -36,8 +36,8 @@ def gap_closed(texts: Sequence[Scored]) -> Gap | None:
     """Return the mean over texts of ln(window / it) / ln(window / ceiling), in perplexities.
 
     Blocks of each text are resampled, the same for all three systems; where a text is short they are smaller, and the
-    interval may be too narrow. None if a text has no token that counts, or its
-    ceiling is no better than its window: then there is no gap to close.
+    interval may be too narrow. None if a text has no token that counts, or its ceiling is no better than its window:
+    then there is no gap to close.
     """
     values, draws = [], []
     for number, text in enumerate(texts):
