@@ -219,7 +219,7 @@ def _costs(
     result: dict[str, Any],
 ) -> None:
     """Measure what the systems cost, and add it to the report and the result."""
-    found = measure(decoders, text.input_ids, score_from, clock, report.budget)
+    found = measure(decoders, text.input_ids, score_from, clock, report)
     result["costs"] = {name: asdict(cost) for name, cost in found.items()}
     ratios = [
         Ratio(f"{what}, {name}", value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from forced import say
 from ratios import Clock
-from results import Budget
+from results import Report
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,8 +30,7 @@ class Cost:
     segment_seconds, token_seconds
         Medians of the time that a segment takes to read, and a token to generate.
     reading, generating
-        The same relative to the first system, as medians of ratios that were measured in turns; no ``generating`` if
-        time was up.
+        The same relative to the first system, as medians of ratios that were measured in turns; None if time was up.
     kv_read
         Bytes of K-V that attention reads for a segment, of window and memory, in all layers.
     kv_moved
@@ -40,8 +39,8 @@ class Cost:
         Bytes of the bank per token that it holds; None for a plain window.
     """
 
-    segment_seconds: float
-    reading: float
+    segment_seconds: float | None
+    reading: float | None
     token_seconds: float | None
     generating: float | None
     kv_read: float
@@ -50,11 +49,12 @@ class Cost:
 
 
 def measure(
-    decoders: Mapping[str, MemoryDecoder], input_ids: Tensor, first: int, clock: Clock, budget: Budget
+    decoders: Mapping[str, MemoryDecoder], input_ids: Tensor, first: int, clock: Clock, report: Report
 ) -> dict[str, Cost]:
     """Have all systems read a text [1, tokens] in turns, time it from token ``first`` on, then have them generate.
 
-    All decoders must be of one model, and have one segment size.
+    All decoders must be of one model, and have one segment size. What there is no time for is left out: segments but
+    for the first may take half of it, and tokens the rest.
     """
     model = next(iter(decoders.values())).model
     step = next(iter(decoders.values())).config.segment_size
@@ -72,45 +72,58 @@ def measure(
                 decoder.reset()
                 if begin:
                     decoder.read(input_ids[:, :begin])
-        reading = _Turns(decoders)
-        bytes_of: dict[str, list[tuple[int, int]]] = {name: [] for name in decoders}
         parts = input_ids[:, begin:last].split(step, dim=1)
-        for part in tqdm(parts, unit="segment", desc="timing segments", leave=False):
-            for name, decoder in reading.next_turn():
-                with decoder:
-                    _wait(model.device)
-                    started = clock.now()
-                    segments = list(decoder.stream(part, logits="last"))
-                    _wait(model.device)
-                    reading.note(name, clock.now() - started)
-                    bytes_of[name].append(_kv_bytes(decoder, segments[-1]))
-            if budget.is_spent:
-                break
-        generating = _Turns(decoders)
-        for _ in tqdm(range(ROUNDS), unit="round", desc="timing tokens", leave=False):
-            if budget.is_spent:
-                break
-            for name, decoder in generating.next_turn():
-                every = decoder.config.retrieval_interval
-                with decoder:  # the steps between the first token and the last retrieve once
-                    marks = say(
-                        decoder,
-                        input_ids[:, last : last + 1],
-                        input_ids[0, last + 1 : last + 2 + every],
-                        clock,
-                    ).marks
-                generating.note(name, (marks[-1] - marks[0]) / every)
+        reading, sizes = _timed_reading(decoders, parts, clock, report)
+        generating = _timed_generation(decoders, input_ids[:, last:], clock, report)
     return {
         name: Cost(
-            reading.median(name) or 0.0,
-            reading.ratio(name) or 0.0,
+            reading.median(name),
+            reading.ratio(name),
             generating.median(name),
             generating.ratio(name),
-            *(fmean(each) for each in zip(*bytes_of[name], strict=True)),
+            *(fmean(each) for each in zip(*sizes[name], strict=True)),
             _stored(decoder),
         )
         for name, decoder in decoders.items()
     }
+
+
+def _timed_reading(
+    decoders: Mapping[str, MemoryDecoder], parts: Sequence[Tensor], clock: Clock, report: Report
+) -> tuple[_Turns, dict[str, list[tuple[int, int]]]]:
+    """Have each system read each segment; return the times, and bytes of K-V by system and segment."""
+    turns, budget = _Turns(decoders), report.budget.share(2)
+    sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in decoders}
+    for number, part in enumerate(tqdm(parts, unit="segment", desc="timing segments", leave=False)):
+        if number and budget.is_spent:
+            report.leave_out(f"times of segments beyond {number} of {len(parts)}")
+            break
+        for name, decoder in turns.next_turn():
+            with decoder:
+                _wait(decoder.model.device)
+                started = clock.now()
+                segments = list(decoder.stream(part, logits="last"))
+                _wait(decoder.model.device)
+                turns.note(name, clock.now() - started)
+                sizes[name].append(_kv_bytes(decoder, segments[-1]))
+    return turns, sizes
+
+
+def _timed_generation(
+    decoders: Mapping[str, MemoryDecoder], rest: Tensor, clock: Clock, report: Report
+) -> _Turns:
+    """Have each system generate the rest of a text [1, tokens] until it has retrieved once, in several rounds."""
+    turns = _Turns(decoders)
+    for number in tqdm(range(ROUNDS), unit="round", desc="timing tokens", leave=False):
+        if report.budget.is_spent:
+            report.leave_out(f"times of tokens beyond {number} of {ROUNDS} rounds")
+            break
+        for name, decoder in turns.next_turn():
+            every = decoder.config.retrieval_interval  # the steps after the first token are so many
+            with decoder:
+                marks = say(decoder, rest[:, :1], rest[0, 1 : 2 + every], clock).marks
+            turns.note(name, (marks[-1] - marks[0]) / every)
+    return turns
 
 
 class _Turns:

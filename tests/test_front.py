@@ -89,11 +89,13 @@ def test_a_system_that_is_added_is_all_that_is_run(run, monkeypatch):
 
 def test_what_there_is_no_time_for_is_named(run):
     said, found = run("--seconds", 0)
-    assert found["left_out"] == [
+    *runs, tokens = found["left_out"]
+    assert runs == [
         f"{text}, {name}: out of time"
         for text in ("a.py", "b.txt")
         for name in ("window 1152", "lm 1", "lm 2")
     ]
+    assert tokens == "times of tokens beyond 0 of 1 rounds: out of time"
     assert list(found["costs"]) == ["window 1024", "full"]
     assert found["costs"]["full"]["generating"] is None
     assert "Skipped a.py, lm 1" in said
