@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import matplotlib as mpl
 import numpy as np
 import typer
+from losses import digest, kept_losses
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from rich import box
@@ -112,7 +113,7 @@ def main(
             "model": model,
             "dtype": dtype,
             "device": device,
-            "text": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(),
+            "text": digest(input_ids),
         }
         nll = {each.name: _losses(each, input_ids, about, path.name, out) for each in chosen}
         found.append(Losses(path.name, nll, long_range_tokens(input_ids[0].tolist(), local_window)[1:]))
@@ -175,17 +176,15 @@ def _losses(
     """Stream a text, or load the losses that an earlier run cached."""
     if system.most_tokens is not None:
         input_ids = input_ids[:, : system.most_tokens]
-    key = json.dumps({**about, **system.settings, "tokens": input_ids.shape[1]}, sort_keys=True, default=str)
-    kept = out / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if kept.is_file():
-        return np.asarray(np.load(kept, allow_pickle=False), dtype=np.float64)
-    with (
-        system.open() as decoder,
-        tqdm(total=input_ids.shape[1], unit="tok", desc=f"{text}: {system.name}") as bar,
-    ):
-        found = evaluate_perplexity(decoder, input_ids, progress=bar.update).token_nll
-    np.save(kept, found, allow_pickle=False)
-    return found
+
+    def measure() -> NDArray[np.float64]:
+        with (
+            system.open() as decoder,
+            tqdm(total=input_ids.shape[1], unit="tok", desc=f"{text}: {system.name}") as bar,
+        ):
+            return evaluate_perplexity(decoder, input_ids, progress=bar.update).token_nll
+
+    return kept_losses(out, {**about, **system.settings, "tokens": input_ids.shape[1]}, measure)
 
 
 def _by_length(losses: Losses, lengths: list[int]) -> dict[str, dict[str, dict[str, float]]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cells import interval, load, perplexity, table
+from front_tables import by_cost, by_text
 
 _INDEXES = {
     "faiss IVF2,PQ4x4": "faiss `IVF2,PQ4x4`",
@@ -107,3 +108,13 @@ def by_length(file: str, text: str, what: str) -> str:
         for name, cells in systems.items()
     ]
     return table(["system", *(f"{int(length):,}" for length in lengths)], rows)
+
+
+def front(kind: str) -> str:
+    """Mean gap closed on texts of a kind, and what it costs."""
+    return by_cost(load("front.json"), kind)
+
+
+def front_text(text: str) -> str:
+    """Perplexity and gap closed on one text."""
+    return by_text(load("front.json"), text)

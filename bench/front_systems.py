@@ -1,0 +1,91 @@
+"""The systems of bench/front.py: plain windows, memories of several sizes, and those that --system describes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from memlong import MemoryConfig
+from memlong.cli.values import key_values
+from memlong.errors import InvalidArgumentError
+
+FULL = "full"
+_NEXT_SETTING = re.compile(r",\s*(?=\w+\s*=)")  # a value may hold commas
+_EXAMPLE = "'shared 8: kv_source=shared, top_k=8'"
+
+
+@dataclass(frozen=True)
+class System:
+    """A decoder with these settings."""
+
+    name: str
+    config: MemoryConfig
+
+    @property
+    def family(self) -> str:
+        """Systems of one family differ in size, the number that ends their names."""
+        return "window" if self.name == FULL else re.sub(r"\s*\d+$", "", self.name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings other than the defaults, so that a setting that is added leaves cached runs valid."""
+        usual = asdict(MemoryConfig())
+        return {key: value for key, value in asdict(self.config).items() if value != usual[key]}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a cached run depends on: the settings, and the content of files that they name."""
+        files = {
+            key: hashlib.sha256(Path(value).read_bytes()).hexdigest()
+            for key, value in self.settings.items()
+            if isinstance(value, str) and Path(value).is_file()
+        }
+        return {**self.settings, **files}
+
+
+def built_in(
+    base: MemoryConfig, windows: Sequence[int], chunks: Sequence[int], full: int | None
+) -> list[System]:
+    """Return plain windows, full attention over ``full`` tokens unless None, and memories of so many chunks.
+
+    The first is the plain window of ``base``, with which all others are compared.
+    """
+    plain = replace(base, backend=None, position_mode=None)
+    sizes = [base.local_window, *sorted({*windows} - {base.local_window})]
+    found = [System(f"window {size}", replace(plain, local_window=size)) for size in sizes]
+    if full is not None:
+        # At true positions, so that the window may have room for a segment that never comes.
+        room = full + base.segment_size
+        everything = replace(plain, local_window=room, position_mode="original")
+        found.append(System(FULL, everything))
+    return found + [System(f"{base.retriever} {count}", replace(base, top_k=count)) for count in chunks]
+
+
+def described(text: str, base: MemoryConfig) -> System:
+    """Return the system that ``NAME: key=value, key=value`` describes, by what it has other than ``base``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the text has another form, or the settings do not work.
+    """
+    name, colon, settings = text.partition(":")
+    if not colon or not name.strip() or not settings.strip():
+        raise InvalidArgumentError(
+            f"--system must be NAME: key=value, key=value, such as {_EXAMPLE}, got {text!r}"
+        )
+    given: dict[str, Any] = key_values("--system", _NEXT_SETTING.split(settings.strip()), example=_EXAMPLE)
+    return System(name.strip(), MemoryConfig(**{**asdict(base), **given}))
+
+
+def all_different(systems: Sequence[System]) -> list[System]:
+    """Return the systems; InvalidArgumentError if two have one name."""
+    names = [each.name for each in systems]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InvalidArgumentError(f"Systems must have different names, got {twice[0]!r} twice: rename one")
+    return list(systems)
