@@ -73,8 +73,8 @@ class Retriever(ABC):
         """Embeddings [queries, dim], float32."""
 
     def embed_endings(self, queries: Sequence[Passage]) -> Tensor | None:  # noqa: ARG002 - for subclasses
-        """Embeddings [queries, dim] of what the queries end with, for a second search that finds every fourth chunk.
+        """Embeddings [queries, dim] of what the queries end with, or None, the default, for no second search.
 
-        None, the default, is for no such search.
+        Every fourth chunk is one that the second search finds, if its score is 1.5 times that of the last chunk found.
         """
         return None

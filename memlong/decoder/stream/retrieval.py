@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memlong.bank import Draft, MemoryBank
+from memlong.bank import Draft, MemoryBank, SearchResult
 from memlong.decoder.config import MemoryConfig
 
 
@@ -20,8 +20,8 @@ class Retrieval:
     query
         Its embedding [dim].
     ids
-        Of the chunks found [found]: the best for the query first, but every fourth is the best for its ending, if the
-        retriever embeds that.
+        Of the chunks found [found]: the best for the query first, and every fourth the best for its ending, if the
+        retriever embeds that and the chunk stands out there.
     scores
         Of the best chunks for the query alone [found].
     """
@@ -81,7 +81,8 @@ class RandomChunks:
         return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu")), memory
 
 
-_TURNS = 4  # every fourth chunk is found by the query's ending
+_TURNS = 4
+_STANDS_OUT = 1.5
 
 
 def retrieve_chunks(
@@ -92,8 +93,8 @@ def retrieve_chunks(
     found = bank.search(query[None], k)
     count = int((found.ids[0] >= 0).sum())
     ids = found.ids[0, :count]
-    if ending is not None and count >= _TURNS:
-        ids = _taking_turns(ids, bank.search(ending[None], k).ids[0])
+    if ending is not None and _TURNS <= count < len(bank):
+        ids = _with_others(ids, bank.search(ending[None], k))
     # Chunks leave the window in the order of the text, so that is the order of ids.
     chunks = bank.fetch(ids.sort().values)
     retrieval = Retrieval(query, ids[torch.isin(ids, chunks.ids)], found.scores[0, :count])
@@ -102,17 +103,18 @@ def retrieve_chunks(
     return retrieval, StreamMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans)
 
 
-def _taking_turns(first: Tensor, second: Tensor) -> Tensor:
-    """As many ids as ``first`` has, every fourth of them from ``second``, none twice."""
-    queues = [iter(each.tolist()) for each in (first, second)]
-    taken: dict[int, None] = {}
-    while len(taken) < len(first):
-        queue = queues[len(taken) % _TURNS == _TURNS - 1]
-        new = next((each for each in queue if each >= 0 and each not in taken), None)
-        if new is None:  # the second search found nothing else
-            new = next(each for each in queues[0] if each not in taken)
-        taken[new] = None
-    return torch.tensor(list(taken), dtype=torch.int64, device="cpu")
+def _with_others(ids: Tensor, second: SearchResult) -> Tensor:
+    """As many ids [found], but every fourth from a second search, while its scores stand out among all that it found."""
+    scores = second.scores[0][second.ids[0] >= 0]
+    standing_out = second.ids[0, : len(scores)][scores > _STANDS_OUT * scores[-1:].clamp_min(0)]
+    first, others = ids.tolist(), standing_out.tolist()
+    taken: list[int] = []
+    while len(taken) < len(ids):
+        queue = others if others and len(taken) % _TURNS == _TURNS - 1 else first
+        new = queue.pop(0)
+        if new not in taken:
+            taken.append(new)
+    return torch.tensor(taken, dtype=torch.int64, device="cpu")
 
 
 def _in_line(blocks: Tensor) -> Tensor:
