@@ -104,7 +104,7 @@ def retrieve_chunks(
 
 
 def _with_others(ids: Tensor, second: SearchResult) -> Tensor:
-    """As many ids [found], but every fourth from a second search, while its scores stand out among all that it found."""
+    """As many ids [found], but every fourth from a second search, if it stands out among all that this found."""
     scores = second.scores[0][second.ids[0] >= 0]
     standing_out = second.ids[0, : len(scores)][scores > _STANDS_OUT * scores[-1:].clamp_min(0)]
     first, others = ids.tolist(), standing_out.tolist()
