@@ -23,10 +23,13 @@ class Passage:
         Token ids of the language model.
     start
         Index of the first token in the stream.
+    before
+        Tokens of the local window right before a query; empty for a chunk.
     """
 
     token_ids: tuple[int, ...]
     start: int
+    before: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -68,3 +71,10 @@ class Retriever(ABC):
     @abstractmethod
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings [queries, dim], float32."""
+
+    def embed_endings(self, queries: Sequence[Passage]) -> Tensor | None:  # noqa: ARG002 - for subclasses
+        """Embeddings [queries, dim] of what the queries end with, or None, the default, for no second search.
+
+        Every fourth chunk is one that the second search finds, if its score is 1.5 times that of the last chunk found.
+        """
+        return None

@@ -316,10 +316,11 @@ class StreamBatch:
             stream.forget()
         retriever = self._setup.retriever
         if asking and retriever is not None:
-            queries = retriever.embed_queries([stream.query() for stream in asking])
+            passages = [stream.query() for stream in asking]
+            queries, endings = retriever.embed_queries(passages), retriever.embed_endings(passages)
             with self._loader.copy_stream.active():
-                for stream, query in zip(asking, queries, strict=True):
-                    stream.retrieve(query)
+                for row, stream in enumerate(asking):
+                    stream.retrieve(queries[row], None if endings is None else endings[row])
 
     def _placements(self) -> tuple[Placement, ...]:
         return tuple(stream.placement for stream in self.streams)

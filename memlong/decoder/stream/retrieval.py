@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memlong.bank import Draft, MemoryBank
-from memlong.bank.store.copying import to_device
+from memlong.bank import Draft, MemoryBank, SearchResult
 from memlong.decoder.config import MemoryConfig
 
 
@@ -20,8 +19,11 @@ class Retrieval:
     ----------
     query
         Its embedding [dim].
-    ids, scores
-        Of the chunks found [found], best first.
+    ids
+        Of the chunks found [found]: the best for the query first, and every fourth the best for its ending, if the
+        retriever embeds that and the chunk stands out there.
+    scores
+        Of the best chunks for the query alone [found].
     """
 
     query: Tensor
@@ -79,24 +81,42 @@ class RandomChunks:
         return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu")), memory
 
 
+_TURNS = 4
+_STANDS_OUT = 1.5
+
+
 def retrieve_chunks(
-    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
+    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig, ending: Tensor | None = None
 ) -> tuple[Retrieval, StreamMemory | None]:
-    """Retrieve chunks for a query's embedding [dim], and join their K-V; None if nothing was found."""
-    found = bank.retrieve(query[None], min(config.top_k, len(bank)))
+    """Retrieve chunks for the embeddings [dim] of a query and its ending, and join their K-V; None if none is found."""
+    k = min(config.top_k, len(bank))
+    found = bank.search(query[None], k)
     count = int((found.ids[0] >= 0).sum())
-    retrieval = Retrieval(query, found.ids[0, :count], found.scores[0, :count])
-    if not count:
-        return retrieval, None
+    ids = found.ids[0, :count]
+    if ending is not None and _TURNS <= count < len(bank):
+        ids = _with_others(ids, bank.search(ending[None], k))
     # Chunks leave the window in the order of the text, so that is the order of ids.
-    order = retrieval.ids.argsort()
-    keys, values = (
-        _in_line(states[0], to_device(order, states.device)) for states in (found.keys, found.values)
-    )
-    return retrieval, StreamMemory(keys, values, found.spans[0, order])
+    chunks = bank.fetch(ids.sort().values)
+    retrieval = Retrieval(query, ids[torch.isin(ids, chunks.ids)], found.scores[0, :count])
+    if not len(chunks.ids):
+        return retrieval, None
+    return retrieval, StreamMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans)
 
 
-def _in_line(blocks: Tensor, order: Tensor | None = None) -> Tensor:
+def _with_others(ids: Tensor, second: SearchResult) -> Tensor:
+    """As many ids [found], but every fourth from a second search, if it stands out among all that this found."""
+    scores = second.scores[0][second.ids[0] >= 0]
+    standing_out = second.ids[0, : len(scores)][scores > _STANDS_OUT * scores[-1:].clamp_min(0)]
+    first, others = ids.tolist(), standing_out.tolist()
+    taken: list[int] = []
+    while len(taken) < len(ids):
+        queue = others if others and len(taken) % _TURNS == _TURNS - 1 else first
+        new = queue.pop(0)
+        if new not in taken:
+            taken.append(new)
+    return torch.tensor(taken, dtype=torch.int64, device="cpu")
+
+
+def _in_line(blocks: Tensor) -> Tensor:
     """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim], in one copy."""
-    side_by_side = blocks.permute(1, 2, 0, 3, 4)  # [layers, kv_heads, chunks, chunk, head_dim]
-    return (side_by_side if order is None else side_by_side.index_select(2, order)).flatten(2, 3)
+    return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
