@@ -104,11 +104,12 @@ def test_a_ragged_batch_generates_what_each_row_does_alone(llama, small, text):
     ids, lengths = text(100, rows=2), [100, 61]
     mask = torch.stack([(torch.arange(100) >= 100 - length).long() for length in lengths])
     config = small(top_k=6, attended_tokens=8, retrieval_heads="0:1,1:0,3:0+1")
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
     with MemoryDecoder(llama, None, config) as decoder:
-        together = decoder.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
+        together = decoder.generate(ids, attention_mask=mask, **options)
         for row, length in enumerate(lengths):
             decoder.reset()
-            alone = decoder.generate(ids[row : row + 1, 100 - length :], max_new_tokens=9, do_sample=False)
+            alone = decoder.generate(ids[row : row + 1, 100 - length :], **options)
             assert torch.equal(together[row, 100:], alone[0, length:])
 
 
