@@ -36,7 +36,7 @@ def test_texts_in_one_bank_do_not_interleave():
         ([1.0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4]),  # known already
     ],
 )
-def test_every_fourth_chunk_is_for_the_ending_if_it_stands_out(ending, ids):
+def test_the_fourth_chunk_is_for_the_ending_if_it_stands_out(ending, ids):
     bank = create_bank("torch", 8)
     blocks = torch.randn(8, 1, 1, 4, 2)
     bank.add(torch.eye(8), blocks, blocks, [(start, start + 4) for start in range(0, 32, 4)])

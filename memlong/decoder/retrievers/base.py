@@ -75,6 +75,6 @@ class Retriever(ABC):
     def embed_endings(self, queries: Sequence[Passage]) -> Tensor | None:  # noqa: ARG002 - for subclasses
         """Embeddings [queries, dim] of what the queries end with, or None, the default, for no second search.
 
-        Every fourth chunk is one that the second search finds, if its score is 1.5 times that of the last chunk found.
+        The fourth of eight chunks is one that this search finds, if its score is 1.5 times that of the last one found.
         """
         return None

@@ -81,7 +81,7 @@ class LanguageModelRetriever(Retriever):
         pairs: float = 0.5,
         recency: float = 0.3,
         recency_scale: int = 6000,
-        ending: int = 8,
+        ending: int = 4,
     ) -> None:
         super().__init__(model, tokenizer)
         self._tokens_dim = whole_number("dim", dim, at_least=1, at_most=_WIDEST)

@@ -20,8 +20,8 @@ class Retrieval:
     query
         Its embedding [dim].
     ids
-        Of the chunks found [found]: the best for the query first, and every fourth the best for its ending, if the
-        retriever embeds that and the chunk stands out there.
+        Of the chunks found [found]: the best for the query first, and the fourth of eight the best for its ending, if
+        the retriever embeds that and the chunk stands out there.
     scores
         Of the best chunks for the query alone [found].
     """
@@ -81,7 +81,7 @@ class RandomChunks:
         return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu")), memory
 
 
-_TURNS = 4
+_PLACE, _EVERY = 3, 8  # the fourth of eight chunks
 _STANDS_OUT = 1.5
 
 
@@ -93,7 +93,7 @@ def retrieve_chunks(
     found = bank.search(query[None], k)
     count = int((found.ids[0] >= 0).sum())
     ids = found.ids[0, :count]
-    if ending is not None and _TURNS <= count < len(bank):
+    if ending is not None and _PLACE < count < len(bank):
         ids = _with_others(ids, bank.search(ending[None], k))
     # Chunks leave the window in the order of the text, so that is the order of ids.
     chunks = bank.fetch(ids.sort().values)
@@ -104,13 +104,13 @@ def retrieve_chunks(
 
 
 def _with_others(ids: Tensor, second: SearchResult) -> Tensor:
-    """As many ids [found], but every fourth from a second search, if it stands out among all that this found."""
+    """As many ids [found], but the fourth of eight from a second search, if it stands out among all that this found."""
     scores = second.scores[0][second.ids[0] >= 0]
     standing_out = second.ids[0, : len(scores)][scores > _STANDS_OUT * scores[-1:].clamp_min(0)]
     first, others = ids.tolist(), standing_out.tolist()
     taken: list[int] = []
     while len(taken) < len(ids):
-        queue = others if others and len(taken) % _TURNS == _TURNS - 1 else first
+        queue = others if others and len(taken) % _EVERY == _PLACE else first
         new = queue.pop(0)
         if new not in taken:
             taken.append(new)
