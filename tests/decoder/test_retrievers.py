@@ -82,13 +82,13 @@ def test_lm_looks_for_what_a_query_ends_with(llama):
     filler, asked = tuple(range(10, 30)), (50, 51, 52)
     query = Passage((*filler * 3, *asked), 9000, before=filler * 20)
     chunks = Passage((*filler, *asked[:2]), 0), Passage((*filler, 60, 61), 8900)
-    retriever = create_retriever("lm", llama, None)
+    retriever = create_retriever("lm", llama, None, {"ending": 4})
     far, near = (retriever.embed_chunks([chunk]) for chunk in chunks)
     whole, ending = retriever.embed_queries([query]), retriever.embed_endings([query])
     assert whole.shape == ending.shape
     assert whole @ near[0] > whole @ far[0], "recent chunks of the same filler come first"
     assert ending @ far[0] > 2 * (ending @ near[0]).clamp_min(0)
-    assert create_retriever("lm", llama, None, {"ending": 0}).embed_endings([query]) is None
+    assert create_retriever("lm", llama, None).embed_endings([query]) is None
 
 
 @pytest.mark.parametrize("query", [20_000, 1_500_000])

@@ -37,8 +37,8 @@ class LanguageModelRetriever(Retriever):
     model: its surprisal ``-log p`` at the start of a text, to the power of ``sharpness``. Random directions agree
     better with a sentence encoder on which chunks to retrieve than the model's token embeddings do.
 
-    A second search, without recency, is for what the query ends with, such as a question after a long text. There a
-    token or bigram weighs ``exp(-d / ending)``, d tokens before the end, divided by 1 + how often it occurs in the
+    With ``ending``, a second search, without recency, is for what the query ends with, such as a question after a long
+    text. There a token or bigram weighs ``exp(-d / ending)``, d tokens before the end, divided by 1 + how often it occurs in the
     window before: what the window is full of is no reason to look elsewhere.
 
     Parameters
@@ -55,7 +55,8 @@ class LanguageModelRetriever(Retriever):
     recency_scale
         Distance in tokens at which the bonus falls to 0.61 of that; at twice the distance, to 0.14.
     ending
-        Distance in tokens from the query's end at which weights of the second search fall to 0.37; 0 disables it.
+        Distance in tokens from the query's end at which weights of the second search fall to 0.37, such as 4; 0 disables
+        it.
 
     Notes
     -----
@@ -81,7 +82,7 @@ class LanguageModelRetriever(Retriever):
         pairs: float = 0.5,
         recency: float = 0.3,
         recency_scale: int = 6000,
-        ending: int = 4,
+        ending: int = 0,
     ) -> None:
         super().__init__(model, tokenizer)
         self._tokens_dim = whole_number("dim", dim, at_least=1, at_most=_WIDEST)
