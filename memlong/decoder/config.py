@@ -90,8 +90,9 @@ class MemoryConfig:
         "Retrieved tokens that each generated token attends to, per K-V head.",
         unset="all of them",
         more="A token chooses them itself, in pages of 16 tokens, from the ``top_k`` chunks. Segments that are read "
-        "attend to all. Applies to torch's attention (``attn_implementation='sdpa'``).",
+        "attend to all. Needs torch's attention (``attn_implementation='sdpa'``).",
         least=1,
+        needs_backend=True,
     )
     local_window: int = setting(
         1024, "Local tokens attended to at most, the segment included, sink tokens apart.", least=1
