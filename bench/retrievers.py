@@ -17,7 +17,7 @@ import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from candidates import Score, Scored, States, attention, bm25, embedding, mixed, pooled, token_vectors
@@ -34,8 +34,6 @@ from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 from memlong.versions import versions
 
 TEXT = Path(inspect.getfile(typing))
-
-_Found = TypeVar("_Found", Tensor, Tensor | None)
 
 
 class Timed(Retriever):
@@ -60,11 +58,7 @@ class Timed(Retriever):
         """Embeddings of the queries."""
         return self._timed(self._inner.embed_queries, queries)
 
-    def embed_endings(self, queries: Sequence[Passage]) -> Tensor | None:
-        """Embeddings of what the queries end with."""
-        return self._timed(self._inner.embed_endings, queries)
-
-    def _timed(self, embed: Callable[[Sequence[Passage]], _Found], passages: Sequence[Passage]) -> _Found:
+    def _timed(self, embed: Callable[[Sequence[Passage]], Tensor], passages: Sequence[Passage]) -> Tensor:
         started = time.perf_counter()
         found = embed(passages)
         self.seconds += time.perf_counter() - started

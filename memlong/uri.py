@@ -16,7 +16,7 @@ from memlong.errors import HIDDEN, InvalidArgumentError
 _HARMLESS = frozenset(
     (  # noqa: SIM905 - a list would take a line per name
         "M attempts build_threads candidates chunk_prompt collection compression connectivity consistency database db "
-        "device dim disk disk_budget dtype ef ef_construction ef_search ending endpoint eviction expansion_add "
+        "device dim disk disk_budget dtype ef ef_construction ef_search endpoint eviction expansion_add "
         "expansion_search folder host hosts index initial_capacity kv_device max_bytes max_chunks metric mode model "
         "name nprobe objects pairs partitions path piece_tokens port query_prompt readers recency recency_scale "
         "refine region resume retries seed session sharpness staleness store timeout tls train_size uri url"

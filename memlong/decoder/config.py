@@ -85,15 +85,6 @@ class MemoryConfig:
     )
     chunk_size: int = setting(128, "Tokens of a chunk, the unit of memory.", least=1)
     top_k: int = setting(8, "Chunks retrieved for a segment.", least=1)
-    attended_tokens: int | None = setting(
-        None,
-        "Retrieved tokens that each generated token attends to, per K-V head.",
-        unset="all of them",
-        more="A token chooses them itself, in pages of 16 tokens, from the ``top_k`` chunks. Segments that are read "
-        "attend to all. Needs torch's attention (``attn_implementation='sdpa'``).",
-        least=1,
-        needs_backend=True,
-    )
     local_window: int = setting(
         1024, "Local tokens attended to at most, the segment included, sink tokens apart.", least=1
     )

@@ -28,26 +28,6 @@ def test_texts_in_one_bank_do_not_interleave():
     assert ends(two_texts(), query, top_k=4) == [[2, 6], [18, 22], [2, 6], [6, 10]]
 
 
-@pytest.mark.parametrize(
-    ("ending", "ids"),
-    [
-        ([0, 0, 0, 0, 0, 0, 0, 1.0], [0, 1, 2, 7, 3]),
-        ([1.0, 1, 1, 1, 1, 1, 1, 1.4], [0, 1, 2, 3, 4]),  # the best is not 1.5 times as good as the fifth
-        ([1.0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4]),  # known already
-    ],
-)
-def test_the_fourth_chunk_is_for_the_ending_if_it_stands_out(ending, ids):
-    bank = create_bank("torch", 8)
-    blocks = torch.randn(8, 1, 1, 4, 2)
-    bank.add(torch.eye(8), blocks, blocks, [(start, start + 4) for start in range(0, 32, 4)])
-    query = torch.arange(8.0, 0, -1)
-    config = MemoryConfig(chunk_size=4, top_k=5)
-    found, memory = retrieve_chunks(bank, query, config, torch.tensor(ending))
-    assert found.ids.tolist() == ids
-    assert memory.spans[:, 0].tolist() == sorted(4 * each for each in ids)
-    assert torch.equal(found.scores, bank.search(query[None], 5).scores[0])
-
-
 def test_asking_for_more_than_there_is_costs_nothing_more(llama, small, text):
     with MemoryDecoder(llama, None, small(top_k=10**9)) as decoder:
         decoder.read(text(100))

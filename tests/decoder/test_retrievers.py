@@ -78,19 +78,6 @@ def test_lm_prefers_the_later_of_two_passages_of_the_same_tokens(llama):
         assert scores[0, 1] >= scores[0, 0]
 
 
-def test_lm_looks_for_what_a_query_ends_with(llama):
-    filler, asked = tuple(range(10, 30)), (50, 51, 52)
-    query = Passage((*filler * 3, *asked), 9000, before=filler * 20)
-    chunks = Passage((*filler, *asked[:2]), 0), Passage((*filler, 60, 61), 8900)
-    retriever = create_retriever("lm", llama, None, {"ending": 4})
-    far, near = (retriever.embed_chunks([chunk]) for chunk in chunks)
-    whole, ending = retriever.embed_queries([query]), retriever.embed_endings([query])
-    assert whole.shape == ending.shape
-    assert whole @ near[0] > whole @ far[0], "recent chunks of the same filler come first"
-    assert ending @ far[0] > 2 * (ending @ near[0]).clamp_min(0)
-    assert create_retriever("lm", llama, None).embed_endings([query]) is None
-
-
 @pytest.mark.parametrize("query", [20_000, 1_500_000])
 def test_the_recency_prior_is_a_gaussian_of_the_distance(query):
     prior = RecencyPrior(0.3, 6000)
@@ -139,7 +126,6 @@ def test_an_option_that_a_retriever_lacks_is_named(llama):
         ("lm", {"recency_scale": 0.5}, "recency_scale must be an integer of at least 1, got 0.5"),
         ("lm", {"recency_scale": 10**400}, "recency_scale must be an integer from 1 to"),
         ("lm", {"dim": 10**21}, "dim must be an integer from 1 to 1048576"),
-        ("lm", {"ending": -1}, "ending must be an integer of at least 0, got -1"),
         ("sentence-transformers", {"piece_tokens": 0}, "piece_tokens must be an integer of at least 1"),
     ],
 )

@@ -16,7 +16,6 @@ from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.head_names import runs
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.model.pages import PageBudget, Sketch, attend_to_pages
 from memlong.decoder.stream.batch_memory import BatchMemory
 from memlong.errors import UnsupportedModelError
 
@@ -53,8 +52,6 @@ class AttentionPass:
         What each head adds to its logits of memory, or None.
     device
         The model's.
-    budget
-        How much of the memory a single token attends to; None for all of it.
     """
 
     model_layout: ModelLayout
@@ -63,7 +60,6 @@ class AttentionPass:
     memory: BatchMemory | None
     gates: MemoryGates | None
     device: torch.device
-    budget: PageBudget | None = None
     _latest: int = -1
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
     _seeing_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
@@ -138,13 +134,6 @@ class AttentionPass:
         asking = query.shape[
             2
         ]  # some models query with the latest tokens alone where only their logits are wanted
-        if asking == 1 and self._chooses(seen):
-            if not kernels.is_plain(base, options):
-                raise UnsupportedModelError(
-                    f"attended_tokens must be None for the attention of this {type(module).__name__}, which is not "
-                    "torch's plain softmax: load the model with attn_implementation='sdpa', or leave it out"
-                )
-            return self._attend_to_pages(query, key, value, options.get("scaling"), seen, gated=gated)
         if not gated and self._sees_all(seen):
             plain = kernels.is_plain(base, options)
             if plain and (asking == 1 or kernels.prefers_no_mask(query)):
@@ -155,30 +144,6 @@ class AttentionPass:
         if gated:
             mask = self._gated(mask, seen)
         return kernels.attend_with_mask(base, module, query, key, value, mask, options)
-
-    def _chooses(self, seen: _Seen) -> bool:
-        """Whether this call's only token attends to a part of the memory."""
-        return (
-            self.budget is not None
-            and seen.memory
-            and self.queries == 1
-            and not torch.is_grad_enabled()
-            and cast("BatchMemory", self.memory).tokens > self.budget.pages * self.budget.page_size
-        )
-
-    def _attend_to_pages(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, seen: _Seen, *, gated: bool
-    ) -> Output:
-        memory, budget = cast("BatchMemory", self.memory), cast("PageBudget", self.budget)
-        first = 0 if seen.heads is None else seen.heads.start
-        sketch = memory.sketches.get((seen.layer, first))
-        if sketch is None:
-            sketch = memory.sketches[seen.layer, first] = Sketch.of(key[:, :, : memory.tokens])
-        bias = None
-        if gated or not self._sees_all(seen):
-            bias = self._mask(seen, query.dtype)
-            bias = self._gated(bias, seen) if gated else bias
-        return attend_to_pages(query, key, value, sketch, budget, scale=scale, bias=bias), None
 
     def _has_memory(self, layer: int) -> bool:
         return self.memory is not None and layer in self.memory.places

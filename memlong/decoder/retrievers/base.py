@@ -23,13 +23,10 @@ class Passage:
         Token ids of the language model.
     start
         Index of the first token in the stream.
-    before
-        Tokens of the local window right before a query; empty for a chunk.
     """
 
     token_ids: tuple[int, ...]
     start: int
-    before: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -71,10 +68,3 @@ class Retriever(ABC):
     @abstractmethod
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings [queries, dim], float32."""
-
-    def embed_endings(self, queries: Sequence[Passage]) -> Tensor | None:  # noqa: ARG002 - for subclasses
-        """Embeddings [queries, dim] of what the queries end with, or None, the default, for no second search.
-
-        The fourth of eight chunks is one that this search finds, if its score is 1.5 times that of the last one found.
-        """
-        return None

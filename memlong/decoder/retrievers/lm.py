@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from math import exp
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
@@ -23,10 +20,6 @@ _HASHES = 8
 _LARGEST = 8
 _WIDEST = 2**20
 _FARTHEST = 2**40
-_LONGEST = 2**16
-
-_Couple = tuple[int, int]
-_Item = TypeVar("_Item", int, _Couple)
 
 
 class LanguageModelRetriever(Retriever):
@@ -36,10 +29,6 @@ class LanguageModelRetriever(Retriever):
     count sketch), so that similarity measures overlap. A token's weight is its information content under the language
     model: its surprisal ``-log p`` at the start of a text, to the power of ``sharpness``. Random directions agree
     better with a sentence encoder on which chunks to retrieve than the model's token embeddings do.
-
-    With ``ending``, a second search, without recency, is for what the query ends with, such as a question after a long
-    text. There a token or bigram weighs ``exp(-d / ending)``, d tokens before the end, divided by 1 + how often it occurs in the
-    window before: what the window is full of is no reason to look elsewhere.
 
     Parameters
     ----------
@@ -54,9 +43,6 @@ class LanguageModelRetriever(Retriever):
         to embeddings.
     recency_scale
         Distance in tokens at which the bonus falls to 0.61 of that; at twice the distance, to 0.14.
-    ending
-        Distance in tokens from the query's end at which weights of the second search fall to 0.37, such as 4; 0 disables
-        it.
 
     Notes
     -----
@@ -69,7 +55,6 @@ class LanguageModelRetriever(Retriever):
         "pairs": _LARGEST,
         "recency": _LARGEST,
         "recency_scale": None,
-        "ending": _LONGEST,
     }
 
     def __init__(
@@ -82,7 +67,6 @@ class LanguageModelRetriever(Retriever):
         pairs: float = 0.5,
         recency: float = 0.3,
         recency_scale: int = 6000,
-        ending: int = 0,
     ) -> None:
         super().__init__(model, tokenizer)
         self._tokens_dim = whole_number("dim", dim, at_least=1, at_most=_WIDEST)
@@ -90,7 +74,6 @@ class LanguageModelRetriever(Retriever):
             if not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
                 raise InvalidArgumentError(f"{name} must be a number from 0 to {_LARGEST}, got {value!r}")
         self._pairs = pairs
-        self._ending = whole_number("ending", ending, at_least=0, at_most=_LONGEST)
         scale = whole_number("recency_scale", recency_scale, at_least=1, at_most=_FARTHEST)
         self._recency = RecencyPrior(recency, scale)
         embeddings = model.get_input_embeddings().weight
@@ -111,63 +94,28 @@ class LanguageModelRetriever(Retriever):
 
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
         """Embeddings of the chunks [chunks, dim]."""
-        sketches = [
-            self._sketch(dict.fromkeys(chunk.token_ids, 1.0), dict.fromkeys(pairwise(chunk.token_ids), 1.0))
-            for chunk in chunks
-        ]
-        return self._recency.extend(torch.stack(sketches), chunks)
+        return self._recency.extend(torch.stack([self._sketch(chunk) for chunk in chunks]), chunks)
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings of the queries [queries, dim]."""
         return self.embed_chunks(queries)
 
-    def embed_endings(self, queries: Sequence[Passage]) -> Tensor | None:
-        """Embeddings of what the queries end with [queries, dim]; None if ``ending`` is 0."""
-        if not self._ending:
-            return None
-        sketches = []
-        for query in queries:
-            text = (*query.before, *query.token_ids)
-            end, before = text[-8 * self._ending :], text[: -4 * self._ending]  # exp(-8) is next to nothing
-            sketches.append(
-                self._sketch(
-                    self._nearness(end, before), self._nearness(tuple(pairwise(end)), pairwise(before))
-                )
-            )
-        return pad(torch.stack(sketches), (0, self._recency.width))
-
-    def _nearness(self, end: Sequence[_Item], before: Iterable[_Item]) -> dict[_Item, float]:
-        """Weights of what a query ends with: the later the more, and the less the more often it came before."""
-        counts = Counter(before)
-        last = {each: place for place, each in enumerate(end, 1 - len(end))}
-        return {each: exp(place / self._ending) / (1 + counts[each]) for each, place in last.items()}
-
-    def _sketch(self, tokens: Mapping[int, float], couples: Mapping[_Couple, float]) -> Tensor:
-        """Sum of the directions of tokens and bigrams, by their weights in the passage times those in the language."""
+    def _sketch(self, passage: Passage) -> Tensor:
         sketch = torch.zeros(self._tokens_dim, dtype=torch.float32, device="cpu")
-        ids, given = _sorted(tokens)
-        self._add(sketch, self._places[ids], self._signs[ids], self._weights[ids] * given)
+        tokens = torch.tensor(sorted(set(passage.token_ids)), dtype=torch.long, device="cpu")
+        self._add(sketch, self._places[tokens], self._signs[tokens], self._weights[tokens])
+        couples = sorted(set(pairwise(passage.token_ids)))
         if couples and self._pairs:
-            pairs, given = _sorted(couples)
-            first, second = pairs.T
+            first, second = torch.tensor(couples, dtype=torch.long, device="cpu").T
             places = (
                 self._places[first] + 3 * self._places[second] + 1
             ) % self._tokens_dim  # "a b" differs from "b a"
-            weights = self._pairs * (self._weights[first] + self._weights[second]) * given
+            weights = self._pairs * (self._weights[first] + self._weights[second])
             self._add(sketch, places, self._signs[first] * self._signs[second], weights)
         return sketch
 
     def _add(self, sketch: Tensor, places: Tensor, signs: Tensor, weights: Tensor) -> None:
         sketch.index_add_(0, places.flatten(), (weights[:, None] * signs).flatten())
-
-
-def _sorted(weights: Mapping[int, float] | Mapping[_Couple, float]) -> tuple[Tensor, Tensor]:
-    """Tokens or bigrams in ascending order, and their weights."""
-    items = sorted(weights.items())
-    return (
-        torch.tensor([each for each, _ in items], dtype=torch.long, device="cpu"),
-        torch.tensor([weight for _, weight in items], dtype=torch.float32, device="cpu"),
-    )
 
 
 def _beginning(config: Any, vocabulary: int) -> int:

@@ -18,7 +18,6 @@ from memlong.decoder.kv.buffers import layer_groups
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.attention import AttentionSlot
 from memlong.decoder.model.calls import BatchState, ModelCalls
-from memlong.decoder.model.pages import PageBudget
 from memlong.decoder.retrievers.base import Passage
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.batch_memory import MemoryLoader
@@ -74,10 +73,7 @@ class StreamBatch:
         window = LocalWindow.empty(layout, groups, len(self.streams), capacity, embeddings.detach())
         self._state = BatchState(window, None, self._placements())
         self._segment_states = window.states  # of each row, at the beginning of its current segment
-        budget = PageBudget.of(config.attended_tokens, config.chunk_size)
-        self._calls = ModelCalls(
-            setup.model, layout, setup.gates, slot, self._device, embeddings.dtype, budget
-        )
+        self._calls = ModelCalls(setup.model, layout, setup.gates, slot, self._device, embeddings.dtype)
         self._loader = MemoryLoader(source, [group for group in groups if group.has_memory], self._device)
         self._unread: list[Tensor] = []  # ids [rows, new] of tokens that the streams have not noted yet
 
@@ -316,11 +312,10 @@ class StreamBatch:
             stream.forget()
         retriever = self._setup.retriever
         if asking and retriever is not None:
-            passages = [stream.query() for stream in asking]
-            queries, endings = retriever.embed_queries(passages), retriever.embed_endings(passages)
+            queries = retriever.embed_queries([stream.query() for stream in asking])
             with self._loader.copy_stream.active():
-                for row, stream in enumerate(asking):
-                    stream.retrieve(queries[row], None if endings is None else endings[row])
+                for stream, query in zip(asking, queries, strict=True):
+                    stream.retrieve(query)
 
     def _placements(self) -> tuple[Placement, ...]:
         return tuple(stream.placement for stream in self.streams)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,6 @@ from memlong.decoder.kv.buffers import LayerGroup, turned
 from memlong.decoder.kv.copy_stream import CopyEvent, CopyStream
 from memlong.decoder.kv.sources import KvSource
 from memlong.decoder.kv.window import LocalWindow
-from memlong.decoder.model.pages import Sketch
 from memlong.decoder.model.rope import AngleCache
 from memlong.decoder.stream.token_stream import TokenStream
 
@@ -37,8 +36,6 @@ class BatchMemory:
         By group of retrieval layers: [rows, layers, kv_heads, tokens, head_dim]. Empty once the window holds them.
     angles
         What the keys are still to be rotated by; None if they are rotated.
-    sketches
-        By layer and first query head, what single tokens choose pages by; made when first needed.
     ready
         The event after which all of these may be used, if they are still being copied to a CUDA device.
     """
@@ -50,7 +47,6 @@ class BatchMemory:
     values: tuple[Tensor, ...] = ()
     angles: AngleCache | None = None
     ready: CopyEvent | None = None
-    sketches: dict[tuple[int, int], Sketch] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -97,12 +93,7 @@ class BatchMemory:
         numbers = np.asarray(rows, dtype=np.int64)
         keys, values = (tuple(states[list(rows)] for states in each) for each in (self.keys, self.values))
         return replace(
-            self,
-            positions=self.positions[numbers],
-            valid=self.valid[numbers],
-            keys=keys,
-            values=values,
-            sketches={},
+            self, positions=self.positions[numbers], valid=self.valid[numbers], keys=keys, values=values
         )
 
 

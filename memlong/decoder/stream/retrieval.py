@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memlong.bank import Draft, MemoryBank, SearchResult
+from memlong.bank import Draft, MemoryBank
+from memlong.bank.store.copying import to_device
 from memlong.decoder.config import MemoryConfig
 
 
@@ -19,11 +20,8 @@ class Retrieval:
     ----------
     query
         Its embedding [dim].
-    ids
-        Of the chunks found [found]: the best for the query first, and the fourth of eight the best for its ending, if
-        the retriever embeds that and the chunk stands out there.
-    scores
-        Of the best chunks for the query alone [found].
+    ids, scores
+        Of the chunks found [found], best first.
     """
 
     query: Tensor
@@ -81,42 +79,24 @@ class RandomChunks:
         return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu")), memory
 
 
-_PLACE, _EVERY = 3, 8  # the fourth of eight chunks
-_STANDS_OUT = 1.5
-
-
 def retrieve_chunks(
-    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig, ending: Tensor | None = None
+    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
 ) -> tuple[Retrieval, StreamMemory | None]:
-    """Retrieve chunks for the embeddings [dim] of a query and its ending, and join their K-V; None if none is found."""
-    k = min(config.top_k, len(bank))
-    found = bank.search(query[None], k)
+    """Retrieve chunks for a query's embedding [dim], and join their K-V; None if nothing was found."""
+    found = bank.retrieve(query[None], min(config.top_k, len(bank)))
     count = int((found.ids[0] >= 0).sum())
-    ids = found.ids[0, :count]
-    if ending is not None and _PLACE < count < len(bank):
-        ids = _with_others(ids, bank.search(ending[None], k))
-    # Chunks leave the window in the order of the text, so that is the order of ids.
-    chunks = bank.fetch(ids.sort().values)
-    retrieval = Retrieval(query, ids[torch.isin(ids, chunks.ids)], found.scores[0, :count])
-    if not len(chunks.ids):
+    retrieval = Retrieval(query, found.ids[0, :count], found.scores[0, :count])
+    if not count:
         return retrieval, None
-    return retrieval, StreamMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans)
+    # Chunks leave the window in the order of the text, so that is the order of ids.
+    order = retrieval.ids.argsort()
+    keys, values = (
+        _in_line(states[0], to_device(order, states.device)) for states in (found.keys, found.values)
+    )
+    return retrieval, StreamMemory(keys, values, found.spans[0, order])
 
 
-def _with_others(ids: Tensor, second: SearchResult) -> Tensor:
-    """As many ids [found], but the fourth of eight from a second search, if it stands out among all that this found."""
-    scores = second.scores[0][second.ids[0] >= 0]
-    standing_out = second.ids[0, : len(scores)][scores > _STANDS_OUT * scores[-1:].clamp_min(0)]
-    first, others = ids.tolist(), standing_out.tolist()
-    taken: list[int] = []
-    while len(taken) < len(ids):
-        queue = others if others and len(taken) % _EVERY == _PLACE else first
-        new = queue.pop(0)
-        if new not in taken:
-            taken.append(new)
-    return torch.tensor(taken, dtype=torch.int64, device="cpu")
-
-
-def _in_line(blocks: Tensor) -> Tensor:
+def _in_line(blocks: Tensor, order: Tensor | None = None) -> Tensor:
     """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim], in one copy."""
-    return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    side_by_side = blocks.permute(1, 2, 0, 3, 4)  # [layers, kv_heads, chunks, chunk, head_dim]
+    return (side_by_side if order is None else side_by_side.index_select(2, order)).flatten(2, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -149,12 +148,10 @@ class TokenStream:
         return list(taken.token_ids)
 
     def query(self) -> Passage:
-        """The text just before the next segment, and the window before that."""
+        """The text just before the next segment."""
         if self.next_query is not None:
             return self.next_query
-        start = max(self._recent.start, self.seen - self.query_length)
-        found = self._passage(start, self.seen)
-        return replace(found, before=self._passage(min(self.first_token, start), start).token_ids)
+        return self._passage(max(self._recent.start, self.seen - self.query_length), self.seen)
 
     def departing(self, *, everything: bool = False) -> list[Passage]:
         """The chunks that must leave so that the next segment fits into the window, oldest first; or all whole ones."""
@@ -187,14 +184,14 @@ class TokenStream:
         """Drop what was retrieved for the last segment."""
         self.memory = self.retrieval = None
 
-    def retrieve(self, query: Tensor, ending: Tensor | None) -> None:
-        """Retrieve chunks for a query's embedding [dim], and for that of its ending."""
+    def retrieve(self, query: Tensor) -> None:
+        """Retrieve chunks for a query's embedding [dim]."""
         assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
         by_chance = self.random_chunks
         if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
             self.retrieval, self.memory = by_chance.retrieve(self.bank, query, self.config)
         else:
-            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config, ending)
+            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config)
 
     def memory_positions(self) -> Ints:
         """Positions [tokens] of the retrieved chunks."""
@@ -247,7 +244,7 @@ class TokenStream:
                 tensor_of(
                     tensors,
                     "retrieval.scores",
-                    None,
+                    len(ids),
                     like=torch.empty(0, dtype=torch.float32, device="cpu"),
                 ),
             )
