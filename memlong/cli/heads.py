@@ -15,6 +15,8 @@ from memlong.cli.output import JsonOutput
 from memlong.cli.passages import passages_of
 from memlong.errors import InvalidArgumentError
 
+SINKS = 4  # score_heads' default
+
 
 def heads(
     model: options.Model,
@@ -31,10 +33,10 @@ def heads(
     trust_remote_code: options.TrustRemoteCode = False,
     json_file: options.JsonFile = None,
 ) -> None:
-    """Find retrieval heads: the K-V heads that make most of distant tokens. Prints them for --retrieval-heads.
+    """Find retrieval heads: the K-V heads that make the most of distant tokens. Prints them for --retrieval-heads.
 
-    The others then attend to the local window alone: their K-V are neither stored nor retrieved, which halves a
-    memory's size and cost at the default share.
+    The others then attend to the local window alone: their K-V are neither stored nor retrieved. At the default share,
+    half of the bytes are stored.
 
     \b
     Examples:
@@ -44,7 +46,11 @@ def heads(
     output = JsonOutput(json_file)
     if not 0 < share <= 1:
         raise InvalidArgumentError(f"--share must be above 0 and at most 1, got {share}")
-    from memlong.decoder.model.head_names import heads_as_text
+    if passage_tokens <= local_window + SINKS:
+        raise InvalidArgumentError(
+            f"--passage-tokens must be more than {local_window + SINKS}, to see beyond --local-window, got "
+            f"{passage_tokens}"
+        )
     from memlong.evaluation import read_text
     from memlong.training import score_heads
     from memlong.versions import versions
@@ -59,9 +65,10 @@ def heads(
             chosen,
             layers=retrieval_layers,
             local_window=local_window,
+            sink_tokens=SINKS,
             progress=bar.update,
         )
-    best = heads_as_text(found.best(share))
+    best = found.best(share)
     result = {
         "model": model,
         "texts": [path.name for path in text],

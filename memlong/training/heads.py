@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlong.bank.store.copying import to_device
+from memlong.bank.validate import whole_number
 from memlong.decoder.model import kernels
-from memlong.decoder.model.head_names import Heads
+from memlong.decoder.model.head_names import has_plain_heads
 from memlong.decoder.model.kernels import Attend, Output
-from memlong.decoder.model.layer_names import parse_layers, ranges
+from memlong.decoder.model.layer_names import heads_as_text, parse_layers, ranges
 from memlong.decoder.model.probe import probe
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
-from memlong.training.projections import ProjectionWatch
+from memlong.training.projections import ProjectionWatch, check_passages
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,21 @@ class HeadScores:
     layers: tuple[int, ...]
     scores: Tensor
 
-    def best(self, share: float) -> Heads:
-        """Return this share of all heads, at least one: those with the highest scores, by layer."""
-        if not 0 < share <= 1:
-            raise InvalidArgumentError(f"share must be above 0 and at most 1, got {share}")
+    def best(self, share: float) -> str:
+        """Return this share of all heads, at least one, for `MemoryConfig.retrieval_heads`: those that score highest.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If ``share`` is not a number above 0 and at most 1.
+        """
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise InvalidArgumentError(f"share must be a number above 0 and at most 1, got {share!r}")
         count = max(1, round(share * self.scores.numel()))
         chosen = torch.zeros(self.scores.numel(), dtype=torch.bool)
         chosen[self.scores.flatten().argsort(descending=True, stable=True)[:count]] = True
         each = zip(self.layers, chosen.view_as(self.scores), strict=True)
-        return {layer: tuple(heads.nonzero()[:, 0].tolist()) for layer, heads in each if heads.any()}
+        return heads_as_text({layer: heads.nonzero()[:, 0].tolist() for layer, heads in each})
 
 
 def score_heads(
@@ -75,30 +82,38 @@ def score_heads(
     progress
         Called with the number of tokens in each passage.
 
+    Returns
+    -------
+    HeadScores
+        A score for each K-V head of these layers.
+
     Raises
     ------
     InvalidArgumentError
-        If a passage is not longer than the window, or a layer does not exist.
+        If a passage is not token ids of the model, or not longer than the window, or longer than the trained positions;
+        or a layer does not exist.
     UnsupportedModelError
         If memory does not attach to the model, or its attention has no K-V heads of one shape, or no linear output
         projection.
     """
+    local_window = whole_number("local_window", local_window, at_least=1)
+    sink_tokens = whole_number("sink_tokens", sink_tokens, at_least=0)
     layout = probe(model)
     chosen = parse_layers(layers, layout.full_attention_layers, layout.layers)
-    if not layout.alike(chosen) or any(layout.layers[layer].is_made for layer in chosen):
+    if not has_plain_heads(layout, chosen):
         raise UnsupportedModelError(
-            f"Retrieval heads need layers that attend to K-V heads of one shape, but {type(model).__name__} has others "
-            f"among the layers {ranges(chosen)}: choose layers of one shape, or leave retrieval_heads at 'all'"
+            f"Retrieval heads need layers that each attend to K-V heads of their own, of one shape, but "
+            f"{type(model).__name__} has others among the layers {ranges(chosen)}: leave retrieval_heads at 'all'"
         )
-    least = local_window + sink_tokens
+    check_passages(passages, layout)
+    least, most = local_window + sink_tokens, layout.max_positions
     for passage in passages:
-        if not isinstance(passage, Tensor) or passage.ndim != 2 or passage.shape[1] <= least:
+        if passage.shape[1] <= least or (most is not None and passage.shape[1] > most):
+            limit = "" if most is None else f", and at most the {most} that the model was trained on"
             raise InvalidArgumentError(
-                f"passages must be tensors of token ids [1, tokens] with more than {least} tokens, to see beyond the "
-                f"local window, got {f'shape {tuple(passage.shape)}' if isinstance(passage, Tensor) else passage!r:.80}"
+                f"passages must have more than {least} tokens, to see beyond local_window{limit}, got "
+                f"{passage.shape[1]}"
             )
-    if not passages:
-        raise InvalidArgumentError("passages must hold at least one, got none")
     watch = _Watch(layout, chosen, local_window, sink_tokens)
     device = cast("torch.device", model.get_input_embeddings().weight.device)
     for passage in passages:
@@ -121,10 +136,15 @@ class _Watch(ProjectionWatch):
     @torch.no_grad()
     def read(self, model: PreTrainedModel, passage: Tensor) -> None:
         """Run the model on a passage [1, tokens]."""
-        index = torch.arange(passage.shape[1], device=passage.device)
+        index = torch.arange(passage.shape[1], device=passage.device, dtype=torch.int32)
         distance = index[:, None] - index
         near = (distance < self.local_window) | (index < self.sink_tokens)
-        self._mask = kernels.additive_mask(((distance >= 0) & near)[None], model.dtype)
+        self._masks = {
+            size: kernels.additive_mask(
+                ((distance >= 0) & near & (distance < (size or len(index))))[None], model.dtype
+            )
+            for size in {self.layout.layers[layer].sliding_window for layer in self.layers}
+        }
         self._tokens += passage.shape[1] - self.local_window
         self.run(model, passage)
 
@@ -142,12 +162,14 @@ class _Watch(ProjectionWatch):
         output, weights = base(module, query, key, value, attention_mask, **options)
         layer = self.layout.readers[module][-1]
         if layer in self.layers:
-            local, _ = kernels.attend_with_mask(base, module, query, key, value, self._mask, options)
-            added = (output - local)[0, self.local_window :].double()  # [tokens, heads, width]
+            mask = self._masks[self.layout.layers[layer].sliding_window]
+            local, _ = kernels.attend_with_mask(base, module, query, key, value, mask, options)
+            # [tokens, heads, width]
+            added = (output - local)[0, self.local_window :].float().cpu().double()
             by_head = added.view(len(added), key.shape[1], -1).transpose(
                 0, 1
             )  # [kv_heads, tokens, group * width]
-            moments = (by_head.mT @ by_head).cpu()
+            moments = by_head.mT @ by_head
             self._moments[layer] = self._moments.get(layer, 0) + moments
         return output, weights
 

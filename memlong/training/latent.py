@@ -22,9 +22,8 @@ from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layer_names import parse_layers, ranges
 from memlong.decoder.model.probe import probe
 from memlong.decoder.model.rope import AngleCache
-from memlong.decoder.stream.tokens import token_lists
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
-from memlong.training.projections import ProjectionWatch
+from memlong.training.projections import ProjectionWatch, check_passages
 
 _SMALLEST = 1e-4  # floor on a direction's importance, relative to the most important one
 
@@ -77,13 +76,7 @@ def fit_latent_maps(
             f"Latent maps need layers with keys and values of one shape, but {type(model).__name__} has several in the "
             f"layers {ranges(chosen)}: choose layers of one shape"
         )
-    for passage in passages:
-        if not isinstance(passage, Tensor) or passage.ndim != 2 or len(passage) != 1 or not passage.numel():
-            raise InvalidArgumentError(
-                "passages must be a list of tensors of token ids [1, tokens], one per passage, got "
-                f"{f'shape {tuple(passage.shape)}' if isinstance(passage, Tensor) else type(passage).__name__}"
-            )
-        token_lists(passage, None, layout)
+    check_passages(passages, layout)
     tokens = sum(passage.shape[1] for passage in passages)
     if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(

@@ -1,8 +1,8 @@
-"""A slot for attention that also records each layer's output projection."""
+"""What fitting to text shares: checked passages, and a slot for attention that records output projections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,29 @@ from transformers import PreTrainedModel
 from memlong.decoder.model.attention import AttentionSlot, evaluating, installed, replaced_attention
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.weights import true_tensor
-from memlong.errors import UnsupportedModelError
+from memlong.decoder.stream.tokens import token_lists
+from memlong.errors import InvalidArgumentError, UnsupportedModelError
+
+
+def check_passages(passages: Sequence[Tensor], layout: ModelLayout) -> None:
+    """Refuse passages that are not token ids [1, tokens] of the model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If one is not, or there are none.
+    """
+    if not isinstance(passages, Sequence) or not passages:
+        raise InvalidArgumentError(
+            f"passages must be a list of tensors of token ids [1, tokens], got {passages!r:.80}"
+        )
+    for passage in passages:
+        if not isinstance(passage, Tensor) or passage.ndim != 2 or len(passage) != 1 or not passage.numel():
+            got = f"shape {tuple(passage.shape)}" if isinstance(passage, Tensor) else type(passage).__name__
+            raise InvalidArgumentError(
+                f"passages must be a list of tensors of token ids [1, tokens], one per passage, got {got}"
+            )
+        token_lists(passage, None, layout)
 
 
 @dataclass(eq=False)

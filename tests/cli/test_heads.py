@@ -47,4 +47,4 @@ def test_bad_input_is_told(heads, tmp_path):
     assert isinstance(heads(text=short).exception, InvalidTextError)
     error = heads("--local-window", 60).exception
     assert isinstance(error, InvalidArgumentError)
-    assert "more than 64 tokens" in str(error)
+    assert "--passage-tokens must be more than 64" in str(error)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
+from transformers import AttentionInterface, GptOssConfig, GptOssForCausalLM
 
 from memlong import MemoryDecoder
-from memlong.decoder.model.head_names import heads_as_text, parse_heads, runs
-from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.decoder.model.head_names import parse_heads, runs
+from memlong.decoder.model.layer_names import heads_as_text
+from memlong.errors import InvalidArgumentError, MemlongError, UnsupportedModelError
+from memlong.training import score_heads
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 SOME = {0: (1,), 1: (0,), 3: (0, 1)}
@@ -163,7 +165,7 @@ def test_heads_as_users_write_them(llama, small):
     ("settings", "message"),
     [
         ({"retrieval_heads": "1"}, "must be 'all', or K-V heads by layer such as '15:0\\+2,16:1'"),
-        ({"retrieval_heads": "1:0,"}, "where '' is none"),
+        ({"retrieval_heads": "1:0,"}, "where '' is not one"),
         ({"retrieval_heads": "9:0"}, "must be of the retrieval layers 0-3, got layer 9"),
         ({"retrieval_heads": "1:2"}, "must be below 2, the K-V heads of layer 1, got 2"),
         (
@@ -176,3 +178,25 @@ def test_heads_as_users_write_them(llama, small):
 def test_impossible_heads_are_refused(llama, small, settings, message):
     with pytest.raises(InvalidArgumentError, match=message):
         MemoryDecoder(llama, None, small(**{"retrieval_layers": "all", **settings}))
+
+
+def test_attention_with_learned_sinks_is_refused(small):
+    config = GptOssConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
+    model = GptOssForCausalLM(config)
+    with pytest.raises(InvalidArgumentError, match="retrieval_heads must be 'all' for this model"):
+        MemoryDecoder(model, None, small(retrieval_heads="1:0"))
+    with pytest.raises(UnsupportedModelError, match="leave retrieval_heads at 'all'"):
+        score_heads(model, [torch.full((1, 60), 5)], local_window=20)

@@ -50,14 +50,44 @@ def noting(forward, seen):
 
 def test_the_best_heads_come_by_layer():
     found = HeadScores((3, 5), torch.tensor([[1.0, 4.0], [3.0, 2.0]]))
-    assert found.best(0.5) == {3: (1,), 5: (0,)}
-    assert found.best(0.01) == {3: (1,)}
-    assert found.best(1) == {3: (0, 1), 5: (0, 1)}
-    with pytest.raises(InvalidArgumentError, match="share must be above 0 and at most 1, got 0"):
+    assert found.best(0.5) == "3:1,5:0"
+    assert found.best(0.01) == "3:1"
+    assert found.best(1) == "3:0+1,5:0+1"
+    with pytest.raises(InvalidArgumentError, match="share must be a number above 0 and at most 1, got 0"):
         found.best(0)
 
 
-@pytest.mark.parametrize("passages", [[torch.zeros(1, 20, dtype=torch.long)], [[1, 2, 3]], []])
-def test_passages_within_the_window_are_refused(llama, passages):
-    with pytest.raises(InvalidArgumentError, match="passages must"):
-        score_heads(llama, passages, local_window=20, sink_tokens=2)
+@pytest.mark.parametrize(
+    ("passages", "options", "message"),
+    [
+        ([torch.zeros(1, 20, dtype=torch.long)], {}, "passages must have more than 22 tokens"),
+        (
+            [torch.zeros(1, 600, dtype=torch.long)],
+            {},
+            "and at most the 512 that the model was trained on, got 600",
+        ),
+        ([[1, 2, 3]], {}, "one per passage, got list"),
+        ([torch.zeros(2, 60, dtype=torch.long)], {}, "one per passage, got shape \\(2, 60\\)"),
+        ([torch.full((1, 60), 97)], {}, "from 0"),
+        ([], {}, "passages must be a list of tensors"),
+        (
+            [torch.zeros(1, 60, dtype=torch.long)],
+            {"local_window": 0},
+            "local_window must be an integer of at least 1",
+        ),
+        (
+            [torch.zeros(1, 60, dtype=torch.long)],
+            {"sink_tokens": -1},
+            "sink_tokens must be an integer of at least 0",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(llama, passages, options, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        score_heads(llama, passages, **{"local_window": 20, "sink_tokens": 2, **options})
+
+
+def test_a_layer_that_sees_no_farther_than_the_window_scores_nothing(tiny_model, text):
+    model = tiny_model("Gemma3")  # layers 0 and 2 see 40 tokens
+    found = score_heads(model, [text(120)], layers="0-3", local_window=60, sink_tokens=0)
+    assert (found.scores == 0).all(dim=1).tolist() == [True, False, True, False]

@@ -12,7 +12,7 @@ from memlong.bank import ChunkLayout
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.kv.latent import LatentMaps
 from memlong.decoder.kv.window import LocalWindow
-from memlong.decoder.model.head_names import Heads, parse_heads
+from memlong.decoder.model.head_names import Heads, has_plain_heads, parse_heads
 from memlong.decoder.model.layer_names import ranges
 from memlong.decoder.model.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
@@ -277,10 +277,10 @@ def _of_heads(
     config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]
 ) -> HeadSource:
     heads = parse_heads(config.retrieval_heads, model_layout, retrieval_layers)
-    if not model_layout.alike(tuple(heads)) or any(model_layout.layers[layer].is_made for layer in heads):
+    if not has_plain_heads(model_layout, tuple(heads)):
         raise InvalidArgumentError(
-            "retrieval_heads must be 'all' for this model, whose retrieval layers do not attend to K-V heads of one "
-            f"shape, got {config.retrieval_heads!r:.80}"
+            "retrieval_heads must be 'all' for this model, whose retrieval layers do not each attend to K-V heads of "
+            f"their own, of one shape, or have learned sinks, got {config.retrieval_heads!r:.80}"
         )
     return HeadSource(model_layout, heads)
 

@@ -19,7 +19,7 @@ from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.stream.batch_memory import BatchMemory
 from memlong.errors import UnsupportedModelError
 
-_BY_HEAD = ("s_aux",)  # what some models give each head besides
+_BY_HEAD = ("s_aux", "position_bias")  # what some models give attention for each head
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,23 @@ class AttentionPass:
             seen = _Seen(layer, self._has_memory(layer))
             return self._attend(base, module, query, key, value, options, seen)
         memory = cast("BatchMemory", self.memory)
-        if options.get("position_bias") is not None:
+        odd = [name for name in _BY_HEAD if options.get(name) is not None]
+        if odd:
             raise UnsupportedModelError(
-                f"retrieval_heads must be 'all' for {type(module).__name__}, whose attention has a position bias"
+                f"retrieval_heads must be 'all' for {type(module).__name__}, whose attention has {odd[0]}"
             )
         outputs = []
         group = query.shape[1] // key.shape[1]
         for run, sees_memory in _all_runs(heads, key.shape[1]):
             queries = slice(run.start * group, run.stop * group)
             first = 0 if sees_memory else memory.tokens
-            of_run = {name: options[name][queries] for name in _BY_HEAD if options.get(name) is not None}
             output, _ = self._attend(
                 base,
                 module,
                 query[:, queries],
                 key[:, run, first:],
                 value[:, run, first:],
-                {**options, **of_run},
+                options,
                 _Seen(layer, sees_memory, queries),
             )
             outputs.append(output)

@@ -9,7 +9,7 @@ from memlong.decoder.model.layer_names import ranges
 from memlong.decoder.model.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
 
-_PAIR = re.compile(r"(\d{1,9}):(\d{1,9}(?:\+\d{1,9})*)")
+_PAIR = re.compile(r"([0-9]{1,9}):([0-9]{1,9}(?:\+[0-9]{1,9})*)")
 
 Heads = Mapping[int, tuple[int, ...]]
 """By layer, ascending numbers of K-V heads."""
@@ -40,7 +40,7 @@ def parse_heads(text: str, model_layout: ModelLayout, layers: tuple[int, ...]) -
         if found is None:
             raise InvalidArgumentError(
                 "retrieval_heads must be 'all', or K-V heads by layer such as '15:0+2,16:1', as `memlong heads` prints "
-                f"them, got {text!r:.200}, where {part.strip()!r:.80} is none"
+                f"them, got {text!r:.200}, where {part.strip()!r:.80} is not one"
             )
         layer, heads = int(found[1]), {int(head) for head in found[2].split("+")}
         if layer not in layers:
@@ -56,9 +56,18 @@ def parse_heads(text: str, model_layout: ModelLayout, layers: tuple[int, ...]) -
     return {layer: tuple(sorted(named[layer])) for layer in sorted(named)}
 
 
-def heads_as_text(heads: Heads) -> str:
-    """Write K-V heads as `parse_heads` reads them."""
-    return ",".join(f"{layer}:{'+'.join(map(str, some))}" for layer, some in sorted(heads.items()) if some)
+def has_plain_heads(model_layout: ModelLayout, layers: tuple[int, ...]) -> bool:
+    """Whether these layers attend, each by a module of its own, to cached K-V heads of one shape, without sinks."""
+    readers = [some for some in model_layout.readers.values() if set(some) & set(layers)]
+    return (
+        model_layout.alike(layers)
+        and len(readers) == len(layers)
+        and all(len(some) == 1 for some in readers)
+        and not any(
+            layer.is_made or getattr(layer.module, "sinks", None) is not None
+            for layer in map(model_layout.layers.__getitem__, layers)
+        )
+    )
 
 
 def runs(heads: Sequence[int]) -> list[slice]:

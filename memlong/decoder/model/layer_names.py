@@ -1,9 +1,9 @@
-"""Layers by number, as users write them."""
+"""Layers by number, and their heads, as users write them."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from memlong.errors import InvalidArgumentError
@@ -74,3 +74,8 @@ def layers_as_text(layers: object) -> object:
     except TypeError:
         return layers
     return ranges(tuple(numbers)) if min(numbers) >= 0 else layers
+
+
+def heads_as_text(heads: Mapping[int, Sequence[int]]) -> str:
+    """Write K-V heads by layer as `parse_heads` reads them, such as ``"15:0+2,16:1"``."""
+    return ",".join(f"{layer}:{'+'.join(map(str, some))}" for layer, some in sorted(heads.items()) if some)

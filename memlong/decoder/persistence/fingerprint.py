@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.kv.sources import KvSource, LatentSource, LayerSource
-from memlong.decoder.model.head_names import heads_as_text
+from memlong.decoder.model.layer_names import heads_as_text
 from memlong.decoder.model.weights import (
     adapter_digests,
     module_digest,
