@@ -169,8 +169,15 @@ def _kv_bytes(decoder: MemoryDecoder, segment: Any) -> tuple[int, int]:
         held = min(end, config.sink_tokens + config.local_window, layer.sliding_window or end)
         window += held * layer.shape.numbers * size
     found = segment.retrievals[0]
-    moved = 0 if found is None else len(found.ids) * decoder.layout.nbytes
-    return window + moved, moved
+    if found is None:
+        return window, 0
+    tokens, heads = len(found.ids) * config.chunk_size, decoder.source.heads
+    memory = 0
+    for number in decoder.source.retrieval_layers:
+        layer = decoder.model_layout.layers[number]
+        share = len(heads[number]) / layer.kv_heads if heads else 1
+        memory += round(tokens * layer.shape.numbers * share) * size
+    return window + memory, len(found.ids) * decoder.layout.nbytes
 
 
 def _stored(decoder: MemoryDecoder) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -93,8 +94,10 @@ def check_flag(name: str, value: object, *, or_none: bool = False) -> None:
 
 def _check_tokens(name: str, value: Any) -> None:
     tokens = value.flatten().tolist() if isinstance(value, Tensor) else value
+    if tokens is None:
+        return
     for token in tokens if isinstance(tokens, list | tuple) else [tokens]:
-        if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+        if not isinstance(token, Integral) or isinstance(token, bool):
             raise InvalidArgumentError(f"{name} must be a token id, or a list of them, got {value!r}")
 
 

@@ -259,9 +259,9 @@ def make_source(
     InvalidArgumentError
         If the memory layer or a head does not exist, or maps are missing or made for another model.
     """
-    if config.retrieval_heads.strip() != "all":
-        return _of_heads(config, model_layout, retrieval_layers)
     if config.kv_source == "layer":
+        if config.retrieval_heads.strip() != "all":
+            return _of_heads(config, model_layout, retrieval_layers)
         if not model_layout.alike(retrieval_layers):
             return PackedSource(model_layout, retrieval_layers)
         return LayerSource(model_layout, {layer: layer for layer in retrieval_layers})
@@ -273,15 +273,15 @@ def make_source(
     return LayerSource(model_layout, dict.fromkeys(retrieval_layers, memory_layer))
 
 
-def _of_heads(
-    config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]
-) -> HeadSource:
+def _of_heads(config: MemoryConfig, model_layout: ModelLayout, retrieval_layers: tuple[int, ...]) -> KvSource:
     heads = parse_heads(config.retrieval_heads, model_layout, retrieval_layers)
     if not has_plain_heads(model_layout, tuple(heads)):
         raise InvalidArgumentError(
             "retrieval_heads must be 'all' for this model, whose retrieval layers do not each attend to K-V heads of "
             f"their own, of one shape, or have learned sinks, got {config.retrieval_heads!r:.80}"
         )
+    if all(len(some) == model_layout.layers[layer].kv_heads for layer, some in heads.items()):
+        return LayerSource(model_layout, {layer: layer for layer in heads})
     return HeadSource(model_layout, heads)
 
 

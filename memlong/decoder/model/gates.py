@@ -96,6 +96,6 @@ def make_gates(
     if theirs != ours:
         raise InvalidArgumentError(
             f"gates names {config.gates!r}, made for the layers {theirs[0]} with {theirs[1]} heads, but memory is in "
-            f"the layers {ours[0]} with {ours[1]}. Set retrieval_layers to those of the gates"
+            f"the layers {ours[0]} with {ours[1]}. Set retrieval_layers and retrieval_heads to those of the gates"
         )
     return gates.to(device=like.device, dtype=torch.float32)

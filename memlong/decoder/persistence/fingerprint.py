@@ -45,6 +45,7 @@ _SAYS_NOTHING = {  # of a text configuration: names, and what decides how a mode
 _OF_TRAINING = {"aux", "dropout", "init", "initializer", "jitter", "layerdrop", "loss", "pdrop"}
 _OF_OTHERS = ("_", "audio_", "classifier_", "id2label", "label2id", "num_labels", "summary_", "vision_")
 _OF_TOKENS = ("_token_id", "_token_index")
+_UNSAID = {"retrieval_heads": "all"}  # what it means if a fingerprint does not say
 _SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
 
 
@@ -116,7 +117,10 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     names = (ours.keys() | theirs.keys()) - {"adapters", "config"}
     if ours.get("dtype") != theirs.get("dtype"):
         names -= {"weights"}
-    found = [_told_apart(name, ours.get(name), theirs.get(name)) for name in sorted(names)]
+    found = [
+        _told_apart(name, *(told.get(name, _UNSAID.get(name)) for told in (ours, theirs)))
+        for name in sorted(names)
+    ]
     fields = [
         _told_apart(name, ours["config"][name], theirs["config"][name])
         for name in sorted(ours["config"].keys() & theirs["config"].keys())
