@@ -48,8 +48,9 @@ def _tables() -> dict[str, Callable[[], str]]:
         found[f"length-pydecimal-{what}"] = partial(
             quality.by_length, "context_lengths.json", "_pydecimal.py", what
         )
-    for kind, text in (("code", "typing.py"), ("prose", "moby_dick.txt")):
+    for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, kind)
+    for text in ("typing.py", "console.py", "moby_dick.txt"):
         found[f"front-{text}"] = partial(quality.front_text, text)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
