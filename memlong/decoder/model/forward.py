@@ -131,9 +131,8 @@ class AttentionPass:
     ) -> Output:
         """Attend with heads that all see memory, or all do not."""
         gated = self.gates is not None and seen.memory
-        asking = query.shape[
-            2
-        ]  # some models query with the latest tokens alone where only their logits are wanted
+        # Some models query with the latest tokens alone where only their logits are wanted.
+        asking = query.shape[2]
         if not gated and self._sees_all(seen):
             plain = kernels.is_plain(base, options)
             if plain and (asking == 1 or kernels.prefers_no_mask(query)):
