@@ -62,7 +62,7 @@ class AttentionPass:
     device: torch.device
     _latest: int = -1
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
-    _seeing_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
+    _sees_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
 
     def add_memory(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's memory, if it has any, before its window's K-V [rows, heads, columns, width]."""
@@ -133,7 +133,7 @@ class AttentionPass:
         gated = self.gates is not None and seen.memory
         # Some models query with the latest tokens alone where only their logits are wanted.
         asking = query.shape[2]
-        if not gated and self._sees_all(seen):
+        if not gated and self.sees_all(seen):
             plain = kernels.is_plain(base, options)
             if plain and (asking == 1 or kernels.prefers_no_mask(query)):
                 return kernels.attend_to_all_before(query, key, value, options.get("scaling"))
@@ -156,12 +156,12 @@ class AttentionPass:
         reach = self.window.columns_of(seen.layer).reach
         return reach, self.model_layout.layers[seen.layer].sliding_window, seen.memory
 
-    def _sees_all(self, seen: _Seen) -> bool:
+    def sees_all(self, seen: _Seen) -> bool:
         """Whether each token of the call sees every key of memory and window up to itself, in every row."""
         kind = self._kind(seen)
-        if kind not in self._seeing_all:
-            self._seeing_all[kind] = self._is_lower_right(seen)
-        return self._seeing_all[kind]
+        if kind not in self._sees_all:
+            self._sees_all[kind] = self._is_lower_right(seen)
+        return self._sees_all[kind]
 
     def _is_lower_right(self, seen: _Seen) -> bool:
         held, memory = self.window.columns_of(seen.layer), self.memory
