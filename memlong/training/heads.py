@@ -52,7 +52,7 @@ class HeadScores:
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise InvalidArgumentError(f"share must be a number above 0 and at most 1, got {share!r}")
         count = max(1, round(share * self.scores.numel()))
-        chosen = torch.zeros(self.scores.numel(), dtype=torch.bool)
+        chosen = torch.zeros_like(self.scores, dtype=torch.bool).flatten()
         chosen[self.scores.flatten().argsort(descending=True, stable=True)[:count]] = True
         each = zip(self.layers, chosen.view_as(self.scores), strict=True)
         return heads_as_text({layer: heads.nonzero()[:, 0].tolist() for layer, heads in each})
@@ -166,9 +166,8 @@ class _Watch(ProjectionWatch):
             local, _ = kernels.attend_with_mask(base, module, query, key, value, mask, options)
             # [tokens, heads, width]
             added = (output - local)[0, self.local_window :].float().cpu().double()
-            by_head = added.view(len(added), key.shape[1], -1).transpose(
-                0, 1
-            )  # [kv_heads, tokens, group * width]
+            # [kv_heads, tokens, group * width]
+            by_head = added.view(len(added), key.shape[1], -1).transpose(0, 1)
             moments = by_head.mT @ by_head
             self._moments[layer] = self._moments.get(layer, 0) + moments
         return output, weights
@@ -178,8 +177,7 @@ class _Watch(ProjectionWatch):
         found = []
         for layer in self.layers:
             moments = self._moments[layer] / self._tokens
-            into = (
-                self.projections[layer].double().T.reshape(*moments.shape[:2], -1)
-            )  # [kv_heads, group * width, hidden]
+            # [kv_heads, group * width, hidden]
+            into = self.projections[layer].double().T.reshape(*moments.shape[:2], -1)
             found.append(torch.einsum("hij,hik,hjk->h", moments, into, into))
         return torch.stack(found).float()
