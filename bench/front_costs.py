@@ -32,9 +32,9 @@ class Cost:
     reading, generating
         The same relative to the first system, as medians of ratios that were measured in turns; None if time was up.
     kv_read
-        Bytes of K-V that attention reads for a segment, of window and memory, in all layers.
+        Bytes of K-V that attention reads for a token, of window and memory, in all layers.
     kv_moved
-        Those of retrieved chunks among them, which are copied to the window, as the bank holds them.
+        Bytes that a segment's retrieval reads from the bank: those of chunks that the last one did not find.
     stored_per_token
         Bytes of the bank per token that it holds; None for a plain window.
     """
@@ -94,6 +94,7 @@ def _timed_reading(
     """Have each system read each segment; return the times, and bytes of K-V by system and segment."""
     turns, budget = _Turns(decoders), report.budget.share(2)
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in decoders}
+    held: dict[str, set[int]] = {name: set() for name in decoders}
     for number, part in enumerate(tqdm(parts, unit="segment", desc="timing segments", leave=False)):
         if number and budget.is_spent:
             report.leave_out(f"times of segments beyond {number} of {len(parts)}")
@@ -105,7 +106,7 @@ def _timed_reading(
                 segments = list(decoder.stream(part, logits="last"))
                 _wait(decoder.model.device)
                 turns.note(name, clock.now() - started)
-                sizes[name].append(_kv_bytes(decoder, segments[-1]))
+                sizes[name].append(_kv_bytes(decoder, segments[-1], held[name]))
     return turns, sizes
 
 
@@ -159,25 +160,31 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _kv_bytes(decoder: MemoryDecoder, segment: Any) -> tuple[int, int]:
-    """Bytes of K-V that attention read for a segment, and of retrieved chunks among them."""
+def _kv_bytes(decoder: MemoryDecoder, segment: Any, held: set[int]) -> tuple[int, int]:
+    """Bytes of K-V that attention read for a token, and of chunks that were not ``held``, and are from now on."""
     config = decoder.config
     size = segment.logits.element_size()
     end = int(segment.tokens[0, -1]) + 1
     window = 0
     for layer in decoder.model_layout.layers.values():
-        held = min(end, config.sink_tokens + config.local_window, layer.sliding_window or end)
-        window += held * layer.shape.numbers * size
+        seen = min(end, config.sink_tokens + config.local_window, layer.sliding_window or end)
+        window += seen * layer.shape.numbers * size
     found = segment.retrievals[0]
     if found is None:
         return window, 0
     tokens, heads = len(found.ids) * config.chunk_size, decoder.source.heads
+    read: float = tokens
+    if config.attended_tokens is not None and config.attended_tokens < tokens:
+        read = config.attended_tokens + tokens / 4  # the sketch is half of the keys
     memory = 0
     for number in decoder.source.retrieval_layers:
         layer = decoder.model_layout.layers[number]
         share = len(heads[number]) / layer.kv_heads if heads else 1
-        memory += round(tokens * layer.shape.numbers * share) * size
-    return window + memory, len(found.ids) * decoder.layout.nbytes
+        memory += round(read * layer.shape.numbers * share) * size
+    new = set(found.ids.tolist()) - held
+    held.clear()
+    held.update(found.ids.tolist())
+    return window + memory, len(new) * decoder.layout.nbytes
 
 
 def _stored(decoder: MemoryDecoder) -> float | None:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 COSTS = {
     "reading": ("time of a segment, plain window = 1", 1.0),
     "generating": ("time of a generated token, plain window = 1", 1.0),
-    "kv_read": ("K-V read for a segment, MB", 1e6),
+    "kv_read": ("K-V read for a token, MB", 1e6),
 }
 
 

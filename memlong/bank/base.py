@@ -378,16 +378,18 @@ class MemoryBank:
             spans[rows >= 0] = self._state.table.spans[rows[rows >= 0]]
         return torch.from_numpy(spans)
 
-    def fetch(self, ids: IntInput) -> Chunks:
+    def fetch(self, ids: IntInput, *, known: IntInput = ()) -> Chunks:
         """Return chunks by id, and count that as `retrieve` does; ids that the bank does not hold are left out.
 
         Parameters
         ----------
         ids : torch.Tensor, numpy.ndarray or sequence of int
             Distinct ids [n].
+        known : torch.Tensor, numpy.ndarray or sequence of int
+            Other ids, which are counted alike but not returned: the caller still has their chunks.
         """
-        wanted = ids_of(ids)
-        return self._state.surviving(lambda: self._state.fetch(wanted))
+        wanted, others = ids_of(ids), ids_of(known)
+        return self._state.surviving(lambda: self._state.fetch(wanted, others))
 
     def evict(self, n: int) -> torch.Tensor:
         """Have the eviction policy remove at least n chunks (all, if there are fewer), as on overflow.

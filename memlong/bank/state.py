@@ -255,15 +255,16 @@ class BankState:
         ids, scores, where = (torch.from_numpy(each) for each in (found.ids, found.scores, spans))
         return Retrieved(ids, scores, keys, values, where)
 
-    def fetch(self, ids: Ids) -> Chunks:
-        """Return those of the chunks that are held, and count that."""
+    def fetch(self, ids: Ids, known: Ids) -> Chunks:
+        """Return those of the chunks that are held, and count that, and the use of others that are ``known``."""
         with self.reading():
             rows = self.table.rows_of(ids)
             held, rows = ids[rows >= 0], rows[rows >= 0]
             keys, values = gather(self.store, self.contents.layout, held)
             spans = self.table.spans[rows].copy()
+            others = self.table.rows_of(known)
             with self.counting:
-                self.table.mark_retrieved(rows)
+                self.table.mark_retrieved(np.concatenate([rows, others[others >= 0]]))
         return Chunks(torch.from_numpy(held), keys, values, torch.from_numpy(spans))
 
     def capacity_for(self, layout: ChunkLayout) -> int | None:

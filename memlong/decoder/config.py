@@ -85,6 +85,16 @@ class MemoryConfig:
     )
     chunk_size: int = setting(128, "Tokens of a chunk, the unit of memory.", least=1)
     top_k: int = setting(8, "Chunks retrieved for a segment.", least=1)
+    attended_tokens: int | None = setting(
+        None,
+        "Retrieved tokens that each token attends to, per K-V head.",
+        unset="all of them",
+        more="Each token chooses them itself, in whole pages of 16 tokens (or fewer, where 16 does not divide "
+        "``chunk_size``), from the ``top_k`` chunks. Needs torch's ``attn_implementation='sdpa'``, and saves time on a "
+        "CPU in float32, with numba.",
+        least=1,
+        needs_backend=True,
+    )
     local_window: int = setting(
         1024, "Local tokens attended to at most, the segment included, sink tokens apart.", least=1
     )

@@ -8,17 +8,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank import TieredStore
+from memlong.bank.warn import warn_caller
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.kv.sources import make_source
+from memlong.decoder.model.attention import attention_of
 from memlong.decoder.model.gates import make_gates
 from memlong.decoder.model.layer_names import parse_layers
+from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.probe import probe
 from memlong.decoder.model.trial import try_out
+from memlong.decoder.pages.attention import why_not_compiled
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import check_made_for, create_retriever
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.positions import with_positions
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, UnsupportedModelError
 from memlong.plugins import Registry
 from memlong.plugins.registry import installed_registry
 
@@ -46,6 +50,8 @@ def prepare(
     source = make_source(config, model_layout, layers, like)
     layers = source.retrieval_layers  # those with retrieval heads
     gates = make_gates(config, model_layout, layers, like)
+    if config.attended_tokens is not None:
+        _check_pages(model, model_layout, layers, like)
     if config.backend is not None:
         registry.load_backend_class(config.backend)  # report a missing library now
         if config.store:
@@ -59,6 +65,23 @@ def prepare(
     if bank is not None:
         bank.check_layout(setup.block_layout)
     return setup
+
+
+def _check_pages(
+    model: PreTrainedModel, model_layout: ModelLayout, layers: tuple[int, ...], like: Tensor
+) -> None:
+    attention = attention_of(model)
+    if attention != "sdpa":
+        advice = "load it with attn_implementation='sdpa', or " if model._supports_sdpa else ""  # noqa: SLF001
+        raise UnsupportedModelError(
+            f"attended_tokens must be None for this {type(model).__name__}, which attends by {attention!r}: {advice}"
+            "leave it out"
+        )
+    reason = why_not_compiled(model_layout, layers, like)
+    if reason is not None:
+        warn_caller(
+            f"attended_tokens saves no time: {reason}. Pages are chosen all the same, and attended to through masks"
+        )
 
 
 def _check_types(tokenizer: Any, config: Any, retriever: Any) -> None:

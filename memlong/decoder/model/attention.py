@@ -165,7 +165,7 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
         If the model's attention cannot be replaced, or is not one of ``BASES``.
     """
     config = text_config(model)
-    before = _implementation(config).removeprefix(_OURS)  # of a copy of a model that had a memory, ours
+    before = attention_of(model)
     if before not in BASES:
         raise UnsupportedModelError(
             f"{type(model).__name__} runs the attention implementation {before!r}; memory attaches to "
@@ -194,6 +194,11 @@ def replaced_attention(model: PreTrainedModel) -> Iterator[None]:
             for part, own in parts:
                 if _implementation(part) != own:
                     part._attn_implementation = own  # noqa: SLF001 - transformers has no public setter
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name of the model's own attention implementation, whether a memory is attached or not."""
+    return _implementation(text_config(model)).removeprefix(_OURS)
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -23,6 +23,7 @@ from memlong.decoder.model.forward import AttentionPass
 from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.kernels import steady_kernels
 from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.stream.batch_memory import BatchMemory
 from memlong.decoder.stream.positions import Placement, check_max_position, positions_of
 from memlong.errors import MemlongError
@@ -56,6 +57,8 @@ class ModelCalls:
         Where the model's attention looks for memory.
     device, dtype
         Those of the model.
+    budget
+        How much of the memory a token attends to; None for all of it.
     """
 
     model: PreTrainedModel
@@ -64,6 +67,7 @@ class ModelCalls:
     slot: AttentionSlot
     device: torch.device
     dtype: torch.dtype
+    budget: PageBudget | None = None
 
     def run(
         self, before: BatchState, input_ids: Tensor, tokens: Ints, logits_to_keep: int
@@ -98,7 +102,7 @@ class ModelCalls:
         self, cache: WindowCache, window: LocalWindow, memory: BatchMemory | None, width: int
     ) -> Iterator[AttentionPass]:
         """Let this thread's attention use a memory, and a window that ``width`` columns are added to."""
-        now = AttentionPass(self.model_layout, window, width, memory, self.gates, self.device)
+        now = AttentionPass(self.model_layout, window, width, memory, self.gates, self.device, self.budget)
         self.slot.current, cache.add_memory = now, now.add_memory
         try:
             with steady_kernels(self.device):

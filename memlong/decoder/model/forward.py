@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,8 @@ from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.head_names import runs
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.pages.attention import attend_compiled, page_mask
+from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.stream.batch_memory import BatchMemory
 from memlong.errors import UnsupportedModelError
 
@@ -24,11 +27,15 @@ _BY_HEAD = ("s_aux", "position_bias")  # what some models give attention for eac
 
 @dataclass(frozen=True)
 class _Seen:
-    """What some heads of a layer see: the window, and memory or not; ``heads`` are those of queries, None for all."""
+    """What some heads of a layer see: the window, and memory or not.
+
+    ``heads`` are those of queries, None for all; ``held`` are the K-V heads among those that attend to memory.
+    """
 
     layer: int
     memory: bool
     heads: slice | None = None
+    held: slice | None = None
 
 
 @dataclass
@@ -52,6 +59,8 @@ class AttentionPass:
         What each head adds to its logits of memory, or None.
     device
         The model's.
+    budget
+        How much of the memory a token attends to; None for all of it.
     """
 
     model_layout: ModelLayout
@@ -60,6 +69,7 @@ class AttentionPass:
     memory: BatchMemory | None
     gates: MemoryGates | None
     device: torch.device
+    budget: PageBudget | None = None
     _latest: int = -1
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
     _sees_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
@@ -68,7 +78,7 @@ class AttentionPass:
         """Put a layer's memory, if it has any, before its window's K-V [rows, heads, columns, width]."""
         self._latest = layer
         memory = self.memory
-        if memory is None or layer not in memory.places:
+        if memory is None or layer not in memory.places or memory.room is not None:
             return keys, values
         if torch.is_grad_enabled():  # what has gradients is not overwritten
             memory.wait()
@@ -93,8 +103,12 @@ class AttentionPass:
         layers = self.model_layout.readers[module]
         layer = layers[0] if len(layers) == 1 else self._latest
         heads = self._memory_heads(layer)
+        seen = _Seen(layer, self._has_memory(layer))
+        if seen.memory and self.budget is not None:
+            self._require_plain(base, module, options)
+            if self._is_compiled(seen, query):
+                return self._attend_compiled(query, key, value, options.get("scaling"), seen, heads), None
         if not heads:
-            seen = _Seen(layer, self._has_memory(layer))
             return self._attend(base, module, query, key, value, options, seen)
         memory = cast("BatchMemory", self.memory)
         odd = [name for name in _BY_HEAD if options.get(name) is not None]
@@ -106,7 +120,8 @@ class AttentionPass:
         group = query.shape[1] // key.shape[1]
         for run, sees_memory in _all_runs(heads, key.shape[1]):
             queries = slice(run.start * group, run.stop * group)
-            first = 0 if sees_memory else memory.tokens
+            first = 0 if sees_memory else memory.columns
+            held = heads.index(run.start) if sees_memory else 0
             output, _ = self._attend(
                 base,
                 module,
@@ -114,7 +129,7 @@ class AttentionPass:
                 key[:, run, first:],
                 value[:, run, first:],
                 options,
-                _Seen(layer, sees_memory, queries),
+                _Seen(layer, sees_memory, queries, slice(held, held + run.stop - run.start)),
             )
             outputs.append(output)
         return torch.cat(outputs, dim=2), None
@@ -133,6 +148,8 @@ class AttentionPass:
         gated = self.gates is not None and seen.memory
         # Some models query with the latest tokens alone where only their logits are wanted.
         asking = query.shape[2]
+        if seen.memory and self.budget is not None:
+            return self._attend_to_pages(base, module, query, key, value, options, seen, self.budget)
         if not gated and self.sees_all(seen):
             plain = kernels.is_plain(base, options)
             if plain and (asking == 1 or kernels.prefers_no_mask(query)):
@@ -142,6 +159,64 @@ class AttentionPass:
         mask = self._mask(seen, query.dtype)[:, :, -asking:]
         if gated:
             mask = self._gated(mask, seen)
+        return kernels.attend_with_mask(base, module, query, key, value, mask, options)
+
+    def _require_plain(self, base: Attend, module: nn.Module, options: dict[str, Any]) -> None:
+        if not kernels.is_plain(base, options):
+            raise UnsupportedModelError(
+                f"attended_tokens must be None for the attention of this {type(module).__name__}, which is more than "
+                f"torch's softmax of products: it has {kernels.beyond_sdpa(options) or 'another implementation'}"
+            )
+
+    def _is_compiled(self, seen: _Seen, query: Tensor) -> bool:
+        memory = cast("BatchMemory", self.memory)
+        return memory.room is not None and query.dtype == torch.float32 and self.sees_all(seen)
+
+    def _attend_compiled(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        seen: _Seen,
+        heads: Sequence[int],
+    ) -> Tensor:
+        """Attend to the window, and with these heads, or all, to pages of the memory."""
+        memory, budget = cast("BatchMemory", self.memory), cast("PageBudget", self.budget)
+        asking = query.shape[2]
+        mask = None
+        if asking > 1:
+            mask = self._mask(replace(seen, memory=False), query.dtype)[:, :, -asking:]
+        gates = None if self.gates is None else self._gates_of(seen)
+        held = memory.held(seen.layer)
+        return attend_compiled(query, (key, value), held, heads, budget, scale, mask, gates)
+
+    def _attend_to_pages(
+        self,
+        base: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: dict[str, Any],
+        seen: _Seen,
+        budget: PageBudget,
+    ) -> Output:
+        """Attend to pages of the memory through a mask, with heads that all see it."""
+        memory = cast("BatchMemory", self.memory)
+        if memory.room is not None:
+            keys, values, sketch = memory.held(seen.layer, seen.held)
+            key, value = (
+                torch.cat([mine.to(local.dtype), local], dim=2)
+                for mine, local in ((keys, key), (values, value))
+            )
+        else:
+            first = 0 if seen.heads is None else seen.heads.start
+            sketch = memory.sketch(seen.layer, first, key[:, :, : memory.tokens], budget.page_size)
+        mask = self._mask(seen, query.dtype)[:, :, -query.shape[2] :]
+        if self.gates is not None:
+            mask = self._gated(mask, seen)
+        mask = page_mask(query, key, sketch, budget, options.get("scaling"), mask)
         return kernels.attend_with_mask(base, module, query, key, value, mask, options)
 
     def _has_memory(self, layer: int) -> bool:
@@ -185,11 +260,14 @@ class AttentionPass:
 
     def _gated(self, mask: Tensor, seen: _Seen) -> Tensor:
         """Add a layer's gates to the memory's columns of a mask: [rows, heads, queries, memory + keys]."""
-        gates, memory = cast("MemoryGates", self.gates), cast("BatchMemory", self.memory)
-        bias = gates.of(seen.layer)[slice(None) if seen.heads is None else seen.heads]
-        bias = bias.to(mask.dtype)[None, :, None, None]
+        memory = cast("BatchMemory", self.memory)
+        bias = self._gates_of(seen).to(mask.dtype)[None, :, None, None]
         local = mask[..., memory.tokens :].expand(-1, bias.shape[1], -1, -1)
         return torch.cat([mask[..., : memory.tokens] + bias, local], dim=-1)
+
+    def _gates_of(self, seen: _Seen) -> Tensor:
+        gates = cast("MemoryGates", self.gates).of(seen.layer)
+        return gates if seen.heads is None else gates[seen.heads]
 
     def _build(self, seen: _Seen, dtype: torch.dtype) -> Tensor:
         held = self.window.columns_of(seen.layer)

@@ -47,11 +47,13 @@ def prefers_no_mask(query: Tensor) -> bool:
 
 def is_plain(base: Attend, options: dict[str, Any]) -> bool:
     """Whether this is torch's attention: a softmax of scaled products, with nothing more to it."""
-    return (
-        base is ALL_ATTENTION_FUNCTIONS["sdpa"]
-        and not options.get("dropout")
-        and all(options.get(name) is None for name in _BEYOND_SDPA)
-    )
+    return base is ALL_ATTENTION_FUNCTIONS["sdpa"] and not beyond_sdpa(options)
+
+
+def beyond_sdpa(options: dict[str, Any]) -> str:
+    """Name the options of an attention function that are more than a softmax of scaled products."""
+    odd = ["dropout"] if options.get("dropout") else []
+    return ", ".join(odd + [name for name in _BEYOND_SDPA if options.get(name) is not None])
 
 
 def attend_to_all_before(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Output:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,9 @@ from memlong.decoder.kv.buffers import layer_groups
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.attention import AttentionSlot
 from memlong.decoder.model.calls import BatchState, ModelCalls
+from memlong.decoder.pages.attention import why_not_compiled
+from memlong.decoder.pages.choice import PageBudget
+from memlong.decoder.pages.room import Room
 from memlong.decoder.retrievers.base import Passage
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.batch_memory import MemoryLoader
@@ -73,8 +77,15 @@ class StreamBatch:
         window = LocalWindow.empty(layout, groups, len(self.streams), capacity, embeddings.detach())
         self._state = BatchState(window, None, self._placements())
         self._segment_states = window.states  # of each row, at the beginning of its current segment
-        self._calls = ModelCalls(setup.model, layout, setup.gates, slot, self._device, embeddings.dtype)
-        self._loader = MemoryLoader(source, [group for group in groups if group.has_memory], self._device)
+        budget = PageBudget.of(config.attended_tokens, config.chunk_size)
+        self._calls = ModelCalls(
+            setup.model, layout, setup.gates, slot, self._device, embeddings.dtype, budget
+        )
+        attending = [group for group in groups if group.has_memory]
+        new_room = None
+        if budget is not None and why_not_compiled(layout, source.retrieval_layers, embeddings) is None:
+            new_room = partial(Room, source, attending, budget, config.chunk_size)
+        self._loader = MemoryLoader(source, attending, self._device, new_room)
         self._unread: list[Tensor] = []  # ids [rows, new] of tokens that the streams have not noted yet
 
     @property
@@ -164,11 +175,11 @@ class StreamBatch:
             if not all(0 <= token < self._setup.model_layout.vocabulary for token in own["recent"].tolist()):
                 raise ValueError(f"tokens of row {row} are not the model's")
         placements = self._placements()
-        memory = self._loader.load(self.streams, gradients=False)
+        memory = self._loader.load(self.streams, None, gradients=False)
         window = self.window.of_tensors(
             tensors,
             lambda tokens, reach: positions_of(tokens, placements, sinks_apart=reach is None),
-            memory.tokens if memory else 0,
+            memory.columns if memory else 0,
         )
         segment_states = window.loaded_states("begun", tensors)
         latest = window.tokens.max(axis=1, initial=-1).tolist()
@@ -177,7 +188,9 @@ class StreamBatch:
         for reach, held in window.columns.items():
             for stream, tokens in zip(self.streams, held.tokens, strict=True):
                 stream.check_window(tokens, reach)
-        self._state = BatchState(window, memory and memory.given_to(window), placements)
+        if memory is not None and memory.keys:
+            memory = memory.given_to(window)
+        self._state = BatchState(window, memory, placements)
         self._segment_states = segment_states
 
     def read(
@@ -323,9 +336,11 @@ class StreamBatch:
     def _is_in_place(self) -> bool:
         """Whether the window holds what the streams keep, where they place it, with columns for what they retrieved."""
         memory = self._state.memory
+        held = memory.made_of if memory else [None] * len(self.streams)
         return (
             self._placements() == self._state.placements
-            and (memory.tokens if memory else 0) == self.window.memory
+            and (memory.columns if memory else 0) == self.window.memory
+            and all(mine is stream.memory for mine, stream in zip(held, self.streams, strict=True))
             and np.array_equal(self._wanted(None), self.window.valid)
         )
 
@@ -338,8 +353,8 @@ class StreamBatch:
     def _move(self, *, gradients: bool) -> None:
         """Load what was retrieved, and drop and re-position the window's columns as the streams say."""
         placements = self._placements()
-        memory = self._loader.load(self.streams, gradients=gradients)
-        columns = memory.tokens if memory and not gradients else 0
+        memory = self._loader.load(self.streams, self._state.memory, gradients=gradients)
+        columns = memory.columns if memory and not gradients else 0
         window = self.window
         wanted = {reach: self._wanted(reach) for reach in window.columns}
         all_stay = all(each.all() for each in wanted.values())

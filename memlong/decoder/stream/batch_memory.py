@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,9 @@ from memlong.decoder.kv.copy_stream import CopyEvent, CopyStream
 from memlong.decoder.kv.sources import KvSource
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.rope import AngleCache
+from memlong.decoder.pages.choice import Sketch
+from memlong.decoder.pages.room import Room
+from memlong.decoder.stream.retrieval import StreamMemory
 from memlong.decoder.stream.token_stream import TokenStream
 
 
@@ -38,6 +41,12 @@ class BatchMemory:
         What the keys are still to be rotated by; None if they are rotated.
     ready
         The event after which all of these may be used, if they are still being copied to a CUDA device.
+    sketches
+        By layer and first query head, what tokens choose pages by; made when first needed.
+    room
+        Where keys and values are, if they stay from one retrieval to the next.
+    made_of
+        What each row had retrieved.
     """
 
     positions: Ints
@@ -47,6 +56,9 @@ class BatchMemory:
     values: tuple[Tensor, ...] = ()
     angles: AngleCache | None = None
     ready: CopyEvent | None = None
+    sketches: dict[tuple[int, int], Sketch] = field(default_factory=dict, compare=False, repr=False)
+    room: Room | None = None
+    made_of: tuple[StreamMemory | None, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -55,8 +67,14 @@ class BatchMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values that are not in the window yet."""
-        return sum(states.nbytes for states in (*self.keys, *self.values))
+        """Bytes of keys and values that are not in the window."""
+        held = 0 if self.room is None else self.room.nbytes
+        return held + sum(states.nbytes for states in (*self.keys, *self.values))
+
+    @property
+    def columns(self) -> int:
+        """Columns that the window needs for it."""
+        return 0 if self.room is not None else self.tokens
 
     @cached_property
     def places(self) -> dict[int, tuple[int, int]]:
@@ -67,10 +85,22 @@ class BatchMemory:
             for place, layer in enumerate(group)
         }
 
+    def sketch(self, layer: int, first_head: int, keys: Tensor, page_size: int) -> Sketch:
+        """Return the sketch of some heads' keys [rows, kv_heads, tokens, head_dim], for which there is no room."""
+        name = layer, first_head
+        if name not in self.sketches:
+            self.sketches[name] = Sketch.of(keys, page_size)
+        return self.sketches[name]
+
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, kv_heads, tokens, head_dim] of a retrieval layer, if the window does not hold them."""
         number, place = self.places[layer]
         return self.keys[number][:, place], self.values[number][:, place]
+
+    def held(self, layer: int, heads: slice | None = None) -> tuple[Tensor, Tensor, Sketch]:
+        """Keys, values and sketch of a layer's heads that attend to memory, or some of them; they are in the room."""
+        assert self.room is not None  # noqa: S101 - the caller knows
+        return self.room.of(*self.places[layer], self.tokens, heads)
 
     def wait(self) -> None:
         """Make what the device computes from here on wait for the copy."""
@@ -93,7 +123,14 @@ class BatchMemory:
         numbers = np.asarray(rows, dtype=np.int64)
         keys, values = (tuple(states[list(rows)] for states in each) for each in (self.keys, self.values))
         return replace(
-            self, positions=self.positions[numbers], valid=self.valid[numbers], keys=keys, values=values
+            self,
+            positions=self.positions[numbers],
+            valid=self.valid[numbers],
+            keys=keys,
+            values=values,
+            sketches={},
+            room=None if self.room is None else self.room.of_rows(rows),
+            made_of=tuple(self.made_of[row] for row in rows),
         )
 
 
@@ -108,6 +145,8 @@ class MemoryLoader:
         The layers that attend to memory, grouped as the window has them.
     device
         The model's.
+    new_room
+        Makes a room for so many rows; None if the window holds what is retrieved.
 
     Attributes
     ----------
@@ -115,14 +154,35 @@ class MemoryLoader:
         Where a CUDA device copies while it computes.
     """
 
-    def __init__(self, source: KvSource, groups: Sequence[LayerGroup], device: torch.device) -> None:
+    def __init__(
+        self,
+        source: KvSource,
+        groups: Sequence[LayerGroup],
+        device: torch.device,
+        new_room: Callable[[int], Room] | None = None,
+    ) -> None:
         self._source = source
         self._groups = groups
+        self._layers = tuple(group.layers for group in groups)
         self._device = device
+        self._new_room = new_room
         self.copy_stream = CopyStream(device)
 
-    def load(self, streams: Sequence[TokenStream], *, gradients: bool) -> BatchMemory | None:
-        """Return the memory of these streams, one for each row; None if no row has retrieved anything."""
+    def load(
+        self, streams: Sequence[TokenStream], before: BatchMemory | None, *, gradients: bool
+    ) -> BatchMemory | None:
+        """Return the memory of these streams, one for each row; None if no row has retrieved anything.
+
+        It may take over the room of the memory ``before``, which is then no longer of use.
+        """
+        if self._new_room is not None and not gradients:
+            if not any(stream.memory for stream in streams):
+                return None
+            room = before.room if before else None
+            room = room or self._new_room(len(streams))
+            held = room.hold([stream.placed_blocks() for stream in streams])
+            made_of = tuple(stream.memory for stream in streams)
+            return BatchMemory(*held, self._layers, room=room, made_of=made_of)
         if gradients:  # on the model's stream: gradients of one leaf are best made on one stream
             self.copy_stream.join()
             with torch.enable_grad():
@@ -145,17 +205,16 @@ class MemoryLoader:
         positions = np.stack([np.pad(mine, (0, width - len(mine))) for mine in each])
         valid = np.arange(width) < np.array([[len(mine)] for mine in each])
         angles = AngleCache(to_device(torch.from_numpy(positions), self._device))
+        joined = [(memory.keys, memory.values) if memory else None for memory in memories]
         keys, values = [], []
         for group in self._groups:
-            supplied = [
-                self._source.supply(group.layers, memory.keys, memory.values) if memory else (None, None)
-                for memory in memories
-            ]
+            supplied = [self._source.supply(group.layers, *both) if both else (None, None) for both in joined]
             raw, mine = (_batch(states).to(self._device) for states in zip(*supplied, strict=True))
             keys.append(turned(raw, angles.of(group.rope), group.rope.rotated) if rotate else raw)
             values.append(mine)
-        layers = tuple(group.layers for group in self._groups)
-        return BatchMemory(positions, valid, layers, tuple(keys), tuple(values), None if rotate else angles)
+        late = None if rotate else angles
+        made_of = tuple(memories)
+        return BatchMemory(positions, valid, self._layers, tuple(keys), tuple(values), late, made_of=made_of)
 
 
 def _batch(states: Sequence[Tensor | None]) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from memlong.bank import Draft, MemoryBank
-from memlong.bank.store.copying import to_device
+from memlong.bank import Chunks, Draft, MemoryBank
+from memlong.decoder.arrays import Ints
 from memlong.decoder.config import MemoryConfig
 
 
@@ -29,21 +30,56 @@ class Retrieval:
     scores: Tensor
 
 
-@dataclass(frozen=True)
-class StreamMemory:
-    """Retrieved K-V of one stream, un-rotated, with chunks in the order of the text.
-
-    ``keys`` and ``values`` are [layers, kv_heads, tokens, head_dim]; ``spans`` is [chunks, 2].
-    """
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Keys and values of a chunk, un-rotated, [layers, kv_heads, chunk, head_dim] each; never changed."""
 
     keys: Tensor
     values: Tensor
+
+
+Placed = tuple[Block, Ints]
+"""A chunk, and the positions [chunk] of its tokens."""
+
+
+@dataclass(frozen=True)
+class StreamMemory:
+    """Retrieved chunks of one stream, in the order of the text.
+
+    Attributes
+    ----------
+    blocks
+        Of each chunk.
+    spans
+        Its tokens [chunks, 2].
+    ids
+        Its id; empty where they are not known.
+    """
+
+    blocks: tuple[Block, ...]
     spans: Tensor
+    ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, spans: Tensor) -> Self:
+        """Take chunks of which keys and values are [layers, kv_heads, tokens, head_dim]."""
+        sides = zip(*(states.chunk(len(spans), dim=2) for states in (keys, values)), strict=True)
+        return cls(tuple(Block(*side) for side in sides), spans)
 
     @property
     def tokens(self) -> int:
         """Number of retrieved tokens."""
-        return int(self.keys.shape[2])
+        return sum(block.keys.shape[2] for block in self.blocks)
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys of all chunks, joined in one copy [layers, kv_heads, tokens, head_dim]."""
+        return torch.cat([block.keys for block in self.blocks], dim=2)
+
+    @property
+    def values(self) -> Tensor:
+        """Values of all chunks, as `keys`."""
+        return torch.cat([block.values for block in self.blocks], dim=2)
 
 
 @dataclass(frozen=True)
@@ -72,31 +108,48 @@ class RandomChunks:
         stored = bank.ids
         some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.top_k]
         ids = stored[some].sort().values
-        chunks = bank.fetch(ids)
-        memory = (
-            StreamMemory(_in_line(chunks.keys), _in_line(chunks.values), chunks.spans) if len(ids) else None
-        )
-        return Retrieval(query, ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu")), memory
+        found = bank.fetch(ids)
+        scores = torch.zeros(len(found.ids), dtype=torch.float32, device="cpu")
+        return Retrieval(query, found.ids, scores), _memory(found, None)
 
 
 def retrieve_chunks(
-    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
+    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig, before: StreamMemory | None = None
 ) -> tuple[Retrieval, StreamMemory | None]:
-    """Retrieve chunks for a query's embedding [dim], and join their K-V; None if nothing was found."""
-    found = bank.retrieve(query[None], min(config.top_k, len(bank)))
-    count = int((found.ids[0] >= 0).sum())
-    retrieval = Retrieval(query, found.ids[0, :count], found.scores[0, :count])
-    if not count:
-        return retrieval, None
+    """Retrieve chunks for a query's embedding [dim]; None if nothing was found.
+
+    Those that ``before`` holds, from the same bank, are not read again.
+    """
+    found = bank.search(query[None], max(1, min(config.top_k, len(bank))))
+    known = set() if before is None else set(before.ids)
+    ids = [each for each in found.ids[0].tolist() if each >= 0]
+    new = [each for each in ids if each not in known]
+    if isinstance(bank, Draft):
+        chunks = bank.fetch(new)
+    else:
+        chunks = bank.fetch(new, known=[each for each in ids if each in known])
+    gone = set(new) - set(chunks.ids.tolist())  # they have left the bank since the search
+    held = [place for place, each in enumerate(ids) if each not in gone]
+    retrieval = Retrieval(query, found.ids[0, held], found.scores[0, held])
     # Chunks leave the window in the order of the text, so that is the order of ids.
-    order = retrieval.ids.argsort()
-    keys, values = (
-        _in_line(states[0], to_device(order, states.device)) for states in (found.keys, found.values)
+    return retrieval, _memory(chunks, before, retrieval.ids.sort().values)
+
+
+def _memory(chunks: Chunks, before: StreamMemory | None, ids: Tensor | None = None) -> StreamMemory | None:
+    """Join chunks that were fetched and those of ``ids``, ascending, that were there before."""
+    wanted = (chunks.ids if ids is None else ids).tolist()
+    if not wanted:
+        return None
+    blocks, spans = {}, {}
+    if before is not None:
+        blocks = dict(zip(before.ids, before.blocks, strict=False))
+        spans = dict(zip(before.ids, before.spans, strict=False))
+    # Copies, unless it is one: a chunk that stays shall not hold on to those that came with it.
+    alone = len(chunks.ids) == 1
+    for row, each in enumerate(chunks.ids.tolist()):
+        keys, values = chunks.keys[row], chunks.values[row]
+        blocks[each] = Block(keys, values) if alone else Block(keys.clone(), values.clone())
+        spans[each] = chunks.spans[row]
+    return StreamMemory(
+        tuple(blocks[each] for each in wanted), torch.stack([spans[each] for each in wanted]), tuple(wanted)
     )
-    return retrieval, StreamMemory(keys, values, found.spans[0, order])
-
-
-def _in_line(blocks: Tensor, order: Tensor | None = None) -> Tensor:
-    """[chunks, layers, kv_heads, chunk, head_dim] -> [layers, kv_heads, tokens, head_dim], in one copy."""
-    side_by_side = blocks.permute(1, 2, 0, 3, 4)  # [layers, kv_heads, chunks, chunk, head_dim]
-    return (side_by_side if order is None else side_by_side.index_select(2, order)).flatten(2, 3)

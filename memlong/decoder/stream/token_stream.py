@@ -16,7 +16,7 @@ from memlong.decoder.config import MemoryConfig
 from memlong.decoder.persistence.saved_values import fact_of, tensor_of
 from memlong.decoder.retrievers.base import Passage
 from memlong.decoder.stream.positions import Placement, memory_positions, placement_of
-from memlong.decoder.stream.retrieval import RandomChunks, Retrieval, StreamMemory, retrieve_chunks
+from memlong.decoder.stream.retrieval import Placed, RandomChunks, Retrieval, StreamMemory, retrieve_chunks
 
 _MOST_IDS = 1 << 62
 
@@ -66,6 +66,7 @@ class TokenStream:
         self.bank = bank
         self.bank_origin = bank.origin if isinstance(bank, MemoryBank) else None
         self.storing_from: int | None = None
+        self._before: StreamMemory | None = None  # what the bank gave last
 
     @property
     def seen(self) -> int:
@@ -191,13 +192,23 @@ class TokenStream:
         if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
             self.retrieval, self.memory = by_chance.retrieve(self.bank, query, self.config)
         else:
-            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config)
+            # A draft's ids may come to mean other chunks.
+            before = self._before if isinstance(self.bank, MemoryBank) else None
+            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config, before)
+        self._before = self.memory
 
     def memory_positions(self) -> Ints:
         """Positions [tokens] of the retrieved chunks."""
         if self.memory is None:
             return np.empty(0, dtype=np.int64)
         return memory_positions(self.config, self.placement, self.memory.spans.numpy())
+
+    def placed_blocks(self) -> list[Placed]:
+        """The retrieved chunks with their positions."""
+        if self.memory is None:
+            return []
+        positions = self.memory_positions().reshape(len(self.memory.blocks), -1)
+        return list(zip(self.memory.blocks, positions, strict=True))
 
     def facts(self) -> dict[str, int | bool | None]:
         """Return the part of the state that JSON can hold, for `restore`."""
@@ -215,7 +226,7 @@ class TokenStream:
         if self.retrieval is not None:
             found |= {f"retrieval.{name}": each for name, each in vars(self.retrieval).items()}
         if self.memory is not None:
-            found |= {f"memory.{name}": each for name, each in vars(self.memory).items()}
+            found |= {f"memory.{name}": getattr(self.memory, name) for name in ("keys", "values", "spans")}
         return found
 
     def restore(
@@ -256,7 +267,7 @@ class TokenStream:
                 tensor_of(tensors, f"memory.{name}", layers, heads, len(spans) * size, width, like=like)
                 for name in ("keys", "values")
             )
-            self.memory = StreamMemory(keys, values, spans)
+            self.memory = StreamMemory.of(keys, values, spans)
 
     def _passage(self, start: int, end: int) -> Passage:
         first = self._recent.start

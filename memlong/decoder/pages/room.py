@@ -1,0 +1,208 @@
+"""Where retrieved chunks stay from one retrieval to the next: only what has changed is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlong.decoder.arrays import Bools, Ints
+from memlong.decoder.kv.buffers import LayerGroup, turned
+from memlong.decoder.kv.sources import KvSource
+from memlong.decoder.model.rope import AngleCache
+from memlong.decoder.pages.choice import PageBudget, Sketch, energies, kept_channels, largest, sketched
+from memlong.decoder.stream.retrieval import Placed
+
+
+@dataclass(eq=False)
+class _GroupRoom:
+    """The chunks of alike layers, in slots.
+
+    Attributes
+    ----------
+    keys, values
+        [rows, layers, heads, tokens, width], keys rotated.
+    sketch
+        [rows, layers, heads, page_size, pages, kept].
+    energies
+        Of each channel, by slot [rows, layers, heads, slots, head_dim].
+    channels
+        Those of the sketch [rows, layers, heads, kept].
+    """
+
+    keys: Tensor
+    values: Tensor
+    sketch: Tensor
+    energies: Tensor
+    channels: Tensor
+
+
+@dataclass(eq=False)
+class Room:
+    """Retrieved chunks of the rows of a batch, in any order, each in a slot of its own.
+
+    Parameters
+    ----------
+    source
+        What each retrieval layer makes of stored K-V.
+    groups
+        The layers that attend to memory.
+    budget
+        How they choose pages.
+    chunk_size
+        Tokens of a slot.
+    rows
+        Rows of the batch.
+    """
+
+    source: KvSource
+    groups: Sequence[LayerGroup]
+    budget: PageBudget
+    chunk_size: int
+    rows: int
+    _held: list[list[Placed]] = field(init=False)
+    _rooms: list[_GroupRoom] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._held = [[] for _ in range(self.rows)]
+
+    @torch.no_grad()
+    def hold(self, wanted: Sequence[Sequence[Placed]]) -> tuple[Ints, Bools]:
+        """Hold exactly these chunks of each row, and write those that it does not hold yet.
+
+        Returns
+        -------
+        tuple
+            Positions and validity of all tokens [rows, tokens].
+        """
+        width = max(map(len, wanted))
+        positions = np.zeros((self.rows, width, self.chunk_size), dtype=np.int64)
+        with torch.inference_mode(False):  # it is written to later, in whatever mode
+            for row, chunks in enumerate(wanted):
+                before, self._held[row] = self._held[row], []  # after a failure, all are written again
+                self._held[row] = self._hold_row(row, before, chunks, width)
+                positions[row, : len(chunks)] = np.reshape(
+                    [where for _, where in self._held[row]], (-1, self.chunk_size)
+                )
+        counts = np.array([[len(chunks) * self.chunk_size] for chunks in wanted])
+        return positions.reshape(self.rows, -1), np.arange(width * self.chunk_size) < counts
+
+    def _hold_row(
+        self, row: int, before: Sequence[Placed], chunks: Sequence[Placed], width: int
+    ) -> list[Placed]:
+        """Write the chunks that are new to the first slots that are free, and return what each slot holds."""
+        coming = {_name(each): each for each in chunks}
+        slots: list[Placed | None] = [coming.pop(_name(held), None) for held in before[: len(chunks)]]
+        slots += [None] * (len(chunks) - len(slots))
+        free = [slot for slot, held in enumerate(slots) if held is None]
+        new = list(coming.values())
+        if new or len(before) != len(chunks):
+            self._write(row, free, new, len(chunks), width)
+        for slot, placed in zip(free, new, strict=True):
+            slots[slot] = placed
+        return [each for each in slots if each is not None]
+
+    def _write(self, row: int, slots: Sequence[int], new: Sequence[Placed], count: int, width: int) -> None:
+        """Write new chunks to these slots, and have the sketch agree with all ``count`` slots that are then in use."""
+        size, pages = self.chunk_size, self.chunk_size // self.budget.page_size
+        if new:
+            keys, values = (
+                torch.cat([getattr(block, name) for block, _ in new], dim=2) for name in ("keys", "values")
+            )
+            angles = AngleCache(torch.from_numpy(np.concatenate([where for _, where in new]))[None])
+        for number, group in enumerate(self.groups):
+            if new:
+                raw, mine = self.source.supply(group.layers, keys, values)
+                rotated = turned(raw[None], angles.of(group.rope), group.rope.rotated)[0]
+                room = self._room(number, rotated, mine, width)
+                for place, slot in enumerate(slots):
+                    here, there = _slot(place, size), _slot(slot, size)
+                    room.keys[row, :, :, there] = rotated[:, :, here]
+                    room.values[row, :, :, there] = mine[:, :, here]
+                    room.energies[row, :, :, slot] = energies(rotated[:, :, here])
+            elif count:
+                room = self._rooms[number]
+            else:
+                continue
+            channels = largest(room.energies[row, :, :, :count].sum(dim=2))
+            changed = (channels != room.channels[row]).any(dim=2)
+            room.channels[row] = channels
+            if new:
+                few = sketched(rotated, channels, self.budget.page_size)
+                for place, slot in enumerate(slots):
+                    room.sketch[row, :, :, :, _slot(slot, pages)] = few[:, :, :, _slot(place, pages)]
+            for layer, head in changed.nonzero().tolist():
+                whole = room.keys[row, layer, head, : count * size]
+                room.sketch[row, layer, head, :, : count * pages] = sketched(
+                    whole[None, None], channels[layer, head][None, None], self.budget.page_size
+                )[0, 0]
+
+    def _room(self, number: int, keys: Tensor, values: Tensor, width: int) -> _GroupRoom:
+        """Return a group's room, with space for this many slots."""
+        size, held = self.budget.page_size, self._rooms[number] if number < len(self._rooms) else None
+        have = 0 if held is None else held.energies.shape[3]
+        if held is not None and have >= width:
+            return held
+        slots = max(width, 2 * have)
+        shape, tokens = (self.rows, *keys.shape[:2]), slots * self.chunk_size
+        kept = kept_channels(keys.shape[3])
+        room = _GroupRoom(
+            keys.new_zeros(*shape, tokens, keys.shape[3]),
+            values.new_zeros(*shape, tokens, values.shape[3]),
+            keys.new_zeros(*shape, size, tokens // size, kept),
+            keys.new_zeros(*shape, slots, keys.shape[3]),
+            torch.zeros(*shape, kept, dtype=torch.int64, device=keys.device),
+        )
+        if held is not None:
+            used = have * self.chunk_size
+            room.keys[:, :, :, :used], room.values[:, :, :, :used] = held.keys, held.values
+            room.sketch[:, :, :, :, : used // size] = held.sketch
+            room.energies[:, :, :, :have], room.channels = held.energies, held.channels
+        self._rooms[number : number + 1] = [room]
+        return room
+
+    def of(self, number: int, place: int, tokens: int, heads: slice | None) -> tuple[Tensor, Tensor, Sketch]:
+        """Return keys, values [rows, heads, tokens, width] and sketch of a layer.
+
+        Parameters
+        ----------
+        number, place
+            Its group, and its index there.
+        tokens
+            So many, which are all slots in use.
+        heads
+            Some among those that attend to memory; None for all of them.
+        """
+        heads = slice(None) if heads is None else heads
+        room, pages = self._rooms[number], tokens // self.budget.page_size
+        sketch = Sketch(room.channels[:, place, heads], room.sketch[:, place, heads, :, :pages])
+        return room.keys[:, place, heads, :tokens], room.values[:, place, heads, :tokens], sketch
+
+    @torch.no_grad()
+    def of_rows(self, rows: Sequence[int]) -> Room:
+        """Return a room of its own for these rows, which may come more than once."""
+        other = Room(self.source, self.groups, self.budget, self.chunk_size, len(rows))
+        other._held = [list(self._held[row]) for row in rows]
+        chosen = list(rows)
+        with torch.inference_mode(False):
+            other._rooms = [
+                _GroupRoom(*(states[chosen] for states in vars(room).values())) for room in self._rooms
+            ]
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and sketches, for all slots that there is space for."""
+        return sum(room.keys.nbytes + room.values.nbytes + room.sketch.nbytes for room in self._rooms)
+
+
+def _name(placed: Placed) -> tuple[int, int]:
+    """Return what tells a chunk at its positions from others that are held or come at the same time."""
+    return id(placed[0]), int(placed[1][0])
+
+
+def _slot(number: int, size: int) -> slice:
+    return slice(number * size, (number + 1) * size)
