@@ -50,7 +50,15 @@ def _tables() -> dict[str, Callable[[], str]]:
         )
     for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, kind)
-    for text in ("typing.py", "turtle.py", "_pydecimal.py", "console.py", "python.py", "_base.py", "moby_dick.txt"):
+    for text in (
+        "typing.py",
+        "turtle.py",
+        "_pydecimal.py",
+        "console.py",
+        "python.py",
+        "_base.py",
+        "moby_dick.txt",
+    ):
         found[f"front-{text}"] = partial(quality.front_text, text)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
