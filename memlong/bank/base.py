@@ -34,6 +34,9 @@ from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, wh
 from memlong.errors import InvalidArgumentError
 
 
+_ENOUGH = 1024  # embeddings for a mean
+
+
 class Reader(Protocol):
     """A reader of text that stores it in a bank once it has left the window."""
 
@@ -240,6 +243,13 @@ class MemoryBank:
         with self._state.reading():
             ids, embeddings = self._state.table.ids.copy(), self._state.table.embeddings.copy()
         return StoredEmbeddings(torch.from_numpy(ids), torch.from_numpy(embeddings))
+
+    def mean_embedding(self) -> torch.Tensor:
+        """Return what embeddings have in common: the mean [dim] of up to 1,024 of them, evenly spaced; 0 for no chunk."""
+        with self._state.reading():
+            stored = self._state.table.embeddings
+            some = stored[:: max(1, -(-len(stored) // _ENOUGH))]
+            return torch.from_numpy(some.sum(axis=0) / max(1, len(some)))
 
     @property
     def usage(self) -> Usage:

@@ -70,6 +70,10 @@ class Draft(Uncopied):
         """The id that the next chunk would get."""
         return self._bank.next_id + len(self._chunks)
 
+    def mean_embedding(self) -> torch.Tensor:
+        """Return the mean of the bank's embeddings, without those of the draft; as `MemoryBank.mean_embedding`."""
+        return self._bank.mean_embedding()
+
     def __len__(self) -> int:
         return len(self._bank) + len(self._chunks)
 

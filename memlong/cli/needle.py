@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from memlong.evaluation.needle import Cell
 
 
-@with_memory(retriever="sentence-transformers")
+@with_memory()
 def needle(
     ctx: typer.Context,
     *,
@@ -35,6 +35,10 @@ def needle(
         str, typer.Option(help="Positions of the pass key, from 0 (start) to 1 (end), comma-separated.")
     ] = "0,0.25,0.5,0.75,1",
     trials: Annotated[int, typer.Option(min=1, help="Pass keys per length and depth.")] = 1,
+    named: Annotated[
+        bool,
+        typer.Option("--named", help="Hide the keys of all depths in one text, and ask for each by its name."),
+    ] = False,
     filler: Annotated[
         Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few repeated sentences]")
     ] = None,
@@ -51,8 +55,7 @@ def needle(
     """Hide a pass key at several depths of a long text, and ask for it.
 
     The defaults suit small models. Retrieved chunks are placed in order before the window, since small models mix up
-    digits when all chunks share one position (--position-mode zero). The retriever embeds meaning, where 'lm' would
-    match the words that the question shares with the filler. Check first that the model finds the key without memory:
+    digits when all chunks share one position (--position-mode zero). Check first that the model finds the key without memory:
     --backend none, with a length that fits into --local-window.
 
     \b
@@ -60,6 +63,7 @@ def needle(
       memlong needle --model demo --lengths 2048,8192,32768
       memlong needle --model demo --lengths 8192 --depths 0,0.5,1 --trials 4 --backend hnswlib
       memlong needle --model demo --lengths 2048 --backend none --local-window 2048 --json -
+      memlong needle --model demo --lengths 8192 --named
       memlong needle --adapter trained --lengths 8192
       memlong needle --model demo --lengths 131072 --store disk=/tmp --store host=1GB --plot needle.png
     """  # noqa: D301 - the backspace makes the help keep these line breaks
@@ -91,19 +95,27 @@ def needle(
         device=device,
         trust_remote_code=trust_remote_code,
     ).open()
-    total = sum(wanted) * len(places) * trials
+    total = sum(wanted) * (1 if named else len(places)) * trials
     with (
         decoder,
         tqdm(total=total, unit="tok", desc=f"reading ({machine_of(decoder.model)})") as bar,
     ):
         cells = evaluate_needle(
-            decoder, wanted, places, trials=trials, filler=hay, seed=seed, progress=bar.update
+            decoder,
+            wanted,
+            places,
+            trials=trials,
+            filler=hay,
+            seed=seed,
+            named=named,
+            progress=bar.update,
         )
     found = sum(cell.accuracy for cell in cells) / len(cells)
     result = {
         "model": model,
         "adapter": adapter,
         **described(decoder),
+        "named": named,
         "filler": None if filler is None else str(filler),
         "seed": seed,
         "accuracy": found,

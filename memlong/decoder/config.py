@@ -109,6 +109,13 @@ class MemoryConfig:
         more="These are ``segment_size`` tokens before a segment, and ``retrieve_every`` while text is generated.",
         least=1,
     )
+    focus_tokens: int = setting(
+        16,
+        "While text is generated, so many last tokens make a second query; 0 for none.",
+        more="It finds half of the ``top_k`` chunks, wherever they are in the text, by what these tokens have that is not "
+        "common to all chunks: a question, say, at the end of other text.",
+        least=0,
+    )
     position_mode: PositionMode | None = setting(
         None,
         "Retrieved keys stand at 'zero', 'overlaid', 'before-window' or 'original'.",

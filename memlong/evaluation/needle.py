@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,16 @@ OPENING = "There is an important pass key hidden inside a lot of irrelevant text
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
+NAMED_OPENING = "There are important pass keys hidden inside a lot of irrelevant text. Find them and remember them.\n"
+NAMED_NEEDLE = "The pass key of the {name} is {key}. Remember it. {key} is the pass key of the {name}.\n"
+NAMED_QUESTION = "What is the pass key of the {name}? The pass key of the {name} is"
+_KINDS = (
+    "amber brass cedar coral denim ebony flint glass honey ivory jade khaki lemon maple navy olive pearl quartz ruby silver"
+).split()
+_THINGS = (
+    "anchor bridge candle drawer engine fountain garden hammer island jacket kettle ladder mirror needle orchard piano quilt "
+    "ribbon saddle tunnel"
+).split()
 
 _LONGEST = 10**8  # tokens of a prompt, which must fit in RAM
 
@@ -66,19 +76,47 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
     )
     opening = [*opening_tokens(tokenizer), *opening]
     filler_tokens = length - len(opening) - len(needle) - len(question)
+    text = _hidden([needle], [depth], _ids(tokenizer, filler), filler_tokens, length)
+    return torch.tensor([[*opening, *text, *question]], dtype=torch.long, device="cpu")
+
+
+def named_keys_prompt(
+    tokenizer: Any, length: int, depths: Sequence[float], named: Mapping[str, int], filler: str = FILLER
+) -> tuple[Tensor, list[Tensor]]:
+    """Return a text [1, tokens] that hides one named pass key at each depth, and the question [1, tokens] for each.
+
+    The text and the longest question have ``length`` tokens; otherwise as `passkey_prompt`, with the same errors.
+    """
+    if length > _LONGEST:
+        raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}")
+    questions = [_ids(tokenizer, NAMED_QUESTION.format(name=name)) for name in named]
+    needles = [_ids(tokenizer, NAMED_NEEDLE.format(name=name, key=key)) for name, key in named.items()]
+    opening = [*opening_tokens(tokenizer), *_ids(tokenizer, NAMED_OPENING)]
+    filler_tokens = length - len(opening) - sum(map(len, needles)) - max(map(len, questions))
+    text = _hidden(needles, depths, _ids(tokenizer, filler), filler_tokens, length)
+    prompt, *asked = (
+        torch.tensor([each], dtype=torch.long, device="cpu") for each in ([*opening, *text], *questions)
+    )
+    return prompt, asked
+
+
+def _hidden(
+    needles: Sequence[list[int]], depths: Sequence[float], line: list[int], filler_tokens: int, length: int
+) -> list[int]:
+    """Return so much filler with needles in it, at ascending depths."""
     if filler_tokens < 0:
         raise InvalidArgumentError(
-            f"length must be at least {length - filler_tokens} tokens, for opening, pass key and question, got {length}"
+            f"length must be at least {length - filler_tokens} tokens, for opening, pass keys and question, got {length}"
         )
-    line = _ids(tokenizer, filler)
     if not line:
         raise InvalidArgumentError("filler must not be empty: give some text, or leave it out")
-    # Whole lines before the needle, so that it does not start in the middle of a sentence.
-    before = round(depth * filler_tokens / len(line)) * len(line) if depth < 1 else filler_tokens
-    before = min(before, filler_tokens)
-    hay = list(itertools.islice(itertools.cycle(line), before))
-    rest = list(itertools.islice(itertools.cycle(line), filler_tokens - before))
-    return torch.tensor([[*opening, *hay, *needle, *rest, *question]], dtype=torch.long, device="cpu")
+    hay, text, used = itertools.cycle(line), [], 0
+    for needle, depth in zip(needles, depths, strict=True):
+        # Whole lines before a needle, so that it does not start in the middle of a sentence.
+        before = round(depth * filler_tokens / len(line)) * len(line) if depth < 1 else filler_tokens
+        text += [*itertools.islice(hay, min(before, filler_tokens) - used), *needle]
+        used = min(before, filler_tokens)
+    return [*text, *itertools.islice(itertools.cycle(line), filler_tokens - used)]
 
 
 def evaluate_needle(
@@ -89,9 +127,13 @@ def evaluate_needle(
     trials: int = 1,
     filler: str = FILLER,
     seed: int = 0,
+    named: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[Cell]:
     """Ask for a hidden pass key at every length and depth; each trial is a separate stream.
+
+    With ``named``, one text hides a pass key at every depth, which only its name tells from the others, and all of them
+    are asked for.
 
     Parameters
     ----------
@@ -104,7 +146,9 @@ def evaluate_needle(
     filler
         Text that is repeated to fill the prompt.
     seed
-        Random seed of the pass keys.
+        Random seed of the pass keys, and of their names.
+    named
+        Whether one text hides the pass keys of all depths.
     progress
         Called with the number of tokens read.
 
@@ -117,9 +161,11 @@ def evaluate_needle(
     """
     if trials < 1:
         raise InvalidArgumentError(f"trials must be at least 1, got {trials}")
+    numbers = random.Random(seed)  # noqa: S311 - not for cryptography
+    if named:
+        return _find_named(decoder, lengths, sorted(depths), trials, filler, numbers, progress)
     for length, depth in itertools.product(lengths, depths):  # fail early
         passkey_prompt(decoder.tokenizer, length, depth, 10_000, filler)
-    numbers = random.Random(seed)  # noqa: S311 - not for cryptography
     cells = []
     for length, depth in itertools.product(lengths, depths):
         right = 0
@@ -131,22 +177,58 @@ def evaluate_needle(
     return cells
 
 
+def _find_named(
+    decoder: MemoryDecoder,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    filler: str,
+    numbers: random.Random,
+    progress: Callable[[int], None] | None,
+) -> list[Cell]:
+    names = [f"{kind} {thing}" for kind in _KINDS for thing in _THINGS]
+    if len(depths) > len(names):
+        raise InvalidArgumentError(f"depths must be at most {len(names)} with named, got {len(depths)}")
+    for length in lengths:  # fail early
+        named_keys_prompt(decoder.tokenizer, length, depths, dict.fromkeys(names[: len(depths)], 10_000), filler)
+    cells = []
+    for length in lengths:
+        right = dict.fromkeys(depths, 0)
+        for _ in range(trials):
+            keys = [str(number) for number in numbers.sample(range(10_000, 100_000), len(depths))]
+            of_names = dict(zip(numbers.sample(names, len(depths)), map(int, keys), strict=True))
+            text, questions = named_keys_prompt(decoder.tokenizer, length, depths, of_names, filler)
+            _read(decoder, text, progress)
+            for depth, question, key in zip(depths, questions, keys, strict=True):
+                right[depth] += _answers(decoder, question, key)
+        cells += [Cell(length, depth, trials, found / trials) for depth, found in right.items()]
+    return cells
+
+
 def _finds(decoder: MemoryDecoder, prompt: Tensor, key: str, progress: Callable[[int], None] | None) -> bool:
+    _read(decoder, prompt[:, :-1], progress)
+    return _answers(decoder, prompt[:, -1:], key)
+
+
+def _read(decoder: MemoryDecoder, text: Tensor, progress: Callable[[int], None] | None) -> None:
     decoder.reset()
-    for segment in decoder.stream(prompt[:, :-1], logits="last"):
+    for segment in decoder.stream(text, logits="last"):
         if progress is not None:
             progress(segment.tokens.shape[1])
+
+
+def _answers(decoder: MemoryDecoder, question: Tensor, key: str) -> bool:
+    """Whether the key follows the question [1, tokens]; nothing of it is remembered."""
     new = len(_ids(decoder.tokenizer, f" {key}.")) + 2
-    last = prompt[:, -1:]
     said = decoder.generate(
-        last,
-        torch.ones_like(last),
+        question,
+        torch.ones_like(question),
         max_new_tokens=new,
         do_sample=False,
         remember=False,
         logits_processor=[checked_logits],
     )
-    answer: str = decoder.tokenizer.decode(said[0, 1:])
+    answer: str = decoder.tokenizer.decode(said[0, question.shape[1] :])
     return answer.strip().startswith(key)
 
 

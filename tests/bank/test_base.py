@@ -47,6 +47,15 @@ def bank():
     return made
 
 
+def test_the_mean_embedding_is_of_some_that_are_evenly_spaced(bank):
+    torch.testing.assert_close(bank.mean_embedding(), bank.embeddings.embeddings.mean(dim=0))
+    bank.remove(range(6))
+    assert bank.mean_embedding().tolist() == [0] * 4
+    blocks = torch.ones(3000, 1, 1, 1, 1)
+    bank.add(torch.arange(12000.0).view(3000, 4), blocks, blocks, [[0, 1]] * 3000)
+    torch.testing.assert_close(bank.mean_embedding(), bank.embeddings.embeddings[::3].mean(dim=0))
+
+
 def test_the_table_holds_the_ids_that_an_index_is_given(bank):
     bank.remove([2, 4])
     bank.search(torch.randn(2, 4), 9)

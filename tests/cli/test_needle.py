@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import evaluate_needle, passkey_prompt
+from memlong.evaluation.needle import named_keys_prompt
 
 
 @pytest.fixture
@@ -84,8 +86,6 @@ def test_the_one_who_knows_is_found_right(monkeypatch):
             return []
 
         def generate(self, ids, *_, **__):
-            import torch
-
             start = self.read.index("The pass key is ") + len("The pass key is ")
             said = " " + self.read[start : start + (5 if "sky" in self.read[:start] else 4)] + ". Yes"
             return torch.tensor([[*ids[0].tolist(), *map(ord, said)]])
@@ -94,14 +94,63 @@ def test_the_one_who_knows_is_found_right(monkeypatch):
     assert [cell.accuracy for cell in cells] == [0, 1, 1]
 
 
+def test_named_keys_hide_in_one_text_and_each_is_asked_for():
+    depths, keys = [0, 0.4, 1], {"amber anchor": 11111, "brass bridge": 22222, "cedar candle": 33333}
+    text, questions = named_keys_prompt(Characters(), 1000, depths, keys)
+    words = Characters().decode(text[0].tolist())
+    asked = [Characters().decode(question[0].tolist()) for question in questions]
+    assert len(words) + max(map(len, asked)) == 1000
+    places = [words.index(f"The pass key of the {name} is {key}.") for name, key in keys.items()]
+    assert places == sorted(places)
+    assert abs(places[1] / len(words) - 0.45) < 0.1
+    assert [question.endswith(f"The pass key of the {name} is") for name, question in zip(keys, asked)] == [True] * 3
+
+
+def test_named_keys_are_asked_for_from_one_reading():
+    class Knows:
+        tokenizer = Characters()
+        read = 0
+
+        def reset(self):
+            self.read += 1
+
+        def stream(self, ids, **_):
+            self.text = self.tokenizer.decode(ids[0].tolist())
+            return []
+
+        def generate(self, ids, *_, remember, **__):
+            assert not remember
+            asked = self.tokenizer.decode(ids[0].tolist()).rpartition("The pass key of the ")[2]
+            start = self.text.index(asked) + len(asked)
+            said = self.text[start : start + 6] if "of the" in self.text[: start - len(asked) - 7] else " 1"
+            return torch.tensor([[*ids[0].tolist(), *map(ord, said)]])
+
+    decoder = Knows()
+    cells = evaluate_needle(decoder, [900, 1200], [1, 0, 0.5], trials=2, named=True)
+    assert decoder.read == 4
+    assert [(cell.length, cell.depth) for cell in cells] == [(n, d) for n in (900, 1200) for d in (0, 0.5, 1)]
+    assert [cell.accuracy for cell in cells] == [0, 1, 1] * 2
+
+
+def test_the_command_hides_named_keys(run, tmp_path):
+    file = tmp_path / "needle.json"
+    result = run(lengths="200", json=file, named=True)
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["named"]
+    assert [cell["depth"] for cell in found["cells"]] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"lengths": "100,many"}, "--lengths must be comma-separated numbers"),
         ({"depths": "2"}, "--depths must be numbers from 0 to 1, got '2'"),
         ({"lengths": "99999999999"}, "length must be at most 100,000,000"),
-        ({"lengths": "20"}, "for opening, pass key and question, got 20"),
-        ({"lengths": "80,10"}, "for opening, pass key and question, got 10"),
+        ({"lengths": "20"}, "for opening, pass keys and question, got 20"),
+        ({"lengths": "80,10"}, "for opening, pass keys and question, got 10"),
+        ({"lengths": "150,80", "named": True}, "for opening, pass keys and question, got 80"),
+        ({"named": True, "depths": ",".join(map(str, [k / 401 for k in range(401)]))}, "depths must be at most 400"),
         ({"plot": "out.foo"}, "must end in .png, .svg or .pdf"),
         ({"plot": "out.png", "json": "out.png"}, "--plot and --json must be different files, got 'out.png'"),
         ({"plot": "/no/such/folder/a.png"}, "mkdir -p /no/such/folder"),

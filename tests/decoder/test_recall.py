@@ -28,6 +28,38 @@ def test_texts_in_one_bank_do_not_interleave():
     assert ends(two_texts(), query, top_k=4) == [[2, 6], [18, 22], [2, 6], [6, 10]]
 
 
+def test_two_queries_find_chunks_in_turn():
+    bank = create_bank("torch", 4)
+    blocks = torch.randn(4, 1, 1, 4, 2)
+    bank.add(torch.eye(4), blocks, blocks, [(start, start + 4) for start in range(0, 16, 4)])
+    query, focus = torch.tensor([[0.9, 0.8, 0.7, 0], [0.1, 0.8, 0, 0.9]])
+    config = MemoryConfig(chunk_size=4, top_k=3)
+    found, memory = retrieve_chunks(bank, query, config, focus=focus)
+    assert (found.ids.tolist(), memory.ids) == ([0, 3, 1], (0, 1, 3))
+    lengths = torch.stack([query, focus, query]).norm(dim=1)
+    torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.9, 0.8]) / lengths)
+    assert retrieve_chunks(bank, query, config, focus=torch.zeros(4))[0].ids.tolist() == [0, 1, 2]
+
+
+def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
+    asked = []
+    with MemoryDecoder(llama, None, small(focus_tokens=3, retrieve_every=4)) as decoder:
+        embed = decoder.retriever.embed_focus
+        monkeypatch.setattr(
+            decoder.retriever,
+            "embed_focus",
+            lambda queries, means: (asked.append((queries, means)), embed(queries, means))[1],
+        )
+        decoder.read(text(80, rows=2))
+        assert not asked
+        bank = decoder.banks[0]
+        decoder.generate(text(4, rows=2), max_new_tokens=6, do_sample=False, eos_token_id=None, remember=False)
+        (queries, means), (later, _) = asked
+    assert [[len(each.token_ids) for each in some] for some in (queries, later)] == [[3, 3], [3, 3]]
+    assert [queries[0].end, later[0].end] == [84, 87]
+    torch.testing.assert_close(means[0], bank.embeddings.embeddings.mean(dim=0))
+
+
 def test_asking_for_more_than_there_is_costs_nothing_more(llama, small, text):
     with MemoryDecoder(llama, None, small(top_k=10**9)) as decoder:
         decoder.read(text(100))

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from memlong.decoder import Passage, create_retriever
+from memlong.decoder.retrievers.base import without_component
 from memlong.decoder.retrievers.recency import RecencyPrior
 from memlong.errors import InvalidArgumentError
 
@@ -88,6 +89,33 @@ def test_the_recency_prior_is_a_gaussian_of_the_distance(query):
     gains = places[0] @ places[1][0] - 1
     expected = 0.3 * (-(distances / 6000).square() / 2).exp()
     torch.testing.assert_close(gains, expected, rtol=0, atol=3e-4)
+
+
+def test_lm_focuses_on_what_chunks_do_not_share(llama):
+    """A question at the end of text that all chunks repeat."""
+    retriever = create_retriever("lm", llama, Words())
+    common, key = tuple(range(3, 40)), (50, 51, 52)
+    chunks = retriever.embed_chunks([Passage((*common, *key), 0), *(Passage(common, 20_000 + 40 * n) for n in range(1, 99))])
+    query = [Passage((*common[-9:], *key), 24_000)]
+    chunks = torch.nn.functional.normalize(chunks, dim=1)
+    assert int((chunks @ retriever.embed_queries(query)[0]).argmax()) != 0
+    scores = chunks @ retriever.embed_focus(query, chunks.mean(dim=0)[None])[0]
+    assert int(scores.argmax()) == 0
+    assert scores[1:].abs().max() < 0.2 * scores[0]
+
+
+def test_a_focus_loses_what_all_chunks_share_and_no_more():
+    vectors, directions = torch.tensor([[3.0, 4], [3, 4], [1, 7]]), torch.tensor([[0.0, 2], [0, 0], [2, 14]])
+    assert without_component(vectors, directions).tolist() == [[3, 0], [3, 4], [0, 0]]
+
+
+@pytest.mark.parametrize("name", ["random", "recent"])
+def test_controls_have_a_focus_of_the_same_kind(llama, name):
+    retriever = create_retriever(name, llama, Words())
+    chunks = retriever.embed_chunks(passages(*range(0, 64, 8)))
+    focus = retriever.embed_focus(passages(80), chunks.mean(dim=0)[None])
+    assert focus.shape == (1, retriever.dim)
+    assert bool(focus.any()) == (name == "random")
 
 
 def test_recent_prefers_the_latest(llama):

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from memlong.bank.metric import Metric
 from memlong.bank.snapshot.options import SavedOptions
+
+
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,29 @@ class Retriever(ABC):
     @abstractmethod
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings [queries, dim], float32."""
+
+    def embed_focus(self, queries: Sequence[Passage], means: Tensor) -> Tensor:
+        """Embeddings [queries, dim] of the last few tokens of a text that is being continued.
+
+        They search a second time, for what these tokens alone ask for; so what all chunks have in common does not
+        count.
+
+        Parameters
+        ----------
+        queries
+            The last few tokens of each text.
+        means
+            The mean embedding of each bank [queries, dim].
+        """
+        return without_component(self.embed_queries(queries), means)
+
+
+def without_component(vectors: Tensor, directions: Tensor) -> Tensor:
+    """Remove from each vector [n, dim] its component along a direction [n, dim]; along 0, nothing is removed.
+
+    A vector of which nothing but rounding would be left becomes 0.
+    """
+    axes = normalize(directions.to(vectors), dim=1)
+    rest = vectors - (vectors * axes).sum(dim=1, keepdim=True) * axes
+    is_left = rest.norm(dim=1) > _ROUNDING * vectors.norm(dim=1)
+    return rest * is_left[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
 from memlong.decoder.model.attention import evaluating
-from memlong.decoder.retrievers.base import Passage, Retriever
+from memlong.decoder.retrievers.base import Passage, Retriever, without_component
 from memlong.decoder.retrievers.recency import RecencyPrior
 from memlong.errors import InvalidArgumentError
 
@@ -99,6 +99,12 @@ class LanguageModelRetriever(Retriever):
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings of the queries [queries, dim]."""
         return self.embed_chunks(queries)
+
+    def embed_focus(self, queries: Sequence[Passage], means: Tensor) -> Tensor:
+        """Embeddings [queries, dim] that measure overlap alone: tokens that all chunks have, and recency, do not count."""
+        sketches = torch.stack([self._sketch(query) for query in queries])
+        sketches = without_component(sketches, means[:, : self._tokens_dim])
+        return torch.nn.functional.pad(sketches, (0, self._recency.width))
 
     def _sketch(self, passage: Passage) -> Tensor:
         sketch = torch.zeros(self._tokens_dim, dtype=torch.float32, device="cpu")

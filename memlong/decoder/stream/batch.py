@@ -22,7 +22,7 @@ from memlong.decoder.model.calls import BatchState, ModelCalls
 from memlong.decoder.pages.attention import why_not_compiled
 from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.pages.room import Room
-from memlong.decoder.retrievers.base import Passage
+from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.batch_memory import MemoryLoader
 from memlong.decoder.stream.positions import Placement, positions_of
@@ -326,9 +326,10 @@ class StreamBatch:
         retriever = self._setup.retriever
         if asking and retriever is not None:
             queries = retriever.embed_queries([stream.query() for stream in asking])
+            focused = _focused(asking, retriever)
             with self._loader.copy_stream.active():
                 for stream, query in zip(asking, queries, strict=True):
-                    stream.retrieve(query)
+                    stream.retrieve(query, focused.get(stream))
 
     def _placements(self) -> tuple[Placement, ...]:
         return tuple(stream.placement for stream in self.streams)
@@ -368,3 +369,13 @@ class StreamBatch:
         if columns and memory and memory.ready is None:  # otherwise when the first retrieval layer needs it
             memory = memory.given_to(window)
         self._state = BatchState(window, memory, placements)
+
+
+def _focused(streams: Sequence[TokenStream], retriever: Retriever) -> dict[TokenStream, Tensor]:
+    """Return the embedding [dim] of the second query of each stream that has one."""
+    asking = [stream for stream in streams if stream.focus_length]
+    if not asking:
+        return {}
+    means = torch.stack([stream.bank.mean_embedding() for stream in asking if stream.bank is not None])
+    focused = retriever.embed_focus([stream.focus() for stream in asking], means)
+    return dict(zip(asking, focused, strict=True))
