@@ -13,10 +13,11 @@ from memlong.settings import checked, documented, setting
 from memlong.uri import hide_credentials, without_credentials
 
 KvSourceName = Literal["layer", "shared", "latent"]
-PositionMode = Literal["zero", "overlaid", "before-window", "original"]
+PositionMode = Literal["zero", "overlaid", "compressed", "before-window", "original"]
 
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _LARGEST_GATE = 10_000
+_MOST_SCALES = 8  # a distance of exp(8) scales, 763,000 tokens where the window has 1,024, has a position of its own
 
 
 @documented
@@ -118,10 +119,12 @@ class MemoryConfig:
     )
     position_mode: PositionMode | None = setting(
         None,
-        "Retrieved keys stand at 'zero', 'overlaid', 'before-window' or 'original'.",
+        "Retrieved keys stand at 'zero', 'overlaid', 'compressed', 'before-window' or 'original'.",
         unset="'before-window', or 'zero' where the model has too few positions for it",
         more='``"zero"``: all at the one position between sinks and window (the MemLong paper\'s position 0). '
         '``"overlaid"``: every chunk in order, all of them over the same positions just before the window. '
+        '``"compressed"``: every chunk in order, the farther it is from the window in the text the closer in proportion, so '
+        "that a text may have any length. "
         '``"before-window"``: one chunk after the other, running up to the window. ``"original"``: where they stood in '
         "the text, the window too, so that memory of everything equals full attention; only for texts within the "
         "model's trained positions.",
@@ -224,7 +227,16 @@ class MemoryConfig:
         """Positions that a stream of any length needs, for the modes that re-base the window."""
         return self.sink_tokens + (self.memory_span(self.top_k) if self.backend else 0) + self.local_window
 
+    @property
+    def distance_scale(self) -> int:
+        """Distance from the window, in tokens, up to which the positions "compressed" are about true."""
+        return max(1, self.local_window // 4)
+
     def memory_span(self, chunks: int) -> int:
         """Positions that this many retrieved chunks take between sinks and window."""
-        of_modes: dict[str | None, int] = {"zero": 1, "overlaid": self.chunk_size}
+        of_modes: dict[str | None, int] = {
+            "zero": 1,
+            "overlaid": self.chunk_size,
+            "compressed": max(self.chunk_size, _MOST_SCALES * self.distance_scale),
+        }
         return of_modes.get(self.position_mode, chunks * self.chunk_size) if chunks else 0

@@ -11,7 +11,7 @@ from memlong.decoder.model.forward import AttentionPass
 from memlong.testing import ARCHITECTURES
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
-MODES = ["zero", "overlaid", "before-window", "original"]
+MODES = ["zero", "overlaid", "compressed", "before-window", "original"]
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_a_budget_for_everything_is_full_attention(
 
 
 @pytest.mark.parametrize("heads", ["all", "0:1,1:0,3:0+1"])
-@pytest.mark.parametrize("mode", ["overlaid", "before-window", "original"])
+@pytest.mark.parametrize("mode", ["overlaid", "compressed", "before-window", "original"])
 @pytest.mark.parametrize("step", [1, None])
 def test_compiled_decoders_equal_masks(llama, small, text, monkeypatch, heads, mode, step):
     """Not at one position, where pages that begin alike tie."""

@@ -6,11 +6,15 @@ chunks and window must give what the plain model gives for those tokens in a row
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memlong import MemoryDecoder
+from memlong.decoder.stream.positions import memory_positions, placement_of
 from memlong.errors import InvalidArgumentError
 
 
@@ -30,7 +34,21 @@ def one_layer():
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize(("mode", "gap"), [("zero", [1] * 12), ("before-window", list(range(1, 13)))])
+def compressed(spans, window_start):
+    """Positions after the sinks, where the window has 24 tokens: a quarter is 6."""
+    distances = [6 * math.log1p((window_start - end + 1) / 6) for _, end in spans]
+    return [48 - round(distance) + step for distance in distances for step in (-3, -2, -1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "gap"),
+    [
+        ("zero", lambda *_: [0] * 12),
+        ("before-window", lambda *_: list(range(12))),
+        ("overlaid", lambda *_: [0, 1, 2, 3] * 3),
+        ("compressed", compressed),
+    ],
+)
 def test_a_segment_sees_sinks_then_memory_then_window(one_layer, small, text, mode, gap):
     ids = text(200)
     with MemoryDecoder(one_layer, None, small(position_mode=mode)) as decoder:
@@ -39,14 +57,31 @@ def test_a_segment_sees_sinks_then_memory_then_window(one_layer, small, text, mo
         spans = bank.retrieve(last.retrievals[0].query[None], 3).spans[0]
     start = int(last.tokens[0, 0])
     window_start = 2 + 4 * ((start - 2 - 16 + 3) // 4)  # sinks, and whole chunks gone until 16 tokens remain
-    chunks = [ids[:, a:b] for a, b in sorted(spans.tolist())]
+    spans = sorted(spans.tolist())
+    chunks = [ids[:, a:b] for a, b in spans]
     assert len(chunks) == 3
     row = torch.cat([ids[:, :2], *chunks, ids[:, window_start:]], dim=1)
     after = row.shape[1] - 14
-    positions = [0, 1] + [1 + step for step in gap] + [1 + gap[-1] + step for step in range(1, after + 1)]
+    places = [2 + place for place in gap(spans, window_start)]
+    first = {"compressed": 50}.get(mode, max(places) + 1)
+    positions = [0, 1, *places, *range(first, first + after)]
     with torch.no_grad():
         expected = one_layer(row, position_ids=torch.tensor([positions])).logits[0, -last.logits.shape[1] :]
     torch.testing.assert_close(last.logits[0], expected, rtol=0.0, atol=2e-5)
+
+
+def test_compressed_positions_are_in_order_however_long_the_text(small):
+    config = small(position_mode="compressed")
+    seen = 10**9
+    ends = seen - np.array([10**9 - 4, 10**6, 10**4, 2000, 500, 100, 30, 12, 4, 0, -50])
+    places = memory_positions(config, placement_of(config, seen, 44), np.stack([ends - 4, ends], axis=1))
+    places = places.reshape(-1, 4)
+    assert (np.diff(places, axis=1) == 1).all()
+    assert (np.diff(places[:, 0]) >= 0).all()
+    assert places[0, 0] == config.sink_tokens
+    window_start = config.sink_tokens + config.memory_span(11)
+    assert places[-2:, -1].tolist() == [window_start - 1] * 2  # right before the window, and of another text
+    assert len({*places[4:, 0]}) > 5
 
 
 def test_the_window_never_leaves_the_trained_positions(one_layer, small, text):
