@@ -33,7 +33,6 @@ from memlong.bank.store.tiers import TieredStore
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError
 
-
 _ENOUGH = 1024  # embeddings for a mean
 
 
@@ -245,7 +244,7 @@ class MemoryBank:
         return StoredEmbeddings(torch.from_numpy(ids), torch.from_numpy(embeddings))
 
     def mean_embedding(self) -> torch.Tensor:
-        """Return what embeddings have in common: the mean [dim] of up to 1,024 of them, evenly spaced; 0 for no chunk."""
+        """Return the mean [dim] of up to 1,024 embeddings, evenly spaced; 0 for no chunk."""
         with self._state.reading():
             stored = self._state.table.embeddings
             some = stored[:: max(1, -(-len(stored) // _ENOUGH))]

@@ -37,7 +37,9 @@ def needle(
     trials: Annotated[int, typer.Option(min=1, help="Pass keys per length and depth.")] = 1,
     named: Annotated[
         bool,
-        typer.Option("--named", help="Hide the keys of all depths in one text, and ask for each by its name."),
+        typer.Option(
+            "--named", help="Hide the keys of all depths in one text, and ask for each by its name."
+        ),
     ] = False,
     filler: Annotated[
         Path | None, typer.Option(help="UTF-8 text to fill prompts with  [default: a few repeated sentences]")
@@ -55,8 +57,8 @@ def needle(
     """Hide a pass key at several depths of a long text, and ask for it.
 
     The defaults suit small models. Retrieved chunks are placed in order before the window, since small models mix up
-    digits when all chunks share one position (--position-mode zero). Check first that the model finds the key without memory:
-    --backend none, with a length that fits into --local-window.
+    digits when all chunks share one position (--position-mode zero). Check first that the model finds the key without
+    memory: --backend none, with a length that fits into --local-window.
 
     \b
     Examples:

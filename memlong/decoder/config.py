@@ -17,7 +17,9 @@ PositionMode = Literal["zero", "overlaid", "compressed", "before-window", "origi
 
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _LARGEST_GATE = 10_000
-_MOST_SCALES = 8  # a distance of exp(8) scales, 763,000 tokens where the window has 1,024, has a position of its own
+_MOST_SCALES = (
+    9  # a distance of exp(9) scales, a million tokens where the window has 1,024, has a position of its own
+)
 
 
 @documented
@@ -113,8 +115,8 @@ class MemoryConfig:
     focus_tokens: int = setting(
         16,
         "While text is generated, so many last tokens make a second query; 0 for none.",
-        more="It finds half of the ``top_k`` chunks, wherever they are in the text, by what these tokens have that is not "
-        "common to all chunks: a question, say, at the end of other text.",
+        more="It finds half of the ``top_k`` chunks, wherever they are, by what these tokens have that is not common "
+        "to all chunks: a question, say, at the end of other text.",
         least=0,
     )
     position_mode: PositionMode | None = setting(
@@ -123,8 +125,8 @@ class MemoryConfig:
         unset="'before-window', or 'zero' where the model has too few positions for it",
         more='``"zero"``: all at the one position between sinks and window (the MemLong paper\'s position 0). '
         '``"overlaid"``: every chunk in order, all of them over the same positions just before the window. '
-        '``"compressed"``: every chunk in order, the farther it is from the window in the text the closer in proportion, so '
-        "that a text may have any length. "
+        '``"compressed"``: every chunk in order, at a distance from the window that grows with the logarithm of the '
+        "true one. "
         '``"before-window"``: one chunk after the other, running up to the window. ``"original"``: where they stood in '
         "the text, the window too, so that memory of everything equals full attention; only for texts within the "
         "model's trained positions.",
@@ -230,7 +232,7 @@ class MemoryConfig:
     @property
     def distance_scale(self) -> int:
         """Distance from the window, in tokens, up to which the positions "compressed" are about true."""
-        return max(1, self.local_window // 4)
+        return max(1, self.local_window // 8)
 
     def memory_span(self, chunks: int) -> int:
         """Positions that this many retrieved chunks take between sinks and window."""

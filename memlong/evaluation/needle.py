@@ -20,16 +20,15 @@ OPENING = "There is an important pass key hidden inside a lot of irrelevant text
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
-NAMED_OPENING = "There are important pass keys hidden inside a lot of irrelevant text. Find them and remember them.\n"
+NAMED_OPENING = (
+    "There are important pass keys hidden inside a lot of irrelevant text. Find them and remember them.\n"
+)
 NAMED_NEEDLE = "The pass key of the {name} is {key}. Remember it. {key} is the pass key of the {name}.\n"
 NAMED_QUESTION = "What is the pass key of the {name}? The pass key of the {name} is"
-_KINDS = (
-    "amber brass cedar coral denim ebony flint glass honey ivory jade khaki lemon maple navy olive pearl quartz ruby silver"
-).split()
-_THINGS = (
-    "anchor bridge candle drawer engine fountain garden hammer island jacket kettle ladder mirror needle orchard piano quilt "
-    "ribbon saddle tunnel"
-).split()
+_NAMES = """
+    anchor bridge candle drawer engine fountain garden hammer island jacket
+    kettle ladder mirror needle orchard piano quilt ribbon saddle tunnel
+""".split()  # noqa: SIM905 - twenty lines otherwise
 
 _LONGEST = 10**8  # tokens of a prompt, which must fit in RAM
 
@@ -106,7 +105,8 @@ def _hidden(
     """Return so much filler with needles in it, at ascending depths."""
     if filler_tokens < 0:
         raise InvalidArgumentError(
-            f"length must be at least {length - filler_tokens} tokens, for opening, pass keys and question, got {length}"
+            f"length must be at least {length - filler_tokens} tokens, for opening, pass keys and question, "
+            f"got {length}"
         )
     if not line:
         raise InvalidArgumentError("filler must not be empty: give some text, or leave it out")
@@ -186,17 +186,18 @@ def _find_named(
     numbers: random.Random,
     progress: Callable[[int], None] | None,
 ) -> list[Cell]:
-    names = [f"{kind} {thing}" for kind in _KINDS for thing in _THINGS]
-    if len(depths) > len(names):
-        raise InvalidArgumentError(f"depths must be at most {len(names)} with named, got {len(depths)}")
+    if len(depths) > len(_NAMES):
+        raise InvalidArgumentError(f"depths must be at most {len(_NAMES)} with named, got {len(depths)}")
     for length in lengths:  # fail early
-        named_keys_prompt(decoder.tokenizer, length, depths, dict.fromkeys(names[: len(depths)], 10_000), filler)
+        named_keys_prompt(
+            decoder.tokenizer, length, depths, dict.fromkeys(_NAMES[: len(depths)], 10_000), filler
+        )
     cells = []
     for length in lengths:
         right = dict.fromkeys(depths, 0)
         for _ in range(trials):
             keys = [str(number) for number in numbers.sample(range(10_000, 100_000), len(depths))]
-            of_names = dict(zip(numbers.sample(names, len(depths)), map(int, keys), strict=True))
+            of_names = dict(zip(numbers.sample(_NAMES, len(depths)), map(int, keys), strict=True))
             text, questions = named_keys_prompt(decoder.tokenizer, length, depths, of_names, filler)
             _read(decoder, text, progress)
             for depth, question, key in zip(depths, questions, keys, strict=True):

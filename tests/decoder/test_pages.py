@@ -50,12 +50,15 @@ def causal(keys):
 def test_pages_are_those_with_the_largest_share_of_attention_by_the_sketch(states):
     query, key, _ = states
     query = query.unflatten(1, (KV_HEADS, GROUP))
-    sketch = Sketch.of(key[:, :, :MEMORY], 4)
-    found = choose_pages(query, sketch, PageBudget(12, 4)).sort().values
+    sketch = Sketch.of(key[:, :, :MEMORY], PageBudget(12, 4, 8))
+    found = choose_pages(query, sketch, PageBudget(12, 4, 8)).sort().values
     for row in range(ROWS):
         for head in range(KV_HEADS):
             keys = key[row, head, :MEMORY]
             channels = keys.square().sum(0).topk(WIDTH // 2).indices
+            chunks = keys.view(-1, 8, WIDTH)
+            steps = chunks.abs().amax(dim=1, keepdim=True) / 127  # of eight bits
+            keys = ((chunks / steps).round() * steps).view(MEMORY, WIDTH)
             for number in range(QUERIES):
                 best = (query[row, head, :, number][:, channels] @ keys[:, channels].T).view(GROUP, -1, 4)
                 shares = best.amax(2).softmax(1).sum(0)
@@ -67,7 +70,10 @@ def test_pages_that_are_hidden_are_chosen_last(states):
     visible = torch.zeros(ROWS, QUERIES, MEMORY // 4, dtype=torch.bool)
     visible[0, :, 3:5] = True
     found = choose_pages(
-        query.unflatten(1, (KV_HEADS, GROUP)), Sketch.of(key[:, :, :MEMORY], 4), PageBudget(12, 4), visible
+        query.unflatten(1, (KV_HEADS, GROUP)),
+        Sketch.of(key[:, :, :MEMORY], PageBudget(12, 4, 8)),
+        PageBudget(12, 4, 8),
+        visible,
     )
     assert ((found[0] == 3).any(2) & (found[0] == 4).any(2)).all()
 
@@ -81,7 +87,7 @@ def test_compiled_attention_equals_masks(states, monkeypatch, threads, queries, 
     monkeypatch.setattr(attention, "_PER_THREAD", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     query, key, value = states
-    query, budget = query[:, :, -queries:], PageBudget(tokens, 4)
+    query, budget = query[:, :, -queries:], PageBudget(tokens, 4, 8)
     gates = torch.linspace(-2, 1, KV_HEADS * GROUP) if gated else None
     memory, window = (
         [each[:, :, some] for each in (key, value)] for some in (slice(MEMORY), slice(MEMORY, None))
@@ -91,7 +97,7 @@ def test_compiled_attention_equals_masks(states, monkeypatch, threads, queries, 
     found = attend_compiled(
         query,
         tuple(window),
-        (*held, Sketch.of(held[0], 4)),
+        (*held, Sketch.of(held[0], budget)),
         heads,
         budget,
         0.3,
@@ -101,7 +107,7 @@ def test_compiled_attention_equals_masks(states, monkeypatch, threads, queries, 
     mask = causal(MEMORY + LOCAL)[:, :, -queries:].repeat(ROWS, KV_HEADS * GROUP, 1, 1)
     if gated:
         mask[..., :MEMORY] += gates[None, :, None, None]
-    mask = page_mask(query, key, Sketch.of(memory[0], 4), budget, 0.3, mask)
+    mask = page_mask(query, key, Sketch.of(memory[0], budget), budget, 0.3, mask)
     expected = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
@@ -321,8 +327,8 @@ def test_a_failure_leaves_a_room_that_repairs_itself(llama, small, text, monkeyp
 
 
 def test_pages_divide_chunks():
-    assert PageBudget.of(256, 128) == PageBudget(256, 16)
-    assert PageBudget.of(256, 24) == PageBudget(256, 8)
-    assert PageBudget.of(5, 7) == PageBudget(5, 1)
-    assert PageBudget(5, 16).pages == 1
+    assert PageBudget.of(256, 128) == PageBudget(256, 16, 128)
+    assert PageBudget.of(256, 24) == PageBudget(256, 8, 24)
+    assert PageBudget.of(5, 7) == PageBudget(5, 1, 7)
+    assert PageBudget(5, 16, 128).pages == 1
     assert PageBudget.of(None, 128) is None

@@ -35,9 +35,9 @@ def one_layer():
 
 
 def compressed(spans, window_start):
-    """Positions after the sinks, where the window has 24 tokens: a quarter is 6."""
-    distances = [6 * math.log1p((window_start - end + 1) / 6) for _, end in spans]
-    return [48 - round(distance) + step for distance in distances for step in (-3, -2, -1, 0)]
+    """Positions after the sinks, where the window has 24 tokens: an eighth is 3."""
+    distances = [3 * math.log1p((window_start - end + 1) / 3) for _, end in spans]
+    return [27 - round(distance) + step for distance in distances for step in (-3, -2, -1, 0)]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_segment_sees_sinks_then_memory_then_window(one_layer, small, text, mo
     row = torch.cat([ids[:, :2], *chunks, ids[:, window_start:]], dim=1)
     after = row.shape[1] - 14
     places = [2 + place for place in gap(spans, window_start)]
-    first = {"compressed": 50}.get(mode, max(places) + 1)
+    first = {"compressed": 29}.get(mode, max(places) + 1)
     positions = [0, 1, *places, *range(first, first + after)]
     with torch.no_grad():
         expected = one_layer(row, position_ids=torch.tensor([positions])).logits[0, -last.logits.shape[1] :]

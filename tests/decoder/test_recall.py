@@ -53,7 +53,9 @@ def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
         decoder.read(text(80, rows=2))
         assert not asked
         bank = decoder.banks[0]
-        decoder.generate(text(4, rows=2), max_new_tokens=6, do_sample=False, eos_token_id=None, remember=False)
+        decoder.generate(
+            text(4, rows=2), max_new_tokens=6, do_sample=False, eos_token_id=None, remember=False
+        )
         (queries, means), (later, _) = asked
     assert [[len(each.token_ids) for each in some] for some in (queries, later)] == [[3, 3], [3, 3]]
     assert [queries[0].end, later[0].end] == [84, 87]

@@ -95,7 +95,9 @@ def test_lm_focuses_on_what_chunks_do_not_share(llama):
     """A question at the end of text that all chunks repeat."""
     retriever = create_retriever("lm", llama, Words())
     common, key = tuple(range(3, 40)), (50, 51, 52)
-    chunks = retriever.embed_chunks([Passage((*common, *key), 0), *(Passage(common, 20_000 + 40 * n) for n in range(1, 99))])
+    chunks = retriever.embed_chunks(
+        [Passage((*common, *key), 0), *(Passage(common, 20_000 + 40 * n) for n in range(1, 99))]
+    )
     query = [Passage((*common[-9:], *key), 24_000)]
     chunks = torch.nn.functional.normalize(chunks, dim=1)
     assert int((chunks @ retriever.embed_queries(query)[0]).argmax()) != 0

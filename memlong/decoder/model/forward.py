@@ -212,7 +212,7 @@ class AttentionPass:
             )
         else:
             first = 0 if seen.heads is None else seen.heads.start
-            sketch = memory.sketch(seen.layer, first, key[:, :, : memory.tokens], budget.page_size)
+            sketch = memory.sketch(seen.layer, first, key[:, :, : memory.tokens], budget)
         mask = self._mask(seen, query.dtype)[:, :, -query.shape[2] :]
         if self.gates is not None:
             mask = self._gated(mask, seen)

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from memlong.decoder.model.head_names import has_plain_heads
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.pages.choice import PageBudget, Sketch, choose_pages
+from memlong.decoder.pages.choice import PageBudget, Sketch, asked_of, choose_pages
 
+_FEW = 4  # queries for which matrix products do not pay
 _PER_THREAD = 32  # queries that are worth a thread
 
 
@@ -121,9 +122,8 @@ def attend_compiled(
         )
     else:
         asked = asked * scale
-        far, of_memory = _attend_to(
-            choose_pages(asked, sketch, budget), asked, keys, values, budget.page_size
-        )
+        choose = _choose_for_few if asked.shape[3] <= _FEW else choose_pages
+        far, of_memory = _attend_to(choose(asked, sketch, budget), asked, keys, values, budget.page_size)
     if gates is not None:
         bias = gates.unflatten(0, (kv_heads, -1))
         of_memory = of_memory + (bias[where] if heads else bias)[None, :, :, None]
@@ -133,6 +133,24 @@ def attend_compiled(
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one that returns logsumexp
+
+
+def _choose_for_few(query: Tensor, sketch: Sketch, budget: PageBudget) -> Tensor:
+    """Do what `choose_pages` does, for few queries."""
+    from memlong.decoder.pages.kernel import chooser_of
+
+    rows, kv_heads, group, queries, _ = query.shape
+    kept, page_size, pages = sketch.keys.shape[3:]
+    # [rows, kv_heads, queries, group, kept]
+    asked = asked_of(query, sketch).unflatten(2, (group, queries)).transpose(2, 3).contiguous().numpy()
+    keys, scales = sketch.keys.flatten(4).numpy(), sketch.scales.numpy()
+    chosen = torch.empty(
+        rows, kv_heads, queries, min(budget.pages, sketch.pages), dtype=torch.int64, device="cpu"
+    )
+    kernel = chooser_of(group, kept, page_size, pages)
+    for row, head in product(range(rows), range(kv_heads)):
+        kernel(asked[row, head], keys[row, head], scales[row, head], chosen[row, head].numpy())
+    return chosen
 
 
 def _attend_to(chosen: Tensor, query: Tensor, key: Tensor, value: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _PAGE = 16
 _CHANNELS = 0.5  # of a head's
+_LARGEST = 127  # of eight bits
 _PIECE = 1 << 19  # products computed at a time: on a CPU, what fits its caches
 
 
@@ -24,15 +25,18 @@ class PageBudget:
         So many per K-V head, rounded down to whole pages, but at least one page.
     page_size
         Tokens that are chosen together.
+    chunk_size
+        Tokens of a chunk, which pages divide.
     """
 
     tokens: int
     page_size: int
+    chunk_size: int
 
     @classmethod
     def of(cls, attended_tokens: int | None, chunk_size: int) -> Self | None:
         """Return the budget for chunks of this size; None if there is no limit."""
-        return None if attended_tokens is None else cls(attended_tokens, gcd(_PAGE, chunk_size))
+        return None if attended_tokens is None else cls(attended_tokens, gcd(_PAGE, chunk_size), chunk_size)
 
     @property
     def pages(self) -> int:
@@ -62,38 +66,44 @@ def largest(energy: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sketched(keys: Tensor, channels: Tensor, page_size: int) -> Tensor:
-    """Keep channels [a, b, kept] of keys [a, b, tokens, head_dim], by page: [a, b, page_size, pages, kept]."""
+def sketched(keys: Tensor, channels: Tensor, budget: PageBudget) -> tuple[Tensor, Tensor]:
+    """Keep channels [a, b, kept] of keys [a, b, tokens, head_dim], as a `Sketch` has them: its keys, and its scales."""
     some = keys.gather(3, channels[:, :, None].expand(-1, -1, keys.shape[2], -1))
-    pages: Tensor = some.unflatten(2, (-1, page_size)).transpose(2, 3)
-    return pages
+    # [a, b, chunks, pages of a chunk, page_size, kept] -> [a, b, chunks, kept, page_size, pages of a chunk]
+    chunks = some.unflatten(2, (-1, budget.chunk_size // budget.page_size, budget.page_size)).transpose(3, 5)
+    largest_ones = chunks.abs().amax(dim=(4, 5)).clamp(min=torch.finfo(keys.dtype).tiny)
+    whole = chunks * (_LARGEST / largest_ones)[..., None, None]
+    return whole.round().to(torch.int8).contiguous(), largest_ones / _LARGEST
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """Some channels of keys.
+    """Some channels of keys, in eight bits.
 
     Attributes
     ----------
     channels
         [rows, kv_heads, kept].
     keys
-        [rows, kv_heads, page_size, pages, kept].
+        int8 [rows, kv_heads, chunks, kept, page_size, pages of a chunk].
+    scales
+        What to multiply them by [rows, kv_heads, chunks, kept].
     """
 
     channels: Tensor
     keys: Tensor
+    scales: Tensor
 
     @classmethod
-    def of(cls, keys: Tensor, page_size: int) -> Self:
+    def of(cls, keys: Tensor, budget: PageBudget) -> Self:
         """Keep the largest channels of keys [rows, kv_heads, tokens, head_dim], rotated as attention reads them."""
         channels = largest(energies(keys))
-        return cls(channels, sketched(keys, channels, page_size).contiguous())
+        return cls(channels, *sketched(keys, channels, budget))
 
     @property
     def pages(self) -> int:
         """Number of pages."""
-        return self.keys.shape[3]
+        return self.keys.shape[2] * self.keys.shape[5]
 
 
 @torch.no_grad()
@@ -114,26 +124,36 @@ def choose_pages(query: Tensor, sketch: Sketch, budget: PageBudget, visible: Ten
         Which pages a query may choose [rows, queries, pages]; None for all. One that has too few chooses others.
     """
     rows, kv_heads, group, queries, _ = query.shape
-    channels = sketch.channels[:, :, None, None].expand(-1, -1, group, queries, -1)
-    # [rows, kv_heads, kept, group * queries]
-    asked = query.gather(4, channels).flatten(2, 3).mT
-    hidden = None if visible is None else ~visible.mT[:, None, :, None]  # [rows, 1, pages, 1, queries]
+    asked = asked_of(query, sketch).mT
+    hidden = None if visible is None else ~visible.mT[:, :, None]  # [rows, pages, 1, queries]
     count = min(budget.pages, sketch.pages)
-    if rows * kv_heads * group * queries * sketch.pages * budget.page_size <= _PIECE:
-        return _chosen((sketch.keys @ asked[:, :, None]).amax(dim=2), hidden, group, count)
-    asked = asked.contiguous()
     chosen = torch.empty(rows, kv_heads, queries, count, dtype=torch.int64, device=query.device)
     for row in range(rows):
         for head in range(kv_heads):
-            best = _best_of_pages(sketch.keys[row, head], asked[row, head])
-            chosen[row, head] = _chosen(best, None if hidden is None else hidden[row, 0], group, count)
+            best = _best_of_pages(sketch.keys[row, head], sketch.scales[row, head], asked[row, head])
+            chosen[row, head] = _chosen(best, None if hidden is None else hidden[row], group, count)
     return chosen
 
 
-def _best_of_pages(keys: Tensor, asked: Tensor) -> Tensor:
-    """Return the largest product of each page [pages, queries], a few pages at a time."""
-    step = max(1, _PIECE // (asked.shape[1] * keys.shape[0]))
-    parts = [(some @ asked).amax(dim=0) for some in keys.split(step, dim=1)]
+def asked_of(query: Tensor, sketch: Sketch) -> Tensor:
+    """Return the sketch's channels of queries [rows, kv_heads, group, queries, head_dim].
+
+    Returns [rows, kv_heads, group * queries, kept].
+    """
+    channels = sketch.channels[:, :, None, None].expand(-1, -1, *query.shape[2:4], -1)
+    return query.gather(4, channels).flatten(2, 3)
+
+
+def _best_of_pages(keys: Tensor, scales: Tensor, asked: Tensor) -> Tensor:
+    """Return the largest product of each page [pages, queries], a few chunks at a time."""
+    step = max(1, _PIECE // (asked.shape[1] * keys[0, 0].numel()))
+    parts = []
+    for some, factors in zip(keys.split(step), scales.split(step), strict=True):
+        true = some.flatten(2).to(asked.dtype).mul_(factors[:, :, None])
+        products = (true.mT @ asked).unflatten(
+            1, keys.shape[2:]
+        )  # [chunks, page_size, pages of a chunk, queries]
+        parts.append(products.amax(dim=1).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

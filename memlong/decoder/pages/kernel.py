@@ -1,9 +1,10 @@
-"""Attention to chosen pages on a CPU, compiled by numba; imported when it is first needed."""
+"""Choice of pages for few queries, and attention to them, on a CPU; compiled by numba, imported when first needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import TypeVar
 
 import numpy as np
 from numba import njit
@@ -18,14 +19,76 @@ overwritten, output [queries, group, width] and logsumexp [queries, group].
 """
 
 
-def _compiled(function: Kernel) -> Kernel:
+Chooser = Callable[[Floats, NDArray[np.int8], Floats, NDArray[np.int64]], None]
+"""Chooses pages for the query heads of one K-V head.
+
+Takes query [queries, group, kept], scaled; keys [chunks, kept, tokens] and scales [chunks, kept] of a sketch; and, to
+be overwritten, pages [queries, chosen].
+"""
+_Function = TypeVar("_Function", Kernel, Chooser)
+
+
+def _compiled(function: _Function) -> _Function:
     """Compile a function, once for all processes where there is a folder to keep it in."""
     compiled = partial(njit, nogil=True, fastmath=True, error_model="numpy")
     try:
-        kernel: Kernel = compiled(cache=True)(function)
+        kernel: _Function = compiled(cache=True)(function)
     except RuntimeError:  # no folder can be written
         kernel = compiled()(function)
     return kernel
+
+
+@cache
+def chooser_of(group: int, kept: int, page_size: int, pages: int) -> Chooser:
+    """Return the chooser for these sizes, with so many pages of a chunk."""
+    tokens = page_size * pages
+
+    @_compiled
+    def choose(query: Floats, keys: NDArray[np.int8], scales: Floats, chosen: NDArray[np.int64]) -> None:
+        queries, count = chosen.shape
+        chunks = keys.shape[0]
+        best = np.empty((group, chunks * pages), np.float32)
+        products, channels = np.empty((group, tokens), np.float32), np.empty(tokens, np.float32)
+        shares = np.empty(chunks * pages, np.float32)
+        for number in range(queries):
+            for chunk in range(chunks):
+                products[:] = 0
+                for channel in range(kept):
+                    these = keys[chunk, channel]
+                    for token in range(tokens):
+                        channels[token] = these[token]
+                    for head in range(group):
+                        asked, mine = query[number, head, channel] * scales[chunk, channel], products[head]
+                        for token in range(tokens):
+                            mine[token] += asked * channels[token]
+                for head in range(group):
+                    mine, logits = products[head], best[head, chunk * pages : (chunk + 1) * pages]
+                    logits[:] = mine[:pages]
+                    for token in range(1, page_size):
+                        for page in range(pages):
+                            logits[page] = max(logits[page], mine[token * pages + page])
+            shares[:] = 0
+            for head in range(group):
+                logits = best[head]
+                largest, total = logits[0], np.float32(0)
+                for page in range(1, chunks * pages):
+                    largest = max(largest, logits[page])
+                for page in range(chunks * pages):
+                    logits[page] = np.exp(logits[page] - largest)
+                    total += logits[page]
+                for page in range(chunks * pages):
+                    shares[page] += logits[page] / total
+            least, found = np.partition(shares, chunks * pages - count)[chunks * pages - count], 0
+            for page in range(chunks * pages):
+                if shares[page] > least:
+                    chosen[number, found] = page
+                    found += 1
+            for page in range(chunks * pages):
+                if shares[page] == least and found < count:
+                    chosen[number, found] = page
+                    found += 1
+
+    return choose
 
 
 @cache

@@ -25,8 +25,8 @@ class _GroupRoom:
     ----------
     keys, values
         [rows, layers, heads, tokens, width], keys rotated.
-    sketch
-        [rows, layers, heads, page_size, pages, kept].
+    sketch, scales
+        As a `Sketch` has them, by slot [rows, layers, heads, slots, kept, ...].
     energies
         Of each channel, by slot [rows, layers, heads, slots, head_dim].
     channels
@@ -36,6 +36,7 @@ class _GroupRoom:
     keys: Tensor
     values: Tensor
     sketch: Tensor
+    scales: Tensor
     energies: Tensor
     channels: Tensor
 
@@ -52,8 +53,6 @@ class Room:
         The layers that attend to memory.
     budget
         How they choose pages.
-    chunk_size
-        Tokens of a slot.
     rows
         Rows of the batch.
     """
@@ -61,7 +60,6 @@ class Room:
     source: KvSource
     groups: Sequence[LayerGroup]
     budget: PageBudget
-    chunk_size: int
     rows: int
     _held: list[list[Placed]] = field(init=False)
     _rooms: list[_GroupRoom] = field(init=False, default_factory=list)
@@ -79,16 +77,16 @@ class Room:
             Positions and validity of all tokens [rows, tokens].
         """
         width = max(map(len, wanted))
-        positions = np.zeros((self.rows, width, self.chunk_size), dtype=np.int64)
+        positions = np.zeros((self.rows, width, self.budget.chunk_size), dtype=np.int64)
         with torch.inference_mode(False):  # it is written to later, in whatever mode
             for row, chunks in enumerate(wanted):
                 before, self._held[row] = self._held[row], []  # after a failure, all are written again
                 self._held[row] = self._hold_row(row, before, chunks, width)
                 positions[row, : len(chunks)] = np.reshape(
-                    [where for _, where in self._held[row]], (-1, self.chunk_size)
+                    [where for _, where in self._held[row]], (-1, self.budget.chunk_size)
                 )
-        counts = np.array([[len(chunks) * self.chunk_size] for chunks in wanted])
-        return positions.reshape(self.rows, -1), np.arange(width * self.chunk_size) < counts
+        counts = np.array([[len(chunks) * self.budget.chunk_size] for chunks in wanted])
+        return positions.reshape(self.rows, -1), np.arange(width * self.budget.chunk_size) < counts
 
     def _hold_row(
         self, row: int, before: Sequence[Placed], chunks: Sequence[Placed], width: int
@@ -107,7 +105,7 @@ class Room:
 
     def _write(self, row: int, slots: Sequence[int], new: Sequence[Placed], count: int, width: int) -> None:
         """Write new chunks to these slots, and have the sketch agree with all ``count`` slots that are then in use."""
-        size, pages = self.chunk_size, self.chunk_size // self.budget.page_size
+        size = self.budget.chunk_size
         if new:
             keys, values = (
                 torch.cat([getattr(block, name) for block, _ in new], dim=2) for name in ("keys", "values")
@@ -131,35 +129,37 @@ class Room:
             changed = (channels != room.channels[row]).any(dim=2)
             room.channels[row] = channels
             if new:
-                few = sketched(rotated, channels, self.budget.page_size)
-                for place, slot in enumerate(slots):
-                    room.sketch[row, :, :, :, _slot(slot, pages)] = few[:, :, :, _slot(place, pages)]
+                few, scales = sketched(rotated, channels, self.budget)
+                room.sketch[row, :, :, list(slots)] = few
+                room.scales[row, :, :, list(slots)] = scales
             for layer, head in changed.nonzero().tolist():
                 whole = room.keys[row, layer, head, : count * size]
-                room.sketch[row, layer, head, :, : count * pages] = sketched(
-                    whole[None, None], channels[layer, head][None, None], self.budget.page_size
-                )[0, 0]
+                few, scales = sketched(whole[None, None], channels[layer, head][None, None], self.budget)
+                room.sketch[row, layer, head, :count] = few[0, 0]
+                room.scales[row, layer, head, :count] = scales[0, 0]
 
     def _room(self, number: int, keys: Tensor, values: Tensor, width: int) -> _GroupRoom:
         """Return a group's room, with space for this many slots."""
-        size, held = self.budget.page_size, self._rooms[number] if number < len(self._rooms) else None
+        size, pages = self.budget.page_size, self.budget.chunk_size // self.budget.page_size
+        held = self._rooms[number] if number < len(self._rooms) else None
         have = 0 if held is None else held.energies.shape[3]
         if held is not None and have >= width:
             return held
         slots = max(width, 2 * have)
-        shape, tokens = (self.rows, *keys.shape[:2]), slots * self.chunk_size
+        shape, tokens = (self.rows, *keys.shape[:2]), slots * self.budget.chunk_size
         kept = kept_channels(keys.shape[3])
         room = _GroupRoom(
             keys.new_zeros(*shape, tokens, keys.shape[3]),
             values.new_zeros(*shape, tokens, values.shape[3]),
-            keys.new_zeros(*shape, size, tokens // size, kept),
+            keys.new_zeros(*shape, slots, kept, size, pages, dtype=torch.int8),
+            keys.new_zeros(*shape, slots, kept),
             keys.new_zeros(*shape, slots, keys.shape[3]),
             torch.zeros(*shape, kept, dtype=torch.int64, device=keys.device),
         )
         if held is not None:
-            used = have * self.chunk_size
+            used = have * self.budget.chunk_size
             room.keys[:, :, :, :used], room.values[:, :, :, :used] = held.keys, held.values
-            room.sketch[:, :, :, :, : used // size] = held.sketch
+            room.sketch[:, :, :, :have], room.scales[:, :, :, :have] = held.sketch, held.scales
             room.energies[:, :, :, :have], room.channels = held.energies, held.channels
         self._rooms[number : number + 1] = [room]
         return room
@@ -177,14 +177,18 @@ class Room:
             Some among those that attend to memory; None for all of them.
         """
         heads = slice(None) if heads is None else heads
-        room, pages = self._rooms[number], tokens // self.budget.page_size
-        sketch = Sketch(room.channels[:, place, heads], room.sketch[:, place, heads, :, :pages])
+        room, slots = self._rooms[number], tokens // self.budget.chunk_size
+        sketch = Sketch(
+            room.channels[:, place, heads],
+            room.sketch[:, place, heads, :slots],
+            room.scales[:, place, heads, :slots],
+        )
         return room.keys[:, place, heads, :tokens], room.values[:, place, heads, :tokens], sketch
 
     @torch.no_grad()
     def of_rows(self, rows: Sequence[int]) -> Room:
         """Return a room of its own for these rows, which may come more than once."""
-        other = Room(self.source, self.groups, self.budget, self.chunk_size, len(rows))
+        other = Room(self.source, self.groups, self.budget, len(rows))
         other._held = [list(self._held[row]) for row in rows]
         chosen = list(rows)
         with torch.inference_mode(False):

@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 from memlong.bank.metric import Metric
 from memlong.bank.snapshot.options import SavedOptions
 
-
 _ROUNDING = 1e-5
 
 
@@ -97,4 +96,5 @@ def without_component(vectors: Tensor, directions: Tensor) -> Tensor:
     axes = normalize(directions.to(vectors), dim=1)
     rest = vectors - (vectors * axes).sum(dim=1, keepdim=True) * axes
     is_left = rest.norm(dim=1) > _ROUNDING * vectors.norm(dim=1)
-    return rest * is_left[:, None]
+    left: Tensor = rest * is_left[:, None]
+    return left

@@ -101,7 +101,7 @@ class LanguageModelRetriever(Retriever):
         return self.embed_chunks(queries)
 
     def embed_focus(self, queries: Sequence[Passage], means: Tensor) -> Tensor:
-        """Embeddings [queries, dim] that measure overlap alone: tokens that all chunks have, and recency, do not count."""
+        """Embeddings [queries, dim] that measure overlap alone, without recency and without what all chunks share."""
         sketches = torch.stack([self._sketch(query) for query in queries])
         sketches = without_component(sketches, means[:, : self._tokens_dim])
         return torch.nn.functional.pad(sketches, (0, self._recency.width))

@@ -84,7 +84,7 @@ class StreamBatch:
         attending = [group for group in groups if group.has_memory]
         new_room = None
         if budget is not None and why_not_compiled(layout, source.retrieval_layers, embeddings) is None:
-            new_room = partial(Room, source, attending, budget, config.chunk_size)
+            new_room = partial(Room, source, attending, budget)
         self._loader = MemoryLoader(source, attending, self._device, new_room)
         self._unread: list[Tensor] = []  # ids [rows, new] of tokens that the streams have not noted yet
 

@@ -17,7 +17,7 @@ from memlong.decoder.kv.copy_stream import CopyEvent, CopyStream
 from memlong.decoder.kv.sources import KvSource
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.rope import AngleCache
-from memlong.decoder.pages.choice import Sketch
+from memlong.decoder.pages.choice import PageBudget, Sketch
 from memlong.decoder.pages.room import Room
 from memlong.decoder.stream.retrieval import StreamMemory
 from memlong.decoder.stream.token_stream import TokenStream
@@ -85,11 +85,11 @@ class BatchMemory:
             for place, layer in enumerate(group)
         }
 
-    def sketch(self, layer: int, first_head: int, keys: Tensor, page_size: int) -> Sketch:
+    def sketch(self, layer: int, first_head: int, keys: Tensor, budget: PageBudget) -> Sketch:
         """Return the sketch of some heads' keys [rows, kv_heads, tokens, head_dim], for which there is no room."""
         name = layer, first_head
         if name not in self.sketches:
-            self.sketches[name] = Sketch.of(keys, page_size)
+            self.sketches[name] = Sketch.of(keys, budget)
         return self.sketches[name]
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:

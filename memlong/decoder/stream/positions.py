@@ -67,11 +67,13 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) ->
         return np.tile(placement.window_start - config.chunk_size + steps, len(spans))
     if config.position_mode == "compressed":
         scale, first_token = config.distance_scale, placement.window_start - placement.offset
-        # Of each chunk's last token; chunks of another text, which are not before this window, count as right before it.
+        # Of each chunk's last token. Chunks of another text, if not before the window, are put right before it.
         distances = np.maximum(first_token - spans[:, 1:], 0) + 1
         compressed = np.maximum(np.rint(scale * np.log1p(distances / scale)).astype(np.int64), 1)
         farthest = placement.window_start - config.sink_tokens - config.chunk_size + 1
-        return (placement.window_start - np.minimum(compressed, farthest) - config.chunk_size + 1 + steps).ravel()
+        return (
+            placement.window_start - np.minimum(compressed, farthest) - config.chunk_size + 1 + steps
+        ).ravel()
     return np.arange(placement.window_start - count, placement.window_start)
 
 
