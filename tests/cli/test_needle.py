@@ -151,7 +151,7 @@ def test_the_command_hides_named_keys(run, tmp_path):
         ({"lengths": "99999999999"}, "length must be at most 100,000,000"),
         ({"lengths": "20"}, "for opening, pass keys and question, got 20"),
         ({"lengths": "80,10"}, "for opening, pass keys and question, got 10"),
-        ({"lengths": "150,80", "named": True}, "for opening, pass keys and question, got 80"),
+        ({"lengths": "250,40", "named": True}, "for opening, pass keys and question, got 40"),
         (
             {"named": True, "depths": ",".join(map(str, [k / 21 for k in range(21)]))},
             "depths must be at most 20",

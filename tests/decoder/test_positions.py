@@ -36,8 +36,8 @@ def one_layer():
 
 def compressed(spans, window_start):
     """Positions after the sinks, where the window has 24 tokens: an eighth is 3."""
-    distances = [3 * math.log1p((window_start - end + 1) / 3) for _, end in spans]
-    return [27 - round(distance) + step for distance in distances for step in (-3, -2, -1, 0)]
+    distances = [3 * math.log1p((window_start - end) / 3) for _, end in spans]
+    return [27 - round(distance) + step for distance in distances for step in (-4, -3, -2, -1)]
 
 
 @pytest.mark.parametrize(

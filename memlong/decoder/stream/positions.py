@@ -13,6 +13,9 @@ from memlong.decoder.model.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
 
 
+_STEPS = 8  # a chunk
+
+
 @dataclass(frozen=True)
 class Placement:
     """Positions of one row: sink tokens keep theirs, all later tokens are shifted by ``offset``.
@@ -66,15 +69,19 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) ->
     if config.position_mode == "overlaid":
         return np.tile(placement.window_start - config.chunk_size + steps, len(spans))
     if config.position_mode == "compressed":
-        scale, first_token = config.distance_scale, placement.window_start - placement.offset
-        # Of each chunk's last token. Chunks of another text, if not before the window, are put right before it.
-        distances = np.maximum(first_token - spans[:, 1:], 0) + 1
-        compressed = np.maximum(np.rint(scale * np.log1p(distances / scale)).astype(np.int64), 1)
-        farthest = placement.window_start - config.sink_tokens - config.chunk_size + 1
-        return (
-            placement.window_start - np.minimum(compressed, farthest) - config.chunk_size + 1 + steps
-        ).ravel()
+        return (_compressed(config, placement, spans[:, 1:]) + steps).ravel()
     return np.arange(placement.window_start - count, placement.window_start)
+
+
+def _compressed(config: MemoryConfig, placement: Placement, ends: Ints) -> Ints:
+    """Return the first positions of chunks that end at these tokens [chunks, 1]."""
+    # Chunks of another text, if not before the window, are put right before it.
+    distances = np.maximum(placement.window_start - placement.offset - ends, 0)
+    scale, step = config.distance_scale, max(1, config.chunk_size // _STEPS)
+    # In steps, so that a far chunk seldom moves when the window does, and can stay where it is.
+    compressed = np.rint(scale * np.log1p(distances / scale) / step).astype(np.int64) * step
+    farthest = placement.window_start - config.sink_tokens - config.chunk_size
+    return placement.window_start - config.chunk_size - np.minimum(compressed, farthest)
 
 
 def with_positions(
