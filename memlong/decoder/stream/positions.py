@@ -12,7 +12,6 @@ from memlong.decoder.config import MemoryConfig
 from memlong.decoder.model.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
 
-
 _STEPS = 8  # a chunk
 
 
