@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from memlong.decoder import Passage, create_retriever
 from memlong.decoder.retrievers.base import without_component
+from memlong.decoder.retrievers.baselines import RandomRetriever
 from memlong.decoder.retrievers.recency import RecencyPrior
 from memlong.errors import InvalidArgumentError
 
@@ -109,6 +110,15 @@ def test_lm_focuses_on_what_chunks_do_not_share(llama):
 def test_a_focus_loses_what_all_chunks_share_and_no_more():
     vectors, directions = torch.tensor([[3.0, 4], [3, 4], [1, 7]]), torch.tensor([[0.0, 2], [0, 0], [2, 14]])
     assert without_component(vectors, directions).tolist() == [[3, 0], [3, 4], [0, 0]]
+
+
+def test_a_focus_of_distances_is_a_query(llama):
+    class Far(RandomRetriever):
+        metric = "l2"
+
+    retriever = Far(llama, Words())
+    focus = retriever.embed_focus(passages(80), torch.ones(1, retriever.dim))
+    assert torch.equal(focus, retriever.embed_queries(passages(80)))
 
 
 @pytest.mark.parametrize("name", ["random", "recent"])

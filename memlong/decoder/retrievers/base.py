@@ -85,7 +85,9 @@ class Retriever(ABC):
         means
             The mean embedding of each bank [queries, dim].
         """
-        return without_component(self.embed_queries(queries), means)
+        found = self.embed_queries(queries)
+        # Distances do not change where all vectors are moved by the mean.
+        return found if self.metric == "l2" else without_component(found, means)
 
 
 def without_component(vectors: Tensor, directions: Tensor) -> Tensor:
