@@ -50,6 +50,10 @@ def _tables() -> dict[str, Callable[[], str]]:
         )
     for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, kind)
+    for text in ("_pydecimal.py", "_base.py", "moby_dick.txt"):
+        found[f"front-far-{text}"] = partial(quality.front_text, "front_far.json", text)
+    for text in ("moby_dick.txt", "speeches.txt"):
+        found[f"front-positions-{text}"] = partial(quality.front_text, "front_positions.json", text)
     for text in (
         "typing.py",
         "turtle.py",
@@ -59,7 +63,7 @@ def _tables() -> dict[str, Callable[[], str]]:
         "_base.py",
         "moby_dick.txt",
     ):
-        found[f"front-{text}"] = partial(quality.front_text, text)
+        found[f"front-{text}"] = partial(quality.front_text, "front.json", text)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
     for prefix, folder in (("", ""), ("gpu-", "gpu/")):

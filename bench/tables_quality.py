@@ -115,6 +115,6 @@ def front(kind: str) -> str:
     return by_cost(load("front.json"), kind)
 
 
-def front_text(text: str) -> str:
+def front_text(file: str, text: str) -> str:
     """Perplexity and gap closed on one text."""
-    return by_text(load("front.json"), text)
+    return by_text(load(file), text)

@@ -17,9 +17,7 @@ PositionMode = Literal["zero", "overlaid", "compressed", "before-window", "origi
 
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _LARGEST_GATE = 10_000
-_MOST_SCALES = (
-    9  # a distance of exp(9) scales, a million tokens where the window has 1,024, has a position of its own
-)
+_MOST_SCALES = 9  # chunks beyond exp(9) scales, a million tokens where the window has 1,024, share a position
 
 
 @documented
@@ -115,8 +113,8 @@ class MemoryConfig:
     focus_tokens: int = setting(
         16,
         "While text is generated, so many last tokens make a second query; 0 for none.",
-        more="It finds half of the ``top_k`` chunks, wherever they are, by what these tokens have that is not common "
-        "to all chunks: a question, say, at the end of other text.",
+        more="It finds up to half of the ``top_k`` chunks, wherever they are, by what these tokens have that is not "
+        "common to all chunks: a question, say, at the end of other text.",
         least=0,
     )
     position_mode: PositionMode | None = setting(
@@ -126,7 +124,7 @@ class MemoryConfig:
         more='``"zero"``: all at the one position between sinks and window (the MemLong paper\'s position 0). '
         '``"overlaid"``: every chunk in order, all of them over the same positions just before the window. '
         '``"compressed"``: every chunk in order, at a distance from the window that grows with the logarithm of the '
-        "true one. "
+        "true one; chunks of another text that do not end before the window, right before it. "
         '``"before-window"``: one chunk after the other, running up to the window. ``"original"``: where they stood in '
         "the text, the window too, so that memory of everything equals full attention; only for texts within the "
         "model's trained positions.",
@@ -229,16 +227,15 @@ class MemoryConfig:
         """Positions that a stream of any length needs, for the modes that re-base the window."""
         return self.sink_tokens + (self.memory_span(self.top_k) if self.backend else 0) + self.local_window
 
-    @property
-    def distance_scale(self) -> int:
-        """Distance from the window, in tokens, up to which the positions "compressed" are about true."""
-        return max(1, self.local_window // 8)
+    def distance_scale(self, local_window: int | None = None) -> int:
+        """The s of "compressed", by which a distance of d tokens from the window becomes s ln(1 + d/s)."""
+        return max(1, (local_window or self.local_window) // 8)
 
-    def memory_span(self, chunks: int) -> int:
-        """Positions that this many retrieved chunks take between sinks and window."""
+    def memory_span(self, chunks: int, local_window: int | None = None) -> int:
+        """Positions that this many retrieved chunks take between sinks and window; before another window, if given."""
         of_modes: dict[str | None, int] = {
             "zero": 1,
             "overlaid": self.chunk_size,
-            "compressed": max(self.chunk_size, _MOST_SCALES * self.distance_scale),
+            "compressed": self.chunk_size + _MOST_SCALES * self.distance_scale(local_window),
         }
         return of_modes.get(self.position_mode, chunks * self.chunk_size) if chunks else 0

@@ -131,7 +131,7 @@ class Speaker:
         self._segment_size = config.segment_size
         self._every = config.retrieval_interval
         self._query_length = config.query_tokens or config.retrieval_interval
-        self._focus_tokens = config.focus_tokens
+        self._focus_tokens = config.focus_tokens if config.top_k > 1 else 0
         self._draft: StreamBatch | None = None
         self._steps = 0
         self._endings: Endings | None = None

@@ -88,6 +88,12 @@ def named_keys_prompt(
     """
     if length > _LONGEST:
         raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}")
+    if len(named) != len(depths) or not named or sorted(set(depths)) != list(depths):
+        raise InvalidArgumentError(
+            f"depths must ascend, one for each of the {len(named)} pass keys, got {list(depths)}"
+        )
+    if not 0 <= depths[0] <= depths[-1] <= 1:
+        raise InvalidArgumentError(f"depths must be numbers from 0 to 1, got {list(depths)}")
     questions = [_ids(tokenizer, NAMED_QUESTION.format(name=name)) for name in named]
     needles = [_ids(tokenizer, NAMED_NEEDLE.format(name=name, key=key)) for name, key in named.items()]
     opening = [*opening_tokens(tokenizer), *_ids(tokenizer, NAMED_OPENING)]
@@ -163,7 +169,9 @@ def evaluate_needle(
         raise InvalidArgumentError(f"trials must be at least 1, got {trials}")
     numbers = random.Random(seed)  # noqa: S311 - not for cryptography
     if named:
-        return _find_named(decoder, lengths, sorted(depths), trials, filler, numbers, progress)
+        return _find_named(
+            decoder, sorted(set(lengths)), sorted(set(depths)), trials, filler, numbers, progress
+        )
     for length, depth in itertools.product(lengths, depths):  # fail early
         passkey_prompt(decoder.tokenizer, length, depth, 10_000, filler)
     cells = []
@@ -188,22 +196,26 @@ def _find_named(
 ) -> list[Cell]:
     if len(depths) > len(_NAMES):
         raise InvalidArgumentError(f"depths must be at most {len(_NAMES)} with named, got {len(depths)}")
-    for length in lengths:  # fail early
-        named_keys_prompt(
-            decoder.tokenizer, length, depths, dict.fromkeys(_NAMES[: len(depths)], 10_000), filler
+    hidden = [
+        dict(
+            zip(
+                numbers.sample(_NAMES, len(depths)),
+                numbers.sample(range(10_000, 100_000), len(depths)),
+                strict=True,
+            )
         )
-    cells = []
-    for length in lengths:
-        right = dict.fromkeys(depths, 0)
-        for _ in range(trials):
-            keys = [str(number) for number in numbers.sample(range(10_000, 100_000), len(depths))]
-            of_names = dict(zip(numbers.sample(_NAMES, len(depths)), map(int, keys), strict=True))
-            text, questions = named_keys_prompt(decoder.tokenizer, length, depths, of_names, filler)
-            _read(decoder, text, progress)
-            for depth, question, key in zip(depths, questions, keys, strict=True):
-                right[depth] += _answers(decoder, question, key)
-        cells += [Cell(length, depth, trials, found / trials) for depth, found in right.items()]
-    return cells
+        for _ in range(len(lengths) * trials)
+    ]
+    of_lengths = list(zip([length for length in lengths for _ in range(trials)], hidden, strict=True))
+    for length, keys in of_lengths:  # fail early
+        named_keys_prompt(decoder.tokenizer, length, depths, keys, filler)
+    right = {(length, depth): 0 for length in lengths for depth in depths}
+    for length, keys in of_lengths:
+        text, questions = named_keys_prompt(decoder.tokenizer, length, depths, keys, filler)
+        _read(decoder, text, progress)
+        for depth, question, key in zip(depths, questions, keys.values(), strict=True):
+            right[length, depth] += _answers(decoder, question, str(key))
+    return [Cell(length, depth, trials, found / trials) for (length, depth), found in right.items()]
 
 
 def _finds(decoder: MemoryDecoder, prompt: Tensor, key: str, progress: Callable[[int], None] | None) -> bool:

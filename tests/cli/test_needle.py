@@ -108,6 +108,15 @@ def test_named_keys_hide_in_one_text_and_each_is_asked_for():
     )
 
 
+@pytest.mark.parametrize(
+    ("depths", "message"),
+    [([1, 0], "must ascend"), ([0.5], "one for each of the 2"), ([0, 1.5], "from 0 to 1")],
+)
+def test_depths_of_named_keys_must_ascend(depths, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        named_keys_prompt(Characters(), 1000, depths, {"anchor": 11111, "bridge": 22222})
+
+
 def test_named_keys_are_asked_for_from_one_reading():
     class Knows:
         tokenizer = Characters()

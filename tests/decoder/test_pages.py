@@ -13,6 +13,7 @@ from memlong import MemoryDecoder, create_bank
 from memlong.decoder.pages import attention, kernel
 from memlong.decoder.pages.attention import attend_compiled, page_mask
 from memlong.decoder.pages.choice import PageBudget, Sketch, choose_pages
+from memlong.decoder.pages.room import Room
 from memlong.decoder.stream.retrieval import retrieve_chunks
 from memlong.errors import UnsupportedModelError
 
@@ -76,6 +77,29 @@ def test_pages_that_are_hidden_are_chosen_last(states):
         visible,
     )
     assert ((found[0] == 3).any(2) & (found[0] == 4).any(2)).all()
+
+
+@pytest.mark.parametrize("size", [1, 1e-3, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sketch_errs_by_half_a_step_at_most(dtype, size):
+    budget = PageBudget(12, 4, 8)
+    keys = (torch.randn(2, 3, MEMORY, WIDTH) * size).to(dtype)
+    keys[1, 2, 8:16] = 0
+    sketch = Sketch.of(keys, budget)
+    assert sketch.scales.dtype == torch.float32
+    channels = sketch.channels[:, :, None].expand(-1, -1, MEMORY, -1)
+    # [rows, kv_heads, chunks, kept, tokens of a chunk], as a sketch has them
+    true = keys.float().gather(3, channels).view(2, 3, -1, 2, 4, WIDTH // 2).transpose(3, 5).flatten(4)
+    steps = sketch.scales[..., None]
+    assert ((sketch.keys.flatten(4) * steps - true).abs() <= 0.5001 * steps).all()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 3e38])
+def test_a_query_that_is_not_a_number_chooses_pages_all_the_same(number):
+    budget = PageBudget(12, 4, 8)
+    query = torch.full((1, 1, 2, 1, WIDTH), number)
+    chosen = attention._choose_for_few(query, Sketch.of(torch.randn(1, 1, MEMORY, WIDTH), budget), budget)
+    assert chosen.shape[3] == len({*chosen.flatten().tolist()} & {*range(MEMORY // 4)})
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -146,6 +170,22 @@ def test_compiled_decoders_equal_masks(llama, small, text, monkeypatch, heads, m
     torch.testing.assert_close(compiled, logits_of(llama, ids, config, step), **TOLERANCE)
     everything = small(top_k=6, retrieval_heads=heads, position_mode=mode, gate_init=-0.1)
     assert (compiled - logits_of(llama, ids, everything, step)).abs().max() > 1e-3
+
+
+def test_a_chunk_is_written_again_only_where_its_step_changes(llama, small, text, monkeypatch):
+    """At compressed positions, of which chunks of 32 tokens have steps of 4."""
+    written, write = [], Room._write
+
+    def noting(self, row, slots, *rest):
+        written.append(len(slots))
+        write(self, row, slots, *rest)
+
+    monkeypatch.setattr(Room, "_write", noting)
+    sizes = {"chunk_size": 32, "segment_size": 32, "local_window": 96, "position_mode": "compressed"}
+    with MemoryDecoder(llama, None, small(top_k=64, attended_tokens=64, **sizes)) as decoder:
+        decoder.read(text(900))
+        held = len(decoder.banks[0])
+    assert 1 <= written[-1] < held / 2
 
 
 @pytest.mark.parametrize("heads", ["all", "1:0,2:1,3:0+1"])
@@ -249,9 +289,13 @@ def test_without_a_folder_to_keep_it_in_the_kernel_is_compiled_anew(llama, small
         return lambda function: function
 
     monkeypatch.setattr(kernel, "njit", njit)
+    for step in (None, 1):
+        kernel.kernel_of.cache_clear()
+        kernel.chooser_of.cache_clear()
+        torch.testing.assert_close(logits_of(llama, ids, config, step), expected, **TOLERANCE)
+    assert kernel.chooser_of.cache_info().currsize
     kernel.kernel_of.cache_clear()
-    torch.testing.assert_close(logits_of(llama, ids, config), expected, **TOLERANCE)
-    kernel.kernel_of.cache_clear()
+    kernel.chooser_of.cache_clear()
 
 
 @pytest.mark.parametrize("first", [True, False])

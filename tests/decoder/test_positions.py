@@ -37,7 +37,7 @@ def one_layer():
 def compressed(spans, window_start):
     """Positions after the sinks, where the window has 24 tokens: an eighth is 3."""
     distances = [3 * math.log1p((window_start - end) / 3) for _, end in spans]
-    return [27 - round(distance) + step for distance in distances for step in (-4, -3, -2, -1)]
+    return [31 - round(distance) + step for distance in distances for step in (-4, -3, -2, -1)]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_segment_sees_sinks_then_memory_then_window(one_layer, small, text, mo
     row = torch.cat([ids[:, :2], *chunks, ids[:, window_start:]], dim=1)
     after = row.shape[1] - 14
     places = [2 + place for place in gap(spans, window_start)]
-    first = {"compressed": 29}.get(mode, max(places) + 1)
+    first = {"compressed": 33}.get(mode, max(places) + 1)
     positions = [0, 1, *places, *range(first, first + after)]
     with torch.no_grad():
         expected = one_layer(row, position_ids=torch.tensor([positions])).logits[0, -last.logits.shape[1] :]
@@ -79,6 +79,8 @@ def test_compressed_positions_are_in_order_however_long_the_text(small):
     assert (np.diff(places, axis=1) == 1).all()
     assert (np.diff(places[:, 0]) >= 0).all()
     assert places[0, 0] == config.sink_tokens
+    reach = 3 * math.exp(9)  # of a scale of 3
+    assert [place == config.sink_tokens for place in places[:, 0]] == (seen - ends > reach).tolist()
     window_start = config.sink_tokens + config.memory_span(11)
     assert places[-2:, -1].tolist() == [window_start - 1] * 2  # right before the window, and of another text
     assert len({*places[4:, 0]}) > 5

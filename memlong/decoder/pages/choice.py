@@ -68,12 +68,12 @@ def largest(energy: Tensor) -> Tensor:
 @torch.no_grad()
 def sketched(keys: Tensor, channels: Tensor, budget: PageBudget) -> tuple[Tensor, Tensor]:
     """Keep channels [a, b, kept] of keys [a, b, tokens, head_dim], as a `Sketch` has them: its keys, and its scales."""
-    some = keys.gather(3, channels[:, :, None].expand(-1, -1, keys.shape[2], -1))
+    some = keys.gather(3, channels[:, :, None].expand(-1, -1, keys.shape[2], -1)).float()
     # [a, b, chunks, pages of a chunk, page_size, kept] -> [a, b, chunks, kept, page_size, pages of a chunk]
     chunks = some.unflatten(2, (-1, budget.chunk_size // budget.page_size, budget.page_size)).transpose(3, 5)
-    largest_ones = chunks.abs().amax(dim=(4, 5)).clamp(min=torch.finfo(keys.dtype).tiny)
-    whole = chunks * (_LARGEST / largest_ones)[..., None, None]
-    return whole.round().to(torch.int8).contiguous(), largest_ones / _LARGEST
+    scales = chunks.abs().amax(dim=(4, 5)) / _LARGEST
+    whole = (chunks / torch.where(scales > 0, scales, 1)[..., None, None]).round()
+    return whole.clamp(-_LARGEST, _LARGEST).to(torch.int8).contiguous(), scales
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Sketch:
     keys
         int8 [rows, kv_heads, chunks, kept, page_size, pages of a chunk].
     scales
-        What to multiply them by [rows, kv_heads, chunks, kept].
+        What to multiply them by, float32 [rows, kv_heads, chunks, kept].
     """
 
     channels: Tensor
@@ -127,6 +127,11 @@ def choose_pages(query: Tensor, sketch: Sketch, budget: PageBudget, visible: Ten
     asked = asked_of(query, sketch).mT
     hidden = None if visible is None else ~visible.mT[:, :, None]  # [rows, pages, 1, queries]
     count = min(budget.pages, sketch.pages)
+    if rows * kv_heads * group * queries * sketch.pages * budget.page_size <= _PIECE:
+        true = sketch.keys.flatten(4).to(query.dtype) * sketch.scales.to(query.dtype)[..., None]
+        products = (true.mT @ asked[:, :, None]).unflatten(3, sketch.keys.shape[4:])
+        best = products.amax(dim=3).flatten(2, 3)  # [rows, kv_heads, pages, group * queries]
+        return _chosen(best, None if hidden is None else hidden[:, None], group, count)
     chosen = torch.empty(rows, kv_heads, queries, count, dtype=torch.int64, device=query.device)
     for row in range(rows):
         for head in range(kv_heads):
@@ -149,7 +154,7 @@ def _best_of_pages(keys: Tensor, scales: Tensor, asked: Tensor) -> Tensor:
     step = max(1, _PIECE // (asked.shape[1] * keys[0, 0].numel()))
     parts = []
     for some, factors in zip(keys.split(step), scales.split(step), strict=True):
-        true = some.flatten(2).to(asked.dtype).mul_(factors[:, :, None])
+        true = some.flatten(2).to(asked.dtype).mul_(factors.to(asked.dtype)[:, :, None])
         products = (true.mT @ asked).unflatten(
             1, keys.shape[2:]
         )  # [chunks, page_size, pages of a chunk, queries]

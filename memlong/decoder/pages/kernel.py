@@ -25,12 +25,19 @@ Chooser = Callable[[Floats, NDArray[np.int8], Floats, NDArray[np.int64]], None]
 Takes query [queries, group, kept], scaled; keys [chunks, kept, tokens] and scales [chunks, kept] of a sketch; and, to
 be overwritten, pages [queries, chosen].
 """
+_ORDER_IS_FREE = {
+    "reassoc",
+    "contract",
+    "nsz",
+    "arcp",
+    "afn",
+}  # all of fast math but that nothing is NaN or infinite
 _Function = TypeVar("_Function", Kernel, Chooser)
 
 
 def _compiled(function: _Function) -> _Function:
     """Compile a function, once for all processes where there is a folder to keep it in."""
-    compiled = partial(njit, nogil=True, fastmath=True, error_model="numpy")
+    compiled = partial(njit, nogil=True, fastmath=_ORDER_IS_FREE, error_model="numpy")
     try:
         kernel: _Function = compiled(cache=True)(function)
     except RuntimeError:  # no folder can be written
@@ -80,13 +87,15 @@ def chooser_of(group: int, kept: int, page_size: int, pages: int) -> Chooser:
                     shares[page] += logits[page] / total
             least, found = np.partition(shares, chunks * pages - count)[chunks * pages - count], 0
             for page in range(chunks * pages):
-                if shares[page] > least:
+                if shares[page] > least and found < count:
                     chosen[number, found] = page
                     found += 1
             for page in range(chunks * pages):
                 if shares[page] == least and found < count:
                     chosen[number, found] = page
                     found += 1
+            for place in range(found, count):  # of a query that is not a number
+                chosen[number, place] = place
 
     return choose
 

@@ -152,7 +152,7 @@ class Room:
             keys.new_zeros(*shape, tokens, keys.shape[3]),
             values.new_zeros(*shape, tokens, values.shape[3]),
             keys.new_zeros(*shape, slots, kept, size, pages, dtype=torch.int8),
-            keys.new_zeros(*shape, slots, kept),
+            keys.new_zeros(*shape, slots, kept, dtype=torch.float32),
             keys.new_zeros(*shape, slots, keys.shape[3]),
             torch.zeros(*shape, kept, dtype=torch.int64, device=keys.device),
         )
@@ -200,7 +200,11 @@ class Room:
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and sketches, for all slots that there is space for."""
-        return sum(room.keys.nbytes + room.values.nbytes + room.sketch.nbytes for room in self._rooms)
+        return sum(
+            states.nbytes
+            for room in self._rooms
+            for states in (room.keys, room.values, room.sketch, room.scales)
+        )
 
 
 def _name(placed: Placed) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -76,7 +77,7 @@ class Retriever(ABC):
         """Embeddings [queries, dim] of the last few tokens of a text that is being continued.
 
         They search a second time, for what these tokens alone ask for; so what all chunks have in common does not
-        count.
+        count (see `without_component`). A retriever that wraps another passes this on to it.
 
         Parameters
         ----------
@@ -85,7 +86,7 @@ class Retriever(ABC):
         means
             The mean embedding of each bank [queries, dim].
         """
-        found = self.embed_queries(queries)
+        found = torch.as_tensor(self.embed_queries(queries), dtype=torch.float32)
         # Distances do not change where all vectors are moved by the mean.
         return found if self.metric == "l2" else without_component(found, means)
 
@@ -95,6 +96,7 @@ def without_component(vectors: Tensor, directions: Tensor) -> Tensor:
 
     A vector of which nothing but rounding would be left becomes 0.
     """
+    vectors = vectors.float()
     axes = normalize(directions.to(vectors), dim=1)
     rest = vectors - (vectors * axes).sum(dim=1, keepdim=True) * axes
     is_left = rest.norm(dim=1) > _ROUNDING * vectors.norm(dim=1)

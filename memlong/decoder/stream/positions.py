@@ -74,9 +74,9 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) ->
 
 def _compressed(config: MemoryConfig, placement: Placement, ends: Ints) -> Ints:
     """Return the first positions of chunks that end at these tokens [chunks, 1]."""
-    # Chunks of another text, if not before the window, are put right before it.
+    # Chunks of another text may not end before the window: their distance is 0.
     distances = np.maximum(placement.window_start - placement.offset - ends, 0)
-    scale, step = config.distance_scale, max(1, config.chunk_size // _STEPS)
+    scale, step = config.distance_scale(), max(1, config.chunk_size // _STEPS)
     # In steps, so that a far chunk seldom moves when the window does, and can stay where it is.
     compressed = np.rint(scale * np.log1p(distances / scale) / step).astype(np.int64) * step
     farthest = placement.window_start - config.sink_tokens - config.chunk_size
@@ -109,8 +109,9 @@ def _check_trained_positions(config: MemoryConfig, model_layout: ModelLayout) ->
     limit = model_layout.max_positions
     if config.position_mode == "original" or limit is None or config.position_span <= limit:
         return
-    advice = (
-        "" if config.position_mode == "zero" else ", or top_k and chunk_size, or use position_mode='zero'"
+    other = ", or use position_mode='zero'"
+    advice = {"zero": "", "overlaid": ", or chunk_size" + other, "compressed": other}.get(
+        config.position_mode or "", ", or top_k and chunk_size" + other
     )
     raise InvalidArgumentError(
         f"Sink tokens, memory and local_window ({config.local_window}) must take at most the {limit} positions that "
@@ -129,8 +130,10 @@ def _check_sliding_windows(
     blind = {layer: size for layer, size in windows.items() if size is not None and size < reach}
     if blind:
         least = min(blind.values())
+        windows_that_fit = range(config.local_window, 0, -1)
+        fits = (each for each in windows_that_fit if each + config.memory_span(config.top_k, each) <= least)
         raise InvalidArgumentError(
-            f"local_window must be at most {max(0, least - span)}, got {config.local_window}: memory takes {span} "
+            f"local_window must be at most {next(fits, 0)}, got {config.local_window}: memory takes {span} "
             f"positions before it, and retrieval layers {', '.join(map(str, blind))} have a sliding window of {least}, "
             "which would hide memory from them. Lower it, or leave these layers out of retrieval_layers"
         )
