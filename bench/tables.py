@@ -50,9 +50,9 @@ def _tables() -> dict[str, Callable[[], str]]:
         )
     for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, kind)
-    for text in ("_pydecimal.py", "_base.py", "moby_dick.txt"):
+    for text in ("_pydecimal.py", "moby_dick.txt"):
         found[f"front-far-{text}"] = partial(quality.front_text, "front_far.json", text)
-    for text in ("moby_dick.txt", "speeches.txt"):
+    for text in ("moby_dick.txt", "addresses.txt"):
         found[f"front-positions-{text}"] = partial(quality.front_text, "front_positions.json", text)
     for text in (
         "typing.py",

@@ -107,14 +107,15 @@ class MemoryConfig:
         None,
         "Tokens that make a query.",
         unset="the text since the last retrieval",
-        more="These are ``segment_size`` tokens before a segment, and ``retrieve_every`` while text is generated.",
+        more="These are ``segment_size`` tokens before a segment, and ``retrieve_every`` while text is generated "
+        "without ``focus_tokens``.",
         least=1,
     )
     focus_tokens: int = setting(
         16,
-        "While text is generated, so many last tokens make a second query; 0 for none.",
-        more="It finds up to half of the ``top_k`` chunks, wherever they are, by what these tokens have that is not "
-        "common to all chunks: a question, say, at the end of other text.",
+        "Last tokens that make a query while text is generated; 0 for as many as query_tokens.",
+        more="They ask for what they have that is not common to all chunks, wherever that is in the text: a question, "
+        "say, at the end of other text.",
         least=0,
     )
     position_mode: PositionMode | None = setting(

@@ -130,8 +130,8 @@ class Speaker:
         self._read_prompt = read_prompt
         self._segment_size = config.segment_size
         self._every = config.retrieval_interval
-        self._query_length = config.query_tokens or config.retrieval_interval
-        self._focus_tokens = config.focus_tokens if config.top_k > 1 else 0
+        self._query_length = config.focus_tokens or config.query_tokens or config.retrieval_interval
+        self._is_focused = config.focus_tokens > 0
         self._draft: StreamBatch | None = None
         self._steps = 0
         self._endings: Endings | None = None
@@ -190,7 +190,7 @@ class Speaker:
         draft = self._batch.fork(rows)
         for stream in draft.streams:
             stream.query_length = self._query_length
-            stream.focus_length = self._focus_tokens
+            stream.is_focused = self._is_focused
         # The segment also has to hold what is generated until memory is retrieved again.
         tails = draft.rewind(max(1, self._segment_size - self._every))
         logits = draft.advance(tails, 1, retrieve=lambda _: True).logits

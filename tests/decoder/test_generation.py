@@ -145,7 +145,7 @@ def test_sampling_follows_the_seed_and_the_logits_are_the_plain_models(llama, wh
 
 def test_rows_that_end_early_are_continued_without_their_padding(llama, small, text):
     ids = text(60, rows=2)
-    with MemoryDecoder(llama, None, small()) as decoder:
+    with MemoryDecoder(llama, None, small(focus_tokens=0)) as decoder:
         free = decoder.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[:, 60:]
         stop = next(token for token in free[0, :8].tolist() if token not in free[1, :8].tolist())
         decoder.reset()
@@ -202,7 +202,7 @@ def test_a_stop_string_ends_what_was_said_though_padding_is_the_end_of_text(llam
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
     ids = text(60, rows=2)
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": 2, "pad_token_id": 2}
-    with MemoryDecoder(llama, tokenizer, small()) as decoder:
+    with MemoryDecoder(llama, tokenizer, small(focus_tokens=0)) as decoder:
         free = decoder.generate(ids, **options)[0, 60:].tolist()
         decoder.reset()
         ended = decoder.generate(ids, **options, tokenizer=tokenizer, stop_strings=chr(33 + free[3]))
@@ -266,7 +266,7 @@ def test_memory_is_refreshed_every_so_many_tokens(llama, small, text, monkeypatc
 
 def test_an_answer_that_outgrows_an_empty_bank_asks_with_its_latest_text(llama, small, text, monkeypatch):
     asked = []
-    with MemoryDecoder(llama, None, small(retrieve_every=2)) as decoder:
+    with MemoryDecoder(llama, None, small(retrieve_every=2, focus_tokens=0)) as decoder:
         embed = decoder.retriever.embed_queries
         monkeypatch.setattr(
             decoder.retriever, "embed_queries", lambda queries: (asked.extend(queries), embed(queries))[1]
@@ -400,7 +400,7 @@ def test_an_interrupted_answer_leaves_bank_and_model_as_they_were(llama, small, 
         assert "forward" not in vars(llama)
         assert set(held) <= set(decoder.banks[0].ids.tolist())
         assert decoder.tokens_read == (110,)
-        assert decoder.generate(text(5, seed=2), max_new_tokens=5).shape == (1, 10)
+        assert decoder.generate(text(5, seed=2), max_new_tokens=5, eos_token_id=None).shape == (1, 10)
 
 
 def test_a_cache_that_the_model_prefers_does_not_matter(llama, small, text):

@@ -28,19 +28,6 @@ def test_texts_in_one_bank_do_not_interleave():
     assert ends(two_texts(), query, top_k=4) == [[2, 6], [18, 22], [2, 6], [6, 10]]
 
 
-def test_two_queries_find_chunks_in_turn():
-    bank = create_bank("torch", 4)
-    blocks = torch.randn(4, 1, 1, 4, 2)
-    bank.add(torch.eye(4), blocks, blocks, [(start, start + 4) for start in range(0, 16, 4)])
-    query, focus = torch.tensor([[0.9, 0.8, 0.7, 0], [0.1, 0.8, 0, 0.9]])
-    config = MemoryConfig(chunk_size=4, top_k=3)
-    found, memory = retrieve_chunks(bank, query, config, focus=focus)
-    assert (found.ids.tolist(), memory.ids) == ([0, 3, 1], (0, 1, 3))
-    lengths = torch.stack([query, focus, query]).norm(dim=1)
-    torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.9, 0.8]) / lengths)
-    assert retrieve_chunks(bank, query, config, focus=torch.zeros(4))[0].ids.tolist() == [0, 1, 2]
-
-
 def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
     asked = []
     with MemoryDecoder(llama, None, small(focus_tokens=3, retrieve_every=4)) as decoder:
@@ -60,6 +47,17 @@ def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
     assert [[len(each.token_ids) for each in some] for some in (queries, later)] == [[3, 3], [3, 3]]
     assert [queries[0].end, later[0].end] == [84, 87]
     torch.testing.assert_close(means[0], bank.embeddings.embeddings.mean(dim=0))
+
+
+def test_a_focus_that_has_nothing_of_its_own_asks_as_it_is(llama, small, text):
+    with MemoryDecoder(llama, None, small(retriever="recent")) as decoder:
+        decoder.read(text(80))
+        batch = decoder._streams.forked(1)
+        stream = batch.streams[0]
+        stream.is_focused = True
+        batch._retrieve(batch.streams)
+    assert stream.retrieval.query.tolist() == [1]
+    assert stream.retrieval.ids.tolist() == [13, 12, 11]
 
 
 def test_asking_for_more_than_there_is_costs_nothing_more(llama, small, text):

@@ -74,10 +74,10 @@ class Retriever(ABC):
         """Embeddings [queries, dim], float32."""
 
     def embed_focus(self, queries: Sequence[Passage], means: Tensor) -> Tensor:
-        """Embeddings [queries, dim] of the last few tokens of a text that is being continued.
+        """Embeddings [queries, dim] of the last few tokens of a text that is being generated.
 
-        They search a second time, for what these tokens alone ask for; so what all chunks have in common does not
-        count (see `without_component`). A retriever that wraps another passes this on to it.
+        What all chunks have in common does not count (see `without_component`). Where 0 is left, `embed_queries` is
+        asked instead. A retriever that wraps another passes this on to it.
 
         Parameters
         ----------

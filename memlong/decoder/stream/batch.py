@@ -325,11 +325,10 @@ class StreamBatch:
             stream.forget()
         retriever = self._setup.retriever
         if asking and retriever is not None:
-            queries = retriever.embed_queries([stream.query() for stream in asking])
-            focused = _focused(asking, retriever)
+            queries = _queries(asking, retriever)
             with self._loader.copy_stream.active():
                 for stream, query in zip(asking, queries, strict=True):
-                    stream.retrieve(query, focused.get(stream))
+                    stream.retrieve(query)
 
     def _placements(self) -> tuple[Placement, ...]:
         return tuple(stream.placement for stream in self.streams)
@@ -371,11 +370,15 @@ class StreamBatch:
         self._state = BatchState(window, memory, placements)
 
 
-def _focused(streams: Sequence[TokenStream], retriever: Retriever) -> dict[TokenStream, Tensor]:
-    """Return the embedding [dim] of the second query of each stream that has one."""
-    asking = [stream for stream in streams if stream.focus_length]
-    if not asking:
-        return {}
-    means = torch.stack([stream.bank.mean_embedding() for stream in asking if stream.bank is not None])
-    focused = retriever.embed_focus([stream.focus() for stream in asking], means)
-    return dict(zip(asking, focused, strict=True))
+def _queries(streams: Sequence[TokenStream], retriever: Retriever) -> Tensor:
+    """Return the embeddings [streams, dim] of what the streams ask for, which are all focused or none is."""
+    passages = [stream.query() for stream in streams]
+    banks = [stream.bank for stream in streams if stream.is_focused and stream.bank is not None]
+    if not banks:
+        return retriever.embed_queries(passages)
+    found = retriever.embed_focus(passages, torch.stack([bank.mean_embedding() for bank in banks]))
+    is_left = found.any(dim=1)
+    # Where chunks have all in common with the query, it asks as it is.
+    return (
+        found if is_left.all() else found.where(is_left[:, None], retriever.embed_queries(passages).to(found))
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Self
 
 import torch
@@ -23,7 +22,7 @@ class Retrieval:
     query
         Its embedding [dim].
     ids, scores
-        Of the chunks found [found], best first; where two queries searched, in turn those of either.
+        Of the chunks found [found], best first.
     """
 
     query: Tensor
@@ -115,51 +114,25 @@ class RandomChunks:
 
 
 def retrieve_chunks(
-    bank: MemoryBank | Draft,
-    query: Tensor,
-    config: MemoryConfig,
-    before: StreamMemory | None = None,
-    focus: Tensor | None = None,
+    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig, before: StreamMemory | None = None
 ) -> tuple[Retrieval, StreamMemory | None]:
-    """Retrieve chunks for a query's embedding [dim], and in turn for that of a second query; None if nothing was found.
+    """Retrieve chunks for a query's embedding [dim]; None if nothing was found.
 
     Those that ``before`` holds, from the same bank, are not read again.
     """
-    scores = _search(bank, query, config.top_k)
-    if focus is not None and bool(focus.any()):
-        scores = _in_turn(scores, _search(bank, focus, config.top_k), config.top_k)
+    found = bank.search(query[None], max(1, min(config.top_k, len(bank))))
     known = set() if before is None else set(before.ids)
-    ids = list(scores)
+    ids = [each for each in found.ids[0].tolist() if each >= 0]
     new = [each for each in ids if each not in known]
     if isinstance(bank, Draft):
         chunks = bank.fetch(new)
     else:
         chunks = bank.fetch(new, known=[each for each in ids if each in known])
     gone = set(new) - set(chunks.ids.tolist())  # they have left the bank since the search
-    held = [each for each in ids if each not in gone]
-    retrieval = Retrieval(
-        query,
-        torch.tensor(held, dtype=torch.int64, device="cpu"),
-        torch.tensor([scores[each] for each in held], dtype=torch.float32, device="cpu"),
-    )
+    held = [place for place, each in enumerate(ids) if each not in gone]
+    retrieval = Retrieval(query, found.ids[0, held], found.scores[0, held])
     # Chunks leave the window in the order of the text, so that is the order of ids.
     return retrieval, _memory(chunks, before, retrieval.ids.sort().values)
-
-
-def _search(bank: MemoryBank | Draft, query: Tensor, top_k: int) -> dict[int, float]:
-    """Return ids and scores of the chunks found, best first."""
-    found = bank.search(query[None], max(1, min(top_k, len(bank))))
-    each = zip(found.ids[0].tolist(), found.scores[0].tolist(), strict=True)
-    return {chunk: score for chunk, score in each if chunk >= 0}
-
-
-def _in_turn(first: dict[int, float], second: dict[int, float], most: int) -> dict[int, float]:
-    """Take the best of either, again and again, each chunk once."""
-    found: dict[int, float] = {}
-    for pair in zip_longest(first.items(), second.items()):
-        for chunk, score in filter(None, pair):
-            found.setdefault(chunk, score)
-    return dict(list(found.items())[:most])
 
 
 def _memory(chunks: Chunks, before: StreamMemory | None, ids: Tensor | None = None) -> StreamMemory | None:

@@ -34,8 +34,8 @@ class TokenStream:
         Chunks to retrieve now and then in place of the ones asked for.
     query_length
         Tokens that make a query.
-    focus_length
-        Tokens that make a second query; 0 for none.
+    is_focused
+        Whether queries ask for what they have that stored chunks do not have in common.
     memory, retrieval
         What the stream attends to, and how it was found; None for nothing.
     next_query
@@ -56,7 +56,7 @@ class TokenStream:
         self.use_bank(bank)
         self.random_chunks = random_chunks
         self.query_length = config.query_length
-        self.focus_length = 0
+        self.is_focused = False
         self.memory: StreamMemory | None = None
         self.retrieval: Retrieval | None = None
         self.next_query: Passage | None = None
@@ -157,12 +157,6 @@ class TokenStream:
             return self.next_query
         return self._passage(max(self._recent.start, self.seen - self.query_length), self.seen)
 
-    def focus(self) -> Passage:
-        """The end of the query, which searches a second time."""
-        query = self.query()
-        start = max(query.start, query.end - self.focus_length)
-        return Passage(query.token_ids[start - query.start :], start)
-
     def departing(self, *, everything: bool = False) -> list[Passage]:
         """The chunks that must leave so that the next segment fits into the window, oldest first; or all whole ones."""
         size = self.config.chunk_size
@@ -194,8 +188,8 @@ class TokenStream:
         """Drop what was retrieved for the last segment."""
         self.memory = self.retrieval = None
 
-    def retrieve(self, query: Tensor, focus: Tensor | None = None) -> None:
-        """Retrieve chunks for the embedding [dim] of a query, and of its end."""
+    def retrieve(self, query: Tensor) -> None:
+        """Retrieve chunks for a query's embedding [dim]."""
         assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
         by_chance = self.random_chunks
         if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
@@ -203,7 +197,7 @@ class TokenStream:
         else:
             # A draft's ids may come to mean other chunks.
             before = self._before if isinstance(self.bank, MemoryBank) else None
-            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config, before, focus)
+            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config, before)
         self._before = self.memory
 
     def memory_positions(self) -> Ints:
