@@ -86,7 +86,8 @@ class Retriever(ABC):
         means
             The mean embedding of each bank [queries, dim].
         """
-        found = torch.as_tensor(self.embed_queries(queries), dtype=torch.float32)
+        made = self.embed_queries(queries)
+        found = made if isinstance(made, Tensor) else torch.as_tensor(made, device="cpu")
         # Distances do not change where all vectors are moved by the mean.
         return found if self.metric == "l2" else without_component(found, means)
 
