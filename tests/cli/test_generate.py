@@ -55,6 +55,7 @@ def test_every_command_with_a_memory_has_all_options_about_it(command):
         option = {"backend_options": "backend_option", "retriever_options": "retriever_option"}
         name = f"--{option.get(field.name, field.name).replace('_', '-')}"
         elsewhere = {"gate_init", "gates"} | ({"retrieve_every"} if command != "generate" else set())
+        elsewhere |= {"focus_tokens"} if command == "perplexity" else set()
         assert name in shown or field.name in elsewhere
 
 
