@@ -175,9 +175,8 @@ def _kv_bytes(decoder: MemoryDecoder, segment: Any, held: set[int]) -> tuple[int
     tokens, heads = len(found.ids) * config.chunk_size, decoder.source.heads
     read: float = tokens
     if config.attended_tokens is not None and config.attended_tokens < tokens:
-        read = (
-            config.attended_tokens + tokens / 4 / size
-        )  # the sketch is a byte for half of the keys' channels
+        # The sketch is a byte for half of the keys' channels.
+        read = config.attended_tokens + tokens / 4 / size
     memory = 0
     for number in decoder.source.retrieval_layers:
         layer = decoder.model_layout.layers[number]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -467,6 +469,32 @@ def test_a_sliding_window_that_would_hide_memory_is_refused(tiny_model, small, l
 def test_a_sliding_window_that_reaches_over_all_of_the_memory_is_taken(tiny_model, small, local_window, mode):
     settings = small(local_window=local_window, position_mode=mode)
     assert MemoryDecoder(tiny_model("Mistral-sliding"), None, settings).retrieval_layers == (0, 1, 2, 3)
+
+
+def test_the_window_that_is_advised_for_compressed_positions_is_taken(tiny_model, small):
+    settings = {"position_mode": "compressed", "segment_size": 4}
+    with pytest.raises(
+        InvalidArgumentError, match=r"at most \d+, got 40: .* sliding window of 40"
+    ) as refused:
+        MemoryDecoder(tiny_model("Mistral-sliding"), None, small(local_window=40, **settings))
+    advised = int(re.search(r"at most (\d+)", str(refused.value))[1])
+    MemoryDecoder(tiny_model("Mistral-sliding"), None, small(local_window=advised, **settings))
+    with pytest.raises(InvalidArgumentError):
+        MemoryDecoder(tiny_model("Mistral-sliding"), None, small(local_window=advised + 1, **settings))
+
+
+@pytest.mark.parametrize(
+    ("mode", "advice"),
+    [
+        ("zero", "local_window$"),
+        ("overlaid", "local_window, or chunk_size, or use position_mode='zero'"),
+        ("compressed", "local_window, or use position_mode='zero'"),
+        ("before-window", "local_window, or top_k and chunk_size, or use position_mode='zero'"),
+    ],
+)
+def test_too_few_positions_are_named_with_what_counts_in_that_mode(llama, small, mode, advice):
+    with pytest.raises(InvalidArgumentError, match=f"Lower {advice}"):
+        MemoryDecoder(llama, None, small(position_mode=mode, local_window=10**6))
 
 
 def test_rows_cannot_share_a_bank(llama, small):

@@ -155,9 +155,8 @@ def _best_of_pages(keys: Tensor, scales: Tensor, asked: Tensor) -> Tensor:
     parts = []
     for some, factors in zip(keys.split(step), scales.split(step), strict=True):
         true = some.flatten(2).to(asked.dtype).mul_(factors.to(asked.dtype)[:, :, None])
-        products = (true.mT @ asked).unflatten(
-            1, keys.shape[2:]
-        )  # [chunks, page_size, pages of a chunk, queries]
+        # [chunks, page_size, pages of a chunk, queries]
+        products = (true.mT @ asked).unflatten(1, keys.shape[2:])
         parts.append(products.amax(dim=1).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -25,13 +25,8 @@ Chooser = Callable[[Floats, NDArray[np.int8], Floats, NDArray[np.int64]], None]
 Takes query [queries, group, kept], scaled; keys [chunks, kept, tokens] and scales [chunks, kept] of a sketch; and, to
 be overwritten, pages [queries, chosen].
 """
-_ORDER_IS_FREE = {
-    "reassoc",
-    "contract",
-    "nsz",
-    "arcp",
-    "afn",
-}  # all of fast math but that nothing is NaN or infinite
+# All of fast math, but for the promise that nothing is NaN or infinite.
+_ORDER_IS_FREE = {"reassoc", "contract", "nsz", "arcp", "afn"}
 _Function = TypeVar("_Function", Kernel, Chooser)
 
 
