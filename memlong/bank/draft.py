@@ -13,9 +13,8 @@ from memlong.bank.arrays import FloatInput, Floats, IntInput
 from memlong.bank.base import MemoryBank
 from memlong.bank.finite import Finiteness
 from memlong.bank.index.exact import true_scores
-from memlong.bank.layout import ChunkLayout
 from memlong.bank.metric import Metric, similarity_of
-from memlong.bank.results import Chunks, Retrieved, SearchResult
+from memlong.bank.results import Chunks, SearchResult
 from memlong.bank.store.copying import stack
 from memlong.bank.uncopied import Uncopied
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
@@ -36,7 +35,7 @@ class Draft(Uncopied):
     """What a beam remembers: a bank, and the chunks of a continuation that will be dropped.
 
     The draft's own chunks stay where they were made, whatever the bank's store and capacity, and are searched by brute
-    force: a continuation is short, so they are few. Retrieving counts in the bank as it always does; nothing is
+    force: a continuation is short, so they are few. Fetching counts in the bank as it always does; nothing is
     ever added to it.
 
     Parameters
@@ -66,9 +65,14 @@ class Draft(Uncopied):
         return self._bank.metric
 
     @property
+    def first_id(self) -> int:
+        """The id of its own first chunk. It grows with the bank below, and so do the ids of all its own chunks."""
+        return self._bank.next_id
+
+    @property
     def next_id(self) -> int:
         """The id that the next chunk would get."""
-        return self._bank.next_id + len(self._chunks)
+        return self.first_id + len(self._chunks)
 
     def mean_embedding(self) -> torch.Tensor:
         """Return the mean of the bank's embeddings, without those of the draft; as `MemoryBank.mean_embedding`."""
@@ -124,39 +128,25 @@ class Draft(Uncopied):
         vectors = np.stack([chunk.embedding for chunk in self._chunks])[None]
         own = torch.from_numpy(true_scores(query, vectors, similarity_of(self.metric)))
         scores, order = torch.cat([below.scores, own], dim=1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([below.ids[0], torch.arange(self._bank.next_id, self.next_id, device="cpu")])
+        ids = torch.cat([below.ids[0], torch.arange(self.first_id, self.next_id, device="cpu")])
         return SearchResult(scores[:, :k], ids[order[:, :k]])
-
-    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
-        """Do what `search` does, with keys, values and spans; as `MemoryBank.retrieve`."""
-        if not self._chunks:
-            return self._bank.retrieve(queries, k)
-        found = self.search(queries, k)
-        present = int((found.ids >= 0).sum())
-        chunks = self.fetch(found.ids[0, :present])
-        layout = ChunkLayout.of(self._chunks[0].keys[None])
-        keys, values = (
-            torch.cat([states, layout.empty(k - present)])[None] for states in (chunks.keys, chunks.values)
-        )
-        spans = torch.nn.functional.pad(chunks.spans, (0, 0, 0, k - present), value=-1)[None]
-        return Retrieved(found.ids, found.scores, keys, values, spans)
 
     def spans_of(self, ids: IntInput) -> torch.Tensor:
         """Return the token positions of chunks; as `MemoryBank.spans_of`."""
         wanted = ids_of(ids)
         spans = self._bank.spans_of(wanted)
-        first = self._bank.next_id
+        first = self.first_id
         for row, place in enumerate((wanted - first).tolist()):
             if 0 <= place < len(self._chunks):
                 spans[row] = self._chunks[place].span
         return spans
 
-    def fetch(self, ids: IntInput) -> Chunks:
+    def fetch(self, ids: IntInput, *, known: IntInput = ()) -> Chunks:
         """Return chunks by id, those of the bank counted there; as `MemoryBank.fetch`."""
-        wanted = ids_of(ids)
-        first = self._bank.next_id
+        wanted, others = ids_of(ids), ids_of(known)
+        first = self.first_id
         own = {first + place: chunk for place, chunk in enumerate(self._chunks)}
-        below = self._bank.fetch(wanted[wanted < first])
+        below = self._bank.fetch(wanted[wanted < first], known=others[others < first])
         rows = {chunk_id: row for row, chunk_id in enumerate(below.ids.tolist())}
         held = [chunk_id for chunk_id in wanted.tolist() if chunk_id in rows or chunk_id in own]
         if not any(chunk_id in own for chunk_id in held):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -13,8 +14,9 @@ from memlong import MemoryDecoder, create_bank
 from memlong.decoder.pages import attention, kernel
 from memlong.decoder.pages.attention import attend_compiled, page_mask
 from memlong.decoder.pages.choice import PageBudget, Sketch, choose_pages
-from memlong.decoder.pages.room import Room
+from memlong.decoder.pages.room import GroupRoom, LayerRoom, Room
 from memlong.decoder.stream.retrieval import retrieve_chunks
+from memlong.decoder.stream.token_stream import TokenStream
 from memlong.errors import UnsupportedModelError
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -40,6 +42,21 @@ def logits_of(model, ids, config, step=None):
     with MemoryDecoder(model, None, config) as decoder, torch.inference_mode():
         parts = ids.split(step or ids.shape[1], dim=1)
         return torch.cat([each.logits[0] for part in parts for each in decoder.stream(part)])
+
+
+def room_of(keys, values, budget):
+    """What a room holds for a layer, which is the only one."""
+    sketch = Sketch.of(keys, budget)
+    states = (
+        keys,
+        values,
+        sketch.keys,
+        sketch.scales,
+        sketch.scales,
+        sketch.channels,
+    )  # energies are not needed
+    group = GroupRoom(*(each[:, None] for each in states))
+    return LayerRoom(group, 0, keys.shape[2] // budget.chunk_size, keys.shape[2])
 
 
 def causal(keys):
@@ -98,8 +115,12 @@ def test_a_sketch_errs_by_half_a_step_at_most(dtype, size):
 def test_a_query_that_is_not_a_number_chooses_pages_all_the_same(number):
     budget = PageBudget(12, 4, 8)
     query = torch.full((1, 1, 2, 1, WIDTH), number)
-    chosen = attention._choose_for_few(query, Sketch.of(torch.randn(1, 1, MEMORY, WIDTH), budget), budget)
-    assert chosen.shape[3] == len({*chosen.flatten().tolist()} & {*range(MEMORY // 4)})
+    sketch = Sketch.of(torch.randn(1, 1, MEMORY, WIDTH), budget)
+    chosen = np.full((1, 3), -1)
+    some, keys = query[0, :, :, 0, : WIDTH // 2].numpy(), sketch.keys.flatten(4)[0, 0].numpy()
+    with np.errstate(all="ignore"):
+        kernel.choose(some, keys, sketch.scales[0, 0].numpy(), chosen, 2, WIDTH // 2, 4, 2)
+    assert len({*chosen[0].tolist()} & {*range(MEMORY // 4)}) == 3
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -121,7 +142,7 @@ def test_compiled_attention_equals_masks(states, monkeypatch, threads, queries, 
     found = attend_compiled(
         query,
         tuple(window),
-        (*held, Sketch.of(held[0], budget)),
+        room_of(*held, budget),
         heads,
         budget,
         0.3,
@@ -186,6 +207,22 @@ def test_a_chunk_is_written_again_only_where_its_step_changes(llama, small, text
         decoder.read(text(900))
         held = len(decoder.banks[0])
     assert 1 <= written[-1] < held / 2
+
+
+def test_what_is_generated_writes_no_chunk_again(llama, small, text, monkeypatch):
+    config = small(top_k=64, attended_tokens=8, position_mode="original", focus_tokens=0)
+    with MemoryDecoder(llama, None, config) as decoder:
+        decoder.read(text(100))
+        held = len(decoder.banks[0])
+        written, write = [], Room._write
+
+        def noting(self, row, slots, *rest):
+            written.extend(slots)
+            write(self, row, slots, *rest)
+
+        monkeypatch.setattr(Room, "_write", noting)
+        decoder.generate(text(2), max_new_tokens=24, do_sample=False)
+    assert 3 <= len(written) < held / 2
 
 
 @pytest.mark.parametrize("heads", ["all", "1:0,2:1,3:0+1"])
@@ -289,13 +326,14 @@ def test_without_a_folder_to_keep_it_in_the_kernel_is_compiled_anew(llama, small
         return lambda function: function
 
     monkeypatch.setattr(kernel, "njit", njit)
+    made = kernel.kernel_of, kernel.joiner_of
     for step in (None, 1):
-        kernel.kernel_of.cache_clear()
-        kernel.chooser_of.cache_clear()
+        for each in made:
+            each.cache_clear()
         torch.testing.assert_close(logits_of(llama, ids, config, step), expected, **TOLERANCE)
-    assert kernel.chooser_of.cache_info().currsize
-    kernel.kernel_of.cache_clear()
-    kernel.chooser_of.cache_clear()
+    for each in made:
+        assert each.cache_info().currsize
+        each.cache_clear()
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -324,6 +362,28 @@ def test_only_what_is_new_is_read_from_the_bank(small):
     assert torch.equal(after.keys, blocks[[0, 3]].permute(1, 2, 0, 3, 4).flatten(2, 3))
     usage = bank._state.table.usage
     assert (usage.retrievals.tolist(), usage.last_used[0]) == ([2, 1, 0, 1], usage.last_used[3])
+
+
+def test_a_draft_whose_chunks_are_renamed_gives_them_again(small):
+    bank = create_bank("torch", 4)
+    blocks = torch.randn(4, 1, 1, 4, 2)
+    spans = torch.tensor([(start, start + 4) for start in range(0, 16, 4)])
+    bank.add(torch.eye(4)[:1], blocks[:1], blocks[:1], spans[:1])
+    stream = TokenStream(small(top_k=2), bank).fork()
+    stream.bank.add(torch.eye(4)[1:2], blocks[1:2], blocks[1:2], spans[1:2])
+    query = torch.tensor([0.5, 1.0, 0, 0])
+    stream.retrieve(query)
+    first = stream.memory
+    stream.retrieve(query)
+    assert all(now is before for now, before in zip(stream.memory.blocks, first.blocks, strict=True))
+    bank.add(torch.eye(4)[3:], blocks[3:], blocks[3:], spans[3:])  # as another stream of this bank does
+    stream.retrieve(query)
+    assert stream.memory.ids == (0, 2)
+    assert torch.equal(stream.memory.keys, blocks[:2].permute(1, 2, 0, 3, 4).flatten(2, 3))
+    bank.add(torch.eye(4)[2:3], blocks[2:3], blocks[2:3], spans[2:3])
+    stream.retrieve(torch.tensor([0, 0, 1.0, 1.0]))  # 2, which was its own chunk, is the bank's now
+    assert stream.memory.ids == (1, 2)
+    assert torch.equal(stream.memory.keys, blocks[[3, 2]].permute(1, 2, 0, 3, 4).flatten(2, 3))
 
 
 def test_what_leaves_the_bank_after_the_search_is_not_found(small):

@@ -205,11 +205,12 @@ class AttentionPass:
         """Attend to pages of the memory through a mask, with heads that all see it."""
         memory = cast("BatchMemory", self.memory)
         if memory.room is not None:
-            keys, values, sketch = memory.held(seen.layer, seen.held)
+            held, heads = memory.held(seen.layer), slice(None) if seen.held is None else seen.held
             key, value = (
-                torch.cat([mine.to(local.dtype), local], dim=2)
-                for mine, local in ((keys, key), (values, value))
+                torch.cat([mine[:, heads].to(local.dtype), local], dim=2)
+                for mine, local in ((held.keys, key), (held.values, value))
             )
+            sketch = held.sketch(seen.held)
         else:
             first = 0 if seen.heads is None else seen.heads.start
             sketch = memory.sketch(seen.layer, first, key[:, :, : memory.tokens], budget)

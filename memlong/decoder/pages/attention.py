@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from memlong.decoder.model.head_names import has_plain_heads
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.pages.choice import PageBudget, Sketch, asked_of, choose_pages
+from memlong.decoder.pages.choice import PageBudget, Sketch, choose_pages
+from memlong.decoder.pages.room import LayerRoom
 
 _FEW = 4  # queries for which matrix products do not pay
 _PER_THREAD = 32  # queries that are worth a thread
@@ -73,7 +75,7 @@ def page_mask(
 def attend_compiled(
     query: Tensor,
     window: tuple[Tensor, Tensor],
-    memory: tuple[Tensor, Tensor, Sketch],
+    memory: LayerRoom,
     heads: Sequence[int],
     budget: PageBudget,
     scale: float | None,
@@ -92,7 +94,7 @@ def attend_compiled(
     window
         Keys and values [rows, kv_heads, columns, width].
     memory
-        Keys, values [rows, memory heads, tokens, width] and sketch.
+        What the room holds for the layer.
     heads
         The K-V heads that attend to memory; empty for all of them.
     budget
@@ -104,26 +106,26 @@ def attend_compiled(
     gates
         What is added to logits of memory [heads]; None for nothing.
     """
-    keys, values, sketch = memory
     kv_heads = window[0].shape[1]
     scale = query.shape[3] ** -0.5 if scale is None else scale
+    local, of_window = _flash(query, *window, attn_mask=mask, scale=scale)
+    if query.shape[2] <= _FEW and not budget.covers(memory.tokens):
+        return _joined_for_few(query, local, of_window, kv_heads, memory, heads, budget, scale, gates)
     # From here on, [rows, kv_heads, group, queries, ...].
-    local, of_window = (
-        each.unflatten(1, (kv_heads, -1)) for each in _flash(query, *window, attn_mask=mask, scale=scale)
-    )
-    asked, near, its_logsumexp = query.unflatten(1, (kv_heads, -1)), local, of_window
+    query, local, of_window = (each.unflatten(1, (kv_heads, -1)) for each in (query, local, of_window))
+    asked, near, its_logsumexp = query, local, of_window
     where = torch.tensor(heads, device="cpu")
     if heads:
         asked, near, its_logsumexp = (each.index_select(1, where) for each in (asked, local, of_window))
-    if budget.covers(keys.shape[2]):
+    if budget.covers(memory.tokens):
         far, of_memory = (
-            each.unflatten(1, (keys.shape[1], -1))
-            for each in _flash(asked.flatten(1, 2), keys, values, scale=scale)
+            each.unflatten(1, (len(heads) or kv_heads, -1))
+            for each in _flash(asked.flatten(1, 2), memory.keys, memory.values, scale=scale)
         )
     else:
         asked = asked * scale
-        choose = _choose_for_few if asked.shape[3] <= _FEW else choose_pages
-        far, of_memory = _attend_to(choose(asked, sketch, budget), asked, keys, values, budget.page_size)
+        chosen = choose_pages(asked, memory.sketch(), budget)
+        far, of_memory = _attend_to(chosen, asked, memory.keys, memory.values, budget.page_size)
     if gates is not None:
         bias = gates.unflatten(0, (kv_heads, -1))
         of_memory = of_memory + (bias[where] if heads else bias)[None, :, :, None]
@@ -135,22 +137,38 @@ def attend_compiled(
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one that returns logsumexp
 
 
-def _choose_for_few(query: Tensor, sketch: Sketch, budget: PageBudget) -> Tensor:
-    """Do what `choose_pages` does, for few queries."""
-    from memlong.decoder.pages.kernel import chooser_of
+def _joined_for_few(
+    query: Tensor,
+    local: Tensor,
+    of_window: Tensor,
+    kv_heads: int,
+    memory: LayerRoom,
+    heads: Sequence[int],
+    budget: PageBudget,
+    scale: float,
+    gates: Tensor | None,
+) -> Tensor:
+    """Return what `attend_compiled` does, for few queries and by one kernel."""
+    from memlong.decoder.pages.kernel import joiner_of
 
-    rows, kv_heads, group, queries, _ = query.shape
-    kept, page_size, pages = sketch.keys.shape[3:]
-    # [rows, kv_heads, queries, group, kept]
-    asked = asked_of(query, sketch).unflatten(2, (group, queries)).transpose(2, 3).contiguous().numpy()
-    keys, scales = sketch.keys.flatten(4).numpy(), sketch.scales.numpy()
-    chosen = torch.empty(
-        rows, kv_heads, queries, min(budget.pages, sketch.pages), dtype=torch.int64, device="cpu"
+    held = memory.group
+    kept, page_size, pages = held.sketch.shape[4:]
+    query_heads, width = query.shape[1], query.shape[3]
+    join = joiner_of(width, query_heads // kv_heads, kept, page_size, pages)
+    output = local.transpose(1, 2).contiguous()
+    join(
+        query.contiguous().numpy(),
+        scale,
+        np.zeros(query_heads, np.float32) if gates is None else gates.detach().float().numpy(),
+        np.array(heads or range(kv_heads)),
+        memory.slots,
+        min(budget.pages, memory.slots * pages),
+        held.arrays,
+        memory.place,
+        output.numpy(),
+        of_window.contiguous().numpy(),
     )
-    kernel = chooser_of(group, kept, page_size, pages)
-    for row, head in product(range(rows), range(kv_heads)):
-        kernel(asked[row, head], keys[row, head], scales[row, head], chosen[row, head].numpy())
-    return chosen
+    return output
 
 
 def _attend_to(chosen: Tensor, query: Tensor, key: Tensor, value: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -19,15 +20,51 @@ overwritten, output [queries, group, width] and logsumexp [queries, group].
 """
 
 
-Chooser = Callable[[Floats, NDArray[np.int8], Floats, NDArray[np.int64]], None]
-"""Chooses pages for the query heads of one K-V head.
+class Joiner(Protocol):
+    """Lets few queries choose pages and attend to them, and joins that to what they have of the window."""
 
-Takes query [queries, group, kept], scaled; keys [chunks, kept, tokens] and scales [chunks, kept] of a sketch; and, to
-be overwritten, pages [queries, chosen].
-"""
+    def __call__(
+        self,
+        query: Floats,
+        scale: float,
+        gates: Floats,
+        heads: NDArray[np.int64],
+        slots: int,
+        count: int,
+        memory: tuple[NDArray[Any], ...],
+        place: int,
+        output: Floats,
+        logsumexp: Floats,
+    ) -> None:
+        """Attend.
+
+        Parameters
+        ----------
+        query
+            [rows, heads, queries, width].
+        scale
+            Factor of the products.
+        gates
+            What is added to logits of memory [heads].
+        heads
+            The K-V heads that attend to memory.
+        slots, count
+            Chunks, and how many of their pages each query chooses.
+        memory
+            Keys, values [rows, layers, memory heads, tokens, width], and of the sketch channels [rows, layers, memory
+            heads, kept], keys [rows, layers, memory heads, slots, kept, tokens of a chunk] and scales, without tokens.
+        place
+            Index of the layer.
+        output
+            Of the window [rows, queries, heads, width]; overwritten by that of window and pages.
+        logsumexp
+            Of the window [rows, heads, queries].
+        """
+
+
 # All of fast math, but for the promise that nothing is NaN or infinite.
 _ORDER_IS_FREE = {"reassoc", "contract", "nsz", "arcp", "afn"}
-_Function = TypeVar("_Function", Kernel, Chooser)
+_Function = TypeVar("_Function", Kernel, Joiner)
 
 
 def _compiled(function: _Function) -> _Function:
@@ -40,64 +77,130 @@ def _compiled(function: _Function) -> _Function:
     return kernel
 
 
-@cache
-def chooser_of(group: int, kept: int, page_size: int, pages: int) -> Chooser:
-    """Return the chooser for these sizes, with so many pages of a chunk."""
+@register_jitable(inline="always")
+def choose(
+    query: Floats,
+    keys: NDArray[np.int8],
+    scales: Floats,
+    chosen: NDArray[np.int64],
+    group: int,
+    kept: int,
+    page_size: int,
+    pages: int,
+) -> None:
+    """Choose pages for the query heads of one K-V head.
+
+    Parameters
+    ----------
+    query
+        [queries, group, kept], scaled.
+    keys, scales
+        Of a sketch [chunks, kept, tokens] and [chunks, kept].
+    chosen
+        Pages [queries, chosen], overwritten.
+    group, kept, page_size, pages
+        Sizes: where they are constants, the compiler unrolls loops. ``pages`` are those of a chunk.
+    """
     tokens = page_size * pages
-
-    @_compiled
-    def choose(query: Floats, keys: NDArray[np.int8], scales: Floats, chosen: NDArray[np.int64]) -> None:
-        queries, count = chosen.shape
-        chunks = keys.shape[0]
-        best = np.empty((group, chunks * pages), np.float32)
-        products, channels = np.empty((group, tokens), np.float32), np.empty(tokens, np.float32)
-        shares = np.empty(chunks * pages, np.float32)
-        for number in range(queries):
-            for chunk in range(chunks):
-                products[:] = 0
-                for channel in range(kept):
-                    these = keys[chunk, channel]
-                    for token in range(tokens):
-                        channels[token] = these[token]
-                    for head in range(group):
-                        asked, mine = query[number, head, channel] * scales[chunk, channel], products[head]
-                        for token in range(tokens):
-                            mine[token] += asked * channels[token]
+    queries, count = chosen.shape
+    chunks = keys.shape[0]
+    best = np.empty((group, chunks * pages), np.float32)
+    products, channels = np.empty((group, tokens), np.float32), np.empty(tokens, np.float32)
+    shares = np.empty(chunks * pages, np.float32)
+    for number in range(queries):
+        for chunk in range(chunks):
+            products[:] = 0
+            for channel in range(kept):
+                these = keys[chunk, channel]
+                for token in range(tokens):
+                    channels[token] = these[token]
                 for head in range(group):
-                    mine, logits = products[head], best[head, chunk * pages : (chunk + 1) * pages]
-                    logits[:] = mine[:pages]
-                    for token in range(1, page_size):
-                        for page in range(pages):
-                            logits[page] = max(logits[page], mine[token * pages + page])
-            shares[:] = 0
+                    asked, mine = query[number, head, channel] * scales[chunk, channel], products[head]
+                    for token in range(tokens):
+                        mine[token] += asked * channels[token]
             for head in range(group):
-                logits = best[head]
-                largest, total = logits[0], np.float32(0)
-                for page in range(1, chunks * pages):
-                    largest = max(largest, logits[page])
-                for page in range(chunks * pages):
-                    logits[page] = np.exp(logits[page] - largest)
-                    total += logits[page]
-                for page in range(chunks * pages):
-                    shares[page] += logits[page] / total
-            least, found = np.partition(shares, chunks * pages - count)[chunks * pages - count], 0
+                mine, logits = products[head], best[head, chunk * pages : (chunk + 1) * pages]
+                logits[:] = mine[:pages]
+                for token in range(1, page_size):
+                    for page in range(pages):
+                        logits[page] = max(logits[page], mine[token * pages + page])
+        shares[:] = 0
+        for head in range(group):
+            logits = best[head]
+            largest, total = logits[0], np.float32(0)
+            for page in range(1, chunks * pages):
+                largest = max(largest, logits[page])
             for page in range(chunks * pages):
-                if shares[page] > least and found < count:
-                    chosen[number, found] = page
-                    found += 1
+                logits[page] = np.exp(logits[page] - largest)
+                total += logits[page]
             for page in range(chunks * pages):
-                if shares[page] == least and found < count:
-                    chosen[number, found] = page
-                    found += 1
-            for place in range(found, count):  # of a query that is not a number
-                chosen[number, place] = place
+                shares[page] += logits[page] / total
+        least, found = np.partition(shares, chunks * pages - count)[chunks * pages - count], 0
+        for page in range(chunks * pages):
+            if shares[page] > least and found < count:
+                chosen[number, found] = page
+                found += 1
+        for page in range(chunks * pages):
+            if shares[page] == least and found < count:
+                chosen[number, found] = page
+                found += 1
+        for place in range(found, count):  # of a query that is not a number
+            chosen[number, place] = place
 
-    return choose
+
+@register_jitable(inline="always")
+def _attend(
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    pages: NDArray[np.int64],
+    output: Floats,
+    logsumexp: Floats,
+    width: int,
+    group: int,
+    page_size: int,
+) -> None:
+    """Let the query heads of one K-V head attend to each query's own pages; as a `Kernel` does."""
+    queries, chosen = pages.shape
+    weights = np.empty((group, chosen * page_size), np.float32)
+    for number in range(queries):
+        for place in range(chosen):
+            first = pages[number, place] * page_size
+            for token in range(page_size):
+                this = key[first + token]
+                for head in range(group):
+                    asked, product = query[number, head], np.float32(0)
+                    for channel in range(width):
+                        product += asked[channel] * this[channel]
+                    weights[head, place * page_size + token] = product
+        for head in range(group):
+            mine = weights[head]
+            largest, total = mine[0], np.float32(0)
+            for token in range(1, chosen * page_size):
+                largest = max(largest, mine[token])
+            for token in range(chosen * page_size):
+                mine[token] = np.exp(mine[token] - largest)
+                total += mine[token]
+            logsumexp[number, head] = largest + np.log(total)
+            for token in range(chosen * page_size):
+                mine[token] /= total
+            output[number, head] = 0
+        for place in range(chosen):
+            first = pages[number, place] * page_size
+            these = value[first : first + page_size]
+            for head in range(group):
+                mine = weights[head, place * page_size : (place + 1) * page_size]
+                result = output[number, head]
+                for channel in range(width):
+                    mean = np.float32(0)
+                    for token in range(page_size):
+                        mean += mine[token] * these[token, channel]
+                    result[channel] += mean
 
 
 @cache
 def kernel_of(width: int, group: int, page_size: int) -> Kernel:
-    """Return the kernel for these sizes: where loops have known lengths, the compiler unrolls them."""
+    """Return the kernel for these sizes."""
 
     @_compiled
     def attend(
@@ -108,40 +211,55 @@ def kernel_of(width: int, group: int, page_size: int) -> Kernel:
         output: Floats,
         logsumexp: Floats,
     ) -> None:
-        queries, chosen = pages.shape
-        weights = np.empty((group, chosen * page_size), np.float32)
-        for number in range(queries):
-            for place in range(chosen):
-                first = pages[number, place] * page_size
-                for token in range(page_size):
-                    this = key[first + token]
-                    for head in range(group):
-                        asked, product = query[number, head], np.float32(0)
-                        for channel in range(width):
-                            product += asked[channel] * this[channel]
-                        weights[head, place * page_size + token] = product
-            for head in range(group):
-                mine = weights[head]
-                largest, total = mine[0], np.float32(0)
-                for token in range(1, chosen * page_size):
-                    largest = max(largest, mine[token])
-                for token in range(chosen * page_size):
-                    mine[token] = np.exp(mine[token] - largest)
-                    total += mine[token]
-                logsumexp[number, head] = largest + np.log(total)
-                for token in range(chosen * page_size):
-                    mine[token] /= total
-                output[number, head] = 0
-            for place in range(chosen):
-                first = pages[number, place] * page_size
-                these = value[first : first + page_size]
-                for head in range(group):
-                    mine = weights[head, place * page_size : (place + 1) * page_size]
-                    result = output[number, head]
-                    for channel in range(width):
-                        mean = np.float32(0)
-                        for token in range(page_size):
-                            mean += mine[token] * these[token, channel]
-                        result[channel] += mean
+        _attend(query, key, value, pages, output, logsumexp, width, group, page_size)
 
     return attend
+
+
+@cache
+def joiner_of(width: int, group: int, kept: int, page_size: int, pages: int) -> Joiner:
+    """Return the kernel for few queries and these sizes, with so many pages of a chunk."""
+
+    @_compiled
+    def join(
+        query: Floats,
+        scale: float,
+        gates: Floats,
+        heads: NDArray[np.int64],
+        slots: int,
+        count: int,
+        memory: tuple[NDArray[Any], ...],
+        place: int,
+        output: Floats,
+        logsumexp: Floats,
+    ) -> None:
+        rows, _, queries, _ = query.shape
+        all_keys, all_values, all_channels, all_sketches, all_scales = memory
+        asked, some = (
+            np.empty((queries, group, width), np.float32),
+            np.empty((queries, group, kept), np.float32),
+        )
+        far, far_logsumexp = np.empty_like(asked), np.empty((queries, group), np.float32)
+        chosen = np.empty((queries, count), np.int64)
+        for row in range(rows):
+            for held in range(len(heads)):
+                first, channels = heads[held] * group, all_channels[row, place, held]
+                for number in range(queries):
+                    for head in range(group):
+                        for channel in range(width):
+                            asked[number, head, channel] = query[row, first + head, number, channel] * scale
+                        for channel in range(kept):
+                            some[number, head, channel] = asked[number, head, channels[channel]]
+                sketch, scales = all_sketches[row, place, held], all_scales[row, place, held]
+                choose(some, sketch[:slots], scales[:slots], chosen, group, kept, page_size, pages)
+                keys, values = all_keys[row, place, held], all_values[row, place, held]
+                _attend(asked, keys, values, chosen, far, far_logsumexp, width, group, page_size)
+                for number in range(queries):
+                    for head in range(group):
+                        near, theirs = output[row, number, first + head], far[number, head]
+                        ahead = far_logsumexp[number, head] + gates[first + head]
+                        share = np.float32(1) / (1 + np.exp(logsumexp[row, first + head, number] - ahead))
+                        for channel in range(width):
+                            near[channel] += share * (theirs[channel] - near[channel])
+
+    return join

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memlong.decoder.arrays import Bools, Ints
@@ -18,7 +21,7 @@ from memlong.decoder.stream.retrieval import Placed
 
 
 @dataclass(eq=False)
-class _GroupRoom:
+class GroupRoom:
     """The chunks of alike layers, in slots.
 
     Attributes
@@ -39,6 +42,56 @@ class _GroupRoom:
     scales: Tensor
     energies: Tensor
     channels: Tensor
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """The same memory as NumPy arrays: keys, values, channels, sketch without pages, and scales."""
+        states = self.keys, self.values, self.channels, self.sketch.flatten(5), self.scales
+        return tuple(each.numpy() for each in states)
+
+    def of_rows(self, rows: Sequence[int]) -> GroupRoom:
+        """Return a copy with these rows."""
+        return GroupRoom(*(getattr(self, each.name)[list(rows)] for each in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRoom:
+    """The chunks of one layer.
+
+    Attributes
+    ----------
+    group
+        Those of all alike layers.
+    place
+        Index of the layer.
+    slots, tokens
+        Of the chunks that there are.
+    """
+
+    group: GroupRoom
+    place: int
+    slots: int
+    tokens: int
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys, rotated [rows, memory heads, tokens, width]."""
+        return self.group.keys[:, self.place, :, : self.tokens]
+
+    @property
+    def values(self) -> Tensor:
+        """Values [rows, memory heads, tokens, width]."""
+        return self.group.values[:, self.place, :, : self.tokens]
+
+    def sketch(self, heads: slice | None = None) -> Sketch:
+        """Sketch of the heads that attend to memory, or some of them."""
+        heads = slice(None) if heads is None else heads
+        group, place = self.group, self.place
+        return Sketch(
+            group.channels[:, place, heads],
+            group.sketch[:, place, heads, : self.slots],
+            group.scales[:, place, heads, : self.slots],
+        )
 
 
 @dataclass(eq=False)
@@ -62,7 +115,7 @@ class Room:
     budget: PageBudget
     rows: int
     _held: list[list[Placed]] = field(init=False)
-    _rooms: list[_GroupRoom] = field(init=False, default_factory=list)
+    _rooms: list[GroupRoom] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._held = [[] for _ in range(self.rows)]
@@ -126,19 +179,26 @@ class Room:
             else:
                 continue
             channels = largest(room.energies[row, :, :, :count].sum(dim=2))
-            changed = (channels != room.channels[row]).any(dim=2)
-            room.channels[row] = channels
+            before, room.channels[row] = room.channels[row].clone(), channels
+            changed = (channels != before).any(dim=2).nonzero().tolist() if len(new) < count else ()
+            for layer, head in changed:
+                self._follow(room, (row, layer, head), before[layer, head], count)
             if new:
                 few, scales = sketched(rotated, channels, self.budget)
                 room.sketch[row, :, :, list(slots)] = few
                 room.scales[row, :, :, list(slots)] = scales
-            for layer, head in changed.nonzero().tolist():
-                whole = room.keys[row, layer, head, : count * size]
-                few, scales = sketched(whole[None, None], channels[layer, head][None, None], self.budget)
-                room.sketch[row, layer, head, :count] = few[0, 0]
-                room.scales[row, layer, head, :count] = scales[0, 0]
 
-    def _room(self, number: int, keys: Tensor, values: Tensor, width: int) -> _GroupRoom:
+    def _follow(self, room: GroupRoom, head: tuple[int, int, int], before: Tensor, count: int) -> None:
+        """Have the sketch of a head, made of the channels ``before``, follow those that it has now."""
+        channels, sketch, scales = room.channels[head], room.sketch[head], room.scales[head]
+        same = channels[:, None] == before
+        kept, places = same.any(dim=1), same.int().argmax(dim=1)
+        sketch[:count], scales[:count] = sketch[:count, places], scales[:count, places]
+        keys = room.keys[head][: count * self.budget.chunk_size]
+        few, its_scales = sketched(keys[None, None], channels[~kept][None, None], self.budget)
+        sketch[:count, ~kept], scales[:count, ~kept] = few[0, 0], its_scales[0, 0]
+
+    def _room(self, number: int, keys: Tensor, values: Tensor, width: int) -> GroupRoom:
         """Return a group's room, with space for this many slots."""
         size, pages = self.budget.page_size, self.budget.chunk_size // self.budget.page_size
         held = self._rooms[number] if number < len(self._rooms) else None
@@ -148,7 +208,7 @@ class Room:
         slots = max(width, 2 * have)
         shape, tokens = (self.rows, *keys.shape[:2]), slots * self.budget.chunk_size
         kept = kept_channels(keys.shape[3])
-        room = _GroupRoom(
+        room = GroupRoom(
             keys.new_zeros(*shape, tokens, keys.shape[3]),
             values.new_zeros(*shape, tokens, values.shape[3]),
             keys.new_zeros(*shape, slots, kept, size, pages, dtype=torch.int8),
@@ -164,37 +224,17 @@ class Room:
         self._rooms[number : number + 1] = [room]
         return room
 
-    def of(self, number: int, place: int, tokens: int, heads: slice | None) -> tuple[Tensor, Tensor, Sketch]:
-        """Return keys, values [rows, heads, tokens, width] and sketch of a layer.
-
-        Parameters
-        ----------
-        number, place
-            Its group, and its index there.
-        tokens
-            So many, which are all slots in use.
-        heads
-            Some among those that attend to memory; None for all of them.
-        """
-        heads = slice(None) if heads is None else heads
-        room, slots = self._rooms[number], tokens // self.budget.chunk_size
-        sketch = Sketch(
-            room.channels[:, place, heads],
-            room.sketch[:, place, heads, :slots],
-            room.scales[:, place, heads, :slots],
-        )
-        return room.keys[:, place, heads, :tokens], room.values[:, place, heads, :tokens], sketch
+    def of(self, number: int, place: int, tokens: int) -> LayerRoom:
+        """Return what a layer has: its group, its index there, and so many tokens, which are all slots in use."""
+        return LayerRoom(self._rooms[number], place, tokens // self.budget.chunk_size, tokens)
 
     @torch.no_grad()
     def of_rows(self, rows: Sequence[int]) -> Room:
         """Return a room of its own for these rows, which may come more than once."""
         other = Room(self.source, self.groups, self.budget, len(rows))
         other._held = [list(self._held[row]) for row in rows]
-        chosen = list(rows)
         with torch.inference_mode(False):
-            other._rooms = [
-                _GroupRoom(*(states[chosen] for states in vars(room).values())) for room in self._rooms
-            ]
+            other._rooms = [room.of_rows(rows) for room in self._rooms]
         return other
 
     @property

@@ -18,7 +18,7 @@ from memlong.decoder.kv.sources import KvSource
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.rope import AngleCache
 from memlong.decoder.pages.choice import PageBudget, Sketch
-from memlong.decoder.pages.room import Room
+from memlong.decoder.pages.room import LayerRoom, Room
 from memlong.decoder.stream.retrieval import StreamMemory
 from memlong.decoder.stream.token_stream import TokenStream
 
@@ -97,10 +97,10 @@ class BatchMemory:
         number, place = self.places[layer]
         return self.keys[number][:, place], self.values[number][:, place]
 
-    def held(self, layer: int, heads: slice | None = None) -> tuple[Tensor, Tensor, Sketch]:
-        """Keys, values and sketch of a layer's heads that attend to memory, or some of them; they are in the room."""
+    def held(self, layer: int) -> LayerRoom:
+        """What the room holds for a layer."""
         assert self.room is not None  # noqa: S101 - the caller knows
-        return self.room.of(*self.places[layer], self.tokens, heads)
+        return self.room.of(*self.places[layer], self.tokens)
 
     def wait(self) -> None:
         """Make what the device computes from here on wait for the copy."""

@@ -124,10 +124,7 @@ def retrieve_chunks(
     known = set() if before is None else set(before.ids)
     ids = [each for each in found.ids[0].tolist() if each >= 0]
     new = [each for each in ids if each not in known]
-    if isinstance(bank, Draft):
-        chunks = bank.fetch(new)
-    else:
-        chunks = bank.fetch(new, known=[each for each in ids if each in known])
+    chunks = bank.fetch(new, known=[each for each in ids if each in known])
     gone = set(new) - set(chunks.ids.tolist())  # they have left the bank since the search
     held = [place for place, each in enumerate(ids) if each not in gone]
     retrieval = Retrieval(query, found.ids[0, held], found.scores[0, held])
