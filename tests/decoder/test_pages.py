@@ -123,6 +123,16 @@ def test_a_query_that_is_not_a_number_chooses_pages_all_the_same(number):
     assert len({*chosen[0].tolist()} & {*range(MEMORY // 4)}) == 3
 
 
+def test_exponentials_are_those_of_numpy():
+    logits = np.linspace(-60, 30, 1001, dtype=np.float32)
+    found, bits = logits.copy(), np.empty(len(logits), np.int32)
+    largest, total = kernel.exponentiate(found, bits)
+    expected = np.exp(logits.astype(np.float64) - 30)
+    assert largest == 30
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-36)
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("queries", [1, QUERIES])
 @pytest.mark.parametrize("tokens", [12, MEMORY])
@@ -326,14 +336,11 @@ def test_without_a_folder_to_keep_it_in_the_kernel_is_compiled_anew(llama, small
         return lambda function: function
 
     monkeypatch.setattr(kernel, "njit", njit)
-    made = kernel.kernel_of, kernel.joiner_of
-    for step in (None, 1):
-        for each in made:
-            each.cache_clear()
+    for step, made in ((None, kernel.kernel_of), (1, kernel.joiner_of)):
+        made.cache_clear()
         torch.testing.assert_close(logits_of(llama, ids, config, step), expected, **TOLERANCE)
-    for each in made:
-        assert each.cache_info().currsize
-        each.cache_clear()
+        assert made.cache_info().currsize
+        made.cache_clear()
 
 
 @pytest.mark.parametrize("first", [True, False])
