@@ -117,6 +117,21 @@ def exponentiate(logits: Floats, bits: NDArray[np.int32]) -> tuple[np.floating[A
 
 
 @register_jitable(inline="always")
+def nth_largest(numbers: NDArray[np.int32], n: int) -> int:
+    """Return the n-th largest of numbers from zero on, by bisection."""
+    low, high = -1, 2**31 - 1
+    while high - low > 1:
+        middle, more = (low + high) // 2, 0
+        for number in numbers:
+            more += number > np.int32(middle)
+        if more >= n:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@register_jitable(inline="always")
 def choose(
     query: Floats,
     keys: NDArray[np.int8],
@@ -169,13 +184,14 @@ def choose(
             _, total = exponentiate(logits, bits)
             for page in range(chunks * pages):
                 shares[page] += logits[page] / total
-        least, found = np.partition(shares, chunks * pages - count)[chunks * pages - count], 0
+        order, found = shares.view(np.int32), 0  # of numbers above zero, bits are in the order of the numbers
+        least = nth_largest(order, count)
         for page in range(chunks * pages):
-            if shares[page] > least and found < count:
+            if order[page] > least and found < count:
                 chosen[number, found] = page
                 found += 1
         for page in range(chunks * pages):
-            if shares[page] == least and found < count:
+            if order[page] == least and found < count:
                 chosen[number, found] = page
                 found += 1
         for place in range(found, count):  # of a query that is not a number
