@@ -49,9 +49,11 @@ def _tables() -> dict[str, Callable[[], str]]:
             quality.by_length, "context_lengths.json", "_pydecimal.py", what
         )
     for kind in ("code", "prose"):
-        found[f"front-{kind}"] = partial(quality.front, kind)
+        found[f"front-{kind}"] = partial(quality.front, "front.json", kind)
+        found[f"front-gemma-{kind}"] = partial(quality.front, "front_gemma.json", kind)
     for text in ("_pydecimal.py", "moby_dick.txt"):
         found[f"front-far-{text}"] = partial(quality.front_text, "front_far.json", text)
+        found[f"front-farther-{text}"] = partial(quality.front_text, "front_farther.json", text)
     for text in ("moby_dick.txt", "addresses.txt"):
         found[f"front-positions-{text}"] = partial(quality.front_text, "front_positions.json", text)
     for text in (

@@ -110,9 +110,9 @@ def by_length(file: str, text: str, what: str) -> str:
     return table(["system", *(f"{int(length):,}" for length in lengths)], rows)
 
 
-def front(kind: str) -> str:
-    """Mean gap closed on texts of a kind, and what it costs."""
-    return by_cost(load("front.json"), kind)
+def front(file: str, kind: str) -> str:
+    """Mean gap closed on texts of a kind, and what it costs if that was measured."""
+    return by_cost(load(file), kind)
 
 
 def front_text(file: str, text: str) -> str:

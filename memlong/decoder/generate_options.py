@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,7 @@ _COUNTS = {  # and the least of each
     "num_beams": 1,
     "num_return_sequences": 1,
 }
+_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty", "max_time")
 _FLAGS = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits")
 _NO_TEXT = re.compile(r"pixel|image|video|audio|speech|input_features")
 
@@ -62,6 +63,15 @@ def check_generate_options(model: PreTrainedModel, options: dict[str, Any]) -> N
             whole_number(name, value, at_least=least)
     for name in _FLAGS:
         check_flag(name, _setting(model, options, name), or_none=True)
+    for name in _NUMBERS:
+        value = _setting(model, options, name)
+        if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
+            raise InvalidArgumentError(f"{name} must be a number, got {value!r}")
+    streamer = options.get("streamer")
+    if streamer is not None and not all(callable(getattr(streamer, each, None)) for each in ("put", "end")):
+        raise InvalidArgumentError(
+            f"streamer must have put() and end(), as transformers' TextStreamer, got {streamer!r}"
+        )
     for name in ("pad_token_id", "eos_token_id"):
         _check_tokens(name, _setting(model, options, name))
     for name in ("logits_processor", "stopping_criteria"):
