@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,10 +20,14 @@ from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, wh
 from memlong.errors import InvalidArgumentError
 
 
+_FIRST_ID = 1 << 61  # beyond those of any bank, however it grows
+
+
 @dataclass(frozen=True, eq=False)
 class _Chunk:
     """One chunk of a draft; never changed, so that drafts can share it."""
 
+    id: int
     embedding: Floats
     keys: torch.Tensor
     values: torch.Tensor
@@ -40,19 +43,18 @@ class Draft(Uncopied):
 
     Parameters
     ----------
-    bank : MemoryBank or Draft
+    bank : MemoryBank
         What lies below.
-    chunks
-        Chunks that another draft over the same bank already holds.
     """
 
     why_uncopied = "it lies over a bank. Fork it, or copy the bank"
 
-    def __init__(self, bank: MemoryBank | Draft, chunks: Sequence[_Chunk] = ()) -> None:
+    def __init__(self, bank: MemoryBank) -> None:
         self._bank = bank
-        self._chunks = list(chunks)
+        self._chunks: list[_Chunk] = []
+        self._next_id = _FIRST_ID
         self._unproven: Finiteness | None = None
-        self._proven = len(self._chunks)  # chunks before those
+        self._proven = 0  # chunks before those
 
     @property
     def dim(self) -> int:
@@ -65,14 +67,9 @@ class Draft(Uncopied):
         return self._bank.metric
 
     @property
-    def first_id(self) -> int:
-        """The id of its own first chunk. It grows with the bank below, and so do the ids of all its own chunks."""
-        return self._bank.next_id
-
-    @property
     def next_id(self) -> int:
-        """The id that the next chunk would get."""
-        return self.first_id + len(self._chunks)
+        """The id that the next chunk gets. Ids are above all of the bank's, and never used again."""
+        return self._next_id
 
     def mean_embedding(self) -> torch.Tensor:
         """Return the mean of the bank's embeddings, without those of the draft; as `MemoryBank.mean_embedding`."""
@@ -83,8 +80,9 @@ class Draft(Uncopied):
 
     def fork(self) -> Self:
         """Return an independent copy of this draft over the same bank."""
-        other = type(self)(self._bank, self._chunks)
-        other._unproven, other._proven = self._unproven, self._proven  # noqa: SLF001 - its own
+        other = type(self)(self._bank)
+        mine = list(self._chunks), self._next_id, self._unproven, self._proven
+        other._chunks, other._next_id, other._unproven, other._proven = mine
         return other
 
     def add(
@@ -113,13 +111,12 @@ class Draft(Uncopied):
             finiteness.require()
         else:
             self._unproven, self._proven = finiteness, len(self._chunks)
-        self._chunks += map(_Chunk, vectors, key_blocks, value_blocks, places)
+        ids = range(self._next_id, self._next_id + len(vectors))
+        self._chunks += map(_Chunk, ids, vectors, key_blocks, value_blocks, places)
+        self._next_id += len(vectors)
 
     def search(self, queries: FloatInput, k: int) -> SearchResult:
-        """Find the k best chunks of one query [1, dim] in bank and draft together; as `MemoryBank.search`.
-
-        Chunks of the draft have the ids that the bank would give them next.
-        """
+        """Find the k best chunks of one query [1, dim] in bank and draft together; as `MemoryBank.search`."""
         k = whole_number("k", k, at_least=1)
         below = self._bank.search(queries, k)
         if not self._chunks:
@@ -128,25 +125,24 @@ class Draft(Uncopied):
         vectors = np.stack([chunk.embedding for chunk in self._chunks])[None]
         own = torch.from_numpy(true_scores(query, vectors, similarity_of(self.metric)))
         scores, order = torch.cat([below.scores, own], dim=1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([below.ids[0], torch.arange(self.first_id, self.next_id, device="cpu")])
+        mine = torch.tensor([chunk.id for chunk in self._chunks], device="cpu")
+        ids = torch.cat([below.ids[0], mine])
         return SearchResult(scores[:, :k], ids[order[:, :k]])
 
     def spans_of(self, ids: IntInput) -> torch.Tensor:
         """Return the token positions of chunks; as `MemoryBank.spans_of`."""
-        wanted = ids_of(ids)
+        wanted, own = ids_of(ids), self._own()
         spans = self._bank.spans_of(wanted)
-        first = self.first_id
-        for row, place in enumerate((wanted - first).tolist()):
-            if 0 <= place < len(self._chunks):
-                spans[row] = self._chunks[place].span
+        for row, chunk_id in enumerate(wanted.tolist()):
+            if chunk_id in own:
+                spans[row] = own[chunk_id].span
         return spans
 
     def fetch(self, ids: IntInput, *, known: IntInput = ()) -> Chunks:
         """Return chunks by id, those of the bank counted there; as `MemoryBank.fetch`."""
         wanted, others = ids_of(ids), ids_of(known)
-        first = self.first_id
-        own = {first + place: chunk for place, chunk in enumerate(self._chunks)}
-        below = self._bank.fetch(wanted[wanted < first], known=others[others < first])
+        own = self._own()
+        below = self._bank.fetch(wanted[wanted < _FIRST_ID], known=others[others < _FIRST_ID])
         rows = {chunk_id: row for row, chunk_id in enumerate(below.ids.tolist())}
         held = [chunk_id for chunk_id in wanted.tolist() if chunk_id in rows or chunk_id in own]
         if not any(chunk_id in own for chunk_id in held):
@@ -159,3 +155,6 @@ class Draft(Uncopied):
         ]
         keys, values, spans = (stack([part[side] for part in parts]) for side in range(3))
         return Chunks(torch.tensor(held, dtype=torch.int64, device="cpu"), keys, values, spans)
+
+    def _own(self) -> dict[int, _Chunk]:
+        return {chunk.id: chunk for chunk in self._chunks}

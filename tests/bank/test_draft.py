@@ -7,6 +7,7 @@ import torch
 
 from memlong import create_bank
 from memlong.bank import Draft
+from memlong.bank.finite import Finiteness
 from memlong.errors import InvalidArgumentError
 
 
@@ -25,20 +26,23 @@ def test_it_finds_what_a_bank_with_all_chunks_finds(metric, below, own):
     for each in (bank, whole):
         if below:
             each.add(*chunks(below, 1))
-    draft = Draft(Draft(bank))  # over a draft it is the same
+    draft = Draft(bank)
     if own:
         draft.add(*chunks(own, 2))
         whole.add(*chunks(own, 2))
     query = torch.randn(1, 6, generator=torch.Generator().manual_seed(9))
+    named = [*range(below), *range(draft.next_id - own, draft.next_id)]  # by the id in a bank with all
     for k in (1, 3, 12):
         found, expected = draft.search(query, k), whole.search(query, k)
-        assert torch.equal(found.ids, expected.ids)
+        assert found.ids.tolist() == [[named[each] if each >= 0 else -1 for each in expected.ids[0].tolist()]]
         assert torch.equal(found.scores, expected.scores)
-    fetched, expected = draft.fetch([below + own - 1, 0, 99]), whole.fetch([below + own - 1, 0, 99])
-    for name in ("ids", "spans", "keys", "values"):
+    last = below + own - 1
+    fetched, expected = draft.fetch([named[last], named[0], 99]), whole.fetch([last, 0, 99])
+    assert fetched.ids.tolist() == [named[last], named[0]]
+    for name in ("spans", "keys", "values"):
         assert torch.equal(getattr(fetched, name), getattr(expected, name)), name
-    assert draft.fetch([0], known=[below + own - 1]).ids.tolist() == [0]
-    assert torch.equal(draft.spans_of([below + own - 1, 99]), whole.spans_of([below + own - 1, 99]))
+    assert draft.fetch([named[0]], known=[named[last]]).ids.tolist() == [named[0]]
+    assert torch.equal(draft.spans_of([named[last], 99]), whole.spans_of([last, 99]))
     assert len(draft) == len(whole)
     assert len(bank) == below
 
@@ -53,16 +57,22 @@ def test_forks_go_their_own_way():
     assert (len(bank), len(first), len(second)) == (2, 3, 6)
 
 
-def test_a_bank_that_grows_renames_the_chunks_of_a_draft():
+def test_ids_of_a_draft_stay_when_the_bank_grows_and_are_never_used_again(monkeypatch):
     bank = create_bank("torch", 6)
     bank.add(*chunks(2, 1))
-    draft = Draft(bank)
-    own = chunks(1, 2)
+    draft, own = Draft(bank), chunks(1, 2)
+    first = draft.next_id
     draft.add(*own)
-    assert draft.first_id == 2
     bank.add(*chunks(1, 3))
-    assert draft.first_id == 3
-    assert torch.equal(draft.fetch([3]).keys, own[1])
+    assert torch.equal(draft.fetch([first]).keys, own[1])
+    assert draft.fork().next_id == first + 1
+    monkeypatch.setattr(Finiteness, "is_known", False)
+    embeddings, keys, values, spans = chunks(1, 4)
+    draft.add(embeddings, keys * float("nan"), values, spans, check_first=False)
+    with pytest.raises(InvalidArgumentError, match="must be finite"):
+        draft.add(*chunks(1, 5))
+    draft.add(*chunks(1, 5))
+    assert draft.search(chunks(1, 5)[0], 1).ids.tolist() == [[first + 2]]
 
 
 def test_what_is_known_is_counted_in_the_bank_below_a_draft():
@@ -70,7 +80,7 @@ def test_what_is_known_is_counted_in_the_bank_below_a_draft():
     bank.add(*chunks(3, 1))
     draft = Draft(bank)
     draft.add(*chunks(1, 2))
-    draft.fetch([2], known=[0, 3])
+    draft.fetch([2], known=[0, draft.next_id - 1])
     assert bank.usage.retrievals.tolist() == [1, 0, 1]
 
 

@@ -177,7 +177,10 @@ def test_a_stream_knows_how_many_segments_are_to_come(llama, small, text):
         ({"top_p": "0.9"}, "top_p must be a number, got '0.9'"),
         ({"max_time": [1]}, r"max_time must be a number, got \[1\]"),
         ({"num_beams": 2, "length_penalty": True}, "length_penalty must be a number, got True"),
-        ({"streamer": "x"}, r"streamer must have put\(\) and end\(\), as transformers' TextStreamer, got 'x'"),
+        (
+            {"streamer": "x"},
+            r"streamer must have put\(\) and end\(\), as transformers' TextStreamer, got 'x'",
+        ),
         ({"eos_token_id": ["a"]}, r"eos_token_id must be a token id, or a list of them, got \['a'\]"),
         ({"stopping_criteria": 5}, "stopping_criteria must be a list of callables, got 5"),
         ({"generation_config": GenerationConfig(max_new_tokens=2.0)}, "max_new_tokens must be an integer"),

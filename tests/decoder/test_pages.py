@@ -133,6 +133,13 @@ def test_exponentials_are_those_of_numpy():
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
 
 
+def test_the_nth_largest_is_that_of_sorting():
+    numbers = np.random.default_rng(0).integers(0, 50, 40).astype(np.int32)
+    numbers[3:5] = 2**31 - 1, 0
+    for n in (1, 2, 17, 40):
+        assert kernel.nth_largest(numbers, n) == np.sort(numbers)[-n]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("queries", [1, QUERIES])
 @pytest.mark.parametrize("tokens", [12, MEMORY])
@@ -371,7 +378,7 @@ def test_only_what_is_new_is_read_from_the_bank(small):
     assert (usage.retrievals.tolist(), usage.last_used[0]) == ([2, 1, 0, 1], usage.last_used[3])
 
 
-def test_a_draft_whose_chunks_are_renamed_gives_them_again(small):
+def test_a_fork_keeps_what_it_retrieved_when_the_bank_grows(small):
     bank = create_bank("torch", 4)
     blocks = torch.randn(4, 1, 1, 4, 2)
     spans = torch.tensor([(start, start + 4) for start in range(0, 16, 4)])
@@ -381,16 +388,17 @@ def test_a_draft_whose_chunks_are_renamed_gives_them_again(small):
     query = torch.tensor([0.5, 1.0, 0, 0])
     stream.retrieve(query)
     first = stream.memory
+    search = bank.search
+
+    def search_and_grow(queries, k):  # as another thread does
+        bank.add(torch.eye(4)[3:], blocks[3:], blocks[3:], spans[3:])
+        return search(queries, k)
+
+    bank.search = search_and_grow
     stream.retrieve(query)
     assert all(now is before for now, before in zip(stream.memory.blocks, first.blocks, strict=True))
-    bank.add(torch.eye(4)[3:], blocks[3:], blocks[3:], spans[3:])  # as another stream of this bank does
-    stream.retrieve(query)
-    assert stream.memory.ids == (0, 2)
-    assert torch.equal(stream.memory.keys, blocks[:2].permute(1, 2, 0, 3, 4).flatten(2, 3))
-    bank.add(torch.eye(4)[2:3], blocks[2:3], blocks[2:3], spans[2:3])
-    stream.retrieve(torch.tensor([0, 0, 1.0, 1.0]))  # 2, which was its own chunk, is the bank's now
-    assert stream.memory.ids == (1, 2)
-    assert torch.equal(stream.memory.keys, blocks[[3, 2]].permute(1, 2, 0, 3, 4).flatten(2, 3))
+    stream.retrieve(torch.tensor([0, 0.5, 0, 1.0]))
+    assert torch.equal(stream.memory.keys, blocks[[3, 3]].permute(1, 2, 0, 3, 4).flatten(2, 3))
 
 
 def test_what_leaves_the_bank_after_the_search_is_not_found(small):
@@ -412,8 +420,10 @@ def test_what_leaves_the_bank_after_the_search_is_not_found(small):
     assert retrieve_chunks(bank, torch.ones(4), small(top_k=3))[1] is None
 
 
-@pytest.mark.parametrize("step", ["Room._write", "Room._hold_row", "sketched", "energies", "largest"])
-@pytest.mark.parametrize("begun", [32, 104])
+@pytest.mark.parametrize(
+    "step", ["Room._write", "Room._hold_row", "Room._follow", "sketched", "energies", "largest", "turned"]
+)
+@pytest.mark.parametrize("begun", [32, 88])
 def test_a_failure_leaves_a_room_that_repairs_itself(llama, small, text, monkeypatch, tmp_path, step, begun):
     config, ids = small(top_k=6, attended_tokens=8), text(140)
     expected = logits_of(llama, ids, config)[begun:]

@@ -124,7 +124,7 @@ def choose_pages(query: Tensor, sketch: Sketch, budget: PageBudget, visible: Ten
         Which pages a query may choose [rows, queries, pages]; None for all. One that has too few chooses others.
     """
     rows, kv_heads, group, queries, _ = query.shape
-    asked = asked_of(query, sketch).mT
+    asked = _asked_of(query, sketch).mT
     hidden = None if visible is None else ~visible.mT[:, :, None]  # [rows, pages, 1, queries]
     count = min(budget.pages, sketch.pages)
     if rows * kv_heads * group * queries * sketch.pages * budget.page_size <= _PIECE:
@@ -140,7 +140,7 @@ def choose_pages(query: Tensor, sketch: Sketch, budget: PageBudget, visible: Ten
     return chosen
 
 
-def asked_of(query: Tensor, sketch: Sketch) -> Tensor:
+def _asked_of(query: Tensor, sketch: Sketch) -> Tensor:
     """Return the sketch's channels of queries [rows, kv_heads, group, queries, head_dim].
 
     Returns [rows, kv_heads, group * queries, kept].

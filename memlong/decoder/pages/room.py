@@ -65,7 +65,7 @@ class LayerRoom:
     place
         Index of the layer.
     slots, tokens
-        Of the chunks that there are.
+        How many of them are in use, from the first one on.
     """
 
     group: GroupRoom

@@ -70,7 +70,6 @@ class TokenStream:
         self.bank_origin = bank.origin if isinstance(bank, MemoryBank) else None
         self.storing_from: int | None = None
         self._before: StreamMemory | None = None  # what the bank gave last
-        self._own_from = _own_from(bank)
 
     @property
     def seen(self) -> int:
@@ -125,11 +124,7 @@ class TokenStream:
         other = copy(self)
         other.random_chunks = None  # a fork is never trained on
         if self.bank is not None:
-            if isinstance(self.bank, Draft):
-                other.bank = self.bank.fork()
-            else:  # none of the chunks that were retrieved is the draft's own
-                other.bank = Draft(self.bank)
-                other._own_from = other.bank.first_id  # noqa: SLF001 - its own
+            other.bank = self.bank.fork() if isinstance(self.bank, Draft) else Draft(self.bank)
         return other
 
     def take(self, token_ids: Sequence[int]) -> None:
@@ -200,10 +195,7 @@ class TokenStream:
         if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
             self.retrieval, self.memory = by_chance.retrieve(self.bank, query, self.config)
         else:
-            own_from = _own_from(self.bank)
-            before = self._before if own_from == self._own_from else None
-            self._own_from = own_from
-            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config, before)
+            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config, self._before)
         self._before = self.memory
 
     def memory_positions(self) -> Ints:
@@ -281,8 +273,3 @@ class TokenStream:
     def _passage(self, start: int, end: int) -> Passage:
         first = self._recent.start
         return Passage(self._recent.token_ids[start - first : end - first], start)
-
-
-def _own_from(bank: MemoryBank | Draft | None) -> int:
-    """Return the id from which on chunks are a draft's own: when it changes, these ids mean other chunks."""
-    return bank.first_id if isinstance(bank, Draft) else 0
