@@ -19,7 +19,6 @@ from memlong.bank.uncopied import Uncopied
 from memlong.bank.validate import blocks_of, embeddings_of, ids_of, spans_of, whole_number
 from memlong.errors import InvalidArgumentError
 
-
 _FIRST_ID = 1 << 61  # beyond those of any bank, however it grows
 
 
@@ -81,8 +80,7 @@ class Draft(Uncopied):
     def fork(self) -> Self:
         """Return an independent copy of this draft over the same bank."""
         other = type(self)(self._bank)
-        mine = list(self._chunks), self._next_id, self._unproven, self._proven
-        other._chunks, other._next_id, other._unproven, other._proven = mine
+        vars(other).update(vars(self), _chunks=list(self._chunks))
         return other
 
     def add(

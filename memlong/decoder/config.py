@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from memlong.decoder.model.layer_names import layers_as_text
+from memlong.decoder.model.layer_names import heads_by_layer, layers_as_text
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.options import check_options
 from memlong.settings import checked, documented, setting
@@ -168,11 +168,13 @@ class MemoryConfig:
                     f"{name} must be None unless kv_source is {source!r}, got {value!r} with {self.kv_source!r}: set "
                     f"kv_source to {source!r}, or leave {name} out"
                 )
-        if self.retrieval_heads.strip() != "all" and self.kv_source != "layer":
-            raise InvalidArgumentError(
-                f"retrieval_heads must be 'all' unless kv_source is 'layer', got {self.retrieval_heads!r:.80} with "
-                f"{self.kv_source!r}"
-            )
+        if self.retrieval_heads.strip() != "all":
+            heads_by_layer(self.retrieval_heads)  # is refused if malformed, before a model is loaded
+            if self.kv_source != "layer":
+                raise InvalidArgumentError(
+                    f"retrieval_heads must be 'all' unless kv_source is 'layer', got {self.retrieval_heads!r:.80} with "
+                    f"{self.kv_source!r}"
+                )
         if self.store:
             from memlong.bank.store.arguments import check_store  # imports torch
             from memlong.bank.store.tiers import TieredStore

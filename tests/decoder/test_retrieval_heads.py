@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, GptOssConfig, GptOssForCausalLM
 
-from memlong import MemoryDecoder
+from memlong import MemoryConfig, MemoryDecoder
 from memlong.decoder.model.head_names import parse_heads, runs
 from memlong.decoder.model.layer_names import heads_as_text
 from memlong.errors import InvalidArgumentError, MemlongError, UnsupportedModelError
@@ -178,6 +178,12 @@ def test_heads_as_users_write_them(llama, small):
 def test_impossible_heads_are_refused(llama, small, settings, message):
     with pytest.raises(InvalidArgumentError, match=message):
         MemoryDecoder(llama, None, small(**{"retrieval_layers": "all", **settings}))
+
+
+@pytest.mark.parametrize("heads", ["1", "1:0,", "", "1:-1", "1:0-2"])
+def test_malformed_heads_are_refused_before_there_is_a_model(heads):
+    with pytest.raises(InvalidArgumentError, match="must be 'all', or K-V heads by layer such as"):
+        MemoryConfig(retrieval_heads=heads)
 
 
 def test_attention_with_learned_sinks_is_refused(small):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
-from memlong.decoder.model.layer_names import ranges
+from memlong.decoder.model.layer_names import heads_by_layer, ranges
 from memlong.decoder.model.layout import ModelLayout
 from memlong.errors import InvalidArgumentError
-
-_PAIR = re.compile(r"([0-9]{1,9}):([0-9]{1,9}(?:\+[0-9]{1,9})*)")
 
 Heads = Mapping[int, tuple[int, ...]]
 """By layer, ascending numbers of K-V heads."""
@@ -34,15 +31,8 @@ def parse_heads(text: str, model_layout: ModelLayout, layers: tuple[int, ...]) -
     """
     if text.strip() == "all":
         return {layer: tuple(range(model_layout.layers[layer].kv_heads)) for layer in layers}
-    named: dict[int, set[int]] = {}
-    for part in text.split(","):
-        found = _PAIR.fullmatch(part.strip())
-        if found is None:
-            raise InvalidArgumentError(
-                "retrieval_heads must be 'all', or K-V heads by layer such as '15:0+2,16:1', as `memlong heads` prints "
-                f"them, got {text!r:.200}, where {part.strip()!r:.80} is not one"
-            )
-        layer, heads = int(found[1]), {int(head) for head in found[2].split("+")}
+    named = heads_by_layer(text)
+    for layer, heads in named.items():
         if layer not in layers:
             raise InvalidArgumentError(
                 f"retrieval_heads must be of the retrieval layers {ranges(layers)}, got layer {layer}"
@@ -52,7 +42,6 @@ def parse_heads(text: str, model_layout: ModelLayout, layers: tuple[int, ...]) -
             raise InvalidArgumentError(
                 f"retrieval_heads must be below {count}, the K-V heads of layer {layer}, got {max(heads)}"
             )
-        named.setdefault(layer, set()).update(heads)
     return {layer: tuple(sorted(named[layer])) for layer in sorted(named)}
 
 

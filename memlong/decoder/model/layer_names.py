@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,27 @@ from memlong.errors import InvalidArgumentError
 
 _MOST_LAYERS = 10_000
 _LONGEST = 20  # digits of the two ends of a range
+_HEADS = re.compile(r"([0-9]{1,9}):([0-9]{1,9}(?:\+[0-9]{1,9})*)")
+
+
+def heads_by_layer(text: str) -> dict[int, set[int]]:
+    """Turn ``"15:0+2,16:1"`` into K-V heads by layer, of whatever model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the text is malformed.
+    """
+    named: dict[int, set[int]] = {}
+    for part in text.split(","):
+        found = _HEADS.fullmatch(part.strip())
+        if found is None:
+            raise InvalidArgumentError(
+                "retrieval_heads must be 'all', or K-V heads by layer such as '15:0+2,16:1', as `memlong heads` prints "
+                f"them, got {text!r:.200}, where {part.strip()!r:.80} is not one"
+            )
+        named.setdefault(int(found[1]), set()).update(map(int, found[2].split("+")))
+    return named
 
 
 def parse_layers(text: str, eligible: tuple[int, ...], layers: Collection[int]) -> tuple[int, ...]:
