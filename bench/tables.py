@@ -50,10 +50,10 @@ def _tables() -> dict[str, Callable[[], str]]:
         )
     for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, "front.json", kind)
-        found[f"front-gemma-{kind}"] = partial(quality.front, "front_gemma.json", kind)
+        for name in ("gemma", "default"):
+            found[f"front-{name}-{kind}"] = partial(quality.front, f"front_{name}.json", kind)
     for text in ("_pydecimal.py", "moby_dick.txt"):
         found[f"front-far-{text}"] = partial(quality.front_text, "front_far.json", text)
-        found[f"front-farther-{text}"] = partial(quality.front_text, "front_farther.json", text)
     for text in ("moby_dick.txt", "addresses.txt"):
         found[f"front-positions-{text}"] = partial(quality.front_text, "front_positions.json", text)
     for text in (
