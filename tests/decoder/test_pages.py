@@ -47,14 +47,8 @@ def logits_of(model, ids, config, step=None):
 def room_of(keys, values, budget):
     """What a room holds for a layer, which is the only one."""
     sketch = Sketch.of(keys, budget)
-    states = (
-        keys,
-        values,
-        sketch.keys,
-        sketch.scales,
-        sketch.scales,
-        sketch.channels,
-    )  # energies are not needed
+    energies = sketch.scales  # not needed
+    states = keys, values, sketch.keys, sketch.scales, energies, sketch.channels
     group = GroupRoom(*(each[:, None] for each in states))
     return LayerRoom(group, 0, keys.shape[2] // budget.chunk_size, keys.shape[2])
 
