@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numba import njit
@@ -20,48 +20,16 @@ overwritten, output [queries, group, width] and logsumexp [queries, group].
 """
 
 
-class Joiner(Protocol):
-    """Lets few queries choose pages and attend to them, and joins that to what they have of the window."""
+Joiner = Callable[..., None]
+"""Lets few queries choose pages and attend to them, and joins that to what they have of the window.
 
-    def __call__(
-        self,
-        query: Floats,
-        scale: float,
-        gates: Floats,
-        heads: NDArray[np.int64],
-        slots: int,
-        count: int,
-        memory: tuple[NDArray[Any], ...],
-        place: int,
-        output: Floats,
-        logsumexp: Floats,
-    ) -> None:
-        """Attend.
-
-        Parameters
-        ----------
-        query
-            [rows, heads, queries, width].
-        scale
-            Factor of the products.
-        gates
-            What is added to logits of memory [heads].
-        heads
-            The K-V heads that attend to memory.
-        slots, count
-            Chunks, and how many of their pages each query chooses.
-        memory
-            Keys, values [rows, layers, memory heads, tokens, width], and of the sketch channels [rows, layers, memory
-            heads, kept], keys [rows, layers, memory heads, slots, kept, tokens of a chunk] and scales, without tokens.
-        place
-            Index of the layer.
-        output
-            Of the window [rows, queries, heads, width]; overwritten by that of window and pages.
-        logsumexp
-            Of the window [rows, heads, queries].
-        """
-
-
+Takes query [rows, heads, queries, width]; scale, the factor of the products; gates [heads], added to logits of memory;
+heads, the K-V heads that attend to memory; slots and count, the chunks and how many of their pages a query chooses;
+memory, which is keys, values [rows, layers, memory heads, tokens, width], and of the sketch channels [rows, layers,
+memory heads, kept], keys [rows, layers, memory heads, slots, kept, tokens of a chunk] and scales, without tokens;
+place, the index of the layer; and, of the window, output [rows, queries, heads, width], which becomes that of window
+and pages, and logsumexp [rows, heads, queries].
+"""
 # All of fast math, but for the promise that nothing is NaN or infinite.
 _ORDER_IS_FREE = {"reassoc", "contract", "nsz", "arcp", "afn"}
 _Function = TypeVar("_Function", Kernel, Joiner)
