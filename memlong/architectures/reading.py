@@ -17,7 +17,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     Parameters
     ----------
     name
-        A hub id, a folder, a configuration file (JSON), a GGUF file, or ``"demo"``.
+        A hub id, a folder, a configuration file (JSON), a GGUF file, or a name such as ``"demo"``.
     trust_remote_code
         Whether to run Python code from the folder or repository, as in `load_model`.
 
@@ -26,7 +26,9 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     InvalidArgumentError
         If there is no readable configuration, or it needs custom code that is not trusted.
     MissingDependencyError
-        If a package that a GGUF file or ``"demo"`` needs is not installed.
+        If a package that a GGUF file or a name such as ``"demo"`` needs is not installed.
+    StorageError
+        If the file of ``"demo-gemma"`` cannot be written to the user's cache.
     """
     source, options = (name, {}) if Path(name).suffix == ".json" else source_of(name)
     with quiet_loading():
@@ -42,6 +44,6 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
                 ) from error
             raise InvalidArgumentError(
                 f"Cannot read the configuration of {name!r}: {error}\nGive a hub id, a folder saved by transformers, "
-                "a config.json, a GGUF file, 'demo', or a model type from `memlong models`"
+                "a config.json, a GGUF file, 'demo', 'demo-gemma', or a model type from `memlong models`"
             ) from error
     return config

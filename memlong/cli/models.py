@@ -22,7 +22,10 @@ from memlong.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from memlong.architectures import Outline, Trial
 
-_NAME = "Model type such as qwen3_next, hub id, folder, config.json, GGUF file, or 'demo'  [default: all model types]"
+_NAME = (
+    "Model type such as qwen3_next, hub id, folder, config.json, GGUF file, 'demo' or 'demo-gemma'  "
+    "[default: all model types]"
+)
 _COLUMNS = ("model type", "class", "memory", "layers", "stored per token", "why not")
 
 
@@ -180,6 +183,7 @@ def _is_there(name: str) -> bool:
 def _check_name(name: str) -> None:
     """Reject a name that is not a file, a model type or a possible hub id."""
     from memlong.architectures import TRANSFORMERS, architectures, encoder_decoders
+    from memlong.decoder.model.demos import DEMOS
 
     if name in encoder_decoders():
         raise InvalidArgumentError(
@@ -190,7 +194,7 @@ def _check_name(name: str) -> None:
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InvalidArgumentError(f"The path {name!r} does not exist: check it")
     near = get_close_matches(name, [each.model_type for each in architectures()], n=1, cutoff=0.8)
-    if near and name != "demo" and "/" not in name:
+    if near and name not in DEMOS and "/" not in name:
         raise InvalidArgumentError(
             f"transformers {TRANSFORMERS} has no model type {name!r}; did you mean {near[0]!r}? For a model on the "
             "hub, include its owner"

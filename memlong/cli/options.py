@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str, typer.Option(help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip).")
-]
-ModelUnlessAdapter = Annotated[
-    str | None,
-    typer.Option(
-        help="Hub id, folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct from pip)  [default: the adapter's base]"
-    ),
-]
+_MODEL = (
+    "Hub id, folder, GGUF file, or from pip: 'demo' (SmolLM2-135M-Instruct) or 'demo-gemma' (Gemma 3 270M)"
+)
+
+Model = Annotated[str, typer.Option(help=f"{_MODEL}.")]
+ModelUnlessAdapter = Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: the adapter's base]")]
 Adapter = Annotated[
     str | None,
     typer.Option(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
-from memlong.decoder.model.loading import DEMO_PACKAGE
+from memlong.decoder.model.demos import DEMOS
 from memlong.evaluation import read_text, tokenize
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ FOLDER = ROOT / "examples" / "trained_demo"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif((ROOT / "PKG-INFO").exists(), reason="a source archive leaves the weights out"),
-    pytest.mark.skipif(find_spec(DEMO_PACKAGE) is None, reason="the demo model is not installed"),
+    pytest.mark.skipif(find_spec(DEMOS["demo"].package) is None, reason="the demo model is not installed"),
 ]
 
 

