@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from memlong import MemoryConfig
-from memlong.cli.values import key_values
 from memlong.errors import InvalidArgumentError
+from memlong.settings import key_values
 
 FULL = "full"
 _NEXT_SETTING = re.compile(r",\s*(?=\w+\s*=)")  # a value may hold commas

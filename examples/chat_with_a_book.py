@@ -19,10 +19,10 @@ import typer
 from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
-from memlong.cli.values import key_values
 from memlong.decoder import choose_machine, text_streamer
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import chat_turn, read_text, tokenize
+from memlong.settings import key_values
 
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import textwrap
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -112,6 +114,42 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` with the known name that is closest, or an empty string if none is close."""
     close = get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def key_values(
+    option: str, given: Iterable[str], *, example: str = "index=HNSW32", as_text: Container[str] = ()
+) -> dict[str, object]:
+    """Parse ``K=V`` strings into a dictionary; values are parsed as JSON where possible, and stay text otherwise.
+
+    Parameters
+    ----------
+    option
+        The option's name, for error messages.
+    given
+        The strings given on the command line.
+    example
+        A valid value, for error messages.
+    as_text
+        Keys whose values always stay text.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a string has no ``=``, or a key is given twice.
+    """
+    found: dict[str, object] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise InvalidArgumentError(f"{option} must be K=V, such as {option} {example}, got {text!r}")
+        if key in found:
+            raise InvalidArgumentError(f"{option} must give each key once, got {key!r} twice")
+        found[key] = value
+        if key not in as_text:
+            with suppress(ValueError, RecursionError):  # too many digits, or too deeply nested
+                found[key] = json.loads(value)
+    return found
 
 
 def _refuse_unknown(settings: Any) -> None:

@@ -243,12 +243,18 @@ class MemoryBank:
             ids, embeddings = self._state.table.ids.copy(), self._state.table.embeddings.copy()
         return StoredEmbeddings(torch.from_numpy(ids), torch.from_numpy(embeddings))
 
-    def mean_embedding(self) -> torch.Tensor:
-        """Return the mean [dim] of up to 1,024 embeddings, evenly spaced; 0 for no chunk."""
+    def mean_embedding(self, more: Floats | None = None) -> torch.Tensor:
+        """Return the mean [dim] of up to 1,024 embeddings, evenly spaced; 0 for no chunk.
+
+        As it would be with ``more`` [n, dim] embeddings.
+        """
         with self._state.reading():
             stored = self._state.table.embeddings
-            some = stored[:: max(1, -(-len(stored) // _ENOUGH))]
-            return torch.from_numpy(some.sum(axis=0) / max(1, len(some)))
+            added = stored[:0] if more is None else more
+            step = max(1, -(-(len(stored) + len(added)) // _ENOUGH))
+            parts = stored[::step], added[-len(stored) % step :: step]
+            count = sum(map(len, parts))
+            return torch.from_numpy(sum(part.sum(axis=0) for part in parts) / max(1, count))
 
     @property
     def usage(self) -> Usage:

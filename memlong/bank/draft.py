@@ -71,8 +71,9 @@ class Draft(Uncopied):
         return self._next_id
 
     def mean_embedding(self) -> torch.Tensor:
-        """Return the mean of the bank's embeddings, without those of the draft; as `MemoryBank.mean_embedding`."""
-        return self._bank.mean_embedding()
+        """Return the mean of the embeddings of bank and draft; as `MemoryBank.mean_embedding`."""
+        own = [chunk.embedding for chunk in self._chunks]
+        return self._bank.mean_embedding(np.stack(own) if own else None)
 
     def __len__(self) -> int:
         return len(self._bank) + len(self._chunks)

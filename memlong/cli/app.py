@@ -16,6 +16,7 @@ from memlong.cli.fit import fit
 from memlong.cli.generate import generate
 from memlong.cli.heads import heads
 from memlong.cli.icl import icl
+from memlong.cli.lm_eval import lm_eval
 from memlong.cli.models import models
 from memlong.cli.needle import needle
 from memlong.cli.perplexity import perplexity
@@ -41,6 +42,15 @@ def make_app() -> typer.Typer:
     app.callback()(_options)
     for command in _COMMANDS:
         app.command()(answering(command))
+    # It prints as lm-eval does, and parses what follows its name.
+    app.command(
+        "lm-eval",
+        context_settings={
+            "ignore_unknown_options": True,
+            "allow_extra_args": True,
+            "allow_interspersed_args": False,
+        },
+    )(lm_eval)
     add_bank_commands(app)
     add_plugin_commands(app)
     return app

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 
 from memlong.cli.loading import runs_on
-from memlong.cli.values import key_values
 from memlong.decoder.config import MemoryConfig
 from memlong.errors import InvalidArgumentError
-from memlong.settings import default_of, metadata_of, types_of
+from memlong.settings import default_of, key_values, metadata_of, types_of
 from memlong.training.config import TrainingConfig
 from memlong.uri import hide_credentials, without_credentials
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memlong.decoder.model.machine import Machine, choose_machine
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
+    from memlong.decoder.scoring import Likelihood
     from memlong.decoder.stream.retrieval import RandomChunks, Retrieval
     from memlong.decoder.stream.segment import Segment, Segments
     from memlong.decoder.stream.streamer import printable, text_streamer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Loaded when first asked for: listing the retrievers must not import transformers.
 _HOMES = {
     "KvSource": "memlong.decoder.kv.sources",
+    "Likelihood": "memlong.decoder.scoring",
     "Machine": "memlong.decoder.model.machine",
     "MemoryConfig": "memlong.decoder.config",
     "MemoryDecoder": "memlong.decoder.decoder",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "KvSource",
+    "Likelihood",
     "Machine",
     "MemoryConfig",
     "MemoryDecoder",

@@ -32,6 +32,7 @@ from memlong.decoder.persistence.pretrained import load_pretrained_model, read_p
 from memlong.decoder.persistence.snapshot import Reading, read_snapshot, write_snapshot
 from memlong.decoder.prepare import prepare
 from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.scoring import Likelihood, score
 from memlong.decoder.stream.current import CurrentStreams
 from memlong.decoder.stream.retrieval import RandomChunks
 from memlong.decoder.stream.segment import Segments
@@ -344,6 +345,33 @@ class MemoryDecoder(Uncopied):
         return generate(
             self._setup, self._streams, input_ids, attention_mask, past_key_values, options, remember=remember
         )
+
+    def score(
+        self, input_ids: Tensor, continuations: Sequence[Tensor | Sequence[int]], *, rows: int = 8
+    ) -> list[Likelihood]:
+        """Return how likely each of several continuations of a prompt is, with everything read before in memory.
+
+        As if `generate` had said them with ``remember=False``: memory is retrieved at the end of the prompt and after
+        every ``retrieve_every`` tokens, and the streams stay where they are.
+
+        Parameters
+        ----------
+        input_ids
+            [1, tokens], int64: the prompt, which follows what was read before.
+        continuations
+            Token ids [tokens] of each.
+        rows
+            Continuations that go through the model side by side.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a shape or a token id is wrong, or several rows have been read.
+        MemlongError
+            If the decoder is not attached.
+        """
+        self._attachment.check()
+        return score(self._setup, self._streams, input_ids, continuations, rows)
 
     def replacing_generate(self) -> AbstractContextManager[None]:
         """Let the model's ``generate()`` be this decoder's, for callers such as ``transformers.pipeline``.

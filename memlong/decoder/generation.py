@@ -20,6 +20,7 @@ from memlong.decoder.config import MemoryConfig
 from memlong.decoder.generate_options import check_flag, check_generate_options, inferred_mask, named
 from memlong.decoder.model.replacing import replaced
 from memlong.decoder.setup import Setup
+from memlong.decoder.stream.asking import ask
 from memlong.decoder.stream.batch import StreamBatch
 from memlong.decoder.stream.current import CurrentStreams, Turn
 from memlong.decoder.stream.token_stream import TokenStream
@@ -128,10 +129,7 @@ class Speaker:
     ) -> None:
         self._batch = batch
         self._read_prompt = read_prompt
-        self._segment_size = config.segment_size
-        self._every = config.retrieval_interval
-        self._query_length = config.focus_tokens or config.query_tokens or config.retrieval_interval
-        self._is_focused = config.focus_tokens > 0
+        self._config = config
         self._draft: StreamBatch | None = None
         self._steps = 0
         self._endings: Endings | None = None
@@ -186,20 +184,14 @@ class Speaker:
     def _begin(self, wanted: int) -> Tensor:
         """Read the end of the prompt again, with memory retrieved for it, and fork into ``wanted`` rows."""
         self._read_prompt()
-        rows = range(len(self._batch.streams))
-        draft = self._batch.fork(rows)
-        for stream in draft.streams:
-            stream.query_length = self._query_length
-            stream.is_focused = self._is_focused
-        # The segment also has to hold what is generated until memory is retrieved again.
-        tails = draft.rewind(max(1, self._segment_size - self._every))
-        logits = draft.advance(tails, 1, retrieve=lambda _: True).logits
+        draft, logits = ask(self._batch, self._config)
+        rows = range(len(draft.streams))
         copies = wanted // len(rows)
         self._draft = draft if copies == 1 else draft.fork([row for row in rows for _ in range(copies)])
         return logits.repeat_interleave(copies, dim=0)
 
     def _is_due(self, stream: TokenStream) -> bool:
-        return self._steps % self._every == 0 or stream.is_full
+        return self._steps % self._config.retrieval_interval == 0 or stream.is_full
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Let fork i continue from what was fork ``rows[i]``, as beam search does."""

@@ -5,7 +5,7 @@ from memlong.evaluation.examples import Example, Task, draw_task, read_examples
 from memlong.evaluation.icl import Shots, evaluate_icl
 from memlong.evaluation.long_range import long_range_tokens
 from memlong.evaluation.needle import Cell, evaluate_needle, passkey_prompt
-from memlong.evaluation.perplexity import Perplexity, evaluate_perplexity
+from memlong.evaluation.perplexity import Perplexity, evaluate_perplexity, token_losses
 from memlong.evaluation.recall import recall_at_k
 from memlong.evaluation.text import chat_turn, read_text, tokenize
 
@@ -29,5 +29,6 @@ __all__ = [
     "read_examples",
     "read_text",
     "recall_at_k",
+    "token_losses",
     "tokenize",
 ]

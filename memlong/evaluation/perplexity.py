@@ -123,6 +123,23 @@ def evaluate_perplexity(
     return Perplexity(np.concatenate(losses), marked, input_ids.shape[1], stored, recall, seconds)
 
 
+def token_losses(decoder: MemoryDecoder, input_ids: Tensor) -> NDArray[np.float64]:
+    """Stream one document [1, tokens] of any length, and return the loss of each token but the first, in nats.
+
+    Raises
+    ------
+    MemlongError
+        If the model's logits are NaN.
+    """
+    decoder.reset()
+    losses = [np.empty(0)]
+    previous: Tensor | None = None
+    for segment in decoder.stream(input_ids):
+        losses.append(_losses(segment, previous, 0))
+        previous = segment.logits[:, -1:].clone()
+    return np.concatenate(losses)
+
+
 def _check(input_ids: Tensor, score_from: int, distance: int, segment_size: int) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise InvalidArgumentError(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from memlong.bank import Index, bank_of
+from memlong.bank import Draft, Index, bank_of
 
 
 class CarelessIndex(Index):
@@ -54,6 +54,19 @@ def test_the_mean_embedding_is_of_some_that_are_evenly_spaced(bank):
     blocks = torch.ones(3000, 1, 1, 1, 1)
     bank.add(torch.arange(12000.0).view(3000, 4), blocks, blocks, [[0, 1]] * 3000)
     torch.testing.assert_close(bank.mean_embedding(), bank.embeddings.embeddings[::3].mean(dim=0))
+
+
+@pytest.mark.parametrize("stored", [0, 6, 1000, 3001])
+@pytest.mark.parametrize("drafted", [1, 5, 1023])
+def test_a_draft_has_the_mean_that_the_bank_would_have(stored, drafted):
+    vectors = torch.randn(stored + drafted, 4, generator=torch.Generator().manual_seed(0))
+    blocks, spans = torch.ones(len(vectors), 1, 1, 1, 1), [[0, 1]] * len(vectors)
+    bank, whole = Careless(4), Careless(4)
+    bank.add(vectors[:stored], blocks[:stored], blocks[:stored], spans[:stored])
+    whole.add(vectors, blocks, blocks, spans)
+    draft = Draft(bank)
+    draft.add(vectors[stored:], blocks[stored:], blocks[stored:], spans[stored:])
+    torch.testing.assert_close(draft.mean_embedding(), whole.mean_embedding())
 
 
 def test_the_table_holds_the_ids_that_an_index_is_given(bank):

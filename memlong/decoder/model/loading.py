@@ -133,6 +133,22 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model without the model.
+
+    Raises
+    ------
+    InvalidArgumentError, MissingDependencyError
+        As `load_model` does.
+    """
+    source, gguf = source_of(name)
+    try:
+        with quiet_loading():
+            return AutoTokenizer.from_pretrained(source, **gguf)
+    except Exception as error:
+        raise InvalidArgumentError(_failed(name, error)) from error
+
+
 def _kinds_of(config: PreTrainedConfig) -> list[Any]:
     """Return the classes that load models of this configuration, if they take text and answer with text."""
     own = getattr(config, "auto_map", None) or {}

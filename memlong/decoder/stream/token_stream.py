@@ -133,9 +133,14 @@ class TokenStream:
         self.ahead = 0
 
     @property
+    def space(self) -> int:
+        """Tokens that the local window still takes before chunks must leave it."""
+        return self.config.local_window - (self.seen - self.first_token)
+
+    @property
     def is_full(self) -> bool:
         """Whether the local window is full."""
-        return self.seen - self.first_token >= self.config.local_window
+        return self.space <= 0
 
     def rewind(self, most: int | None) -> list[int]:
         """Take back the latest tokens, at most ``most``, to be read again with memory that they themselves ask for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memlong.cli.values import key_values
+from memlong.settings import key_values
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000, '{"a":', "HNSW32", ""])

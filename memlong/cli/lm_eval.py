@@ -1,0 +1,86 @@
+"""``memlong lm-eval``: the command line of the lm-evaluation-harness, with the model ``memlong``."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+_COMMANDS = ("run", "ls", "validate")
+
+
+def lm_eval(ctx: typer.Context) -> None:
+    """Run benchmarks of the lm-evaluation-harness on a model with a memory.
+
+    Takes everything that `lm-eval` takes, with --model memlong as the default. --model_args are those of a model
+    (pretrained, adapter, dtype, tokenizer) and any memory settings, such as top_k. Every request begins with an empty
+    memory; prompts of any length are streamed, and what several have in common at their beginning is read once.
+    `memlong lm-eval run --help` lists the options.
+
+    \b
+    Examples:
+      memlong lm-eval --model_args pretrained=demo --tasks arc_easy,hellaswag --limit 100
+      memlong lm-eval --model_args pretrained=demo top_k=16 dtype=float32 --tasks niah_single_1,ruler_vt \\
+          --metadata '{"max_seq_lengths": [4096, 32768]}' --limit 20 --output_path results
+      memlong lm-eval --model_args pretrained=demo backend=none local_window=2048 --tasks niah_single_1
+      memlong lm-eval ls tasks
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    if not ctx.args:
+        typer.echo(ctx.get_help())
+        return
+    from lm_eval.__main__ import cli_evaluate
+
+    import memlong.lm_eval  # noqa: F401 - registers the model
+
+    with _typed(ctx.args):
+        cli_evaluate()
+
+
+@contextmanager
+def _typed(arguments: Sequence[str]) -> Iterator[None]:
+    """Let lm-eval find these arguments, the way it finds its own."""
+    before = sys.argv
+    with tempfile.TemporaryDirectory(prefix="memlong-") as folder:
+        sys.argv = ["lm-eval", *_completed(arguments, Path(folder))]
+        try:
+            yield
+        finally:
+            sys.argv = before
+
+
+def _completed(arguments: Sequence[str], folder: Path) -> list[str]:
+    """Add what memlong knows: its model, and a tokenizer that tasks which write their own texts can load."""
+    if arguments[0] in _COMMANDS[1:]:
+        return list(arguments)
+    typed = [*arguments[arguments[0] == "run" :]]
+    options = {each.partition("=")[0] for each in typed}
+    if not options & {"--model", "-M"}:
+        typed = ["--model", "memlong", *typed]
+    if "--device" not in options:  # it would name a GPU
+        typed += ["--device", "auto"]
+    for place, each in enumerate(typed):
+        if each in ("--model_args", "-a"):
+            following = typed[place + 1 :]
+            ends = (number for number, this in enumerate(following) if this.startswith("-"))
+            given = ",".join(following[: next(ends, len(following))]).split(",")
+            tokenizer = _tokenizer_for(given, folder)
+            return ["run", *typed[: place + 1], *tokenizer, *typed[place + 1 :]]
+    return ["run", *typed]
+
+
+def _tokenizer_for(given: Sequence[str], folder: Path) -> list[str]:
+    """Return a setting for a tokenizer as a folder, where the model is no folder or hub id."""
+    settings = dict(each.partition("=")[::2] for each in given)
+    name = settings.get("pretrained", "")
+    from memlong.decoder.model.demos import DEMOS
+    from memlong.decoder.model.loading import load_tokenizer
+
+    if "tokenizer" in settings or not (name in DEMOS or name.endswith(".gguf")):
+        return []
+
+    load_tokenizer(name).save_pretrained(folder)
+    return [f"tokenizer={folder}"]

@@ -1,0 +1,25 @@
+"""Where a prompt ends and its answer begins."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memlong.decoder.config import MemoryConfig
+from memlong.decoder.stream.batch import StreamBatch
+
+
+def ask(batch: StreamBatch, config: MemoryConfig) -> tuple[StreamBatch, Tensor]:
+    """Fork streams that have read a prompt, and let the forks read its end again with memory retrieved for it.
+
+    Returns
+    -------
+    tuple
+        The forks, which have space for as many tokens as come before the next retrieval, and their logits [rows, 1,
+        vocabulary] of the first token of an answer.
+    """
+    forks = batch.fork(range(len(batch.streams)))
+    for stream in forks.streams:
+        stream.query_length = config.focus_tokens or config.query_tokens or config.retrieval_interval
+        stream.is_focused = config.focus_tokens > 0
+    tails = forks.rewind(max(1, config.segment_size - config.retrieval_interval))
+    return forks, forks.advance(tails, 1, retrieve=lambda _: True).logits

@@ -1,0 +1,202 @@
+"""The model of the lm-evaluation-harness: equal to transformers' own where all is in the window, and else streamed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from memlong import MemoryDecoder, load_model
+from memlong.errors import InvalidArgumentError
+from memlong.evaluation import evaluate_perplexity
+from memlong.lm_eval import MemlongLM
+
+SIZES = {"chunk_size": 4, "top_k": 3, "local_window": 24, "sink_tokens": 2, "segment_size": 8}
+GREEDY = {"until": [], "max_gen_toks": 6, "do_sample": False}
+
+
+def words(count, seed=0):
+    return " ".join(f"w{number}" for number in np.random.default_rng(seed).integers(90, size=count))
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+
+@pytest.fixture
+def ours(folder):
+    return MemlongLM(str(folder), dtype="float32", **SIZES)
+
+
+@pytest.fixture
+def theirs(folder):
+    return HFLM(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def wide(folder):
+    """With a window that holds everything."""
+    return MemlongLM(str(folder), dtype="float32", **SIZES | {"local_window": 400})
+
+
+def close(found, expected):
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    likelihoods = ([each for each, _ in pairs] for pairs in (found, expected))
+    torch.testing.assert_close(*map(torch.tensor, likelihoods), atol=1e-4, rtol=1e-5)
+
+
+def test_where_all_is_in_the_window_it_answers_as_transformers_does(wide, theirs):
+    texts = [words(60), words(60), words(33, 1), "", words(60)]
+    asked = requests("loglikelihood", *((text, f" {words(count)}") for count, text in enumerate(texts, 1)))
+    close(wide.loglikelihood(asked), theirs.loglikelihood(asked))
+    whole = requests("loglikelihood_rolling", (words(100),), (words(1, 1),), (words(7, 2),))
+    torch.testing.assert_close(
+        torch.tensor(wide.loglikelihood_rolling(whole)), torch.tensor(theirs.loglikelihood_rolling(whole))
+    )
+    said = requests("generate_until", *((text, GREEDY) for text in (words(60), words(33, 1), words(5, 2))))
+    assert wide.generate_until(said) == theirs.generate_until(said)
+
+
+def test_every_answer_is_that_of_a_memory_of_its_own(ours):
+    shots = words(100)
+    prompts = [f"{shots} {words(5, seed)}" for seed in range(1, 4)] + [words(70, 7), words(3, 8)]
+    asked = requests("loglikelihood", *((prompt, f" {words(3, 5)}") for prompt in prompts))
+    close(ours.loglikelihood(asked), [ours.loglikelihood([each])[0] for each in asked])
+    said = requests("generate_until", *((prompt, GREEDY) for prompt in prompts))
+    together = ours.generate_until(said)
+    assert together == [ours.generate_until([each])[0] for each in said]
+    with ours.decoder as decoder:
+        decoder.reset()
+        ids = torch.tensor([ours.tok_encode(prompts[0])])
+        alone = decoder.generate(ids, torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert together[0] == ours.tok_decode(alone[0, ids.shape[1] :].tolist())
+
+
+def test_documents_are_streamed_and_not_cut(ours):
+    text = words(150)
+    (found,) = ours.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    with ours.decoder as decoder:
+        ids = torch.tensor([[ours.prefix_token_id, *ours.tok_encode(text)]])
+        expected = evaluate_perplexity(decoder, ids)
+        assert expected.chunks_stored > 0
+    assert found == pytest.approx(-expected.nll)
+
+
+def test_memory_changes_what_a_long_prompt_makes_likely(folder, ours):
+    plain = MemlongLM(str(folder), dtype="float32", **SIZES | {"backend": "none", "top_k": 8})
+    asked = requests("loglikelihood", (words(200), " w1"))
+    assert plain.decoder.config.backend is None
+    assert plain.loglikelihood(asked) != ours.loglikelihood(asked)
+
+
+def test_an_answer_ends_before_a_text_that_ends_it(wide):
+    (whole,) = wide.generate_until(requests("generate_until", (words(30, 3), GREEDY)))
+    last = whole.split()[-1]
+    (cut,) = wide.generate_until(requests("generate_until", (words(30, 3), {**GREEDY, "until": [last]})))
+    assert cut == whole[: whole.index(last)]
+
+
+def test_it_samples_where_it_is_asked_to(wide):
+    options = {**GREEDY, "do_sample": True, "temperature": 2.0, "max_gen_toks": 12}
+    answers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        answers += wide.generate_until(requests("generate_until", (words(30), options)))
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_conversation_is_formatted_by_the_models_template(wide, theirs):
+    turns = [{"role": "user", "content": "w1 w2"}]
+    assert wide.apply_chat_template(turns) == theirs.apply_chat_template(turns)
+    assert wide.chat_template() is None
+    assert wide.chat_template(True) == wide.tokenizer.chat_template
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A folder with a task of multiple choice, from a file."""
+    rows = [
+        {"text": words(40, seed), "choices": [words(2, 50 + seed), words(2, 90 + seed)], "gold": seed % 2}
+        for seed in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    settings = {
+        "task": "choices_of_words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_it_by_name(folder, task, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tasks = TaskManager(include_path=str(task), include_defaults=False)
+    asked = {"tasks": ["choices_of_words"], "task_manager": tasks, "log_samples": True, "bootstrap_iters": 0}
+    ours = simple_evaluate(
+        model="memlong",
+        model_args=f"pretrained={folder},dtype=float32,local_window=400,chunk_size=4",
+        device="cpu",
+        **asked,
+    )
+    theirs = simple_evaluate(
+        model="hf", model_args=f"pretrained={folder},dtype=float32", device="cpu", **asked
+    )
+    assert ours["results"] == theirs["results"]
+    assert ours["config"]["memory"]["chunk_size"] == 4
+    assert get_model("memlong") is MemlongLM
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "pretrained is missing"),
+        ({"pretrained": "x", "topk": 8}, "no setting 'topk' .did you mean 'top_k'"),
+        ({"pretrained": "x", "backend_options": "m"}, "backend_options must be K=V"),
+        ({"pretrained": "x", "batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        MemlongLM(**arguments)
+
+
+def test_a_decoder_keeps_its_own_settings(folder, small):
+    model, tokenizer = load_model(str(folder), dtype="float32")
+    decoder = MemoryDecoder(model, tokenizer, small())
+    assert MemlongLM(decoder).decoder is decoder
+    with pytest.raises(InvalidArgumentError, match="own settings count: leave out top_k"):
+        MemlongLM(decoder, top_k=3)
+
+
+def test_settings_that_are_mappings_are_read_from_text(folder):
+    found = MemlongLM(
+        str(folder),
+        dtype="float32",
+        backend="hnswlib",
+        backend_options="M=8;ef=50",
+        store="host=1MB",
+        **SIZES,
+    )
+    assert found.decoder.config.backend_options == {"M": 8, "ef": 50}
+    assert found.decoder.config.store == {"host": "1MB"}
+
+
+def test_where_lm_evals_own_device_is_missing_it_says_where_it_runs(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="no CUDA device here, so the model does not run on cuda:0"):
+        MemlongLM(str(folder), device="cuda:0", dtype="float32", **SIZES)
