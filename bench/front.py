@@ -7,6 +7,7 @@ folder after changing memlong itself.
 
     python bench/front.py --text code --text moby_dick.txt
     python bench/front.py --text code --system 'shared 8: kv_source=shared, top_k=8' --chunks 8,24
+    python bench/front.py --text code --system 'RAG as text 8: as_text=true, top_k=8' --chunks 8
     python bench/front.py --text code --reading token
     python bench/front.py --text moby_dick.txt --max-tokens 32768 --score-from 8192 --ceiling 'lm 32'
 """
@@ -97,7 +98,7 @@ class Run:
         def measured() -> NDArray[np.float64]:
             count = text.input_ids.shape[1]
             with (
-                MemoryDecoder(self.model, self.tokenizer, system.config) as decoder,
+                system.decoder(self.model, self.tokenizer) as decoder,
                 tqdm(total=count, unit="tok", desc=f"{text.name}: {system.name}") as bar,
             ):
                 if self.reading is Reading.TOKEN:
@@ -188,7 +189,7 @@ def main(
             for each in systems
             if all(each.name in found["systems"] for found in result["texts"].values())
         ]
-        decoders = {each.name: MemoryDecoder(language_model, tokenizer, each.config) for each in measured}
+        decoders = {each.name: each.decoder(language_model, tokenizer) for each in measured}
         _costs(decoders, texts[0], score_from, clock, report, result)
     for each in texts:
         typer.echo(
@@ -211,7 +212,7 @@ def _mode_beyond(plain: MemoryConfig, most_chunks: int, positions: int) -> str:
 
 
 def _costs(
-    decoders: dict[str, MemoryDecoder],
+    decoders: dict[str, Any],
     text: Text,
     score_from: int,
     clock: Clock,

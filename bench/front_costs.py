@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from forced import say
+from rag import RagAsText
 from ratios import Clock
 from results import Report
 from torch import Tensor
 from tqdm import tqdm
 
-from memlong import MemoryDecoder
 from memlong.decoder.model.kernels import steady_kernels
 from memlong.errors import InvalidTextError
 
@@ -49,12 +49,12 @@ class Cost:
 
 
 def measure(
-    decoders: Mapping[str, MemoryDecoder], input_ids: Tensor, first: int, clock: Clock, report: Report
+    decoders: Mapping[str, Any], input_ids: Tensor, first: int, clock: Clock, report: Report
 ) -> dict[str, Cost]:
     """Have all systems read a text [1, tokens] in turns, time it from token ``first`` on, then have them generate.
 
-    All decoders must be of one model, and have one segment size. What there is no time for is left out: segments but
-    for the first may take half of it, and tokens the rest.
+    All decoders, or what has their interface, must be of one model, and have one segment size. What there is no time
+    for is left out: segments but for the first may take half of it, and tokens the rest.
     """
     model = next(iter(decoders.values())).model
     step = next(iter(decoders.values())).config.segment_size
@@ -89,7 +89,7 @@ def measure(
 
 
 def _timed_reading(
-    decoders: Mapping[str, MemoryDecoder], parts: Sequence[Tensor], clock: Clock, report: Report
+    decoders: Mapping[str, Any], parts: Sequence[Tensor], clock: Clock, report: Report
 ) -> tuple[_Turns, dict[str, list[tuple[int, int]]]]:
     """Have each system read each segment; return the times, and bytes of K-V by system and segment."""
     turns, budget = _Turns(decoders), report.budget.share(2)
@@ -110,9 +110,7 @@ def _timed_reading(
     return turns, sizes
 
 
-def _timed_generation(
-    decoders: Mapping[str, MemoryDecoder], rest: Tensor, clock: Clock, report: Report
-) -> _Turns:
+def _timed_generation(decoders: Mapping[str, Any], rest: Tensor, clock: Clock, report: Report) -> _Turns:
     """Have each system generate the rest of a text [1, tokens] until it has retrieved once, in several rounds."""
     turns = _Turns(decoders)
     for number in tqdm(range(ROUNDS), unit="round", desc="timing tokens", leave=False):
@@ -130,12 +128,12 @@ def _timed_generation(
 class _Turns:
     """Times of systems that take turns, each round in another order."""
 
-    def __init__(self, decoders: Mapping[str, MemoryDecoder]) -> None:
+    def __init__(self, decoders: Mapping[str, Any]) -> None:
         self._decoders = list(decoders.items())
         self._first = self._decoders[0][0]
         self._times: dict[str, list[float]] = {name: [] for name in decoders}
 
-    def next_turn(self) -> list[tuple[str, MemoryDecoder]]:
+    def next_turn(self) -> list[tuple[str, Any]]:
         """Return the systems in the order of this round."""
         self._decoders = [*self._decoders[1:], self._decoders[0]]
         return self._decoders
@@ -160,15 +158,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _kv_bytes(decoder: MemoryDecoder, segment: Any, held: set[int]) -> tuple[int, int]:
+def _kv_bytes(decoder: Any, segment: Any, held: set[int]) -> tuple[int, int]:
     """Bytes of K-V that attention read for a token, and of chunks that were not ``held``, and are from now on."""
     config = decoder.config
     size = segment.logits.element_size()
     end = int(segment.tokens[0, -1]) + 1
+    is_text = isinstance(decoder, RagAsText)
+    room = config.sink_tokens + config.local_window + (config.top_k * config.chunk_size if is_text else 0)
     window = 0
     for layer in decoder.model_layout.layers.values():
-        seen = min(end, config.sink_tokens + config.local_window, layer.sliding_window or end)
-        window += seen * layer.shape.numbers * size
+        window += min(end, room, layer.sliding_window or end) * layer.shape.numbers * size
     found = segment.retrievals[0]
     if found is None:
         return window, 0
@@ -188,7 +187,7 @@ def _kv_bytes(decoder: MemoryDecoder, segment: Any, held: set[int]) -> tuple[int
     return window + memory, len(new) * decoder.layout.nbytes
 
 
-def _stored(decoder: MemoryDecoder) -> float | None:
+def _stored(decoder: Any) -> float | None:
     chunks = sum(map(len, decoder.banks))
     if not chunks:
         return None

@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memlong import MemoryConfig
+from rag import RagAsText
+from transformers import PreTrainedModel
+
+from memlong import MemoryConfig, MemoryDecoder
 from memlong.errors import InvalidArgumentError
 from memlong.settings import key_values
 
@@ -20,10 +23,21 @@ _EXAMPLE = "'shared 8: kv_source=shared, top_k=8'"
 
 @dataclass(frozen=True)
 class System:
-    """A decoder with these settings."""
+    """A decoder with these settings.
+
+    Attributes
+    ----------
+    name
+        What tables call it.
+    config
+        What it retrieves, and how.
+    as_text
+        Whether what is retrieved is put into the prompt as text (`RagAsText`).
+    """
 
     name: str
     config: MemoryConfig
+    as_text: bool = False
 
     @property
     def family(self) -> str:
@@ -34,7 +48,8 @@ class System:
     def settings(self) -> dict[str, Any]:
         """Settings other than the defaults, so that a setting that is added leaves cached runs valid."""
         usual = asdict(MemoryConfig())
-        return {key: value for key, value in asdict(self.config).items() if value != usual[key]}
+        found = {key: value for key, value in asdict(self.config).items() if value != usual[key]}
+        return {**found, "as_text": True} if self.as_text else found
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -45,6 +60,10 @@ class System:
             if isinstance(value, str) and Path(value).is_file()
         }
         return {**self.settings, **files}
+
+    def decoder(self, model: PreTrainedModel, tokenizer: Any) -> Any:
+        """Return what reads with these settings: a `MemoryDecoder`, or what has its interface."""
+        return (RagAsText if self.as_text else MemoryDecoder)(model, tokenizer, self.config)
 
 
 def built_in(
@@ -68,6 +87,8 @@ def built_in(
 def described(text: str, base: MemoryConfig) -> System:
     """Return the system that ``NAME: key=value, key=value`` describes, by what it has other than ``base``.
 
+    Keys are settings of `MemoryConfig`, and ``as_text``.
+
     Raises
     ------
     InvalidArgumentError
@@ -79,7 +100,10 @@ def described(text: str, base: MemoryConfig) -> System:
             f"--system must be NAME: key=value, key=value, such as {_EXAMPLE}, got {text!r}"
         )
     given: dict[str, Any] = key_values("--system", _NEXT_SETTING.split(settings.strip()), example=_EXAMPLE)
-    return System(name.strip(), MemoryConfig(**{**asdict(base), **given}))
+    as_text = given.pop("as_text", False)
+    if not isinstance(as_text, bool):
+        raise InvalidArgumentError(f"as_text must be true or false, got {as_text!r}")
+    return System(name.strip(), MemoryConfig(**{**asdict(base), **given}), as_text)
 
 
 def all_different(systems: Sequence[System]) -> list[System]:

@@ -116,7 +116,9 @@ def test_commands_and_options_exist(line):
     if command.allow_extra_args:
         from lm_eval._cli import HarnessCLI
 
-        HarnessCLI()._parser.parse_args(left if left[0] == "ls" else ["run", *left])  # exits on an unknown option
+        HarnessCLI()._parser.parse_args(
+            left if left[0] == "ls" else ["run", *left]
+        )  # exits on an unknown option
     else:
         assert not left
     if "help" not in given and "version" not in given and not getattr(command, "commands", None):

@@ -100,7 +100,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._rows = 8 if batch_size == "auto" else whole_number("batch_size", batch_size, at_least=1)
-        if isinstance(pretrained, MemoryDecoder):
+        if pretrained is not None and not isinstance(pretrained, str):
             if adapter is not None or memory:
                 given = [*(["adapter"] if adapter is not None else []), *memory]
                 raise InvalidArgumentError(

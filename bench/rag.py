@@ -1,0 +1,136 @@
+"""RAG as text: retrieved chunks are put into the prompt as text, and read anew for each segment or question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from memlong import MemoryConfig, MemoryDecoder, Passage, Segment
+from memlong.decoder import Likelihood, create_retriever
+
+
+class RagAsText:
+    """What most people do instead of a memory, with the part of `MemoryDecoder`'s interface that benchmarks use.
+
+    Chunks, queries and retriever are those of a memory with the same configuration, and the prompt of a segment holds
+    what that would attend to, sink tokens included; but the model reads all of it anew, at plain positions. A question
+    retrieves once. Streams have one row.
+
+    Parameters
+    ----------
+    model, tokenizer, config
+        As for `MemoryDecoder`.
+    """
+
+    banks = ()
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model_layout = MemoryDecoder(model, tokenizer, config).model_layout
+        self.retriever = create_retriever(config.retriever, model, tokenizer, config.retriever_options)
+        self.reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to detach."""
+
+    def reset(self) -> None:
+        """Begin a new stream."""
+        self._read: list[int] = []
+        self._embeddings = torch.empty(0, self.retriever.dim)
+
+    def read(self, input_ids: Tensor) -> None:
+        """Note more of the text [1, tokens]; it is read where something asks for it."""
+        self._read += input_ids[0].tolist()
+
+    def stream(self, input_ids: Tensor, *, logits: Literal["all", "last"] = "all") -> Iterator[Segment]:
+        """Read text segment by segment; of segments whose logits nobody asks for, only the last."""
+        pending, size = input_ids[0].tolist(), self.config.segment_size
+        while pending:
+            start = len(self._read)
+            count = min(len(pending), size - start % size)
+            new, pending = pending[:count], pending[count:]
+            if logits == "all" or not pending:
+                begin = start - start % size
+                prompt = self.prompt(begin, self._query(begin, self.config.query_length)) + self._read[begin:]
+                found = self._logits(prompt + new)[:, -count:]
+            else:
+                found = torch.empty(1, 0, 0)
+            self._read += new
+            tokens = torch.arange(start, start + count)[None]
+            yield Segment(torch.tensor([new]), tokens, found if logits == "all" else found[:, -1:], (None,))
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:  # noqa: ARG002
+        """Answer a prompt [1, tokens] with chunks that its end asks for; the stream stays where it is."""
+        options.pop("remember", None)
+        prompt = torch.tensor([self._asked(input_ids[0].tolist())], device=self.model.device)
+        said: Any = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        return torch.cat([input_ids.to(said.device), said[:, prompt.shape[1] :]], dim=1)
+
+    def score(self, input_ids: Tensor, continuations: Sequence[Sequence[int]], **_: Any) -> list[Likelihood]:
+        """Return how likely continuations of a prompt [1, tokens] are; the prompt is read for each."""
+        prompt = self._asked(input_ids[0].tolist())
+        found = []
+        for tokens in continuations:
+            wanted = torch.tensor(list(tokens), dtype=torch.long)
+            logits = self._logits(prompt + wanted.tolist())[0, len(prompt) - 1 : -1].float().cpu()
+            likelihoods = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            found.append(Likelihood(likelihoods, logits.argmax(-1) == wanted))
+        return found
+
+    def prompt(self, begin: int, query: Passage | None, *, is_focused: bool = False) -> list[int]:
+        """Return what stands before token ``begin`` of the text: sinks, chunks in their order, and the window."""
+        config, read = self.config, self._read
+        held = begin - config.sink_tokens - config.window_past
+        chunks = [self._chunk(number) for number in range(max(0, -(-held // config.chunk_size)))]
+        window = config.sink_tokens + len(chunks) * config.chunk_size
+        if not chunks or query is None:
+            return read[:begin]
+        if len(chunks) > len(self._embeddings):
+            new = self.retriever.embed_chunks(chunks[len(self._embeddings) :])
+            self._embeddings = torch.cat([self._embeddings, normalize(new.float(), dim=1)])
+        stored = self._embeddings[: len(chunks)]
+        if is_focused:
+            asked = self.retriever.embed_focus([query], stored.mean(dim=0, keepdim=True))
+        else:
+            asked = self.retriever.embed_queries([query])
+        scores = (normalize(asked.float(), dim=1) @ stored.T)[0]
+        best = scores.topk(min(config.top_k, len(chunks))).indices.sort().values.tolist()
+        text = [token for number in best for token in chunks[number].token_ids]
+        return read[: config.sink_tokens] + text + read[window:begin]
+
+    def _asked(self, prompt: list[int]) -> list[int]:
+        """Return a prompt with what its end retrieves before it."""
+        kept = len(self._read)
+        self._read += prompt
+        try:
+            config = self.config
+            query = self._query(len(self._read), config.focus_tokens or config.query_length)
+            return self.prompt(len(self._read), query, is_focused=config.focus_tokens > 0)
+        finally:
+            del self._read[kept:]
+
+    def _query(self, end: int, length: int) -> Passage | None:
+        start = max(0, end - length)
+        return Passage(tuple(self._read[start:end]), start) if end else None
+
+    def _chunk(self, number: int) -> Passage:
+        start = self.config.sink_tokens + number * self.config.chunk_size
+        return Passage(tuple(self._read[start : start + self.config.chunk_size]), start)
+
+    @torch.no_grad()
+    def _logits(self, tokens: Sequence[int]) -> Tensor:
+        found: Tensor = self.model(
+            torch.tensor([list(tokens)], device=self.model.device), use_cache=False
+        ).logits
+        return found
