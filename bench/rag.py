@@ -29,6 +29,7 @@ class RagAsText:
     """
 
     banks = ()
+    device_kv_bytes = 0  # between questions
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ _NAMES = """
     kettle ladder mirror needle orchard piano quilt ribbon saddle tunnel
 """.split()  # noqa: SIM905 - twenty lines otherwise
 
+_LONG_LINE = 64  # tokens
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?= \S)")
 _LONGEST = 10**8  # tokens of a prompt, which must fit in RAM
 
 
@@ -75,7 +79,7 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
     )
     opening = [*opening_tokens(tokenizer), *opening]
     filler_tokens = length - len(opening) - len(needle) - len(question)
-    text = _hidden([needle], [depth], _ids(tokenizer, filler), filler_tokens, length)
+    text = _hidden([needle], [depth], _pieces(tokenizer, filler), filler_tokens, length)
     return torch.tensor([[*opening, *text, *question]], dtype=torch.long, device="cpu")
 
 
@@ -98,31 +102,49 @@ def named_keys_prompt(
     needles = [_ids(tokenizer, NAMED_NEEDLE.format(name=name, key=key)) for name, key in named.items()]
     opening = [*opening_tokens(tokenizer), *_ids(tokenizer, NAMED_OPENING)]
     filler_tokens = length - len(opening) - sum(map(len, needles)) - max(map(len, questions))
-    text = _hidden(needles, depths, _ids(tokenizer, filler), filler_tokens, length)
+    text = _hidden(needles, depths, _pieces(tokenizer, filler), filler_tokens, length)
     prompt, *asked = (
         torch.tensor([each], dtype=torch.long, device="cpu") for each in ([*opening, *text], *questions)
     )
     return prompt, asked
 
 
+def _pieces(tokenizer: Any, filler: str) -> list[list[int]]:
+    """Return a filler's token ids by line; lines that are long, by sentence."""
+    pieces: list[list[int]] = []
+    for line in filler.splitlines(keepends=True):
+        whole = _ids(tokenizer, line)
+        is_long = len(whole) > _LONG_LINE
+        pieces += (_ids(tokenizer, each) for each in _SENTENCE_END.split(line)) if is_long else [whole]
+    return [piece for piece in pieces if piece]
+
+
 def _hidden(
-    needles: Sequence[list[int]], depths: Sequence[float], line: list[int], filler_tokens: int, length: int
+    needles: Sequence[list[int]],
+    depths: Sequence[float],
+    pieces: Sequence[list[int]],
+    filler_tokens: int,
+    length: int,
 ) -> list[int]:
-    """Return so much filler with needles in it, at ascending depths."""
+    """Return so many tokens of filler, with needles between its pieces, at ascending depths."""
     if filler_tokens < 0:
         raise InvalidArgumentError(
             f"length must be at least {length - filler_tokens} tokens, for opening, pass keys and question, "
             f"got {length}"
         )
-    if not line:
+    if not pieces:
         raise InvalidArgumentError("filler must not be empty: give some text, or leave it out")
+    line = [token for piece in pieces for token in piece]
+    ends = np.cumsum([0, *map(len, pieces)])
     hay, text, used = itertools.cycle(line), [], 0
     for needle, depth in zip(needles, depths, strict=True):
-        # Whole lines before a needle, so that it does not start in the middle of a sentence.
-        before = round(depth * filler_tokens / len(line)) * len(line) if depth < 1 else filler_tokens
+        # Between pieces, so that it does not start in the middle of a sentence.
+        rounds, wanted = divmod(depth * filler_tokens, len(line))
+        nearest = int(ends[np.abs(ends - wanted).argmin()])
+        before = int(rounds) * len(line) + nearest if depth < 1 else filler_tokens
         text += [*itertools.islice(hay, min(before, filler_tokens) - used), *needle]
         used = min(before, filler_tokens)
-    return [*text, *itertools.islice(itertools.cycle(line), filler_tokens - used)]
+    return [*text, *itertools.islice(hay, filler_tokens - used)]
 
 
 def evaluate_needle(

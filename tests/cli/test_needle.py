@@ -108,6 +108,23 @@ def test_named_keys_hide_in_one_text_and_each_is_asked_for():
     )
 
 
+@pytest.mark.parametrize("end", ["\n", " "])
+@pytest.mark.parametrize("sentences", [3, 400])
+def test_any_text_hides_keys_at_their_depths_between_sentences_and_is_not_repeated_early(sentences, end):
+    filler = end.join(f"Sentence {number} is here." for number in range(sentences)) + end
+    depths = [0, 0.25, 0.5, 0.75, 1]
+    keys = {f"thing{number}": 10_000 + number for number in range(len(depths))}
+    prompt, _ = named_keys_prompt(Characters(), 3000, depths, keys, filler)
+    words = "".join(map(chr, prompt[0].tolist()))
+    hay = words[words.index("Sentence 0") if sentences == 400 else words.index("them.") :]
+    for depth, (name, key) in zip(depths, keys.items(), strict=True):
+        needle = words.index(f"The pass key of the {name} is {key}")
+        assert abs((needle - 100) / 2800 - depth) < 0.15
+        assert depth == 1 or words[:needle].rstrip().endswith(".")
+    if sentences == 400:
+        assert hay.count("Sentence 0 ") == 1
+
+
 @pytest.mark.parametrize(
     ("depths", "message"),
     [([1, 0], "must ascend"), ([0.5], "one for each of the 2"), ([0, 1.5], "from 0 to 1")],
