@@ -53,8 +53,8 @@ def _tables() -> dict[str, Callable[[], str]]:
         for name in ("gemma", "default"):
             found[f"front-{name}-{kind}"] = partial(quality.front, f"front_{name}.json", kind)
     for text in ("_pydecimal.py", "moby_dick.txt"):
-        found[f"front-far-{text}"] = partial(quality.front_text, "front_far.json", text)
-    found["front-farther-_pydecimal.py"] = partial(quality.front_text, "front_farther.json", "_pydecimal.py")
+        for name in ("far", "farther"):
+            found[f"front-{name}-{text}"] = partial(quality.front_text, f"front_{name}.json", text)
     for text in ("moby_dick.txt", "addresses.txt"):
         found[f"front-positions-{text}"] = partial(quality.front_text, "front_positions.json", text)
     for text in (
