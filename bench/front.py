@@ -28,7 +28,7 @@ from front_costs import measure
 from front_picture import draw
 from front_systems import FULL, System, all_different, built_in, described
 from front_tables import PARTS, by_cost, by_text
-from gap import Scored, gap_closed
+from gap import Scored, gap_closed, key_tokens
 from losses import digest, kept_losses, kept_path
 from numpy.typing import NDArray
 from ratios import Clock, Ratio
@@ -69,11 +69,16 @@ class Text:
         """Which picture it belongs to."""
         return "prose" if Path(self.name).suffix in PROSE else "code"
 
-    @property
-    def parts(self) -> dict[str, NDArray[np.bool_]]:
-        """The tokens that count, by part; long-range ones only if there are any."""
-        some = {"long_range": self.distant} if self.distant.any() else {}
-        return {"all": np.ones_like(self.distant), **some}
+    def parts(
+        self, window: NDArray[np.float64], ceiling: NDArray[np.float64]
+    ) -> dict[str, NDArray[np.bool_]]:
+        """The tokens that count, by part; long-range ones and, by these losses, key tokens only if there are any."""
+        found = {
+            "all": np.ones_like(self.distant),
+            "long_range": self.distant,
+            "key": key_tokens(window, ceiling),
+        }
+        return {part: where for part, where in found.items() if where.any()}
 
 
 @dataclass(frozen=True)
@@ -289,7 +294,7 @@ def _qualities(
                     "perplexity": float(np.exp(losses[where].mean())),
                     "gap_closed": _gap([Scored(losses, mine[window], mine[ceiling], where)]),
                 }
-                for part, where in text.parts.items()
+                for part, where in text.parts(mine[window], mine[ceiling]).items()
             }
             for name, losses in mine.items()
         }
@@ -307,7 +312,7 @@ def _qualities(
         for each in systems:
             if all(each.name in nll[text.name] for text in group):
                 found["kinds"][kind]["systems"][each.name] = {
-                    part: _mean_gap(group, nll, each.name, window, ceiling, part) for part in PARTS
+                    part: _mean_gap(group, nll, each.name, window, ceiling, part) for part in (*PARTS, "key")
                 }
     report.add({"kinds": found["kinds"]})
     return found
@@ -321,9 +326,13 @@ def _mean_gap(
     ceiling: str,
     part: str,
 ) -> dict[str, float] | None:
-    if not all(part in text.parts for text in texts):
-        return None
-    losses = [(nll[text.name], text.parts[part]) for text in texts]
+    losses = []
+    for text in texts:
+        mine = nll[text.name]
+        where = text.parts(mine[window], mine[ceiling]).get(part)
+        if where is None:
+            return None
+        losses.append((mine, where))
     return _gap([Scored(mine[name], mine[window], mine[ceiling], where) for mine, where in losses])
 
 

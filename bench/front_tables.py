@@ -8,6 +8,7 @@ from typing import Any
 from cells import perplexity, table
 
 PARTS = {"all": "all tokens", "long_range": "long-range tokens"}
+_HEADS = {"all": "gap closed", "long_range": "long-range", "key": "key tokens"}
 _COSTS = {
     "segment": ("reading", 1, 2),
     "token": ("generating", 1, 2),
@@ -21,24 +22,31 @@ def by_cost(result: Mapping[str, Any], kind: str) -> str:
     """Mean gap closed on texts of a kind, and what it costs if that was measured."""
     costs = result.get("costs", {})
     shown = _COSTS if costs else {}
-    rows = []
-    for name, parts in result["kinds"][kind]["systems"].items():
+    rows, systems = [], result["kinds"][kind]["systems"]
+    heads = _heads(systems)
+    for name, parts in systems.items():
         cost = costs.get(name, {})
         cells = [_number(cost.get(key), scale, digits) for key, scale, digits in shown.values()]
-        rows.append([name, *(gap(parts.get(part)) for part in PARTS), *cells])
-    return table(["system", "gap closed", "long-range", *shown], rows)
+        rows.append([name, *(gap(parts.get(part)) for part in heads), *cells])
+    return table(["system", *heads.values(), *shown], rows)
 
 
 def by_text(result: Mapping[str, Any], text: str) -> str:
     """Perplexity and gap closed on one text."""
-    head = ["system", "perplexity", "long-range", "gap closed", "long-range"]
-    rows = []
-    for name, parts in result["texts"][text]["systems"].items():
+    rows, systems = [], result["texts"][text]["systems"]
+    heads = _heads(systems)
+    for name, parts in systems.items():
         found = [parts.get(part) for part in PARTS]
         perplexities = ["" if each is None else perplexity(each["perplexity"]) for each in found]
-        gaps = [gap(None if each is None else each["gap_closed"]) for each in found]
+        gaps = [gap((parts.get(part) or {}).get("gap_closed")) for part in heads]
         rows.append([name, *perplexities, *gaps])
-    return table(head, rows)
+    return table(["system", "perplexity", "long-range", *heads.values()], rows)
+
+
+def _heads(systems: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the columns of gaps by part: key tokens only in results that have them."""
+    has_keys = any("key" in parts for parts in systems.values())
+    return {part: head for part, head in _HEADS.items() if part in PARTS or has_keys}
 
 
 def gap(found: Mapping[str, float] | None) -> str:

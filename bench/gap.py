@@ -13,6 +13,9 @@ LEAST_BLOCKS = 12  # of a short stretch, such as the tokens that are read one at
 SAMPLES = 1000
 
 
+_GAIN, _LOSS = 2.0, 2.0  # in nats
+
+
 @dataclass(frozen=True)
 class Gap:
     """The gap closed, 1 at the ceiling, and its 95 % interval."""
@@ -30,6 +33,15 @@ class Scored:
     window: NDArray[np.float64]
     ceiling: NDArray[np.float64]
     where: NDArray[np.bool_]
+
+
+def key_tokens(window: NDArray[np.float64], ceiling: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which tokens [tokens] a long context makes likely, by losses with a short one and a long one.
+
+    As LongPPL (arXiv 2410.23771) defines them, which scores these alone.
+    """
+    found: NDArray[np.bool_] = (window - ceiling > _GAIN) & (ceiling < _LOSS)
+    return found
 
 
 def gap_closed(texts: Sequence[Scored]) -> Gap | None:

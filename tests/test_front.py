@@ -176,6 +176,25 @@ def test_scores_of_generation_come_from_the_last_tokens(run):
     assert found["kinds"]["code"]["texts"] == ["a.py", "c.py"]
 
 
+def test_a_system_may_put_chunks_into_the_prompt_as_text(run, bench):
+    described = bench("front_systems").described
+    assert described("rag 1: as_text=true, top_k=1", MemoryConfig()).as_text
+    with pytest.raises(InvalidArgumentError, match="as_text must be true or false, got 2"):
+        described("rag 1: as_text=2", MemoryConfig())
+    _, found = run("--system", "rag 1: as_text=true, top_k=1", "--seconds", 3)
+    assert found["systems"]["rag 1"]["settings"]["as_text"] is True
+    assert found["texts"]["a.py"]["systems"]["rag 1"]["all"]["perplexity"] > 1
+
+
+def test_key_tokens_are_those_that_a_long_context_makes_likely(bench):
+    window, ceiling = np.array([4.0, 5.0, 4.0, 3.0]), np.array([1.5, 2.5, 2.1, 1.5])
+    assert bench("gap").key_tokens(window, ceiling).tolist() == [True, False, False, False]
+    systems = {"a": {"all": None, "key": {"gap_closed": None}}}
+    shown = bench("front_tables").by_text({"texts": {"t": {"systems": systems}}}, "t")
+    assert "| key tokens |" in shown.splitlines()[0]
+    assert "key tokens" not in bench("front_tables").by_text({"texts": {"t": {"systems": {"a": {}}}}}, "t")
+
+
 def test_the_gap_closed_is_a_ratio_of_logarithms_averaged_over_texts(bench):
     gap = bench("gap")
     rng = np.random.default_rng(0)
