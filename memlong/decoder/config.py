@@ -92,7 +92,7 @@ class MemoryConfig:
         unset="all of them",
         more="Each token chooses them itself, in whole pages of 16 tokens (or fewer, where 16 does not divide "
         "``chunk_size``), from the ``top_k`` chunks. Needs torch's ``attn_implementation='sdpa'``, and saves time on a "
-        "CPU in float32, with numba.",
+        "CPU, with numba.",
         least=1,
         needs_backend=True,
     )

@@ -139,10 +139,16 @@ def test_the_nth_largest_is_that_of_sorting():
 @pytest.mark.parametrize("tokens", [12, MEMORY])
 @pytest.mark.parametrize("heads", [(), (0, 2)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_compiled_attention_equals_masks(states, monkeypatch, threads, queries, tokens, heads, gated):
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+def test_compiled_attention_equals_masks(
+    states, monkeypatch, threads, queries, tokens, heads, gated, dtype, error
+):
+    """Of a model of half precision, too, which is then rounded at the end alone."""
     monkeypatch.setattr(attention, "_PER_THREAD", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    query, key, value = states
+    query, key, value = (each.to(dtype).float() for each in states)
     query, budget = query[:, :, -queries:], PageBudget(tokens, 4, 8)
     gates = torch.linspace(-2, 1, KV_HEADS * GROUP) if gated else None
     memory, window = (
@@ -151,15 +157,16 @@ def test_compiled_attention_equals_masks(states, monkeypatch, threads, queries, 
     chosen = list(heads) or list(range(KV_HEADS))
     held = [each[:, chosen].contiguous() for each in memory]
     found = attend_compiled(
-        query,
-        tuple(window),
+        query.to(dtype),
+        (window[0].to(dtype), window[1].to(dtype)),
         room_of(*held, budget),
         heads,
         budget,
         0.3,
-        causal(LOCAL)[:, :, -queries:],
+        causal(LOCAL)[:, :, -queries:].clamp(min=-1e4).to(dtype),
         gates,
     )
+    assert found.dtype == dtype
     mask = causal(MEMORY + LOCAL)[:, :, -queries:].repeat(ROWS, KV_HEADS * GROUP, 1, 1)
     if gated:
         mask[..., :MEMORY] += gates[None, :, None, None]
@@ -172,7 +179,7 @@ def test_compiled_attention_equals_masks(states, monkeypatch, threads, queries, 
     ).transpose(1, 2)
     for head in range(KV_HEADS * GROUP):
         truth = expected if head // GROUP in chosen else alone
-        torch.testing.assert_close(found[:, :, head], truth[:, :, head], **TOLERANCE)
+        torch.testing.assert_close(found[:, :, head].float(), truth[:, :, head], rtol=0, atol=error)
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen3", "GPT-NeoX"])
@@ -323,8 +330,37 @@ def test_what_takes_masks_is_said(llama, small, text, monkeypatch):
             UserWarning, match=r"saves no time: numba is missing .*pip install 'memlong\[numba\]'"
         ):
             logits_of(llama, text(60), small(attended_tokens=4))
+    monkeypatch.setattr(attention, "COMPILED", (torch.float32,))
     with pytest.warns(UserWarning, match=r"saves no time: the model is torch.bfloat16, not torch.float32"):
         logits_of(llama.to(torch.bfloat16), text(60), small(attended_tokens=4))
+
+
+@pytest.mark.parametrize("step", [1, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_half_precision_is_as_near_to_float32_as_without_pages(
+    tiny_model, small, text, dtype, step
+):
+    ids, whole = text(120), {"position_mode": "original", "top_k": 64}
+
+    def error(**settings):
+        config = small(**whole, **settings)
+        found = logits_of(tiny_model().to(dtype), ids, config, step)
+        assert found.dtype == dtype
+        return (found.float() - logits_of(tiny_model(), ids, config, step)).abs().mean()
+
+    for attended in (EVERYTHING, 4 * 64):
+        assert error(attended_tokens=attended) < 1.2 * error()
+
+
+def test_sessions_of_half_precision_continue_with_their_pages(llama, small, text, tmp_path):
+    model, ids, config = llama.to(torch.bfloat16), text(120), small(top_k=6, attended_tokens=8)
+    whole = logits_of(model, ids, config)
+    with MemoryDecoder(model, None, config) as decoder:
+        decoder.read(ids[:, :77])
+        decoder.save(tmp_path)
+    with MemoryDecoder.load(tmp_path, model, None, config) as decoder:
+        found = torch.cat([each.logits[0] for each in decoder.stream(ids[:, 77:])])
+    torch.testing.assert_close(found, whole[77:], rtol=0, atol=2e-2)
 
 
 def test_without_a_folder_to_keep_it_in_the_kernel_is_compiled_anew(llama, small, text, monkeypatch):

@@ -17,7 +17,7 @@ from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.head_names import runs
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.pages.attention import attend_compiled, page_mask
+from memlong.decoder.pages.attention import COMPILED, attend_compiled, page_mask
 from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.stream.batch_memory import BatchMemory
 from memlong.errors import UnsupportedModelError
@@ -170,7 +170,7 @@ class AttentionPass:
 
     def _is_compiled(self, seen: _Seen, query: Tensor) -> bool:
         memory = cast("BatchMemory", self.memory)
-        return memory.room is not None and query.dtype == torch.float32 and self.sees_all(seen)
+        return memory.room is not None and query.dtype in COMPILED and self.sees_all(seen)
 
     def _attend_compiled(
         self,

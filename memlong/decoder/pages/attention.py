@@ -16,6 +16,9 @@ from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.pages.choice import PageBudget, Sketch, choose_pages
 from memlong.decoder.pages.room import LayerRoom
 
+COMPILED = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of a model that `attend_compiled` serves; of what is retrieved, it computes in float32."""
+
 _FEW = 4  # queries for which matrix products do not pay
 _PER_THREAD = 32  # queries that are worth a thread
 
@@ -24,8 +27,8 @@ def why_not_compiled(model_layout: ModelLayout, layers: tuple[int, ...], like: T
     """Say why `attend_compiled` does not serve these layers, for K-V like ``like``; None if it does."""
     if like.device.type != "cpu":
         return f"the model is on {like.device}, not on a CPU"
-    if like.dtype != torch.float32:
-        return f"the model is {like.dtype}, not torch.float32"
+    if like.dtype not in COMPILED:
+        return f"the model is {like.dtype}, not {' or '.join(map(str, COMPILED))}"
     shapes = [model_layout.layers[layer].shape for layer in layers]
     if not has_plain_heads(model_layout, layers) or any(each.head_dim != each.value_dim for each in shapes):
         return "this model's retrieval layers do not attend to K-V heads of their own, of one width"
@@ -109,8 +112,10 @@ def attend_compiled(
     kv_heads = window[0].shape[1]
     scale = query.shape[3] ** -0.5 if scale is None else scale
     local, of_window = _flash(query, *window, attn_mask=mask, scale=scale)
+    dtype, query, local = query.dtype, query.float(), local.float()
     if query.shape[2] <= _FEW and not budget.covers(memory.tokens):
-        return _joined_for_few(query, local, of_window, kv_heads, memory, heads, budget, scale, gates)
+        joined = _joined_for_few(query, local, of_window, kv_heads, memory, heads, budget, scale, gates)
+        return joined.to(dtype)
     # From here on, [rows, kv_heads, group, queries, ...].
     query, local, of_window = (each.unflatten(1, (kv_heads, -1)) for each in (query, local, of_window))
     asked, near, its_logsumexp = query, local, of_window
@@ -131,7 +136,7 @@ def attend_compiled(
         of_memory = of_memory + (bias[where] if heads else bias)[None, :, :, None]
     joined = torch.lerp(near, far, torch.sigmoid(of_memory - its_logsumexp)[..., None])
     output = local.index_copy_(1, where, joined) if heads else joined
-    return output.flatten(1, 2).transpose(1, 2).contiguous()
+    return output.flatten(1, 2).transpose(1, 2).to(dtype).contiguous()
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one that returns logsumexp

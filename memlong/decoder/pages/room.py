@@ -22,7 +22,7 @@ from memlong.decoder.stream.retrieval import Placed
 
 @dataclass(eq=False)
 class GroupRoom:
-    """The chunks of alike layers, in slots.
+    """The chunks of alike layers, in slots, in float32.
 
     Attributes
     ----------
@@ -167,7 +167,8 @@ class Room:
         for number, group in enumerate(self.groups):
             if new:
                 raw, mine = self.source.supply(group.layers, keys, values)
-                rotated = turned(raw[None], angles.of(group.rope), group.rope.rotated)[0]
+                rotated = turned(raw[None], angles.of(group.rope), group.rope.rotated)[0].float()
+                mine = mine.float()
                 room = self._room(number, rotated, mine, width)
                 for place, slot in enumerate(slots):
                     here, there = _slot(place, size), _slot(slot, size)
