@@ -76,6 +76,7 @@ def test_the_wheel_holds_the_library_and_its_backends_and_nothing_else(wheel):
     }
     assert "memlong/py.typed" in names
     assert any(name.endswith(".template") for name in names)  # of `memlong plugins new`
+    assert "memlong/lm_eval/tasks/ruler_local/ruler_local.yaml" in names
     assert wheel.stat().st_size < MEGABYTE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import typer
 
 _COMMANDS = ("run", "ls", "validate")
+_FOLDER = "--include_path"
 
 
 def lm_eval(ctx: typer.Context) -> None:
@@ -21,12 +23,19 @@ def lm_eval(ctx: typer.Context) -> None:
     memory; prompts of any length are streamed, and what several have in common at their beginning is read once.
     `memlong lm-eval run --help` lists the options.
 
+    The groups ruler_local and babilong_local make their prompts here, of any length and without a hub: RULER without
+    its questions on documents, and five tasks of BABILong. They are found next to what --include_path names, but not
+    next to what a file given by --config includes. In --metadata, `samples` is the number of prompts of each length
+    (500), `haystack` a text file or folder, and `babi` a folder with bAbI's files.
+
     \b
     Examples:
       memlong lm-eval --model_args pretrained=demo --tasks arc_easy,hellaswag --limit 100
       memlong lm-eval --model_args pretrained=demo top_k=16 dtype=float32 --tasks niah_single_1,ruler_vt \\
           --metadata '{"max_seq_lengths": [4096, 32768]}' --limit 20 --output_path results
       memlong lm-eval --model_args pretrained=demo backend=none local_window=2048 --tasks niah_single_1
+      memlong lm-eval --model_args pretrained=demo --tasks ruler_local \\
+          --metadata '{"max_seq_lengths": [4096, 16384], "samples": 20, "haystack": "book.txt"}'
       memlong lm-eval ls tasks
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     if not ctx.args:
@@ -53,11 +62,15 @@ def _typed(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _completed(arguments: Sequence[str], folder: Path) -> list[str]:
-    """Add what memlong knows: its model, and a tokenizer that tasks which write their own texts can load."""
-    if arguments[0] in _COMMANDS[1:]:
-        return list(arguments)
-    typed = [*arguments[arguments[0] == "run" :]]
+    """Add what memlong knows: its model and tasks, and a tokenizer that tasks which write their own texts can load."""
+    command, typed = "run", list(arguments)
+    if typed[0] in _COMMANDS:
+        command, *typed = typed
     options = {each.partition("=")[0] for each in typed}
+    if not options & {"--config", "-C"}:  # a file's own include_path would be replaced
+        typed = _with_tasks(typed, folder / "tasks")
+    if command != "run":
+        return [command, *typed]
     if not options & {"--model", "-M"}:
         typed = ["--model", "memlong", *typed]
     if "--device" not in options:  # it would name a GPU
@@ -70,6 +83,25 @@ def _completed(arguments: Sequence[str], folder: Path) -> list[str]:
             tokenizer = _tokenizer_for(given, folder)
             return ["run", *typed[: place + 1], *tokenizer, *typed[place + 1 :]]
     return ["run", *typed]
+
+
+def _with_tasks(typed: Sequence[str], folder: Path) -> list[str]:
+    """Add memlong's folder of tasks, or one that leads to both if another is typed: lm-eval takes one, the last."""
+    from memlong.lm_eval import TASKS
+
+    given = [number for number, each in enumerate(typed) if each.partition("=")[0] == _FOLDER]
+    if not given:
+        return [*typed, _FOLDER, str(TASKS)]
+    place = given[-1]
+    theirs = Path(typed[place].partition("=")[2] or "".join(typed[place + 1 : place + 2]))
+    if not theirs.is_dir():
+        return list(typed)
+    folder.mkdir()
+    files = [path for root in (theirs, TASKS) for path in sorted(root.rglob("*.yaml"))]
+    for number, path in enumerate(files):
+        include = json.dumps({"include": str(path.resolve())})  # JSON is YAML
+        folder.joinpath(f"{number:06}_{path.name}").write_text(include, encoding="utf-8")
+    return [*typed, _FOLDER, str(folder)]
 
 
 def _tokenizer_for(given: Sequence[str], folder: Path) -> list[str]:
