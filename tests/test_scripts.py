@@ -15,7 +15,7 @@ import pytest
 import torch
 import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from memlong import MemoryDecoder
@@ -484,3 +484,50 @@ def test_the_last_line_names_missed_targets():
     assert ratios.summary(measured) == (
         "4 ratios measured, 3 with a target; targets missed: 2: slow 1.50 (at most 1.1); copy 0.50 (at least 0.7)"
     )
+
+
+@pytest.mark.slow
+def test_benchmarks_of_others_score_every_system_and_go_on_where_they_ended(
+    folder, book, tmp_path, capsys, monkeypatch
+):
+    bench, out = script("bench/benchmarks.py"), tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = WORDS[-1]
+    tokenizer.save_pretrained(folder)
+    typed = {"tasks": "ruler_local_vt", "lengths": "1024", "seeds": 2, "samples": 1, "haystack": book}
+    typed |= {"system": ["mine: top_k=2"], "only": ["memory", "RAG", "mine"], "out": out}
+    bench.main(model=str(folder), dtype="float32", **typed)
+    found = json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))
+    assert list(found["rows"]) == ["memory", "RAG as text", "mine"]
+    assert all(len(cells[0]["scores"]) == 2 for cells in found["cells"].values())
+    assert "| mine |" in capsys.readouterr().out
+    assert (out / "benchmarks.png").is_file()
+    monkeypatch.setattr(bench, "simple_evaluate", None)
+    bench.main(model=str(folder), dtype="float32", **typed)
+    assert json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))["cells"] == found["cells"]
+
+
+@pytest.mark.slow
+def test_many_questions_are_timed_for_each_system(folder, book, tmp_path):
+    out = tmp_path / "questions.json"
+    typed = [
+        "--model",
+        folder,
+        "--dtype",
+        "float32",
+        "--text",
+        book,
+        "--length",
+        1500,
+        "--keys",
+        2,
+        "--json",
+        out,
+    ]
+    result = invoke(script("bench/questions.py"), *typed, "--system", "mine: top_k=2")
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert list(found["rows"]) == ["memory", "RAG as text", "full attention", "mine"]
+    assert found["rows"]["RAG as text"]["kv_bytes"] == 0 < found["rows"]["memory"]["kv_bytes"]
+    assert all(row["all_questions"] > row["one_question"] for row in found["rows"].values())
+    assert "| mine |" in result.stdout

@@ -106,13 +106,12 @@ def _with_tasks(typed: Sequence[str], folder: Path) -> list[str]:
 
 def _tokenizer_for(given: Sequence[str], folder: Path) -> list[str]:
     """Return a setting for a tokenizer as a folder, where the model is no folder or hub id."""
-    settings = dict(each.partition("=")[::2] for each in given)
-    name = settings.get("pretrained", "")
     from memlong.decoder.model.demos import DEMOS
     from memlong.decoder.model.loading import load_tokenizer
 
+    settings = dict(each.partition("=")[::2] for each in given)
+    name = settings.get("pretrained", "")
     if "tokenizer" in settings or not (name in DEMOS or name.endswith(".gguf")):
         return []
-
     load_tokenizer(name).save_pretrained(folder)
     return [f"tokenizer={folder}"]

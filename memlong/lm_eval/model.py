@@ -116,6 +116,10 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = self.decoder.tokenizer
         if tokenizer is not None:
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        if self.tokenizer.eos_token_id is None:
+            raise InvalidArgumentError(
+                "The tokenizer has no token that ends a text, by which lm-eval ends answers: set tokenizer.eos_token"
+            )
         self._device = next(self.decoder.model.parameters()).device
         self._name = str(getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__)
         self._new_tokens = whole_number("max_gen_toks", max_gen_toks, at_least=1)

@@ -183,6 +183,13 @@ def test_a_decoder_keeps_its_own_settings(folder, small):
         MemlongLM(decoder, top_k=3)
 
 
+def test_a_tokenizer_without_an_end_of_text_is_refused(folder, small):
+    model, tokenizer = load_model(str(folder), dtype="float32")
+    tokenizer.eos_token = None
+    with pytest.raises(InvalidArgumentError, match="has no token that ends a text"):
+        MemlongLM(MemoryDecoder(model, tokenizer, small()))
+
+
 def test_settings_that_are_mappings_are_read_from_text(folder):
     found = MemlongLM(
         str(folder),

