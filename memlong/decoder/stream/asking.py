@@ -6,6 +6,7 @@ from torch import Tensor
 
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.stream.batch import StreamBatch
+from memlong.decoder.stream.token_stream import TokenStream
 
 
 def ask(batch: StreamBatch, config: MemoryConfig) -> tuple[StreamBatch, Tensor]:
@@ -21,5 +22,12 @@ def ask(batch: StreamBatch, config: MemoryConfig) -> tuple[StreamBatch, Tensor]:
     for stream in forks.streams:
         stream.query_length = config.focus_tokens or config.query_tokens or config.retrieval_interval
         stream.is_focused = config.focus_tokens > 0
-    tails = forks.rewind(max(1, config.segment_size - config.retrieval_interval))
+    # Where there is nothing to retrieve, no more than the last token, which has the logits.
+    most = config.segment_size - config.retrieval_interval if any(map(_finds, forks.streams)) else 1
+    tails = forks.rewind(max(1, most))
     return forks, forks.advance(tails, 1, retrieve=lambda _: True).logits
+
+
+def _finds(stream: TokenStream) -> bool:
+    """Whether a stream that retrieves now finds anything."""
+    return stream.bank is not None and bool(len(stream.bank) or stream.departing())
