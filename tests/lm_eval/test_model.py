@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
@@ -159,6 +160,11 @@ def test_lm_eval_runs_it_by_name(folder, task, tmp_path, monkeypatch):
     assert ours["results"] == theirs["results"]
     assert ours["config"]["memory"]["chunk_size"] == 4
     assert get_model("memlong") is MemlongLM
+
+
+def test_releases_of_lm_eval_to_come_find_it():
+    (found,) = entry_points(group="lm_eval.models", name="memlong")
+    assert found.load() is MemlongLM
 
 
 @pytest.mark.parametrize(
