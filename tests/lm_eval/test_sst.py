@@ -92,8 +92,10 @@ def test_texts_are_read_as_they_are_written(task):
     ("content", "message"),
     [
         (None, "sst5_train is missing: name your file, as in --metadata"),
-        ("1,fine\ngood,so so\n", r"numeric label in every row, got \['good', 'so so'\] in row 2"),
-        ("1,fine\n2\n", r"numeric label in every row, got \['2'\] in row 2"),
+        ("1,fine\ngood,so so\n", r"a label from 0 to 4 in every row, got \['good', 'so so'\] in row 2"),
+        ("1,fine\n2\n", r"a label from 0 to 4 in every row, got \['2'\] in row 2"),
+        ("1,fine\n5,fine\n", r"a label from 0 to 4 in every row, got \['5', 'fine'\] in row 2"),
+        ("1,fine\n2,so so\n", r"rows.csv must have examples of all 5 labels, and tests"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_explained(tmp_path, content, message):
