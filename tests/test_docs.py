@@ -113,10 +113,12 @@ def test_commands_and_options_exist(line):
     context = command.make_context("memlong", [], resilient_parsing=True)
     context.resilient_parsing = False  # it was for the missing options; from here on nothing is forgiven
     given, left, _ = command.make_parser(context).parse_args(list(words))  # raises on an unknown option
-    if command.allow_extra_args:
+    if command.context_settings.get("allow_extra_args"):
         from lm_eval._cli import HarnessCLI
 
-        HarnessCLI()._parser.parse_args(left if left[0] == "ls" else ["run", *left])  # exits on an unknown option
+        HarnessCLI()._parser.parse_args(
+            left if left[0] == "ls" else ["run", *left]
+        )  # exits on an unknown option
     else:
         assert not left
     if "help" not in given and "version" not in given and not getattr(command, "commands", None):
