@@ -23,6 +23,7 @@ from cells import table
 from front_systems import System, all_different, described
 from ratios import Clock, Ratio
 from results import Budget, Report
+from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor
@@ -30,7 +31,7 @@ from transformers import LogitsProcessor
 from memlong import MemoryConfig, load_model
 from memlong.decoder import choose_machine
 from memlong.errors import MemlongError
-from memlong.evaluation import accuracy_interval, read_text
+from memlong.evaluation import read_text
 from memlong.evaluation.needle import named_keys_prompt
 
 MEMORY, RAG, FULL = "memory", "RAG as text", "full attention"
@@ -215,8 +216,9 @@ def _cost(
 
 
 def _row(found: list[Cost], keys: int) -> dict[str, Any]:
-    """Join a system's texts: accuracy over all, medians of times."""
-    right = torch.tensor([each for cost in found for each in cost.right]).numpy()
+    """Join a system's texts: accuracy over all, with Wilson's 95 % interval, and medians of times."""
+    right = [each for cost in found for each in cost.right]
+    share = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
     row = {
         name: median(getattr(cost, name) for cost in found)
         for name in ("read_seconds", "first_seconds", "token_seconds", "kv_bytes")
@@ -225,7 +227,8 @@ def _row(found: list[Cost], keys: int) -> dict[str, Any]:
         "one_question": median(cost.seconds(1) for cost in found),
         "all_questions": median(cost.seconds(keys) for cost in found),
     }
-    return {"found": asdict(accuracy_interval(right)), **row, **totals}
+    accuracy = {"value": sum(right) / len(right), "low": share.low, "high": share.high}
+    return {"found": accuracy, **row, **totals}
 
 
 def _ratios(rows: Mapping[str, Mapping[str, Any]]) -> list[Ratio]:

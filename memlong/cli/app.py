@@ -15,7 +15,6 @@ from memlong.cli.bank import add_bank_commands
 from memlong.cli.fit import fit
 from memlong.cli.generate import generate
 from memlong.cli.heads import heads
-from memlong.cli.icl import icl
 from memlong.cli.lm_eval import lm_eval
 from memlong.cli.models import models
 from memlong.cli.needle import needle
@@ -25,7 +24,7 @@ from memlong.cli.train import train
 from memlong.errors import MemlongError
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
-_COMMANDS = (generate, perplexity, needle, icl, fit, heads, train, models, backends)
+_COMMANDS = (generate, perplexity, needle, fit, heads, train, models, backends)
 
 
 def make_app() -> typer.Typer:

@@ -56,7 +56,7 @@ def score(
     found: list[Likelihood] = []
     for start in range(0, len(wanted), rows):
         some = wanted[start : start + rows]
-        found += _scored(asked.fork([0] * len(some)), logits, some, setup.config.retrieval_interval)
+        found += _scored(asked, logits, some, setup.config.retrieval_interval)
     return found
 
 
@@ -75,9 +75,9 @@ def _checked(continuation: Tensor | Sequence[int], number: int, layout: ModelLay
 
 
 def _scored(
-    forks: StreamBatch, logits: Tensor, wanted: Sequence[Sequence[int]], every: int
+    asked: StreamBatch, logits: Tensor, wanted: Sequence[Sequence[int]], every: int
 ) -> list[Likelihood]:
-    """Score a continuation in each fork, given the logits [1, 1, vocabulary] of the first token.
+    """Score each continuation in a fork, given the logits [1, 1, vocabulary] of the first token.
 
     Memory is retrieved when generate() would retrieve it.
     """
@@ -88,6 +88,8 @@ def _scored(
     ):
         mine.append(_likelihood(logits[0], target))
     done, longest = 0, max(map(len, wanted)) - 1
+    if longest > 0:  # a fork copies the window
+        forks = asked.fork([0] * len(wanted))
     while done < longest:
         is_due = (done + 1) % every == 0 or any(stream.is_full for stream in forks.streams)
         space = every if is_due else min(stream.space for stream in forks.streams)

@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals, for a paired comparison of two systems and for an accuracy."""
+"""Bootstrap confidence intervals, for a paired comparison of two systems."""
 
 from __future__ import annotations
 
@@ -13,15 +13,6 @@ from memlong.errors import InvalidArgumentError
 @dataclass(frozen=True)
 class Ratio:
     """A ratio of perplexities and its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """An accuracy and its confidence interval."""
 
     value: float
     low: float
@@ -68,7 +59,10 @@ def perplexity_ratio(
             f"nll and baseline_nll must be [tokens] of one length, got {nll.shape} and {baseline_nll.shape}: score "
             "both systems on the same tokens"
         )
-    _check_draws(samples, confidence)
+    if samples < 1:
+        raise InvalidArgumentError(f"samples must be at least 1, got {samples}")
+    if not 0 < confidence < 1:
+        raise InvalidArgumentError(f"confidence must be between 0 and 1, got {confidence}")
     if block < 1:
         raise InvalidArgumentError(f"block must be at least 1 token, got {block}")
     if not (np.isfinite(nll).all() and np.isfinite(baseline_nll).all()):
@@ -91,46 +85,3 @@ def perplexity_ratio(
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Ratio(float(np.exp(sums.sum() / sizes.sum())), float(low), float(high))
-
-
-def accuracy_interval(
-    right: NDArray[np.bool_],
-    *,
-    samples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Accuracy:
-    """Return an accuracy with a bootstrap confidence interval.
-
-    Parameters
-    ----------
-    right
-        [answers], bool: whether each answer is correct. If all or none are, the interval has zero width.
-    samples
-        Number of bootstrap samples.
-    confidence
-        Confidence level of the interval.
-    seed
-        Random seed.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If there is no answer, or ``samples`` or ``confidence`` is out of range.
-    """
-    if right.ndim != 1 or not right.size:
-        raise InvalidArgumentError(
-            f"right must be [answers] with at least one answer, got shape {right.shape}"
-        )
-    _check_draws(samples, confidence)
-    drawn = np.random.default_rng(seed).integers(0, right.size, (samples, right.size))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(right[drawn].mean(axis=1), [tail, 1 - tail])
-    return Accuracy(float(right.mean()), float(low), float(high))
-
-
-def _check_draws(samples: int, confidence: float) -> None:
-    if samples < 1:
-        raise InvalidArgumentError(f"samples must be at least 1, got {samples}")
-    if not 0 < confidence < 1:
-        raise InvalidArgumentError(f"confidence must be between 0 and 1, got {confidence}")

@@ -29,8 +29,6 @@ def given(story, tmp_path):
         ("perplexity", "text", "json"): {},
         ("perplexity", "maps", "json"): {"text": tmp_path / "other.txt", **maps},
         ("generate", "context", "json"): {"prompt": "word1"},
-        ("icl", "demonstrations", "json"): {},
-        ("icl", "tests", "json"): {"demonstrations": tmp_path / "other.txt"},
         ("needle", "filler", "json"): {},
         ("needle", "filler", "plot"): {},
     }
