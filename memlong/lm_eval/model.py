@@ -257,7 +257,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
 
     def _read_to_the_rest(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[int]]]:
         """Read what prompts begin with; yield the index of each prompt whose turn it is, and its last tokens."""
-        for group in shared_prefixes(prompts, self.decoder.config.segment_size):
+        for group in shared_prefixes(prompts):
             self.decoder.reset()
             if group.prefix:
                 self.decoder.read(_row(group.prefix))

@@ -22,26 +22,25 @@ class Shared:
     prompts: tuple[int, ...]
 
 
-def shared_prefixes(prompts: Sequence[Sequence[int]], step: int) -> list[Shared]:
+def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[Shared]:
     """Group prompts so that little has to be read.
 
-    A prefix has a multiple of ``step`` tokens, and at least half of each of its prompts; every prompt has at least one
-    token after it.
+    A prefix is at least half of each of its prompts, and every prompt has at least one token after it.
 
     Examples
     --------
-    >>> shared_prefixes([[1, 2, 3], [1, 2, 4], [5]], 1)
+    >>> shared_prefixes([[1, 2, 3], [1, 2, 4], [5]])
     [Shared(prefix=(1, 2), prompts=(0, 1)), Shared(prefix=(), prompts=(2,))]
     """
     order = sorted(range(len(prompts)), key=lambda number: tuple(prompts[number]))
     groups = []
     while order:
         first = prompts[order[0]]
-        length = (len(first) - 1) // step * step  # alone
+        length = len(first) - 1  # alone
         best, most, count, longest = length, 0, 1, len(first)
         for others, number in enumerate(order[1:], 1):
             this = prompts[number]
-            length = min(_alike(first, this, length), len(this) - 1) // step * step
+            length = min(_alike(first, this, length), len(this) - 1)
             longest = max(longest, len(this))
             if 2 * length < longest:
                 break

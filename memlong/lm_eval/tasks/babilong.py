@@ -23,7 +23,7 @@ _LAST = " What happened last counts."
 
 
 @dataclass(frozen=True)
-class Kind:
+class Question:
     """What a prompt tells of its task.
 
     Attributes
@@ -51,7 +51,7 @@ class Kind:
 
 
 KINDS = {
-    1: Kind(
+    1: Question(
         "where people are",
         _LAST,
         (
@@ -63,7 +63,7 @@ KINDS = {
             ),
         ),
     ),
-    2: Kind(
+    2: Question(
         "where people go and what they carry",
         " A thing goes along with whoever carries it." + _LAST,
         (
@@ -82,7 +82,7 @@ KINDS = {
             ),
         ),
     ),
-    3: Kind(
+    3: Question(
         "where people go and what they carry",
         " A thing goes along with whoever carries it.",
         (
@@ -98,7 +98,7 @@ KINDS = {
             ),
         ),
     ),
-    4: Kind(
+    4: Question(
         "how rooms lie to each other",
         "",
         (
@@ -114,7 +114,7 @@ KINDS = {
             ),
         ),
     ),
-    5: Kind(
+    5: Question(
         "who gives what to whom",
         _LAST,
         (
