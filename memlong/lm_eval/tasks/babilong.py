@@ -23,7 +23,7 @@ _LAST = " What happened last counts."
 
 
 @dataclass(frozen=True)
-class Question:
+class Instructions:
     """What a prompt tells of its task.
 
     Attributes
@@ -50,8 +50,8 @@ class Question:
         return "\n\n".join([_TASK.format(about=self.about, hint=self.hint), *examples])
 
 
-KINDS = {
-    1: Question(
+INSTRUCTIONS = {
+    1: Instructions(
         "where people are",
         _LAST,
         (
@@ -63,7 +63,7 @@ KINDS = {
             ),
         ),
     ),
-    2: Question(
+    2: Instructions(
         "where people go and what they carry",
         " A thing goes along with whoever carries it." + _LAST,
         (
@@ -82,7 +82,7 @@ KINDS = {
             ),
         ),
     ),
-    3: Question(
+    3: Instructions(
         "where people go and what they carry",
         " A thing goes along with whoever carries it.",
         (
@@ -98,7 +98,7 @@ KINDS = {
             ),
         ),
     ),
-    4: Question(
+    4: Instructions(
         "how rooms lie to each other",
         "",
         (
@@ -114,7 +114,7 @@ KINDS = {
             ),
         ),
     ),
-    5: Question(
+    5: Instructions(
         "who gives what to whom",
         _LAST,
         (
@@ -163,7 +163,7 @@ def dataset(*, babilong: int, **metadata: Any) -> dict[str, Dataset]:
     Parameters
     ----------
     babilong
-        A number in `KINDS`.
+        A number in `INSTRUCTIONS`.
     **metadata
         ``babi``, a folder with bAbI's files; ``max_seq_lengths``, ``samples`` of each (500, or all questions if these
         are fewer), ``seed`` (0), ``tokenizer`` or ``pretrained``, ``haystack``.
@@ -262,4 +262,6 @@ def _mixed(given: Given, task: int, question: Question, book: Book, length: int,
 
 def _prompt(task: int, question: Question, sentences: Sequence[str]) -> str:
     text = " ".join(sentences)
-    return f"{KINDS[task].task}\n\nThe book with the facts:\n{text}\n\nQuestion: {question.text}\nAnswer:"
+    return (
+        f"{INSTRUCTIONS[task].task}\n\nThe book with the facts:\n{text}\n\nQuestion: {question.text}\nAnswer:"
+    )
