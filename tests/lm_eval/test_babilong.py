@@ -36,7 +36,7 @@ def test_questions_are_read_with_the_facts_before_them(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("task", babilong.KINDS)
+@pytest.mark.parametrize("task", babilong.INSTRUCTIONS)
 def test_facts_stand_in_order_among_sentences_in_order_and_the_question_is_last(task, given):
     known = read_questions(given["babi"], task)
     for row in stories(given, task):

@@ -24,7 +24,7 @@ from memlong.lm_eval.tasks.given import _loaded, given_by
 
 ESSAYS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery")
 ALL = {f"ruler_local_{name}" for name in ruler.GENERATORS} | {
-    f"babilong_local_qa{number}" for number in babilong.KINDS
+    f"babilong_local_qa{number}" for number in babilong.INSTRUCTIONS
 }
 
 
