@@ -48,6 +48,7 @@ GROUPS = {
     "babilong": [f"babilong_local_qa{number}" for number in range(1, 6)],
 }
 _DRAWS = 1000
+_ENOUGH = 5  # samples of each task, for an interval
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def main(
 
 
 def by_length(rows: Mapping[str, Mapping[str, Any]], lengths: Sequence[int]) -> str:
-    """Return a table of means over tasks, with 95 % intervals."""
+    """Return a table of means over tasks, with 95 % intervals where there are enough samples for one."""
     return table(
         ["system", *(f"{length:,}" for length in lengths)],
         [[name, *(_shown(found.get(str(length))) for length in lengths)] for name, found in rows.items()],
@@ -231,16 +232,16 @@ def _by_length(cells: Sequence[Cell], lengths: Sequence[int]) -> dict[str, dict[
         )
         low, high = np.quantile(draws, [0.025, 0.975])
         middle = float(np.mean([each.mean() for each in scores]))
-        found[str(length)] = {"value": middle, "low": float(low), "high": float(high)}
+        count = min(each.size for each in scores)
+        found[str(length)] = {"value": middle, "low": float(low), "high": float(high), "samples": count}
     return found
 
 
 def _shown(cell: Mapping[str, float] | None) -> str:
-    return (
-        ""
-        if cell is None
-        else f"{100 * cell['value']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
-    )
+    if cell is None:
+        return ""
+    value, low, high = (f"{100 * cell[key]:.0f}" for key in ("value", "low", "high"))
+    return value if cell["samples"] < _ENOUGH else f"{value} [{low}, {high}]"
 
 
 if __name__ == "__main__":

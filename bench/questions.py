@@ -95,7 +95,7 @@ class Marks(LogitsProcessor):
 
 def main(
     text: Annotated[Path, typer.Option(help="UTF-8 text to hide the keys in.")],
-    model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
+    model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, 'demo' or 'demo-gemma'.")] = "demo",
     length: Annotated[
         int, typer.Option(min=256, help="Tokens of the text with its longest question.")
     ] = 8000,
@@ -152,7 +152,8 @@ def main(
     typer.echo(f"\n{length:,} tokens of {text.name}, {keys} questions on each of {seeds} texts\n")
     typer.echo(shown({"rows": rows, "keys": keys}))
     even = _break_even(rows[MEMORY], rows[RAG])
-    typer.echo(f"From {even} questions on, the memory takes less time than RAG as text" if even else "")
+    if even:
+        typer.echo(f"From {even} questions on, the memory takes less time than RAG as text")
     report.end()
 
 

@@ -63,7 +63,7 @@ class RagAsText:
             new, pending = pending[:count], pending[count:]
             if logits == "all" or not pending:
                 begin = start - start % size
-                prompt = self.prompt(begin, self._query(begin, self.config.query_length)) + self._read[begin:]
+                prompt = self.prompt(begin, start, self._query(begin, self.config.query_length))
                 found = self._logits(prompt + new)[:, -count:]
             else:
                 found = torch.empty(1, 0, 0)
@@ -89,41 +89,53 @@ class RagAsText:
             found.append(Likelihood(likelihoods, logits.argmax(-1) == wanted))
         return found
 
-    def prompt(self, begin: int, query: Passage | None, *, is_focused: bool = False) -> list[int]:
-        """Return what stands before token ``begin`` of the text: sinks, chunks in their order, and the window."""
+    def prompt(self, begin: int, end: int, query: Passage, *, is_focused: bool = False) -> list[int]:
+        """Return what is read of the text before token ``end``: sinks, chunks in their order, and the window.
+
+        Chunks leave the window as they do where a segment begins at ``begin``.
+        """
         config, read = self.config, self._read
         held = begin - config.sink_tokens - config.window_past
         chunks = [self._chunk(number) for number in range(max(0, -(-held // config.chunk_size)))]
-        window = config.sink_tokens + len(chunks) * config.chunk_size
-        if not chunks or query is None:
-            return read[:begin]
+        if not chunks:
+            return read[:end]
         if len(chunks) > len(self._embeddings):
             new = self.retriever.embed_chunks(chunks[len(self._embeddings) :])
             self._embeddings = torch.cat([self._embeddings, normalize(new.float(), dim=1)])
         stored = self._embeddings[: len(chunks)]
-        if is_focused:
-            asked = self.retriever.embed_focus([query], stored.mean(dim=0, keepdim=True))
-        else:
-            asked = self.retriever.embed_queries([query])
+        asked = self._embedded(query, stored, is_focused=is_focused)
         scores = (normalize(asked.float(), dim=1) @ stored.T)[0]
         best = scores.topk(min(config.top_k, len(chunks))).indices.sort().values.tolist()
         text = [token for number in best for token in chunks[number].token_ids]
-        return read[: config.sink_tokens] + text + read[window:begin]
+        window = config.sink_tokens + len(chunks) * config.chunk_size
+        return read[: config.sink_tokens] + text + read[window:end]
+
+    def _embedded(self, query: Passage, stored: Tensor, *, is_focused: bool) -> Tensor:
+        if is_focused:
+            # As a bank does, of no more than 1,024 chunks.
+            mean = stored[:: -(-len(stored) // 1024)].mean(dim=0, keepdim=True)
+            asked = self.retriever.embed_focus([query], mean)
+            if asked.any():
+                return asked
+        return self.retriever.embed_queries([query])
 
     def _asked(self, prompt: list[int]) -> list[int]:
         """Return a prompt with what its end retrieves before it."""
-        kept = len(self._read)
+        kept, config = len(self._read), self.config
         self._read += prompt
         try:
-            config = self.config
-            query = self._query(len(self._read), config.focus_tokens or config.query_length)
-            return self.prompt(len(self._read), query, is_focused=config.focus_tokens > 0)
+            end = len(self._read)
+            # A memory reads the end again; what left the window before that does not come back.
+            again = end - max(1, config.segment_size - config.retrieval_interval)
+            begin = max(again, (end - 1) // config.segment_size * config.segment_size)
+            length = config.focus_tokens or config.query_tokens or config.retrieval_interval
+            return self.prompt(begin, end, self._query(end, length), is_focused=config.focus_tokens > 0)
         finally:
             del self._read[kept:]
 
-    def _query(self, end: int, length: int) -> Passage | None:
+    def _query(self, end: int, length: int) -> Passage:
         start = max(0, end - length)
-        return Passage(tuple(self._read[start:end]), start) if end else None
+        return Passage(tuple(self._read[start:end]), start)
 
     def _chunk(self, number: int) -> Passage:
         start = self.config.sink_tokens + number * self.config.chunk_size

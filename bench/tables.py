@@ -50,7 +50,7 @@ def _tables() -> dict[str, Callable[[], str]]:
         )
     for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, "front.json", kind)
-        for name in ("gemma", "default"):
+        for name in ("gemma", "default", "rag"):
             found[f"front-{name}-{kind}"] = partial(quality.front, f"front_{name}.json", kind)
     for text in ("_pydecimal.py", "moby_dick.txt"):
         for name in ("far", "farther"):

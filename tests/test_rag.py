@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
+from memlong.decoder.stream.asking import ask
 from memlong.evaluation import evaluate_perplexity
 
 
@@ -29,7 +30,7 @@ def test_a_prompt_holds_the_chunks_that_a_memory_retrieves(llama, small, text, r
                 continue
             spans = decoder.banks[0].spans_of(retrieval.ids.sort().values)
             chunks = [token for start, end in spans.tolist() for token in ids[0, start:end].tolist()]
-            prompt = other.prompt(begin, other._query(begin, config.query_length))
+            prompt = other.prompt(begin, begin, other._query(begin, config.query_length))
             assert prompt[: len(chunks) + 2] == ids[0, :2].tolist() + chunks
             assert (
                 prompt[len(chunks) + 2 :] == ids[0, begin - (len(prompt) - len(chunks) - 2) : begin].tolist()
@@ -51,10 +52,23 @@ def test_a_question_is_answered_with_what_its_end_retrieves(llama, small, text, 
     decoder.read(ids[:, :100])
     options = {"max_new_tokens": 5, "do_sample": False}
     said = decoder.generate(ids[:, 100:], remember=False, **options)
-    assert len(decoder._asked(ids[0, 100:].tolist())) <= 2 + 3 * 4 + 16
     assert torch.equal(said[:, :10], ids[:, 100:])
     for likelihood, answer in zip(decoder.score(ids[:, 100:], answers), answers, strict=True):
         assert likelihood.tokens.shape == (len(answer),)
     (likely,) = decoder.score(ids[:, 100:], [said[0, 10:].tolist()])
     assert likely.is_greedy.all()
     assert torch.equal(decoder.generate(ids[:, 100:], **options), said)
+
+
+@pytest.mark.parametrize("tokens", [*range(20, 70, 7), 110])
+@pytest.mark.parametrize("focus", [0, 3])
+def test_a_questions_prompt_is_what_a_memory_attends_to(llama, small, text, rag, tokens, focus):
+    config, ids = small(focus_tokens=focus), text(tokens)
+    with MemoryDecoder(llama, None, config) as decoder:
+        decoder.read(ids)
+        forks, _ = ask(decoder._streams.batch, config)
+        (stream,) = forks.streams
+        memory = [] if stream.memory is None else stream.memory.spans.tolist()
+        window = ids[0, stream.first_token :].tolist()
+    chunks = [token for start, end in memory for token in ids[0, start:end].tolist()]
+    assert rag(llama, None, config)._asked(ids[0].tolist()) == ids[0, :2].tolist() + chunks + window

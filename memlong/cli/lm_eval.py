@@ -11,6 +11,8 @@ from pathlib import Path
 
 import typer
 
+from memlong.errors import MemlongError
+
 _COMMANDS = ("run", "ls", "validate")
 _FOLDER = "--include_path"
 
@@ -46,7 +48,10 @@ def lm_eval(ctx: typer.Context) -> None:
     import memlong.lm_eval  # noqa: F401 - registers the model
 
     with _typed(ctx.args):
-        cli_evaluate()
+        try:
+            cli_evaluate()
+        except (ValueError, FileNotFoundError) as error:  # such as a task that there is not
+            raise MemlongError(f"lm-eval: {error}") from error
 
 
 @contextmanager
@@ -75,6 +80,7 @@ def _completed(arguments: Sequence[str], folder: Path) -> list[str]:
         typed = ["--model", "memlong", *typed]
     if "--device" not in options:  # it would name a GPU
         typed += ["--device", "auto"]
+    typed = [part for each in typed for part in _parted(each)]
     for place, each in enumerate(typed):
         if each in ("--model_args", "-a"):
             following = typed[place + 1 :]
@@ -83,6 +89,12 @@ def _completed(arguments: Sequence[str], folder: Path) -> list[str]:
             tokenizer = _tokenizer_for(given, folder)
             return ["run", *typed[: place + 1], *tokenizer, *typed[place + 1 :]]
     return ["run", *typed]
+
+
+def _parted(word: str) -> tuple[str, ...]:
+    """Part ``--model_args=...`` into option and value."""
+    option, equals, value = word.partition("=")
+    return (option, value) if equals and option == "--model_args" else (word,)
 
 
 def _with_tasks(typed: Sequence[str], folder: Path) -> list[str]:

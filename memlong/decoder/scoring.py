@@ -44,10 +44,17 @@ def score(
 ) -> list[Likelihood]:
     """Score continuations of a prompt; arguments, result and errors are those of `MemoryDecoder.score`."""
     rows = whole_number("rows", rows, at_least=1)
+    read = 1 if streams.batch is None else len(streams.batch.streams)
+    if read != 1:
+        raise InvalidArgumentError(f"score() continues one stream, and {read} have been read: call reset()")
     prompt = token_lists(input_ids, None, setup.model_layout)
     if len(prompt) != 1 or not prompt[0]:
         raise InvalidArgumentError(
             f"input_ids must be one prompt of at least one token, got shape {tuple(input_ids.shape)}"
+        )
+    if not isinstance(continuations, Sequence | Tensor):
+        raise InvalidArgumentError(
+            f"continuations must be a list of token ids for each, got {continuations!r:.80}"
         )
     wanted = [_checked(each, number, setup.model_layout) for number, each in enumerate(continuations)]
     batch = streams.forked(1)
@@ -67,11 +74,16 @@ def _checked(continuation: Tensor | Sequence[int], number: int, layout: ModelLay
         raise InvalidArgumentError(
             f"continuations[{number}] must hold token ids, got {continuation!r:.80}"
         ) from error
-    if tokens.ndim != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
+    is_odd = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+    if tokens.ndim != 1 or (len(tokens) and is_odd):
         raise InvalidArgumentError(
             f"continuations[{number}] must hold token ids [tokens], got {tokens.dtype} of shape {tuple(tokens.shape)}"
         )
-    return token_lists(tokens.long()[None], None, layout)[0]
+    try:
+        return token_lists(tokens.long()[None], None, layout)[0]
+    except InvalidArgumentError as error:
+        name = f"continuations[{number}]"
+        raise InvalidArgumentError(str(error).partition(". ")[0].replace("input_ids", name)) from error
 
 
 def _scored(

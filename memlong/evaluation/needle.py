@@ -74,12 +74,13 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
         raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}")
     if not 0 <= depth <= 1:
         raise InvalidArgumentError(f"depth must be a number from 0 to 1, got {depth}")
+    pieces, glue = _pieces(tokenizer, filler)
     opening, needle, question = (
-        _ids(tokenizer, text) for text in (OPENING, NEEDLE.format(key=key), QUESTION)
+        _ids(tokenizer, text) for text in (OPENING, glue + NEEDLE.format(key=key), QUESTION)
     )
     opening = [*opening_tokens(tokenizer), *opening]
     filler_tokens = length - len(opening) - len(needle) - len(question)
-    text = _hidden([needle], [depth], _pieces(tokenizer, filler), filler_tokens, length)
+    text = _hidden([needle], [depth], pieces, filler_tokens, length)
     return torch.tensor([[*opening, *text, *question]], dtype=torch.long, device="cpu")
 
 
@@ -99,24 +100,30 @@ def named_keys_prompt(
     if not 0 <= depths[0] <= depths[-1] <= 1:
         raise InvalidArgumentError(f"depths must be numbers from 0 to 1, got {list(depths)}")
     questions = [_ids(tokenizer, NAMED_QUESTION.format(name=name)) for name in named]
-    needles = [_ids(tokenizer, NAMED_NEEDLE.format(name=name, key=key)) for name, key in named.items()]
+    pieces, glue = _pieces(tokenizer, filler)
+    needles = [_ids(tokenizer, glue + NAMED_NEEDLE.format(name=name, key=key)) for name, key in named.items()]
     opening = [*opening_tokens(tokenizer), *_ids(tokenizer, NAMED_OPENING)]
     filler_tokens = length - len(opening) - sum(map(len, needles)) - max(map(len, questions))
-    text = _hidden(needles, depths, _pieces(tokenizer, filler), filler_tokens, length)
+    text = _hidden(needles, depths, pieces, filler_tokens, length)
     prompt, *asked = (
         torch.tensor([each], dtype=torch.long, device="cpu") for each in ([*opening, *text], *questions)
     )
     return prompt, asked
 
 
-def _pieces(tokenizer: Any, filler: str) -> list[list[int]]:
-    """Return a filler's token ids by line; lines that are long, by sentence."""
+def _pieces(tokenizer: Any, filler: str) -> tuple[list[list[int]], str]:
+    """Return the pieces that a filler's keys stand between, and what must come before a key.
+
+    They are lines; of long lines, sentences; and of long sentences, as many tokens as no line must exceed.
+    """
     pieces: list[list[int]] = []
-    for line in filler.splitlines(keepends=True):
+    lines = filler.splitlines(keepends=True)
+    for line in lines:
         whole = _ids(tokenizer, line)
         is_long = len(whole) > _LONG_LINE
-        pieces += (_ids(tokenizer, each) for each in _SENTENCE_END.split(line)) if is_long else [whole]
-    return [piece for piece in pieces if piece]
+        for part in [_ids(tokenizer, each) for each in _SENTENCE_END.split(line)] if is_long else [whole]:
+            pieces += (part[start : start + _LONG_LINE] for start in range(0, len(part), _LONG_LINE))
+    return pieces, "" if len(pieces) == len(lines) else "\n"
 
 
 def _hidden(

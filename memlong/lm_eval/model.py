@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from os import PathLike
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from memlong.decoder import MemoryConfig, MemoryDecoder, load_model
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 from memlong.evaluation import token_losses
 from memlong.evaluation.numbers import checked_logits
-from memlong.lm_eval.prefixes import shared_prefixes
+from memlong.lm_eval.prefixes import one_by_one, shared_prefixes
 from memlong.settings import default_of, key_values, metadata_of
 
 try:
@@ -34,6 +35,7 @@ except ImportError as error:
     ) from error
 
 _ENDLESS = 1 << 40
+_AUTO = 8
 _LM_EVALS_DEFAULT = "cuda:0"  # where no device is named
 
 
@@ -48,7 +50,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
     Parameters
     ----------
     pretrained
-        As `load_model` takes it; or a decoder, whose settings then count.
+        As `load_model` takes it; or a decoder with a tokenizer, not attached yet, whose settings then count.
     adapter
         A trained decoder, as `MemoryDecoder.from_pretrained` takes it.
     tokenizer
@@ -83,7 +85,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str | MemoryDecoder | None = None,
+        pretrained: str | PathLike[str] | MemoryDecoder | None = None,
         *,
         adapter: str | None = None,
         tokenizer: str | None = None,
@@ -99,8 +101,13 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
         **memory: Any,
     ) -> None:
         super().__init__()
-        self._rows = 8 if batch_size == "auto" else whole_number("batch_size", batch_size, at_least=1)
-        if pretrained is not None and not isinstance(pretrained, str):
+        self._rows = _rows_of(batch_size)
+        if pretrained is not None and not isinstance(pretrained, str | PathLike):
+            if getattr(pretrained, "tokenizer", None) is None or not hasattr(pretrained, "score"):
+                raise InvalidArgumentError(
+                    "pretrained must be the name of a model or a decoder with a tokenizer, got "
+                    f"{type(pretrained).__name__}: give MemoryDecoder(model, tokenizer, config)"
+                )
             if adapter is not None or memory:
                 given = [*(["adapter"] if adapter is not None else []), *memory]
                 raise InvalidArgumentError(
@@ -225,7 +232,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model answers to each prompt, up to the first of the texts that end an answer."""
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         answers: dict[int, str] = {}
         with self.decoder, _bar("generate_until", len(requests), disable_tqdm) as bar:
             for number, rest in self._read_to_the_rest(prompts):
@@ -234,6 +241,12 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
                 self.cache_hook.add_partial("generate_until", (text, options), answers[number])
                 bar.update()
         return [answers[number] for number in range(len(requests))]
+
+    @property
+    def _evicts(self) -> bool:
+        """Whether a bank may evict chunks: then what follows a shared beginning must be stored, too."""
+        config = self.decoder.config
+        return bool(config.store) or not {"max_chunks", "max_bytes"}.isdisjoint(config.backend_options)
 
     def _answer(self, prompt: Sequence[int], given: Mapping[str, Any]) -> str:
         options: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
@@ -257,7 +270,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
 
     def _read_to_the_rest(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[int]]]:
         """Read what prompts begin with; yield the index of each prompt whose turn it is, and its last tokens."""
-        for group in shared_prefixes(prompts):
+        for group in one_by_one(prompts) if self._evicts else shared_prefixes(prompts):
             self.decoder.reset()
             if group.prefix:
                 self.decoder.read(_row(group.prefix))
@@ -278,7 +291,10 @@ class _Until(StoppingCriteria):
 
 
 def _opened(
-    pretrained: str | None, adapter: str | None, memory: Mapping[str, Any], place: Mapping[str, Any]
+    pretrained: str | PathLike[str] | None,
+    adapter: str | None,
+    memory: Mapping[str, Any],
+    place: Mapping[str, Any],
 ) -> MemoryDecoder:
     settings = dict(memory)
     for each in fields(MemoryConfig):
@@ -297,6 +313,15 @@ def _opened(
     config = MemoryConfig(**settings)
     model, tokenizer = load_model(pretrained, **place)
     return MemoryDecoder(model, tokenizer, config)
+
+
+def _rows_of(batch_size: int | str) -> int:
+    """Return a number of rows, which lm-eval passes as text, and which may be ``auto`` or ``auto:N``."""
+    if isinstance(batch_size, str):
+        if batch_size.partition(":")[0] == "auto":
+            return _AUTO
+        batch_size = int(batch_size) if batch_size.isdecimal() else batch_size
+    return whole_number("batch_size", batch_size, at_least=1)
 
 
 def _row(tokens: Sequence[int]) -> torch.Tensor:

@@ -22,6 +22,11 @@ class Shared:
     prompts: tuple[int, ...]
 
 
+def one_by_one(prompts: Sequence[Sequence[int]]) -> list[Shared]:
+    """Return a group for each prompt, all of which but the last token is read first."""
+    return [Shared(tuple(prompt[:-1]), (number,)) for number, prompt in enumerate(prompts)]
+
+
 def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[Shared]:
     """Group prompts so that little has to be read.
 

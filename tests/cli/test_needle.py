@@ -108,6 +108,15 @@ def test_named_keys_hide_in_one_text_and_each_is_asked_for():
     )
 
 
+def test_a_text_without_an_end_hides_keys_at_their_depths():
+    prompt, _ = named_keys_prompt(
+        Characters(), 3000, [0, 0.5, 1], {"a": 11111, "b": 22222, "c": 33333}, "word " * 2000
+    )
+    words = "".join(map(chr, prompt[0].tolist()))
+    places = [words.index(f"The pass key of the {name} is") / 3000 for name in "abc"]
+    assert places == pytest.approx([0.05, 0.5, 0.95], abs=0.06)
+
+
 @pytest.mark.parametrize("end", ["\n", " "])
 @pytest.mark.parametrize("sentences", [3, 400])
 def test_any_text_hides_keys_at_their_depths_between_sentences_and_is_not_repeated_early(sentences, end):

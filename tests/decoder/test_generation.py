@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from memlong import MemoryDecoder
+from memlong.decoder.stream.asking import ask
 from memlong.decoder.stream.retrieval import retrieve_chunks
 from memlong.errors import InvalidArgumentError, MemlongError
 
@@ -44,6 +45,17 @@ def test_with_the_whole_prefix_in_memory_it_equals_full_context(
         found = decoder.generate(ids, max_new_tokens=20, do_sample=False, num_beams=beams)
         assert len(decoder.banks[0]) > 19
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("tokens", range(1, 60))
+def test_the_plain_window_drops_no_more_at_the_end_of_a_prompt_than_a_memorys(llama, small, text, tokens):
+    first = []
+    for config in (small(backend=None), small()):
+        with MemoryDecoder(llama, None, config) as decoder:
+            decoder.read(text(tokens))
+            forks, _ = ask(decoder._streams.batch, config)
+            first.append(forks.streams[0].first_token)
+    assert first[0] == first[1]
 
 
 @pytest.mark.parametrize("beams", [1, 4])

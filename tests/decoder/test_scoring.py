@@ -82,7 +82,8 @@ def test_within_the_window_it_is_the_plain_models(tiny_model, architecture, smal
         ),
         ({"continuations": [["a"]]}, r"continuations\[0\] must hold token ids, got \['a'\]"),
         ({"continuations": [[1.5]]}, r"continuations\[0\] must hold token ids \[tokens\], got torch.float32"),
-        ({"continuations": [[99999]]}, "99999"),
+        ({"continuations": [[99999]]}, r"continuations\[0\] must be from 0 to 96, .* got 99999"),
+        ({"continuations": None}, "continuations must be a list of token ids for each, got None"),
         ({"rows": 0}, "rows must be an integer of at least 1, got 0"),
     ],
 )
@@ -90,6 +91,13 @@ def test_bad_input_is_explained(llama, small, text, change, message):
     given = {"input_ids": text(9), "continuations": [[4, 5]], "rows": 2, **change}
     with MemoryDecoder(llama, None, small()) as decoder, pytest.raises(InvalidArgumentError, match=message):
         decoder.score(given["input_ids"], given["continuations"], rows=given["rows"])
+
+
+def test_one_stream_is_continued(llama, small, text):
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(9, rows=2))
+        with pytest.raises(InvalidArgumentError, match="continues one stream, and 2 have been read"):
+            decoder.score(text(9), [[1]])
 
 
 def test_a_model_that_is_not_attached_is_refused(llama, small, text):

@@ -97,6 +97,23 @@ def test_memory_changes_what_a_long_prompt_makes_likely(folder, ours):
     assert plain.loglikelihood(asked) != ours.loglikelihood(asked)
 
 
+def test_where_a_bank_evicts_every_prompt_is_stored_whole(folder):
+    limits = {"backend_options": {"max_chunks": 6, "eviction": "lru"}}
+    ours = MemlongLM(str(folder), dtype="float32", **SIZES, **limits)
+    asked = requests("loglikelihood", *((f"{words(100)} {words(40, seed)}", " w1") for seed in range(1, 4)))
+    close(ours.loglikelihood(asked), [ours.loglikelihood([each])[0] for each in asked])
+
+
+def test_an_empty_prompt_is_what_a_text_begins_with(wide):
+    begun, empty = wide.generate_until(requests("generate_until", ("<s>", GREEDY), ("", GREEDY)))
+    assert begun == empty
+
+
+@pytest.mark.parametrize(("typed", "rows"), [(3, 3), ("4", 4), ("auto", 8), ("auto:2", 8)])
+def test_rows_are_given_as_lm_eval_types_them(folder, typed, rows):
+    assert MemlongLM(str(folder), dtype="float32", batch_size=typed, **SIZES)._rows == rows
+
+
 def test_an_answer_ends_before_a_text_that_ends_it(wide):
     (whole,) = wide.generate_until(requests("generate_until", (words(30, 3), GREEDY)))
     last = whole.split()[-1]
@@ -174,6 +191,11 @@ def test_releases_of_lm_eval_to_come_find_it():
         ({"pretrained": "x", "topk": 8}, "no setting 'topk' .did you mean 'top_k'"),
         ({"pretrained": "x", "backend_options": "m"}, "backend_options must be K=V"),
         ({"pretrained": "x", "batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        (
+            {"pretrained": "x", "batch_size": "many"},
+            "batch_size must be an integer of at least 1, got 'many'",
+        ),
+        ({"pretrained": 5}, "must be the name of a model or a decoder with a tokenizer, got int"),
     ],
 )
 def test_bad_arguments_are_explained(arguments, message):

@@ -22,12 +22,12 @@ def ask(batch: StreamBatch, config: MemoryConfig) -> tuple[StreamBatch, Tensor]:
     for stream in forks.streams:
         stream.query_length = config.focus_tokens or config.query_tokens or config.retrieval_interval
         stream.is_focused = config.focus_tokens > 0
-    # Where there is nothing to retrieve, no more than the last token, which has the logits.
-    most = config.segment_size - config.retrieval_interval if any(map(_finds, forks.streams)) else 1
+    # Where nothing is found and nothing leaves the window, no more than the last token, which has the logits.
+    most = config.segment_size - config.retrieval_interval if any(map(_changes, forks.streams)) else 1
     tails = forks.rewind(max(1, most))
     return forks, forks.advance(tails, 1, retrieve=lambda _: True).logits
 
 
-def _finds(stream: TokenStream) -> bool:
-    """Whether a stream that retrieves now finds anything."""
-    return stream.bank is not None and bool(len(stream.bank) or stream.departing())
+def _changes(stream: TokenStream) -> bool:
+    """Whether a stream that retrieves now attends to anything else than before."""
+    return bool(stream.departing()) or (stream.bank is not None and len(stream.bank) > 0)

@@ -9,7 +9,7 @@ from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.evaluation import read_text
 
 _SOURCE = (
-    "the archive tasks_1-20_v1-2 of the bAbI project has it as en-valid or en-10k, and "
+    "the archive tasks_1-20_v1-2 of the bAbI project has it as en or en-10k, and "
     "https://huggingface.co/datasets/facebook/babi_qa says where that is"
 )
 
@@ -46,7 +46,7 @@ def read_questions(folder: str | None, task: int) -> list[Question]:
     if not folder:
         raise InvalidArgumentError(
             "BABILong takes its facts from bAbI, and no folder with that is named: "
-            f"""--metadata '{{"babi": "tasks_1-20_v1-2/en-valid"}}'; {_SOURCE}"""
+            f"""--metadata '{{"babi": "tasks_1-20_v1-2/en"}}'; {_SOURCE}"""
         )
     found = sorted(Path(folder).glob(f"qa{task}_*test.txt"))
     if len(found) != 1:

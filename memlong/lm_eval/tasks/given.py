@@ -63,6 +63,8 @@ def given_by(metadata: Mapping[str, Any]) -> Given:
     lengths = metadata.get("max_seq_lengths", 4096)
     if not isinstance(lengths, Sequence) or isinstance(lengths, str):
         lengths = [lengths]
+    if not lengths:
+        raise InvalidArgumentError("max_seq_lengths must name at least one length, such as [4096], got none")
     return Given(
         tokenizer=_tokenizer(metadata),
         lengths=tuple(whole_number("max_seq_lengths", each, at_least=SHORTEST) for each in lengths),
