@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
-from memlong import MemoryConfig, MemoryDecoder, create_bank
+from memlong import MemoryConfig, MemoryDecoder, Passage, create_bank
 from memlong.decoder.stream.retrieval import retrieve_chunks
 from memlong.decoder.stream.token_stream import TokenStream
 
@@ -44,9 +45,13 @@ def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
             text(4, rows=2), max_new_tokens=6, do_sample=False, eos_token_id=None, remember=False
         )
         (queries, means), (later, _) = asked
+        # The chunks that leave the window for the prompt.
+        starts = [2 + 4 * (len(bank) + number) for number in range(2)]
+        left = [Passage(tuple(text(80, rows=2)[0, start : start + 4].tolist()), start) for start in starts]
+        drafted = functional.normalize(decoder.retriever.embed_chunks(left), dim=1)
     assert [[len(each.token_ids) for each in some] for some in (queries, later)] == [[3, 3], [3, 3]]
     assert [queries[0].end, later[0].end] == [84, 87]
-    torch.testing.assert_close(means[0], bank.embeddings.embeddings.mean(dim=0))
+    torch.testing.assert_close(means[0], torch.cat([bank.embeddings.embeddings, drafted]).mean(dim=0))
 
 
 def test_a_focus_that_has_nothing_of_its_own_asks_as_it_is(llama, small, text):
