@@ -1,7 +1,7 @@
 """Many questions on one text: a memory, RAG as text, and full attention over a K-V cache.
 
 A text hides pass keys, each with a name, and all of them are asked for. A memory and full attention read the text once
-and then only the question; RAG as text embeds it once, and reads the retrieved chunks anew for each question. What
+and then only the question; RAG as text embeds it once, and reads the retrieved chunks again for each question. What
 that takes for one question, for all of them, and from which number of questions on the memory is faster:
 
     python bench/questions.py --text moby_dick.txt

@@ -1,4 +1,4 @@
-"""RAG as text: retrieved chunks are put into the prompt as text, and read anew for each segment or question."""
+"""RAG as text: retrieved chunks are put into the prompt as text, and read again for each segment or question."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RagAsText:
     """What most people do instead of a memory, with the part of `MemoryDecoder`'s interface that benchmarks use.
 
     Chunks, queries and retriever are those of a memory with the same configuration, and the prompt of a segment holds
-    what that would attend to, sink tokens included; but the model reads all of it anew, at plain positions. A question
+    what that would attend to, sink tokens included; but the model reads all of it again, at plain positions. A question
     retrieves once. Streams have one row.
 
     Parameters

@@ -1,4 +1,4 @@
-"""RAG as text, the alternative of the benches: a memory's chunks, read anew."""
+"""RAG as text, the alternative of the benches: a memory's chunks, read again."""
 
 from __future__ import annotations
 

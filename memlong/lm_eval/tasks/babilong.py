@@ -65,7 +65,7 @@ INSTRUCTIONS = {
     ),
     2: Instructions(
         "where people go and what they carry",
-        " A thing goes along with whoever carries it." + _LAST,
+        " A thing goes where the person who carries it goes." + _LAST,
         (
             Question(
                 ("Anna took the ball there.", "Anna went to the garden."), "Where is the ball?", "garden"
@@ -84,7 +84,7 @@ INSTRUCTIONS = {
     ),
     3: Instructions(
         "where people go and what they carry",
-        " A thing goes along with whoever carries it.",
+        " A thing goes where the person who carries it goes.",
         (
             Question(
                 (
