@@ -80,7 +80,8 @@ class Run:
             return kept
         told = {**self.prompts, "pretrained": self.facts["model"], "max_seq_lengths": [length], "seed": seed}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lm-eval's own
+            for kind in (DeprecationWarning, FutureWarning):  # of what lm-eval uses
+                warnings.simplefilter("ignore", kind)
             found = simple_evaluate(
                 MemlongLM(system.decoder(self.model, self.tokenizer)),
                 tasks=[task],
@@ -152,12 +153,12 @@ def main(
         scores = [score for seed in range(seeds) for score in run.scores(each, task, length, seed)]
         cells[each.name].append(Cell(task, length, tuple(scores)))
         report.add({"cells": {name: [vars(cell) for cell in found] for name, found in cells.items()}})
-    result = {"rows": {name: _by_length(found, sizes) for name, found in cells.items()}, "cells": cells}
-    report.add({"rows": result["rows"]})
-    typer.echo("\n" + by_length(result["rows"], sizes))
+    rows = {name: _by_length(found, sizes) for name, found in cells.items()}
+    report.add({"rows": rows})
+    typer.echo("\n" + by_length(rows, sizes))
     for length in sizes:
         typer.echo(f"\n{length:,} tokens:\n\n" + by_task(cells, wanted, length))
-    draw(result["rows"], sizes, out / "benchmarks.png")
+    draw(rows, sizes, out / "benchmarks.png")
     report.end()
     typer.echo(f"Written: {out}")
 

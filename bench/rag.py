@@ -51,8 +51,9 @@ class RagAsText:
         self._embeddings = torch.empty(0, self.retriever.dim)
 
     def read(self, input_ids: Tensor) -> None:
-        """Note more of the text [1, tokens]; it is read where something asks for it."""
+        """Note more of the text [1, tokens], and embed what leaves the window; the model reads where something asks."""
         self._read += input_ids[0].tolist()
+        self._departed(len(self._read))
 
     def stream(self, input_ids: Tensor, *, logits: Literal["all", "last"] = "all") -> Iterator[Segment]:
         """Read text segment by segment; of segments whose logits nobody asks for, only the last."""
@@ -95,13 +96,9 @@ class RagAsText:
         Chunks leave the window as they do where a segment begins at ``begin``.
         """
         config, read = self.config, self._read
-        held = begin - config.sink_tokens - config.window_past
-        chunks = [self._chunk(number) for number in range(max(0, -(-held // config.chunk_size)))]
+        chunks = self._departed(begin)
         if not chunks:
             return read[:end]
-        if len(chunks) > len(self._embeddings):
-            new = self.retriever.embed_chunks(chunks[len(self._embeddings) :])
-            self._embeddings = torch.cat([self._embeddings, normalize(new.float(), dim=1)])
         stored = self._embeddings[: len(chunks)]
         asked = self._embedded(query, stored, is_focused=is_focused)
         scores = (normalize(asked.float(), dim=1) @ stored.T)[0]
@@ -109,6 +106,15 @@ class RagAsText:
         text = [token for number in best for token in chunks[number].token_ids]
         window = config.sink_tokens + len(chunks) * config.chunk_size
         return read[: config.sink_tokens] + text + read[window:end]
+
+    def _departed(self, begin: int) -> list[Passage]:
+        """Return the chunks that have left the window where a segment begins at ``begin``, all of them embedded."""
+        held = begin - self.config.sink_tokens - self.config.window_past
+        chunks = [self._chunk(number) for number in range(max(0, -(-held // self.config.chunk_size)))]
+        if len(chunks) > len(self._embeddings):
+            new = self.retriever.embed_chunks(chunks[len(self._embeddings) :])
+            self._embeddings = torch.cat([self._embeddings, normalize(new.float(), dim=1)])
+        return chunks
 
     def _embedded(self, query: Passage, stored: Tensor, *, is_focused: bool) -> Tensor:
         if is_focused:
@@ -121,7 +127,7 @@ class RagAsText:
 
     def _asked(self, prompt: list[int]) -> list[int]:
         """Return a prompt with what its end retrieves before it."""
-        kept, config = len(self._read), self.config
+        kept, embeddings, config = len(self._read), self._embeddings, self.config
         self._read += prompt
         try:
             end = len(self._read)
@@ -132,6 +138,7 @@ class RagAsText:
             return self.prompt(begin, end, self._query(end, length), is_focused=config.focus_tokens > 0)
         finally:
             del self._read[kept:]
+            self._embeddings = embeddings  # some may be of the prompt
 
     def _query(self, end: int, length: int) -> Passage:
         start = max(0, end - length)

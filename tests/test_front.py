@@ -181,7 +181,7 @@ def test_a_system_may_put_chunks_into_the_prompt_as_text(run, bench):
     assert described("rag 1: as_text=true, top_k=1", MemoryConfig()).as_text
     with pytest.raises(InvalidArgumentError, match="as_text must be true or false, got 2"):
         described("rag 1: as_text=2", MemoryConfig())
-    _, found = run("--system", "rag 1: as_text=true, top_k=1", "--seconds", 3)
+    _, found = run("--system", "rag 1: as_text=true, top_k=1", "--no-times")
     assert found["systems"]["rag 1"]["settings"]["as_text"] is True
     assert found["texts"]["a.py"]["systems"]["rag 1"]["all"]["perplexity"] > 1
 

@@ -72,3 +72,14 @@ def test_a_questions_prompt_is_what_a_memory_attends_to(llama, small, text, rag,
         window = ids[0, stream.first_token :].tolist()
     chunks = [token for start, end in memory for token in ids[0, start:end].tolist()]
     assert rag(llama, None, config)._asked(ids[0].tolist()) == ids[0, :2].tolist() + chunks + window
+
+
+def test_long_prompts_do_not_know_of_each_other(llama, small, text, rag):
+    ids, config = text(40), small()
+    one, other = (text(60, seed=seed)[0].tolist() for seed in (1, 2))
+    decoder, fresh = rag(llama, None, config), rag(llama, None, config)
+    for each in (decoder, fresh):
+        each.read(ids)
+    decoder._asked(one)
+    assert decoder._asked(other) == fresh._asked(other)
+    torch.testing.assert_close(decoder._embeddings, fresh._embeddings)
