@@ -137,7 +137,8 @@ def main(
     systems = _systems(base, positions or max(sizes), system or (), only or ())
     places = {"haystack": haystack, "babi": babi}
     prompts = {"samples": samples, **{name: str(path) for name, path in places.items() if path is not None}}
-    facts = {"model": model, "dtype": dtype, "device": device}
+    contents = {name: _digest(path) for name, path in places.items() if path is not None}
+    facts = {"model": model, "dtype": dtype, "device": device, "contents": contents}
     run = Run(language_model, tokenizer, facts, prompts, out)
     listed = {each.name: each.settings for each in systems}
     told = {**facts, **prompts, "seeds": seeds, "tasks": wanted, "lengths": sizes, "systems": listed}
@@ -197,6 +198,12 @@ def draw(rows: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: Pa
     axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a text file, or of those in a folder, so that a cell is only found for the same texts."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _systems(base: MemoryConfig, longest: int, typed: Sequence[str], only: Sequence[str]) -> list[System]:

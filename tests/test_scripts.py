@@ -505,6 +505,9 @@ def test_benchmarks_of_others_score_every_system_and_go_on_where_they_ended(
     monkeypatch.setattr(bench, "simple_evaluate", None)
     bench.main(model=str(folder), dtype="float32", **typed)
     assert json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))["cells"] == found["cells"]
+    book.write_text("word1 " * 1500, encoding="utf-8")
+    with pytest.raises(TypeError):  # another text is scored, which nothing does here
+        bench.main(model=str(folder), dtype="float32", **typed)
 
 
 @pytest.mark.slow
