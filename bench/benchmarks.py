@@ -24,11 +24,11 @@ import matplotlib as mpl
 import numpy as np
 import typer
 from cells import table
-from front_systems import System, all_different, described
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from matplotlib import pyplot as plt
 from results import Budget, Report
+from systems import System, all_different, described
 from tqdm import tqdm
 
 from memlong import MemoryConfig, load_model
@@ -215,7 +215,7 @@ def _systems(base: MemoryConfig, longest: int, typed: Sequence[str], only: Seque
             f"window {base.local_window + budget:,}", replace(plain, local_window=base.local_window + budget)
         ),
         System("memory", base),
-        System("RAG as text", base, as_text=True),
+        System("RAG as text", base, kind="text"),
         System(FULL, whole),
         *(described(each, base) for each in typed),
     ]

@@ -7,7 +7,7 @@ folder after changing memlong itself.
 
     python bench/front.py --text code --text moby_dick.txt
     python bench/front.py --text code --system 'shared 8: kv_source=shared, top_k=8' --chunks 8,24
-    python bench/front.py --text code --system 'RAG as text 8: as_text=true, top_k=8' --chunks 8
+    python bench/front.py --text code --system 'RAG as text 8: kind=text, top_k=8' --chunks 8
     python bench/front.py --text code --reading token
     python bench/front.py --text moby_dick.txt --max-tokens 32768 --score-from 8192 --ceiling 'lm 32'
 """
@@ -26,7 +26,6 @@ import typer
 from forced import generated_losses
 from front_costs import measure
 from front_picture import draw
-from front_systems import FULL, System, all_different, built_in, described
 from front_tables import PARTS, by_cost, by_text
 from gap import Scored, gap_closed, key_tokens
 from losses import digest, kept_losses, kept_path
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from ratios import Clock, Ratio
 from results import Budget, Report
 from shapes import MODEL_HELP, load, token_ids
+from systems import FULL, System, all_different, built_in, described
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from forced import say
-from rag import RagAsText
 from ratios import Clock
 from results import Report
+from systems.alternative import Alternative
 from torch import Tensor
 from tqdm import tqdm
 
@@ -163,8 +163,9 @@ def _kv_bytes(decoder: Any, segment: Any, held: set[int]) -> tuple[int, int]:
     config = decoder.config
     size = segment.logits.element_size()
     end = int(segment.tokens[0, -1]) + 1
-    is_text = isinstance(decoder, RagAsText)
-    room = config.sink_tokens + config.local_window + (config.top_k * config.chunk_size if is_text else 0)
+    if isinstance(decoder, Alternative):
+        return decoder.kv_read_bytes(end, size), 0
+    room = config.sink_tokens + config.local_window
     window = 0
     for layer in decoder.model_layout.layers.values():
         window += min(end, room, layer.sliding_window or end) * layer.shape.numbers * size

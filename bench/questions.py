@@ -20,10 +20,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from cells import table
-from front_systems import System, all_different, described
 from ratios import Clock, Ratio
 from results import Budget, Report
 from scipy.stats import binomtest
+from systems import System, all_different, described
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor
@@ -116,7 +116,7 @@ def main(
     dtype, device = choose_machine(dtype, device).names
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     filler, base = read_text(text), MemoryConfig()
-    systems = [System(MEMORY, base), System(RAG, base, as_text=True)]
+    systems = [System(MEMORY, base), System(RAG, base, kind="text")]
     positions = systems[0].decoder(language_model, tokenizer).model_layout.max_positions
     if positions is None or length + _ANSWER <= positions:
         whole = MemoryConfig(

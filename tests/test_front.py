@@ -22,7 +22,7 @@ from memlong.evaluation import evaluate_perplexity
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))  # where Python would look, too
     yield importlib.import_module
-    for name in ("front", "front_costs", "front_systems"):  # patched, or not the next test's
+    for name in ("front", "front_costs", "systems"):  # patched, or not the next test's
         sys.modules.pop(name, None)
 
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_compared_is_named(run, typed, message):
 
 
 def test_a_system_is_described_by_settings_that_may_hold_commas(bench):
-    described = bench("front_systems").described
+    described = bench("systems").described
     text = (
         'mine 4: retrieval_layers=1,3, top_k=4, store={"host": "1GB", "dtype": "bfloat16"}, retriever=random'
     )
@@ -149,7 +149,7 @@ def test_a_system_is_described_by_settings_that_may_hold_commas(bench):
 
 def test_a_file_that_settings_name_counts_by_its_content(bench, tmp_path):
     path = tmp_path / "gates.safetensors"
-    system = bench("front_systems").System("mine", MemoryConfig(gates=str(path)))
+    system = bench("systems").System("mine", MemoryConfig(gates=str(path)))
     path.write_bytes(b"one")
     one = system.facts
     path.write_bytes(b"two")
@@ -177,12 +177,12 @@ def test_scores_of_generation_come_from_the_last_tokens(run):
 
 
 def test_a_system_may_put_chunks_into_the_prompt_as_text(run, bench):
-    described = bench("front_systems").described
-    assert described("rag 1: as_text=true, top_k=1", MemoryConfig()).as_text
-    with pytest.raises(InvalidArgumentError, match="as_text must be true or false, got 2"):
-        described("rag 1: as_text=2", MemoryConfig())
-    _, found = run("--system", "rag 1: as_text=true, top_k=1", "--no-times")
-    assert found["systems"]["rag 1"]["settings"]["as_text"] is True
+    described = bench("systems").described
+    assert described("rag 1: kind=text, top_k=1", MemoryConfig()).kind == "text"
+    with pytest.raises(InvalidArgumentError, match=r"kind must be one of .memory., .*, got 2"):
+        described("rag 1: kind=2", MemoryConfig())
+    _, found = run("--system", "rag 1: kind=text, top_k=1", "--no-times")
+    assert found["systems"]["rag 1"]["settings"]["kind"] == "text"
     assert found["texts"]["a.py"]["systems"]["rag 1"]["all"]["perplexity"] > 1
 
 

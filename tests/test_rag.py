@@ -16,7 +16,7 @@ from memlong.evaluation import evaluate_perplexity
 @pytest.fixture
 def rag(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
-    return importlib.import_module("rag").RagAsText
+    return importlib.import_module("systems.rag").RagAsText
 
 
 def test_a_prompt_holds_the_chunks_that_a_memory_retrieves(llama, small, text, rag):

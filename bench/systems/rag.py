@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from memlong import MemoryConfig, MemoryDecoder, Passage, Segment
+from memlong import MemoryConfig, Passage, Segment
 from memlong.decoder import Likelihood, create_retriever
+from systems.alternative import Alternative
 
 
-class RagAsText:
-    """What most people do instead of a memory, with the part of `MemoryDecoder`'s interface that benchmarks use.
+class RagAsText(Alternative):
+    """What most people do instead of a memory.
 
     Chunks, queries and retriever are those of a memory with the same configuration, and the prompt of a segment holds
     what that would attend to, sink tokens included; but the model reads all of it again, at plain positions. A question
-    retrieves once. Streams have one row.
-
-    Parameters
-    ----------
-    model, tokenizer, config
-        As for `MemoryDecoder`.
+    retrieves once.
     """
 
-    banks = ()
-    device_kv_bytes = 0  # between questions
-
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.model_layout = MemoryDecoder(model, tokenizer, config).model_layout
         self.retriever = create_retriever(config.retriever, model, tokenizer, config.retriever_options)
-        self.reset()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing to detach."""
+        super().__init__(model, tokenizer, config)
 
     def reset(self) -> None:
         """Begin a new stream."""
@@ -65,7 +47,7 @@ class RagAsText:
             if logits == "all" or not pending:
                 begin = start - start % size
                 prompt = self.prompt(begin, start, self._query(begin, self.config.query_length))
-                found = self._logits(prompt + new)[:, -count:]
+                found = self.logits(prompt + new)[:, -count:]
             else:
                 found = torch.empty(1, 0, 0)
             self._read += new
@@ -85,7 +67,7 @@ class RagAsText:
         found = []
         for tokens in continuations:
             wanted = torch.tensor(list(tokens), dtype=torch.long)
-            logits = self._logits(prompt + wanted.tolist())[0, len(prompt) - 1 : -1].float().cpu()
+            logits = self.logits(prompt + wanted.tolist())[0, len(prompt) - 1 : -1].float().cpu()
             likelihoods = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
             found.append(Likelihood(likelihoods, logits.argmax(-1) == wanted))
         return found
@@ -147,10 +129,3 @@ class RagAsText:
     def _chunk(self, number: int) -> Passage:
         start = self.config.sink_tokens + number * self.config.chunk_size
         return Passage(tuple(self._read[start : start + self.config.chunk_size]), start)
-
-    @torch.no_grad()
-    def _logits(self, tokens: Sequence[int]) -> Tensor:
-        found: Tensor = self.model(
-            torch.tensor([list(tokens)], device=self.model.device), use_cache=False
-        ).logits
-        return found

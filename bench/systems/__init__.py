@@ -1,4 +1,7 @@
-"""The systems of bench/front.py: plain windows, memories of several sizes, and those that --system describes."""
+"""The systems that benches compare: plain windows, memories, what people take instead, and controls.
+
+All have the part of `MemoryDecoder`'s interface that the benches use, so that they read the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,22 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rag import RagAsText
 from transformers import PreTrainedModel
 
-from memlong import MemoryConfig, MemoryDecoder
+from memlong import MemoryConfig
 from memlong.errors import InvalidArgumentError
 from memlong.settings import key_values
 
 FULL = "full"
+MEMORY = "memory"
+KINDS = {
+    MEMORY: "memlong:MemoryDecoder",
+    "text": "systems.rag:RagAsText",
+}
 _NEXT_SETTING = re.compile(r",\s*(?=\w+\s*=)")  # a value may hold commas
 _EXAMPLE = "'shared 8: kv_source=shared, top_k=8'"
 
@@ -31,13 +39,13 @@ class System:
         What tables call it.
     config
         What it retrieves, and how.
-    as_text
-        Whether what is retrieved is put into the prompt as text (`RagAsText`).
+    kind
+        What reads with them, of `KINDS`.
     """
 
     name: str
     config: MemoryConfig
-    as_text: bool = False
+    kind: str = MEMORY
 
     @property
     def family(self) -> str:
@@ -49,7 +57,7 @@ class System:
         """Settings other than the defaults, so that a setting that is added leaves cached runs valid."""
         usual = asdict(MemoryConfig())
         found = {key: value for key, value in asdict(self.config).items() if value != usual[key]}
-        return {**found, "as_text": True} if self.as_text else found
+        return found if self.kind == MEMORY else {**found, "kind": self.kind}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -63,7 +71,8 @@ class System:
 
     def decoder(self, model: PreTrainedModel, tokenizer: Any) -> Any:
         """Return what reads with these settings: a `MemoryDecoder`, or what has its interface."""
-        return (RagAsText if self.as_text else MemoryDecoder)(model, tokenizer, self.config)
+        module, _, name = KINDS[self.kind].partition(":")
+        return getattr(import_module(module), name)(model, tokenizer, self.config)
 
 
 def built_in(
@@ -87,7 +96,7 @@ def built_in(
 def described(text: str, base: MemoryConfig) -> System:
     """Return the system that ``NAME: key=value, key=value`` describes, by what it has other than ``base``.
 
-    Keys are settings of `MemoryConfig`, and ``as_text``.
+    Keys are settings of `MemoryConfig`, and ``kind``, one of `KINDS`.
 
     Raises
     ------
@@ -100,10 +109,10 @@ def described(text: str, base: MemoryConfig) -> System:
             f"--system must be NAME: key=value, key=value, such as {_EXAMPLE}, got {text!r}"
         )
     given: dict[str, Any] = key_values("--system", _NEXT_SETTING.split(settings.strip()), example=_EXAMPLE)
-    as_text = given.pop("as_text", False)
-    if not isinstance(as_text, bool):
-        raise InvalidArgumentError(f"as_text must be true or false, got {as_text!r}")
-    return System(name.strip(), MemoryConfig(**{**asdict(base), **given}), as_text)
+    kind = given.pop("kind", MEMORY)
+    if kind not in KINDS:
+        raise InvalidArgumentError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    return System(name.strip(), MemoryConfig(**{**asdict(base), **given}), kind)
 
 
 def all_different(systems: Sequence[System]) -> list[System]:

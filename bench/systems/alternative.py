@@ -1,0 +1,84 @@
+"""What all alternatives to a memory have of `MemoryDecoder`'s interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlong import MemoryConfig, MemoryDecoder, Segment
+from memlong.decoder import Likelihood
+
+
+class Alternative(ABC):
+    """A system that benchmarks run as they run a `MemoryDecoder`; streams have one row.
+
+    Parameters
+    ----------
+    model, tokenizer, config
+        As for `MemoryDecoder`.
+    """
+
+    banks = ()
+    device_kv_bytes = 0  # between questions
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model_layout = MemoryDecoder(model, tokenizer, config).model_layout
+        self.reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the model as it was."""
+        return
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Begin a new stream."""
+
+    @abstractmethod
+    def read(self, input_ids: Tensor) -> None:
+        """Read more of the text [1, tokens]."""
+
+    @abstractmethod
+    def stream(self, input_ids: Tensor, *, logits: Literal["all", "last"] = "all") -> Iterator[Segment]:
+        """Read more of the text segment by segment; of segments whose logits nobody asks for, only the last."""
+
+    @abstractmethod
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Answer a prompt [1, tokens]; the stream stays where it is."""
+
+    def score(self, input_ids: Tensor, continuations: Sequence[Sequence[int]], **_: Any) -> list[Likelihood]:
+        """Return how likely continuations of a prompt [1, tokens] are; the prompt is read for each."""
+        raise NotImplementedError(f"{type(self).__name__} does not score continuations")
+
+    def kv_read_bytes(self, tokens: int, size: int) -> int:
+        """Return the bytes of K-V that attention reads for token ``tokens``, for numbers of ``size`` bytes."""
+        room = self.attended_tokens
+        found = 0
+        for layer in self.model_layout.layers.values():
+            found += min(tokens, room, layer.sliding_window or tokens) * layer.shape.numbers * size
+        return found
+
+    @property
+    def attended_tokens(self) -> int:
+        """Tokens that a token attends to at most."""
+        config = self.config
+        return config.sink_tokens + config.local_window + config.top_k * config.chunk_size
+
+    @torch.no_grad()
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the model's logits [1, tokens, vocabulary] of a prompt."""
+        found: Tensor = self.model(
+            torch.tensor([list(tokens)], device=self.model.device), use_cache=False
+        ).logits
+        return found
