@@ -115,7 +115,16 @@ def test_without_babi_it_says_where_that_is(named, error, message, given):
         stories({**given, "babi": named})
 
 
-def test_lines_of_another_format_are_named(tmp_path):
-    (tmp_path / "qa1_test.txt").write_text("1 Mary left.\nWhere is Mary?\n", encoding="utf-8")
+@pytest.mark.parametrize(
+    "line", ["Where is Mary?", "2 Where is Mary? |garden|1", "2 Mary is here.\tgarden\t1"]
+)
+def test_lines_of_another_format_are_named(line, tmp_path):
+    (tmp_path / "qa1_test.txt").write_text(f"1 Mary left.\n{line}\n", encoding="utf-8")
     with pytest.raises(InvalidTextError, match=r"Line 2 of .* is not in bAbI's format"):
+        read_questions(str(tmp_path), 1)
+
+
+def test_a_file_without_questions_is_refused(tmp_path):
+    (tmp_path / "qa1_test.txt").write_text("1 Mary left.\n", encoding="utf-8")
+    with pytest.raises(InvalidTextError, match="has no questions: take the file as bAbI has it"):
         read_questions(str(tmp_path), 1)

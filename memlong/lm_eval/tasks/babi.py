@@ -59,15 +59,18 @@ def read_questions(folder: str | None, task: int) -> list[Question]:
     for line, written in enumerate(read_text(found[0]).strip().split("\n"), 1):
         number, _, rest = written.partition(" ")
         text, *answer = (part.strip() for part in rest.split("\t"))
-        if not number.isdecimal() or not text or len(answer) not in (0, 2):
+        is_asked = "?" in text
+        if not number.isdecimal() or not text or len(answer) != (2 if is_asked else 0):
             raise InvalidTextError(
                 f"Line {line} of {str(found[0])!r} is not in bAbI's format, such as '1 Mary went home.' or, parted by "
                 f"tabs, '2 Where is Mary?', 'home', '1': {written[:80]!r}. Take the file as bAbI has it; {_SOURCE}"
             )
         if number == "1":
             facts = ()
-        if answer:
+        if is_asked:
             questions.append(Question(facts, text, answer[0]))
         else:
             facts = (*facts, text)
+    if not questions:
+        raise InvalidTextError(f"{str(found[0])!r} has no questions: take the file as bAbI has it; {_SOURCE}")
     return questions
