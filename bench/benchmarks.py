@@ -1,4 +1,4 @@
-"""Other people's benchmarks side by side: RULER and BABILong, each system on the same prompts.
+"""Other people's benchmarks side by side: RULER, BABILong and hard-needle, each system on the same prompts.
 
 A plain window, one of equal budget, a memory, RAG as text with the same retriever, and full attention where the model's
 length allows it. Scores are those of memlong's lm-eval tasks. Each cell is cached in --out, so that a run that was
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ GROUPS = {
     "subset": [f"ruler_local_{name}" for name in ("niah_single_1", "niah_multikey_2", "vt", "fwe")],
     "ruler": [f"ruler_local_{name}" for name in (*_NIAH, "vt", "cwe", "fwe")],
     "babilong": [f"babilong_local_qa{number}" for number in range(1, 6)],
+    "hard-needle": ["hard_needle_local_say", "hard_needle_local_choose"],
 }
 _DRAWS = 1000
 _ENOUGH = 5  # samples of each task, for an interval
@@ -178,7 +180,7 @@ def by_task(cells: Mapping[str, Sequence[Cell]], tasks: Sequence[str], length: i
     for name, found in cells.items():
         mine = {cell.task: cell.scores for cell in found if cell.length == length}
         rows.append([name, *(f"{100 * np.mean(mine[task]):.0f}" if task in mine else "" for task in tasks)])
-    heads = [task.removeprefix("ruler_local_").removeprefix("babilong_local_") for task in tasks]
+    heads = [re.sub("^(ruler|babilong|hard_needle)_local_", "", task) for task in tasks]
     return table(["system", *heads], rows)
 
 
