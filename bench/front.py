@@ -8,6 +8,8 @@ folder after changing memlong itself.
     python bench/front.py --text code --text moby_dick.txt
     python bench/front.py --text code --system 'shared 8: kv_source=shared, top_k=8' --chunks 8,24
     python bench/front.py --text code --system 'RAG as text 8: kind=text, top_k=8' --chunks 8
+    python bench/front.py --text code --system '4 bits: kind=quantized-4' --chunks 8
+    python bench/front.py --text code --system 'foreign 8: kind=foreign, top_k=8' --chunks 8 --no-times
     python bench/front.py --text code --reading token
     python bench/front.py --text moby_dick.txt --max-tokens 32768 --score-from 8192 --ceiling 'lm 32'
 """

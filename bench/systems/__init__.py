@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,28 @@ from transformers import PreTrainedModel
 
 from memlong import MemoryConfig
 from memlong.errors import InvalidArgumentError
+from memlong.plugins.options import accepted_options
 from memlong.settings import key_values
 
 FULL = "full"
 MEMORY = "memory"
 KINDS = {
     MEMORY: "memlong:MemoryDecoder",
+    # Retrieved chunks as text in the prompt.
     "text": "systems.rag:RagAsText",
+    # Full attention over K-V of so many bits, by transformers and optimum-quanto.
+    "quantized-4": "systems.quantized:FourBits",
+    "quantized-2": "systems.quantized:TwoBits",
+    # Full attention to a prompt, of which as much K-V is kept as a memory attends to; they only answer prompts.
+    "kvpress-snapkv": "systems.kvpress:SnapKv",
+    "kvpress-expected": "systems.kvpress:ExpectedAttention",
+    "kvpress-kvzip": "systems.kvpress:KvZip",
+    # A control: a memory with the chunks of another text.
+    "foreign": "systems.foreign:ForeignMemory",
+    # An upper bound, which chooses chunks by the tokens to be predicted.
+    "oracle": "systems.oracle:PeekingOracle",
 }
+_GIVEN = ("model", "tokenizer", "config")
 _NEXT_SETTING = re.compile(r",\s*(?=\w+\s*=)")  # a value may hold commas
 _EXAMPLE = "'shared 8: kv_source=shared, top_k=8'"
 
@@ -41,11 +55,14 @@ class System:
         What it retrieves, and how.
     kind
         What reads with them, of `KINDS`.
+    options
+        What else that takes.
     """
 
     name: str
     config: MemoryConfig
     kind: str = MEMORY
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -57,7 +74,7 @@ class System:
         """Settings other than the defaults, so that a setting that is added leaves cached runs valid."""
         usual = asdict(MemoryConfig())
         found = {key: value for key, value in asdict(self.config).items() if value != usual[key]}
-        return found if self.kind == MEMORY else {**found, "kind": self.kind}
+        return found if self.kind == MEMORY else {**found, **self.options, "kind": self.kind}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -71,8 +88,7 @@ class System:
 
     def decoder(self, model: PreTrainedModel, tokenizer: Any) -> Any:
         """Return what reads with these settings: a `MemoryDecoder`, or what has its interface."""
-        module, _, name = KINDS[self.kind].partition(":")
-        return getattr(import_module(module), name)(model, tokenizer, self.config)
+        return _maker(self.kind)(model, tokenizer, self.config, **self.options)
 
 
 def built_in(
@@ -96,7 +112,7 @@ def built_in(
 def described(text: str, base: MemoryConfig) -> System:
     """Return the system that ``NAME: key=value, key=value`` describes, by what it has other than ``base``.
 
-    Keys are settings of `MemoryConfig`, and ``kind``, one of `KINDS`.
+    Keys are settings of `MemoryConfig`, ``kind``, one of `KINDS`, and that kind's own options.
 
     Raises
     ------
@@ -112,7 +128,9 @@ def described(text: str, base: MemoryConfig) -> System:
     kind = given.pop("kind", MEMORY)
     if kind not in KINDS:
         raise InvalidArgumentError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-    return System(name.strip(), MemoryConfig(**{**asdict(base), **given}), kind)
+    own = () if kind == MEMORY else accepted_options(_maker(kind), besides=_GIVEN)
+    options = {key: given.pop(key) for key in own if key in given}
+    return System(name.strip(), MemoryConfig(**{**asdict(base), **given}), kind, options)
 
 
 def all_different(systems: Sequence[System]) -> list[System]:
@@ -122,3 +140,9 @@ def all_different(systems: Sequence[System]) -> list[System]:
     if twice:
         raise InvalidArgumentError(f"Systems must have different names, got {twice[0]!r} twice: rename one")
     return list(systems)
+
+
+def _maker(kind: str) -> type[Any]:
+    module, _, name = KINDS[kind].partition(":")
+    found: type[Any] = getattr(import_module(module), name)
+    return found

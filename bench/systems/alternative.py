@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -25,7 +25,6 @@ class Alternative(ABC):
     """
 
     banks = ()
-    device_kv_bytes = 0  # between questions
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
@@ -61,6 +60,11 @@ class Alternative(ABC):
         """Return how likely continuations of a prompt [1, tokens] are; the prompt is read for each."""
         raise NotImplementedError(f"{type(self).__name__} does not score continuations")
 
+    @property
+    def device_kv_bytes(self) -> int:
+        """Bytes of K-V on the device between questions."""
+        return 0
+
     def kv_read_bytes(self, tokens: int, size: int) -> int:
         """Return the bytes of K-V that attention reads for token ``tokens``, for numbers of ``size`` bytes."""
         room = self.attended_tokens
@@ -74,6 +78,25 @@ class Alternative(ABC):
         """Tokens that a token attends to at most."""
         config = self.config
         return config.sink_tokens + config.local_window + config.top_k * config.chunk_size
+
+    def _continued(self, input_ids: Tensor, tokens: Sequence[int], options: Mapping[str, Any]) -> Tensor:
+        """Have the model continue tokens, and return what it says after the prompt [1, tokens] that this answers.
+
+        Processors and criteria see the prompt and the answer, whatever the model has read instead of the prompt.
+        """
+        read = torch.tensor([list(tokens)], device=self.model.device)
+        prompt = input_ids.to(read.device)
+
+        def answering(judge: Any) -> Any:
+            return lambda ids, scores: judge(torch.cat([prompt, ids[:, read.shape[1] :]], dim=1), scores)
+
+        judges = {
+            name: [answering(each) for each in options[name]]
+            for name in ("logits_processor", "stopping_criteria")
+            if options.get(name)
+        }
+        said: Any = self.model.generate(read, attention_mask=torch.ones_like(read), **{**options, **judges})
+        return torch.cat([prompt, said[:, read.shape[1] :]], dim=1)
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Tensor:

@@ -57,9 +57,7 @@ class RagAsText(Alternative):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:  # noqa: ARG002
         """Answer a prompt [1, tokens] with chunks that its end asks for; the stream stays where it is."""
         options.pop("remember", None)
-        prompt = torch.tensor([self._asked(input_ids[0].tolist())], device=self.model.device)
-        said: Any = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        return torch.cat([input_ids.to(said.device), said[:, prompt.shape[1] :]], dim=1)
+        return self._continued(input_ids, self._asked(input_ids[0].tolist()), options)
 
     def score(self, input_ids: Tensor, continuations: Sequence[Sequence[int]], **_: Any) -> list[Likelihood]:
         """Return how likely continuations of a prompt [1, tokens] are; the prompt is read for each."""
