@@ -1,0 +1,139 @@
+"""Tables of memory beside what people take instead: of all benches, of RULER and of questions on one text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import benchmarks
+import questions as questions_bench
+from cells import load, table
+from front_tables import by_cost
+
+GAPS, RULER, QUESTIONS = "alternatives.json", "benchmarks_demo.json", "questions.json"
+_LENGTH = "4096"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system, and its name in each result; what is a bound or a control is no candidate for the best."""
+
+    title: str
+    gaps: str
+    ruler: str
+    questions: str = ""
+    is_candidate: bool = True
+
+
+_ROWS = (
+    Row("plain window of 1,024", "window 1024", "window 1,024", is_candidate=False),
+    Row("plain window of 2,048", "window 2048", "window 2,048"),
+    Row("**memory** (the default)", "before-window 8", "memory", "memory"),
+    Row("memory, at one position", "zero 8", "zero 8"),
+    Row("memory, tokens choose", "pages 256", "pages 256"),
+    Row("RAG as text", "RAG as text 8", "RAG as text", "RAG as text"),
+    Row("4-bit K-V", "4-bit K-V", "4-bit K-V"),
+    Row("2-bit K-V", "2-bit K-V", "2-bit K-V"),
+    Row("kvpress, expected attention", "", "kvpress expected"),
+    Row("kvpress, SnapKV", "", "kvpress snapkv"),
+    Row("kvpress, TOVA", "", "kvpress tova"),
+    Row("InfiniRetri", "", "InfiniRetri"),
+    Row("random chunks", "random 8", "random 8", is_candidate=False),
+    Row("another text's chunks", "foreign 8", "foreign 8", is_candidate=False),
+    Row("oracle's chunks (peeks)", "oracle 8", "", is_candidate=False),
+    Row("full attention", "full", "full attention", "full attention", is_candidate=False),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure: of which of its results, and how it is shown."""
+
+    head: str
+    of: Callable[[Row], float | None]
+    shown: str
+    most_is_best: bool = True
+
+
+def headline() -> str:
+    """Systems down, measures across, the best candidate of each in bold."""
+    columns = [
+        *(
+            Column(head if part == "all" else f"{head}, {name}", _gap(kind, part), "{:.0%}")
+            for kind, head in (("code", "code"), ("prose", "prose"))
+            for part, name in (("all", ""), ("long_range", "far"), ("key", "key"))
+        ),
+        Column("RULER", _ruler, "{:.0%}"),
+        Column("first token, s", _question("first_seconds"), "{:.1f}", most_is_best=False),
+        Column("10 questions, s", _question("all_questions"), "{:.0f}", most_is_best=False),
+    ]
+    values = {row: [column.of(row) for column in columns] for row in _ROWS}
+    kept = [row for row in _ROWS if any(value is not None for value in values[row])]
+    best = [
+        (max if column.most_is_best else min)(
+            (
+                column.shown.format(values[row][place])
+                for row in kept
+                if row.is_candidate and values[row][place] is not None
+            ),
+            key=_number,
+        )
+        for place, column in enumerate(columns)
+    ]
+    rows = []
+    for row in kept:
+        cells = []
+        for column, value, top in zip(columns, values[row], best, strict=True):
+            text = "" if value is None else column.shown.format(value)
+            cells.append(f"**{text}**" if text and row.is_candidate and text == top else text)
+        rows.append([row.title, *(cell.replace("%", " %") for cell in cells)])
+    return table(["system", *(column.head for column in columns)], rows)
+
+
+def gaps(kind: str) -> str:
+    """Gap closed of each system, with intervals."""
+    return by_cost(load(GAPS), kind)
+
+
+def by_length(file: str) -> str:
+    """A benchmark's score by length."""
+    found = load(file)
+    return benchmarks.by_length(found["rows"], found["lengths"])
+
+
+def by_task(file: str, length: int) -> str:
+    """A benchmark's score by task, at one length."""
+    found = load(file)
+    cells = {name: [benchmarks.Cell(**each) for each in cells] for name, cells in found["cells"].items()}
+    return benchmarks.by_task(cells, found["tasks"], length)
+
+
+def questions() -> str:
+    """What questions on one text take."""
+    return questions_bench.shown(load(QUESTIONS))
+
+
+def _number(shown: str) -> float:
+    return float(shown.rstrip("%"))
+
+
+def _gap(kind: str, part: str) -> Callable[[Row], float | None]:
+    def value(row: Row) -> float | None:
+        found: Mapping[str, Any] = load(GAPS)["kinds"][kind]["systems"].get(row.gaps) or {}
+        return found[part]["value"] if found.get(part) else None
+
+    return value
+
+
+def _ruler(row: Row) -> float | None:
+    found: Mapping[str, Any] = load(RULER)["rows"].get(row.ruler) or {}
+    return found[_LENGTH]["value"] if _LENGTH in found else None
+
+
+def _question(measure: str) -> Callable[[Row], float | None]:
+    def value(row: Row) -> float | None:
+        found: Mapping[str, Any] = load(QUESTIONS)["rows"].get(row.questions) or {}
+        return found.get(measure)
+
+    return value
