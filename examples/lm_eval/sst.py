@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 Lines = list[list[str]]
+KNOWN = ("sst2_train", "sst2_test", "sst5_train", "sst5_test")
 
 
-def sst2(sst2_train: str | None = None, sst2_test: str | None = None, **_: Any) -> dict[str, Dataset]:
+def sst2(sst2_train: str | None = None, sst2_test: str | None = None, **others: Any) -> dict[str, Dataset]:
     """Return the splits of SST-2; lm-eval passes what ``--metadata`` names."""
+    _refuse_misspelled(others)
     return _splits(_tabbed, 2, _given("sst2_train", sst2_train, sst2_test))
 
 
-def sst5(sst5_train: str | None = None, sst5_test: str | None = None, **_: Any) -> dict[str, Dataset]:
+def sst5(sst5_train: str | None = None, sst5_test: str | None = None, **others: Any) -> dict[str, Dataset]:
     """Return the splits of SST-5; lm-eval passes what ``--metadata`` names."""
+    _refuse_misspelled(others)
     return _splits(_quoted, 5, _given("sst5_train", sst5_train, sst5_test))
+
+
+def _refuse_misspelled(keys: Iterable[str]) -> None:
+    """Refuse what is nearly a known key; others may be those of other tasks or arguments of the model."""
+    for key in keys:
+        if key not in KNOWN and (near := get_close_matches(key, KNOWN, n=1, cutoff=0.7)):
+            raise ValueError(
+                f"The metadata has {key!r}, which no task looks for: did you mean {near[0]!r}? Tasks look for "
+                f"{', '.join(KNOWN)}"
+            )
 
 
 def _given(name: str, train: str | None, test: str | None) -> list[str]:

@@ -105,6 +105,24 @@ def test_a_file_that_cannot_be_used_is_explained(tmp_path, content, message):
         TaskManager(include_path=str(TASKS), include_defaults=False, metadata=given).load(["sst5_local"])
 
 
+@pytest.mark.parametrize("name", ["sst2_local", "sst5_local"])
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("sst2_dev", "sst2_test"),
+        ("sst5_tests", "sst5_test"),
+        ("sst_train", "sst._train"),
+        ("sst2_trian", "sst2_train"),
+    ],
+)
+def test_a_misspelled_key_is_refused_with_those_that_are_known(files, name, key, meant):
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=files | {key: "rows.txt"})
+    with pytest.raises(
+        ValueError, match=rf"has '{key}', .* did you mean '{meant}'\? Tasks look for sst2_train, "
+    ):
+        manager.load([name])
+
+
 @pytest.mark.slow
 def test_many_examples_are_read_once(folder, tasks, monkeypatch):
     read, reading = [], MemoryDecoder.read

@@ -6,6 +6,8 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +16,13 @@ import numpy as np
 import pytest
 import yaml
 from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from memlong import MemoryConfig
 from memlong.cli import lm_eval as command
 from memlong.errors import InvalidArgumentError, InvalidTextError, MissingDependencyError
-from memlong.lm_eval import TASKS
+from memlong.lm_eval import TASKS, MemlongLM
 from memlong.lm_eval.tasks import babilong, haystack, ruler
 from memlong.lm_eval.tasks.given import _loaded, given_by
 
@@ -149,6 +153,39 @@ def test_what_cannot_be_made_is_explained(changes, error, message, given):
     for make in (lambda: rows("niah_single_2", given | changes), lambda: stories(given | changes)):
         with pytest.raises(error, match=message):
             make()
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("max_seq_length", "max_seq_lengths"),
+        ("sample", "samples"),
+        ("seeds", "seed"),
+        ("tokeniser", "tokenizer"),
+    ],
+)
+def test_a_misspelled_key_is_refused_with_those_that_are_known(key, meant, given):
+    message = (
+        rf"has '{key}', which no task looks for: did you mean '{meant}'\? Tasks look for max_seq_lengths, "
+    )
+    for make in (lambda: rows("fwe", given | {key: 1}), lambda: stories(given | {key: 1})):
+        with pytest.raises(InvalidArgumentError, match=message):
+            make()
+
+
+def test_arguments_of_models_and_keys_of_other_tasks_are_not_taken_for_misspelled(given):
+    arguments = {name for model in (MemlongLM, HFLM) for name in signature(model).parameters}
+    arguments |= {each.name for each in fields(MemoryConfig)}
+    others = {
+        "tokenizer_mode",
+        "seq_length",
+        "max_model_len",
+        "max_num_seqs",
+        "version",
+        "config_source",
+        "sst2_train",
+    }
+    given_by(dict.fromkeys(arguments | others) | given)
 
 
 def test_a_tokenizer_of_characters_is_refused_before_lm_eval_loops_forever(given, monkeypatch):

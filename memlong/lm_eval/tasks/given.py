@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -17,6 +18,11 @@ from memlong.errors import InvalidArgumentError
 
 SHORTEST = 1024
 """Tokens below which instructions and worked examples alone fill a prompt."""
+
+KNOWN = ("max_seq_lengths", "samples", "seed", "tokenizer", "pretrained", "haystack", "babi")
+"""What these tasks look for in the metadata."""
+
+_MISSPELLED = 0.82  # lm-eval adds all arguments of the model, of which max_length, at 0.8, comes closest
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,9 @@ def given_by(metadata: Mapping[str, Any]) -> Given:
     Raises
     ------
     InvalidArgumentError
-        If a value is not valid, or nothing names a tokenizer.
+        If a value is not valid, a key is nearly one of `KNOWN`, or nothing names a tokenizer.
     """
+    _refuse_misspelled(metadata)
     lengths = metadata.get("max_seq_lengths", 4096)
     if not isinstance(lengths, Sequence) or isinstance(lengths, str):
         lengths = [lengths]
@@ -77,6 +84,15 @@ def given_by(metadata: Mapping[str, Any]) -> Given:
 def in_turn(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Put lengths side by side, so that the first samples, which ``--limit`` leaves, are of all lengths."""
     return sorted(rows, key=lambda row: int(row["index"]))
+
+
+def _refuse_misspelled(keys: Iterable[str]) -> None:
+    for key in keys:
+        if key not in KNOWN and (near := get_close_matches(key, KNOWN, n=1, cutoff=_MISSPELLED)):
+            raise InvalidArgumentError(
+                f"The metadata has {key!r}, which no task looks for: did you mean {near[0]!r}? Tasks look for "
+                f"{', '.join(KNOWN)}"
+            )
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> Any:
