@@ -140,6 +140,11 @@ class MemoryDecoder(Uncopied):
         return f"{type(self).__name__}({type(self.model).__name__}, {', '.join(told)})"
 
     @property
+    def is_attached(self) -> bool:
+        """Whether the model has this memory: between entering ``with decoder:`` and leaving it."""
+        return self._attachment.is_attached
+
+    @property
     def banks(self) -> tuple[MemoryBank, ...]:
         """The bank of each row; before the first token those passed to `reset`, and none without a backend."""
         return self._streams.banks

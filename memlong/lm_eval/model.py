@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from os import PathLike
 from typing import Any
@@ -50,7 +51,8 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
     Parameters
     ----------
     pretrained
-        As `load_model` takes it; or a decoder with a tokenizer, not attached yet, whose settings then count.
+        As `load_model` takes it; or a decoder with a tokenizer, whose settings then count. It may be attached; its
+        streams are reset.
     adapter
         A trained decoder, as `MemoryDecoder.from_pretrained` takes it.
     tokenizer
@@ -205,7 +207,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
             by_prompt.setdefault(tuple(prompt), []).append(number)
         prompts = list(by_prompt)
         answers: dict[int, tuple[float, bool]] = {}
-        with self.decoder, _bar("loglikelihood", len(requests), disable_tqdm) as bar:
+        with self._attached(), _bar("loglikelihood", len(requests), disable_tqdm) as bar:
             for place, rest in self._read_to_the_rest(prompts):
                 numbers = by_prompt[prompts[place]]
                 found = self.decoder.score(
@@ -222,7 +224,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole documents, each streamed from its beginning to its end."""
         answers = []
-        with self.decoder, _bar("loglikelihood_rolling", len(requests), disable_tqdm) as bar:
+        with self._attached(), _bar("loglikelihood_rolling", len(requests), disable_tqdm) as bar:
             for (text,) in (request.args for request in requests):
                 losses = token_losses(self.decoder, _row([self.prefix_token_id, *self.tok_encode(text)]))
                 answers.append(-float(losses.sum()))
@@ -234,13 +236,17 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
         """Return what the model answers to each prompt, up to the first of the texts that end an answer."""
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         answers: dict[int, str] = {}
-        with self.decoder, _bar("generate_until", len(requests), disable_tqdm) as bar:
+        with self._attached(), _bar("generate_until", len(requests), disable_tqdm) as bar:
             for number, rest in self._read_to_the_rest(prompts):
                 text, options = requests[number].args
                 answers[number] = self._answer(rest, options)
                 self.cache_hook.add_partial("generate_until", (text, options), answers[number])
                 bar.update()
         return [answers[number] for number in range(len(requests))]
+
+    def _attached(self) -> AbstractContextManager[Any]:
+        """Return the decoder to enter, unless its own `with` block is around."""
+        return nullcontext() if getattr(self.decoder, "is_attached", False) else self.decoder
 
     @property
     def _evicts(self) -> bool:

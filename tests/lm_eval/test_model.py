@@ -211,6 +211,21 @@ def test_a_decoder_keeps_its_own_settings(folder, small):
         MemlongLM(decoder, top_k=3)
 
 
+def test_it_works_within_the_decoders_own_block_as_well(ours):
+    prompts = (words(60), words(33, 1))
+    calls = {
+        "loglikelihood": [(prompt, " w1") for prompt in prompts],
+        "loglikelihood_rolling": [(prompt,) for prompt in prompts],
+        "generate_until": [(prompt, GREEDY) for prompt in prompts],
+    }
+    for name, arguments in calls.items():
+        outside = getattr(ours, name)(requests(name, *arguments))
+        with ours.decoder as decoder:
+            assert getattr(ours, name)(requests(name, *arguments)) == outside
+            assert decoder.is_attached
+        assert not decoder.is_attached
+
+
 def test_a_tokenizer_without_an_end_of_text_is_refused(folder, small):
     model, tokenizer = load_model(str(folder), dtype="float32")
     tokenizer.eos_token = None

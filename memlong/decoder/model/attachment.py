@@ -31,6 +31,8 @@ class Attachment:
     ----------
     slot
         Where the model's attention looks for memory.
+    is_attached
+        Whether it does.
     """
 
     def __init__(self, model: PreTrainedModel, model_layout: ModelLayout) -> None:
@@ -38,7 +40,7 @@ class Attachment:
         self._model = model
         self._model_layout = model_layout
         self._changes = ExitStack()
-        self._is_attached = False
+        self.is_attached = False
 
     def attach(self) -> None:
         """Let the model's attention go through the memory.
@@ -56,7 +58,7 @@ class Attachment:
                 stack.enter_context(replaced_attention(self._model))
                 stack.enter_context(warning_in_generate(self._model))
                 self._changes = stack.pop_all()
-                self._is_attached = True
+                self.is_attached = True
         except BaseException:  # including a deferred Ctrl-C: a block that is not entered is not left
             self.detach()
             raise
@@ -64,12 +66,12 @@ class Attachment:
     def detach(self) -> None:
         """Restore the model."""
         with uninterrupted():
-            self._is_attached = False
+            self.is_attached = False
             self._changes.close()
 
     def check(self) -> None:
         """Raise MemlongError unless the memory is attached."""
-        if not self._is_attached:
+        if not self.is_attached:
             raise MemlongError(
                 "The decoder is not attached to its model: stream and generate inside `with decoder:`"
             )
