@@ -135,6 +135,7 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
         self._adds_bos = add_bos_token
         self._prefix_token_id = prefix_token_id
         self._chat_template_args = dict(chat_template_args or {})
+        self._last_prompt: tuple[str, list[int]] = ("", [])
 
     @property
     def eot_token_id(self) -> int:
@@ -195,6 +196,14 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
             **self._chat_template_args,
         )
         return text
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a prompt and of what follows, as lm-eval does, but those of a prompt once in a row."""
+        prompt = context.rstrip()
+        if self._last_prompt[0] != prompt:
+            self._last_prompt = prompt, self.tok_encode(prompt)
+        tokens = self._last_prompt[1]
+        return tokens, self.tok_encode(context + continuation)[len(tokens) :]
 
     def _loglikelihood_tokens(
         self,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -224,6 +225,17 @@ def test_it_works_within_the_decoders_own_block_as_well(ours):
             assert getattr(ours, name)(requests(name, *arguments)) == outside
             assert decoder.is_attached
         assert not decoder.is_attached
+
+
+@pytest.mark.parametrize("prompt", [words(30), f"{words(30)} \n", "w1", "  ", "<s> w1"])
+def test_a_prompt_is_tokenized_once_for_all_its_choices_and_as_lm_eval_does(wide, monkeypatch, prompt):
+    pairs = [(prompt, f" {words(count, count)}") for count in range(1, 4)]
+    expected = [TemplateLM._encode_pair(wide, *pair) for pair in pairs]
+    seen, encode = [], wide.tok_encode
+    monkeypatch.setattr(wide, "tok_encode", lambda text: [seen.append(text), encode(text)][1])
+    assert [wide._encode_pair(*pair) for pair in pairs] == expected
+    assert len(seen) == len(set(seen))
+    assert wide._encode_pair(f"w9 {prompt}", " w1") == TemplateLM._encode_pair(wide, f"w9 {prompt}", " w1")
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(folder, small):
