@@ -30,6 +30,7 @@ try:
         normalize_gen_kwargs,
         postprocess_generated_text,
     )
+    from lm_eval.utils import simple_parse_args_string
 except ImportError as error:
     raise MissingDependencyError(
         f"memlong.lm_eval needs the lm-evaluation-harness ({error}): pip install 'memlong[lm-eval]'"
@@ -136,6 +137,21 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
         self._prefix_token_id = prefix_token_id
         self._chat_template_args = dict(chat_template_args or {})
         self._last_prompt: tuple[str, list[int]] = ("", [])
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> MemlongLM:
+        """Make a model of ``model_args`` as text."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> MemlongLM:
+        """Make a model of ``model_args``, which count before what lm-eval adds: batch sizes and the device."""
+        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**(added | arg_dict))
 
     @property
     def eot_token_id(self) -> int:

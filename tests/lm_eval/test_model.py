@@ -238,6 +238,26 @@ def test_a_prompt_is_tokenized_once_for_all_its_choices_and_as_lm_eval_does(wide
     assert wide._encode_pair(f"w9 {prompt}", " w1") == TemplateLM._encode_pair(wide, f"w9 {prompt}", " w1")
 
 
+def test_what_lm_eval_adds_counts_where_the_models_arguments_do_not_say(folder):
+    added = {"batch_size": 1, "max_batch_size": None, "device": "auto"}
+    typed = f"pretrained={folder},dtype=float32,batch_size=2,device=cpu,max_batch_size=4,local_window=64"
+    asked = {
+        "pretrained": str(folder),
+        "dtype": "float32",
+        "local_window": 64,
+        "batch_size": 2,
+        "device": "cpu",
+    }
+    for made in (
+        MemlongLM.create_from_arg_string(typed, added),
+        MemlongLM.create_from_arg_obj(asked, added),
+    ):
+        assert made._rows == 2
+    plain = {"pretrained": str(folder), "dtype": "float32", "local_window": 64}
+    assert MemlongLM.create_from_arg_obj(plain, added | {"batch_size": 3})._rows == 3
+    assert MemlongLM.create_from_arg_obj(plain)._rows == 1
+
+
 def test_a_tokenizer_without_an_end_of_text_is_refused(folder, small):
     model, tokenizer = load_model(str(folder), dtype="float32")
     tokenizer.eos_token = None
