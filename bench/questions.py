@@ -32,7 +32,7 @@ from memlong import MemoryConfig, load_model
 from memlong.decoder import choose_machine
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text
-from memlong.evaluation.needle import named_keys_prompt
+from memlong.evaluation.needle import Filler, named_keys_prompt
 
 MEMORY, RAG, FULL = "memory", "RAG as text", "full attention"
 _COLORS = ("red", "green", "blue", "white", "black", "silver", "golden", "purple")
@@ -115,7 +115,7 @@ def main(
     """Ask many questions on one text, and measure what each system takes."""
     dtype, device = choose_machine(dtype, device).names
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
-    filler, base = read_text(text), MemoryConfig()
+    filler, base = Filler.of(tokenizer, read_text(text)), MemoryConfig()
     systems = [System(MEMORY, base), System(RAG, base, kind="text")]
     positions = systems[0].decoder(language_model, tokenizer).model_layout.max_positions
     if positions is None or length + _ANSWER <= positions:
@@ -178,7 +178,7 @@ def shown(result: Mapping[str, Any]) -> str:
 
 
 def _questions(
-    tokenizer: Any, length: int, keys: int, seed: int, filler: str
+    tokenizer: Any, length: int, keys: int, seed: int, filler: Filler
 ) -> tuple[tuple[Tensor, list[Tensor]], list[str]]:
     """Return a text [1, tokens], questions [1, tokens] on it, and their answers."""
     draw = Random(seed)  # noqa: S311 - not for cryptography

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memlong.decoder import MemoryDecoder
@@ -59,7 +60,45 @@ class Cell:
     accuracy: float
 
 
-def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: str = FILLER) -> Tensor:
+@dataclass(frozen=True)
+class Filler:
+    """A tokenized text that fills prompts.
+
+    Attributes
+    ----------
+    tokens
+        Its token ids.
+    ends
+        Where a key may stand: at the beginning, and after each piece, as positions in ``tokens`` [pieces + 1].
+    glue
+        What must come before a key.
+    """
+
+    tokens: list[int]
+    ends: NDArray[np.int64]
+    glue: str
+
+    @classmethod
+    def of(cls, tokenizer: Any, text: str) -> Filler:
+        """Tokenize a text once, for many prompts of the same tokenizer.
+
+        Its pieces are lines; of long lines, sentences; and of long sentences, as many tokens as no line must exceed.
+        """
+        pieces: list[list[int]] = []
+        lines = text.splitlines(keepends=True)
+        for line in lines:
+            whole = _ids(tokenizer, line)
+            is_long = len(whole) > _LONG_LINE
+            for part in [_ids(tokenizer, each) for each in _SENTENCE_END.split(line)] if is_long else [whole]:
+                pieces += (part[start : start + _LONG_LINE] for start in range(0, len(part), _LONG_LINE))
+        ends = np.cumsum([0, *map(len, pieces)])
+        tokens = [token for piece in pieces for token in piece]
+        return cls(tokens, ends, "" if len(pieces) == len(lines) else "\n")
+
+
+def passkey_prompt(
+    tokenizer: Any, length: int, depth: float, key: int, filler: str | Filler = FILLER
+) -> Tensor:
     """Return a prompt [1, length] that hides a pass key at a depth and ends with the question for it.
 
     It starts with the special tokens that the tokenizer puts at the start of a text, if any. The format is that of
@@ -74,18 +113,22 @@ def passkey_prompt(tokenizer: Any, length: int, depth: float, key: int, filler: 
         raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}")
     if not 0 <= depth <= 1:
         raise InvalidArgumentError(f"depth must be a number from 0 to 1, got {depth}")
-    pieces, glue = _pieces(tokenizer, filler)
+    hay = Filler.of(tokenizer, filler) if isinstance(filler, str) else filler
     opening, needle, question = (
-        _ids(tokenizer, text) for text in (OPENING, glue + NEEDLE.format(key=key), QUESTION)
+        _ids(tokenizer, text) for text in (OPENING, hay.glue + NEEDLE.format(key=key), QUESTION)
     )
     opening = [*opening_tokens(tokenizer), *opening]
     filler_tokens = length - len(opening) - len(needle) - len(question)
-    text = _hidden([needle], [depth], pieces, filler_tokens, length)
+    text = _hidden([needle], [depth], hay, filler_tokens, length)
     return torch.tensor([[*opening, *text, *question]], dtype=torch.long, device="cpu")
 
 
 def named_keys_prompt(
-    tokenizer: Any, length: int, depths: Sequence[float], named: Mapping[str, int], filler: str = FILLER
+    tokenizer: Any,
+    length: int,
+    depths: Sequence[float],
+    named: Mapping[str, int],
+    filler: str | Filler = FILLER,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return a text [1, tokens] that hides one named pass key at each depth, and the question [1, tokens] for each.
 
@@ -100,36 +143,23 @@ def named_keys_prompt(
     if not 0 <= depths[0] <= depths[-1] <= 1:
         raise InvalidArgumentError(f"depths must be numbers from 0 to 1, got {list(depths)}")
     questions = [_ids(tokenizer, NAMED_QUESTION.format(name=name)) for name in named]
-    pieces, glue = _pieces(tokenizer, filler)
-    needles = [_ids(tokenizer, glue + NAMED_NEEDLE.format(name=name, key=key)) for name, key in named.items()]
+    hay = Filler.of(tokenizer, filler) if isinstance(filler, str) else filler
+    needles = [
+        _ids(tokenizer, hay.glue + NAMED_NEEDLE.format(name=name, key=key)) for name, key in named.items()
+    ]
     opening = [*opening_tokens(tokenizer), *_ids(tokenizer, NAMED_OPENING)]
     filler_tokens = length - len(opening) - sum(map(len, needles)) - max(map(len, questions))
-    text = _hidden(needles, depths, pieces, filler_tokens, length)
+    text = _hidden(needles, depths, hay, filler_tokens, length)
     prompt, *asked = (
         torch.tensor([each], dtype=torch.long, device="cpu") for each in ([*opening, *text], *questions)
     )
     return prompt, asked
 
 
-def _pieces(tokenizer: Any, filler: str) -> tuple[list[list[int]], str]:
-    """Return the pieces that a filler's keys stand between, and what must come before a key.
-
-    They are lines; of long lines, sentences; and of long sentences, as many tokens as no line must exceed.
-    """
-    pieces: list[list[int]] = []
-    lines = filler.splitlines(keepends=True)
-    for line in lines:
-        whole = _ids(tokenizer, line)
-        is_long = len(whole) > _LONG_LINE
-        for part in [_ids(tokenizer, each) for each in _SENTENCE_END.split(line)] if is_long else [whole]:
-            pieces += (part[start : start + _LONG_LINE] for start in range(0, len(part), _LONG_LINE))
-    return pieces, "" if len(pieces) == len(lines) else "\n"
-
-
 def _hidden(
     needles: Sequence[list[int]],
     depths: Sequence[float],
-    pieces: Sequence[list[int]],
+    filler: Filler,
     filler_tokens: int,
     length: int,
 ) -> list[int]:
@@ -139,16 +169,14 @@ def _hidden(
             f"length must be at least {length - filler_tokens} tokens, for opening, pass keys and question, "
             f"got {length}"
         )
-    if not pieces:
+    if not filler.tokens:
         raise InvalidArgumentError("filler must not be empty: give some text, or leave it out")
-    line = [token for piece in pieces for token in piece]
-    ends = np.cumsum([0, *map(len, pieces)])
-    hay, text, used = itertools.cycle(line), [], 0
+    hay, text, used = itertools.cycle(filler.tokens), [], 0
     for needle, depth in zip(needles, depths, strict=True):
         # Between pieces, so that it does not start in the middle of a sentence.
-        rounds, wanted = divmod(depth * filler_tokens, len(line))
-        nearest = int(ends[np.abs(ends - wanted).argmin()])
-        before = int(rounds) * len(line) + nearest if depth < 1 else filler_tokens
+        rounds, wanted = divmod(depth * filler_tokens, len(filler.tokens))
+        nearest = int(filler.ends[np.abs(filler.ends - wanted).argmin()])
+        before = int(rounds) * len(filler.tokens) + nearest if depth < 1 else filler_tokens
         text += [*itertools.islice(hay, min(before, filler_tokens) - used), *needle]
         used = min(before, filler_tokens)
     return [*text, *itertools.islice(hay, filler_tokens - used)]
@@ -197,18 +225,17 @@ def evaluate_needle(
     if trials < 1:
         raise InvalidArgumentError(f"trials must be at least 1, got {trials}")
     numbers = random.Random(seed)  # noqa: S311 - not for cryptography
+    hay = Filler.of(decoder.tokenizer, filler)
     if named:
-        return _find_named(
-            decoder, sorted(set(lengths)), sorted(set(depths)), trials, filler, numbers, progress
-        )
+        return _find_named(decoder, sorted(set(lengths)), sorted(set(depths)), trials, hay, numbers, progress)
     for length, depth in itertools.product(lengths, depths):  # fail early
-        passkey_prompt(decoder.tokenizer, length, depth, 10_000, filler)
+        passkey_prompt(decoder.tokenizer, length, depth, 10_000, hay)
     cells = []
     for length, depth in itertools.product(lengths, depths):
         right = 0
         for _ in range(trials):
             key = numbers.randrange(10_000, 100_000)
-            prompt = passkey_prompt(decoder.tokenizer, length, depth, key, filler)
+            prompt = passkey_prompt(decoder.tokenizer, length, depth, key, hay)
             right += _finds(decoder, prompt, str(key), progress)
         cells.append(Cell(length, depth, trials, right / trials))
     return cells
@@ -219,7 +246,7 @@ def _find_named(
     lengths: Sequence[int],
     depths: Sequence[float],
     trials: int,
-    filler: str,
+    filler: Filler,
     numbers: random.Random,
     progress: Callable[[int], None] | None,
 ) -> list[Cell]:

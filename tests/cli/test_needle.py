@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memlong.errors import InvalidArgumentError, MemlongError
-from memlong.evaluation import evaluate_needle, passkey_prompt
+from memlong.evaluation import Filler, evaluate_needle, passkey_prompt
 from memlong.evaluation.needle import named_keys_prompt
 
 
@@ -201,3 +201,37 @@ def test_bad_input_is_named_with_what_to_do(run, changes, message):
     assert isinstance(result.exception, InvalidArgumentError), result.output
     with pytest.raises(MemlongError, match=message):
         raise result.exception
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_filler_is_tokenized_once(named):
+    class Counts(Characters):
+        def __call__(self, text, **options):
+            seen.append(text)
+            return super().__call__(text, **options)
+
+    class Reads:
+        tokenizer = Counts()
+
+        def reset(self):
+            pass
+
+        def stream(self, ids, **_):
+            return []
+
+        def generate(self, ids, *_, **__):
+            return ids
+
+    seen = []
+    filler = "".join(f"Line {number} is hay.\n" for number in range(30))
+    evaluate_needle(Reads(), [900, 1200], [0, 0.5, 1], trials=2, filler=filler, named=named)
+    lines = [text for text in seen if "is hay" in text]
+    assert len(lines) == len(set(lines)) == 30
+
+
+def test_a_tokenized_filler_makes_the_same_prompts():
+    text = "A line.\n" + "A long one. " * 20
+    filler = Filler.of(Characters(), text)
+    for depth in (0, 0.4, 1):
+        expected = passkey_prompt(Characters(), 1000, depth, 12345, text)
+        assert passkey_prompt(Characters(), 1000, depth, 12345, filler).equal(expected)
