@@ -240,20 +240,11 @@ def test_a_prompt_is_tokenized_once_for_all_its_choices_and_as_lm_eval_does(wide
 
 def test_what_lm_eval_adds_counts_where_the_models_arguments_do_not_say(folder):
     added = {"batch_size": 1, "max_batch_size": None, "device": "auto"}
-    typed = f"pretrained={folder},dtype=float32,batch_size=2,device=cpu,max_batch_size=4,local_window=64"
-    asked = {
-        "pretrained": str(folder),
-        "dtype": "float32",
-        "local_window": 64,
-        "batch_size": 2,
-        "device": "cpu",
-    }
-    for made in (
-        MemlongLM.create_from_arg_string(typed, added),
-        MemlongLM.create_from_arg_obj(asked, added),
-    ):
-        assert made._rows == 2
-    plain = {"pretrained": str(folder), "dtype": "float32", "local_window": 64}
+    plain = {"pretrained": str(folder), "dtype": "float32", "local_window": 400, "chunk_size": 4}
+    typed = plain | {"batch_size": 2, "device": "cpu", "max_batch_size": 4}
+    as_text = ",".join(f"{name}={value}" for name, value in typed.items())
+    assert MemlongLM.create_from_arg_string(as_text, added)._rows == 2
+    assert MemlongLM.create_from_arg_obj(typed, added)._rows == 2
     assert MemlongLM.create_from_arg_obj(plain, added | {"batch_size": 3})._rows == 3
     assert MemlongLM.create_from_arg_obj(plain)._rows == 1
 
