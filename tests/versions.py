@@ -42,6 +42,27 @@ CORE = (
     "tests/backends/test_conformance.py",
     "tests/decoder/test_oracles.py",
 )
+# For Pythons between the lowest and the newest, which run all of CORE: what Python itself has a part in, such as
+# processes, threads, interrupts, finalizers, signatures and files, and each backend once.
+BETWEEN = (
+    "tests/bank/snapshot/test_interrupts.py",
+    "tests/bank/snapshot/test_save_load.py",
+    "tests/bank/test_base.py",
+    "tests/bank/test_copies.py",
+    "tests/bank/test_forks.py",
+    "tests/bank/test_interrupts.py",
+    "tests/bank/test_lock.py",
+    "tests/bank/test_objects.py",
+    "tests/bank/test_parallel.py",
+    "tests/bank/test_pool.py",
+    "tests/plugins",
+    "tests/cli/test_backends.py",
+    "tests/cli/test_bank.py",
+    "tests/backends/test_conformance.py::TestTorch",
+    "tests/backends/test_conformance.py::TestFaissFlat",
+    "tests/backends/test_conformance.py::TestHnswlib",
+    "tests/decoder/test_oracles.py",
+)
 CHOICE = ("-m", "not slow", "--brief")
 # Of old libraries that call what is deprecated in the newest ones that they work with.
 FORGIVEN = ("-W", "ignore::DeprecationWarning")
@@ -64,6 +85,7 @@ class Setting:
 
 
 SETTINGS = (Setting("3.11", lowest=True), Setting("3.12"), Setting("3.13"), Setting("3.14"))
+TESTS = dict.fromkeys(SETTINGS, BETWEEN) | dict.fromkeys((SETTINGS[0], SETTINGS[-1]), CORE)
 
 
 def uv(*arguments: object) -> str:
@@ -124,8 +146,8 @@ def versions(python: Path) -> str:
     return ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
 
 
-def run_tests(python: Path, more: list[str]) -> tuple[bool, str]:
-    """Run the core's tests, and return whether they passed, with pytest's closing line."""
+def run_tests(python: Path, tests: tuple[str, ...], more: list[str]) -> tuple[bool, str]:
+    """Run tests, and return whether they passed, with pytest's closing line."""
     command = [
         python,
         "-m",
@@ -134,7 +156,7 @@ def run_tests(python: Path, more: list[str]) -> tuple[bool, str]:
         "--numprocesses=logical",
         "--dist=worksteal",
         *CHOICE,
-        *CORE,
+        *tests,
         *more,
     ]
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -174,7 +196,9 @@ def main() -> int:
             continue
         found = versions(made[setting])
         print(f"{what} ({found})", flush=True)
-        ok, closing = run_tests(made[setting], [*(FORGIVEN if setting.lowest else ()), *given.pytest])
+        ok, closing = run_tests(
+            made[setting], TESTS[setting], [*(FORGIVEN if setting.lowest else ()), *given.pytest]
+        )
         passed.append(ok)
         said.append(f"{what} ({found}): {closing}")
     print("\n".join(said))
