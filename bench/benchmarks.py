@@ -136,10 +136,8 @@ def main(
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     wanted = [name for each in tasks.split(",") for name in GROUPS.get(each, [each])]
     sizes = numbers("--lengths", lengths, int)
-    base = MemoryConfig()
-    plain = System("", replace(base, backend=None)).decoder(language_model, tokenizer)
-    positions = plain.model_layout.max_positions
-    systems = _systems(base, positions or max(sizes), system or (), only or ())
+    positions = _positions(language_model, tokenizer)
+    systems = _systems(MemoryConfig(), positions or max(sizes), system or (), only or ())
     places = {"haystack": haystack, "babi": babi}
     prompts = {"samples": samples, **{name: str(path) for name, path in places.items() if path is not None}}
     contents = {name: _digest(path) for name, path in places.items() if path is not None}
@@ -148,17 +146,14 @@ def main(
     listed = {each.name: each.settings for each in systems}
     told = {**facts, **prompts, "seeds": seeds, "tasks": wanted, "lengths": sizes, "systems": listed}
     report = Report(out / "benchmarks.json", told, device, Budget(seconds))
-    cells: dict[str, list[Cell]] = {each.name: [] for each in systems}
-    todo = [(length, task, each) for length in sizes for task in wanted for each in systems]
-    for length, task, each in tqdm(todo, unit="cell"):
-        if each.name == FULL and positions is not None and length > positions:
-            continue
-        if report.budget.is_spent:
-            report.leave_out(f"{each.name}, {task}, {length:,} tokens")
-            continue
-        scores = [score for seed in range(seeds) for score in run.scores(each, task, length, seed)]
-        cells[each.name].append(Cell(task, length, tuple(scores)))
-        report.add({"cells": {name: [vars(cell) for cell in found] for name, found in cells.items()}})
+    todo = [
+        (each, task, length)
+        for length in sizes
+        for task in wanted
+        for each in systems
+        if each.name != FULL or positions is None or length <= positions
+    ]
+    cells = _cells(run, systems, todo, seeds, report)
     rows = {name: _by_length(found, sizes) for name, found in cells.items()}
     report.add({"rows": rows})
     typer.echo("\n" + by_length(rows, sizes))
@@ -230,6 +225,28 @@ def _systems(base: MemoryConfig, longest: int, typed: Sequence[str], only: Seque
             f"--only must begin one of {', '.join(repr(each.name) for each in found)}, got {list(only)}"
         )
     return kept
+
+
+def _positions(model: Any, tokenizer: Any) -> int | None:
+    """Return how many positions a model was trained on; None if it has no such limit."""
+    plain = System("", MemoryConfig(backend=None)).decoder(model, tokenizer)
+    positions: int | None = plain.model_layout.max_positions
+    return positions
+
+
+def _cells(
+    run: Run, systems: Sequence[System], todo: Sequence[tuple[System, str, int]], seeds: int, report: Report
+) -> dict[str, list[Cell]]:
+    """Score systems on tasks at lengths while there is time, and report what is known after each cell."""
+    cells: dict[str, list[Cell]] = {each.name: [] for each in systems}
+    for system, task, length in tqdm(todo, unit="cell"):
+        if report.budget.is_spent:
+            report.leave_out(f"{system.name}, {task}, {length:,} tokens")
+            continue
+        scores = [score for seed in range(seeds) for score in run.scores(system, task, length, seed)]
+        cells[system.name].append(Cell(task, length, tuple(scores)))
+        report.add({"cells": {name: [vars(cell) for cell in found] for name, found in cells.items()}})
+    return cells
 
 
 def _by_length(cells: Sequence[Cell], lengths: Sequence[int]) -> dict[str, dict[str, float]]:

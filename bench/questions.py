@@ -10,7 +10,7 @@ that takes for one question, for all of them, and from which number of questions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -50,6 +50,9 @@ _THINGS = (
     "piano",
 )
 _ANSWER = 8  # tokens
+
+Asked = tuple[Tensor, list[Tensor]]
+"""A text [1, tokens] and questions [1, tokens] on it."""
 
 
 @dataclass(frozen=True)
@@ -115,44 +118,28 @@ def main(
     """Ask many questions on one text, and measure what each system takes."""
     dtype, device = choose_machine(dtype, device).names
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
-    filler, base = Filler.of(tokenizer, read_text(text)), MemoryConfig()
-    systems = [System(MEMORY, base), System(RAG, base, kind="text")]
-    positions = systems[0].decoder(language_model, tokenizer).model_layout.max_positions
-    if positions is None or length + _ANSWER <= positions:
-        whole = MemoryConfig(
-            backend=None, local_window=length + 2 * base.segment_size, position_mode="original"
-        )
-        systems.append(System(FULL, whole))
-    systems = all_different([*systems, *(described(each, base) for each in system or ())])
-    settings = {each.name: each.settings for each in systems}
-    facts = {
+    filler = Filler.of(tokenizer, read_text(text))
+    systems = _systems(language_model, tokenizer, length, system or ())
+    told = {
         "model": model,
         "dtype": dtype,
         "device": device,
         "text": text.name,
         "length": length,
         "keys": keys,
+        "seeds": seeds,
+        "systems": {each.name: each.settings for each in systems},
+        "clock": clock,
     }
-    report = Report(
-        json_file, {**facts, "seeds": seeds, "systems": settings, "clock": clock}, device, Budget()
-    )
-    costs: dict[str, list[Cost]] = {each.name: [] for each in systems}
+    report = Report(json_file, told, device, Budget())
+    texts = (_questions(tokenizer, length, keys, seed, filler) for seed in range(seeds))
     with tqdm(total=seeds * keys * len(systems), unit="question") as bar:
-        for seed in range(seeds):
-            asked, answers = _questions(tokenizer, length, keys, seed, filler)
-            for each in systems:
-                bar.set_description(each.name)
-                with each.decoder(language_model, tokenizer) as decoder:
-                    costs[each.name].append(_cost(decoder, asked, answers, clock, bar))
-                report.add(
-                    {"costs": {name: [asdict(cost) for cost in found] for name, found in costs.items()}}
-                )
+        costs = _costs(language_model, tokenizer, systems, texts, clock, report, bar)
     rows = {name: _row(found, keys) for name, found in costs.items()}
     report.add({"rows": rows}, _ratios(rows))
     typer.echo(f"\n{length:,} tokens of {text.name}, {keys} questions on each of {seeds} texts\n")
     typer.echo(shown({"rows": rows, "keys": keys}))
-    even = _break_even(rows[MEMORY], rows[RAG])
-    if even:
+    if even := _break_even(rows[MEMORY], rows[RAG]):
         typer.echo(f"From {even} questions on, the memory takes less time than RAG as text")
     report.end()
 
@@ -177,9 +164,19 @@ def shown(result: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def _questions(
-    tokenizer: Any, length: int, keys: int, seed: int, filler: Filler
-) -> tuple[tuple[Tensor, list[Tensor]], list[str]]:
+def _systems(model: Any, tokenizer: Any, length: int, typed: Sequence[str]) -> list[System]:
+    """Return the systems; full attention is one where the model's positions reach to the end of an answer."""
+    base = MemoryConfig()
+    systems = [System(MEMORY, base), System(RAG, base, kind="text")]
+    positions = systems[0].decoder(model, tokenizer).model_layout.max_positions
+    if positions is None or length + _ANSWER <= positions:
+        window = length + 2 * base.segment_size
+        whole = MemoryConfig(backend=None, local_window=window, position_mode="original")
+        systems.append(System(FULL, whole))
+    return all_different([*systems, *(described(each, base) for each in typed)])
+
+
+def _questions(tokenizer: Any, length: int, keys: int, seed: int, filler: Filler) -> tuple[Asked, list[str]]:
     """Return a text [1, tokens], questions [1, tokens] on it, and their answers."""
     draw = Random(seed)  # noqa: S311 - not for cryptography
     names = draw.sample([f"{color} {thing}" for color in _COLORS for thing in _THINGS], keys)
@@ -188,9 +185,27 @@ def _questions(
     return named_keys_prompt(tokenizer, length, depths, named, filler), [str(key) for key in named.values()]
 
 
-def _cost(
-    decoder: Any, asked: tuple[Tensor, list[Tensor]], answers: list[str], clock: Clock, bar: tqdm[Any]
-) -> Cost:
+def _costs(
+    model: Any,
+    tokenizer: Any,
+    systems: Sequence[System],
+    texts: Iterable[tuple[Asked, list[str]]],
+    clock: Clock,
+    report: Report,
+    bar: tqdm[Any],
+) -> dict[str, list[Cost]]:
+    """Ask each system on each text, and report what is known after each of them."""
+    costs: dict[str, list[Cost]] = {each.name: [] for each in systems}
+    for asked, answers in texts:
+        for each in systems:
+            bar.set_description(each.name)
+            with each.decoder(model, tokenizer) as decoder:
+                costs[each.name].append(_cost(decoder, asked, answers, clock, bar))
+            report.add({"costs": {name: [asdict(cost) for cost in found] for name, found in costs.items()}})
+    return costs
+
+
+def _cost(decoder: Any, asked: Asked, answers: list[str], clock: Clock, bar: tqdm[Any]) -> Cost:
     text, questions = asked
     decoder.reset()
     started = clock.now()
