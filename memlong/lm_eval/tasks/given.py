@@ -19,7 +19,7 @@ from memlong.errors import InvalidArgumentError
 SHORTEST = 1024
 """Tokens below which instructions and worked examples alone fill a prompt."""
 
-KNOWN = ("max_seq_lengths", "samples", "seed", "tokenizer", "pretrained", "haystack", "babi")
+KNOWN = ("max_seq_lengths", "samples", "seed", "tokenizer", "pretrained", "haystack", "babi", "needles")
 """What these tasks look for in the metadata."""
 
 _MISSPELLED = 0.82  # lm-eval adds all arguments of the model, of which max_length, at 0.8, comes closest
