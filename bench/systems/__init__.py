@@ -33,6 +33,8 @@ KINDS = {
     "kvpress-snapkv": "systems.kvpress:SnapKv",
     "kvpress-expected": "systems.kvpress:ExpectedAttention",
     "kvpress-kvzip": "systems.kvpress:KvZip",
+    # Sentences of a prompt that the question attends to, read again; it only answers prompts.
+    "infini-retri": "systems.kvpress:InfiniRetri",
     # A control: a memory with the chunks of another text.
     "foreign": "systems.foreign:ForeignMemory",
     # An upper bound, which chooses chunks by the tokens to be predicted.

@@ -1,4 +1,4 @@
-"""K-V that kvpress compresses while a prompt is read, in an environment of its own."""
+"""What kvpress and InfiniRetri keep of a prompt, in an environment of their own."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ QUESTION = 64
 _SCRIPT = Path(__file__).with_name("kvpress_worker.py")
 
 
-class Kvpress(Alternative):
-    """A prompt's K-V, of which a press keeps as many tokens in each layer as a memory attends to.
+class Elsewhere(Alternative):
+    """A prompt of which a method keeps as many tokens as a memory attends to, in another process.
 
-    The press does not see the question: the last tokens of a prompt, those that are a memory's query but no fewer than
-    `QUESTION`, are read after it has chosen, and attended to besides. A prompt is read whole, so the most K-V is that
-    of full attention. It answers prompts greedily, and does nothing else.
+    The question is the last tokens of a prompt, those that are a memory's query but no fewer than `QUESTION`, and is
+    attended to besides. A prompt that fits is read as it is. It answers prompts greedily, and does nothing else.
 
     Raises
     ------
     MissingDependencyError
-        If the variable `PYTHON` does not name a Python that has kvpress.
+        If the variable `PYTHON` does not name a Python that has the packages.
     """
 
-    press: str
+    kind: str
+    method: str
+    packages: str
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         super().__init__(model, tokenizer, config)
@@ -45,9 +46,9 @@ class Kvpress(Alternative):
         self._python = os.environ.get(PYTHON, "")
         if not self._python:
             raise MissingDependencyError(
-                f"kind='kvpress-{self.press}' needs kvpress in an environment of its own, as it needs an older "
-                f"transformers: python -m venv kvpress-env && kvpress-env/bin/pip install torch kvpress, then set "
-                f"{PYTHON} to kvpress-env/bin/python"
+                f"kind={self.kind!r} needs an environment of its own, as kvpress needs an older transformers: "
+                f"python -m venv kvpress-env && kvpress-env/bin/pip install {self.packages}, then set {PYTHON} to "
+                "kvpress-env/bin/python"
             )
 
     def __exit__(
@@ -67,14 +68,14 @@ class Kvpress(Alternative):
         self._read: list[int] = []
 
     def read(self, input_ids: Tensor) -> None:
-        """Note more of the text [1, tokens]; it is read and compressed with each question."""
+        """Note more of the text [1, tokens]; it is read anew with each question."""
         self._read += input_ids[0].tolist()
 
     def stream(self, input_ids: Tensor, *, logits: Literal["all", "last"] = "all") -> Iterator[Segment]:  # noqa: ARG002
-        """Refuse: a press chooses once, when it has read all."""
+        """Refuse: what is kept is chosen once, when all has been read."""
         raise InvalidArgumentError(
-            f"kind='kvpress-{self.press}' only answers prompts, as a press chooses when it has read all of "
-            "one: leave it out where perplexity is measured"
+            f"kind={self.kind!r} only answers prompts, as it chooses what to keep when it has read all of one: leave "
+            "it out where perplexity is measured"
         )
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:  # noqa: ARG002
@@ -89,7 +90,7 @@ class Kvpress(Alternative):
         tokens, said = self._read + input_ids[0].tolist(), input_ids.cpu()
         end = max(0, len(tokens) - self._question_length)
         told: dict[str, Any] = {"context": tokens[:end], "question": tokens[end:]}
-        told |= {"press": self.press, "kept": self.attended_tokens}
+        told |= {"method": self.method, "kept": self.attended_tokens}
         for number in range(most):
             token = self._worker.ask({**told, "never": ends if number < least else []})["token"]
             scores = self._scores(token, said, judges["logits_processor"])
@@ -117,7 +118,7 @@ class Kvpress(Alternative):
         }
         if is_sampled or given or most is None:
             raise InvalidArgumentError(
-                f"kind='kvpress-{self.press}' answers greedily with max_new_tokens, min_new_tokens, eos_token_id, "
+                f"kind={self.kind!r} answers greedily with max_new_tokens, min_new_tokens, eos_token_id, "
                 f"logits_processor and stopping_criteria, got {', '.join(options) or 'no options'}"
             )
         return (
@@ -135,22 +136,32 @@ class Kvpress(Alternative):
             scores = each(said, scores)
         if int(scores.argmax()) != token:
             raise InvalidArgumentError(
-                f"kind='kvpress-{self.press}' chooses tokens in another process, so that logits processors cannot: "
+                f"kind={self.kind!r} chooses tokens in another process, so that logits processors cannot: "
                 "leave it out where text is forced"
             )
         return scores
 
 
+class Kvpress(Elsewhere):
+    """K-V of which a press keeps so many tokens in each layer.
+
+    The question is read after the press has chosen, which does not see it. A context is read whole, so that the most
+    K-V is that of full attention.
+    """
+
+    packages = "torch kvpress"
+
+
 class SnapKv(Kvpress):
     """SnapKV (https://arxiv.org/abs/2404.14469): what the last tokens before the question attend to."""
 
-    press = "snapkv"
+    kind, method = "kvpress-snapkv", "snapkv"
 
 
 class ExpectedAttention(Kvpress):
     """Expected attention (https://arxiv.org/abs/2510.00636): what queries of this distribution would attend to."""
 
-    press = "expected"
+    kind, method = "kvpress-expected", "expected"
 
 
 class KvZip(Kvpress):
@@ -159,4 +170,15 @@ class KvZip(Kvpress):
     Heads and layers keep different numbers of tokens, in the mean as many as the others.
     """
 
-    press = "kvzip"
+    kind, method = "kvpress-kvzip", "kvzip"
+
+
+class InfiniRetri(Elsewhere):
+    """InfiniRetri (https://arxiv.org/abs/2502.12962): sentences that the question attends to in the last layer.
+
+    The context is read in windows of half the tokens, each after the sentences kept so far and before the question, and
+    what is kept in the end is the prompt, at most as many tokens. Text is cut and joined at empty lines and sentences.
+    """
+
+    kind, method = "infini-retri", "infini-retri"
+    packages = "torch kvpress infini-retri tiktoken scipy seaborn"

@@ -1,8 +1,8 @@
-"""A process that compresses prompts' K-V with kvpress, and answers them: run by `systems.kvpress`, in kvpress's Python.
+"""A process that answers prompts with kvpress or InfiniRetri: run by `systems.kvpress`, in their Python.
 
 It is told where the model's folder is, reads one JSON object a line from its input, and writes one for each:
 
-    {"context": [ids], "question": [ids], "press": "snapkv", "kept": 2048, "never": [ids]}
+    {"context": [ids], "question": [ids], "method": "snapkv", "kept": 2048, "never": [ids]}
         -> {"token": id}: the first of the answer; the question is read after the context was compressed
     {"never": [ids]}
         -> {"token": id}: the next
@@ -19,27 +19,25 @@ import sys
 from typing import Any
 
 import torch
-from kvpress import ExpectedAttentionPress, KVzipPress, SnapKVPress
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-PRESSES = {"expected": ExpectedAttentionPress, "kvzip": KVzipPress, "snapkv": SnapKVPress}
+PRESSES = {"expected": "ExpectedAttentionPress", "kvzip": "KVzipPress", "snapkv": "SnapKVPress"}
 
 
 class Answer:
     """The answer to one prompt, token by token."""
 
     def __init__(self, model: Any, asked: dict[str, Any]) -> None:
-        self._model, self._next = model, asked["question"]
-        self._position = len(asked["context"])
-        self._cache = DynamicCache()
-        context = torch.tensor([asked["context"]], device=model.device)
-        kept = asked["kept"]
-        # Half a token more, as kvpress rounds down.
-        ratio = max(0.0, 1 - (kept + 0.5) / self._position) if kept < self._position else 0.0
-        if self._position:
-            with PRESSES[asked["press"]](compression_ratio=ratio)(model):
-                model.model(input_ids=context, past_key_values=self._cache)
+        self._model, self._cache = model, DynamicCache()
+        self._position, self._next = 0, asked["context"] + asked["question"]
+        if len(asked["context"]) <= asked["kept"]:
+            return
+        if asked["method"] in PRESSES:
+            self._position, self._next = len(asked["context"]), asked["question"]
+            _compress(model, self._cache, asked)
+        else:
+            self._next = _retrieved(model, asked)
 
     def token(self, never: list[int]) -> int:
         """Return what comes next."""
@@ -56,6 +54,58 @@ class Answer:
         token = int(logits.argmax())
         self._position, self._next = end, [token]
         return token
+
+
+def _compress(model: Any, cache: DynamicCache, asked: dict[str, Any]) -> None:
+    """Read a context into a cache that keeps so many tokens of it."""
+    import kvpress
+
+    context = torch.tensor([asked["context"]], device=model.device)
+    ratio = 1 - (asked["kept"] + 0.5) / context.shape[1]  # half a token more, as kvpress rounds down
+    with getattr(kvpress, PRESSES[asked["method"]])(compression_ratio=ratio)(model):
+        model.model(input_ids=context, past_key_values=cache)
+
+
+def _retrieved(model: Any, asked: dict[str, Any]) -> list[int]:
+    """Return the prompt that InfiniRetri makes of a context and a question.
+
+    Its window is half of what is kept, and its top k in the default's proportion to the window; but it keeps whole
+    sentences, however long. Where a prompt is longer than what is kept and the question, it begins again with half
+    of k.
+    """
+    from infini_retri import InfiniRetri
+
+    tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"  # it always uses one: the text as it is
+    context, question = (tokenizer.decode(asked[name]) for name in ("context", "question"))
+    window, room = asked["kept"] // 2, asked["kept"] + len(asked["question"])
+    chosen = window * 300 // 1024
+    prompts: list[list[int]] = []
+
+    def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        prompts.append(given["input_ids"][0].tolist())
+
+    def answer(**given: Any) -> torch.Tensor:  # instead of the model, which does so later, token by token
+        note(None, None, given)
+        found: torch.Tensor = given["input_ids"]
+        return found
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    usual = model.config._attn_implementation  # noqa: SLF001 - nothing public tells
+    model.set_attn_implementation("eager")
+    model.generate = answer
+    try:
+        while True:
+            prompts.clear()
+            reader = InfiniRetri(model, tokenizer, topk=chosen, window_length=window)
+            reader.generate(context=context, question=question, prompt="{context}\n\n{question}")
+            if max(map(len, prompts)) <= room or chosen <= 1:
+                return prompts[-1]
+            chosen //= 2
+    finally:
+        del model.generate
+        model.set_attn_implementation(usual)
+        hook.remove()
 
 
 @torch.no_grad()
