@@ -31,28 +31,35 @@ class Answer:
     def __init__(self, model: Any, asked: dict[str, Any]) -> None:
         self._model, self._cache = model, DynamicCache()
         self._position, self._next = 0, asked["context"] + asked["question"]
+        self._is_masked = False
         if len(asked["context"]) <= asked["kept"]:
             return
         if asked["method"] in PRESSES:
             self._position, self._next = len(asked["context"]), asked["question"]
+            # Its masks are keys that no query may like, of which there are none for many queries at once.
+            self._is_masked = asked["method"] == "kvzip"
             _compress(model, self._cache, asked)
         else:
             self._next = _retrieved(model, asked)
 
     def token(self, never: list[int]) -> int:
         """Return what comes next."""
-        end = self._position + len(self._next)
-        logits = self._model(
-            input_ids=torch.tensor([self._next], device=self._model.device),
-            past_key_values=self._cache,
-            position_ids=torch.arange(self._position, end, device=self._model.device)[None],
-            logits_to_keep=1,
-        ).logits[0, -1]
+        step = 1 if self._is_masked else len(self._next)
+        for begin in range(0, len(self._next), step):
+            read = torch.tensor([self._next[begin : begin + step]], device=self._model.device)
+            end = self._position + read.shape[1]
+            logits = self._model(
+                input_ids=read,
+                past_key_values=self._cache,
+                position_ids=torch.arange(self._position, end, device=read.device)[None],
+                logits_to_keep=1,
+            ).logits[0, -1]
+            self._position = end
         if bool(logits.isnan().any()):
             raise ValueError("the model's logits must be numbers, got NaN")
         logits[never] = float("-inf")
         token = int(logits.argmax())
-        self._position, self._next = end, [token]
+        self._next = [token]
         return token
 
 
