@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
 
@@ -54,6 +58,23 @@ class Press:
 ExpectedAttentionPress = KVzipPress = SnapKVPress = Press
 """
 
+SENTENCES = """
+import torch
+
+class InfiniRetri:
+    def __init__(self, model, tokenizer, topk, window_length):
+        assert window_length == 19 and model.config._attn_implementation == "eager"
+        self.model, self.tokenizer, self.sentences = model, tokenizer, topk
+
+    def generate(self, context, question, prompt):
+        kept = " ".join(context.split()[-20 * self.sentences:])
+        turn = [{"role": "user", "content": prompt.format(context=kept, question=question)}]
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False)
+        ids = self.tokenizer(text, return_tensors="pt").input_ids
+        self.model(input_ids=ids[:, :9])
+        self.model.generate(input_ids=ids, max_new_tokens=9)
+"""
+
 
 @pytest.fixture
 def kvpress(monkeypatch):
@@ -71,6 +92,20 @@ def python(tmp_path, monkeypatch, kvpress):
         shell.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {script} "$@"\n', encoding="utf-8")
         shell.chmod(0o755)
         monkeypatch.setenv(kvpress.PYTHON, str(shell))
+
+    return make
+
+
+@pytest.fixture
+def worker(tmp_path, python):
+    """Return a function that makes a module that the worker then finds."""
+
+    def make(name, code):
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        python(
+            f"import runpy, sys\nsys.path.insert(0, {str(tmp_path)!r})\nsys.argv = sys.argv[2:]\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
 
     return make
 
@@ -166,16 +201,13 @@ def test_an_environment_is_asked_for(llama, small, text, kvpress, monkeypatch, p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("press", ["SnapKv", "KvZip"])
 def test_the_worker_compresses_the_context_and_then_reads_the_question(
-    llama, small, text, kvpress, python, tmp_path
+    llama, small, text, kvpress, worker, press
 ):
-    (tmp_path / "kvpress.py").write_text(PRESSES, encoding="utf-8")
-    python(
-        f"import runpy, sys\nsys.path.insert(0, {str(tmp_path)!r})\nsys.argv = sys.argv[2:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+    worker("kvpress", PRESSES)
     ids = text(200)
-    with kvpress.SnapKv(llama, None, small(top_k=99)) as decoder:
+    with getattr(kvpress, press)(llama, None, small(top_k=99)) as decoder:
         decoder.read(ids[:, :190])
         said = decoder.generate(ids[:, 190:], max_new_tokens=6, eos_token_id=[])
         plain = llama.generate(
@@ -195,3 +227,17 @@ def test_the_worker_compresses_the_context_and_then_reads_the_question(
         with torch.no_grad():
             logits = llama(read, attention_mask=mask[..., :count, :count]).logits[0, -1]
         assert int(logits.argmax()) == said[0, 10 + number]
+
+
+@pytest.mark.slow
+def test_the_worker_answers_what_is_kept_of_the_sentences(llama, small, text, kvpress, worker):
+    worker("infini_retri", SENTENCES)
+    words = WordLevel({str(number): number for number in range(97)}, unk_token="0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()
+    ids, options = text(200), {"max_new_tokens": 6, "eos_token_id": []}
+    with kvpress.InfiniRetri(llama, PreTrainedTokenizerFast(tokenizer_object=tokenizer), small()) as decoder:
+        said = decoder.generate(ids, **options)
+    prompt = ids[:, 200 - 64 - 20 :]  # more sentences would be more than 38 tokens and the question
+    plain = llama.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **options)
+    assert said[0, 200:].tolist() == plain[0, 84:].tolist()
