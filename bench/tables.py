@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import tables_alternatives as alternatives
 import tables_quality as quality
 import tables_speed as speed
 from cells import RESULTS
@@ -50,7 +51,8 @@ def _tables() -> dict[str, Callable[[], str]]:
         )
     for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, "front.json", kind)
-        for name in ("gemma", "default", "rag"):
+        found[f"alternatives-{kind}"] = partial(alternatives.gaps, kind)
+        for name in ("gemma", "default"):
             found[f"front-{name}-{kind}"] = partial(quality.front, f"front_{name}.json", kind)
     for text in ("_pydecimal.py", "moby_dick.txt"):
         for name in ("far", "farther"):
@@ -67,6 +69,12 @@ def _tables() -> dict[str, Callable[[], str]]:
         "moby_dick.txt",
     ):
         found[f"front-{text}"] = partial(quality.front_text, "front.json", text)
+    for kind, text in (("code", "typing.py"), ("prose", "moby_dick.txt")):
+        found[f"choices-{kind}"] = partial(quality.front_text, f"choices_{kind}.json", text)
+    found["alternatives"] = alternatives.headline
+    found["questions"] = alternatives.questions
+    found["ruler-lengths"] = partial(alternatives.by_length, alternatives.RULER)
+    found["ruler-4096"] = partial(alternatives.by_task, alternatives.RULER, 4096)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
     for prefix, folder in (("", ""), ("gpu-", "gpu/")):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import benchmarks
-import questions as questions_bench
+import benchmark_tables
+import questions as question_bench
 from cells import load, table
 from front_tables import by_cost
 
@@ -35,9 +35,9 @@ _ROWS = (
     Row("RAG as text", "RAG as text 8", "RAG as text", "RAG as text"),
     Row("4-bit K-V", "4-bit K-V", "4-bit K-V"),
     Row("2-bit K-V", "2-bit K-V", "2-bit K-V"),
-    Row("kvpress, expected attention", "", "kvpress expected"),
-    Row("kvpress, SnapKV", "", "kvpress snapkv"),
-    Row("kvpress, TOVA", "", "kvpress tova"),
+    Row("kvpress, expected attention", "", "kvpress expected attention"),
+    Row("kvpress, SnapKV", "", "kvpress SnapKV"),
+    Row("kvpress, KVzip", "", "kvpress KVzip"),
     Row("InfiniRetri", "", "InfiniRetri"),
     Row("random chunks", "random 8", "random 8", is_candidate=False),
     Row("another text's chunks", "foreign 8", "foreign 8", is_candidate=False),
@@ -99,19 +99,21 @@ def gaps(kind: str) -> str:
 def by_length(file: str) -> str:
     """A benchmark's score by length."""
     found = load(file)
-    return benchmarks.by_length(found["rows"], found["lengths"])
+    return benchmark_tables.by_length(found["rows"], found["lengths"])
 
 
 def by_task(file: str, length: int) -> str:
     """A benchmark's score by task, at one length."""
     found = load(file)
-    cells = {name: [benchmarks.Cell(**each) for each in cells] for name, cells in found["cells"].items()}
-    return benchmarks.by_task(cells, found["tasks"], length)
+    cells = {
+        name: [benchmark_tables.Cell(**each) for each in cells] for name, cells in found["cells"].items()
+    }
+    return benchmark_tables.by_task(cells, found["tasks"], length)
 
 
 def questions() -> str:
     """What questions on one text take."""
-    return questions_bench.shown(load(QUESTIONS))
+    return question_bench.shown(load(QUESTIONS))
 
 
 def _number(shown: str) -> float:
