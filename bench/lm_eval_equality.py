@@ -71,8 +71,8 @@ def main(
 ) -> None:
     """Run tasks on both, and compare every answer."""
     dtype, device = choose_machine("float32", "auto").names
+    told = {"pretrained": model, "max_seq_lengths": [length], "samples": limit, **_mapping(metadata)}
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
-    told = {"pretrained": model, "max_seq_lengths": [length], "samples": limit, **json.loads(metadata)}
     found = TaskManager(include_path=[str(TASKS), str(include_path)], include_defaults=False, metadata=told)
     facts = {"model": model, "dtype": dtype, "device": device, "local_window": local_window, "limit": limit}
     report = Report(json_file, {**facts, "num_fewshot": num_fewshot, "metadata": told}, device)
@@ -124,6 +124,16 @@ def shown(rows: list[Row]) -> str:
         ],
         words=2,
     )
+
+
+def _mapping(metadata: str) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata)
+    except ValueError as error:
+        raise InvalidArgumentError(f"--metadata must be JSON, got {metadata!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise InvalidArgumentError(f"--metadata must be a mapping in JSON, such as '{{}}', got {metadata!r}")
+    return found
 
 
 def _members(manager: TaskManager, name: str) -> list[str]:

@@ -16,7 +16,7 @@ def texts(text: str | None = None, characters: int | None = None, **_: Any) -> d
     if text is None:
         raise ValueError('text is missing: name your file, as in --metadata \'{"text": "book.txt"}\'')
     path = Path(text)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
     found = [file.read_text(encoding="utf-8")[:characters] for file in files]
     if not any(found):
         raise ValueError(
