@@ -28,7 +28,7 @@ from benchmark_tables import Cell, by_length, by_task, draw, means
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from results import Budget, Report
-from systems import System, all_different, described
+from systems import System, all_different, check_able, described, reads_whole
 from tqdm import tqdm
 
 from memlong import MemoryConfig, load_model
@@ -88,7 +88,7 @@ class Run:
 def main(
     tasks: Annotated[
         str,
-        typer.Option(help=f"Comma-separated: {', '.join(GROUPS)}, or tasks of `memlong lm-eval ls tasks`."),
+        typer.Option(help=f"Comma-separated: {', '.join(GROUPS)}, or their tasks."),
     ] = "subset",
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, 'demo' or 'demo-gemma'.")] = "demo",
     lengths: Annotated[str, typer.Option(help="Tokens of a prompt, comma-separated.")] = "4096",
@@ -126,6 +126,8 @@ def main(
     places = {"haystack": haystack, "babi": babi}
     prompts = {"samples": samples, **{name: str(path) for name, path in places.items() if path is not None}}
     contents = {name: _digest(path) for name, path in places.items() if path is not None}
+    _check_tasks(wanted)
+    check_able(systems, language_model, tokenizer, ["generate"])
     facts = {"model": model, "dtype": dtype, "device": device, "contents": contents}
     run = Run(language_model, tokenizer, facts, prompts, out)
     listed = {each.name: each.settings for each in systems}
@@ -136,7 +138,7 @@ def main(
         for length in sizes
         for task in wanted
         for each in systems
-        if each.name != FULL or positions is None or length <= positions
+        if positions is None or length <= positions or not (each.name == FULL or reads_whole(each))
     ]
     cells = _cells(run, systems, todo, seeds, report)
     rows = {name: means(found, sizes) for name, found in cells.items()}
@@ -147,6 +149,15 @@ def main(
     draw(rows, sizes, out / "benchmarks.png")
     report.end()
     typer.echo(f"Written: {out}")
+
+
+def _check_tasks(names: Sequence[str]) -> None:
+    known = TaskManager(include_path=str(TASKS), include_defaults=False).all_subtasks
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InvalidArgumentError(
+            f"--tasks must be among {', '.join([*GROUPS, *known])}, got {unknown[0]!r}"
+        )
 
 
 def _digest(path: Path) -> str:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from ratios import Clock, Ratio
 from results import Budget, Report
 from shapes import MODEL_HELP, load, token_ids
-from systems import FULL, System, all_different, built_in, described
+from systems import FULL, System, all_different, built_in, check_able, described
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -182,6 +182,9 @@ def main(
         why = "" if fits else f" (texts of {longest:,} tokens exceed the model's {positions:,} positions)"
         names = ", ".join(repr(each.name) for each in systems)
         raise InvalidArgumentError(f"--ceiling must be one of {names}, got {ceiling!r}{why}")
+    check_able(systems, language_model, tokenizer, ["stream", *(["be timed"] if times else [])])
+    if reading is Reading.TOKEN:
+        check_able(systems, language_model, tokenizer, ["generate"])
     facts = {"model": model, "dtype": dtype, "device": device}
     run = Run(language_model, tokenizer, reading, facts, out)
     choices = {"reading": reading, "local_window": local_window, "score_from": score_from, "ceiling": ceiling}

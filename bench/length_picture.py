@@ -29,20 +29,25 @@ def main(
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("out/lengths.png"),
 ) -> None:
     """Draw it."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in results]
+    found = [_read(path) for path in results]
     texts = [name for name in found[-1]["texts"] if all(name in each["texts"] for each in found)]
-    systems = [
-        name
-        for name in found[-1]["systems"]
-        if all(name in each["systems"] for each in found) and name not in (_WINDOW, _CEILING)
-    ]
-    if not texts or not systems or not all(_CEILING in each["systems"] for each in found):
+    measured = [each["texts"][text]["systems"] for each in found for text in texts]
+    common = [name for name in found[-1]["systems"] if all(name in each for each in measured)]
+    systems = [name for name in common if name not in (_WINDOW, _CEILING)]
+    if not texts or not systems or not {_WINDOW, _CEILING} <= {*common}:
         raise InvalidArgumentError(
             f"Results must share texts, and systems with {_WINDOW!r} and {_CEILING!r}: give those of one set of runs"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(found, texts, systems, out)
     typer.echo(f"Written: {out}")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"{str(path)!r} must be a result of bench/front.py: {error}") from error
 
 
 def gaps(

@@ -61,7 +61,7 @@ def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, 'demo' or 'demo-gemma'.")] = "demo",
     metadata: Annotated[str, typer.Option(help="As lm-eval's own, in JSON.")] = "{}",
     include_path: Annotated[Path, typer.Option(help="Folder of more tasks.")] = EXAMPLES,
-    length: Annotated[int, typer.Option(min=1024, help="Tokens of prompts that are made here.")] = 1024,
+    length: Annotated[int, typer.Option(min=1024, help="Tokens of prompts that are made here.")] = 2048,
     local_window: Annotated[int, typer.Option(help="Tokens of memlong's local window.")] = 4096,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples in prompts of tasks that have some.")

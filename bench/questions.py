@@ -23,7 +23,7 @@ from cells import table
 from ratios import Clock, Ratio
 from results import Budget, Report
 from scipy.stats import binomtest
-from systems import System, all_different, described
+from systems import System, all_different, check_able, described
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor
@@ -120,6 +120,7 @@ def main(
     language_model, tokenizer = load_model(model, dtype=dtype, device=device)
     filler = Filler.of(tokenizer, read_text(text))
     systems = _systems(language_model, tokenizer, length, system or ())
+    check_able(systems, language_model, tokenizer, ["generate", "be timed"])
     told = {
         "model": model,
         "dtype": dtype,

@@ -120,6 +120,19 @@ def test_beyond_the_length_of_the_model_another_system_is_the_ceiling(bench, run
         (["--system", "lm 2"], "--system must be NAME: key=value, key=value, such as .*, got 'lm 2'"),
         (["--system", "lm 2: top_k=2"], "Systems must have different names, got 'lm 2' twice: rename one"),
         (["--system", "mine: top=2"], "MemoryConfig has no setting 'top'"),
+        (["--system", "x: kind=[1]"], r"kind must be one of 'memory', .*, got \[1\]"),
+        (
+            ["--system", "x: kind=foreign, text=5", "--no-times"],
+            "text must be the path of a text file, got 5",
+        ),
+        (
+            ["--system", "x: kind=foreign, tokens=many", "--no-times"],
+            "tokens must be an integer of at least 1, got 'many'",
+        ),
+        (
+            ["--system", "x: kind=foreign"],
+            r"'x' .kind='foreign'. cannot be timed here: leave it out, or .* .stream.",
+        ),
         (["--ceiling", "lm 3"], "--ceiling must be one of 'window 1024'.*, got 'lm 3'"),
         (["--text", "a.py"], "Texts must have different names, got 'a.py' twice: rename one"),
         (["--score-from", "1500"], r"more tokens than --score-from or --last \(1,500\), got 1,500: lower it"),

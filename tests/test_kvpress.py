@@ -59,10 +59,12 @@ ExpectedAttentionPress = KVzipPress = SnapKVPress = Press
 """
 
 SENTENCES = """
+import os
 import torch
 
 class InfiniRetri:
     def __init__(self, model, tokenizer, topk, window_length):
+        assert "chat_template.jinja" not in os.listdir(model.config.name_or_path)
         assert window_length == 19 and model.config._attn_implementation == "eager"
         self.model, self.tokenizer, self.sentences = model, tokenizer, topk
 
@@ -236,8 +238,10 @@ def test_the_worker_answers_what_is_kept_of_the_sentences(llama, small, text, kv
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = Whitespace()
     ids, options = text(200), {"max_new_tokens": 6, "eos_token_id": []}
-    with kvpress.InfiniRetri(llama, PreTrainedTokenizerFast(tokenizer_object=tokenizer), small()) as decoder:
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="{{ messages }}")
+    with kvpress.InfiniRetri(llama, fast, small()) as decoder:
         said = decoder.generate(ids, **options)
+    assert fast.chat_template == "{{ messages }}"
     prompt = ids[:, 200 - 64 - 20 :]  # more sentences would be more than 38 tokens and the question
     plain = llama.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **options)
     assert said[0, 200:].tolist() == plain[0, 84:].tolist()

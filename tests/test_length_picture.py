@@ -45,9 +45,11 @@ def test_gaps_are_those_to_a_memory_of_32_chunks(picture, results, tmp_path):
 
 def test_results_without_common_systems_are_refused(picture, results):
     found = json.loads(results[0].read_text(encoding="utf-8"))
-    del found["systems"]["lm 8"]
+    del found["texts"]["a"]["systems"]["lm 8"]
     results[0].write_text(json.dumps(found), encoding="utf-8")
     with pytest.raises(
         InvalidArgumentError, match="must share texts, and systems with 'window 1024' and 'lm 32'"
     ):
         picture.main(results)
+    with pytest.raises(InvalidArgumentError, match=r"'nowhere.json' must be a result of bench/front.py"):
+        picture.main([Path("nowhere.json")])

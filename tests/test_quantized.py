@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memlong.errors import MissingDependencyError, UnsupportedModelError
+from memlong.errors import InvalidArgumentError, MissingDependencyError, UnsupportedModelError
 
 
 @pytest.fixture
@@ -122,3 +122,10 @@ def test_a_missing_package_is_named(llama, small, quantized, monkeypatch):
     monkeypatch.setitem(sys.modules, "optimum.quanto", None)
     with pytest.raises(MissingDependencyError, match="pip install optimum-quanto"):
         quantized.TwoBits(llama, None, small())
+
+
+@pytest.mark.usefixtures("quanto")
+def test_a_text_that_the_model_has_no_positions_for_is_refused(llama, small, text, quantized):
+    decoder = quantized.FourBits(llama, None, small())
+    with pytest.raises(InvalidArgumentError, match="positions, of which the model has 512, got 520 tokens"):
+        decoder.read(text(520))

@@ -505,6 +505,12 @@ def test_benchmarks_of_others_score_every_system_and_go_on_where_they_ended(
     monkeypatch.setattr(bench, "simple_evaluate", None)
     bench.main(model=str(folder), dtype="float32", **typed)
     assert json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))["cells"] == found["cells"]
+    for change, message in (
+        ({"tasks": "ruler_local_xx"}, "--tasks must be among subset, .*, got 'ruler_local_xx'"),
+        ({"system": ["peeks: kind=oracle"], "only": None}, "'peeks' .kind='oracle'. cannot generate here"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            bench.main(model=str(folder), dtype="float32", **typed | change)
     book.write_text("word1 " * 1500, encoding="utf-8")
     with pytest.raises(TypeError):  # another text is scored, which nothing does here
         bench.main(model=str(folder), dtype="float32", **typed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from memlong import MemoryConfig
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.options import accepted_options
 from memlong.settings import key_values
+from systems.alternative import ABILITIES
 
 FULL = "full"
 MEMORY = "memory"
@@ -86,7 +87,8 @@ class System:
             for key, value in self.settings.items()
             if isinstance(value, str) and Path(value).is_file()
         }
-        return {**self.settings, **files}
+        own = {} if self.kind == MEMORY else getattr(_maker(self.kind), "facts", dict)()
+        return {**self.settings, **own, **files}
 
     def decoder(self, model: PreTrainedModel, tokenizer: Any) -> Any:
         """Return what reads with these settings: a `MemoryDecoder`, or what has its interface."""
@@ -128,7 +130,7 @@ def described(text: str, base: MemoryConfig) -> System:
         )
     given: dict[str, Any] = key_values("--system", _NEXT_SETTING.split(settings.strip()), example=_EXAMPLE)
     kind = given.pop("kind", MEMORY)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InvalidArgumentError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     own = () if kind == MEMORY else accepted_options(_maker(kind), besides=_GIVEN)
     options = {key: given.pop(key) for key in own if key in given}
@@ -142,6 +144,33 @@ def all_different(systems: Sequence[System]) -> list[System]:
     if twice:
         raise InvalidArgumentError(f"Systems must have different names, got {twice[0]!r} twice: rename one")
     return list(systems)
+
+
+def check_able(
+    systems: Sequence[System], model: PreTrainedModel, tokenizer: Any, needs: Iterable[str]
+) -> None:
+    """Make each system once, so that what it lacks is known before others are measured.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a system cannot do what a bench needs.
+    MemlongError
+        If it cannot be made.
+    """
+    for each in systems:
+        able = getattr(each.decoder(model, tokenizer), "abilities", ABILITIES)
+        missing = sorted({*needs} - able)
+        if missing:
+            raise InvalidArgumentError(
+                f"{each.name!r} (kind={each.kind!r}) cannot {' or '.join(missing)} here: leave it out, or measure only "
+                f"what it can do ({', '.join(sorted(able))})"
+            )
+
+
+def reads_whole(system: System) -> bool:
+    """Whether a system needs as many positions as a text has tokens."""
+    return system.kind != MEMORY and bool(_maker(system.kind).reads_whole)
 
 
 def _maker(kind: str) -> type[Any]:

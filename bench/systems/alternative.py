@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,10 +13,21 @@ from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, MemoryDecoder, Segment
 from memlong.decoder import Likelihood
+from memlong.errors import InvalidArgumentError, MemlongError
+
+ABILITIES = frozenset({"stream", "generate", "score", "be timed"})
+"""What benches ask of systems; those that work in another process cannot be timed in this one."""
 
 
 class Alternative(ABC):
     """A system that benchmarks run as they run a `MemoryDecoder`; streams have one row.
+
+    Attributes
+    ----------
+    abilities
+        What it can do, of `ABILITIES`.
+    reads_whole
+        Whether the model reads whole texts at their own positions, of which it must have as many.
 
     Parameters
     ----------
@@ -25,6 +36,8 @@ class Alternative(ABC):
     """
 
     banks = ()
+    abilities: ClassVar[frozenset[str]] = ABILITIES
+    reads_whole: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
@@ -56,9 +69,20 @@ class Alternative(ABC):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Answer a prompt [1, tokens]; the stream stays where it is."""
 
-    def score(self, input_ids: Tensor, continuations: Sequence[Sequence[int]], **_: Any) -> list[Likelihood]:
+    def score(self, input_ids: Tensor, continuations: Sequence[Sequence[int]], **_: Any) -> list[Likelihood]:  # noqa: ARG002
         """Return how likely continuations of a prompt [1, tokens] are; the prompt is read for each."""
-        raise NotImplementedError(f"{type(self).__name__} does not score continuations")
+        raise MemlongError(
+            f"{type(self).__name__} does not score continuations: leave it out of tasks that do"
+        )
+
+    def check_positions(self, tokens: int) -> None:
+        """Raise InvalidArgumentError if the model was not trained on so many positions."""
+        positions = self.model_layout.max_positions
+        if positions is not None and tokens > positions:
+            raise InvalidArgumentError(
+                f"{type(self).__name__} reads a whole text at its own positions, of which the model has {positions:,}, "
+                f"got {tokens:,} tokens: take a shorter text, or leave the system out"
+            )
 
     @property
     def device_kv_bytes(self) -> int:

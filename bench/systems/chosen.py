@@ -32,6 +32,8 @@ class ChosenMemory(Alternative):
         What reads.
     """
 
+    abilities = frozenset({"stream"})
+
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         self.memory = MemoryDecoder(model, tokenizer, config)
         super().__init__(model, tokenizer, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong import MemoryBank, MemoryConfig, Segment
-from memlong.errors import InvalidTextError
+from memlong.bank import whole_number
+from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.evaluation import read_text, tokenize
 from systems.chosen import ChosenMemory
 
@@ -45,6 +47,9 @@ class ForeignMemory(ChosenMemory):
         text: str | None = None,
         tokens: int = 8192,
     ) -> None:
+        tokens = whole_number("tokens", tokens, at_least=1)
+        if text is not None and not isinstance(text, str):
+            raise InvalidArgumentError(f"text must be the path of a text file, got {text!r}")
         super().__init__(model, tokenizer, config)
         positions = self.model_layout.max_positions
         if self.memory.config.position_mode == "original" and positions is not None:
@@ -55,6 +60,11 @@ class ForeignMemory(ChosenMemory):
             self.foreign_ids = torch.randint(3, model.config.vocab_size, (1, tokens), generator=generator)
         else:
             self.foreign_ids = tokenize(tokenizer, read_text(text or _TEXT), tokens)
+
+    @staticmethod
+    def facts() -> dict[str, str]:
+        """Return what a cached run depends on besides its options: the content of the default text."""
+        return {"default text": hashlib.sha256(_TEXT.read_bytes()).hexdigest()}
 
     def stream(self, input_ids: Tensor, *, logits: Literal["all", "last"] = "all") -> Iterator[Segment]:
         """Read more of the text [1, tokens] segment by segment; the foreign text before anything else."""

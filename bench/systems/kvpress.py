@@ -39,6 +39,7 @@ class Elsewhere(Alternative):
     kind: str
     method: str
     packages: str
+    abilities = frozenset({"generate"})
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         super().__init__(model, tokenizer, config)
@@ -88,6 +89,8 @@ class Elsewhere(Alternative):
         if self._worker is None:
             self._worker = Worker(self._python, _SCRIPT, self.model, self.tokenizer)
         tokens, said = self._read + input_ids[0].tolist(), input_ids.cpu()
+        if self.reads_whole:
+            self.check_positions(len(tokens) + most)
         end = max(0, len(tokens) - self._question_length)
         told: dict[str, Any] = {"context": tokens[:end], "question": tokens[end:]}
         told |= {"method": self.method, "kept": self.attended_tokens}
@@ -148,6 +151,8 @@ class Kvpress(Elsewhere):
     The question is read after the press has chosen, which does not see it. A context is read whole, so that the most
     K-V is that of full attention.
     """
+
+    reads_whole = True
 
     packages = "torch kvpress"
 

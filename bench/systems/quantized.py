@@ -38,6 +38,7 @@ class QuantizedKv(Alternative):
     """
 
     bits: int
+    reads_whole = True
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         try:
@@ -151,6 +152,7 @@ class QuantizedKv(Alternative):
     @torch.no_grad()
     def _forward(self, cache: QuantizedCache, tokens: list[int], keep: int) -> Tensor:
         """Read tokens, and return the logits [1, tokens, vocabulary] of the last so many, or of all where 0."""
+        self.check_positions(cache.get_seq_length() + len(tokens))
         ids = torch.tensor([tokens], device=self.model.device)
         found: Tensor = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         return found

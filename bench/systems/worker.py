@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -54,7 +55,11 @@ class Worker:
             with quiet_loading():
                 model.save_pretrained(self._folder.name)
             if tokenizer is not None:
-                tokenizer.save_pretrained(self._folder.name)
+                plain = deepcopy(tokenizer)
+                plain.chat_template = (
+                    None  # prompts are texts, of which a package may take a part for the template's
+                )
+                plain.save_pretrained(self._folder.name)
             self._start(command)
         except BaseException:
             self.close()

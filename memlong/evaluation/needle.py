@@ -60,7 +60,7 @@ class Cell:
     accuracy: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Filler:
     """A tokenized text that fills prompts.
 

@@ -79,6 +79,8 @@ def test_texts_that_are_not_there_are_explained(metadata, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="text is missing: name your file"):
         texts()
     with pytest.raises(ValueError, match=r"must be a text file, or a folder with .txt files in it"):
-        texts(text=str(tmp_path / "texts" / ".."), characters=0)
-    with pytest.raises(ValueError, match=r"must be a text file, or a folder with .txt files in it"):
         texts(text=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="did you mean 'characters'"):
+        texts(text=metadata["text"], charcters=100)
+    with pytest.raises(InvalidArgumentError, match="characters must be an integer of at least 1, got '5'"):
+        texts(text=metadata["text"], characters="5")

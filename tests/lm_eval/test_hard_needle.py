@@ -27,7 +27,7 @@ def test_prompts_fit_and_hold_every_fact(plain):
     made = rows({**plain, "needles": 3})
     assert [row["max_length"] for row in made] == [1024, 2048, 1024, 2048]
     for row in made:
-        assert 0.9 * row["max_length"] < len(row["input"].split()) <= row["max_length"]
+        assert 0.9 * row["max_length"] < len(row["input"].split()) <= row["max_length"] - 16
         assert len(row["choices"]) == 3
         assert all(value in row["input"] for value in row["choices"])
         assert row["outputs"] == [row["choices"][row["gold"]]]
@@ -45,6 +45,7 @@ def test_scores_are_for_the_value_that_was_asked_for():
     doc = {"outputs": ["$2M"], "choices": ["$1.25M", "$2M", "$3M"], "gold": 1, "max_length": 1024}
     assert hard_needle.is_said(doc, [" $2M."]) == {"1024": 1.0}
     assert hard_needle.is_said(doc, ["It is $2M"]) == {"1024": 0.0}
+    assert hard_needle.is_said({**doc, "outputs": ["Dr. Ann Park"]}, [" Dr. Ann Parker"]) == {"1024": 0.0}
     assert hard_needle.is_chosen(doc, [(-9.0, False), (-3.0, True), (-6.0, False)]) == {"1024": 1.0}
     assert hard_needle.is_chosen(doc, [(-3.0, False), (-3.0, True), (-6.0, False)]) == {"1024": 0.0}
 

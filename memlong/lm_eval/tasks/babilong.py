@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from memlong.errors import InvalidArgumentError
 from memlong.lm_eval.tasks.babi import Question, read_questions
-from memlong.lm_eval.tasks.given import Given, given_by, in_turn
+from memlong.lm_eval.tasks.given import ANSWER, Given, given_by, in_turn
 from memlong.lm_eval.tasks.haystack import check_length, sentences_of
 
 _TASK = (
@@ -234,7 +234,7 @@ def _chosen(given: Given, task: int, questions: Sequence[Question], length: int)
     order = given.draw(task).sample(questions, len(questions))
     left = given.samples
     for question in order:
-        if left and given.count(_prompt(task, question, question.facts)) <= length:
+        if left and given.count(_prompt(task, question, question.facts)) + ANSWER <= length:
             left -= 1
             yield question
     if left == given.samples:
@@ -244,8 +244,8 @@ def _chosen(given: Given, task: int, questions: Sequence[Question], length: int)
 
 
 def _mixed(given: Given, task: int, question: Question, book: Book, length: int, draw: Random) -> str:
-    """Return a prompt of at most so many tokens, its facts at random places of a passage."""
-    room = length - given.count(_prompt(task, question, question.facts))
+    """Return a prompt of at most so many tokens with its answer, its facts at random places of a passage."""
+    room = length - ANSWER - given.count(_prompt(task, question, question.facts))
     start = draw.randrange(len(book.sentences))
     spots = sorted(draw.random() for _ in question.facts)
     while True:
@@ -254,7 +254,7 @@ def _mixed(given: Given, task: int, question: Question, book: Book, length: int,
         for fact, spot in reversed(list(zip(question.facts, spots, strict=True))):
             sentences.insert(int(spot * (len(places) + 1)), fact)
         prompt = _prompt(task, question, sentences)
-        over = given.count(prompt) - length
+        over = given.count(prompt) + ANSWER - length
         if over <= 0:
             return prompt
         room -= over  # words that meet can have more tokens than each alone

@@ -19,6 +19,9 @@ from memlong.errors import InvalidArgumentError
 SHORTEST = 1024
 """Tokens below which instructions and worked examples alone fill a prompt."""
 
+ANSWER = 16
+"""Tokens that a prompt leaves for an answer, where these tasks say how long that may be."""
+
 KNOWN = ("max_seq_lengths", "samples", "seed", "tokenizer", "pretrained", "haystack", "babi", "needles")
 """What these tasks look for in the metadata."""
 

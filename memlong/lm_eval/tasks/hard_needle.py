@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -11,8 +12,8 @@ from datasets import Dataset
 
 from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError, MissingDependencyError
-from memlong.lm_eval.tasks.given import Given, given_by, in_turn
-from memlong.lm_eval.tasks.haystack import sentences_of
+from memlong.lm_eval.tasks.given import ANSWER, Given, given_by, in_turn
+from memlong.lm_eval.tasks.haystack import check_length, sentences_of
 
 _NEEDLES = 6
 _GENEROUS = 8  # characters of a token, more than it has
@@ -41,13 +42,13 @@ def dataset(**metadata: Any) -> dict[str, Dataset]:
     Raises
     ------
     InvalidArgumentError
-        If there are not so many needles; or as `given_by` does.
+        If there are not so many needles, or the haystack is shorter than a prompt; or as `given_by` does.
     InvalidTextError, MissingDependencyError
         As `sentences_of` does, or if hard-needle is not installed.
     """
     given = given_by(metadata)
     needles = whole_number("needles", metadata.get("needles", _NEEDLES), at_least=2)
-    book = None if given.haystack is None else Sentences(sentences_of(given))
+    book = None if given.haystack is None else _book(given)
     rows = []
     for length in given.lengths:
         for index in range(given.samples):
@@ -67,9 +68,16 @@ def dataset(**metadata: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(in_turn(rows), split="test")}
 
 
+def _book(given: Given) -> Sentences:
+    sentences = sentences_of(given)
+    check_length(given, given.count(" ".join(sentences)))
+    return Sentences(sentences)
+
+
 def is_said(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Return whether the answer begins with what was asked for, under the prompt's length."""
-    return {str(doc["max_length"]): float(results[0].strip().startswith(doc["outputs"][0]))}
+    wanted = re.escape(doc["outputs"][0]) + r"(?!\w)"  # another value may only go on
+    return {str(doc["max_length"]): float(re.match(wanted, results[0].strip()) is not None)}
 
 
 def is_chosen(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
@@ -82,7 +90,7 @@ def is_chosen(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> 
 
 
 def _fitting(given: Given, length: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an example whose prompt has so many tokens at most, and hardly fewer."""
+    """Return an example whose prompt has so many tokens at most with its answer, and hardly fewer."""
     try:
         from hard_needle import generate_hard_example
     except ImportError as error:
@@ -95,7 +103,7 @@ def _fitting(given: Given, length: int, options: Mapping[str, Any]) -> dict[str,
             made: dict[str, Any] = generate_hard_example(ctx_chars=characters, **options)
         except ValueError as error:
             raise InvalidArgumentError(f"Cannot make a prompt of hard-needle: {error}") from error
-        tokens = given.count(made["prompt"])
+        tokens = given.count(made["prompt"]) + ANSWER
         if tokens <= length:
             return made
         characters = int(characters * min(length / tokens, 0.999))
