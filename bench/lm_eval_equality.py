@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from cells import table
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from results import Report
+from tables_alternatives import answers
 from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
@@ -101,29 +101,8 @@ def main(
                 )
         rows.append(_compared(task, both["memlong"], both["transformers"]))
         report.add({"rows": [asdict(row) for row in rows]})
-    typer.echo("\n" + shown(rows))
+    typer.echo("\n" + answers(map(asdict, rows)))
     report.end()
-
-
-def shown(rows: list[Row]) -> str:
-    """Return the table of a result."""
-    head = ["task", "metric", "memlong", "transformers", "requests", "same answers", "largest difference"]
-    return table(
-        head,
-        [
-            [
-                row.task,
-                row.metric,
-                f"{row.score:.4g}",
-                f"{row.theirs:.4g}",
-                str(row.requests),
-                "" if row.same is None else f"{row.same} of {row.requests}",
-                "" if row.difference is None else f"{row.difference:.1e}",
-            ]
-            for row in rows
-        ],
-        words=2,
-    )
 
 
 def _mapping(metadata: str) -> dict[str, Any]:

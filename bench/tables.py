@@ -73,6 +73,8 @@ def _tables() -> dict[str, Callable[[], str]]:
         found[f"choices-{kind}"] = partial(quality.front_text, f"choices_{kind}.json", text)
     found["alternatives"] = alternatives.headline
     found["questions"] = alternatives.questions
+    for name in ("ruler", "more"):
+        found[f"equality-{name}"] = partial(alternatives.equality, f"equality_{name}.json")
     found["ruler-lengths"] = partial(alternatives.by_length, alternatives.RULER)
     found["ruler-4096"] = partial(alternatives.by_task, alternatives.RULER, 4096)
     for count in (10_000, 100_000):
