@@ -32,7 +32,7 @@ _ROWS = (
     Row("**memory** (the default)", "before-window 8", "memory", "memory"),
     Row("memory, at one position", "zero 8", "zero 8"),
     Row("memory, tokens choose among 8 chunks", "pages of 8", ""),
-    Row("memory, tokens choose among 16", "pages of 16", ""),
+    Row("memory, tokens choose among 16", "pages of 16", "", is_candidate=False),
     Row(
         "memory, tokens choose among 64 chunks, here everything", "pages 256", "pages 256", is_candidate=False
     ),
