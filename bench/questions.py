@@ -32,7 +32,7 @@ from memlong import MemoryConfig, load_model
 from memlong.decoder import choose_machine
 from memlong.errors import MemlongError
 from memlong.evaluation import read_text
-from memlong.evaluation.needle import Filler, named_keys_prompt
+from memlong.evaluation.needle import Filler, named_keys_prompt, says
 
 MEMORY, RAG, FULL = "memory", "RAG as text", "full attention"
 _COLORS = ("red", "green", "blue", "white", "black", "silver", "golden", "purple")
@@ -225,7 +225,7 @@ def _cost(decoder: Any, asked: Asked, answers: list[str], clock: Clock, bar: tqd
             max_new_tokens=_ANSWER,
             logits_processor=[marks],
         )
-        right.append(decoder.tokenizer.decode(said[0, question.shape[1] :]).strip().startswith(answer))
+        right.append(says(decoder.tokenizer.decode(said[0, question.shape[1] :]), answer))
         first.append(marks.times[0] - started)
         further.append((marks.times[-1] - marks.times[0]) / (_ANSWER - 1))
         bar.update()

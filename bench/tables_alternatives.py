@@ -37,13 +37,9 @@ _ROWS = (
         "memory, tokens choose among 64 chunks, here everything", "pages 256", "pages 256", is_candidate=False
     ),
     Row("RAG as text", "RAG as text 8", "RAG as text", "RAG as text"),
-    Row("4-bit K-V of everything", "4-bit K-V", "4-bit K-V", is_candidate=False),
-    Row("2-bit K-V of everything", "2-bit K-V", "2-bit K-V", is_candidate=False),
-    Row("kvpress, expected attention, question unseen", "", "kvpress expected attention"),
-    Row("kvpress, SnapKV, question unseen", "", "kvpress SnapKV"),
-    Row("kvpress, KVzip, question unseen", "", "kvpress KVzip"),
-    Row("InfiniRetri", "", "InfiniRetri"),
-    Row("random chunks", "random 8", "random 8", is_candidate=False),
+    Row("4-bit K-V of everything", "4-bit K-V", "", is_candidate=False),
+    Row("2-bit K-V of everything", "2-bit K-V", "", is_candidate=False),
+    Row("random chunks", "random 8", "", is_candidate=False),
     Row("another text's chunks", "foreign 8", "", is_candidate=False),
     Row("full attention", "full", "full attention", "full attention", is_candidate=False),
 )

@@ -69,7 +69,7 @@ class Elsewhere(Alternative):
         self._read: list[int] = []
 
     def read(self, input_ids: Tensor) -> None:
-        """Note more of the text [1, tokens]; it is read anew with each question."""
+        """Note more of the text [1, tokens]; it is read again for each question."""
         self._read += input_ids[0].tolist()
 
     def stream(self, input_ids: Tensor, *, logits: Literal["all", "last"] = "all") -> Iterator[Segment]:  # noqa: ARG002

@@ -274,6 +274,17 @@ def _find_named(
     return [Cell(length, depth, trials, found / trials) for (length, depth), found in right.items()]
 
 
+def says(answer: str, value: str) -> bool:
+    """Whether an answer begins with a value, and not with a longer one that only begins so.
+
+    Examples
+    --------
+    >>> says(" 12345.", "12345"), says("123456", "12345")
+    (True, False)
+    """
+    return re.match(re.escape(value) + r"(?!\w)", answer.strip()) is not None
+
+
 def _finds(decoder: MemoryDecoder, prompt: Tensor, key: str, progress: Callable[[int], None] | None) -> bool:
     _read(decoder, prompt[:, :-1], progress)
     return _answers(decoder, prompt[:, -1:], key)
@@ -298,7 +309,7 @@ def _answers(decoder: MemoryDecoder, question: Tensor, key: str) -> bool:
         logits_processor=[checked_logits],
     )
     answer: str = decoder.tokenizer.decode(said[0, question.shape[1] :])
-    return answer.strip().startswith(key)
+    return says(answer, key)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -216,9 +216,10 @@ class MemlongLM(TemplateLM):  # type: ignore[misc]
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a prompt and of what follows, as lm-eval does, but those of a prompt once in a row."""
         prompt = context.rstrip()
-        if self._last_prompt[0] != prompt:
-            self._last_prompt = prompt, self.tok_encode(prompt)
-        tokens = self._last_prompt[1]
+        known, tokens = self._last_prompt
+        if known != prompt:
+            tokens = self.tok_encode(prompt)
+            self._last_prompt = prompt, tokens
         return tokens, self.tok_encode(context + continuation)[len(tokens) :]
 
     def _loglikelihood_tokens(

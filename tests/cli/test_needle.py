@@ -9,7 +9,7 @@ import torch
 
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import Filler, evaluate_needle, passkey_prompt
-from memlong.evaluation.needle import named_keys_prompt
+from memlong.evaluation.needle import named_keys_prompt, says
 
 
 @pytest.fixture
@@ -235,3 +235,18 @@ def test_a_tokenized_filler_makes_the_same_prompts():
     for depth in (0, 0.4, 1):
         expected = passkey_prompt(Characters(), 1000, depth, 12345, text)
         assert passkey_prompt(Characters(), 1000, depth, 12345, filler).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_right"),
+    [
+        (" 12345.", True),
+        ("12345", True),
+        ("12345\n67", True),
+        ("123456", False),
+        ("It is 12345", False),
+        ("", False),
+    ],
+)
+def test_a_longer_number_is_another_key(answer, is_right):
+    assert says(answer, "12345") is is_right

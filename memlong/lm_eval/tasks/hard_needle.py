@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -12,6 +11,7 @@ from datasets import Dataset
 
 from memlong.bank.validate import whole_number
 from memlong.errors import InvalidArgumentError, MissingDependencyError
+from memlong.evaluation.needle import says
 from memlong.lm_eval.tasks.given import ANSWER, Given, given_by, in_turn
 from memlong.lm_eval.tasks.haystack import check_length, sentences_of
 
@@ -76,8 +76,7 @@ def _book(given: Given) -> Sentences:
 
 def is_said(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Return whether the answer begins with what was asked for, under the prompt's length."""
-    wanted = re.escape(doc["outputs"][0]) + r"(?!\w)"  # another value may only go on
-    return {str(doc["max_length"]): float(re.match(wanted, results[0].strip()) is not None)}
+    return {str(doc["max_length"]): float(says(results[0], doc["outputs"][0]))}
 
 
 def is_chosen(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
