@@ -26,7 +26,8 @@ class QuantizedKv(Alternative):
     Text is read segment by segment. A segment attends to its own tokens as they are, and to all before it, of which no
     more than the last `RESIDUAL` are not quantized. As in transformers, what is read first is quantized at once, and
     all tokens again where new ones are. Groups of numbers that share a scale are of one token and one head, so that
-    this changes the old ones no further.
+    this changes the old ones no further. At its first use, optimum-quanto compiles a part of itself, which takes
+    minutes and a C++ compiler.
 
     Raises
     ------
