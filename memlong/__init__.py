@@ -6,7 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memlong.bank import BankPool, EvictionPolicy, KeyValueStore, MemoryBank, Retrieved, SearchResult
+    from memlong.bank import (
+        BankPool,
+        EvictionPolicy,
+        KeyValueStore,
+        LayeredBank,
+        MemoryBank,
+        Retrieved,
+        SearchResult,
+    )
     from memlong.decoder import MemoryConfig, MemoryDecoder, Passage, Retriever, Segment, load_model
     from memlong.errors import MemlongError, SnapshotError
     from memlong.plugins import PluginManager, Registry, create_bank, hookimpl, list_backends, load_bank
@@ -19,6 +27,7 @@ _HOMES = {
         "BankPool",
         "EvictionPolicy",
         "KeyValueStore",
+        "LayeredBank",
         "MemoryBank",
         "Retrieved",
         "SearchResult",
@@ -39,6 +48,7 @@ __all__ = [
     "BankPool",
     "EvictionPolicy",
     "KeyValueStore",
+    "LayeredBank",
     "MemlongError",
     "MemoryBank",
     "MemoryConfig",

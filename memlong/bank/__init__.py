@@ -6,6 +6,7 @@ from memlong.bank.capacity import Capacity
 from memlong.bank.draft import Draft
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.index.index import Index, IndexRows, NoOptions
+from memlong.bank.layers import LayeredBank
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.metric import Metric
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
@@ -32,6 +33,7 @@ __all__ = [
     "Index",
     "IndexRows",
     "KeyValueStore",
+    "LayeredBank",
     "MemoryBank",
     "Metric",
     "NoOptions",

@@ -153,6 +153,16 @@ class MemoryBank:
         return options_to_save(self._state.index.options_to_save(), self.saved_options)
 
     @property
+    def top(self) -> MemoryBank:
+        """The bank that changes go to: itself, unless it is layered."""
+        return self
+
+    @property
+    def bases(self) -> tuple[MemoryBank, ...]:
+        """The read-only banks below it: none, unless it is layered."""
+        return ()
+
+    @property
     def state(self) -> BankState:
         """What the bank is made of; for a subclass, and for what saves and loads banks."""
         return self._state
@@ -248,13 +258,19 @@ class MemoryBank:
 
         As it would be with ``more`` [n, dim] embeddings.
         """
+        held, added = len(self), 0 if more is None else len(more)
+        step = max(1, -(-(held + added) // _ENOUGH))
+        total, count = self.embedding_sum(0, step)
+        if more is not None:
+            chosen = more[-held % step :: step]
+            total, count = total + chosen.sum(axis=0), count + len(chosen)
+        return torch.from_numpy(total / max(1, count))
+
+    def embedding_sum(self, start: int, step: int) -> tuple[Floats, int]:
+        """Return the sum [dim] of every ``step``-th embedding from the ``start``-th on, and of how many it is."""
         with self._state.reading():
-            stored = self._state.table.embeddings
-            added = stored[:0] if more is None else more
-            step = max(1, -(-(len(stored) + len(added)) // _ENOUGH))
-            parts = stored[::step], added[-len(stored) % step :: step]
-            count = sum(map(len, parts))
-            return torch.from_numpy(sum(part.sum(axis=0) for part in parts) / max(1, count))
+            chosen = self._state.table.embeddings[start::step]
+            return chosen.sum(axis=0), len(chosen)
 
     @property
     def usage(self) -> Usage:
@@ -271,6 +287,11 @@ class MemoryBank:
         return (
             f"{type(self).__name__}(dim={self._state.dim}, metric={self._state.metric!r}, chunks={len(self)})"
         )
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of what the bank finds chunks by: ids, spans, embeddings and the model that made them."""
+        with self._state.reading():
+            return self._state.fingerprint()
 
     def check_layout(self, layout: ChunkLayout) -> None:
         """Check whether the bank and its store can hold chunks of a layout.

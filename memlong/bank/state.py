@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -92,6 +94,7 @@ class BankState:
         self.unproven: list[tuple[Ids, Finiteness]] = []
         self.origin: Mapping[str, Any] | None = None
         self.saved: SavedBank | None = None
+        self._fingerprint: tuple[tuple[Any, ...], str] = (), ""
         self._index_is_current = True
         self.index = make_index(IndexRows(self.table, dim, similarity_of(metric), device))
         self.index.reset()
@@ -193,6 +196,18 @@ class BankState:
         )
         self.contents.fill(layout, next_id)
         self.drop_index()
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of ids, spans, embeddings, metric and origin, computed when they have changed."""
+        table = self.table
+        # Ids are never used again, so this tells any two states of a bank apart.
+        now = self.contents.next_id, len(table), json.dumps([self.metric, self.origin], sort_keys=True)
+        if self._fingerprint[0] != now:
+            found = hashlib.sha256(now[2].encode())
+            for each in (table.ids, table.spans, table.embeddings):
+                found.update(np.ascontiguousarray(each).data)
+            self._fingerprint = now, found.hexdigest()
+        return self._fingerprint[1]
 
     def clear(self) -> None:
         """Remove every chunk, and forget the layout; ids continue."""

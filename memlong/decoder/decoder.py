@@ -178,6 +178,7 @@ class MemoryDecoder(Uncopied):
         self,
         banks: Sequence[MemoryBank] | None = None,
         *,
+        bases: Sequence[MemoryBank] = (),
         random_chunks: RandomChunks | None = None,
         any_model: bool = False,
     ) -> None:
@@ -188,6 +189,9 @@ class MemoryDecoder(Uncopied):
         banks
             A bank for each row, for instance one that already holds another text, read by the same model with the same
             ``retrieval_layers``; new ones by default.
+        bases
+            Banks that all rows read and none changes, such as ``load_bank(folder, lazy=True)``: each row's new bank
+            lies over them (`LayeredBank`). Not with ``banks``.
         random_chunks
             Random chunks to retrieve now and then instead of the ones asked for, as training does.
         any_model
@@ -199,7 +203,7 @@ class MemoryDecoder(Uncopied):
         InvalidArgumentError
             If a bank does not fit the retriever, the model or the settings, or two rows would share one.
         """
-        self._streams.reset(banks, random_chunks=random_chunks, any_model=any_model)
+        self._streams.reset(banks, bases=bases, random_chunks=random_chunks, any_model=any_model)
 
     def use_banks(self, banks: Sequence[MemoryBank], *, any_model: bool = False) -> None:
         """Continue with other banks, from the next retrieval on; windows stay.
@@ -423,6 +427,8 @@ class MemoryDecoder(Uncopied):
         trust_index: bool = False,
         any_model: bool = False,
         most_bytes: int | str | None = None,
+        bases: Sequence[MemoryBank] = (),
+        any_bases: bool = False,
     ) -> Self:
         """Make a decoder, and continue the streams that were saved.
 
@@ -433,7 +439,7 @@ class MemoryDecoder(Uncopied):
         model, tokenizer, config, retriever, registry
             As for the decoder that was saved. The backend, its options and the store may differ: keys, values and
             embeddings stay what they are.
-        lazy, trust_index, any_model, most_bytes
+        lazy, trust_index, any_model, most_bytes, bases, any_bases
             As for `restore`.
 
         Raises
@@ -444,7 +450,15 @@ class MemoryDecoder(Uncopied):
             As for making the decoder.
         """
         decoder = cls(model, tokenizer, config, retriever=retriever, registry=registry)
-        decoder.restore(path, lazy=lazy, trust_index=trust_index, any_model=any_model, most_bytes=most_bytes)
+        decoder.restore(
+            path,
+            lazy=lazy,
+            trust_index=trust_index,
+            any_model=any_model,
+            most_bytes=most_bytes,
+            bases=bases,
+            any_bases=any_bases,
+        )
         return decoder
 
     def restore(
@@ -455,6 +469,8 @@ class MemoryDecoder(Uncopied):
         trust_index: bool = False,
         any_model: bool = False,
         most_bytes: int | str | None = None,
+        bases: Sequence[MemoryBank] = (),
+        any_bases: bool = False,
     ) -> None:
         """Continue the streams that were saved, in place of the current ones, which are dropped.
 
@@ -471,15 +487,20 @@ class MemoryDecoder(Uncopied):
             not checked.
         most_bytes
             Refuse a snapshot whose files take more.
+        bases
+            The read-only banks that each row's bank lay over, in their order, or some to put them over.
+        any_bases
+            Accept other bases than those, or none.
 
         Raises
         ------
         SnapshotError
-            If the folder holds no streams, or damaged ones, or those of another model. The decoder is then unchanged.
+            If the folder holds no streams, or damaged ones, or those of another model, or over other bases. The decoder
+            is then unchanged.
         InvalidArgumentError
             If ``lazy`` is requested, and the configuration has a ``store``.
         """
-        reading = Reading(lazy, trust_index, any_model, most_bytes)
+        reading = Reading(lazy, trust_index, any_model, most_bytes, bases, any_bases)
         self._streams.replace(read_snapshot(path, self._setup, self._streams, reading))
 
     def fingerprint(self) -> dict[str, Any]:

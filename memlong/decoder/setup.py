@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from memlong.bank import ChunkLayout, MemoryBank, TieredStore
+from memlong.bank import ChunkLayout, LayeredBank, MemoryBank, TieredStore
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.kv.sources import KvSource
 from memlong.decoder.model.gates import MemoryGates
@@ -61,9 +61,10 @@ class Setup:
             options["store"] = TieredStore(**self.config.store)
         return options
 
-    def new_bank(self) -> MemoryBank | None:
-        """Make an empty bank; None for the plain window."""
+    def new_bank(self, bases: Sequence[MemoryBank] = ()) -> MemoryBank | None:
+        """Make an empty bank, over bases if there are any; None for the plain window."""
         if self.config.backend is None or self.retriever is None:
             return None
         options = {"metric": self.retriever.metric, **self.bank_options}
-        return self.registry.create_bank(self.config.backend, self.retriever.dim, **options)
+        bank = self.registry.create_bank(self.config.backend, self.retriever.dim, **options)
+        return LayeredBank(bank, bases) if bases else bank

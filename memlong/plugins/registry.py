@@ -19,6 +19,8 @@ from memlong.plugins.spec import Kind, Spec
 from memlong.uri import scheme_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from memlong.bank.base import MemoryBank
     from memlong.bank.eviction import EvictionPolicy
     from memlong.bank.snapshot.reader import StoredBank
@@ -178,6 +180,8 @@ class Registry:
         path: str | Path,
         backend: str | None = None,
         *,
+        bases: Sequence[MemoryBank] = (),
+        any_bases: bool = False,
         row: int | None = None,
         lazy: bool = False,
         trust_index: bool = False,
@@ -185,7 +189,7 @@ class Registry:
         kv_device: str | None = None,
         **options: object,
     ) -> MemoryBank:
-        """Load a bank from a snapshot folder.
+        """Load a bank from a snapshot folder; over bases, a `LayeredBank`.
 
         Parameters
         ----------
@@ -193,6 +197,10 @@ class Registry:
             The folder.
         backend
             Name of the backend; the saved one by default. Another backend rebuilds its index.
+        bases
+            The banks that it was saved over, in their order, or some to put it over.
+        any_bases
+            Accept other bases than it was saved over, or none.
         row, lazy, trust_index, most_bytes, kv_device, **options
             As in `MemoryBank.load`.
 
@@ -211,6 +219,8 @@ class Registry:
             lambda manifest: self.bank_of(
                 read_bank(folder, manifest, row, kv_device),
                 backend,
+                bases=bases,
+                any_bases=any_bases,
                 lazy=lazy,
                 trust_index=trust_index,
                 **options,
@@ -223,11 +233,16 @@ class Registry:
         stored: StoredBank,
         backend: str | None = None,
         *,
+        bases: Sequence[MemoryBank] = (),
+        any_bases: bool = False,
         lazy: bool = False,
         trust_index: bool = False,
         **options: object,
     ) -> MemoryBank:
         """Create a bank from the content of a snapshot; see `load_bank`."""
+        from memlong.bank.layers import LayeredBank
+
+        stored = stored.apart_from(bases, any_bases=any_bases)
         name = self._backend_that_made(stored) if backend is None else backend
         name, options = self.resolve(name, **options)
         policy = stored.record.eviction
@@ -241,7 +256,8 @@ class Registry:
         bank_class = self.load_backend_class(name)
         check_options(f"backend {name!r}", bank_class, options.keys(), besides=("dim",))
         options = self._with_policy(options)
-        return bank_class.of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
+        bank = bank_class.of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
+        return LayeredBank(bank, bases) if bases else bank
 
     def _with_policy(self, options: dict[str, object]) -> dict[str, object]:
         policy = options.get("eviction")

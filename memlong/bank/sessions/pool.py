@@ -286,7 +286,7 @@ class BankPool(Uncopied):
         name = "load" if is_known else "make"
         if not isinstance(bank, MemoryBank):
             raise InvalidArgumentError(f"{name} must return a MemoryBank, got {bank!r}")
-        if not is_known and bank.next_id:
+        if not is_known and bank.top.next_id:
             raise InvalidArgumentError(
                 f"make must return a new, empty bank, or sessions would share one, got {bank!r}"
             )

@@ -109,7 +109,7 @@ class Sessions:
             self._in_use.discard(session)
 
     def _rest(self, session: Session) -> None:
-        if session.bank is not None and not session.bank.next_id:  # nothing was ever added
+        if session.bank is not None and not session.bank.top.next_id:  # nothing was ever added
             session.bank = None
         self._measure(session, Size.of(session.bank))
         if session.bank is None and self._all.get(session.name) is session:
@@ -162,7 +162,7 @@ def most_files() -> int:
 def save(session: Session) -> list[SnapshotError]:
     """Save a session's bank, if it ever held anything; returns the error, so that others can be saved."""
     bank = session.bank
-    if bank is None or not bank.next_id:
+    if bank is None or not bank.top.next_id:
         return []
     try:
         make_folder(session.folder)

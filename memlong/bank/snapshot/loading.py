@@ -26,6 +26,11 @@ def load(
     kind: type[Made], stored: StoredBank, given: dict[str, Any], *, lazy: bool, trust_index: bool
 ) -> Made:
     """Make a bank of a class of what a snapshot holds; as `MemoryBank.load`."""
+    if stored.record.bases:
+        raise SnapshotError(
+            f"{str(stored.folder)!r} was saved over {len(stored.record.bases)} bases, which it does not hold: load it "
+            "with memlong.load_bank(path, bases=[...])"
+        )
     if lazy and given.get("store") is not None:
         raise InvalidArgumentError(
             "lazy leaves keys and values in the snapshot, but a store is given: use one of the two"

@@ -16,7 +16,7 @@ from memlong.bank.snapshot.files import FileRecord, damaged, open_plain, read_fu
 from memlong.errors import SnapshotError
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "memlong-snapshot", 2
+FORMAT, VERSION = "memlong-snapshot", 3
 
 Kind = Literal["bank", "decoder"]
 
@@ -54,6 +54,14 @@ class LayoutRecord:
 
 
 @dataclass(frozen=True)
+class BaseRecord:
+    """A bank below the one that was saved: what its content was (SHA-256), and how many chunks."""
+
+    fingerprint: str
+    chunks: int
+
+
+@dataclass(frozen=True)
 class BankRecord:
     """One bank.
 
@@ -79,6 +87,8 @@ class BankRecord:
         Where the chunks are.
     index : IndexRecord or None
         The native index, where there is one.
+    bases : tuple of BaseRecord
+        The banks that it lay over, which are not in the folder.
     """
 
     made_by: str
@@ -97,6 +107,7 @@ class BankRecord:
     state: FileRecord
     segments: tuple[SegmentRecord, ...]
     index: IndexRecord | None
+    bases: tuple[BaseRecord, ...] = ()
 
     @property
     def files(self) -> list[FileRecord]:
@@ -273,6 +284,15 @@ def _bank(fields: Fields) -> BankRecord:
         state=_file(fields.part("state")),
         segments=tuple(_segment(each) for each in fields.parts("segments")),
         index=_index(fields.part_or_none("index")),
+        bases=tuple(_base(each) for each in fields.parts("bases")),
+    )
+    fields.nothing_else()
+    return found
+
+
+def _base(fields: Fields) -> BaseRecord:
+    found = BaseRecord(
+        fingerprint=fields.hexadecimal("fingerprint", 64), chunks=fields.integer("chunks", 0, _MOST)
     )
     fields.nothing_else()
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -65,6 +65,15 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
     )
 
 
+class Base(Protocol):
+    """What a snapshot knows of a bank that it lay over."""
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of its content."""
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True, eq=False)
 class StoredBank:
     """One bank of a snapshot: its table, read and checked; keys and values have not been read.
@@ -121,6 +130,29 @@ class StoredBank:
         for record, chunks in zip(self.record.segments, self.segments, strict=True):
             assert self.layout is not None  # noqa: S101 - `read_bank` has seen to that
             store.attach(BlocksFile(self.folder, record, chunks, self.layout), ids.tolist())
+
+    def apart_from(self, bases: Sequence[Base], *, any_bases: bool) -> StoredBank:
+        """Return the same as a bank of its own, to be put over these bases.
+
+        Raises
+        ------
+        SnapshotError
+            Unless ``any_bases``, if they are not the ones that it was saved over.
+        """
+        before = self.record.bases
+        if not any_bases and before:
+            if len(bases) != len(before):
+                raise SnapshotError(
+                    f"{str(self.folder)!r} was saved over {len(before)} bases, got {len(bases)}: pass those as bases, "
+                    "in their order, or any_bases=True to continue over others, or none"
+                )
+            for number, (base, known) in enumerate(zip(bases, before, strict=True)):
+                if base.fingerprint() != known.fingerprint:
+                    raise SnapshotError(
+                        f"{str(self.folder)!r} was saved over another base {number}, of {known.chunks:,} chunks, got "
+                        f"one of {len(base):,}: pass that one, or any_bases=True to continue over what it holds now"
+                    )
+        return replace(self, record=replace(self.record, bases=()))
 
     def index_file(self) -> bytes | None:
         """Return the native index's file, proven to be what was saved; None if there is none."""

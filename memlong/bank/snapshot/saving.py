@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -11,7 +13,7 @@ from memlong.bank.eviction import saved_name
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.content import Content
 from memlong.bank.snapshot.files import unwritable
-from memlong.bank.snapshot.manifest import BankRecord, IndexRecord
+from memlong.bank.snapshot.manifest import BankRecord, BaseRecord, IndexRecord
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.snapshot.reader import folder_of, layout_record
 from memlong.bank.snapshot.segments import SavedBank, StoredSegment, keepable, write_segments
@@ -32,8 +34,21 @@ class Bank(Protocol):
     def state(self) -> BankState:
         """What it is made of."""
 
+    @property
+    def top(self) -> Bank:
+        """The bank that changes go to: itself, unless it is layered."""
+
+    @property
+    def bases(self) -> Sequence[Bank]:
+        """The banks below it."""
+
     def options_to_save(self) -> dict[str, Any]:
         """Return the backend's own options."""
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of its content."""
+
+    def __len__(self) -> int: ...
 
 
 def save(bank: Bank, path: str | Path, *, compact: bool) -> None:
@@ -41,19 +56,19 @@ def save(bank: Bank, path: str | Path, *, compact: bool) -> None:
     with SnapshotWriter(folder_of(path), "bank") as writer:
         saved = write_bank(bank, writer, compact=compact)
         writer.commit([saved.record])
-        bank.state.saved = saved
+        bank.top.state.saved = saved
 
 
 def write_bank(bank: Bank, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
     """Write what a state of a folder needs of a bank, and return it, for `BankState.saved` once that is current.
 
-    The next save then writes only what has changed since.
+    The next save then writes only what has changed since. Of a layered bank that is its top, and what its bases are.
     """
-    state = bank.state
-    with state.writing():
+    top, bases = bank.top, tuple(BaseRecord(base.fingerprint(), len(base)) for base in bank.bases)
+    with top.state.writing():
         if compact:
-            state.drop_index()  # which may remember embeddings of chunks that have left
-    return state.surviving(lambda: _written(bank, writer, compact=compact))
+            top.state.drop_index()  # which may remember embeddings of chunks that have left
+    return top.state.surviving(lambda: _written(top, bases, writer, compact=compact))
 
 
 def name_of(maker: type) -> str:
@@ -61,7 +76,9 @@ def name_of(maker: type) -> str:
     return f"{maker.__module__}:{maker.__qualname__}"
 
 
-def _written(bank: Bank, writer: SnapshotWriter, *, compact: bool) -> SavedBank:
+def _written(
+    bank: Bank, bases: tuple[BaseRecord, ...], writer: SnapshotWriter, *, compact: bool
+) -> SavedBank:
     state = bank.state
     with state.reading(searching=True):
         layout = state.contents.layout
@@ -71,7 +88,7 @@ def _written(bank: Bank, writer: SnapshotWriter, *, compact: bool) -> SavedBank:
         on_disk = np.concatenate([np.empty(0, dtype=np.int64), *(each.ids for each in kept)])
         fresh = content.rows(~np.isin(content.ids, on_disk))
         written = [] if layout is None else write_segments(writer, fresh, state.store, layout)
-        record = _record(bank, writer, content, layout, [*kept, *written])
+        record = replace(_record(bank, writer, content, layout, [*kept, *written]), bases=bases)
     return SavedBank(writer.token, record, (*kept, *written))
 
 

@@ -108,6 +108,7 @@ def _bank(record: BankRecord) -> dict[str, Any]:
         "chunk_dtype": None if layout is None else layout.dtype,
         "bytes": sum(file.nbytes for file in record.files),
         "segments": len(record.segments),
+        "bases": [each.chunks for each in record.bases],
         "index_bytes": 0 if record.index is None else record.index.file.nbytes,
     }
 

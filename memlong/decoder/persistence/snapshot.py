@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class Reading:
     trust_index: bool = False
     any_model: bool = False
     most_bytes: int | str | None = None
+    bases: Sequence[MemoryBank] = ()
+    any_bases: bool = False
 
 
 def write_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, *, compact: bool) -> None:
@@ -59,7 +62,7 @@ def write_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, *, c
         file = writer.write("streams", safetensors.torch.save(tensors))
         writer.commit([each.record for each in saved], ExtraRecord(facts, file))
         for bank, each in zip(banks, saved, strict=True):
-            bank.state.saved = each
+            bank.top.state.saved = each
 
 
 def read_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, reading: Reading) -> StreamBatch:
@@ -134,6 +137,8 @@ def _bank_of(folder: Path, manifest: Manifest, row: int, setup: Setup, reading: 
     return setup.registry.bank_of(
         read_bank(folder, manifest, row, str(setup.model.device)),
         setup.config.backend,
+        bases=reading.bases,
+        any_bases=reading.any_bases,
         lazy=reading.lazy,
         trust_index=reading.trust_index,
         **setup.bank_options,

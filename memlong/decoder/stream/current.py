@@ -77,11 +77,18 @@ class CurrentStreams:
         self,
         banks: Sequence[MemoryBank] | None = None,
         *,
+        bases: Sequence[MemoryBank] = (),
         random_chunks: RandomChunks | None = None,
         any_model: bool = False,
     ) -> None:
         """Begin new streams; arguments and errors are those of `MemoryDecoder.reset`."""
+        if bases and banks is not None:
+            raise InvalidArgumentError(
+                "banks and bases are both given: pass banks=[LayeredBank(bank, bases), ...] for banks of your own over "
+                "bases"
+            )
         self._given_banks = None if banks is None else check_banks(banks, self._setup, any_model=any_model)
+        self._bases = check_banks(bases, self._setup, any_model=any_model) if bases else ()
         self._takes_any_model = any_model
         self._random_chunks = random_chunks
         self.batch: StreamBatch | None = None
@@ -136,7 +143,7 @@ class CurrentStreams:
             return self.batch
         given = self._given_banks
         if given is None:
-            return self.over([self._setup.new_bank() for _ in range(rows)])
+            return self.over([self._setup.new_bank(self._bases) for _ in range(rows)])
         if len(given) != rows:
             raise InvalidArgumentError(
                 f"banks must hold one bank for each of the {rows} rows, got {len(given)} banks"

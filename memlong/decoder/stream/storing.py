@@ -34,8 +34,8 @@ def store_chunks(
     spans = torch.tensor([(chunk.start, chunk.end) for chunk in chunks], device="cpu")
     embeddings = setup.retriever.embed_chunks(chunks)
     own = bank if isinstance(bank, MemoryBank) else None  # a draft is dropped with everything in it
-    is_first = own is not None and not len(own)
-    if own is not None and not is_first and own.origin != stream.bank_origin:
+    is_first = own is not None and not len(own.top)
+    if own is not None and len(own) and own.origin != stream.bank_origin:
         check_origins([own], origin_of(setup))  # another decoder has stored there since
         stream.bank_origin = own.origin
     stream.storing_from = bank.next_id

@@ -244,8 +244,8 @@ def test_what_a_first_save_left_behind_is_cleared(make, tmp_path):
 
 def test_a_version_to_come_is_refused_by_name(saved):
     _, folder = saved
-    forge(folder, lambda data: data.update(version=3))
-    with pytest.raises(SnapshotError, match="has the format version 3, but this memlong reads version 2"):
+    forge(folder, lambda data: data.update(version=4))
+    with pytest.raises(SnapshotError, match="has the format version 4, but this memlong reads version 3"):
         load_bank(folder)
 
 

@@ -174,7 +174,7 @@ def test_a_deep_and_wide_manifest_is_refused_soon(make, tmp_path):
     make().save(tmp_path)
     wide = b"[" * 900 + b"[]," * 300_000 + b"[]" + b"]" * 900  # which takes gigabytes when it is indented
     (tmp_path / "manifest.json").write_bytes(
-        b'{"format": "memlong-snapshot", "version": 2, "x": ' + wide + b"}"
+        b'{"format": "memlong-snapshot", "version": 3, "x": ' + wide + b"}"
     )
     began = time.process_time()
     with pytest.raises(SnapshotError, match="is not what its SHA-256 says"):
