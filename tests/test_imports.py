@@ -38,6 +38,7 @@ BELOW = {
         "bank",
         "errors",
     },  # a plugin's backend is proven by a model that reads with it
+    "corpus": {"evaluation", "decoder", "plugins", "bank", "errors"},
     "lm_eval": {"settings", "evaluation", "decoder", "bank", "errors"},
     "architectures": {"settings", "decoder", "plugins", "bank", "errors"},
     "cli": {

@@ -14,7 +14,13 @@ from memlong.bank.forks import fork_lock
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.files import damaged, open_plain, unreadable
 from memlong.bank.snapshot.manifest import SegmentRecord
-from memlong.bank.snapshot.segments import SegmentChunks, check_blocks_size, check_finite
+from memlong.bank.snapshot.segments import (
+    SavedBank,
+    SegmentChunks,
+    check_blocks_size,
+    check_finite,
+    read_chunks,
+)
 from memlong.bank.snapshot.tensors import blocks_header, bytes_of
 from memlong.bank.store.copying import stack, to_device
 from memlong.bank.store.offsets import read_at
@@ -39,6 +45,15 @@ class SnapshotStore(KeyValueStore):
         wanted = set(ids)
         self._files.add(file)
         self._places |= {each: (file, row) for row, each in enumerate(file.ids) if each in wanted}
+
+    def settle(self, folder: Path, saved: SavedBank, layout: ChunkLayout | None) -> None:
+        """Read the blocks that were saved from their files from now on, in place of those in memory."""
+        for each in saved.segments:
+            fresh = [chunk_id for chunk_id in each.ids.tolist() if chunk_id in self._new]
+            if fresh and layout is not None:
+                chunks = read_chunks(folder, saved.record, each.record)
+                self.attach(BlocksFile(folder, each.record, chunks, layout), fresh)
+                self._new.remove(fresh)
 
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep new blocks in memory."""

@@ -18,7 +18,7 @@ from memlong.errors import SnapshotError
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "memlong-snapshot", 3
 
-Kind = Literal["bank", "decoder"]
+Kind = Literal["bank", "decoder", "corpus"]
 
 _MOST_BYTES = 32 << 20
 _MOST = 2**48  # of anything counted
@@ -130,7 +130,7 @@ class Manifest:
 
     Attributes
     ----------
-    kind : "bank" or "decoder"
+    kind : "bank", "decoder" or "corpus"
         What was saved.
     token : str
         Identifies this state: 32 random hexadecimal digits.
@@ -139,9 +139,9 @@ class Manifest:
     versions : mapping
         Versions of the packages that wrote it.
     banks : tuple of BankRecord
-        One for a bank, one for each row of a decoder.
+        One for a bank or a corpus, one for each row of a decoder.
     extra : ExtraRecord or None
-        The rest of a decoder.
+        The rest of a decoder, or the documents of a corpus.
     """
 
     kind: Kind
@@ -186,7 +186,7 @@ def parse_manifest(path: Path, content: bytes | bytearray) -> Manifest:
     top.text("format"), top.integer("version")
     banks = tuple(_bank(each) for each in top.parts("banks"))
     found = Manifest(
-        kind=top.choice("kind", ("bank", "decoder")),
+        kind=top.choice("kind", ("bank", "decoder", "corpus")),
         token=top.hexadecimal("token", 32),
         generation=top.integer("generation", 1, _MOST),
         versions=top.mapping("versions"),
@@ -199,6 +199,8 @@ def parse_manifest(path: Path, content: bytes | bytearray) -> Manifest:
         raise damaged(path, f"names {max(names, key=names.count)!r} more than once")
     if found.kind == "bank" and (len(banks) != 1 or found.extra):
         raise damaged(path, f"says that it holds one bank, but describes {len(banks)} and other things")
+    if found.kind == "corpus" and (len(banks) != 1 or not found.extra):
+        raise damaged(path, f"says that it holds a corpus, but describes {len(banks)} banks, or no documents")
     if found.kind == "decoder" and not found.extra:
         raise damaged(path, "says that it holds a decoder, but describes no streams")
     return found

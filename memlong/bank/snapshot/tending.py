@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memlong.bank.snapshot.files import damaged
+from memlong.bank.snapshot.files import check_file, damaged
 from memlong.bank.snapshot.lazy import SnapshotStore
 from memlong.bank.snapshot.manifest import BankRecord, ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
@@ -47,8 +47,11 @@ def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None)
     def verified(manifest: Manifest) -> dict[str, Any]:
         for row in range(len(manifest.banks)):
             _verify_bank(read_bank(folder, manifest, row, "cpu"), progress)
-        if manifest.extra is not None:
+        if manifest.extra is not None and manifest.kind == "decoder":
             _verify_extra(folder, manifest.extra)
+        elif manifest.extra is not None:
+            check_file(folder, manifest.extra.file)
+        if manifest.extra is not None:
             progress(manifest.extra.file.nbytes)
         return _description(manifest)
 

@@ -41,7 +41,7 @@ class SnapshotWriter:
     ----------
     folder : Path
         Made if it does not exist; a folder that holds other things is refused.
-    kind : "bank" or "decoder"
+    kind : "bank", "decoder" or "corpus"
         What is saved.
 
     Raises

@@ -76,10 +76,10 @@ def read_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, readi
     folder = folder_of(path)
 
     def restored(manifest: Manifest) -> StreamBatch:
-        if manifest.extra is None:
+        if manifest.kind != "decoder" or manifest.extra is None:
             raise SnapshotError(
-                f"{str(folder)!r} holds a bank, and no streams of a decoder: load it with memlong.load_bank, and pass "
-                "it to reset(banks=[...])"
+                f"{str(folder)!r} holds a {manifest.kind}, and no streams of a decoder: load it with "
+                "memlong.load_bank, and pass it to reset(banks=[...])"
             )
         _check_fingerprint(folder, manifest.extra, setup, any_model=reading.any_model)
         return _restored(folder, manifest, manifest.extra, setup, streams, reading)
