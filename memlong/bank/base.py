@@ -12,7 +12,7 @@ from weakref import ref
 import numpy as np
 import torch
 
-from memlong.bank.arrays import FloatInput, Floats, IntInput
+from memlong.bank.arrays import FloatInput, Floats, Ids, IntInput
 from memlong.bank.capacity import Capacity
 from memlong.bank.eviction import EvictionPolicy, Usage, eviction_policy
 from memlong.bank.finite import Finiteness
@@ -374,7 +374,7 @@ class MemoryBank:
                 self._state.unproven.append((ids, finiteness))
         return torch.from_numpy(ids)
 
-    def search(self, queries: FloatInput, k: int) -> SearchResult:
+    def search(self, queries: FloatInput, k: int, *, among: IntInput | None = None) -> SearchResult:
         """Find the k best chunks of each query; does not count as a use.
 
         Parameters
@@ -383,27 +383,28 @@ class MemoryBank:
             [q, dim], any float dtype, device and strides.
         k : int
             How many, >= 1.
+        among : torch.Tensor, numpy.ndarray or sequence of int, optional
+            Ids [n] in any order, to find the best of these chunks alone, as if the bank held no others. Those that it
+            does not hold are ignored; of none, nothing is found.
 
         Raises
         ------
         InvalidArgumentError
             If an argument has a wrong type, shape or value.
         """
-        prepared, k = self._prepare(queries, k)
-        return self._state.search(prepared, k)
+        return self._state.search(*self._prepare(queries, k, among))
 
-    def exact_search(self, queries: FloatInput, k: int) -> SearchResult:
+    def exact_search(self, queries: FloatInput, k: int, *, among: IntInput | None = None) -> SearchResult:
         """Search by brute force over the stored embeddings, as the reference for recall."""
-        prepared, k = self._prepare(queries, k)
-        return self._state.search(prepared, k, exactly=True)
+        return self._state.search(*self._prepare(queries, k, among), exactly=True)
 
-    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
+    def retrieve(self, queries: FloatInput, k: int, *, among: IntInput | None = None) -> Retrieved:
         """Find the k best chunks of each query with their K-V, and count that for the eviction policy.
 
         Same arguments and errors as `search`. An id counts once for every query that it is returned for.
         """
-        prepared, k = self._prepare(queries, k)
-        return self._state.surviving(lambda: self._state.retrieve(prepared, k))
+        prepared = self._prepare(queries, k, among)
+        return self._state.surviving(lambda: self._state.retrieve(*prepared))
 
     def spans_of(self, ids: IntInput) -> torch.Tensor:
         """Return the token positions [start, end) of chunks, int64 [n, 2]; -1 for an id that is not held."""
@@ -565,9 +566,10 @@ class MemoryBank:
         options = {**asdict(self.index.options), "eviction": self._state.capacity.policy}
         return _unpacked, (self.maker, packed(self), options, self._state.store.storage_dtype)
 
-    def _prepare(self, queries: FloatInput, k: int) -> tuple[Floats, int]:
+    def _prepare(self, queries: FloatInput, k: int, among: IntInput | None) -> tuple[Floats, int, Ids | None]:
         k = whole_number("k", k, at_least=1)
-        return embeddings_of("queries", queries, self._state.dim, unit=self._state.metric == "cosine"), k
+        vectors = embeddings_of("queries", queries, self._state.dim, unit=self._state.metric == "cosine")
+        return vectors, k, None if among is None else ids_of(among, "among")
 
 
 @cache

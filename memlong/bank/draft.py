@@ -114,10 +114,14 @@ class Draft(Uncopied):
         self._chunks += map(_Chunk, ids, vectors, key_blocks, value_blocks, places)
         self._next_id += len(vectors)
 
-    def search(self, queries: FloatInput, k: int) -> SearchResult:
-        """Find the k best chunks of one query [1, dim] in bank and draft together; as `MemoryBank.search`."""
+    def search(self, queries: FloatInput, k: int, *, among: IntInput | None = None) -> SearchResult:
+        """Find the k best chunks of one query [1, dim] in bank and draft together; as `MemoryBank.search`.
+
+        `among` says which of the bank's chunks may be found. The draft's own may be in any case: they are the
+        continuation itself, of which no choice of the bank's chunks can know.
+        """
         k = whole_number("k", k, at_least=1)
-        below = self._bank.search(queries, k)
+        below = self._bank.search(queries, k, among=among)
         if not self._chunks:
             return below
         query = embeddings_of("queries", queries, self.dim, unit=self.metric == "cosine")

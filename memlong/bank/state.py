@@ -17,7 +17,7 @@ from memlong.bank.contents import Contents
 from memlong.bank.finite import Finiteness
 from memlong.bank.forks import fork_lock, tell_after_fork
 from memlong.bank.index.index import Index, IndexRows
-from memlong.bank.index.ranking import Ranking, missing, rank, rank_exactly
+from memlong.bank.index.ranking import Ranking, missing, only, rank, rank_exactly, width_among
 from memlong.bank.index.table import ChunkTable
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.lock import ReadWriteLock
@@ -251,16 +251,18 @@ class BankState:
                     self.remove(lost)
                 warn_caller(f"{error}. The bank has forgotten them", LostChunksWarning)
 
-    def search(self, queries: Floats, k: int, *, exactly: bool = False) -> SearchResult:
-        """Return the k best chunks of each query, by the index or by brute force."""
+    def search(
+        self, queries: Floats, k: int, among: Ids | None = None, *, exactly: bool = False
+    ) -> SearchResult:
+        """Return the k best chunks of each query, by the index or by brute force, of all or `among` some ids."""
         with self.reading(searching=not exactly):
-            found = (self._rank_exactly if exactly else self._rank)(queries, k)
+            found = (self._rank_exactly if exactly else self._rank)(queries, k, self._rows_among(among))
         return SearchResult(torch.from_numpy(found.scores), torch.from_numpy(found.ids))
 
-    def retrieve(self, queries: Floats, k: int) -> Retrieved:
-        """Return the k best chunks of each query, and count that."""
+    def retrieve(self, queries: Floats, k: int, among: Ids | None = None) -> Retrieved:
+        """Return the k best chunks of each query, of all or `among` some ids, and count that."""
         with self.reading(searching=True):
-            found = self._rank(queries, k)
+            found = self._rank(queries, k, self._rows_among(among))
             keys, values = gather(self.store, self.contents.layout, found.ids)
             present = found.rows >= 0
             spans = np.full((*found.ids.shape, 2), -1, dtype=np.int64)
@@ -310,15 +312,32 @@ class BankState:
         self.table.remove(self.table.rows_of(ids))
         self.store.remove(ids.tolist())
 
-    def _rank(self, queries: Floats, k: int) -> Ranking:
-        """Return the k best rows of each query by the index, or by brute force where it names too few."""
-        have = min(k, len(self.table))
+    def _rows_among(self, ids: Ids | None) -> Ids | None:
+        """Return the rows of the ids that may be found, ascending; None for all."""
+        if ids is None:
+            return None
+        rows = self.table.rows_among(ids)
+        return None if len(rows) == len(self.table) else rows
+
+    def _rank(self, queries: Floats, k: int, among: Ids | None) -> Ranking:
+        """Return the k best rows of each query, of all or `among` some.
+
+        The index names them; brute force finds them where it names too few, or where few rows are allowed.
+        """
+        table, similarity = self.table, self.index.rows.similarity
+        have = min(k, len(table if among is None else among))
         if not have or not len(queries):
             return missing(len(queries), k)
-        found = rank(self.table, self.index.rows.similarity, queries, self.index.search(queries, have), k)
+        if among is None:
+            found = rank(table, similarity, queries, self.index.search(queries, have), k)
+        elif (width := width_among(have, among, len(table))) is None:
+            return self._rank_exactly(queries, k, among)
+        else:
+            found = rank(table, similarity, queries, self.index.search(queries, width), width)
+            found = only(table, found, among, k)
         short = found.rows[:, have - 1] < 0
         if short.any():
-            rest = self._rank_exactly(queries[short], k)
+            rest = self._rank_exactly(queries[short], k, among)
             for ours, theirs in (
                 (found.scores, rest.scores),
                 (found.ids, rest.ids),
@@ -327,8 +346,8 @@ class BankState:
                 ours[short] = theirs
         return found
 
-    def _rank_exactly(self, queries: Floats, k: int) -> Ranking:
-        """Return the k best rows of each query by brute force."""
-        if not len(self.table) or not len(queries):
+    def _rank_exactly(self, queries: Floats, k: int, among: Ids | None) -> Ranking:
+        """Return the k best rows of each query by brute force, of all or `among` some."""
+        if not len(self.table if among is None else among) or not len(queries):
             return missing(len(queries), k)
-        return rank_exactly(self.table, self.index.rows.similarity, queries, k)
+        return rank_exactly(self.table, self.index.rows.similarity, queries, k, among)

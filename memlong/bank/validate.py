@@ -99,11 +99,11 @@ def spans_of(value: IntInput, count: int) -> Ids:
     return spans
 
 
-def ids_of(value: IntInput) -> Ids:
+def ids_of(value: IntInput, name: str = "ids") -> Ids:
     """Return an int64 [n] copy of chunk ids."""
-    ids = _int64("ids", value)
+    ids = _int64(name, value)
     if ids.ndim != 1:
-        raise InvalidArgumentError(f"ids must have shape [n], got {list(ids.shape)}")
+        raise InvalidArgumentError(f"{name} must have shape [n], got {list(ids.shape)}")
     return ids
 
 

@@ -129,3 +129,23 @@ class SearchTests(BankSuite):
         queries = random_vectors(5, seed=1)
         true = similarity("cosine", queries, chunks.embeddings)
         assert bank.exact_search(queries, 6).ids.tolist() == np.argsort(-true, axis=1)[:, :6].tolist()
+
+    def test_among_limits_what_is_found(self) -> None:
+        """With `among`, only these chunks are found, and counted: the best of them, whatever else the bank holds."""
+        bank, chunks = self.filled(600)
+        queries = random_vectors(50, seed=1)
+        best = bank.exact_search(queries, 1).ids
+        others = bank.ids[~torch.isin(bank.ids, best)].flip(0)
+        true, found = (method(queries, 1, among=others) for method in (bank.exact_search, bank.search))
+        assert torch.isin(found.ids, others).all()
+        recall = (found.scores >= true.scores).float().mean().item()
+        assert_found(recall, self.recall_floor, "among all but the best of each query, a search finds")
+        if self.exact:
+            assert torch.equal(found.ids, true.ids)
+            assert torch.equal(found.scores, true.scores)
+        few = bank.retrieve(chunks.embeddings[[3, 7]], 3, among=[7, 3, 3, 10_000])
+        assert few.ids.tolist() == [[3, 7, -1], [7, 3, -1]]
+        assert few.scores.isneginf().tolist() == [[False, False, True]] * 2
+        assert np.flatnonzero(bank.usage.retrievals).tolist() == [3, 7]
+        assert bank.usage.retrievals[[3, 7]].tolist() == [2, 2]
+        assert bank.search(queries, 2, among=[]).ids.unique().tolist() == [-1]

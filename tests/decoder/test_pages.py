@@ -420,9 +420,9 @@ def test_a_fork_keeps_what_it_retrieved_when_the_bank_grows(small):
     first = stream.memory
     search = bank.search
 
-    def search_and_grow(queries, k):  # as another thread does
+    def search_and_grow(queries, k, *, among):  # as another thread does
         bank.add(torch.eye(4)[3:], blocks[3:], blocks[3:], spans[3:])
-        return search(queries, k)
+        return search(queries, k, among=among)
 
     bank.search = search_and_grow
     stream.retrieve(query)

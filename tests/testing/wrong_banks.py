@@ -70,6 +70,13 @@ class TiesAnyhow(TorchBank):
         return SearchResult(found.scores.gather(1, order), found.ids.gather(1, order))
 
 
+class SearchesEverything(TorchBank):
+    """Takes no notice of which chunks may be found."""
+
+    def search(self, queries, k, *, among=None):
+        return super().search(queries, k)
+
+
 class IdsReused(TorchBank):
     """Begins with 0 again after a reset."""
 
@@ -270,6 +277,7 @@ WRONG: dict[type[MemoryBank], str] = {
     FewerColumns: "test_more_columns_than_chunks_are_padded",
     PaddedWithZeros: "test_more_columns_than_chunks_are_padded",
     TiesAnyhow: "test_equal_scores_come_in_ascending_id_order",
+    SearchesEverything: "test_among_limits_what_is_found",
     IdsReused: "test_ids_are_never_reused",
     EvictedStillFound: "test_removed_chunks_are_never_found",
     NotThreadSafe: "test_searches_are_whole_while_another_thread_writes",

@@ -13,11 +13,15 @@ from memlong.bank.store.copying import to_device
 
 Similarity = Literal["inner_product", "l2"]
 
+ROWS_PER_COPY = 3
+"""How many rows are read one after another while one is copied next to others."""
+
 _MARGIN = 16
 _SCORES_PER_BLOCK = 1 << 24
 _BLOCK = 32
 _SCORES_FOR_BLOCKS = 1 << 18  # fewer are sooner sorted than the blocks found
 _VALUES_PER_BLOCK = 1 << 22
+_VALUES_PER_GATHER = 1 << 18
 _COARSEST = 2.0**-7
 _INPUT_ROUNDING = {"none": 0.0, "ieee": 0.0, "tf32": 2.0**-10, "bf16": _COARSEST}
 
@@ -57,6 +61,7 @@ def nearest_rows(
     similarity: Similarity,
     *,
     longest: float | None = None,
+    among: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return rows among which the true k best of each query certainly are.
 
@@ -74,33 +79,38 @@ def nearest_rows(
     squared_norms : torch.Tensor
         float32 [n], the squared length of each vector, on its device. Only "l2" reads them, if `longest` is known.
     k : int
-        1 <= k <= n.
+        1 <= k <= n, or the number of rows in `among`.
     similarity : "inner_product" or "l2"
         What to rank by.
     longest : float, optional
         A length that no vector exceeds, where it is known.
+    among : torch.Tensor, optional
+        int64 [m], m >= 1, ascending, on the device of the vectors: the only rows to look at.
 
     Returns
     -------
     torch.Tensor
         int64 [q, c] row numbers on the CPU, c >= k; -1 is no row.
     """
-    width = min(len(vectors), k + _MARGIN)
-    block = max(1, _SCORES_PER_BLOCK // len(vectors))
+    count = len(vectors) if among is None else len(among)
+    width = min(count, k + _MARGIN)
+    block = max(1, _SCORES_PER_BLOCK // count)
     if longest is None:
         longest = math.sqrt(squared_norms.max().item())
     pieces = []
     for start in range(0, len(queries), block):
         given = queries[start : start + block]
         part = to_device(given, vectors.device)
-        scores = _coarse_scores(part, vectors, squared_norms, similarity)
-        best, rows = _on_cpu(*largest(scores, width))
-        if width < len(vectors):
+        scores = _coarse_scores(part, vectors, squared_norms, similarity, among)
+        values, columns = largest(scores, width)
+        best, rows = _on_cpu(values, columns if among is None else among[columns])
+        if width < count:
             lower = best[:, k - 1] - 2 * _score_error(given, vectors.device, longest, similarity)
             too_low = best < lower[:, None]
             rows[too_low] = -1
             for unsure in np.flatnonzero(~too_low[:, -1]).tolist():
                 in_doubt = (scores[unsure] >= float(lower[unsure])).nonzero()[:, 0]
+                in_doubt = in_doubt if among is None else among[in_doubt]
                 rows[unsure] = -1
                 rows[unsure, :k] = _best_of(part[unsure], vectors, in_doubt, k, similarity).cpu().numpy()
         pieces.append(rows)
@@ -146,8 +156,14 @@ def _on_cpu(scores: torch.Tensor, columns: torch.Tensor) -> tuple[Floats, Ids]:
 
 
 def _coarse_scores(
-    queries: torch.Tensor, vectors: torch.Tensor, squared_norms: torch.Tensor, similarity: Similarity
+    queries: torch.Tensor,
+    vectors: torch.Tensor,
+    squared_norms: torch.Tensor,
+    similarity: Similarity,
+    among: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if among is not None:
+        return _coarse_scores_among(queries, vectors, squared_norms, similarity, among)
     # Autocast leaves alone what has an `out`, and costs nothing so.
     products = torch.empty(len(queries), len(vectors), dtype=torch.float32, device=vectors.device)
     if len(queries) == 1:
@@ -157,6 +173,24 @@ def _coarse_scores(
     if similarity == "l2":
         products.mul_(2).sub_(squared_norms)
     return products
+
+
+def _coarse_scores_among(
+    queries: torch.Tensor,
+    vectors: torch.Tensor,
+    squared_norms: torch.Tensor,
+    similarity: Similarity,
+    among: torch.Tensor,
+) -> torch.Tensor:
+    first, last = int(among[0]), int(among[-1]) + 1
+    if last - first <= ROWS_PER_COPY * len(among):
+        scores = _coarse_scores(queries, vectors[first:last], squared_norms[first:last], similarity)
+        return scores if len(among) == last - first else scores[:, among - first]
+    parts = [
+        _coarse_scores(queries, vectors.index_select(0, rows), squared_norms[rows], similarity)
+        for rows in torch.split(among, math.ceil(_VALUES_PER_GATHER / vectors.shape[1]))
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _score_error(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from memlong.bank.arrays import Floats, Ids
-from memlong.bank.index.exact import Similarity, nearest_rows, true_scores
+from memlong.bank.index.exact import ROWS_PER_COPY, Similarity, nearest_rows, true_scores
 from memlong.bank.index.table import ChunkTable
 
+_ROWS_PER_CANDIDATE = 48  # that brute force reads while a graph finds one
+_MOST_CANDIDATES = 2048  # FAISS on a GPU refuses more
 _VALUES_PER_BLOCK = 1 << 16  # in float64 they stay in the processor's cache
 
 
@@ -62,17 +65,41 @@ def rank(table: ChunkTable, similarity: Similarity, queries: Floats, candidates:
     return _ranking(table.ids, scores[:, :k], rows[:, :k], k)
 
 
-def rank_exactly(table: ChunkTable, similarity: Similarity, queries: Floats, k: int) -> Ranking:
-    """Rank the whole table by brute force; same arguments as `rank`."""
+def rank_exactly(
+    table: ChunkTable, similarity: Similarity, queries: Floats, k: int, among: Ids | None = None
+) -> Ranking:
+    """Rank the table by brute force, or its rows `among`, ascending, at least one; else the arguments of `rank`."""
     rows = nearest_rows(
         torch.from_numpy(queries),
         torch.from_numpy(table.embeddings),
         torch.from_numpy(table.squared_norms),
-        min(k, len(table)),
+        min(k, len(table) if among is None else len(among)),
         similarity,
         longest=table.longest,
+        among=None if among is None else torch.from_numpy(among),
     ).numpy()
     return rank(table, similarity, queries, np.where(rows < 0, -1, table.ids[rows]), k)
+
+
+def width_among(k: int, among: Ids, held: int) -> int | None:
+    """Return how many candidates to ask an index for, of which k are `among` rows; None for brute force instead.
+
+    Where chance has chosen these rows, fewer than k of the candidates are among them for one query in ten thousand.
+    Brute force reads the rows, and an index reads some for each candidate: what reads less is taken.
+    """
+    width = min(held, math.ceil((2 * k + 8) * held / len(among)))
+    reads = min(ROWS_PER_COPY * len(among), int(among[-1] - among[0]) + 1)
+    return None if width > _MOST_CANDIDATES or reads <= _ROWS_PER_CANDIDATE * width else width
+
+
+def only(table: ChunkTable, found: Ranking, among: Ids, k: int) -> Ranking:
+    """Keep the k best of each query that are among these rows, ascending, at least one."""
+    gone = among.take(among.searchsorted(found.rows), mode="clip") != found.rows
+    query = np.arange(len(gone))[:, None]
+    order = gone.argsort(axis=1, kind="stable")[:, :k]
+    gone = gone[query, order]
+    scores = np.where(gone, np.float32(-np.inf), found.scores[query, order])
+    return _ranking(table.ids, scores, np.where(gone, -1, found.rows[query, order]), k)
 
 
 def missing(count: int, k: int) -> Ranking:
