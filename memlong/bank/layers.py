@@ -44,6 +44,9 @@ class LayeredBank(MemoryBank):
         What this session adds goes here.
     bases : sequence of MemoryBank
         What lies below, such as ``load_bank(folder, lazy=True)``.
+    among : sequence, optional
+        For each base the ids, its own, of the chunks that this session may find there, or None for all: those of
+        documents with some tag, say. Sizes and means are of all.
 
     Raises
     ------
@@ -56,7 +59,13 @@ class LayeredBank(MemoryBank):
     >>> session = LayeredBank(create_bank("torch", manual.dim), [manual])  # doctest: +SKIP
     """
 
-    def __init__(self, top: MemoryBank, bases: Sequence[MemoryBank]) -> None:
+    def __init__(
+        self,
+        top: MemoryBank,
+        bases: Sequence[MemoryBank],
+        *,
+        among: Sequence[IntInput | None] | None = None,
+    ) -> None:
         if isinstance(bases, str) or not isinstance(bases, Sequence):
             raise InvalidArgumentError(f"bases must be a sequence of banks, got {bases!r:.80}")
         layers = (top, *bases)
@@ -78,7 +87,14 @@ class LayeredBank(MemoryBank):
                     f"bases must have the top's dim {top.dim} and metric {top.metric!r}, got a bank of dim {bank.dim} "
                     f"and metric {bank.metric!r}: make the top with those, or choose bases of one retriever"
                 )
+        if among is not None and len(among) != len(bases):
+            raise InvalidArgumentError(
+                f"among must hold ids or None for each of the {len(bases)} bases, got {len(among)}"
+            )
         self._top, self._bases = top, tuple(bases)
+        self._open = tuple(
+            None if each is None else ids_of(each, "among") for each in among or [None] * len(bases)
+        )
         self._reader = None
         for bank in layers:
             self._check_fit(bank)
@@ -229,20 +245,20 @@ class LayeredBank(MemoryBank):
         added = self._top.add(embeddings, keys, values, spans, check_first=check_first)
         return added + _TOP * _PER_LAYER
 
-    def search(self, queries: FloatInput, k: int) -> SearchResult:
+    def search(self, queries: FloatInput, k: int, *, among: IntInput | None = None) -> SearchResult:
         """Find the k best chunks of each query in all layers; as `MemoryBank.search`."""
-        return self._best(lambda bank: bank.search(queries, k), k)
+        return self._best(lambda bank, own: bank.search(queries, k, among=own), k, among)
 
-    def exact_search(self, queries: FloatInput, k: int) -> SearchResult:
+    def exact_search(self, queries: FloatInput, k: int, *, among: IntInput | None = None) -> SearchResult:
         """Search all layers by brute force; as `MemoryBank.exact_search`."""
-        return self._best(lambda bank: bank.exact_search(queries, k), k)
+        return self._best(lambda bank, own: bank.exact_search(queries, k, among=own), k, among)
 
-    def retrieve(self, queries: FloatInput, k: int) -> Retrieved:
+    def retrieve(self, queries: FloatInput, k: int, *, among: IntInput | None = None) -> Retrieved:
         """Find the k best chunks of each query in all layers with their K-V; as `MemoryBank.retrieve`.
 
         Each layer counts those of its own.
         """
-        found = self.search(queries, k)
+        found = self.search(queries, k, among=among)
         ids, times = torch.unique(found.ids[found.ids >= 0], return_counts=True)
         chunks = self.fetch(ids)
         for more in range(1, int(times.max()) if len(times) else 0):  # an id counts for every query
@@ -334,9 +350,18 @@ class LayeredBank(MemoryBank):
             if len(places):
                 yield bank, places, ids[places] - first
 
-    def _best(self, find: Callable[[MemoryBank], SearchResult], k: int) -> SearchResult:
+    def _best(
+        self, find: Callable[[MemoryBank, Ids | None], SearchResult], k: int, among: IntInput | None
+    ) -> SearchResult:
         """Return the k best of what each layer finds."""
-        found = [(first, find(bank)) for first, bank in self._layers()]
+        wanted = None if among is None else ids_of(among, "among")
+        found = []
+        for (first, bank), opened in zip(self._layers(), (*self._open, None), strict=True):
+            own = opened
+            if wanted is not None:
+                own = wanted[wanted // _PER_LAYER == first // _PER_LAYER] - first
+                own = own if opened is None else np.intersect1d(own, opened)
+            found.append((first, find(bank, own)))
         ids = torch.cat([each.ids + first * (each.ids >= 0) for first, each in found], dim=1)
         # Layers are in the order of their ids, and so is what one finds with equal scores.
         scores, order = torch.cat([each.scores for _, each in found], dim=1).sort(

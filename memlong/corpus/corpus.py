@@ -249,7 +249,7 @@ class Corpus:
         return gone
 
     def save(self, path: str | Path | None = None) -> None:
-        """Write the corpus into a folder, by default its own: all of it, or what has changed since it was saved or loaded there.
+        """Write the corpus into a folder, by default its own; what has changed, if it was saved or loaded there.
 
         The folder holds the previous state or this one, whenever the process ends. Keys and values that are saved need
         no longer be in memory, and are read from there if the corpus was loaded with them on disk.

@@ -79,6 +79,16 @@ class LayersMachine(RuleBasedStateMachine):
             assert found.ids.tolist() == [self.other(row) for row in expected.ids.tolist()]
             assert torch.equal(found.scores, expected.scores)
 
+    @rule(seed=st.integers(0, 9), k=st.integers(1, 6), picks=st.lists(st.integers(0, 40), max_size=9))
+    def search_among(self, seed, k, picks):
+        here = [each for each in picks if each < len(self.named)]
+        wanted = random_vectors(2, seed=seed)
+        for name in self.searches:
+            found = getattr(self.layered, name)(wanted, k, among=[*self.other(here), TOP - 5])
+            expected = getattr(self.merged, name)(wanted, k, among=here)
+            assert found.ids.tolist() == [self.other(row) for row in expected.ids.tolist()]
+            assert torch.equal(found.scores, expected.scores)
+
     @precondition(lambda self: "search" in self.searches)
     @rule(seed=st.integers(0, 9), queries=st.integers(1, 3), k=st.integers(1, 12))
     def retrieve(self, seed, queries, k):
@@ -170,6 +180,21 @@ def test_sessions_over_one_base_do_not_see_one_another():
     assert two.search(random_chunks(2, seed=5).embeddings, 9).ids.max() < SECOND
     assert one.nbytes == one.top.nbytes
     assert two.nbytes == 0
+
+
+def test_a_session_finds_only_what_is_open_to_it():
+    bases = [filled(5, 1), filled(4, 2)]
+    layered = LayeredBank(filled(1, 3), bases, among=[[1, 3, 99], None])
+    expected = [1, 3, SECOND, SECOND + 1, SECOND + 2, SECOND + 3, TOP]
+    assert sorted(layered.search(random_vectors(1), 7).ids[0].tolist()) == expected
+    assert layered.retrieve(random_vectors(1), 8).found.sum() == 7
+    assert layered.search(random_vectors(1), 3, among=[0, 3, TOP]).ids.sort().values.tolist() == [
+        [-1, 3, TOP]
+    ]
+    closed = LayeredBank(create_bank("torch", DIM), bases, among=[[], []])
+    assert not closed.retrieve(random_vectors(1), 3).found.any()
+    with pytest.raises(InvalidArgumentError, match="for each of the 2 bases, got 1"):
+        LayeredBank(create_bank("torch", DIM), bases, among=[None])
 
 
 def test_a_draft_lies_over_layers():
