@@ -140,7 +140,6 @@ class Corpus:
         if bank is None:
             raise MemlongError("A corpus needs a backend, but the configuration has backend=None: name one")
         if not has_manifest(folder):
-            bank.origin = decoder.origin
             cls(bank, notes=notes).save(folder)
         return cls.load(folder, decoder.config.backend, registry=decoder.registry)
 

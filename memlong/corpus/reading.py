@@ -216,9 +216,9 @@ def _read(
 def _move(bank: MemoryBank, corpus: Any) -> None:
     """Add the chunks of a bank to another, a few at a time."""
     held = bank.embeddings
+    if not len(corpus):
+        corpus.origin = bank.origin
     for start in range(0, len(held.ids), _MOVED):
         part = slice(start, start + _MOVED)
         found = bank.fetch(held.ids[part])
         corpus.add(held.embeddings[part], found.keys, found.values, found.spans)
-    if corpus.origin is None:
-        corpus.origin = bank.origin

@@ -27,7 +27,7 @@ from memlong.decoder.model.layer_names import ranges
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.machine import AUTO
 from memlong.decoder.persistence.adapter_files import attach_adapter
-from memlong.decoder.persistence.fingerprint import fingerprint, origin_of
+from memlong.decoder.persistence.fingerprint import fingerprint
 from memlong.decoder.persistence.pretrained import load_pretrained_model, read_pretrained, write_pretrained
 from memlong.decoder.persistence.snapshot import Reading, read_snapshot, write_snapshot
 from memlong.decoder.prepare import prepare
@@ -152,11 +152,6 @@ class MemoryDecoder(Uncopied):
     def new_bank(self) -> MemoryBank | None:
         """Make an empty bank that fits this decoder, as `reset` makes for each row; None without a backend."""
         return self._setup.new_bank()
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What chunks that this decoder stores depend on: the model, its settings and the retriever."""
-        return origin_of(self._setup)
 
     @property
     def registry(self) -> Registry:

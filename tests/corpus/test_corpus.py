@@ -1,0 +1,271 @@
+"""A corpus reads each document as a text of its own, goes on where it stopped, and truly forgets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from memlong import LayeredBank, MemoryDecoder, SnapshotError, load_bank
+from memlong.bank.snapshot.lazy import SnapshotStore
+from memlong.bank.snapshot.tending import describe, verify
+from memlong.corpus import Corpus, Document, reading, remember
+from memlong.errors import InvalidArgumentError, MemlongError
+
+
+@pytest.fixture
+def tokenizer():
+    words = {"\n": 3, **{f"w{number}": number for number in range(4, 60)}, "?": 2}
+    tokens = Tokenizer(models.WordLevel(words, "?"))
+    tokens.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="?")
+
+
+@pytest.fixture
+def decoder(llama, tokenizer, small):
+    return MemoryDecoder(llama, tokenizer, small())
+
+
+def words(count, seed):
+    chosen = np.random.default_rng(seed).integers(4, 60, count)
+    return " ".join(f"w{each}" for each in chosen)
+
+
+def documents(*sizes, first=0):
+    return [
+        Document(f"{number}.txt", text=words(size, number)) for number, size in enumerate(sizes, start=first)
+    ]
+
+
+def read(decoder, corpus, given, **options):
+    with decoder:
+        return remember(decoder, corpus, given, **options)
+
+
+def content(corpus, source):
+    document = corpus[source]
+    return corpus.bank.fetch(list(range(document.first_id, document.first_id + document.chunks)))
+
+
+def test_every_token_is_in_a_chunk_and_every_chunk_in_its_document(decoder, tmp_path):
+    corpus = Corpus.open(tmp_path / "c", decoder)
+    sizes = (1, 3, 4, 5, 61)
+    assert read(decoder, corpus, documents(*sizes)).read == [f"{n}.txt" for n in range(5)]
+    for number, size in enumerate(sizes):
+        document = corpus[f"{number}.txt"]
+        assert document.tokens == size
+        assert document.chunks == -(-size // 4)
+        ids = range(document.first_id, document.first_id + document.chunks)
+        assert all(corpus.document_of(each) == document for each in ids)
+        spans = [document.span_in_text(*span) for span in corpus.bank.spans_of(list(ids)).tolist()]
+        assert [place for span in spans for place in range(*span)] == [*range(size)]
+        said = " ".join(decoder.tokenizer.convert_ids_to_tokens(corpus.tokens_of(document.source).tolist()))
+        assert said == words(size, number)
+    assert corpus.document_of(corpus.bank.next_id) is None
+    assert len(corpus) == 5
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_remembered_of_a_document_does_not_depend_on_others(decoder, tmp_path, rows):
+    both = Corpus.open(tmp_path / "both", decoder)
+    read(decoder, both, documents(50, 31, 9), rows=rows)
+    for number, size in enumerate((50, 31, 9)):
+        alone = Corpus.open(tmp_path / f"alone {number}", decoder)
+        read(decoder, alone, documents(size, first=number))
+        expected, found = content(alone, f"{number}.txt"), content(both, f"{number}.txt")
+        torch.testing.assert_close(found.keys, expected.keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=0)
+        assert torch.equal(found.spans, expected.spans)
+
+
+def test_only_what_has_changed_is_read_again(decoder, tmp_path):
+    first, second, third = documents(20, 30, 10)
+    read(decoder, Corpus.open(tmp_path, decoder), [first, second, third])
+    corpus = Corpus.open(tmp_path, decoder)
+    changed = replace(second, text=words(33, 9))
+    outcome = read(decoder, corpus, [first, changed, replace(third, title="Third", tags=("a",))])
+    assert (outcome.read, outcome.unchanged) == (["1.txt"], ["0.txt", "2.txt"])
+    again = Corpus.load(tmp_path)
+    assert again.documents == corpus.documents
+    assert again["2.txt"].title == "Third"
+    assert again["1.txt"].tokens == 33
+    assert len(again.bank) == 5 + 9 + 3
+    assert describe(tmp_path)["banks"][0]["left_behind"] == 0
+    verify(tmp_path)
+
+
+def test_forgetting_leaves_nothing_in_the_folder(decoder, tmp_path):
+    corpus = Corpus.open(tmp_path, decoder)
+    read(decoder, corpus, documents(20, 30))
+    keys = content(corpus, "0.txt").keys.numpy().tobytes()[:64]
+    tokens = corpus.tokens_of("0.txt").numpy().astype(np.int32).tobytes()
+
+    def on_disk():
+        return b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+    assert keys in on_disk()
+    assert tokens in on_disk()
+    corpus = Corpus.load(tmp_path)
+    corpus.forget("0.txt")
+    corpus.save()
+    assert keys not in on_disk()
+    assert tokens not in on_disk()
+    assert b"0.txt" not in on_disk()
+    assert [each.source for each in Corpus.load(tmp_path).documents] == ["1.txt"]
+    with pytest.raises(InvalidArgumentError, match=r"no document of the source '0\.txt'"):
+        corpus.forget("0.txt")
+
+
+def test_filters_and_lifetimes(decoder, tmp_path):
+    one, two, three = documents(8, 4, 12)
+    corpus = Corpus.open(tmp_path, decoder)
+    given = [
+        replace(one, tags=("a", "b"), time=100.0),
+        replace(two, tags=("a",), time=200.0, expires=1000.0),
+        three,
+    ]
+    read(decoder, corpus, given)
+    for name, options, expected in [
+        ("all", {"now": 0}, [0, 1, 2, 3, 4, 5]),
+        ("tag", {"tags": ["a"], "now": 0}, [0, 1, 2]),
+        ("tags", {"tags": ["a", "b"], "now": 0}, [0, 1]),
+        ("since", {"since": 150, "now": 0}, [2]),
+        ("until", {"until": 200, "now": 0}, [0, 1]),
+        ("source", {"sources": ["2.txt"]}, [3, 4, 5]),
+        ("expired", {"now": 1000}, [0, 1, 3, 4, 5]),
+    ]:
+        assert corpus.ids(**options).tolist() == expected, name
+    with pytest.raises(InvalidArgumentError, match="must be sequences"):
+        corpus.ids(tags="a")
+    session = LayeredBank(decoder.new_bank(), [corpus.bank], among=[corpus.ids(tags=["b"])])
+    decoder.reset(banks=[session])
+    with decoder:
+        found = [each.retrievals[0] for each in decoder.stream(torch.randint(4, 60, (1, 30)))]
+    assert {each for some in found if some for each in some.ids.tolist()} <= {
+        0,
+        1,
+        *range(1 << 52, (1 << 52) + 99),
+    }
+    assert corpus.expire(now=1000.0) == ["1.txt"]
+    assert "1.txt" not in corpus
+
+
+def test_a_budget_leaves_documents_out(decoder, tmp_path):
+    corpus = Corpus.open(tmp_path, decoder)
+    one = decoder.layout.nbytes + 4 * corpus.bank.dim
+    outcome = read(decoder, corpus, documents(20, 30, 4), budget=6 * one)
+    assert (outcome.read, outcome.left_out) == (["0.txt", "2.txt"], ["1.txt"])
+    assert corpus.bank.nbytes == 6 * one
+
+
+def test_keys_and_values_rest_on_disk_once_saved(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_AT_ONCE", 1)
+    corpus = Corpus.open(tmp_path, decoder)
+    read(decoder, corpus, documents(20, 30))
+    assert isinstance(corpus.bank.state.store, SnapshotStore)
+    assert corpus.bank.state.store.resident_bytes == 0
+    assert corpus.bank.nbytes > 0
+    assert torch.isfinite(content(corpus, "1.txt").keys).all()
+
+
+def test_what_was_cut_off_leaves_no_trace_and_is_read_again(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_PATIENCE", 0)
+    given = documents(20, 30, 10)
+    corpus = Corpus.open(tmp_path, decoder)
+    asked = 0
+
+    def stop(document, tokens):
+        nonlocal asked
+        asked += 1
+        if document.source == "2.txt":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read(decoder, corpus, given, progress=stop)
+    assert asked
+    again = Corpus.open(tmp_path, decoder)
+    outcome = read(decoder, again, given)
+    assert (outcome.unchanged, outcome.read) == (["0.txt", "1.txt"], ["2.txt"])
+    assert len(again.bank) == 5 + 8 + 3
+
+
+def test_another_process_is_not_overwritten(decoder, tmp_path):
+    read(decoder, Corpus.open(tmp_path, decoder), documents(20, 30))
+    ours, theirs = Corpus.load(tmp_path), Corpus.load(tmp_path)
+    theirs.forget("0.txt")
+    theirs.save()
+    assert torch.isfinite(content(ours, "0.txt").keys).all()  # it still reads what it has opened
+    with pytest.raises(SnapshotError, match="was changed since this corpus was loaded"):
+        read(decoder, ours, documents(5, first=7))
+    assert [each.source for each in Corpus.load(tmp_path).documents] == ["1.txt"]
+
+
+def test_bad_input_is_named(decoder, tiny_model, tokenizer, small, tmp_path):
+    corpus = Corpus.open(tmp_path, decoder)
+    twice = documents(5)[0]
+    with pytest.raises(InvalidArgumentError, match=r"two of the source '0\.txt'"):
+        read(decoder, corpus, [twice, twice])
+    with pytest.raises(InvalidArgumentError, match="must hold a Document each"):
+        read(decoder, corpus, ["text"])
+    with pytest.raises(MemlongError, match="not attached"):
+        remember(decoder, corpus, documents(5, first=9))
+    read(decoder, corpus, documents(5, first=9))
+    other = MemoryDecoder(tiny_model(seed=3), tokenizer, small())
+    with pytest.raises(InvalidArgumentError, match="another model filled"):
+        read(other, Corpus.open(tmp_path, other), documents(4, first=5))
+    corpus.bank.save(tmp_path / "bank")
+    with pytest.raises(SnapshotError, match="holds the snapshot of a bank, and no corpus"):
+        Corpus.load(tmp_path / "bank")
+    with pytest.raises(SnapshotError, match="holds a corpus, and no streams"):
+        decoder.restore(tmp_path)
+    for wrong, message in [
+        ({"source": ""}, "source must not be empty"),
+        ({"source": "a", "tags": "b"}, "tags must be a sequence"),
+        ({"source": "a", "time": float("nan")}, "time must be seconds"),
+        ({"source": "a", "title": 3}, "title must be text"),
+    ]:
+        with pytest.raises(InvalidArgumentError, match=message):
+            Document(**wrong)
+    with pytest.raises(InvalidArgumentError, match="path must name a folder"):
+        Corpus(decoder.new_bank()).save()
+
+
+def test_a_corpus_is_a_bank_for_whoever_wants_one(decoder, tmp_path):
+    read(decoder, Corpus.open(tmp_path, decoder, {"model": "tiny"}), documents(20))
+    assert len(load_bank(tmp_path, lazy=True)) == 5
+    assert Corpus.load(tmp_path).notes == {"model": "tiny"}
+    decoder.reset(bases=[Corpus.load(tmp_path).bank])
+    with decoder:
+        decoder.read(torch.randint(4, 60, (1, 30)))
+    assert isinstance(decoder.banks[0], LayeredBank)
+
+
+KILLED = """
+import sys
+from memlong.corpus import Corpus
+from memlong.bank.snapshot import writer
+import os
+corpus = Corpus.load(sys.argv[1])
+corpus.forget("0.txt")
+commit = writer.SnapshotWriter.commit
+writer.SnapshotWriter.commit = lambda *_: os.kill(os.getpid(), 9)
+corpus.save()
+"""
+
+
+def test_it_is_whole_after_a_kill(decoder, tmp_path):
+    read(decoder, Corpus.open(tmp_path, decoder), documents(20, 30))
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert ended.returncode == -9
+    corpus = Corpus.load(tmp_path)
+    assert len(corpus) == 2
+    verify(tmp_path)
+    corpus.forget("0.txt")
+    corpus.save()
+    assert len(Corpus.load(tmp_path)) == 1
