@@ -13,6 +13,7 @@ from memlong.settings import checked, documented, setting
 from memlong.uri import hide_credentials, without_credentials
 
 KvSourceName = Literal["layer", "shared", "latent"]
+RetrieveFor = Literal["all", "answers"]
 PositionMode = Literal["zero", "overlaid", "compressed", "before-window", "original"]
 
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
@@ -103,6 +104,14 @@ class MemoryConfig:
         4, "First tokens that every layer keeps (attention sinks).", more="See arXiv 2309.17453.", least=0
     )
     segment_size: int = setting(256, "Tokens of a forward call, and so the interval of retrieval.", least=1)
+    retrieve_for: RetrieveFor = setting(
+        "all",
+        "'all', or 'answers': text that is read retrieves nothing.",
+        more='With ``"answers"`` only what is generated, or scored by `score`, attends to retrieved chunks. Reading is '
+        "faster, and what is stored of a chunk depends on the window before it alone: for questions about a text, not "
+        "where the text itself is to be predicted.",
+        needs_backend=True,
+    )
     query_tokens: int | None = setting(
         None,
         "Tokens that make a query.",

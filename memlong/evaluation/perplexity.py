@@ -100,6 +100,7 @@ def evaluate_perplexity(
     config = decoder.config
     distance = config.local_window if long_range_distance is None else long_range_distance
     _check(input_ids, score_from, distance, config.segment_size)
+    _check_retrieves(decoder)
     decoder.reset()
     losses: list[NDArray[np.float64]] = []
     recalls: list[float] = []
@@ -131,6 +132,7 @@ def token_losses(decoder: MemoryDecoder, input_ids: Tensor) -> NDArray[np.float6
     MemlongError
         If the model's logits are NaN.
     """
+    _check_retrieves(decoder)
     decoder.reset()
     losses = [np.empty(0)]
     previous: Tensor | None = None
@@ -138,6 +140,14 @@ def token_losses(decoder: MemoryDecoder, input_ids: Tensor) -> NDArray[np.float6
         losses.append(_losses(segment, previous, 0))
         previous = segment.logits[:, -1:].clone()
     return np.concatenate(losses)
+
+
+def _check_retrieves(decoder: MemoryDecoder) -> None:
+    if decoder.config.retrieve_for != "all":
+        raise InvalidArgumentError(
+            "retrieve_for must be 'all' to predict a text, got 'answers', with which text that is read attends to no "
+            "memory: leave it out"
+        )
 
 
 def _check(input_ids: Tensor, score_from: int, distance: int, segment_size: int) -> None:

@@ -301,6 +301,10 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
         raise InvalidArgumentError(
             "backend must be a name for training, got None: there would be no memory to read"
         )
+    if memory.retrieve_for != "all":
+        raise InvalidArgumentError(
+            "retrieve_for must be 'all' for training, got 'answers': no text would read from memory"
+        )
     if training.document_tokens < _least(memory):
         raise InvalidArgumentError(
             f"document_tokens must be at least {_least(memory)}, with local_window {memory.local_window} and "

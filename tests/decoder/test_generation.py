@@ -484,3 +484,26 @@ def test_two_models_with_memory_live_side_by_side(tiny_model, small, text):
         together.insert(0, first.generate(text(60)[:, 30:], **options))
     assert torch.equal(together[0][:, 30:], alone[0][:, 60:])
     assert torch.equal(together[1], alone[1])
+
+
+def test_text_may_be_read_without_retrieving_while_answers_retrieve(llama, small, text):
+    """What is stored is then what a plain window makes of the text, and an answer attends to it."""
+    plain = MemoryDecoder(llama, None, small(backend=None))
+    decoder = MemoryDecoder(llama, None, small(retrieve_for="answers"))
+    ids = text(90)
+    with plain:
+        expected = torch.cat([segment.logits for segment in plain.stream(ids)], dim=1)
+        without = plain.generate(text(5, seed=2), max_new_tokens=4, do_sample=False, remember=False)
+    with decoder:
+        segments = list(decoder.stream(ids))
+        torch.testing.assert_close(
+            torch.cat([each.logits for each in segments], dim=1), expected, atol=1e-5, rtol=0
+        )
+        assert all(each.retrievals == (None,) for each in segments)
+        stored = decoder.banks[0].fetch(decoder.banks[0].ids)
+        before = int(decoder.banks[0].usage.retrievals.sum())
+        answer = decoder.generate(text(5, seed=2), max_new_tokens=4, do_sample=False, remember=False)
+        assert int(decoder.banks[0].usage.retrievals.sum()) > before
+        decoder.score(text(5, seed=2), [text(3, seed=4)[0].tolist()])
+    assert answer.shape == without.shape
+    assert len(stored.ids) == len(decoder.banks[0])

@@ -319,7 +319,7 @@ class StreamBatch:
         asking = [
             stream
             for stream in starting
-            if stream.query().token_ids and stream.bank is not None and len(stream.bank)
+            if stream.query().token_ids and stream.bank is not None and stream.retrieves and len(stream.bank)
         ]
         for stream in starting:
             stream.forget()

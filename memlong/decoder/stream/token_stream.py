@@ -133,6 +133,11 @@ class TokenStream:
         self.ahead = 0
 
     @property
+    def retrieves(self) -> bool:
+        """Whether it retrieves: answers do, which are drafts, and text that is read only if it is to."""
+        return isinstance(self.bank, Draft) or self.config.retrieve_for == "all"
+
+    @property
     def space(self) -> int:
         """Tokens that the local window still takes before chunks must leave it."""
         return self.config.local_window - (self.seen - self.first_token)
