@@ -66,6 +66,16 @@ class Draft(Uncopied):
         return self._bank.metric
 
     @property
+    def bank(self) -> MemoryBank:
+        """What lies below."""
+        return self._bank
+
+    @staticmethod
+    def is_own(chunk_id: int) -> bool:
+        """Whether an id is that of a draft's own chunk, which no bank has."""
+        return chunk_id >= _FIRST_ID
+
+    @property
     def next_id(self) -> int:
         """The id that the next chunk gets. Ids are above all of the bank's, and never used again."""
         return self._next_id

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
     from memlong.decoder.scoring import Likelihood
+    from memlong.decoder.sources import Source, Sources
     from memlong.decoder.stream.retrieval import RandomChunks, Retrieval
     from memlong.decoder.stream.segment import Segment, Segments
     from memlong.decoder.stream.streamer import printable, text_streamer
@@ -34,6 +35,8 @@ _HOMES = {
     "Retriever": "memlong.decoder.retrievers.base",
     "Segment": "memlong.decoder.stream.segment",
     "Segments": "memlong.decoder.stream.segment",
+    "Source": "memlong.decoder.sources",
+    "Sources": "memlong.decoder.sources",
     "StreamCache": "memlong.decoder.generation",
     "choose_machine": "memlong.decoder.model.machine",
     "create_retriever": "memlong.decoder.retrievers.create",
@@ -55,6 +58,8 @@ __all__ = [
     "Retriever",
     "Segment",
     "Segments",
+    "Source",
+    "Sources",
     "StreamCache",
     "choose_machine",
     "create_retriever",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,8 @@ from memlong.decoder.persistence.snapshot import Reading, read_snapshot, write_s
 from memlong.decoder.prepare import prepare
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.scoring import Likelihood, score
+from memlong.decoder.sources import Sources
+from memlong.decoder.stream.attention_record import AttentionRecord
 from memlong.decoder.stream.current import CurrentStreams
 from memlong.decoder.stream.retrieval import RandomChunks
 from memlong.decoder.stream.segment import Segments
@@ -390,6 +392,49 @@ class MemoryDecoder(Uncopied):
         """
         self._attachment.check()
         return score(self._setup, self._streams, input_ids, continuations, rows)
+
+    @contextmanager
+    def sources(self) -> Iterator[Sources]:
+        """Record which retrieved chunks tokens attend to, and how much, while the block is open.
+
+        What counts of `generate` is the answer: each token from which a token is chosen, that is the last of the
+        prompt, as it is read again with memory, and each generated token but the last. The rest of the prompt does not
+        count, nor a sequence that has ended; all sequences and beams of a row count alike. `score` counts in the same
+        way, all continuations together. Of `stream` and `read`, all tokens that are read inside the block count. No
+        token changes: logits are those without recording.
+
+        Yields
+        ------
+        Sources
+            What has been recorded so far; it remains when the block is left.
+
+        Raises
+        ------
+        MemlongError
+            If the decoder is not attached, or a block is open already.
+        UnsupportedModelError
+            While text is read, if the model's attention is more than a softmax of products, and does not return its
+            weights.
+
+        Examples
+        --------
+        >>> with decoder.sources() as sources:  # doctest: +SKIP
+        ...     output = decoder.generate(question, max_new_tokens=50)
+        >>> sources.chunks[0].span  # doctest: +SKIP
+        (1540, 1668)
+        """
+        self._attachment.check()
+        slot = self._attachment.slot
+        if slot.record is not None:
+            raise MemlongError(
+                "The decoder records sources already: leave that `with decoder.sources():` block first, or use what it "
+                "has recorded"
+            )
+        record = slot.record = AttentionRecord(self.retrieval_layers, self.config.chunk_size)
+        try:
+            yield Sources(record)
+        finally:
+            slot.record = None
 
     def replacing_generate(self) -> AbstractContextManager[None]:
         """Let the model's ``generate()`` be this decoder's, for callers such as ``transformers.pipeline``.

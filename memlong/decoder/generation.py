@@ -21,6 +21,7 @@ from memlong.decoder.generate_options import check_flag, check_generate_options,
 from memlong.decoder.model.replacing import replaced
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.asking import ask
+from memlong.decoder.stream.attention_record import Counted
 from memlong.decoder.stream.batch import StreamBatch
 from memlong.decoder.stream.current import CurrentStreams, Turn
 from memlong.decoder.stream.token_stream import TokenStream
@@ -89,6 +90,10 @@ class Endings(StoppingCriteriaList):
         else:  # without waiting for the device
             self._done.append(done)
         return done
+
+    def has_ended(self) -> Tensor | None:
+        """Which rows [rows] have ended; None of beams, which go on until the search is over."""
+        return torch.stack(self._done).any(dim=0) if self._done else None
 
     def answers(self, sequences: Tensor) -> list[list[int]]:
         """Return the answers in the sequences [rows, tokens] that generate() returned."""
@@ -178,17 +183,24 @@ class Speaker:
             logits = self._begin(input_ids.shape[0])
         else:
             self._steps += 1
-            logits = self._draft.step(input_ids[:, -1:], retrieve=self._is_due)
+            copies = len(self._draft.streams) // len(self._batch.streams)
+            counted = Counted(times=self._ongoing, copies=copies)
+            logits = self._draft.step(input_ids[:, -1:], retrieve=self._is_due, counted=counted)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
 
     def _begin(self, wanted: int) -> Tensor:
         """Read the end of the prompt again, with memory retrieved for it, and fork into ``wanted`` rows."""
         self._read_prompt()
-        draft, logits = ask(self._batch, self._config)
-        rows = range(len(draft.streams))
+        rows = range(len(self._batch.streams))
         copies = wanted // len(rows)
+        draft, logits = ask(self._batch, self._config, answers=copies)
         self._draft = draft if copies == 1 else draft.fork([row for row in rows for _ in range(copies)])
         return logits.repeat_interleave(copies, dim=0)
+
+    def _ongoing(self) -> Tensor | float:
+        """How often the next token of each sequence [rows] counts: once, unless the sequence has ended."""
+        has_ended = None if self._endings is None else self._endings.has_ended()
+        return 1.0 if has_ended is None else (~has_ended).float()
 
     def _is_due(self, stream: TokenStream) -> bool:
         return self._steps % self._config.retrieval_interval == 0 or stream.is_full

@@ -12,6 +12,7 @@ from memlong.bank.validate import whole_number
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.asking import ask
+from memlong.decoder.stream.attention_record import Counted
 from memlong.decoder.stream.batch import StreamBatch
 from memlong.decoder.stream.current import CurrentStreams
 from memlong.decoder.stream.token_stream import TokenStream
@@ -59,7 +60,7 @@ def score(
     wanted = [_checked(each, number, setup.model_layout) for number, each in enumerate(continuations)]
     batch = streams.forked(1)
     batch.finish(prompt)
-    asked, logits = ask(batch, setup.config)
+    asked, logits = ask(batch, setup.config, answers=sum(1 for tokens in wanted if tokens))
     found: list[Likelihood] = []
     for start in range(0, len(wanted), rows):
         some = wanted[start : start + rows]
@@ -107,7 +108,8 @@ def _scored(
         space = every if is_due else min(stream.space for stream in forks.streams)
         count = min(every - (done + 1) % every, space)
         upcoming = [tokens[done : min(done + count, len(tokens) - 1)] for tokens in wanted]
-        segment = forks.advance(upcoming, 0, retrieve=_always if is_due else _never)
+        counted = Counted(copies=len(wanted))  # all are of one row
+        segment = forks.advance(upcoming, 0, retrieve=_always if is_due else _never, counted=counted)
         for row, (mine, tokens) in enumerate(zip(found, wanted, strict=True)):
             targets = torch.tensor(
                 tokens[done + 1 : done + 1 + len(upcoming[row])], dtype=torch.long, device="cpu"

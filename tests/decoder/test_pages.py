@@ -156,7 +156,7 @@ def test_compiled_attention_equals_masks(
     )
     chosen = list(heads) or list(range(KV_HEADS))
     held = [each[:, chosen].contiguous() for each in memory]
-    found = attend_compiled(
+    found, pages = attend_compiled(
         query.to(dtype),
         (window[0].to(dtype), window[1].to(dtype)),
         room_of(*held, budget),
@@ -167,6 +167,7 @@ def test_compiled_attention_equals_masks(
         gates,
     )
     assert found.dtype == dtype
+    assert (pages is None) == budget.covers(MEMORY)
     mask = causal(MEMORY + LOCAL)[:, :, -queries:].repeat(ROWS, KV_HEADS * GROUP, 1, 1)
     if gated:
         mask[..., :MEMORY] += gates[None, :, None, None]

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from memlong.bank.forks import free_after_fork
 from memlong.decoder.interrupts import uninterrupted
 from memlong.decoder.model.kernels import Attend, Output
+from memlong.decoder.stream.attention_record import AttentionRecord
 from memlong.errors import MemlongError, UnsupportedModelError
 
 BASES = ("sdpa", "eager")
@@ -64,12 +65,15 @@ class AttentionSlot:
         The modules, by identity: a copy of the model has copies of them.
     reading
         Held while a segment is read or streams are saved: other threads wait.
+    record
+        Where to record what retrieved chunks get of the attention of tokens that count; None for nowhere.
     """
 
     def __init__(self) -> None:
         self.modules: frozenset[int] = frozenset()
         self._here = threading.local()
         self.reading = free_after_fork(threading.RLock())
+        self.record: AttentionRecord | None = None
 
     def __reduce__(self) -> tuple[type[AttentionSlot], tuple[()]]:
         return AttentionSlot, ()  # on a copy of the model, which has no memory

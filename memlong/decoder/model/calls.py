@@ -23,6 +23,7 @@ from memlong.decoder.model.forward import AttentionPass
 from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.kernels import steady_kernels
 from memlong.decoder.model.layout import ModelLayout
+from memlong.decoder.model.notes import AttentionNotes
 from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.stream.batch_memory import BatchMemory
 from memlong.decoder.stream.positions import Placement, check_max_position, positions_of
@@ -70,9 +71,17 @@ class ModelCalls:
     budget: PageBudget | None = None
 
     def run(
-        self, before: BatchState, input_ids: Tensor, tokens: Ints, logits_to_keep: int
+        self,
+        before: BatchState,
+        input_ids: Tensor,
+        tokens: Ints,
+        logits_to_keep: int,
+        notes: AttentionNotes | None = None,
     ) -> tuple[Tensor, BatchState]:
-        """Run the model over new ``tokens`` [rows, new], −1 where padded; return logits and the state after them."""
+        """Run the model over new ``tokens`` [rows, new], −1 where padded; return logits and the state after them.
+
+        ``notes`` are taken of this call, not when its layers run again in a backward pass.
+        """
         check_attached(self.model)
         self._check_unchanged()
         width = tokens.shape[1]
@@ -82,7 +91,7 @@ class ModelCalls:
         window, memory = before.window.expecting(tokens, incoming), before.memory
         cache = WindowCache(window, self.model_layout)
         with ExitStack() as during:
-            now = during.enter_context(self._through(cache, window, memory, width))
+            now = during.enter_context(self._through(cache, window, memory, width, notes))
             if self._checkpointing.is_on:
                 again = self._again(before, tokens, incoming)
                 during.enter_context(self._checkpointing.done_here(cache, again))
@@ -99,10 +108,16 @@ class ModelCalls:
 
     @contextmanager
     def _through(
-        self, cache: WindowCache, window: LocalWindow, memory: BatchMemory | None, width: int
+        self,
+        cache: WindowCache,
+        window: LocalWindow,
+        memory: BatchMemory | None,
+        width: int,
+        notes: AttentionNotes | None = None,
     ) -> Iterator[AttentionPass]:
         """Let this thread's attention use a memory, and a window that ``width`` columns are added to."""
-        now = AttentionPass(self.model_layout, window, width, memory, self.gates, self.device, self.budget)
+        layout, gates = self.model_layout, self.gates
+        now = AttentionPass(layout, window, width, memory, gates, self.device, self.budget, notes)
         self.slot.current, cache.add_memory = now, now.add_memory
         try:
             with steady_kernels(self.device):
@@ -149,6 +164,7 @@ class ModelCalls:
         tokens: Ints,
         begun: Sequence[bool],
         logits_to_keep: int,
+        notes: AttentionNotes | None = None,
     ) -> tuple[Tensor, BatchState]:
         """Do as `run`, grouping rows by their number of new tokens: padding would enter a recurrent state.
 
@@ -157,7 +173,7 @@ class ModelCalls:
         lengths = [int(count) for count in (tokens >= 0).sum(axis=1)]
         kinds = list(zip(lengths, begun, strict=True))
         if len(set(kinds)) == 1:
-            return self.run(before, input_ids, tokens, logits_to_keep)
+            return self.run(before, input_ids, tokens, logits_to_keep, notes)
         if before.memory is not None and before.memory.keys and not torch.is_grad_enabled():
             before = BatchState(before.window, before.memory.given_to(before.window), before.placements)
         parts, groups, logits = [], [], None
@@ -166,7 +182,10 @@ class ModelCalls:
             part = before.of_rows(rows)
             if count:
                 new = slice(tokens.shape[1] - count, None)  # they are padded on the left
-                given, part = self.run(part, input_ids[rows, new], tokens[rows, new], logits_to_keep)
+                mine = None if notes is None else notes.of_rows(rows, count)
+                given, part = self.run(part, input_ids[rows, new], tokens[rows, new], logits_to_keep, mine)
+                if notes is not None and mine is not None:
+                    notes.join(rows, mine)
                 if logits is None:
                     width = 1 if logits_to_keep else tokens.shape[1]
                     logits = given.new_zeros(len(kinds), width, given.shape[2])

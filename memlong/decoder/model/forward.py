@@ -17,7 +17,8 @@ from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.head_names import runs
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.pages.attention import COMPILED, attend_compiled, page_mask
+from memlong.decoder.model.notes import AttentionNotes
+from memlong.decoder.pages.attention import COMPILED, attend_compiled, hide_others, page_mask
 from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.stream.batch_memory import BatchMemory
 from memlong.errors import UnsupportedModelError
@@ -61,6 +62,8 @@ class AttentionPass:
         The model's.
     budget
         How much of the memory a token attends to; None for all of it.
+    notes
+        Where to note how much attention retrieved tokens get; None for nowhere.
     """
 
     model_layout: ModelLayout
@@ -70,6 +73,7 @@ class AttentionPass:
     gates: MemoryGates | None
     device: torch.device
     budget: PageBudget | None = None
+    notes: AttentionNotes | None = None
     _latest: int = -1
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
     _sees_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
@@ -103,6 +107,8 @@ class AttentionPass:
         layers = self.model_layout.readers[module]
         layer = layers[0] if len(layers) == 1 else self._latest
         heads = self._memory_heads(layer)
+        if self.notes is not None and self.window.group_of(layer)[0].group.has_memory:
+            self.notes.ask(layer, query.shape[1], query.shape[2])
         seen = _Seen(layer, self._has_memory(layer))
         if seen.memory and self.budget is not None:
             self._require_plain(base, module, options)
@@ -145,21 +151,35 @@ class AttentionPass:
         seen: _Seen,
     ) -> Output:
         """Attend with heads that all see memory, or all do not."""
+        if seen.memory and self.budget is not None:
+            return self._attend_to_pages(base, module, query, key, value, options, seen, self.budget)
+        output, weights = self._attend_to_all(base, module, query, key, value, options, seen)
+        if self.notes is not None and seen.memory:
+            self._note(base, module, query, key, options, seen, weights)
+        return output, weights
+
+    def _attend_to_all(
+        self,
+        base: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: dict[str, Any],
+        seen: _Seen,
+    ) -> Output:
         gated = self.gates is not None and seen.memory
         # Some models query with the latest tokens alone where only their logits are wanted.
         asking = query.shape[2]
-        if seen.memory and self.budget is not None:
-            return self._attend_to_pages(base, module, query, key, value, options, seen, self.budget)
         if not gated and self.sees_all(seen):
             plain = kernels.is_plain(base, options)
             if plain and (asking == 1 or kernels.prefers_no_mask(query)):
                 return kernels.attend_to_all_before(query, key, value, options.get("scaling"))
             if asking == 1:
                 return base(module, query, key, value, None, **{**options, "is_causal": False})
-        mask = self._mask(seen, query.dtype)[:, :, -asking:]
-        if gated:
-            mask = self._gated(mask, seen)
-        return kernels.attend_with_mask(base, module, query, key, value, mask, options)
+        return kernels.attend_with_mask(
+            base, module, query, key, value, self._mask_for(seen, query.dtype, asking), options
+        )
 
     def _require_plain(self, base: Attend, module: nn.Module, options: dict[str, Any]) -> None:
         if not kernels.is_plain(base, options):
@@ -189,7 +209,10 @@ class AttentionPass:
             mask = self._mask(replace(seen, memory=False), query.dtype)[:, :, -asking:]
         gates = None if self.gates is None else self._gates_of(seen)
         held = memory.held(seen.layer)
-        return attend_compiled(query, (key, value), held, heads, budget, scale, mask, gates)
+        output, chosen = attend_compiled(query, (key, value), held, heads, budget, scale, mask, gates)
+        if self.notes is not None:
+            self._note_pages(query, key, held.keys, scale, seen, heads, chosen)
+        return output
 
     def _attend_to_pages(
         self,
@@ -214,11 +237,60 @@ class AttentionPass:
         else:
             first = 0 if seen.heads is None else seen.heads.start
             sketch = memory.sketch(seen.layer, first, key[:, :, : memory.tokens], budget)
-        mask = self._mask(seen, query.dtype)[:, :, -query.shape[2] :]
-        if self.gates is not None:
-            mask = self._gated(mask, seen)
+        mask = self._mask_for(seen, query.dtype, query.shape[2])
         mask = page_mask(query, key, sketch, budget, options.get("scaling"), mask)
+        if self.notes is not None:
+            self.notes.give_by_softmax(seen.layer, query, key, mask, options.get("scaling"), memory.tokens)
         return kernels.attend_with_mask(base, module, query, key, value, mask, options)
+
+    def _note(
+        self,
+        base: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        options: dict[str, Any],
+        seen: _Seen,
+        weights: Tensor | None,
+    ) -> None:
+        """Note what retrieved tokens get, by the weights of attention or, where it gives none, by their softmax."""
+        notes, memory = cast("AttentionNotes", self.notes), cast("BatchMemory", self.memory)
+        if weights is not None and weights.shape == (*query.shape[:3], key.shape[2]):
+            notes.give(seen.layer, weights[..., : memory.tokens])
+        elif weights is None and kernels.is_plain(base, options):
+            mask = self._mask_for(seen, query.dtype, query.shape[2])
+            notes.give_by_softmax(seen.layer, query, key, mask, options.get("scaling"), memory.tokens)
+        else:
+            odd = kernels.beyond_sdpa(options) or "an implementation of its own"
+            raise UnsupportedModelError(
+                f"sources() cannot tell what the attention of this {type(module).__name__} gives to memory: it is more "
+                f"than torch's softmax of products ({odd}), and returns no weights. Load the model with "
+                "attn_implementation='eager', or generate outside `with decoder.sources():`"
+            )
+
+    def _note_pages(
+        self,
+        query: Tensor,
+        key: Tensor,
+        memory: Tensor,
+        scale: float | None,
+        seen: _Seen,
+        heads: Sequence[int],
+        chosen: Tensor | None,
+    ) -> None:
+        """Note what retrieved tokens get of these heads, or all, each query of which has ``chosen`` pages, or all."""
+        notes, budget = cast("AttentionNotes", self.notes), cast("PageBudget", self.budget)
+        group = query.shape[1] // key.shape[1]
+        mask = self._mask_for(seen, torch.float32, query.shape[2])
+        if heads:
+            query, key = query.unflatten(1, (-1, group))[:, heads].flatten(1, 2), key[:, heads]
+            if mask.shape[1] > 1:
+                mask = mask.unflatten(1, (-1, group))[:, heads].flatten(1, 2)
+        if chosen is not None:
+            pages = memory.shape[2] // budget.page_size
+            mask = hide_others(mask, chosen, pages, budget.page_size, group)
+        keys = torch.cat([memory, key.float()], dim=2)
+        notes.give_by_softmax(seen.layer, query, keys, mask, scale, memory.shape[2])
 
     def _has_memory(self, layer: int) -> bool:
         return self.memory is not None and layer in self.memory.places
@@ -258,6 +330,11 @@ class AttentionPass:
         if kind not in self._masks:
             self._masks[kind] = self._build(seen, dtype)
         return self._masks[kind]
+
+    def _mask_for(self, seen: _Seen, dtype: torch.dtype, queries: int) -> Tensor:
+        """Mask [rows, 1 or heads, queries, (memory +) keys] of the latest queries, with gates where there are any."""
+        mask = self._mask(seen, dtype)[:, :, -queries:]
+        return mask if self.gates is None or not seen.memory else self._gated(mask, seen)
 
     def _gated(self, mask: Tensor, seen: _Seen) -> Tensor:
         """Add a layer's gates to the memory's columns of a mask: [rows, heads, queries, memory + keys]."""

@@ -61,17 +61,35 @@ def page_mask(
     mask
         What hides keys anyway, and gates [rows, 1 or heads, queries, keys].
     """
-    rows, kv_heads = key.shape[:2]
-    group, size = query.shape[1] // kv_heads, budget.page_size
+    kv_heads, size = key.shape[1], budget.page_size
     memory, lowest = sketch.pages * size, torch.finfo(mask.dtype).min
     scale = query.shape[3] ** -0.5 if scale is None else scale
     hidden = mask[:, 0, :, :memory] <= lowest / 2
     visible = ~hidden.unflatten(2, (-1, size)).all(dim=3)
     chosen = choose_pages((query * scale).unflatten(1, (kv_heads, -1)), sketch, budget, visible)
-    seen = torch.zeros(*chosen.shape[:3], sketch.pages, dtype=torch.bool, device=key.device)
+    return hide_others(mask, chosen, sketch.pages, size, query.shape[1] // kv_heads)
+
+
+def hide_others(mask: Tensor, chosen: Tensor, pages: int, size: int, group: int) -> Tensor:
+    """Return a mask [rows, heads, queries, keys] that also hides all pages but the ``chosen``.
+
+    Parameters
+    ----------
+    mask
+        [rows, 1 or heads, queries, keys]; the retrieved tokens come first.
+    chosen
+        Pages [rows, kv_heads, queries, pages].
+    pages, size
+        How many pages there are, and tokens of each.
+    group
+        Query heads of a K-V head.
+    """
+    rows, kv_heads, queries, _ = chosen.shape
+    seen = torch.zeros(rows, kv_heads, queries, pages, dtype=torch.bool, device=chosen.device)
     seen = seen.scatter_(3, chosen, value=True).repeat_interleave(size, dim=3)
-    seen = functional.pad(seen, (0, mask.shape[3] - memory), value=True).repeat_interleave(group, dim=1)
-    return mask.expand(rows, group * kv_heads, -1, -1).masked_fill(~seen, lowest)
+    seen = functional.pad(seen, (0, mask.shape[3] - pages * size), value=True)
+    seen = seen.repeat_interleave(group, dim=1)
+    return mask.expand(rows, group * kv_heads, -1, -1).masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 @torch.no_grad()
@@ -84,11 +102,10 @@ def attend_compiled(
     scale: float | None,
     mask: Tensor | None,
     gates: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Attend to window and chosen pages by kernels of their own, whose softmaxes are then joined.
 
-    For queries that may all choose any page. Returns [rows, queries, heads, head_dim], as attention functions of
-    transformers do.
+    For queries that may all choose any page.
 
     Parameters
     ----------
@@ -108,20 +125,27 @@ def attend_compiled(
         Of the window [rows, 1, queries, columns]; None where all of it is visible.
     gates
         What is added to logits of memory [heads]; None for nothing.
+
+    Returns
+    -------
+    tuple
+        Output [rows, queries, heads, head_dim], as of attention functions of transformers, and the pages that each
+        query chose [rows, memory heads, queries, pages]; None for all.
     """
     kv_heads = window[0].shape[1]
     scale = query.shape[3] ** -0.5 if scale is None else scale
     local, of_window = _flash(query, *window, attn_mask=mask, scale=scale)
     dtype, query, local = query.dtype, query.float(), local.float()
     if query.shape[2] <= _FEW and not budget.covers(memory.tokens):
-        joined = _joined_for_few(query, local, of_window, kv_heads, memory, heads, budget, scale, gates)
-        return joined.to(dtype)
+        of_few = _joined_for_few(query, local, of_window, kv_heads, memory, heads, budget, scale, gates)
+        return of_few[0].to(dtype), of_few[1]
     # From here on, [rows, kv_heads, group, queries, ...].
     query, local, of_window = (each.unflatten(1, (kv_heads, -1)) for each in (query, local, of_window))
     asked, near, its_logsumexp = query, local, of_window
     where = torch.tensor(heads, device="cpu")
     if heads:
         asked, near, its_logsumexp = (each.index_select(1, where) for each in (asked, local, of_window))
+    chosen: Tensor | None = None
     if budget.covers(memory.tokens):
         far, of_memory = (
             each.unflatten(1, (len(heads) or kv_heads, -1))
@@ -136,7 +160,7 @@ def attend_compiled(
         of_memory = of_memory + (bias[where] if heads else bias)[None, :, :, None]
     joined = torch.lerp(near, far, torch.sigmoid(of_memory - its_logsumexp)[..., None])
     output = local.index_copy_(1, where, joined) if heads else joined
-    return output.flatten(1, 2).transpose(1, 2).to(dtype).contiguous()
+    return output.flatten(1, 2).transpose(1, 2).to(dtype).contiguous(), chosen
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one that returns logsumexp
@@ -152,28 +176,30 @@ def _joined_for_few(
     budget: PageBudget,
     scale: float,
     gates: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return what `attend_compiled` does, for few queries and by one kernel."""
     from memlong.decoder.pages.kernel import joiner_of
 
     held = memory.group
     kept, page_size, pages = held.sketch.shape[4:]
-    query_heads, width = query.shape[1], query.shape[3]
+    rows, query_heads, queries, width = query.shape
     join = joiner_of(width, query_heads // kv_heads, kept, page_size, pages)
     output = local.transpose(1, 2).contiguous()
+    where = np.array(heads or range(kv_heads))
+    chosen = np.empty((rows, len(where), queries, min(budget.pages, memory.slots * pages)), np.int64)
     join(
         query.contiguous().numpy(),
         scale,
         np.zeros(query_heads, np.float32) if gates is None else gates.detach().float().numpy(),
-        np.array(heads or range(kv_heads)),
+        where,
         memory.slots,
-        min(budget.pages, memory.slots * pages),
         held.arrays,
         memory.place,
+        chosen,
         output.numpy(),
         of_window.contiguous().numpy(),
     )
-    return output
+    return output, torch.from_numpy(chosen)
 
 
 def _attend_to(chosen: Tensor, query: Tensor, key: Tensor, value: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,11 @@ Joiner = Callable[..., None]
 """Lets few queries choose pages and attend to them, and joins that to what they have of the window.
 
 Takes query [rows, heads, queries, width]; scale, the factor of the products; gates [heads], added to logits of memory;
-heads, the K-V heads that attend to memory; slots and count, the chunks and how many of their pages a query chooses;
-memory, which is keys, values [rows, layers, memory heads, tokens, width], and of the sketch channels [rows, layers,
-memory heads, kept], keys [rows, layers, memory heads, slots, kept, tokens of a chunk] and scales, without tokens;
-place, the index of the layer; and, of the window, output [rows, queries, heads, width], which becomes that of window
-and pages, and logsumexp [rows, heads, queries].
+heads, the K-V heads that attend to memory; slots, the chunks; memory, which is keys, values [rows, layers, memory heads,
+tokens, width], and of the sketch channels [rows, layers, memory heads, kept], keys [rows, layers, memory heads, slots,
+kept, tokens of a chunk] and scales, without tokens; place, the index of the layer; chosen [rows, memory heads, queries,
+pages], to be overwritten by what each query chooses; and, of the window, output [rows, queries, heads, width], which
+becomes that of window and pages, and logsumexp [rows, heads, queries].
 """
 # All of fast math, but for the promise that nothing is NaN or infinite.
 _ORDER_IS_FREE = {"reassoc", "contract", "nsz", "arcp", "afn"}
@@ -241,9 +241,9 @@ def joiner_of(width: int, group: int, kept: int, page_size: int, pages: int) -> 
         gates: Floats,
         heads: NDArray[np.int64],
         slots: int,
-        count: int,
         memory: tuple[NDArray[Any], ...],
         place: int,
+        chosen: NDArray[np.int64],
         output: Floats,
         logsumexp: Floats,
     ) -> None:
@@ -254,7 +254,6 @@ def joiner_of(width: int, group: int, kept: int, page_size: int, pages: int) -> 
             np.empty((queries, group, kept), np.float32),
         )
         far, far_logsumexp = np.empty_like(asked), np.empty((queries, group), np.float32)
-        chosen = np.empty((queries, count), np.int64)
         for row in range(rows):
             for held in range(len(heads)):
                 first, channels = heads[held] * group, all_channels[row, place, held]
@@ -265,9 +264,10 @@ def joiner_of(width: int, group: int, kept: int, page_size: int, pages: int) -> 
                         for channel in range(kept):
                             some[number, head, channel] = asked[number, head, channels[channel]]
                 sketch, scales = all_sketches[row, place, held], all_scales[row, place, held]
-                choose(some, sketch[:slots], scales[:slots], chosen, group, kept, page_size, pages)
+                these = chosen[row, held]
+                choose(some, sketch[:slots], scales[:slots], these, group, kept, page_size, pages)
                 keys, values = all_keys[row, place, held], all_values[row, place, held]
-                _attend(asked, keys, values, chosen, far, far_logsumexp, width, group, page_size)
+                _attend(asked, keys, values, these, far, far_logsumexp, width, group, page_size)
                 for number in range(queries):
                     for head in range(group):
                         near, theirs = output[row, number, first + head], far[number, head]

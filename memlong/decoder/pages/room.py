@@ -17,7 +17,7 @@ from memlong.decoder.kv.buffers import LayerGroup, turned
 from memlong.decoder.kv.sources import KvSource
 from memlong.decoder.model.rope import AngleCache
 from memlong.decoder.pages.choice import PageBudget, Sketch, energies, kept_channels, largest, sketched
-from memlong.decoder.stream.retrieval import Placed
+from memlong.decoder.stream.retrieval import Block, Placed
 
 
 @dataclass(eq=False)
@@ -224,6 +224,10 @@ class Room:
             room.energies[:, :, :, :have], room.channels = held.energies, held.channels
         self._rooms[number : number + 1] = [room]
         return room
+
+    def held(self, row: int) -> list[Block]:
+        """The chunks of a row, by slot."""
+        return [block for block, _ in self._held[row]]
 
     def of(self, number: int, place: int, tokens: int) -> LayerRoom:
         """Return what a layer has: its group, its index there, and so many tokens, which are all slots in use."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.stream.attention_record import Counted
 from memlong.decoder.stream.batch import StreamBatch
 from memlong.decoder.stream.token_stream import TokenStream
 
 
-def ask(batch: StreamBatch, config: MemoryConfig) -> tuple[StreamBatch, Tensor]:
+def ask(batch: StreamBatch, config: MemoryConfig, *, answers: int = 1) -> tuple[StreamBatch, Tensor]:
     """Fork streams that have read a prompt, and let the forks read its end again with memory retrieved for it.
+
+    The last token counts as asking, once for each of so many ``answers``.
 
     Returns
     -------
@@ -25,7 +28,8 @@ def ask(batch: StreamBatch, config: MemoryConfig) -> tuple[StreamBatch, Tensor]:
     # Where nothing is found and nothing leaves the window, no more than the last token, which has the logits.
     most = config.segment_size - config.retrieval_interval if any(map(_changes, forks.streams)) else 1
     tails = forks.rewind(max(1, most))
-    return forks, forks.advance(tails, 1, retrieve=lambda _: True).logits
+    counted = Counted(latest=1, times=lambda: float(answers))
+    return forks, forks.advance(tails, 1, retrieve=lambda _: True, counted=counted).logits
 
 
 def _changes(stream: TokenStream) -> bool:

@@ -19,11 +19,13 @@ from memlong.decoder.kv.buffers import layer_groups
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.attention import AttentionSlot
 from memlong.decoder.model.calls import BatchState, ModelCalls
+from memlong.decoder.model.notes import AttentionNotes
 from memlong.decoder.pages.attention import why_not_compiled
 from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.pages.room import Room
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.setup import Setup
+from memlong.decoder.stream.attention_record import Counted, HeldChunk
 from memlong.decoder.stream.batch_memory import MemoryLoader
 from memlong.decoder.stream.positions import Placement, positions_of
 from memlong.decoder.stream.retrieval import RandomChunks
@@ -194,7 +196,12 @@ class StreamBatch:
         self._segment_states = segment_states
 
     def read(
-        self, pending: Sequence[Sequence[int]], logits_to_keep: int, *, gradients: bool = False
+        self,
+        pending: Sequence[Sequence[int]],
+        logits_to_keep: int,
+        *,
+        gradients: bool = False,
+        counted: Counted | None = None,
     ) -> Iterator[Segment]:
         """Run the model over each row's tokens, segment by segment."""
         done = [0] * len(pending)
@@ -203,7 +210,7 @@ class StreamBatch:
                 tokens[start : start + stream.segment_rest]
                 for start, tokens, stream in zip(done, pending, self.streams, strict=True)
             ]
-            segment = self.advance(upcoming, logits_to_keep, gradients=gradients)
+            segment = self.advance(upcoming, logits_to_keep, gradients=gradients, counted=counted)
             done = [start + len(new) for start, new in zip(done, upcoming, strict=True)]
             yield segment
 
@@ -226,12 +233,13 @@ class StreamBatch:
         *,
         retrieve: Callable[[TokenStream], bool] = TokenStream.begins_segment,
         gradients: bool = False,
+        counted: Counted | None = None,
     ) -> Segment:
         """Run the model over each row's next tokens, none of them beyond its current segment.
 
         Rows for which ``retrieve`` holds first store old chunks and retrieve for their latest text. With
         ``gradients``, this forward call records them; the window that it leaves, and what is stored of it, are
-        constants.
+        constants. If attention is recorded, that of the tokens that are ``counted``; of none by default.
         """
         with self._slot.reading:
             each = list(zip(self.streams, upcoming, strict=True))
@@ -242,7 +250,7 @@ class StreamBatch:
             on_device = to_device(torch.from_numpy(input_ids), self._device)
             try:
                 with torch.set_grad_enabled(gradients):
-                    logits = self._forward(on_device, tokens, logits_to_keep)
+                    logits = self._forward(on_device, tokens, logits_to_keep, counted)
             finally:
                 memory = self._state.memory
                 if gradients and memory is not None:
@@ -253,17 +261,19 @@ class StreamBatch:
             return Segment(on_device, to_device(torch.from_numpy(tokens), self._device), logits, retrievals)
 
     @torch.no_grad()
-    def step(self, input_ids: Tensor, *, retrieve: Callable[[TokenStream], bool]) -> Tensor:
+    def step(
+        self, input_ids: Tensor, *, retrieve: Callable[[TokenStream], bool], counted: Counted | None = None
+    ) -> Tensor:
         """Run the model over one more token of each row [rows, 1]; return its logits.
 
         The token ids are not needed on the host before the next retrieval, so that it need not wait for them. Rows for
-        which ``retrieve`` holds retrieve first.
+        which ``retrieve`` holds retrieve first. ``counted`` is as for `advance`.
         """
         with self._slot.reading:
             self._turn_over([stream for stream in self.streams if retrieve(stream)], gradients=False)
             tokens = np.array([[stream.seen] for stream in self.streams])
             input_ids = to_device(input_ids, self._device)  # generate() leaves them where the prompt was
-            logits = self._forward(input_ids, tokens, 1)
+            logits = self._forward(input_ids, tokens, 1, counted)
             self._unread.append(input_ids)
             for stream in self.streams:
                 stream.ahead += 1
@@ -276,14 +286,31 @@ class StreamBatch:
                 stream.take(ids)
             self._unread = []
 
-    def _forward(self, input_ids: Tensor, tokens: Ints, logits_to_keep: int) -> Tensor:
+    def _forward(
+        self, input_ids: Tensor, tokens: Ints, logits_to_keep: int, counted: Counted | None
+    ) -> Tensor:
+        record, notes = self._slot.record, None
+        if record is not None and counted is not None:
+            notes = AttentionNotes(counted.weights(tokens, self._device))
         if not self._setup.model_layout.states:
-            logits, self._state = self._calls.run(self._state, input_ids, tokens, logits_to_keep)
-            return logits
-        self._note_segment_states(tokens)
-        begun = [stream.seen > 0 for stream in self.streams]
-        logits, self._state = self._calls.run_by_length(self._state, input_ids, tokens, begun, logits_to_keep)
+            logits, self._state = self._calls.run(self._state, input_ids, tokens, logits_to_keep, notes)
+        else:
+            self._note_segment_states(tokens)
+            begun = [stream.seen > 0 for stream in self.streams]
+            logits, self._state = self._calls.run_by_length(
+                self._state, input_ids, tokens, begun, logits_to_keep, notes
+            )
+        if record is not None and counted is not None and notes is not None:
+            record.add(notes, counted, self._held_chunks())
         return logits
+
+    def _held_chunks(self) -> list[list[HeldChunk]]:
+        """What each row attends to, chunk by chunk in the order of the columns."""
+        memory = self._state.memory
+        if memory is None:
+            return []
+        each = [stream.held_chunks() for stream in self.streams]
+        return [[chunks[place] for place in memory.order(row)] for row, chunks in enumerate(each)]
 
     def _note_segment_states(self, tokens: Ints) -> None:
         """Note the states of rows whose next token begins a segment: tokens can be taken back to there."""

@@ -85,6 +85,15 @@ class BatchMemory:
             for place, layer in enumerate(group)
         }
 
+    def order(self, row: int) -> list[int]:
+        """Which of the chunks that a row has retrieved stand in its columns, one after the other."""
+        memory = self.made_of[row]
+        blocks = () if memory is None else memory.blocks
+        if self.room is None:
+            return list(range(len(blocks)))
+        number = {id(block): place for place, block in enumerate(blocks)}
+        return [number[id(block)] for block in self.room.held(row)]
+
     def sketch(self, layer: int, first_head: int, keys: Tensor, budget: PageBudget) -> Sketch:
         """Return the sketch of some heads' keys [rows, kv_heads, tokens, head_dim], for which there is no room."""
         name = layer, first_head

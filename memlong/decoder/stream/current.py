@@ -12,6 +12,7 @@ from memlong.bank import MemoryBank
 from memlong.decoder.interrupts import uninterrupted
 from memlong.decoder.model.attachment import Attachment
 from memlong.decoder.setup import Setup
+from memlong.decoder.stream.attention_record import Counted
 from memlong.decoder.stream.banks import check_banks
 from memlong.decoder.stream.batch import StreamBatch
 from memlong.decoder.stream.retrieval import RandomChunks
@@ -175,7 +176,7 @@ class CurrentStreams:
         with self._attachment.slot.reading:
             batch = self.for_rows(len(pending))
             self.take_over(batch)
-        segments = batch.read(pending, logits_to_keep, gradients=gradients)
+        segments = batch.read(pending, logits_to_keep, gradients=gradients, counted=Counted())
         return Segments(self._while_current(segments, self._reader), batch.segments_of(pending))
 
     def _while_current(self, segments: Iterator[Segment], reader: object) -> Iterator[Segment]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -61,10 +62,10 @@ class StreamMemory:
     ids: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, spans: Tensor) -> Self:
+    def of(cls, keys: Tensor, values: Tensor, spans: Tensor, ids: Sequence[int] = ()) -> Self:
         """Take chunks of which keys and values are [layers, kv_heads, tokens, head_dim]."""
         sides = zip(*(states.chunk(len(spans), dim=2) for states in (keys, values)), strict=True)
-        return cls(tuple(Block(*side) for side in sides), spans)
+        return cls(tuple(Block(*side) for side in sides), spans, tuple(ids))
 
     @property
     def tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.persistence.saved_values import fact_of, tensor_of
 from memlong.decoder.retrievers.base import Passage
+from memlong.decoder.stream.attention_record import HeldChunk
 from memlong.decoder.stream.positions import Placement, memory_positions, placement_of
 from memlong.decoder.stream.retrieval import Placed, RandomChunks, Retrieval, StreamMemory, retrieve_chunks
 
@@ -59,6 +61,7 @@ class TokenStream:
         self.is_focused = False
         self.memory: StreamMemory | None = None
         self.retrieval: Retrieval | None = None
+        self._memory_from: ref[MemoryBank] | None = None  # the bank may be another one by now
         self.next_query: Passage | None = None
         self.ahead = 0
         self._departed = 0  # chunks that have left the window
@@ -207,6 +210,22 @@ class TokenStream:
         else:
             self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config, self._before)
         self._before = self.memory
+        self._memory_from = self._weak_bank()
+
+    def held_chunks(self) -> list[HeldChunk]:
+        """The chunks of the memory, in its order."""
+        if self.memory is None:
+            return []
+        spans: list[list[int]] = self.memory.spans.tolist()
+        ids = [None if Draft.is_own(each) else each for each in self.memory.ids] or [None] * len(spans)
+        return [
+            HeldChunk(self._memory_from, each, (start, end))
+            for each, (start, end) in zip(ids, spans, strict=True)
+        ]
+
+    def _weak_bank(self) -> ref[MemoryBank] | None:
+        bank = self.bank.bank if isinstance(self.bank, Draft) else self.bank
+        return None if bank is None else ref(bank)
 
     def memory_positions(self) -> Ints:
         """Positions [tokens] of the retrieved chunks."""
@@ -278,7 +297,10 @@ class TokenStream:
                 tensor_of(tensors, f"memory.{name}", layers, heads, len(spans) * size, width, like=like)
                 for name in ("keys", "values")
             )
-            self.memory = StreamMemory.of(keys, values, spans)
+            # They stand in the order of ids, of which the retrieval has the same, best first.
+            known = [] if self.retrieval is None else sorted(self.retrieval.ids.tolist())
+            self.memory = StreamMemory.of(keys, values, spans, known if len(known) == len(spans) else ())
+            self._memory_from = self._weak_bank()
 
     def _passage(self, start: int, end: int) -> Passage:
         first = self._recent.start
