@@ -33,7 +33,7 @@ from memlong.decoder.persistence.snapshot import Reading, read_snapshot, write_s
 from memlong.decoder.prepare import prepare
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.scoring import Likelihood, score
-from memlong.decoder.sources import Sources
+from memlong.decoder.sources import Sources, sources_of
 from memlong.decoder.stream.attention_record import AttentionRecord
 from memlong.decoder.stream.current import CurrentStreams
 from memlong.decoder.stream.retrieval import RandomChunks
@@ -432,7 +432,7 @@ class MemoryDecoder(Uncopied):
             )
         record = slot.record = AttentionRecord(self.retrieval_layers, self.config.chunk_size)
         try:
-            yield Sources(record)
+            yield Sources(partial(sources_of, record))
         finally:
             slot.record = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +11,8 @@ import numpy as np
 
 from memlong.decoder.stream.attention_record import AttentionRecord
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
+
+_THIN = 0.5  # points: what is seen of a chunk of a very long text
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,16 @@ class Source:
 
 
 class Sources:
-    """What `MemoryDecoder.sources` has recorded so far."""
+    """What `MemoryDecoder.sources` has recorded so far.
 
-    def __init__(self, record: AttentionRecord) -> None:
-        self._record = record
+    Parameters
+    ----------
+    find
+        Returns the chunks.
+    """
+
+    def __init__(self, find: Callable[[], list[Source]]) -> None:
+        self._find = find
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.chunks)} chunks)"
@@ -52,13 +60,7 @@ class Sources:
     @property
     def chunks(self) -> tuple[Source, ...]:
         """The chunks of all rows, most attended first."""
-        record = self._record
-        found = []
-        for (row, chunk), given in record.given.items():
-            shares = given / np.maximum(record.asked[row], 1.0)
-            by_layer = dict(zip(record.layers, shares.tolist(), strict=True))
-            found.append(Source(row, chunk.id, chunk.span, float(shares.mean()), by_layer))
-        return tuple(sorted(found, key=lambda source: (-source.mass, source.row, source.span)))
+        return tuple(sorted(self._find(), key=lambda source: (-source.mass, source.row, source.span)))
 
     def save_picture(self, path: str | Path, *, row: int = 0, tokens: int | None = None) -> None:
         """Draw how much attention each part of the text got, by layer and in all.
@@ -90,17 +92,21 @@ class Sources:
             raise MissingDependencyError("save_picture() requires matplotlib: pip install 'memlong[plot]'")
         from matplotlib.figure import Figure
 
-        layers = self._record.layers
+        layers = [*chunks[0].by_layer]
         end = max(each.span[1] for each in chunks) if tokens is None else tokens
         figure = Figure(figsize=(9, 2.5 + 0.12 * len(layers)), layout="constrained")
         by_layer, total = figure.subplots(2, sharex=True, height_ratios=(len(layers) + 4, 6))
+        edges = np.arange(len(layers) + 1) - 0.5
         most = max(max(each.by_layer.values()) for each in chunks)
         for each in chunks:
             column = [[each.by_layer[layer]] for layer in layers]
             picture = by_layer.pcolormesh(
-                each.span, np.arange(len(layers) + 1) - 0.5, column, vmin=0, vmax=most
+                each.span, edges, column, vmin=0, vmax=most, edgecolors="face", linewidth=_THIN
             )
-            total.bar(each.span[0], each.mass, each.span[1] - each.span[0], align="edge")
+            width = each.span[1] - each.span[0]
+            total.bar(
+                each.span[0], each.mass, width, align="edge", color="C0", edgecolor="C0", linewidth=_THIN
+            )
         figure.colorbar(picture, ax=by_layer, label="share of attention")
         step = max(1, len(layers) // 8)
         by_layer.set_yticks(range(0, len(layers), step), layers[::step])
@@ -110,3 +116,13 @@ class Sources:
             figure.savefig(path, dpi=130)
         except OSError as error:
             raise StorageError(f"Cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def sources_of(record: AttentionRecord) -> list[Source]:
+    """Return the chunks that a record has, in any order."""
+    found = []
+    for (row, chunk), given in record.given.items():
+        shares = given / np.maximum(record.asked[row], 1.0)
+        by_layer = dict(zip(record.layers, shares.tolist(), strict=True))
+        found.append(Source(row, chunk.id, chunk.span, float(shares.mean()), by_layer))
+    return found

@@ -24,11 +24,11 @@ Joiner = Callable[..., None]
 """Lets few queries choose pages and attend to them, and joins that to what they have of the window.
 
 Takes query [rows, heads, queries, width]; scale, the factor of the products; gates [heads], added to logits of memory;
-heads, the K-V heads that attend to memory; slots, the chunks; memory, which is keys, values [rows, layers, memory heads,
-tokens, width], and of the sketch channels [rows, layers, memory heads, kept], keys [rows, layers, memory heads, slots,
-kept, tokens of a chunk] and scales, without tokens; place, the index of the layer; chosen [rows, memory heads, queries,
-pages], to be overwritten by what each query chooses; and, of the window, output [rows, queries, heads, width], which
-becomes that of window and pages, and logsumexp [rows, heads, queries].
+heads, the K-V heads that attend to memory; slots, how many chunks there are; memory, which is keys, values [rows,
+layers, memory heads, tokens, width], and of the sketch channels [rows, layers, memory heads, kept], keys [rows, layers,
+memory heads, slots, kept, tokens of a chunk] and scales, without tokens; place, the index of the layer; chosen [rows,
+memory heads, queries, pages], overwritten by what each query chooses; and, of the window, output [rows, queries, heads,
+width], which becomes that of window and pages, and logsumexp [rows, heads, queries].
 """
 # All of fast math, but for the promise that nothing is NaN or infinite.
 _ORDER_IS_FREE = {"reassoc", "contract", "nsz", "arcp", "afn"}
