@@ -121,7 +121,7 @@ class Sources:
 def sources_of(record: AttentionRecord) -> list[Source]:
     """Return the chunks that a record has, in any order."""
     found = []
-    for (row, chunk), given in record.given.items():
+    for (row, chunk), given in list(record.given.items()):
         shares = given / np.maximum(record.asked[row], 1.0)
         by_layer = dict(zip(record.layers, shares.tolist(), strict=True))
         found.append(Source(row, chunk.id, chunk.span, float(shares.mean()), by_layer))

@@ -240,7 +240,7 @@ class AttentionPass:
         mask = self._mask_for(seen, query.dtype, query.shape[2])
         mask = page_mask(query, key, sketch, budget, options.get("scaling"), mask)
         if self.notes is not None:
-            self.notes.give_by_softmax(seen.layer, query, key, mask, options.get("scaling"), memory.tokens)
+            self.notes.give_by_softmax(seen.layer, query, [key], mask, options.get("scaling"), memory.tokens)
         return kernels.attend_with_mask(base, module, query, key, value, mask, options)
 
     def _note(
@@ -259,7 +259,7 @@ class AttentionPass:
             notes.give(seen.layer, weights[..., : memory.tokens])
         elif weights is None and kernels.is_plain(base, options):
             mask = self._mask_for(seen, query.dtype, query.shape[2])
-            notes.give_by_softmax(seen.layer, query, key, mask, options.get("scaling"), memory.tokens)
+            notes.give_by_softmax(seen.layer, query, [key], mask, options.get("scaling"), memory.tokens)
         else:
             odd = kernels.beyond_sdpa(options) or "an implementation of its own"
             raise UnsupportedModelError(
@@ -289,8 +289,7 @@ class AttentionPass:
         if chosen is not None:
             pages = memory.shape[2] // budget.page_size
             mask = hide_others(mask, chosen, pages, budget.page_size, group)
-        keys = torch.cat([memory, key.float()], dim=2)
-        notes.give_by_softmax(seen.layer, query, keys, mask, scale, memory.shape[2])
+        notes.give_by_softmax(seen.layer, query, [memory, key], mask, scale, memory.shape[2])
 
     def _has_memory(self, layer: int) -> bool:
         return self.memory is not None and layer in self.memory.places

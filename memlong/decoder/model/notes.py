@@ -10,6 +10,8 @@ from torch import Tensor
 
 from memlong.bank.store.copying import to_device
 
+_PIECE = 1 << 22  # products computed at a time
+
 
 @dataclass(eq=False)
 class AttentionNotes:
@@ -49,7 +51,13 @@ class AttentionNotes:
 
     @torch.no_grad()
     def give_by_softmax(
-        self, layer: int, query: Tensor, key: Tensor, mask: Tensor, scale: float | None, memory: int
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Sequence[Tensor],
+        mask: Tensor,
+        scale: float | None,
+        memory: int,
     ) -> None:
         """Note the shares that a softmax of scaled products gives to the first ``memory`` keys.
 
@@ -59,8 +67,8 @@ class AttentionNotes:
             The retrieval layer.
         query
             [rows, heads, queries, head_dim].
-        key
-            [rows, kv_heads, keys, head_dim].
+        keys
+            Consecutive parts of them [rows, kv_heads, keys, head_dim].
         mask
             What is added to the products [rows, 1 or heads, queries, keys].
         scale
@@ -68,16 +76,20 @@ class AttentionNotes:
         memory
             Retrieved tokens, which come first.
         """
-        latest = min(self.latest, query.shape[2])
-        first = query.shape[2] - latest
-        group = query.shape[1] // key.shape[1]
+        rows, kv_heads = keys[0].shape[:2]
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        for head in range(key.shape[1]):  # one after the other: there may be many keys
-            mine = slice(head * group, (head + 1) * group)
-            asked, keys = query[:, mine, first:].float() * scale, key[:, head, None].float()
-            hidden = mask[:, :, first:] if mask.shape[1] == 1 else mask[:, mine, first:]
-            logits = asked @ keys.mT + hidden.float()
-            self.give(layer, (logits[..., :memory] - logits.logsumexp(dim=3, keepdim=True)).exp())
+        first = query.shape[2] - min(self.latest, query.shape[2])
+        asked = (query[:, :, first:].float() * scale).unflatten(1, (kv_heads, -1))
+        group, latest = asked.shape[2:4]
+        asked = asked.flatten(2, 3)  # so that a product copies no keys
+        mask = mask[:, :, first:].unflatten(1, (kv_heads if mask.shape[1] > 1 else 1, -1))
+        step = max(1, _PIECE // (rows * group * latest * mask.shape[4]))
+        for start in range(0, kv_heads, step):
+            some = slice(start, start + step)
+            products = torch.cat([asked[:, some] @ part[:, some].float().mT for part in keys], dim=3)
+            # [rows, kv_heads, group, queries, keys]
+            logits = products.unflatten(2, (group, latest)) + (mask if mask.shape[1] == 1 else mask[:, some])
+            self.give(layer, logits.softmax(dim=4)[..., :memory].flatten(1, 2))
 
     def of_rows(self, rows: Sequence[int], tokens: int) -> AttentionNotes:
         """Return notes for these rows alone, of which the call has this many tokens."""
