@@ -68,6 +68,7 @@ bench: $(INSTALLED) ## Measure speed and memory, each next to a baseline (under 
 	$(BIN)/python bench/long_context.py --lengths 2048,8192
 	$(BIN)/python bench/long_stream.py --tokens 20000 --places 5000 --points 20
 	$(BIN)/python bench/snapshots.py --json out/snapshots.json
+	$(BIN)/python bench/shared_memory.py --json out/shared_memory.json
 	$(BIN)/python bench/results.py out/bank.json out/kv.json out/peers.json out/decoder.json out/profile_stream.json
 
 clean: ## Remove caches and build outputs; .venv stays
