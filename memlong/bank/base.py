@@ -260,17 +260,18 @@ class MemoryBank:
         """
         held, added = len(self), 0 if more is None else len(more)
         step = max(1, -(-(held + added) // _ENOUGH))
-        total, count = self.embedding_sum(0, step)
+        total, count, _ = self.embedding_sum(0, step)
         if more is not None:
             chosen = more[-held % step :: step]
             total, count = total + chosen.sum(axis=0), count + len(chosen)
         return torch.from_numpy(total / max(1, count))
 
-    def embedding_sum(self, start: int, step: int) -> tuple[Floats, int]:
-        """Return the sum [dim] of every ``step``-th embedding from the ``start``-th on, and of how many it is."""
+    def embedding_sum(self, start: int, step: int) -> tuple[Floats, int, int]:
+        """Return the sum [dim] of every ``step``-th embedding from ``start`` on, their number, and that of all held."""
         with self._state.reading():
-            chosen = self._state.table.embeddings[start::step]
-            return chosen.sum(axis=0), len(chosen)
+            held = self._state.table.embeddings
+            chosen = held[start::step]
+            return chosen.sum(axis=0), len(chosen), len(held)
 
     @property
     def usage(self) -> Usage:

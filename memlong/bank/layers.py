@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -30,7 +31,7 @@ class LayeredBank(MemoryBank):
     Searching and retrieving see all of them as one bank would that holds their chunks: the best of the union, equal
     scores in one order. Everything that changes something acts on the top alone: `add`, `remove`, `evict`, `reset`,
     capacity and `save`. So sessions share a base, in memory once, and nothing of one session reaches another. A base
-    may grow or lose chunks meanwhile, by whoever else holds it.
+    may grow or lose chunks meanwhile, by whoever else holds it. Retrieving counts in the layer that a chunk is of.
 
     Ids tell the layer (`layer_of`): those of base i are its own plus i * 2**40, so those of the first base are as they
     are there, and those of the top its own plus 2**52. They stay as they are when a base grows or another is added.
@@ -46,7 +47,8 @@ class LayeredBank(MemoryBank):
         What lies below, such as ``load_bank(folder, lazy=True)``.
     among : sequence, optional
         For each base the ids, its own, of the chunks that this session may find there, or None for all: those of
-        documents with some tag, say. Sizes and means are of all.
+        documents with some tag, say. It is a filter of searches and not a lock: `fetch` and `ids` know all chunks,
+        sizes and means are of all, and it is not saved with a session.
 
     Raises
     ------
@@ -87,9 +89,14 @@ class LayeredBank(MemoryBank):
                     f"bases must have the top's dim {top.dim} and metric {top.metric!r}, got a bank of dim {bank.dim} "
                     f"and metric {bank.metric!r}: make the top with those, or choose bases of one retriever"
                 )
-        if among is not None and len(among) != len(bases):
+        for bank in layers:
+            if bank.next_id > _PER_LAYER:
+                raise InvalidArgumentError(
+                    f"top and bases must have ids below 2**40, got one at {bank.next_id:,}"
+                )
+        if among is not None and (not isinstance(among, Sequence) or len(among) != len(bases)):
             raise InvalidArgumentError(
-                f"among must hold ids or None for each of the {len(bases)} bases, got {len(among)}"
+                f"among must hold ids or None for each of the {len(bases)} bases, got {among!r:.80}"
             )
         self._top, self._bases = top, tuple(bases)
         self._open = tuple(
@@ -119,9 +126,16 @@ class LayeredBank(MemoryBank):
         return self._bases
 
     def layer_of(self, ids: IntInput) -> torch.Tensor:
-        """Return the layer of each id, int64 [n]: the number of a base, from 0, or -1 for the top."""
+        """Return the layer of each id, int64 [n]: bases from 0, then the top; -1 for an id that can be of none."""
         layers = ids_of(ids) // _PER_LAYER
-        return torch.from_numpy(np.where(layers == _TOP, -1, layers))
+        layers[layers == _TOP] = len(self._bases)
+        layers[layers > len(self._bases)] = -1
+        return torch.from_numpy(layers)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of what all layers hold; as `MemoryBank.fingerprint`."""
+        told = "".join(bank.fingerprint() for _, bank in self._layers())
+        return hashlib.sha256(told.encode()).hexdigest()
 
     @property
     def state(self) -> BankState:
@@ -208,14 +222,15 @@ class LayeredBank(MemoryBank):
         usage = self._top.usage
         return Usage(usage.ids + _TOP * _PER_LAYER, usage.retrievals, usage.last_used)
 
-    def embedding_sum(self, start: int, step: int) -> tuple[Floats, int]:
-        """Return the sum [dim] of every ``step``-th embedding of all layers, and of how many it is."""
-        total, count = np.zeros(self.dim, dtype=np.float32), 0
+    def embedding_sum(self, start: int, step: int) -> tuple[Floats, int, int]:
+        """Return the sum [dim] of every ``step``-th embedding of all layers; as `MemoryBank.embedding_sum`."""
+        total, count, length = np.zeros(self.dim, dtype=np.float32), 0, 0
         for _, bank in self._layers():
-            part, of = bank.embedding_sum(start, step)
+            part, of, held = bank.embedding_sum(start, step)
             total, count = total + part, count + of
-            start += of * step - len(bank)
-        return total, count
+            start += of * step - held
+            length += held
+        return total, count, length
 
     def __len__(self) -> int:
         return sum(len(bank) for _, bank in self._layers())
@@ -263,17 +278,17 @@ class LayeredBank(MemoryBank):
         chunks = self.fetch(ids)
         for more in range(1, int(times.max()) if len(times) else 0):  # an id counts for every query
             self.fetch((), known=ids[times > more])
-        gone = torch.isin(found.ids, chunks.ids, invert=True)  # between the search and now
-        where = torch.searchsorted(chunks.ids, found.ids.contiguous()).clamp(max=max(0, len(chunks.ids) - 1))
-        layout = self.layout or UNKNOWN
-        keys, values = (layout.empty(*found.ids.shape) for _ in range(2))
-        spans = torch.full((*found.ids.shape, 2), -1, dtype=torch.int64, device="cpu")
-        held = ~gone
-        if held.any():
-            keys[held], values[held] = chunks.keys[where[held]], chunks.values[where[held]]
-            spans[held] = chunks.spans[where[held]]
-        scores = found.scores.masked_fill(gone, -torch.inf)
-        return Retrieved(found.ids.masked_fill(gone, -1), scores, keys, values, spans)
+        # What has left since the search is missing, and what is missing comes last.
+        gone = torch.isin(found.ids, chunks.ids, invert=True)
+        scores, order = found.scores.masked_fill(gone, -torch.inf).sort(dim=1, descending=True, stable=True)
+        ids = found.ids.masked_fill(gone, -1).gather(1, order)
+        held = ids >= 0
+        where = torch.searchsorted(chunks.ids, ids[held])
+        keys, values = (each.new_zeros(*ids.shape, *each.shape[1:]) for each in (chunks.keys, chunks.values))
+        keys[held], values[held] = chunks.keys[where], chunks.values[where]
+        spans = torch.full((*ids.shape, 2), -1, dtype=torch.int64, device="cpu")
+        spans[held] = chunks.spans[where]
+        return Retrieved(ids, scores, keys, values, spans)
 
     def spans_of(self, ids: IntInput) -> torch.Tensor:
         """Return the token positions of chunks, each in the text of its layer; as `MemoryBank.spans_of`."""
@@ -294,6 +309,8 @@ class LayeredBank(MemoryBank):
             if not len(own) and not len(also):
                 continue
             found = bank.fetch(own, known=also)
+            if len(found.ids):
+                self._require_same(ChunkLayout.of(found.keys))
             rows = zip(found.keys, found.values, found.spans, found.ids.tolist(), strict=True)
             parts |= {first + row[3]: row for row in rows}
         held = [parts[each] for each in wanted.tolist() if each in parts]

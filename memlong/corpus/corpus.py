@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.saving import write_bank
 from memlong.bank.snapshot.tensors import encode, read_arrays
 from memlong.bank.snapshot.writer import SnapshotWriter
-from memlong.corpus.document import About, Remembered
+from memlong.corpus.document import About, Document, Remembered
 from memlong.decoder import MemoryDecoder
 from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 from memlong.plugins import Registry
 from memlong.plugins.registry import installed_registry
+
+_AT_ONCE = 64  # chunks
 
 
 class Corpus:
@@ -66,6 +69,7 @@ class Corpus:
         self.bank = bank
         self.notes = dict(notes or {})
         self.folder: Path | None = None
+        self._lock = RLock()
         self._documents = {each.source: each for each in documents}
         self._tokens = dict(tokens or {})
         self._has_forgotten = False
@@ -96,7 +100,7 @@ class Corpus:
             As `memlong.load_bank` does.
         """
         folder = folder_of(path)
-        of_bank = {name: options.pop(name) for name in ("row", "kv_device") if name in options}
+        kv_device = options.pop("kv_device", None)
         most_bytes = options.pop("most_bytes", None)
         options.setdefault("lazy", options.get("store") is None)
 
@@ -104,10 +108,10 @@ class Corpus:
             if manifest.kind != "corpus" or manifest.extra is None:
                 raise SnapshotError(
                     f"{str(folder)!r} holds the snapshot of a {manifest.kind}, and no corpus: name a folder that "
-                    "memlong remember wrote"
+                    "`Corpus.save` wrote"
                 )
-            stored = read_bank(folder, manifest, of_bank.get("row"), of_bank.get("kv_device"))
-            documents, tokens = _read_documents(folder, manifest.extra)
+            stored = read_bank(folder, manifest, None, kv_device)
+            documents, tokens = _read_documents(folder, manifest.extra, stored.record.next_id)
             bank = (registry or installed_registry()).bank_of(stored, backend, **options)
             notes = manifest.extra.facts.get("notes", {})
             found = cls(bank, documents, tokens, notes if isinstance(notes, dict) else {})
@@ -135,13 +139,18 @@ class Corpus:
             If the decoder has no backend.
         SnapshotError
             As `load` and `save` do.
+        InvalidArgumentError
+            If the decoder's banks have a capacity: a corpus keeps every document.
         """
         bank, folder = decoder.new_bank(), folder_of(path)
         if bank is None:
             raise MemlongError("A corpus needs a backend, but the configuration has backend=None: name one")
+        check_unlimited(bank)
         if not has_manifest(folder):
             cls(bank, notes=notes).save(folder)
-        return cls.load(folder, decoder.config.backend, registry=decoder.registry)
+        return cls.load(
+            folder, decoder.config.backend, registry=decoder.registry, kv_device=str(decoder.model.device)
+        )
 
     @property
     def documents(self) -> tuple[Remembered, ...]:
@@ -210,19 +219,59 @@ class Corpus:
         ]
         return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
 
-    def add(self, document: Remembered, tokens: Ids) -> None:
-        """Note a document whose chunks the bank holds; one of the same source leaves."""
-        before = self._documents.get(document.source)
-        if before is not None:
-            self._remove_chunks(before)
-        self._documents[document.source] = document
-        self._tokens[document.source] = np.asarray(tokens, dtype=np.int32)
-        self._sort()
+    def add(self, document: Document, bank: MemoryBank, *, tokens: Sequence[int], lead: int) -> None:
+        """Take the chunks of a document that was read; one of the same source leaves.
+
+        Parameters
+        ----------
+        document
+            The document.
+        bank
+            Holds its chunks alone.
+        tokens
+            Token ids of its text.
+        lead
+            How many tokens were read before them.
+        """
+        with self._lock:
+            first = self.bank.next_id
+            try:
+                _copy(bank, self.bank)
+            except BaseException:
+                held = self.bank.ids
+                self.bank.remove(held[held >= first])
+                raise
+            before = self._documents.get(document.source)
+            if before is not None:
+                self._remove_chunks(before)
+            self._documents[document.source] = Remembered(
+                **asdict(document.about),
+                digest=document.digest,
+                tokens=len(tokens),
+                lead=lead,
+                first_id=first,
+                chunks=self.bank.next_id - first,
+            )
+            self._tokens[document.source] = np.array(tokens, dtype=np.int32)
+            self._sort()
+
+    def holds_all_of(self, source: str) -> bool:
+        """Whether the bank holds every chunk of a document."""
+        found = self._documents[source]
+        ids = torch.arange(found.first_id, found.first_id + found.chunks)
+        return bool((self.bank.spans_of(ids) >= 0).all())
 
     def change(self, about: About) -> None:
-        """Give a document other metadata; its text stays, and is not read again."""
-        self._documents[about.source] = self._documents[about.source].with_about(about)
-        self._sort()
+        """Give a document other metadata; its text stays, and is not read again.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there is none of this source.
+        """
+        with self._lock:
+            self._documents[about.source] = self._known(about.source).with_about(about)
+            self._sort()
 
     def forget(self, source: str) -> None:
         """Remove a document; the next `save` rewrites the folder, so that nothing of it remains there.
@@ -232,12 +281,10 @@ class Corpus:
         InvalidArgumentError
             If there is none of this source.
         """
-        found = self._documents.get(source)
-        if found is None:
-            raise InvalidArgumentError(f"the corpus has no document of the source {source!r:.200}")
-        self._remove_chunks(found)
-        del self._documents[source], self._tokens[source]
-        self._sort()
+        with self._lock:
+            self._remove_chunks(self._known(source))
+            del self._documents[source], self._tokens[source]
+            self._sort()
 
     def expire(self, now: float | None = None) -> list[str]:
         """Forget the documents whose time has come, by the clock unless ``now`` is given; return their sources."""
@@ -263,36 +310,33 @@ class Corpus:
         if path is None and self.folder is None:
             raise InvalidArgumentError("path must name a folder: the corpus was not loaded from one")
         folder, state = folder_of(path or self.folder or ""), self.bank.state
-        with SnapshotWriter(folder, "corpus") as writer:
+        with self._lock, SnapshotWriter(folder, "corpus") as writer:
             ours = None if state.saved is None else state.saved.token
             if writer.current is not None and writer.current.token != ours:
                 raise SnapshotError(
                     f"{str(folder)!r} was changed since this corpus was loaded, and would lose that: load it again, "
                     "or save to another folder"
                 )
-            strays = self._strays()
-            if len(strays):
-                self.bank.remove(strays)
-            saved = write_bank(self.bank, writer, compact=self._has_forgotten)
+            saved = write_bank(self.bank, writer, forgets=self._has_forgotten)
             words = [self._tokens[each.source] for each in self._in_order]
             arrays = {"tokens": np.concatenate([np.empty(0, dtype=np.int32), *words])}
             facts = {"documents": [asdict(each) for each in self._in_order], "notes": self.notes}
             writer.commit([saved.record], ExtraRecord(facts, writer.write("documents", encode(arrays))))
             state.saved = saved
-        self._has_forgotten, self.folder = False, folder
-        if isinstance(state.store, SnapshotStore):
-            with state.writing():
-                state.store.settle(folder, saved, self.bank.layout)
+            self._has_forgotten, self.folder = False, folder
+            if isinstance(state.store, SnapshotStore):
+                with state.writing():
+                    state.store.settle(folder, saved, self.bank.layout)
 
-    def _strays(self) -> Ids:
-        """Return the ids of chunks that are of no document: it was not read to its end."""
-        known = self.ids(now=-np.inf).numpy()
-        found: Ids = np.setdiff1d(self.bank.ids.numpy(), known)
+    def _known(self, source: str) -> Remembered:
+        found = self._documents.get(source)
+        if found is None:
+            raise InvalidArgumentError(f"the corpus has no document of the source {source!r:.200}")
         return found
 
     def _remove_chunks(self, document: Remembered) -> None:
         held = torch.arange(document.first_id, document.first_id + document.chunks)
-        self.bank.remove(held[torch.isin(held, self.bank.ids)])  # some may have been evicted
+        self.bank.remove(held[torch.isin(held, self.bank.ids)])
         self._has_forgotten = True
 
     def _sort(self) -> None:
@@ -300,14 +344,46 @@ class Corpus:
         self._firsts = [each.first_id for each in self._in_order]
 
 
-def _read_documents(folder: Path, extra: ExtraRecord) -> tuple[list[Remembered], dict[str, Ids]]:
+def _read_documents(
+    folder: Path, extra: ExtraRecord, next_id: int
+) -> tuple[list[Remembered], dict[str, Ids]]:
     try:
-        documents = [Remembered.of_json(each) for each in extra.facts["documents"]]
+        told = extra.facts["documents"]
+        if not isinstance(told, list):
+            raise TypeError(f"{told!r:.80} is no list")
+        documents = [Remembered.of_json(each) for each in told]
         if len({each.source for each in documents}) < len(documents):
             raise ValueError("two documents have one source")
+        ends = [0, *(each.first_id + each.chunks for each in documents)]
+        begins = [*(each.first_id for each in documents), next_id]
+        if any(begin < end for end, begin in zip(ends, begins, strict=True)):
+            raise ValueError("the chunks of two documents overlap, or are not in the bank")
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(folder / MANIFEST, f"describes no documents ({error})") from error
     total = sum(each.tokens for each in documents)
     tokens = read_arrays(folder, extra.file, {"tokens": ("int32", (total,))})["tokens"]
-    ends = np.cumsum([0, *(each.tokens for each in documents)])
-    return documents, {each.source: tokens[ends[row] : ends[row + 1]] for row, each in enumerate(documents)}
+    places = np.cumsum([0, *(each.tokens for each in documents)])
+    return documents, {
+        each.source: tokens[places[row] : places[row + 1]] for row, each in enumerate(documents)
+    }
+
+
+def check_unlimited(bank: MemoryBank) -> None:
+    """Raise InvalidArgumentError if a bank evicts chunks, since a corpus keeps every document."""
+    capacity = bank.top.state.capacity
+    if capacity.max_chunks is not None or capacity.max_bytes is not None:
+        raise InvalidArgumentError(
+            "a corpus keeps every document, but its bank, or the decoder's, has max_chunks or max_bytes: leave them "
+            "out, and limit what is read with remember(budget=...)"
+        )
+
+
+def _copy(bank: MemoryBank, into: MemoryBank) -> None:
+    """Add the chunks of a bank to another, a few at a time."""
+    held = bank.embeddings
+    if not len(into):
+        into.origin = bank.origin
+    for start in range(0, len(held.ids), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        found = bank.fetch(held.ids[part])
+        into.add(held.embeddings[part], found.keys, found.values, found.spans)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, Self
 
 from memlong.errors import InvalidArgumentError
 
 _LONGEST = 4096
+_LATEST = 1e15  # seconds, which is false for NaN and infinity
+_FIELDS = ("source", "title", "time", "tags", "expires", "digest", "tokens", "lead", "first_id", "chunks")
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,11 @@ class About:
     tags
         Words to filter by.
     expires
-        From when on it is no longer found, in seconds since 1970; None for never.
+        From when on `Corpus.ids` leaves it out and `Corpus.expire` forgets it, in seconds since 1970; None for never.
     """
 
     source: str
+    _: KW_ONLY
     title: str = ""
     time: float | None = None
     tags: tuple[str, ...] = ()
@@ -53,7 +56,8 @@ class About:
         if not self.source:
             raise InvalidArgumentError("source must not be empty: name where the document is from")
         for name, value in (("time", self.time), ("expires", self.expires)):
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and abs(value) < _LATEST):
                 raise InvalidArgumentError(f"{name} must be seconds since 1970, or None, got {value!r:.80}")
 
 
@@ -67,7 +71,12 @@ class Document(About):
         The text itself.
     """
 
-    text: str = ""
+    text: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.text, str):
+            raise InvalidArgumentError(f"text must be text, got {self.text!r:.80}")
 
     @property
     def about(self) -> About:
@@ -120,13 +129,17 @@ class Remembered(About):
     @classmethod
     def of_json(cls, told: Any) -> Self:
         """Return what a file says; TypeError or ValueError if it cannot be."""
-        if not isinstance(told, Mapping):
-            raise TypeError(f"{told!r:.80} is not an object")
+        if (
+            not isinstance(told, Mapping)
+            or sorted(told) != sorted(_FIELDS)
+            or not isinstance(told["tags"], list)
+        ):
+            raise TypeError(f"{told!r:.80} does not describe one")
         found = cls(**told)
         for name in ("tokens", "lead", "first_id", "chunks"):
             value = getattr(found, name)
             if type(value) is not int or not 0 <= value < 2**48:
                 raise ValueError(f"{name} is {value!r:.80}")
-        if not isinstance(found.digest, str):
-            raise TypeError(f"digest is {found.digest!r:.80}")
+        if not isinstance(found.digest, str) or not re.fullmatch("[0-9a-f]{64}", found.digest):
+            raise ValueError(f"digest is {found.digest!r:.80}")
         return found

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 
-from memlong.bank import MemoryBank
 from memlong.bank.sizes import byte_count
 from memlong.bank.validate import whole_number
-from memlong.corpus.corpus import Corpus
-from memlong.corpus.document import Document, Remembered
+from memlong.corpus.corpus import Corpus, check_unlimited
+from memlong.corpus.document import Document
 from memlong.decoder import MemoryDecoder
 from memlong.errors import InvalidArgumentError
 from memlong.evaluation.text import opening_tokens, tokenize
 
 _PATIENCE = 30.0  # seconds between two saves
 _AT_ONCE = 256 << 20  # bytes of keys and values in memory between two saves
-_MOVED = 64  # chunks
 
 
 @dataclass
@@ -61,7 +58,8 @@ def remember(
     rows
         How many documents to read side by side, which saves time on a GPU.
     budget
-        Bytes of embeddings, keys and values, such as "8GB": a document that no longer fits is left out.
+        Bytes of embeddings, keys and values, such as "8GB": a document that no longer fits is left out, and of one
+        that has changed, what was read before stays.
     progress
         Called with a document and how many of its tokens were read since the last call.
 
@@ -78,14 +76,18 @@ def remember(
     most = None if budget is None else byte_count("budget", budget)
     decoder.reset(bases=[corpus.bank])  # refuses a corpus of another model
     decoder.reset()
+    check_unlimited(corpus.bank)
+    check_unlimited(decoder.new_bank() or corpus.bank)
     outcome, saver = Outcome([], [], []), _Saver(corpus)
     fresh = _fresh(corpus, documents, outcome)
-    while group := list(islice(fresh, rows)):
-        fitting = _fitting(decoder, corpus, group, most, outcome)
-        if fitting:
-            _read(decoder, corpus, fitting, saver, progress)
-            outcome.read += [document.source for document, _ in fitting]
-    saver.save()
+    try:
+        while group := list(islice(fresh, rows)):
+            fitting = _fitting(decoder, corpus, group, most, outcome)
+            if fitting:
+                _read(decoder, corpus, fitting, saver, progress)
+                outcome.read += [document.source for document, _ in fitting]
+    finally:  # what was read before an error, too
+        saver.save()
     return outcome
 
 
@@ -146,7 +148,7 @@ def _fresh(corpus: Corpus, documents: Iterable[Document], outcome: Outcome) -> I
             raise InvalidArgumentError(f"documents holds two of the source {document.source!r:.200}")
         seen.add(document.source)
         known = corpus.get(document.source)
-        if known is None or known.digest != document.digest:
+        if known is None or known.digest != document.digest or not corpus.holds_all_of(document.source):
             yield document
             continue
         if known.with_about(document.about) != known:
@@ -166,9 +168,11 @@ def _fitting(
     one = decoder.layout.nbytes + corpus.bank.dim * np.dtype(np.float32).itemsize
     for document in group:
         laid = _Laid.out(decoder, document.text)
-        used += laid.chunks(decoder) * one
+        known = corpus.get(document.source)
+        more = (laid.chunks(decoder) - (0 if known is None else known.chunks)) * one
+        used += more
         if most is not None and used > most:
-            used -= laid.chunks(decoder) * one
+            used -= more
             outcome.left_out.append(document.source)
         else:
             fitting.append((document, laid))
@@ -194,31 +198,7 @@ def _read(
         for row, (document, _) in enumerate(group):
             progress(document, int((segment.tokens[row] >= 0).sum()))
     decoder.flush()
-    banks = decoder.banks
-    for bank, (document, laid) in zip(banks, group, strict=True):
-        first = corpus.bank.next_id
-        _move(bank, corpus.bank)
-        corpus.add(
-            Remembered(
-                **asdict(document.about),
-                digest=document.digest,
-                tokens=len(laid.words),
-                lead=len(laid.lead),
-                first_id=first,
-                chunks=corpus.bank.next_id - first,
-            ),
-            np.array(laid.words, dtype=np.int32),
-        )
+    for bank, (document, laid) in zip(decoder.banks, group, strict=True):
+        corpus.add(document, bank, tokens=laid.words, lead=len(laid.lead))
         saver.added(bank.nbytes)
     decoder.reset()
-
-
-def _move(bank: MemoryBank, corpus: Any) -> None:
-    """Add the chunks of a bank to another, a few at a time."""
-    held = bank.embeddings
-    if not len(corpus):
-        corpus.origin = bank.origin
-    for start in range(0, len(held.ids), _MOVED):
-        part = slice(start, start + _MOVED)
-        found = bank.fetch(held.ids[part])
-        corpus.add(held.embeddings[part], found.keys, found.values, found.spans)

@@ -242,6 +242,8 @@ class Registry:
         """Create a bank from the content of a snapshot; see `load_bank`."""
         from memlong.bank.layers import LayeredBank
 
+        if isinstance(bases, str) or not hasattr(bases, "__getitem__"):
+            raise InvalidArgumentError(f"bases must be a sequence of banks, got {bases!r:.80}")
         stored = stored.apart_from(bases, any_bases=any_bases)
         name = self._backend_that_made(stored) if backend is None else backend
         name, options = self.resolve(name, **options)

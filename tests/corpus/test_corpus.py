@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from memlong import LayeredBank, MemoryDecoder, SnapshotError, load_bank
 from memlong.bank.snapshot.lazy import SnapshotStore
 from memlong.bank.snapshot.tending import describe, verify
-from memlong.corpus import Corpus, Document, reading, remember
+from memlong.corpus import Corpus, Document, Remembered, reading, remember
 from memlong.errors import InvalidArgumentError, MemlongError
 
 
@@ -38,9 +38,7 @@ def words(count, seed):
 
 
 def documents(*sizes, first=0):
-    return [
-        Document(f"{number}.txt", text=words(size, number)) for number, size in enumerate(sizes, start=first)
-    ]
+    return [Document(f"{number}.txt", words(size, number)) for number, size in enumerate(sizes, start=first)]
 
 
 def read(decoder, corpus, given, **options):
@@ -228,10 +226,12 @@ def test_bad_input_is_named(decoder, tiny_model, tokenizer, small, tmp_path):
         ({"source": ""}, "source must not be empty"),
         ({"source": "a", "tags": "b"}, "tags must be a sequence"),
         ({"source": "a", "time": float("nan")}, "time must be seconds"),
+        ({"source": "a", "time": 10**400}, "time must be seconds"),
         ({"source": "a", "title": 3}, "title must be text"),
+        ({"source": "a", "text": None}, "text must be text"),
     ]:
         with pytest.raises(InvalidArgumentError, match=message):
-            Document(**wrong)
+            Document(**{"text": "", **wrong})
     with pytest.raises(InvalidArgumentError, match="path must name a folder"):
         Corpus(decoder.new_bank()).save()
 
@@ -269,3 +269,68 @@ def test_it_is_whole_after_a_kill(decoder, tmp_path):
     corpus.forget("0.txt")
     corpus.save()
     assert len(Corpus.load(tmp_path)) == 1
+
+
+def test_what_an_error_cuts_short_is_saved_up_to_there(decoder, tmp_path):
+    def some():
+        yield from documents(20, 30)
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        read(decoder, Corpus.open(tmp_path, decoder), some())
+    assert len(Corpus.load(tmp_path)) == 2
+
+
+def test_a_changed_document_rewrites_what_was_saved_with_it_alone(decoder, tmp_path):
+    for number in range(4):
+        read(decoder, Corpus.open(tmp_path, decoder), documents(20, first=number))
+    before = {path.name for path in tmp_path.glob("blocks-*")}
+    corpus = Corpus.load(tmp_path)
+    read(decoder, corpus, [replace(documents(20)[0], text=words(20, 9))])
+    after = {path.name for path in tmp_path.glob("blocks-*")}
+    assert (len(before), len(after), len(before & after)) == (4, 4, 3)
+    assert corpus.bank.open_files == 4
+    assert torch.isfinite(content(corpus, "3.txt").keys).all()
+
+
+def test_banks_that_evict_are_refused(llama, tokenizer, small, tmp_path):
+    limited = MemoryDecoder(llama, tokenizer, small(backend_options={"max_chunks": 6}))
+    with pytest.raises(InvalidArgumentError, match="a corpus keeps every document"):
+        Corpus.open(tmp_path, limited)
+
+
+def test_a_document_without_its_chunks_is_read_again(decoder, tmp_path):
+    corpus = Corpus.open(tmp_path, decoder)
+    read(decoder, corpus, documents(20))
+    corpus.bank.remove([2])
+    assert read(decoder, corpus, documents(20)).read == ["0.txt"]
+    assert len(corpus.bank) == 5
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"chunks": 2**40},
+        {"first_id": 0},
+        {"digest": "x"},
+        {"time": True},
+        {"tags": {}},
+        {"lead": -1},
+        {"tokens": 1.0},
+        {"source": "0.txt"},
+    ],
+)
+def test_documents_that_cannot_be_are_refused(decoder, tmp_path, monkeypatch, forged):
+    corpus = Corpus.open(tmp_path, decoder)
+    read(decoder, corpus, documents(20, 30))
+    told = Remembered.__dataclass_fields__
+    monkeypatch.setattr(
+        "memlong.corpus.corpus.asdict",
+        lambda each: (
+            {name: getattr(each, name) for name in told if name != "_"}
+            | (forged if each.source == "1.txt" else {})
+        ),
+    )
+    corpus.save()
+    with pytest.raises(SnapshotError, match=r"describes no documents|takes"):
+        Corpus.load(tmp_path)

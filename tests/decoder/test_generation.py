@@ -507,3 +507,23 @@ def test_text_may_be_read_without_retrieving_while_answers_retrieve(llama, small
         decoder.score(text(5, seed=2), [text(3, seed=4)[0].tolist()])
     assert answer.shape == without.shape
     assert len(stored.ids) == len(decoder.banks[0])
+
+
+def test_a_prompt_that_is_dropped_is_read_as_one_that_is_kept(llama, small, text):
+    answers = []
+    for remember in (True, False):
+        decoder = MemoryDecoder(llama, None, small(retrieve_for="answers"))
+        with decoder:
+            decoder.read(text(90))
+            before = int(decoder.banks[0].usage.retrievals.sum())
+            said = decoder.generate(
+                text(40, seed=2),
+                max_new_tokens=1,
+                do_sample=False,
+                remember=remember,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            assert int(decoder.banks[0].usage.retrievals.sum()) - before <= 3  # once, for the answer
+        answers.append(said.logits[0])
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=0)

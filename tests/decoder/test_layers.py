@@ -107,7 +107,7 @@ def test_bases_of_another_model_are_refused(tiny_model, llama, small, text, book
     ours = MemoryDecoder(llama, None, small())
     with pytest.raises(InvalidArgumentError, match="banks and bases are both given"):
         ours.reset(banks=[base], bases=[base])
-    with pytest.raises(InvalidArgumentError, match="holds one bank twice"):
+    with pytest.raises(InvalidArgumentError, match="hold one bank twice"):
         ours.reset(bases=[base, base])
 
 
@@ -116,3 +116,20 @@ def test_the_top_knows_which_model_filled_it(llama, small, text, books):
     decoder.reset(bases=[load_bank(books[0])])
     read_on(decoder, text(60, seed=9))
     assert decoder.banks[0].top.origin == decoder.banks[0].bases[0].origin is not None
+
+
+def test_rows_never_share_what_is_written_to(llama, small, books):
+    decoder = MemoryDecoder(llama, None, small())
+    base, other = (load_bank(folder) for folder in books)
+    top = create_bank("torch", base.dim)
+    for banks in (
+        [LayeredBank(top, [base]), LayeredBank(top, [base])],
+        [top, LayeredBank(create_bank("torch", base.dim), [top])],
+    ):
+        with pytest.raises(InvalidArgumentError, match="rows never share a bank that is written to"):
+            decoder.reset(banks=banks)
+    with pytest.raises(InvalidArgumentError, match="bases must be a sequence"):
+        decoder.reset(bases=base)
+    in_place = MemoryDecoder(llama, None, small(position_mode="original"))
+    with pytest.raises(InvalidArgumentError, match="must not be 'original' over bases"):
+        in_place.reset(bases=[other])

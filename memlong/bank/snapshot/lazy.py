@@ -47,13 +47,19 @@ class SnapshotStore(KeyValueStore):
         self._places |= {each: (file, row) for row, each in enumerate(file.ids) if each in wanted}
 
     def settle(self, folder: Path, saved: SavedBank, layout: ChunkLayout | None) -> None:
-        """Read the blocks that were saved from their files from now on, in place of those in memory."""
+        """Read what was saved from its files from now on, in place of memory and of files that are gone."""
         for each in saved.segments:
-            fresh = [chunk_id for chunk_id in each.ids.tolist() if chunk_id in self._new]
-            if fresh and layout is not None:
+            path = folder / each.record.blocks.name
+            held = [chunk_id for chunk_id in each.ids.tolist() if chunk_id in self]
+            moved = [chunk_id for chunk_id in held if not self._is_in(path, chunk_id)]
+            if moved and layout is not None:
                 chunks = read_chunks(folder, saved.record, each.record)
-                self.attach(BlocksFile(folder, each.record, chunks, layout), fresh)
-                self._new.remove(fresh)
+                self.attach(BlocksFile(folder, each.record, chunks, layout), moved)
+                self._new.remove([chunk_id for chunk_id in moved if chunk_id in self._new])
+
+    def _is_in(self, path: Path, chunk_id: int) -> bool:
+        place = self._places.get(chunk_id)
+        return place is not None and place[0].path == path
 
     def put(self, ids: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep new blocks in memory."""
@@ -127,6 +133,11 @@ class BlocksFile:
     layout : ChunkLayout
         Layout of the blocks, with the device to read them to.
 
+    Attributes
+    ----------
+    path
+        Where it was when it was opened.
+
     Raises
     ------
     SnapshotError
@@ -136,22 +147,22 @@ class BlocksFile:
     def __init__(
         self, folder: Path, segment: SegmentRecord, chunks: SegmentChunks, layout: ChunkLayout
     ) -> None:
-        self._path = folder / segment.blocks.name
+        self.path = folder / segment.blocks.name
         self._start = check_blocks_size(folder, segment, layout)
         self._layout, self._checks = layout, chunks.checks
-        self._file = open_plain(self._path)
+        self._file = open_plain(self.path)
         self._close = weakref.finalize(self, self._file.close)
         self._proven: set[int] = set()
         self._lock = fork_lock()
         self.ids: list[int] = chunks.ids.tolist()
         size = os.fstat(self._file.fileno()).st_size
         if size != segment.blocks.nbytes:
-            raise damaged(self._path, f"has {size:,} bytes instead of {segment.blocks.nbytes:,}")
+            raise damaged(self.path, f"has {size:,} bytes instead of {segment.blocks.nbytes:,}")
         header = blocks_header(layout, segment.count)
         found = bytearray(len(header))
         self._read_at(0, found)
         if found != header:
-            raise damaged(self._path, "does not begin as a file of such blocks does")
+            raise damaged(self.path, "does not begin as a file of such blocks does")
 
     @property
     def block_bytes(self) -> int:
@@ -166,8 +177,8 @@ class BlocksFile:
         self._read_at(self._start + row * layout.nbytes, content)
         if row not in self._proven:
             if zlib.crc32(content) != int(self._checks[row]):
-                raise damaged(self._path, f"is not what the checksum of block {row} says")
-            check_finite(self._path, block)
+                raise damaged(self.path, f"is not what the checksum of block {row} says")
+            check_finite(self.path, block)
             self._proven.add(row)
         return to_device(block, layout.device)
 
@@ -176,6 +187,6 @@ class BlocksFile:
             with self._lock:
                 missing = read_at(self._file, offset, memoryview(buffer))
         except OSError as error:
-            raise unreadable(self._path, error) from error
+            raise unreadable(self.path, error) from error
         if missing:
-            raise damaged(self._path, "is too short")
+            raise damaged(self.path, "is too short")

@@ -59,16 +59,19 @@ def save(bank: Bank, path: str | Path, *, compact: bool) -> None:
         bank.top.state.saved = saved
 
 
-def write_bank(bank: Bank, writer: SnapshotWriter, *, compact: bool = False) -> SavedBank:
+def write_bank(
+    bank: Bank, writer: SnapshotWriter, *, compact: bool = False, forgets: bool = False
+) -> SavedBank:
     """Write what a state of a folder needs of a bank, and return it, for `BankState.saved` once that is current.
 
-    The next save then writes only what has changed since. Of a layered bank that is its top, and what its bases are.
+    The next save then writes only what has changed since. With ``forgets``, nothing of chunks that have left remains,
+    and only what was saved with them is written again. Of a layered bank that is its top, and what its bases are.
     """
     top, bases = bank.top, tuple(BaseRecord(base.fingerprint(), len(base)) for base in bank.bases)
     with top.state.writing():
-        if compact:
+        if compact or forgets:
             top.state.drop_index()  # which may remember embeddings of chunks that have left
-    return top.state.surviving(lambda: _written(top, bases, writer, compact=compact))
+    return top.state.surviving(lambda: _written(top, bases, writer, compact=compact, forgets=forgets))
 
 
 def name_of(maker: type) -> str:
@@ -77,7 +80,7 @@ def name_of(maker: type) -> str:
 
 
 def _written(
-    bank: Bank, bases: tuple[BaseRecord, ...], writer: SnapshotWriter, *, compact: bool
+    bank: Bank, bases: tuple[BaseRecord, ...], writer: SnapshotWriter, *, compact: bool, forgets: bool
 ) -> SavedBank:
     state = bank.state
     with state.reading(searching=True):
@@ -85,6 +88,8 @@ def _written(
         content = _content(state)
         known = () if compact else _known_to(writer, state.saved)
         kept = keepable(known, content.ids, 0 if layout is None else layout.nbytes)
+        if forgets:
+            kept = [each for each in kept if np.isin(each.ids, content.ids).all()]
         on_disk = np.concatenate([np.empty(0, dtype=np.int64), *(each.ids for each in kept)])
         fresh = content.rows(~np.isin(content.ids, on_disk))
         written = [] if layout is None else write_segments(writer, fresh, state.store, layout)

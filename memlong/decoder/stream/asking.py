@@ -25,6 +25,7 @@ def ask(batch: StreamBatch, config: MemoryConfig, *, answers: int = 1) -> tuple[
     for stream in forks.streams:
         stream.query_length = config.focus_tokens or config.query_tokens or config.retrieval_interval
         stream.is_focused = config.focus_tokens > 0
+        stream.is_answer = True
     # Where nothing is found and nothing leaves the window, no more than the last token, which has the logits.
     most = config.segment_size - config.retrieval_interval if any(map(_changes, forks.streams)) else 1
     tails = forks.rewind(max(1, most))

@@ -23,7 +23,7 @@ def check_origins(banks: Sequence[MemoryBank], ours: Mapping[str, Any]) -> None:
     InvalidArgumentError
         Naming what differs from ``ours``, this decoder's origin.
     """
-    for bank in banks:
+    for bank in (layer for each in banks for layer in (each.top, *each.bases)):
         odd = [] if bank.origin is None or not len(bank) else differences(ours, bank.origin)
         if odd:
             raise InvalidArgumentError(
@@ -51,11 +51,19 @@ def check_banks(
     for bank in banks:
         if not isinstance(bank, MemoryBank):
             raise InvalidArgumentError(f"banks must hold a MemoryBank for each row, got {bank!r}")
-    if len({id(bank) for bank in banks}) < len(banks):
-        raise InvalidArgumentError("banks holds one bank twice; rows never share a bank: give each its own")
+    tops = {id(bank.top) for bank in banks}
+    if len(tops) < len(banks) or any(id(base) in tops for bank in banks for base in bank.bases):
+        raise InvalidArgumentError(
+            "banks holds one bank twice; rows never share a bank that is written to: give each its own"
+        )
+    if setup.config.position_mode == "original" and any(bank.bases for bank in banks):
+        raise InvalidArgumentError(
+            "position_mode must not be 'original' over bases, whose chunks stood in other texts: use 'before-window', "
+            "or another"
+        )
     for bank in banks:
         _check_fit(bank, setup.retriever, setup.block_layout)
-    if not any_model and any(bank.origin is not None for bank in banks):
+    if not any_model and any(layer.origin is not None for bank in banks for layer in (bank.top, *bank.bases)):
         check_origins(banks, origin_of(setup))
     return tuple(banks)
 

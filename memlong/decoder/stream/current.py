@@ -83,13 +83,18 @@ class CurrentStreams:
         any_model: bool = False,
     ) -> None:
         """Begin new streams; arguments and errors are those of `MemoryDecoder.reset`."""
+        if isinstance(bases, str) or not isinstance(bases, Sequence):
+            raise InvalidArgumentError(f"bases must be a sequence of banks, got {bases!r:.80}")
         if bases and banks is not None:
             raise InvalidArgumentError(
                 "banks and bases are both given: pass banks=[LayeredBank(bank, bases), ...] for banks of your own over "
                 "bases"
             )
         self._given_banks = None if banks is None else check_banks(banks, self._setup, any_model=any_model)
-        self._bases = check_banks(bases, self._setup, any_model=any_model) if bases else ()
+        self._bases = tuple(bases)
+        if bases:
+            over = self._setup.new_bank(self._bases)
+            check_banks([over] if over is not None else [], self._setup, any_model=any_model)
         self._takes_any_model = any_model
         self._random_chunks = random_chunks
         self.batch: StreamBatch | None = None

@@ -38,6 +38,8 @@ class TokenStream:
         Tokens that make a query.
     is_focused
         Whether queries ask for what they have that stored chunks do not have in common.
+    is_answer
+        Whether what it reads is an answer, and not text that was given.
     memory, retrieval
         What the stream attends to, and how it was found; None for nothing.
     next_query
@@ -59,6 +61,7 @@ class TokenStream:
         self.random_chunks = random_chunks
         self.query_length = config.query_length
         self.is_focused = False
+        self.is_answer = False
         self.memory: StreamMemory | None = None
         self.retrieval: Retrieval | None = None
         self._memory_from: ref[MemoryBank] | None = None  # the bank may be another one by now
@@ -137,8 +140,8 @@ class TokenStream:
 
     @property
     def retrieves(self) -> bool:
-        """Whether it retrieves: answers do, which are drafts, and text that is read only if it is to."""
-        return isinstance(self.bank, Draft) or self.config.retrieve_for == "all"
+        """Whether it retrieves: answers do, and text that is read only if it is to."""
+        return self.is_answer or self.config.retrieve_for == "all"
 
     @property
     def space(self) -> int:
