@@ -48,6 +48,7 @@ BELOW = {
         "architectures",
         "lm_eval",
         "training",
+        "corpus",
         "evaluation",
         "decoder",
         "plugins",

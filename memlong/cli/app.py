@@ -20,11 +20,12 @@ from memlong.cli.models import models
 from memlong.cli.needle import needle
 from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import add_plugin_commands
+from memlong.cli.remember import remember
 from memlong.cli.train import train
 from memlong.errors import MemlongError
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
-_COMMANDS = (generate, perplexity, needle, fit, heads, train, models, backends)
+_COMMANDS = (generate, remember, perplexity, needle, fit, heads, train, models, backends)
 
 
 def make_app() -> typer.Typer:

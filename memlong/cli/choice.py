@@ -103,7 +103,7 @@ def choose_decoder(
         return DecoderChoice(model, None, memory.config(seed), {}, dtype, device, trust_remote_code)
     from memlong.decoder import MemoryConfig
 
-    given = {name for name in context.params if _is_given(context, name)}
+    given = {name for name in context.params if is_given(context, name)}
     free = {name for names in _OPTIONS_OF.values() for name in names}
     fixed = sorted(given & {field.name for field in fields(MemoryConfig)} - free)
     if fixed:  # checked before their values, which the adapter's rules would decide
@@ -122,6 +122,7 @@ def choose_decoder(
     return DecoderChoice(model, adapter, config, changes, dtype, device, trust_remote_code)
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"

@@ -1,0 +1,247 @@
+"""Corpora on the command line: what the notes of one say of its model, and filters by document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from re import fullmatch
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memlong.cli.choice import DecoderChoice, choose_decoder, is_given
+from memlong.cli.memory import MemoryOptions, option_of, values_of
+from memlong.decoder.config import MemoryConfig
+from memlong.errors import InvalidArgumentError, SnapshotError
+from memlong.plugins.registry import installed_registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memlong.corpus import Corpus
+    from memlong.decoder import MemoryDecoder
+
+MemoryFolders = Annotated[
+    list[Path], typer.Option("--memory", metavar="DIR", help="Corpus to read; repeatable.")
+]
+
+_OF_CHUNKS = (
+    "chunk_size",
+    "retriever",
+    "retriever_options",
+    "kv_source",
+    "memory_layer",
+    "retrieval_layers",
+    "retrieval_heads",
+)
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a corpus says of the model that read it; it may come from a stranger.
+
+    Attributes
+    ----------
+    where
+        The file that says it.
+    model
+        The model's name; None if unknown.
+    settings
+        Fields of the MemoryConfig that its chunks depend on.
+    dtype
+        The model's dtype; None if unknown.
+    sources
+        Of its documents.
+    """
+
+    where: Path
+    model: str | None
+    settings: Mapping[str, Any]
+    dtype: str | None
+    sources: tuple[str, ...]
+
+    def known_model(self) -> str:
+        """Return the model's name if a file may choose it.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there is none, or it is a place on this machine.
+        """
+        if self.model is None:
+            raise InvalidArgumentError(f"--model is missing, and {str(self.where)!r} names none: give it")
+        is_id = fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", self.model) and not self.model.endswith(".gguf")
+        if not is_id or Path(self.model).exists():
+            raise InvalidArgumentError(
+                f"{str(self.where)!r} names the model {self.model!r:.200}, a place on this machine, which no file may "
+                "choose, since it may come from a stranger. Name it yourself: --model"
+            )
+        return self.model
+
+
+def notes_of(folder: Path) -> Notes | None:
+    """Read the notes of the corpus in a folder; None if there is no snapshot.
+
+    Raises
+    ------
+    SnapshotError
+        If the folder holds something else, or its notes are damaged.
+    """
+    from memlong.bank.snapshot.manifest import MANIFEST, Manifest, has_manifest
+    from memlong.bank.snapshot.reader import folder_of, open_snapshot
+    from memlong.decoder.model.machine import DTYPES
+
+    folder = folder_of(folder)
+    if not has_manifest(folder):
+        return None
+
+    def read(manifest: Manifest) -> Notes:
+        if manifest.kind != "corpus" or manifest.extra is None:
+            raise SnapshotError(
+                f"{str(folder)!r} holds the snapshot of a {manifest.kind}, and no corpus: name a folder that memlong "
+                "remember wrote"
+            )
+        facts = manifest.extra.facts
+        try:
+            notes = facts["notes"]
+            model, settings = notes.get("model"), notes.get("settings", {})
+            sources = tuple(str(each["source"]) for each in facts["documents"])
+            if not (model is None or isinstance(model, str)) or settings.keys() - set(_OF_CHUNKS):
+                raise ValueError("they are not those of memlong remember")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise SnapshotError(
+                f"{str(folder / MANIFEST)!r} has notes that cannot be read: {error}"
+            ) from error
+        origin = manifest.banks[0].origin if manifest.banks else None
+        dtype = (origin or {}).get("dtype")
+        return Notes(folder / MANIFEST, model, settings, dtype if dtype in list(DTYPES) else None, sources)
+
+    return open_snapshot(folder, read, None)
+
+
+def choose_reader(
+    context: typer.Context,
+    notes: Notes | None,
+    model: str | None,
+    adapter: str | None,
+    memory: MemoryOptions,
+    *,
+    seed: int,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+) -> DecoderChoice:
+    """Return the decoder that the options choose, and the notes of a corpus where they do not.
+
+    Raises
+    ------
+    InvalidArgumentError
+        As `choose_decoder`, or if the notes choose what no file may.
+    SnapshotError
+        If the settings in the notes cannot be used.
+    """
+    from memlong.decoder.persistence.strangers import chosen_config
+
+    if memory.typed["backend"] == "none":
+        raise InvalidArgumentError(
+            "--backend must name a backend, got 'none': without one there is no memory"
+        )
+    if notes is not None and notes.dtype is not None and dtype == "auto":
+        dtype = notes.dtype
+    if adapter is not None or notes is None:
+        return choose_decoder(
+            context,
+            model,
+            adapter,
+            memory,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    typed = values_of(MemoryConfig, memory.typed)
+    options = {each.name: option_of(each) for each in fields(MemoryConfig)}
+    given = {name: value for name, value in typed.items() if is_given(context, options[name])}
+    try:
+        config = chosen_config(
+            notes.where.parent, str(notes.where), notes.settings, given, installed_registry()
+        )
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise SnapshotError(f"{str(notes.where)!r} has settings that cannot be used: {error}") from error
+    return DecoderChoice(model or notes.known_model(), None, config, {}, dtype, device, trust_remote_code)
+
+
+def notes_to_keep(decoder: MemoryDecoder, model: str | None) -> dict[str, Any]:
+    """Return the notes of a corpus that a decoder begins: the model's name, and what chunks depend on."""
+    from memlong.decoder.model.loading import NAME
+    from memlong.decoder.persistence.strangers import declared_options
+
+    known = decoder.config.as_dict() | declared_options(decoder.config, decoder.registry)
+    settings = {name: known[name] for name in _OF_CHUNKS}
+    return {"model": model or getattr(decoder.model, NAME, None), "settings": settings}
+
+
+def load_corpora(folders: Sequence[Path], decoder: MemoryDecoder) -> list[Corpus]:
+    """Load corpora for a decoder to read, keys and values left on disk.
+
+    Raises
+    ------
+    SnapshotError
+        If a folder holds no corpus, or a damaged one.
+    """
+    from memlong.corpus import Corpus
+
+    device = str(decoder.model.device)
+    return [Corpus.load(each, registry=decoder.registry, kv_device=device) for each in folders]
+
+
+def open_ids(
+    corpora: Sequence[Corpus],
+    *,
+    tags: Sequence[str] = (),
+    sources: Sequence[str] = (),
+    since: float | None = None,
+    until: float | None = None,
+) -> list[Tensor | None]:
+    """Return the ids of the chunks that may be found in each corpus, or None for all of it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no document passes the filters.
+    """
+    is_filtered = bool(tags or sources) or since is not None or until is not None
+    found = [
+        corpus.ids(tags=tags, sources=sources, since=since, until=until)
+        if is_filtered or any(each.expires is not None for each in corpus.documents)
+        else None
+        for corpus in corpora
+    ]
+    if is_filtered and not any(each is not None and len(each) for each in found):
+        raise InvalidArgumentError(
+            "No document passes --tag, --since, --until and --source together: leave one out, or see what there is "
+            "with memlong bank info"
+        )
+    return found
+
+
+def moment(option: str, text: str | None) -> float | None:
+    """Return the seconds since 1970 of an ISO date or time, in local time unless it names a zone.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is none.
+    """
+    if text is None:
+        return None
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise InvalidArgumentError(
+            f"{option} must be an ISO date or time, such as 2026-01-31 or 2026-01-31T12:00, got {text!r:.80}"
+        ) from error

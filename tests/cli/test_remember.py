@@ -1,0 +1,225 @@
+"""``memlong remember`` on a tiny random model: files and folders into a corpus, again and again."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from memlong.bank.snapshot.manifest import _dumped
+from memlong.cli.app import make_app
+from memlong.corpus import Corpus
+from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError, SnapshotError
+
+from .conftest import WORDS
+
+
+def text_of(first, count=20):
+    return " ".join(WORDS[(first + number * number) % 89] for number in range(count))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The current folder, with a folder of two notes and something else in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes" / "deep").mkdir(parents=True)
+    (tmp_path / "notes" / "b.txt").write_text(text_of(1), encoding="utf-8")
+    (tmp_path / "notes" / "deep" / "a.md").write_text(text_of(2, 30), encoding="utf-8")
+    (tmp_path / "notes" / "picture.png").write_bytes(b"\x89PNG\0")
+    return tmp_path
+
+
+@pytest.fixture
+def remember(place, arguments):
+    def run(*paths, **changes):
+        words = arguments("remember", **{"out": "memory", **changes})
+        return CliRunner().invoke(make_app(), [*words, *map(str, paths)])
+
+    return run
+
+
+def told(result):
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return json.loads(result.stdout)
+
+
+def test_what_is_in_a_folder_is_read_once(remember, place):
+    found = told(remember("notes", json="-"))
+    assert found["read"] == ["notes/b.txt", "notes/deep/a.md"]
+    assert found["skipped"] == ["notes/picture.png"]
+    assert (found["documents"], found["removed"], found["left_out"]) == (2, [], [])
+    corpus = Corpus.load(place / "memory")
+    assert found["chunks"] == len(corpus.bank) == sum(each.chunks for each in corpus.documents)
+    assert corpus["notes/deep/a.md"].title == "a.md"
+    assert corpus["notes/deep/a.md"].tokens == 30
+    assert corpus["notes/b.txt"].time == pytest.approx((place / "notes/b.txt").stat().st_mtime)
+    again = remember("notes", json="-")
+    assert told(again)["unchanged"] == ["notes/b.txt", "notes/deep/a.md"]
+    assert told(again)["read"] == []
+
+
+def test_other_files_are_counted_and_named(remember):
+    assert "1 files (notes/picture.png)" in remember("notes").stderr
+
+
+def test_the_table_counts(remember):
+    result = remember("notes")
+    assert result.exit_code == 0, result.output
+    head, row = result.stdout.splitlines()
+    assert head.split() == ["read", "unchanged", "removed", "left", "out", "documents", "chunks", "bytes"]
+    assert row.split()[:5] == ["2", "0", "0", "0", "2"]
+
+
+def test_changed_files_are_read_again_and_gone_ones_leave(remember, place):
+    told(remember("notes", json="-"))
+    (place / "notes" / "b.txt").write_text(text_of(5), encoding="utf-8")
+    (place / "notes" / "deep" / "a.md").unlink()
+    found = told(remember("notes", json="-"))
+    assert (found["read"], found["removed"]) == (["notes/b.txt"], ["notes/deep/a.md"])
+    assert found["documents"] == 1
+
+
+def test_what_was_read_from_elsewhere_stays(remember, place, story):
+    told(remember("notes", story, json="-"))
+    story.unlink()
+    (place / "notes" / "b.txt").unlink()
+    assert told(remember("notes/deep", json="-"))["removed"] == []
+    assert told(remember("notes", json="-"))["removed"] == ["notes/b.txt"]
+    assert story.as_posix() in Corpus.load(place / "memory")
+
+
+def test_an_empty_folder_removes_nothing(remember, place):
+    told(remember("notes", json="-"))
+    for path in (place / "notes").rglob("*.*"):
+        path.unlink()
+    result = remember("notes")
+    assert isinstance(result.exception, InvalidTextError)
+    assert "has no text in files named *.txt or *.md" in str(result.exception)
+    assert len(Corpus.load(place / "memory")) == 2
+
+
+def test_a_document_is_forgotten_without_a_model(place, remember):
+    told(remember("notes", json="-"))
+    words = ["remember", "--out", "memory", "--forget", "notes/b.txt", "--json", "-"]
+    found = told(CliRunner().invoke(make_app(), words))
+    assert (found["removed"], found["documents"]) == (["notes/b.txt"], 1)
+    assert "notes/b.txt" not in Corpus.load(place / "memory")
+
+
+def test_tags_and_expiry_are_kept(remember, place):
+    told(remember("notes/b.txt", tag=["a", "b"], expires="2999-01-01", json="-"))
+    (found,) = Corpus.load(place / "memory").documents
+    assert found.tags == ("a", "b")
+    assert found.expires == pytest.approx(time.mktime((2999, 1, 1, 0, 0, 0, 0, 0, -1)))
+
+
+def test_what_has_expired_leaves(remember, place, monkeypatch):
+    told(remember("notes/b.txt", expires="2999-01-01", json="-"))
+    monkeypatch.setattr("time.time", lambda: 40e9)
+    assert told(remember("notes/deep/a.md", json="-"))["removed"] == ["notes/b.txt"]
+
+
+def test_what_does_not_fit_the_budget_is_left_out(remember):
+    found = told(remember("notes", budget="6KB", json="-"))
+    assert found["left_out"]
+    assert found["bytes"] <= 6000
+
+
+def test_settings_come_from_the_corpus(remember, place, model_folder):
+    told(remember("notes/b.txt", json="-"))
+    assert Corpus.load(place / "memory").notes == {
+        "model": str(model_folder),
+        "settings": {
+            "chunk_size": 4,
+            "retriever": "lm",
+            "retriever_options": {},
+            "kv_source": "layer",
+            "memory_layer": None,
+            "retrieval_layers": "all",
+            "retrieval_heads": "all",
+        },
+    }
+    words = [
+        "remember",
+        "--out",
+        "memory",
+        "--model",
+        model_folder,
+        "--local-window",
+        24,
+        "--segment-size",
+        8,
+    ]
+    found = told(CliRunner().invoke(make_app(), [*map(str, words), "notes/deep/a.md", "--json", "-"]))
+    assert (found["chunk_size"], found["dtype"], found["documents"]) == (4, "float32", 2)
+
+
+def test_other_settings_are_refused(remember):
+    told(remember("notes/b.txt", json="-"))
+    result = remember("notes", retrieval_layers="1-2")
+    assert isinstance(result.exception, InvalidArgumentError)
+    assert "banks must have blocks of shape" in str(result.exception)
+
+
+def test_a_corpus_names_no_place_of_this_machine(remember):
+    told(remember("notes/b.txt", json="-"))
+    result = CliRunner().invoke(make_app(), ["remember", "--out", "memory", "notes"])
+    assert isinstance(result.exception, InvalidArgumentError)
+    assert "a place on this machine, which no file may choose" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retriever": "someone/else"}, "which no file may choose"),
+        ({"store": {"disk": "/"}}, "has notes that cannot be read"),
+        ({"chunk_size": "many"}, "chunk_size"),
+        ([], "has notes that cannot be read"),
+    ],
+)
+def test_what_a_stranger_wrote_is_checked(remember, place, model_folder, settings, message):
+    told(remember("notes/b.txt", json="-"))
+    path = place / "memory" / "manifest.json"
+    data = json.loads(path.read_bytes())
+    del data["sha256"]
+    data["extra"]["facts"]["notes"]["settings"] = settings
+    path.write_bytes(_dumped(data))
+    words = ["remember", "--out", "memory", "--model", str(model_folder), "notes"]
+    result = CliRunner().invoke(make_app(), words)
+    assert isinstance(result.exception, MemlongError)
+    assert message in str(result.exception)
+
+
+def test_another_backend_stays_what_it_was(remember, place):
+    told(remember("notes/b.txt", backend="faiss", json="-"))
+    told(remember("notes/deep/a.md", json="-"))
+    assert type(Corpus.load(place / "memory").bank.index).__module__ == "memlong_faiss.index"
+
+
+@pytest.mark.parametrize(
+    ("paths", "changes", "error", "message"),
+    [
+        ([], {}, InvalidArgumentError, "There is nothing to read"),
+        (["none.txt"], {}, InvalidTextError, "'none.txt' does not exist"),
+        (["notes"], {"expires": "soon"}, InvalidArgumentError, "--expires must be an ISO date"),
+        (["notes"], {"expires": "1999-01-01"}, InvalidArgumentError, "--expires must be in the future"),
+        (["notes"], {"forget": "x"}, InvalidArgumentError, "--forget must name a document of 'memory'"),
+        (["notes"], {"budget": "much"}, InvalidArgumentError, "--budget"),
+        (["notes"], {"backend": "none"}, InvalidArgumentError, "--backend must name a backend"),
+        (["notes"], {"out": "bank"}, SnapshotError, "holds the snapshot of a bank, and no corpus"),
+    ],
+)
+def test_bad_input_is_named_with_what_to_do(remember, place, paths, changes, error, message):
+    from memlong import create_bank
+
+    create_bank("torch", 8).save(place / "bank")
+    result = remember(*paths, **changes)
+    assert isinstance(result.exception, error), result.output
+    assert message in str(result.exception)
+
+
+def test_the_corpus_in_a_folder_that_is_read_is_no_document(remember, place):
+    found = told(remember("notes", out="notes/.memory", json="-"))
+    assert told(remember("notes", out="notes/.memory", json="-"))["skipped"] == found["skipped"]
