@@ -121,6 +121,32 @@ def notes_of(folder: Path) -> Notes | None:
     return open_snapshot(folder, read, None)
 
 
+def needed_notes(folders: Sequence[Path]) -> Notes:
+    """Read the notes of the first of several corpora, and check that the others are there.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a folder is named twice.
+    SnapshotError
+        If a folder holds no corpus, or its notes are damaged.
+    """
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise InvalidArgumentError(f"--memory names {str(folder)!r} twice: name each corpus once")
+        seen.add(folder.resolve())
+    found = [notes_of(each) for each in folders]
+    for folder, notes in zip(folders, found, strict=True):
+        if notes is None:
+            raise SnapshotError(
+                f"{str(folder)!r} holds no corpus: read documents into it first, with memlong remember --out {folder}"
+            )
+    first = found[0]
+    assert first is not None  # noqa: S101 - none is, as was checked
+    return first
+
+
 def choose_reader(
     context: typer.Context,
     notes: Notes | None,

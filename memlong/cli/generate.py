@@ -16,6 +16,7 @@ from memlong.cli.files import keep_apart
 from memlong.cli.loading import machine_of
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput
+from memlong.cli.question import question_of
 from memlong.errors import InvalidArgumentError
 
 _MOST_BEAMS = 4096
@@ -106,7 +107,7 @@ def generate(
         trust_remote_code=trust_remote_code,
     ).open()
     tokenizer = decoder.tokenizer
-    question = _prompt(tokenizer, prompt, chat=chat, begins=not texts, control_tokens=control_tokens)
+    question = question_of(tokenizer, prompt, chat=chat, begins=not texts, control_tokens=control_tokens)
     if not output.is_stdout and beams == 1:
         said["streamer"] = text_streamer(tokenizer, lambda text: say(text, end=""))
     torch.manual_seed(seed)
@@ -149,21 +150,6 @@ def _sampling(option: str, value: float, least: float, most: float, *, sample: b
             "--sample"
         )
     return value
-
-
-def _prompt(tokenizer: Any, prompt: str, *, chat: bool, begins: bool, control_tokens: bool) -> Any:
-    from memlong.evaluation import chat_turn, tokenize
-
-    if not chat:
-        found = tokenize(tokenizer, prompt, begins=begins, control_tokens=control_tokens)
-        if not found.shape[1]:
-            raise InvalidArgumentError("--prompt must not be empty: give at least one word to continue")
-        return found
-    if not getattr(tokenizer, "chat_template", None):
-        raise InvalidArgumentError(
-            "--chat needs a model with a chat template, and this one has none: leave it out, or use an instruct model"
-        )
-    return chat_turn(tokenizer, prompt, begins=begins)
 
 
 def _read(decoder: Any, input_ids: Any) -> int:
