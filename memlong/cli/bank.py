@@ -12,7 +12,9 @@ from memlong.cli.answer import answering, escaped, say
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.uri import hide_credentials
 
-Folder = Annotated[Path, typer.Argument(metavar="PATH", help="Snapshot folder of a bank or a decoder.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="PATH", help="Snapshot folder of a bank, a corpus or a decoder.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -115,8 +117,21 @@ def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
         f"Snapshot of a {found['kind']}",
         [f"state {found['generation']}, {found['files']} files, {found['bytes']:,} bytes"],
     )
+    if found["corpus"] is not None:
+        _show_corpus(found["corpus"])
     fingerprint = found["fingerprint"] or {}
     print_section("Model", [escaped(f"{name} {value}") for name, value in _facts(fingerprint)])
+
+
+def _show_corpus(corpus: dict[str, Any]) -> None:
+    lines = [
+        f"model {corpus['model'] or 'unknown'}",
+        f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens",
+    ]
+    if corpus["tags"]:
+        lines.append(f"tags {', '.join(corpus['tags'])}")
+    print_section("Corpus", lines)
+    print_section("Documents", corpus["sources"])
 
 
 def _facts(fingerprint: dict[str, Any]) -> Iterator[tuple[str, object]]:

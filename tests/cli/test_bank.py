@@ -145,3 +145,46 @@ def test_the_help_holds_examples(command):
 
 def test_wrong_usage_exits_with_two():
     assert memlong().exit_code == memlong("nonsense").exit_code == memlong("info").exit_code == 2
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("word1 word2 word3", encoding="utf-8")
+    words = [*arguments("remember", out="corpus", tag="short"), "a.txt"]
+    assert CliRunner().invoke(make_app(), words).exit_code == 0
+    return tmp_path / "corpus"
+
+
+def test_info_describes_the_documents_of_a_corpus(corpus, model_folder):
+    assert json.loads(memlong("info", corpus, "--json").stdout)["corpus"] == {
+        "model": str(model_folder),
+        "documents": 1,
+        "tokens": 3,
+        "sources": ["a.txt"],
+        "tags": ["short"],
+    }
+    shown = memlong("info", corpus).stdout
+    assert "1 documents, 3 tokens" in shown
+    assert "tags short" in shown
+    assert "\nDocuments\n  a.txt\n" in shown
+
+
+@pytest.mark.parametrize("command", ["verify", "compact"])
+def test_a_corpus_can_be_looked_after(corpus, command):
+    assert memlong(command, corpus).exit_code == 0
+    assert memlong("info", corpus).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"documents": 3, "notes": []}, {"documents": [{"tags": ["\x1b"]}, {"tags": 3}, 3]}]
+)
+def test_info_of_a_strange_corpus_is_safe(corpus, facts):
+    path = corpus / "manifest.json"
+    data = json.loads(path.read_bytes())
+    del data["sha256"]
+    data["extra"]["facts"] = facts
+    path.write_bytes(_dumped(data))
+    result = memlong("info", corpus)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert "\x1b" not in result.stdout

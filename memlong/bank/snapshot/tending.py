@@ -91,6 +91,25 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "versions": dict(manifest.versions),
         "banks": [_bank(record) for record in manifest.banks],
         "fingerprint": fingerprint if isinstance(fingerprint, dict) else None,
+        "corpus": _corpus(manifest),
+    }
+
+
+def _corpus(manifest: Manifest) -> dict[str, Any] | None:
+    """Describe the documents of a corpus; None for anything else."""
+    if manifest.kind != "corpus" or manifest.extra is None:
+        return None
+    documents, notes = (manifest.extra.facts.get(name) for name in ("documents", "notes"))
+    held = [each for each in documents if isinstance(each, dict)] if isinstance(documents, list) else []
+    model = notes.get("model") if isinstance(notes, dict) else None
+    tokens = [each.get("tokens") for each in held]
+    tags = [each["tags"] for each in held if isinstance(each.get("tags"), list)]
+    return {
+        "model": model if isinstance(model, str) else None,
+        "documents": len(held),
+        "tokens": sum(each for each in tokens if isinstance(each, int)),
+        "sources": [str(each.get("source")) for each in held],
+        "tags": sorted({str(tag) for each in tags for tag in each}),
     }
 
 
