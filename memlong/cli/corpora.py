@@ -35,6 +35,7 @@ _OF_CHUNKS = (
     "memory_layer",
     "retrieval_layers",
     "retrieval_heads",
+    "retrieve_for",
 )
 
 

@@ -137,6 +137,7 @@ def test_settings_come_from_the_corpus(remember, place, model_folder):
             "memory_layer": None,
             "retrieval_layers": "all",
             "retrieval_heads": "all",
+            "retrieve_for": "all",
         },
     }
     words = [
