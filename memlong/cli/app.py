@@ -13,6 +13,7 @@ from memlong.cli.answer import answering, escaped
 from memlong.cli.ask import ask
 from memlong.cli.backends import backends
 from memlong.cli.bank import add_bank_commands
+from memlong.cli.chat import chat
 from memlong.cli.fit import fit
 from memlong.cli.generate import generate
 from memlong.cli.heads import heads
@@ -26,7 +27,7 @@ from memlong.cli.train import train
 from memlong.errors import MemlongError
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
-_COMMANDS = (generate, remember, ask, perplexity, needle, fit, heads, train, models, backends)
+_COMMANDS = (generate, remember, ask, chat, perplexity, needle, fit, heads, train, models, backends)
 
 
 def make_app() -> typer.Typer:
