@@ -61,7 +61,6 @@ def chat(
       memlong chat --model demo
       memlong chat --memory manual
       memlong chat --memory manual --memory notes --session talk
-      memlong chat --memory manual --session talk < questions.txt
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     folders = memory_folders or []
     if session is not None and session.resolve() in {each.resolve() for each in folders}:
