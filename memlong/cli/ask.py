@@ -39,9 +39,7 @@ def ask(
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="UTF-8 text file with a prompt on each line.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="As for the other commands  [default: that of the first corpus]")
-    ] = None,
+    model: options.ModelUnlessMemory = None,
     adapter: options.Adapter = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum number of tokens to generate for each prompt.")

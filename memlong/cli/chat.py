@@ -38,9 +38,7 @@ def chat(
         Path | None,
         typer.Option(metavar="FOLDER", help="Where the conversation is saved, and continued if it is there."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="As for the other commands  [default: that of the first corpus]")
-    ] = None,
+    model: options.ModelUnlessMemory = None,
     adapter: options.Adapter = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum number of tokens to generate for each answer.")

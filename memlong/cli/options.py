@@ -13,6 +13,7 @@ _MODEL = (
 
 Model = Annotated[str, typer.Option(help=f"{_MODEL}.")]
 ModelUnlessAdapter = Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: the adapter's base]")]
+ModelUnlessMemory = Annotated[str | None, typer.Option(help=f"{_MODEL}  [default: that of the corpus]")]
 Adapter = Annotated[
     str | None,
     typer.Option(

@@ -37,9 +37,7 @@ def remember(
         typer.Argument(metavar="FILE|FOLDER", help="UTF-8 text files, and folders of *.txt and *.md files."),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the corpus; begun if there is none.")],
-    model: Annotated[
-        str | None, typer.Option(help="As for the other commands  [default: that of the corpus in --out]")
-    ] = None,
+    model: options.ModelUnlessMemory = None,
     adapter: options.Adapter = None,
     tag: Annotated[
         list[str] | None, typer.Option(help="Word to filter these documents by; repeatable.")
@@ -154,7 +152,7 @@ class _Found:
             path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
             for folder in self.folders
         )
-        return is_below and source not in self.files and not Path(source).exists()
+        return is_below and source not in self.files and _is_gone(Path(source))
 
 
 @dataclass
@@ -207,6 +205,17 @@ def _find(paths: Sequence[Path], out: Path) -> _Found:
         found.skipped += [path.as_posix() for path in others]
     _tell_of(found.skipped)
     return found
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether a file is gone, and not merely out of reach."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _is_text(path: Path) -> bool:

@@ -125,6 +125,12 @@ def test_what_does_not_fit_the_budget_is_left_out(remember):
     assert found["bytes"] <= 6000
 
 
+def test_rows_read_side_by_side(remember, place):
+    apart = told(remember("notes", json="-"))
+    together = told(remember("notes", out="other", rows=2, json="-"))
+    assert {**together, "out": "memory"} == apart
+
+
 def test_settings_come_from_the_corpus(remember, place, model_folder):
     told(remember("notes/b.txt", json="-"))
     assert Corpus.load(place / "memory").notes == {
