@@ -48,14 +48,16 @@ def test_other_ways_to_generate(run, changes):
     assert result.stdout.strip()
 
 
-@pytest.mark.parametrize("command", ["generate", "perplexity", "needle"])
+@pytest.mark.parametrize("command", ["generate", "remember", "ask", "chat", "perplexity", "needle"])
 def test_every_command_with_a_memory_has_all_options_about_it(command):
     shown = CliRunner().invoke(make_app(), [command, "--help"]).stdout.split()
     for field in fields(MemoryConfig):
         option = {"backend_options": "backend_option", "retriever_options": "retriever_option"}
         name = f"--{option.get(field.name, field.name).replace('_', '-')}"
-        elsewhere = {"gate_init", "gates"} | ({"retrieve_every"} if command != "generate" else set())
-        elsewhere |= {"focus_tokens"} if command == "perplexity" else set()
+        elsewhere = {"gate_init", "gates"}
+        elsewhere |= {"retrieve_every"} if command in ("remember", "perplexity", "needle") else set()
+        elsewhere |= {"focus_tokens"} if command in ("remember", "perplexity") else set()
+        elsewhere |= {"retrieve_for"} if command == "perplexity" else set()
         assert name in shown or field.name in elsewhere
 
 
