@@ -132,6 +132,10 @@ class LayeredBank(MemoryBank):
         layers[layers > len(self._bases)] = -1
         return torch.from_numpy(layers)
 
+    def own_ids(self, ids: IntInput) -> torch.Tensor:
+        """Return what ids, int64 [n], are in the layer that `layer_of` tells."""
+        return torch.from_numpy(ids_of(ids) % _PER_LAYER)
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of what all layers hold; as `MemoryBank.fingerprint`."""
         told = "".join(bank.fingerprint() for _, bank in self._layers())

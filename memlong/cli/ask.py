@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,15 @@ import typer
 
 from memlong.cli import options
 from memlong.cli.answer import escaped, say
-from memlong.cli.corpora import MemoryFolders, choose_reader, load_corpora, moment, needed_notes, open_ids
+from memlong.cli.corpora import (
+    MemoryFolders,
+    choose_reader,
+    layered,
+    load_corpora,
+    moment,
+    needed_notes,
+    open_ids,
+)
 from memlong.cli.files import keep_apart
 from memlong.cli.memory import MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_section
@@ -21,9 +30,9 @@ from memlong.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memlong.cli.heard import Found
+    from memlong.bank import LayeredBank
     from memlong.corpus import Corpus
-    from memlong.decoder import MemoryDecoder
+    from memlong.decoder import MemoryDecoder, Source
 
 _SHOWN = 100  # characters of a chunk
 
@@ -54,14 +63,15 @@ def ask(
     until: Annotated[
         str | None, typer.Option(metavar="DATE", help="Find only documents from before this ISO date.")
     ] = None,
-    source: Annotated[
+    document: Annotated[
         list[str] | None,
         typer.Option(
             help="Find only this document, as memlong remember names it; repeatable, for any of them."
         ),
     ] = None,
-    retrieved: Annotated[
-        bool, typer.Option("--retrieved", help="List below each answer what was retrieved last for it.")
+    sources: Annotated[
+        bool,
+        typer.Option("--sources", help="List below each answer what it attended to, and how much."),
     ] = False,
     memory: MemoryOptions,
     dtype: options.Dtype = "auto",
@@ -79,8 +89,8 @@ def ask(
     Examples:
       memlong ask --memory manual --prompt "How is the pump started?" --chat
       memlong ask --memory manual --memory notes --prompt "What is due?" --tag work --since 2026-01-31
-      memlong ask --memory manual --prompts questions.txt --chat --retrieved
-      memlong ask --memory manual --prompt "The pump" --source manual.txt --json -
+      memlong ask --memory manual --prompts questions.txt --chat --sources
+      memlong ask --memory manual --prompt "The pump" --document manual.txt --json -
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     keep_apart({"--json": json_file}, {"--prompts": [prompts], "--maps": [memory.maps], "--model": [model]})
     output = JsonOutput(json_file)
@@ -98,12 +108,11 @@ def ask(
         device=device,
         trust_remote_code=trust_remote_code,
     ).open()
-    from memlong.cli.heard import HeardBank
     from memlong.decoder import text_streamer
 
     corpora = load_corpora(memory_folders, decoder)
-    among = open_ids(corpora, tags=tag or (), sources=source or (), **times)
-    bank = HeardBank.over(decoder, corpora, among)
+    among = open_ids(corpora, tags=tag or (), sources=document or (), **times)
+    bank = layered(decoder, corpora, among)
     decoder.reset([bank])
     answers = []
     with decoder:
@@ -113,11 +122,16 @@ def ask(
             streamer = (
                 None if output.is_stdout else text_streamer(decoder.tokenizer, lambda text: say(text, end=""))
             )
-            answered = _answer(decoder, words, streamer, chat=chat, max_new_tokens=max_new_tokens)
-            found = [_told(decoder.tokenizer, corpora, memory_folders, each) for each in bank.found]
-            answers.append({**answered, "retrieved": found})
-            if not output.is_stdout and retrieved:
-                print_section("Retrieved", [_shown(each) for each in found])
+            with decoder.sources() if sources or json_file else nullcontext() as recorded:
+                answered = _answer(decoder, words, streamer, chat=chat, max_new_tokens=max_new_tokens)
+            found = [
+                _told(decoder.tokenizer, corpora, memory_folders, bank, each)
+                for each in (recorded.chunks if recorded else ())
+                if each.id is not None
+            ]
+            answers.append({**answered, "sources": found})
+            if not output.is_stdout and sources:
+                print_section("Sources", [_shown(each) for each in found])
     output.write(
         {
             "model": model or notes.model,
@@ -189,15 +203,17 @@ def _answer(
     }
 
 
-def _told(tokenizer: Any, corpora: Sequence[Corpus], folders: Sequence[Path], found: Found) -> dict[str, Any]:
-    """Describe a chunk that was retrieved."""
-    corpus = corpora[found.base]
-    told: dict[str, Any] = {"memory": str(folders[found.base]), "chunk": found.chunk, "score": found.score}
-    document = corpus.document_of(found.chunk)
+def _told(
+    tokenizer: Any, corpora: Sequence[Corpus], folders: Sequence[Path], bank: LayeredBank, found: Source
+) -> dict[str, Any]:
+    """Describe a chunk that an answer attended to."""
+    layer, chunk = int(bank.layer_of([found.id])), int(bank.own_ids([found.id]))
+    corpus = corpora[layer]
+    told: dict[str, Any] = {"memory": str(folders[layer]), "chunk": chunk, "attention": found.mass}
+    document = corpus.document_of(chunk)
     if document is None:
         return told
-    ((start, end),) = corpus.bank.spans_of([found.chunk]).tolist()
-    first, last = document.span_in_text(start, end)
+    first, last = document.span_in_text(*found.span)
     words = tokenizer.decode(corpus.tokens_of(document.source)[first:last], skip_special_tokens=True)
     return {
         **told,
@@ -210,9 +226,10 @@ def _told(tokenizer: Any, corpora: Sequence[Corpus], folders: Sequence[Path], fo
 
 
 def _shown(told: dict[str, Any]) -> str:
+    share = f"{told['attention']:.1%}"
     if "source" not in told:
-        return f"chunk {told['chunk']} of {told['memory']}"
+        return f"{share} chunk {told['chunk']} of {told['memory']}"
     text = told["text"]
     text = text if len(text) <= _SHOWN else f"{text[:_SHOWN].rstrip()}…"
     name = told["source"] if told["source"].endswith(told["title"]) else f"{told['title']} ({told['source']})"
-    return f"{name}, tokens {told['first_token']:,} to {told['end_token']:,}: {text}"
+    return f"{share} {name}, tokens {told['first_token']:,} to {told['end_token']:,}: {text}"

@@ -11,7 +11,7 @@ import typer
 
 from memlong.cli import options
 from memlong.cli.answer import escaped, say
-from memlong.cli.corpora import choose_reader, load_corpora, needed_notes, open_ids
+from memlong.cli.corpora import choose_reader, layered, load_corpora, needed_notes, open_ids
 from memlong.cli.memory import MemoryOptions, with_memory
 from memlong.errors import InvalidArgumentError, InvalidTextError, SnapshotError
 
@@ -94,7 +94,6 @@ def _begin(decoder: MemoryDecoder, corpora: Sequence[Corpus], session: Path | No
     """Begin a conversation over corpora, or continue the one that was saved."""
     from memlong.bank.snapshot.manifest import has_manifest
     from memlong.bank.snapshot.reader import folder_of
-    from memlong.cli.heard import HeardBank
 
     top = None
     if session is not None and has_manifest(folder_of(session)):
@@ -104,9 +103,9 @@ def _begin(decoder: MemoryDecoder, corpora: Sequence[Corpus], session: Path | No
         return
     among = open_ids(corpora)
     if top is None:
-        decoder.reset([HeardBank.over(decoder, corpora, among)])
+        decoder.reset([layered(decoder, corpora, among)])
     elif any(each is not None for each in among):
-        decoder.use_banks([HeardBank.over(decoder, corpora, among, top)])
+        decoder.use_banks([layered(decoder, corpora, among, top)])
 
 
 def _restore(decoder: MemoryDecoder, corpora: Sequence[Corpus], session: Path) -> None:

@@ -20,6 +20,7 @@ from memlong.plugins.registry import installed_registry
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from memlong.bank import LayeredBank, MemoryBank
     from memlong.corpus import Corpus
     from memlong.decoder import MemoryDecoder
 
@@ -250,7 +251,7 @@ def open_ids(
     ]
     if is_filtered and not any(each is not None and len(each) for each in found):
         raise InvalidArgumentError(
-            "No document passes --tag, --since, --until and --source together: leave one out, or see what there is "
+            "No document passes --tag, --since, --until and --document together: leave one out, or see what there is "
             "with memlong bank info"
         )
     return found
@@ -272,3 +273,17 @@ def moment(option: str, text: str | None) -> float | None:
         raise InvalidArgumentError(
             f"{option} must be an ISO date or time, such as 2026-01-31 or 2026-01-31T12:00, got {text!r:.80}"
         ) from error
+
+
+def layered(
+    decoder: MemoryDecoder,
+    corpora: Sequence[Corpus],
+    among: Sequence[Tensor | None],
+    top: MemoryBank | None = None,
+) -> LayeredBank:
+    """Make a bank over corpora: a new one of the decoder, or this top."""
+    from memlong.bank import LayeredBank
+
+    top = top or decoder.new_bank()
+    assert top is not None  # noqa: S101 - a command about corpora has a backend
+    return LayeredBank(top, [each.bank for each in corpora], among=among)

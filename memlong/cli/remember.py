@@ -28,7 +28,7 @@ _SUFFIXES = (".md", ".txt")
 _NAMED = 3
 
 
-@with_memory(without=("gate_init", "gates", "retrieve_every", "focus_tokens"))
+@with_memory(without=("gate_init", "gates", "retrieve_every", "focus_tokens"), retrieve_for="answers")
 def remember(
     ctx: typer.Context,
     *,
@@ -292,7 +292,7 @@ def _documents(found: _Found, about: Mapping[str, Any]) -> Iterator[Document]:
     from memlong.evaluation import read_text
 
     for source, path in found.files.items():
-        yield Document(source, path.name, path.stat().st_mtime, text=read_text(path), **about)
+        yield Document(source, read_text(path), title=path.name, time=path.stat().st_mtime, **about)
 
 
 def _tokens(decoder: MemoryDecoder, corpus: Corpus, document: Document) -> int:

@@ -46,7 +46,7 @@ def told(result):
 
 
 def sources(found):
-    return {each["source"] for answer in found["answers"] for each in answer["retrieved"]}
+    return {each["source"] for answer in found["answers"] for each in answer["sources"]}
 
 
 def test_the_answer_is_printed_and_told(ask):
@@ -60,16 +60,18 @@ def test_the_answer_is_printed_and_told(ask):
     assert answer["new_tokens"] == 1 or answer["seconds_per_token"] > 0
 
 
-def test_what_was_retrieved_is_told(ask, memories):
+def test_sources_are_told(ask, memories):
     found = told(ask(json="-"))
     (answer,) = found["answers"]
-    assert len(answer["retrieved"]) == 3
-    for each in answer["retrieved"]:
+    shares = [each["attention"] for each in answer["sources"]]
+    assert 1 >= sum(shares) > 0
+    assert shares == sorted(shares, reverse=True)
+    for each in answer["sources"]:
         assert each["title"] == each["source"]
         words = (memories / each["source"]).read_text(encoding="utf-8").split()
         assert each["text"].split() == words[each["first_token"] : each["end_token"]]
-    shown = ask(retrieved=True).stdout
-    best = answer["retrieved"][0]
+    shown = ask(sources=True).stdout
+    best = answer["sources"][0]
     assert f"{best['source']}, tokens {best['first_token']} to {best['end_token']}: {best['text']}" in shown
 
 
@@ -79,7 +81,7 @@ def test_each_prompt_is_answered_alone(ask, memories):
     found = told(ask(prompt=[], prompts="asked.txt", json="-"))["answers"]
     assert [each["prompt"] for each in found] == asked
     assert found[0]["answer"] == found[2]["answer"]
-    assert found[0]["retrieved"] == found[2]["retrieved"]
+    assert found[0]["sources"] == found[2]["sources"]
     assert told(ask(prompt="word3", json="-"))["answers"][0]["answer"] == found[1]["answer"]
     shown = ask(prompt=asked).stdout
     assert [line for line in shown.splitlines() if line.startswith("> ")] == [f"> {each}" for each in asked]
@@ -92,8 +94,8 @@ def test_each_prompt_is_answered_alone(ask, memories):
         ({"tag": ["new", "all"]}, {"new.txt"}),
         ({"since": "1971-01-01"}, {"new.txt"}),
         ({"until": "1971-01-01"}, {"old.txt"}),
-        ({"source": ["new.txt"]}, {"new.txt"}),
-        ({"memory": ["memory", "more"], "source": "other.txt"}, {"other.txt"}),
+        ({"document": ["new.txt"]}, {"new.txt"}),
+        ({"memory": ["memory", "more"], "document": "other.txt"}, {"other.txt"}),
         ({"memory": ["memory", "more"], "tag": "all", "top_k": 100}, {"old.txt", "new.txt", "other.txt"}),
     ],
 )
@@ -150,7 +152,7 @@ def test_the_corpora_are_not_changed(ask, memories):
         ({"prompt": []}, InvalidArgumentError, "Give prompts either with --prompt"),
         ({"prompts": "old.txt"}, InvalidArgumentError, "Give prompts either with --prompt"),
         ({"prompt": ""}, InvalidArgumentError, "--prompt must not be empty"),
-        ({"tag": "none"}, InvalidArgumentError, "No document passes --tag, --since, --until and --source"),
+        ({"tag": "none"}, InvalidArgumentError, "No document passes --tag, --since, --until and --document"),
         ({"since": "soon"}, InvalidArgumentError, "--since must be an ISO date or time"),
         ({"chat": True}, InvalidArgumentError, "--chat needs a model with a chat template"),
         ({"chunk_size": 8}, InvalidArgumentError, "banks must have blocks of shape"),

@@ -99,19 +99,20 @@ def test_a_session_goes_on_over_a_corpus_that_has_changed(chat, memory, argument
 
 
 def test_what_has_expired_is_not_found(chat, memory, arguments, monkeypatch):
-    from memlong.cli.heard import HeardBank
+    from memlong.bank import LayeredBank
 
     words = [*arguments("remember", out=memory, expires="2999-01-01"), "2.txt"]
     assert CliRunner().invoke(make_app(), words).exit_code == 0
     found = []
-    search = HeardBank.search
+    search = LayeredBank.search
 
     def searched(bank, *given, **options):
         result = search(bank, *given, **options)
-        found.extend(each.chunk for each in bank.found)
+        ids = result.ids[bank.layer_of(result.ids.flatten()).reshape(result.ids.shape) == 0]
+        found.extend(bank.own_ids(ids).tolist())
         return result
 
-    monkeypatch.setattr(HeardBank, "search", searched)
+    monkeypatch.setattr(LayeredBank, "search", searched)
     monkeypatch.setattr("time.time", lambda: 40e9)
     late = Corpus.load(memory)["2.txt"]
     for _ in range(2):

@@ -143,7 +143,7 @@ def test_settings_come_from_the_corpus(remember, place, model_folder):
             "memory_layer": None,
             "retrieval_layers": "all",
             "retrieval_heads": "all",
-            "retrieve_for": "all",
+            "retrieve_for": "answers",
         },
     }
     words = [
