@@ -76,6 +76,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     for name in ("ruler", "more"):
         found[f"equality-{name}"] = partial(alternatives.equality, f"equality_{name}.json")
     found["ruler-lengths"] = partial(alternatives.by_length, alternatives.RULER)
+    found["ruler-gemma"] = partial(alternatives.by_length, "benchmarks_gemma.json")
     found["ruler-4096"] = partial(alternatives.by_task, alternatives.RULER, 4096)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
