@@ -212,7 +212,7 @@ def segments_twice(folder: Path, rng: random.Random) -> None:
 
 def another_version(folder: Path, rng: random.Random) -> None:
     data = manifest(folder)
-    data[rng.choice(["version", "format", "kind"])] = rng.choice([0, 1, 3, "memlong-bank", "decoder", "99"])
+    data[rng.choice(["version", "format", "kind"])] = rng.choice([0, 1, 2, "memlong-bank", "decoder", "99"])
     forge(folder, data)
 
 
