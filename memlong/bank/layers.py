@@ -31,7 +31,7 @@ class LayeredBank(MemoryBank):
     Searching and retrieving see all of them as one bank would that holds their chunks: the best of the union, equal
     scores in one order. Everything that changes something acts on the top alone: `add`, `remove`, `evict`, `reset`,
     capacity and `save`. So sessions share a base, in memory once, and nothing of one session reaches another. A base
-    may grow or lose chunks meanwhile, by whoever else holds it. Retrieving counts in the layer that a chunk is of.
+    may grow or lose chunks meanwhile, through others that hold it. Retrieving counts in the layer that a chunk is of.
 
     Ids tell the layer (`layer_of`): those of base i are its own plus i * 2**40, so those of the first base are as they
     are there, and those of the top its own plus 2**52. They stay as they are when a base grows or another is added.

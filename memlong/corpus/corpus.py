@@ -45,7 +45,7 @@ class Corpus:
     tokens : mapping of str to numpy.ndarray
         Token ids [tokens] of each document's text, by its source.
     notes : mapping
-        What else whoever made it wants to know again, as JSON can hold it: the model's name, say.
+        What its maker wants to know again, as JSON can hold it: the model's name, say.
 
     Attributes
     ----------
