@@ -236,7 +236,7 @@ def test_bad_input_is_named(decoder, tiny_model, tokenizer, small, tmp_path):
         Corpus(decoder.new_bank()).save()
 
 
-def test_a_corpus_is_a_bank_for_whoever_wants_one(decoder, tmp_path):
+def test_a_corpus_can_be_loaded_as_a_bank(decoder, tmp_path):
     read(decoder, Corpus.open(tmp_path, decoder, {"model": "tiny"}), documents(20))
     assert len(load_bank(tmp_path, lazy=True)) == 5
     assert Corpus.load(tmp_path).notes == {"model": "tiny"}
