@@ -15,7 +15,15 @@ if TYPE_CHECKING:
         Retrieved,
         SearchResult,
     )
-    from memlong.decoder import MemoryConfig, MemoryDecoder, Passage, Retriever, Segment, load_model
+    from memlong.decoder import (
+        MemoryConfig,
+        MemoryDecoder,
+        Passage,
+        Retriever,
+        Segment,
+        SessionPool,
+        load_model,
+    )
     from memlong.errors import MemlongError, SnapshotError
     from memlong.plugins import PluginManager, Registry, create_bank, hookimpl, list_backends, load_bank
 
@@ -32,7 +40,15 @@ _HOMES = {
         "Retrieved",
         "SearchResult",
     ),
-    "memlong.decoder": ("MemoryConfig", "MemoryDecoder", "Passage", "Retriever", "Segment", "load_model"),
+    "memlong.decoder": (
+        "MemoryConfig",
+        "MemoryDecoder",
+        "Passage",
+        "Retriever",
+        "Segment",
+        "SessionPool",
+        "load_model",
+    ),
     "memlong.errors": ("MemlongError", "SnapshotError"),
     "memlong.plugins": (
         "PluginManager",
@@ -60,6 +76,7 @@ __all__ = [
     "Retriever",
     "SearchResult",
     "Segment",
+    "SessionPool",
     "SnapshotError",
     "__version__",
     "create_bank",

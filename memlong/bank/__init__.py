@@ -10,7 +10,7 @@ from memlong.bank.layers import LayeredBank
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.metric import Metric
 from memlong.bank.results import Chunks, Retrieved, SearchResult, StoredEmbeddings
-from memlong.bank.sessions.pool import BankPool
+from memlong.bank.sessions.banks import BankPool
 from memlong.bank.state import BankState
 from memlong.bank.store.folder import ObjectFolder
 from memlong.bank.store.objects import Objects, StoredObject, objects_at

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memlong.decoder.retrievers.base import Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
     from memlong.decoder.scoring import Likelihood
+    from memlong.decoder.sessions import SessionPool
     from memlong.decoder.sources import Source, Sources
     from memlong.decoder.stream.retrieval import RandomChunks, Retrieval
     from memlong.decoder.stream.segment import Segment, Segments
@@ -35,6 +36,7 @@ _HOMES = {
     "Retriever": "memlong.decoder.retrievers.base",
     "Segment": "memlong.decoder.stream.segment",
     "Segments": "memlong.decoder.stream.segment",
+    "SessionPool": "memlong.decoder.sessions",
     "Source": "memlong.decoder.sources",
     "Sources": "memlong.decoder.sources",
     "StreamCache": "memlong.decoder.generation",
@@ -58,6 +60,7 @@ __all__ = [
     "Retriever",
     "Segment",
     "Segments",
+    "SessionPool",
     "Source",
     "Sources",
     "StreamCache",

@@ -1,1 +1,1 @@
-"""A bank for each session of a server."""
+"""Sessions of a server: what each holds, in memory or on disk."""

@@ -1,4 +1,4 @@
-"""BankPool: a bank for each session of a server, idle ones on disk, deleted ones gone."""
+"""Pool: sessions of a server, idle ones on disk, deleted ones gone."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self
 
-from memlong.bank.base import MemoryBank
 from memlong.bank.forks import fork_lock, unless_forked
 from memlong.bank.sessions.folders import absolute
 from memlong.bank.sessions.sessions import (
     Session,
     Sessions,
     Size,
+    T,
     Visit,
     folders,
     make_folder,
@@ -36,41 +38,18 @@ from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 
 _PREFIX, _DELETED = "session-", "deleted-"
 _LONGEST = 1024
-_GIVEN_BACK = (
-    "The pool has saved this bank and dropped it from memory, so changes to it here would be lost. Use "
-    "`with pool.session(...)` again, and the bank that it gives"
-)
 
 
-class BankPool(Uncopied):
-    """Banks by session, within a budget of bytes for all that are in memory.
-
-    Each session has its own bank in its own folder, and no call on one session reaches the chunks of another. Anyone
-    who knows a session's id can use that session, so make ids unguessable, or have the server check them.
-
-    Over the budget, the least recently used sessions are saved and dropped from memory, and loaded again when needed.
-    Banks in use are never spilled: their bytes exceed the budget until their `with` block ends. What has not been
-    spilled is lost if the process dies, unless `flush` has saved it. A session that cannot be saved stays in memory;
-    the others are not affected. A session to which nothing was ever added is dropped at once.
-
-    A pool belongs to the process that made it, and refuses to be used in a fork: a server that forks makes its pool in
-    the process that uses the banks.
-
-    Banks that `load` leaves on disk (``lazy=True``) keep files open: sessions are also spilled when these reach half of
-    what the system allows.
+class Pool(Uncopied, Generic[T]):
+    """Sessions within a budget of bytes for all that are in memory, the others in folders.
 
     Parameters
     ----------
-    folder : str or Path
+    folder
         Where idle sessions are kept; sessions of an earlier pool in this folder continue. A pool locks its folder until
         it is closed. A folder that it makes is readable by its user only (mode 0700).
-    make : callable
-        Makes the empty bank of a new session.
-    load : callable
-        Makes a session's bank from its folder, such as `memlong.load_bank`.
-    budget : int or str
-        Bytes of embeddings, keys and values in memory, over all sessions, such as "8GB". Neither what an
-        index takes on top nor what a store keeps on disk is counted.
+    budget
+        Bytes in memory, over all sessions, such as "8GB".
 
     Raises
     ------
@@ -78,40 +57,15 @@ class BankPool(Uncopied):
         If an argument has a value that cannot be used.
     SnapshotError
         If the folder cannot be made, another pool holds it, or what an earlier one deleted there cannot be removed.
-
-    Examples
-    --------
-    >>> pool = BankPool("sessions", lambda: create_bank("faiss", 384), load_bank, budget="8GB")  # doctest: +SKIP
-    >>> with pool.session("8f14e45f") as bank:  # doctest: +SKIP
-    ...     bank.retrieve(query, k=8)
     """
 
-    why_uncopied = (
-        "it alone holds its folder. Make it in the process that uses it; banks of sessions can be copied"
-    )
-
-    def __init__(
-        self,
-        folder: str | Path,
-        make: Callable[[], MemoryBank],
-        load: Callable[[Path], MemoryBank],
-        *,
-        budget: int | str,
-    ) -> None:
+    def __init__(self, folder: str | Path, *, budget: int | str) -> None:
         self._folder = absolute(folder_of(folder))
-        for name, given in (("make", make), ("load", load)):
-            if not callable(given):
-                raise InvalidArgumentError(
-                    f"{name} must be a function that makes a bank, as in make=lambda: create_bank('faiss', 384), "
-                    f"load=load_bank, got {given!r}"
-                )
-        self._make, self._load = make, load
         self._budget = byte_count("budget", budget)
         self._files = most_files()
-        self._sessions = Sessions()
+        self._sessions: Sessions[T] = Sessions()
         self._lock = fork_lock()
         self._owner = os.getpid()
-        self._given: weakref.WeakSet[MemoryBank] = weakref.WeakSet()
         make_folder(self._folder)
         held = FolderLock(self._folder)
         held.__enter__()
@@ -123,48 +77,28 @@ class BankPool(Uncopied):
             self._let_go()
             raise
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     @contextmanager
-    def session(self, session_id: str) -> Iterator[MemoryBank]:
-        """Use a session's bank in a `with` block; a new session begins with an empty one.
+    def _using(self, session_id: str, open_: Callable[[Path, bool], T]) -> Iterator[T]:
+        """Use what a session holds in a `with` block.
 
-        Several threads may use one session at the same time, as they may use one bank. Do not keep the bank
-        beyond the block.
-
-        Parameters
-        ----------
-        session_id : str
-            The session's id.
-
-        Raises
-        ------
-        SnapshotError
-            If the session is damaged on disk.
-        InvalidArgumentError
-            If `make` or `load` did not return a bank of this session alone.
-        MemlongError
-            If the pool is closed.
-
-        Warns
-        -----
-        RuntimeWarning
-            If a session, this one or another, could not be saved to make room; it stays in memory. Also if a decoder
-            has read into the bank what it has not stored yet.
+        ``open_`` brings it into memory: it gets the session's folder, and whether anything is saved there.
         """
         visit = self._enter(session_id)
         session = visit.session
         try:
             with session.lock:
-                if session.bank is None:
-                    session.bank = self._bank_of(session)
-                bank = session.bank
-            yield bank
-            if bank.unstored:
-                warn_caller(
-                    f"A decoder holds {bank.unstored} tokens in its window that are not in this session's bank, and a "
-                    "pool keeps banks alone: call decoder.flush() before the block ends, or generate(remember=False) "
-                    "for what need not be remembered",
-                    RuntimeWarning,
-                )
+                if session.held is None:
+                    session.held = open_(session.folder, has_manifest(session.folder))
+                held = session.held
+            yield held
         finally:
             self._leave(visit)
             for error in self._spill(Size(self._budget, self._files)):
@@ -195,9 +129,9 @@ class BankPool(Uncopied):
                     raise InvalidArgumentError(
                         f"session {session_id!r} is in use by {others} `with` blocks; delete it when they have ended"
                     )
-                there = session.bank is not None or session.folder.exists()
+                there = session.held is not None or session.folder.exists()
                 removed = self._set_aside(session.folder) if session.folder.exists() else None
-                session.bank = None
+                session.held = None
                 if removed is not None:
                     sync_folder(self._folder)  # from here on, the deletion is permanent
                     remove(removed)
@@ -241,14 +175,13 @@ class BankPool(Uncopied):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of embeddings, keys and values in memory, over all sessions."""
-        banks = [session.bank for session in self._snapshot()]
-        return sum(bank.resident_bytes for bank in banks if bank is not None)
+        """Bytes in memory, over all sessions."""
+        return sum(session.measured().nbytes for session in self._snapshot())
 
     @property
     def in_memory(self) -> int:
         """How many sessions are in memory."""
-        return sum(session.bank is not None for session in self._snapshot())
+        return sum(session.held is not None for session in self._snapshot())
 
     def __len__(self) -> int:
         with self._lock:
@@ -260,7 +193,7 @@ class BankPool(Uncopied):
         with self._lock:
             return session_id in self._sessions or self._folder_of(session_id).exists()
 
-    def _enter(self, session_id: str) -> Visit:
+    def _enter(self, session_id: str) -> Visit[T]:
         self._require_owner()
         folder = self._folder_of(session_id)
         with self._lock:
@@ -268,7 +201,7 @@ class BankPool(Uncopied):
                 raise MemlongError("The pool is closed: make another one of this folder")
             return self._sessions.enter(session_id, folder)
 
-    def _leave(self, visit: Visit) -> None:
+    def _leave(self, visit: Visit[T]) -> None:
         with self._lock:
             self._sessions.leave(visit)
 
@@ -279,24 +212,6 @@ class BankPool(Uncopied):
                 "sessions would overwrite each other. Make a pool in this process, in a folder of its own, or start "
                 "processes with the method 'spawn'"
             )
-
-    def _bank_of(self, session: Session) -> MemoryBank:
-        is_known = has_manifest(session.folder)
-        bank = self._load(session.folder) if is_known else self._make()
-        name = "load" if is_known else "make"
-        if not isinstance(bank, MemoryBank):
-            raise InvalidArgumentError(f"{name} must return a MemoryBank, got {bank!r}")
-        if not is_known and bank.top.next_id:
-            raise InvalidArgumentError(
-                f"make must return a new, empty bank, or sessions would share one, got {bank!r}"
-            )
-        with self._lock:
-            if bank in self._given:
-                raise InvalidArgumentError(
-                    f"{name} must return a new bank each time, got the bank of another session, or one returned before"
-                )
-            self._given.add(bank)
-        return bank
 
     def _set_aside(self, folder: Path) -> Path:
         """Rename a session's folder, in one step, to a name that no session has."""
@@ -315,26 +230,26 @@ class BankPool(Uncopied):
         Those that cannot be saved stay; returns the errors.
         """
         failures: list[SnapshotError] = []
-        tried: set[Session] = set()
+        tried: set[Session[T]] = set()
         while (session := self._to_spill(most, tried)) is not None:
             tried.add(session)
             with session.lock:  # a thread that wants the bank now waits, and is counted as a user
-                if session.bank is None or session.users:
+                if session.held is None or session.users:
                     continue
-                bank = session.bank
+                held = session.held
                 failed = save(session)
                 failures += failed
                 with self._lock:
                     if not session.users and not failed:
                         self._sessions.forget(session)
-                        bank.refuse_changes(_GIVEN_BACK)  # which would be lost
+                        held.close()  # changes would be lost
         return failures
 
-    def _to_spill(self, most: Size, but: set[Session]) -> Session | None:
+    def _to_spill(self, most: Size, but: set[Session[T]]) -> Session[T] | None:
         with self._lock:
             return None if self._sessions.size().fits(most) else self._sessions.oldest(but)
 
-    def _snapshot(self) -> list[Session]:
+    def _snapshot(self) -> list[Session[T]]:
         with self._lock:
             return list(self._sessions)
 

@@ -1,4 +1,4 @@
-"""Sessions: each a user's bank, in memory or in a folder, and how much memory all of them take."""
+"""Sessions: each of a user, in memory or in a folder, and how much memory all of them take."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import shutil
 import sys
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from memlong.bank.base import MemoryBank
 from memlong.bank.snapshot.files import unreadable, unwritable
 from memlong.errors import SnapshotError
 
 _ONLY_OURS = 0o700  # no other user may read it
 _FEWEST_FILES = 16
 
+T = TypeVar("T", bound="Held")
+
 
 @dataclass(frozen=True)
 class Size:
-    """The limited resources that banks take: bytes of memory, and open files."""
+    """The limited resources that sessions take: bytes of memory, and open files."""
 
     nbytes: int = 0
     files: int = 0
-
-    @classmethod
-    def of(cls, bank: MemoryBank | None) -> Size:
-        """Measure a bank."""
-        return cls() if bank is None else cls(bank.resident_bytes, bank.open_files)
 
     def __add__(self, other: Size) -> Size:
         return Size(self.nbytes + other.nbytes, self.files + other.files)
@@ -42,15 +40,37 @@ class Size:
         return self.nbytes <= most.nbytes and self.files <= most.files
 
 
+class Held(ABC):
+    """What a session holds while it is in memory."""
+
+    @property
+    @abstractmethod
+    def size(self) -> Size:
+        """What it takes."""
+
+    @property
+    @abstractmethod
+    def is_unused(self) -> bool:
+        """Whether nothing was ever added to it."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write it into the session's folder."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Refuse changes from now on: it is saved, and dropped from memory."""
+
+
 @dataclass(eq=False)
-class Session:
-    """One session's bank, None while it is on disk, and its users."""
+class Session(Generic[T]):
+    """What a session holds, None while it is on disk, and its users."""
 
     name: str
     folder: Path
-    bank: MemoryBank | None = None
+    held: T | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
-    visits: set[weakref.ref[Visit]] = field(default_factory=set)
+    visits: set[weakref.ref[Visit[T]]] = field(default_factory=set)
     size: Size = Size()
 
     @property
@@ -58,8 +78,12 @@ class Session:
         """How many `with` blocks use it."""
         return len(self.visits)
 
+    def measured(self) -> Size:
+        """Return what it takes in memory."""
+        return Size() if self.held is None else self.held.size
 
-class Visit:
+
+class Visit(Generic[T]):
     """One use of a session; it ends with `Sessions.leave`, or with this object if an interrupt comes first.
 
     Parameters
@@ -68,7 +92,7 @@ class Visit:
         Which is used.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session[T]) -> None:
         self.session = session
         session.visits.add(weakref.ref(self, session.visits.discard))
 
@@ -77,20 +101,20 @@ class Visit:
         self.session.visits.discard(weakref.ref(self))
 
 
-class Sessions:
+class Sessions(Generic[T]):
     """Sessions in memory, least recently used first; no call takes longer when there are more of them.
 
     What a session takes is measured when its last user leaves it: an idle one does not change.
     """
 
     def __init__(self) -> None:
-        self._all: OrderedDict[str, Session] = OrderedDict()
-        self._in_use: set[Session] = set()
+        self._all: OrderedDict[str, Session[T]] = OrderedDict()
+        self._in_use: set[Session[T]] = set()
         self._idle = Size()
 
-    def enter(self, name: str, folder: Path) -> Visit:
+    def enter(self, name: str, folder: Path) -> Visit[T]:
         """Begin to use a session, a new one if there is none."""
-        session = self._all.get(name) or Session(name, folder)
+        session: Session[T] = self._all.get(name) or Session(name, folder)
         self._in_use.add(session)  # first: what an interrupt leaves half done is settled from here
         self._all[name] = session
         visit = Visit(session)
@@ -98,8 +122,8 @@ class Sessions:
         self._all.move_to_end(name)
         return visit
 
-    def leave(self, visit: Visit) -> None:
-        """Note that a user has left; the session is forgotten with the last one if it has no bank."""
+    def leave(self, visit: Visit[T]) -> None:
+        """Note that a user has left; the session is forgotten with the last one if it holds nothing."""
         visit.end()
         self._settle()
 
@@ -108,20 +132,20 @@ class Sessions:
             self._rest(session)
             self._in_use.discard(session)
 
-    def _rest(self, session: Session) -> None:
-        if session.bank is not None and not session.bank.top.next_id:  # nothing was ever added
-            session.bank = None
-        self._measure(session, Size.of(session.bank))
-        if session.bank is None and self._all.get(session.name) is session:
+    def _rest(self, session: Session[T]) -> None:
+        if session.held is not None and session.held.is_unused:
+            session.held = None
+        self._measure(session, session.measured())
+        if session.held is None and self._all.get(session.name) is session:
             del self._all[session.name]
 
-    def forget(self, session: Session) -> None:
-        """Drop an idle session's bank from memory."""
-        session.bank = None
+    def forget(self, session: Session[T]) -> None:
+        """Drop an idle session from memory."""
+        session.held = None
         self._measure(session, Size())
         self._all.pop(session.name, None)
 
-    def oldest(self, but: set[Session]) -> Session | None:
+    def oldest(self, but: set[Session[T]]) -> Session[T] | None:
         """Return the least recently used idle session, of those not in ``but``."""
         for session in self._all.values():
             if not session.users and session not in but:
@@ -133,10 +157,10 @@ class Sessions:
         self._settle()
         total = self._idle
         for session in self._in_use:
-            total += Size.of(session.bank)
+            total += session.measured()
         return total
 
-    def __iter__(self) -> Iterator[Session]:
+    def __iter__(self) -> Iterator[Session[T]]:
         return iter(list(self._all.values()))
 
     def __len__(self) -> int:
@@ -145,7 +169,7 @@ class Sessions:
     def __contains__(self, name: str) -> bool:
         return name in self._all
 
-    def _measure(self, session: Session, size: Size) -> None:
+    def _measure(self, session: Session[T], size: Size) -> None:
         self._idle, session.size = self._idle - session.size + size, size
 
 
@@ -159,14 +183,14 @@ def most_files() -> int:
     return sys.maxsize if limit == resource.RLIM_INFINITY else max(_FEWEST_FILES, limit // 2)
 
 
-def save(session: Session) -> list[SnapshotError]:
-    """Save a session's bank, if it ever held anything; returns the error, so that others can be saved."""
-    bank = session.bank
-    if bank is None or not bank.top.next_id:
+def save(session: Session[T]) -> list[SnapshotError]:
+    """Save a session, if it ever held anything; returns the error, so that others can be saved."""
+    held = session.held
+    if held is None or held.is_unused:
         return []
     try:
         make_folder(session.folder)
-        bank.save(session.folder)
+        held.save(session.folder)
     except SnapshotError as error:
         return [error]
     except Exception as error:  # noqa: BLE001 - from any store or index; callers raise or warn

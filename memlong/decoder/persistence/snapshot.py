@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -54,12 +55,31 @@ def write_snapshot(path: str | Path, setup: Setup, streams: CurrentStreams, *, c
         raise MemlongError(
             "There is nothing to save: no text has been read since the decoder was made or reset"
         )
-    banks = streams.banks
+    facts, tensors = [stream.facts() for stream in batch.streams], batch.tensors()
+    write_rows(path, setup, facts, tensors, streams.banks, compact=compact)
+
+
+def write_rows(
+    path: str | Path,
+    setup: Setup,
+    rows: Sequence[Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+    banks: Sequence[MemoryBank],
+    *,
+    compact: bool = False,
+) -> None:
+    """Write what `StreamBatch.restore` takes, the facts of ``rows`` and ``tensors``, and their banks into a folder.
+
+    Raises
+    ------
+    SnapshotError
+        If they cannot be written.
+    """
     with SnapshotWriter(folder_of(path), "decoder") as writer:
-        facts = {"fingerprint": fingerprint(setup), "rows": [stream.facts() for stream in batch.streams]}
-        tensors = {name: _own(tensor) for name, tensor in batch.tensors().items()}
+        facts = {"fingerprint": fingerprint(setup), "rows": list(rows)}
+        own = {name: _own(tensor) for name, tensor in tensors.items()}
         saved = [write_bank(bank, writer, compact=compact) for bank in banks]
-        file = writer.write("streams", safetensors.torch.save(tensors))
+        file = writer.write("streams", safetensors.torch.save(own))
         writer.commit([each.record for each in saved], ExtraRecord(facts, file))
         for bank, each in zip(banks, saved, strict=True):
             bank.top.state.saved = each

@@ -96,6 +96,11 @@ class StreamBatch:
         return self._state.window
 
     @property
+    def banks(self) -> tuple[MemoryBank, ...]:
+        """The banks of the rows that store in one, and not in a draft of one."""
+        return tuple(stream.bank for stream in self.streams if isinstance(stream.bank, MemoryBank))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values that attention works on: the windows and what is retrieved."""
         memory = self._state.memory

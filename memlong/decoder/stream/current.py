@@ -65,9 +65,7 @@ class CurrentStreams:
     @property
     def banks(self) -> tuple[MemoryBank, ...]:
         """The bank of each row; before the first token those that were passed in."""
-        if self.batch is None:
-            return self._given_banks or ()
-        return tuple(stream.bank for stream in self.batch.streams if isinstance(stream.bank, MemoryBank))
+        return self.batch.banks if self.batch else self._given_banks or ()
 
     @property
     def tokens_read(self) -> tuple[int, ...]:
