@@ -5,13 +5,14 @@ from memlong.evaluation.long_range import long_range_tokens
 from memlong.evaluation.needle import Cell, Filler, evaluate_needle, passkey_prompt
 from memlong.evaluation.perplexity import Perplexity, evaluate_perplexity, token_losses
 from memlong.evaluation.recall import recall_at_k
-from memlong.evaluation.text import chat_turn, read_text, tokenize
+from memlong.evaluation.text import chat_prompt, chat_turn, read_text, tokenize
 
 __all__ = [
     "Cell",
     "Filler",
     "Perplexity",
     "Ratio",
+    "chat_prompt",
     "chat_turn",
     "evaluate_needle",
     "evaluate_perplexity",

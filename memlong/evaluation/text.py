@@ -117,9 +117,8 @@ def chat_turn(
     InvalidTextError
         If the text contains an unpaired surrogate, or the template formats earlier messages differently now.
     """
-    check_characters("The text", said)
-    hides = any(token in said for token in tokenizer.all_special_tokens)
-    whole = _templated(tokenizer, [*history, {"role": "user", "content": _PLACE if hides else said}])
+    shown, hidden = _hidden(tokenizer, [{"role": "user", "content": said}])
+    whole = _templated(tokenizer, [*history, *shown])
     if history:
         known = _templated(tokenizer, history, asks=False).rstrip()
         if not whole.startswith(known):
@@ -128,14 +127,56 @@ def chat_turn(
                 "reset(), and read the whole conversation"
             )
         whole = whole.removeprefix(known)
-    before, _, after = whole.partition(_PLACE) if hides else (whole, "", "")
-    ids = _ids(tokenizer, before, control_tokens=True)
-    if hides:
-        ids += [*_ids(tokenizer, said), *_ids(tokenizer, after, control_tokens=True)]
+    ids = _with_hidden(tokenizer, whole, hidden)
     opening = opening_tokens(tokenizer)
     if not (begins or history) and ids[: len(opening)] == opening:
         ids = ids[len(opening) :]
     return torch.tensor([ids], dtype=torch.long, device="cpu")
+
+
+def chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tensor:
+    """Tokenize a whole conversation with the chat template into [1, tokens], int64, up to where the answer starts.
+
+    Only the template's own control tokens are parsed, as in `chat_turn`.
+
+    Parameters
+    ----------
+    tokenizer
+        A Hugging Face tokenizer with a chat template.
+    messages
+        As chat templates take them (``{"role": ..., "content": ...}``); the last is the user's.
+
+    Raises
+    ------
+    InvalidTextError
+        If a text contains an unpaired surrogate.
+    """
+    shown, hidden = _hidden(tokenizer, messages)
+    return torch.tensor([_with_hidden(tokenizer, _templated(tokenizer, shown), hidden)], device="cpu")
+
+
+def _hidden(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]]
+) -> tuple[list[Mapping[str, str]], dict[str, str]]:
+    """Put a place where words hold the name of a control token; return the messages, and the words by place."""
+    shown, hidden = [], {}
+    for number, each in enumerate(messages):
+        words = each["content"]
+        check_characters("The text", words)
+        if any(token in words for token in tokenizer.all_special_tokens):
+            place = f"{_PLACE} {number}"
+            hidden[place], each = words, {**each, "content": place}
+        shown.append(each)
+    return shown, hidden
+
+
+def _with_hidden(tokenizer: Any, text: str, hidden: Mapping[str, str]) -> list[int]:
+    """Tokenize a text with control tokens, and words in their places without."""
+    ids: list[int] = []
+    for place, words in hidden.items():
+        before, _, text = text.partition(place)
+        ids += [*_ids(tokenizer, before, control_tokens=True), *_ids(tokenizer, words)]
+    return [*ids, *_ids(tokenizer, text, control_tokens=True)]
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:

@@ -1,0 +1,299 @@
+"""examples/server.py, asked by the openai client: answers are those of each session alone."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+import uvicorn
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from memlong import MemoryDecoder, SessionPool
+from memlong.corpus import Corpus, Document, remember
+from memlong.errors import InvalidArgumentError
+from memlong.evaluation import chat_prompt, chat_turn
+
+TEMPLATE = (
+    "{% for turn in messages %}{{ 'word91' if turn.role == 'user' else 'word92' }} {{ turn.content }} word93 "
+    "{% endfor %}{% if add_generation_prompt %}word92 {% endif %}"
+)
+
+
+WORDS = ["?", *(f"word{number}" for number in range(96))]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    yield importlib.import_module("server")
+    del sys.modules["server"]
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="word93")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def decoder(llama, tokenizer, small):
+    llama.generation_config.eos_token_id = WORDS.index("word93")
+    return MemoryDecoder(llama, tokenizer, small())
+
+
+@pytest.fixture
+def corpus(decoder, tmp_path):
+    corpus = Corpus.open(tmp_path / "corpus", decoder)
+    with decoder:
+        remember(decoder, corpus, [Document("a.txt", said(120, 5))])
+    decoder.reset()
+    return Corpus.load(tmp_path / "corpus")
+
+
+class Running:
+    """The server in a thread, on a port that is free, and a client of it."""
+
+    def __init__(self, app, key):
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive()
+            time.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+
+    def stop(self):
+        self.client.close()
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture
+def serve(module, decoder, corpus, tmp_path):
+    """Start the server, in place of an earlier one, and return a client."""
+    running = []
+
+    def start(*, budget="1GB", rows=8, api_key=None, key="none"):
+        while running:
+            running.pop().stop()
+        pool = SessionPool(decoder, tmp_path / "sessions", budget=budget)
+        worker = module.Worker(decoder, pool, {"book": corpus}, rows)
+        app = module.make_app(worker, name="tiny", most=6, temperature=0, api_key=api_key)
+        running.append(Running(app, key))
+        return running[0].client
+
+    yield start
+    for each in running:
+        each.stop()
+
+
+def said(count, seed=0):
+    numbers = torch.randint(1, 90, (count,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[number] for number in numbers)
+
+
+def ask(client, words, session=None, **options):
+    extra = {} if session is None else {"session": session}
+    extra |= options.pop("extra", {})
+    messages = [{"role": "user", "content": words}] if isinstance(words, str) else words
+    return client.chat.completions.create(model="tiny", messages=messages, extra_body=extra, **options)
+
+
+def alone(decoder, messages, bases=(), most=6):
+    """Answers of a session that has the decoder for itself."""
+    decoder.reset(bases=bases)
+    answers, tokenizer = [], decoder.tokenizer
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    with decoder:
+        for words in messages:
+            if not answers:
+                prompt = chat_prompt(tokenizer, [{"role": "user", "content": words}])
+            else:
+                prompt = chat_turn(tokenizer, words, begins=False, history=before)
+            output = decoder.generate(prompt, torch.ones_like(prompt), max_new_tokens=most, do_sample=False)
+            answers.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
+    decoder.reset()
+    return answers
+
+
+@pytest.mark.parametrize("budget", ["1GB", 0])
+def test_sessions_at_once_are_what_they_are_alone(serve, decoder, corpus, budget):
+    talks = {f"user {user}": [said(9 + user, 10 * user + turn) for turn in range(3)] for user in range(4)}
+    bases = {name: ["book"] if number % 2 else [] for number, name in enumerate(talks)}
+    expected = {
+        name: alone(decoder, words, [corpus.bank] if bases[name] else []) for name, words in talks.items()
+    }
+    client, found = serve(budget=budget, rows=3), {}
+
+    def talk(name):
+        found[name] = [
+            ask(client, words, name, extra={"memory": bases[name]}).choices[0].message.content
+            for words in talks[name]
+        ]
+
+    threads = [threading.Thread(target=talk, args=(name,)) for name in talks]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == expected
+
+
+def test_what_is_streamed_is_what_is_said_at_once(serve):
+    client = serve()
+    whole = ask(client, said(20))
+    assert whole.usage.prompt_tokens == 23
+    assert whole.choices[0].finish_reason in ("length", "stop")
+    parts = list(ask(client, said(20), stream=True, stream_options={"include_usage": True}))
+    assert parts[-1].usage == whole.usage
+    assert len(parts) > 4
+    text = "".join(each.choices[0].delta.content or "" for each in parts[:-1])
+    assert text == whole.choices[0].message.content
+    assert parts[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_session_reads_only_what_is_new(serve):
+    client = serve()
+    first = ask(client, said(12), "a").choices[0].message.content
+    ask(client, said(12), "b")
+    history = [
+        {"role": "user", "content": said(12)},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": said(7, 1)},
+    ]
+    whole, new = ask(client, history, "a"), ask(client, said(7, 1), "b")
+    assert whole.choices == new.choices
+    assert whole.usage == new.usage
+    assert ask(client, history).usage.prompt_tokens > new.usage.prompt_tokens
+
+
+def test_nothing_is_kept_without_a_session(serve, tmp_path):
+    client = serve(budget=0)
+    assert ask(client, said(12)).choices == ask(client, said(12)).choices
+    assert not list((tmp_path / "sessions").glob("session-*"))
+
+
+def test_a_header_names_a_session_too(serve):
+    client = serve()
+    ask(client, said(12), extra_headers={"X-Session": "a"})
+    assert client.delete("/sessions/a", cast_to=object)["deleted"]
+    with pytest.raises(openai.BadRequestError, match="different sessions"):
+        ask(client, said(12), "b", extra_headers={"X-Session": "a"})
+
+
+def test_seeds_decide_what_is_chosen(serve):
+    client = serve()
+    options = {"temperature": 2.0, "top_p": 0.9, "max_tokens": 20}
+    one, same, other = (
+        ask(client, said(12), seed=seed, **options).choices[0].message.content for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+def test_an_answer_ends_where_the_request_says(serve):
+    client = serve()
+    whole = ask(client, said(12), max_tokens=12).choices[0].message.content
+    stop = whole.split()[3]
+    cut = ask(client, said(12), max_tokens=12, stop=[stop, "nothing"])
+    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    assert len(ask(client, said(12), max_tokens=2).choices[0].message.content.split()) == 2
+    streamed = ask(client, said(12), max_tokens=12, stop=stop, stream=True)
+    assert "".join(each.choices[0].delta.content or "" for each in streamed) == whole[: whole.index(stop)]
+
+
+def test_sessions_outlive_the_server(serve, decoder):
+    expected = alone(decoder, [said(30), said(8, 1)])
+    assert ask(serve(), said(30), "a").choices[0].message.content == expected[0]
+    assert ask(serve(), said(8, 1), "a").choices[0].message.content == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 2}, "n: "),
+        ({"logprobs": True}, "logprobs: Extra inputs are not permitted"),
+        ({"extra": {"memory": ["nothing"]}}, "memory must name some of book, got 'nothing'"),
+        ({"extra": {"session": ""}}, "session_id must be text"),
+        ({"temperature": -1}, "temperature: "),
+        ({"max_tokens": 0}, "max_tokens: "),
+    ],
+)
+def test_what_is_not_supported_is_named(serve, options, message):
+    client = serve()
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=message):
+            ask(client, said(3), stream=stream, **options)
+
+
+def test_wrong_messages_are_named(serve):
+    client = serve()
+    for messages in ([{"role": "assistant", "content": "a"}], [{"role": "system", "content": "a"}]):
+        with pytest.raises(openai.BadRequestError, match="must end with what the user says"):
+            ask(client, messages)
+    with pytest.raises(openai.BadRequestError, match="role"):
+        ask(client, [{"role": "tool", "content": "a"}])
+    with pytest.raises(openai.BadRequestError, match="model must be 'tiny'"):
+        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
+
+
+def test_a_session_that_cannot_go_on_does_not_stop_others(serve, decoder):
+    client, found = serve(), {}
+    ask(client, said(12), "a")
+
+    def go_on(name, **extra):
+        try:
+            found[name] = ask(client, said(5), name, extra=extra)
+        except openai.BadRequestError as error:
+            found[name] = error
+
+    long = threading.Thread(target=go_on, args=("busy",), kwargs={})
+    others = [
+        threading.Thread(target=go_on, args=("a",), kwargs={"memory": ["book"]}),
+        threading.Thread(target=go_on, args=("b",)),
+    ]
+    for each in (long, *others):
+        each.start()
+    for each in (long, *others):
+        each.join()
+    assert "lies over 0 bases" in str(found["a"])
+    assert found["b"].choices[0].message.content
+
+
+def test_keys_are_checked(serve):
+    assert ask(serve(api_key="right", key="right"), said(3)).choices
+
+
+def test_wrong_keys_are_refused(serve):
+    with pytest.raises(openai.AuthenticationError, match="wrong or missing"):
+        ask(serve(api_key="right", key="wrong"), said(3))
+
+
+def test_sessions_can_be_deleted(serve):
+    client = serve()
+    ask(client, said(12), "a")
+    gone = client.delete("/sessions/a", cast_to=object)
+    assert gone == {"id": "a", "object": "session", "deleted": True}
+    assert [each.id for each in client.models.list()] == ["tiny"]
+
+
+def test_a_model_without_a_template_is_refused(module, llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer.chat_template = None
+    llama.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    with pytest.raises(InvalidArgumentError, match="must have a chat template"):
+        module.main(model="model")
+    with pytest.raises(InvalidArgumentError, match="must be NAME=DIR"):
+        module.main(memory=["book"])
