@@ -98,14 +98,11 @@ class Pool(Uncopied, Generic[T]):
                 if session.held is None:
                     session.held = open_(session.folder, has_manifest(session.folder))
                 held = session.held
+            self._make_room()
             yield held
         finally:
             self._leave(visit)
-            for error in self._spill(Size(self._budget, self._files)):
-                warn_caller(
-                    f"A session could not be saved to make room, and stays in memory: {error}",
-                    RuntimeWarning,
-                )
+            self._make_room()
 
     def delete(self, session_id: str) -> bool:
         """Remove a session with all it holds, in memory and on disk; return whether there was anything.
@@ -223,6 +220,13 @@ class Pool(Uncopied, Generic[T]):
         except OSError as error:
             raise unwritable(folder, error) from error
         return aside
+
+    def _make_room(self) -> None:
+        for error in self._spill(Size(self._budget, self._files)):
+            warn_caller(
+                f"A session could not be saved to make room, and stays in memory: {error}",
+                RuntimeWarning,
+            )
 
     def _spill(self, most: Size) -> list[SnapshotError]:
         """Save idle sessions and drop them from memory, least recently used first, until the rest fits.
