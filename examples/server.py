@@ -12,7 +12,8 @@ made are shared by all. Needs fastapi and uvicorn: pip install "memlong[server]"
 With the openai client, pass them as extra_body={"session": ..., "memory": [...]}. A session knows what was said: of the
 messages, those after the last answer are read, so a client may send the whole conversation or the new message alone.
 Without a session, a request is answered from its messages, and nothing is kept. A session names the same corpora each
-time. Session ids are secrets: whoever knows one has that memory. SIGTERM and Ctrl-C save all sessions.
+time. With "sources": true, an answer comes with what it attended to. Session ids are secrets: whoever knows one has
+that memory. SIGTERM and Ctrl-C save all sessions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -41,6 +42,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from memlong import LayeredBank, MemoryConfig, MemoryDecoder, SessionPool, load_model
 from memlong.corpus import Corpus
+from memlong.decoder import Source
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import chat_prompt, chat_turn
 from memlong.evaluation.numbers import checked_logits
@@ -73,6 +75,7 @@ class ChatRequest(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, bool] | None = None
+    sources: bool = False
     n: Literal[1] = 1
     user: str | None = None  # for the caller's own books
 
@@ -90,9 +93,11 @@ class Job:
     top_p: float
     random: torch.Generator | None
     stops: tuple[str, ...]
+    wants_sources: bool
     said: SimpleQueue[str | BaseException | None] = field(default_factory=SimpleQueue)
     prompt: list[int] = field(default_factory=list)
     tokens: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
     ended: Literal["", "stop", "length", "cancelled"] = ""
     _ids: list[int] = field(default_factory=list)
     _text: str = ""
@@ -133,12 +138,17 @@ class Job:
         if sure > self._told:
             self.said.put(self._text[self._told : sure])
             self._told = sure
-        if self.ended:
+        if self.ended and not self.wants_sources:
             self.said.put(None)
+
+    def cite(self, sources: list[dict[str, Any]]) -> None:
+        """Note what the answer attended to, which is known when all of the batch have ended."""
+        self.sources = sources
+        self.said.put(None)
 
     def fail(self, error: BaseException) -> None:
         """Let the request fail."""
-        if not self.ended:
+        if not self.ended or self.wants_sources:
             self.ended = "cancelled"
             self.said.put(error)
 
@@ -240,7 +250,11 @@ class Worker:
             with self.pool.sessions(*bases, bases=bases):
                 begun = True
                 self._hide_expired(jobs)
-                self._generate(jobs)
+                wanting = [row for row, job in enumerate(jobs) if job.wants_sources]
+                with self.decoder.sources() if wanting else nullcontext() as recorded:
+                    self._generate(jobs)
+                for row in wanting:
+                    jobs[row].cite(self._told(jobs[row], row, recorded.chunks))
         except MemlongError:
             if begun or len(jobs) == 1:
                 raise
@@ -263,6 +277,25 @@ class Worker:
                 bank = LayeredBank(bank.top, bank.bases, among=[corpus.ids() for corpus in corpora])
             banks.append(bank)
         self.decoder.use_banks(banks)
+
+    def _told(self, job: Job, row: int, sources: Sequence[Source]) -> list[dict[str, Any]]:
+        """Say what an answer attended to, most attended first: documents of corpora, and what the session has read."""
+        found, bank = [], self.decoder.banks[row]
+        for each in sources:
+            if each.row != row or each.id is None:
+                continue
+            told: dict[str, Any] = {"attention": each.mass, "memory": None}
+            layer = int(bank.layer_of([each.id])) if isinstance(bank, LayeredBank) else len(job.memory)
+            if layer < len(job.memory):
+                corpus = self.corpora[job.memory[layer]]
+                told["memory"] = job.memory[layer]
+                if document := corpus.document_of(int(bank.own_ids([each.id]))):
+                    first, last = document.span_in_text(*each.span)
+                    tokens = corpus.tokens_of(document.source)[first:last]
+                    told |= {"source": document.source, "title": document.title, "first_token": first}
+                    told["text"] = self.decoder.tokenizer.decode(tokens, skip_special_tokens=True)
+            found.append(told)
+        return found
 
     def _generate(self, jobs: Sequence[Job]) -> None:
         tokenizer, model = self.decoder.tokenizer, self.decoder.model
@@ -367,7 +400,8 @@ def make_app(worker: Worker, *, name: str, most: int, temperature: float, api_ke
             return StreamingResponse(_events(job, first, about, with_usage), media_type="text/event-stream")
         text = "".join(_pieces(job))
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": job.ended}
-        return {**about, "object": "chat.completion", "choices": [choice], "usage": _usage(job)}
+        cited = {"sources": job.sources} if request.sources else {}
+        return {**about, "object": "chat.completion", "choices": [choice], "usage": _usage(job), **cited}
 
     return app
 
@@ -393,19 +427,18 @@ def _job_of(
             f"memory must name some of {', '.join(corpora) or 'none'}, got {unknown[0]!r}"
         )
     session = request.session if request.session is not None else header
-    given = request.max_completion_tokens or request.max_tokens
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return Job(
-        session if session is not None else f"once {secrets.token_hex(16)}",
-        session is not None,
-        tuple(dict.fromkeys(request.memory or ())),
-        messages,
-        given or most,
-        temperature if request.temperature is None else request.temperature,
-        request.top_p,
-        None if request.seed is None else torch.Generator().manual_seed(request.seed),
-        tuple(
-            stop for stop in ([request.stop] if isinstance(request.stop, str) else request.stop or ()) if stop
-        ),
+        session=f"once {secrets.token_hex(16)}" if session is None else session,
+        is_kept=session is not None,
+        memory=tuple(dict.fromkeys(request.memory or ())),
+        messages=messages,
+        most=request.max_completion_tokens or request.max_tokens or most,
+        temperature=temperature if request.temperature is None else request.temperature,
+        top_p=request.top_p,
+        random=None if request.seed is None else torch.Generator().manual_seed(request.seed),
+        stops=tuple(stop for stop in stops if stop),
+        wants_sources=request.sources,
     )
 
 
@@ -417,9 +450,10 @@ def _pieces(job: Job) -> Iterator[str]:
 
 
 def _events(job: Job, first: str | None, about: Mapping[str, Any], with_usage: bool) -> Iterator[str]:
-    def event(delta: Mapping[str, str], ended: str | None = None) -> str:
+    def event(delta: Mapping[str, str], ended: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": ended}
-        return f"data: {json.dumps({**about, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+        told = {**about, "object": "chat.completion.chunk", "choices": [choice], **more}
+        return f"data: {json.dumps(told)}\n\n"
 
     try:
         yield event({"role": "assistant", "content": first or ""})
@@ -429,7 +463,7 @@ def _events(job: Job, first: str | None, about: Mapping[str, Any], with_usage: b
         except Exception as error:  # noqa: BLE001 - the status is sent already
             yield f"data: {json.dumps(_problem(str(error), 'server_error'))}\n\n"
             return
-        yield event({}, job.ended)
+        yield event({}, job.ended, **({"sources": job.sources} if job.wants_sources else {}))
         if with_usage:
             usage = {**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(job)}
             yield f"data: {json.dumps(usage)}\n\n"

@@ -248,6 +248,24 @@ def test_wrong_messages_are_named(serve):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_names_its_sources(serve, corpus, tokenizer, stream):
+    client = serve()
+    ask(client, said(60, 1), "a", extra={"memory": ["book"]})
+    found = ask(client, said(8), "a", stream=stream, extra={"memory": ["book"], "sources": True})
+    sources = (list(found)[-1] if stream else found).sources
+    assert [each["attention"] for each in sources] == sorted(
+        (each["attention"] for each in sources), reverse=True
+    )
+    assert {each["memory"] for each in sources} == {"book", None}  # and what the session has read
+    for each in sources:
+        if each["memory"] is not None:
+            assert (each["source"], each["title"]) == ("a.txt", "")
+            assert each["text"] in said(120, 5)
+            assert said(120, 5).split()[each["first_token"]] == each["text"].split()[0]
+    assert not hasattr(ask(client, said(3), "a", extra={"memory": ["book"]}), "sources")
+
+
 def test_a_session_that_cannot_go_on_does_not_stop_others(serve, decoder):
     client, found = serve(), {}
     ask(client, said(12), "a")
