@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -297,3 +300,47 @@ def test_a_session_of_a_bank_pool_is_none_of_a_decoder(decoder, tmp_path):
 def test_only_a_decoder_has_sessions(llama, tmp_path):
     with pytest.raises(InvalidArgumentError, match="must be a MemoryDecoder"):
         SessionPool(llama, tmp_path, budget=0)
+
+
+PROGRAM = """
+import sys, torch
+from memlong import MemoryConfig, MemoryDecoder, SessionPool
+from memlong.testing.models import tiny_model
+
+decoder = MemoryDecoder(tiny_model("Llama"), None, MemoryConfig(**eval(sys.argv[2])))
+with decoder, SessionPool(decoder, sys.argv[1], budget=0) as pool:
+    while True:
+        for name in ("a", "b"):
+            with pool.sessions(name):
+                decoder.read(torch.arange(7)[None] + 3 + sum(decoder.tokens_read) % 50)
+        print(flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_each_session_whole(tiny_model, small, tmp_path):
+    settings = small().as_dict()
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "pool"), repr(settings)]
+    seen = 0
+    for rounds, delay in ((1, 0.0), (2, 0.013), (3, 0.029)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            for _ in range(rounds):
+                assert process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        with (
+            MemoryDecoder(tiny_model("Llama"), None, small()) as decoder,
+            SessionPool(decoder, tmp_path / "pool", budget="1GB") as pool,
+        ):
+            for name in ("a", "b"):
+                with pool.sessions(name):
+                    (tokens,) = decoder.tokens_read
+                    found = decoder.read(torch.arange(7)[None] + 3 + tokens % 50)
+                assert tokens % 7 == 0
+                assert tokens >= seen
+                decoder.reset()
+                for start in range(0, tokens + 7, 7):
+                    expected = decoder.read(torch.arange(7)[None] + 3 + start % 50)
+                decoder.reset()
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            seen += 7 * rounds
