@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memlong.cli.answer import answering, escaped, say
 from memlong.cli.output import print_json, print_section, print_table
 from memlong.uri import hide_credentials
+
+if TYPE_CHECKING:
+    from memlong.bank.snapshot.manifest import CorpusRecord
+    from memlong.bank.snapshot.reader import StoredBank
 
 Folder = Annotated[
     Path, typer.Argument(metavar="PATH", help="Snapshot folder of a bank, a corpus or a decoder.")
@@ -21,7 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def info(path: Folder, as_json: AsJson = False) -> None:
     """Show what a snapshot contains.
 
-    Only the manifest is read, so this is fast at any size.
+    Keys, values and embeddings are not read, so this is fast at any size.
 
     \b
     Examples:
@@ -50,7 +54,7 @@ def verify(path: Folder, as_json: AsJson = False) -> None:
 
     total = describe(path)["bytes"]
     with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False, disable=as_json) as bar:
-        found = verified(path, bar.update)
+        found = verified(path, bar.update, _check_documents)
     _show(path, found | {"is_whole": True}, as_json=as_json)
     if not as_json:
         say(f"\n{escaped(str(path))}: all {found['files']} files are intact")
@@ -89,7 +93,26 @@ def add_bank_commands(app: typer.Typer) -> None:
     app.add_typer(group, name="bank")
 
 
+def _check_documents(stored: StoredBank, corpus: CorpusRecord) -> None:
+    from memlong.corpus.table import check_documents
+
+    check_documents(stored, corpus)
+
+
+def _documents(path: Path) -> dict[str, list[str]]:
+    """Return the sources and tags of the documents of a corpus."""
+    from memlong.corpus.table import list_documents
+
+    documents = list_documents(path)
+    return {
+        "sources": [each.source for each in documents],
+        "tags": sorted({tag for each in documents for tag in each.tags}),
+    }
+
+
 def _show(path: Path, found: dict[str, Any], *, as_json: bool) -> None:
+    if found["corpus"] is not None:
+        found["corpus"] |= _documents(path)
     for bank in found["banks"]:
         bank["options"] = hide_credentials(bank["options"])
     if as_json:

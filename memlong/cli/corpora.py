@@ -54,15 +54,12 @@ class Notes:
         Fields of the MemoryConfig that its chunks depend on.
     dtype
         The model's dtype; None if unknown.
-    sources
-        Of its documents.
     """
 
     where: Path
     model: str | None
     settings: Mapping[str, Any]
     dtype: str | None
-    sources: tuple[str, ...]
 
     def known_model(self) -> str:
         """Return the model's name if a file may choose it.
@@ -100,16 +97,14 @@ def notes_of(folder: Path) -> Notes | None:
         return None
 
     def read(manifest: Manifest) -> Notes:
-        if manifest.kind != "corpus" or manifest.extra is None:
+        if manifest.corpus is None:
             raise SnapshotError(
                 f"{str(folder)!r} holds the snapshot of a {manifest.kind}, and no corpus: name a folder that memlong "
                 "remember wrote"
             )
-        facts = manifest.extra.facts
+        notes = manifest.corpus.notes
         try:
-            notes = facts["notes"]
             model, settings = notes.get("model"), notes.get("settings", {})
-            sources = tuple(str(each["source"]) for each in facts["documents"])
             if not (model is None or isinstance(model, str)) or settings.keys() - set(_OF_CHUNKS):
                 raise ValueError("they are not those of memlong remember")
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -118,7 +113,7 @@ def notes_of(folder: Path) -> Notes | None:
             ) from error
         origin = manifest.banks[0].origin if manifest.banks else None
         dtype = (origin or {}).get("dtype")
-        return Notes(folder / MANIFEST, model, settings, dtype if dtype in list(DTYPES) else None, sources)
+        return Notes(folder / MANIFEST, model, settings, dtype if dtype in list(DTYPES) else None)
 
     return open_snapshot(folder, read, None)
 

@@ -90,12 +90,14 @@ def remember(
     if ends is not None and ends <= time.time():
         raise InvalidArgumentError(f"--expires must be in the future, got {expires!r}")
     from memlong.bank.sizes import byte_count
+    from memlong.corpus.table import list_documents
 
     if budget is not None:
         byte_count("--budget", budget)
     notes = notes_of(out)
+    known = {each.source for each in list_documents(out)} if notes and forget else set()
     for source in forget or []:
-        if notes is None or source not in notes.sources:
+        if source not in known:
             raise InvalidArgumentError(f"--forget must name a document of {str(out)!r}, got {source!r:.200}")
     found = _find(paths or [], out)
     tally = _Tally()

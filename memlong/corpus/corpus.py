@@ -5,29 +5,38 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from memlong.bank import Ids, MemoryBank
-from memlong.bank.snapshot.files import damaged
 from memlong.bank.snapshot.lazy import SnapshotStore
-from memlong.bank.snapshot.manifest import MANIFEST, ExtraRecord, Manifest, has_manifest
+from memlong.bank.snapshot.manifest import CorpusRecord, Manifest, has_manifest
 from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.saving import write_bank
-from memlong.bank.snapshot.tensors import encode, read_arrays
 from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.corpus.document import About, Document, Remembered
-from memlong.decoder import MemoryDecoder
+from memlong.corpus.table import Part, read_table, write_table
 from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 from memlong.plugins import Registry
 from memlong.plugins.registry import installed_registry
 
+if TYPE_CHECKING:
+    from memlong.decoder import MemoryDecoder
+
 _AT_ONCE = 64  # chunks
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What a folder holds of the documents, in the state of this token."""
+
+    token: str
+    parts: tuple[Part, ...]
 
 
 class Corpus:
@@ -70,10 +79,15 @@ class Corpus:
         self.notes = dict(notes or {})
         self.folder: Path | None = None
         self._lock = RLock()
-        self._documents = {each.source: each for each in documents}
+        # Ascending by the ids of their chunks, as a document that is read goes to the end.
+        in_order = sorted(documents, key=lambda each: each.first_id)
+        self._documents = {each.source: each for each in in_order}
+        self._order: tuple[list[int], tuple[Remembered, ...]] | None = (
+            None  # their first ids and they, to look up
+        )
         self._tokens = dict(tokens or {})
+        self._states: dict[Path, _State] = {}  # by folder, what it held last
         self._has_forgotten = False
-        self._sort()
 
     @classmethod
     def load(
@@ -105,17 +119,17 @@ class Corpus:
         options.setdefault("lazy", options.get("store") is None)
 
         def loaded(manifest: Manifest) -> Corpus:
-            if manifest.kind != "corpus" or manifest.extra is None:
+            if manifest.corpus is None:
                 raise SnapshotError(
                     f"{str(folder)!r} holds the snapshot of a {manifest.kind}, and no corpus: name a folder that "
                     "`Corpus.save` wrote"
                 )
             stored = read_bank(folder, manifest, None, kv_device)
-            documents, tokens = _read_documents(folder, manifest.extra, stored.record.next_id)
+            table = read_table(folder, manifest.corpus, stored.record.next_id)
             bank = (registry or installed_registry()).bank_of(stored, backend, **options)
-            notes = manifest.extra.facts.get("notes", {})
-            found = cls(bank, documents, tokens, notes if isinstance(notes, dict) else {})
+            found = cls(bank, table.documents, table.tokens, manifest.corpus.notes)
             found.folder = folder
+            found._states[folder.resolve()] = _State(manifest.token, table.parts)
             return found
 
         return open_snapshot(folder, loaded, most_bytes)
@@ -155,7 +169,7 @@ class Corpus:
     @property
     def documents(self) -> tuple[Remembered, ...]:
         """The documents, in the order in which they were read."""
-        return tuple(self._in_order)
+        return tuple(self._documents.values())
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -179,8 +193,14 @@ class Corpus:
 
     def document_of(self, chunk_id: int) -> Remembered | None:
         """Return the document that a chunk is of; None if there is none."""
-        place = bisect_right(self._firsts, chunk_id) - 1
-        found = self._in_order[place] if place >= 0 else None
+        order = self._order
+        if order is None:
+            with self._lock:
+                documents = self.documents
+                order = self._order = [each.first_id for each in documents], documents
+        firsts, documents = order
+        place = bisect_right(firsts, chunk_id) - 1
+        found = documents[place] if place >= 0 else None
         return found if found is not None and found.holds(chunk_id) else None
 
     def ids(
@@ -210,7 +230,7 @@ class Corpus:
         moment = time.time() if now is None else now
         chosen = [
             np.arange(each.first_id, each.first_id + each.chunks, dtype=np.int64)
-            for each in self._in_order
+            for each in self.documents
             if set(tags) <= set(each.tags)
             and (not sources or each.source in sources)
             and (each.expires is None or moment < each.expires)
@@ -243,9 +263,10 @@ class Corpus:
                 raise
             before = self._documents.get(document.source)
             if before is not None:
-                self._remove_chunks(before)
+                self._remove_chunks([before])
+                del self._documents[document.source]  # the new one is last
             self._documents[document.source] = Remembered(
-                **asdict(document.about),
+                **vars(document.about),
                 digest=document.digest,
                 tokens=len(tokens),
                 lead=lead,
@@ -253,7 +274,7 @@ class Corpus:
                 chunks=self.bank.next_id - first,
             )
             self._tokens[document.source] = np.array(tokens, dtype=np.int32)
-            self._sort()
+            self._order = None
 
     def holds_all_of(self, source: str) -> bool:
         """Whether the bank holds every chunk of a document."""
@@ -271,27 +292,27 @@ class Corpus:
         """
         with self._lock:
             self._documents[about.source] = self._known(about.source).with_about(about)
-            self._sort()
+            self._order = None
 
-    def forget(self, source: str) -> None:
-        """Remove a document; the next `save` rewrites the folder, so that nothing of it remains there.
+    def forget(self, *sources: str) -> None:
+        """Remove documents; the next `save` rewrites what was saved with them, so that nothing of them remains there.
 
         Raises
         ------
         InvalidArgumentError
-            If there is none of this source.
+            If there is none of a source; all stay then.
         """
         with self._lock:
-            self._remove_chunks(self._known(source))
-            del self._documents[source], self._tokens[source]
-            self._sort()
+            self._remove_chunks([self._known(each) for each in sources])
+            for each in dict.fromkeys(sources):
+                del self._documents[each], self._tokens[each]
+            self._order = None
 
     def expire(self, now: float | None = None) -> list[str]:
         """Forget the documents whose time has come, by the clock unless ``now`` is given; return their sources."""
         moment = time.time() if now is None else now
-        gone = [each.source for each in self._in_order if each.expires is not None and each.expires <= moment]
-        for source in gone:
-            self.forget(source)
+        gone = [each.source for each in self.documents if each.expires is not None and each.expires <= moment]
+        self.forget(*gone)
         return gone
 
     def save(self, path: str | Path | None = None) -> None:
@@ -311,22 +332,29 @@ class Corpus:
             raise InvalidArgumentError("path must name a folder: the corpus was not loaded from one")
         folder, state = folder_of(path or self.folder or ""), self.bank.state
         with self._lock, SnapshotWriter(folder, "corpus") as writer:
-            ours = None if state.saved is None else state.saved.token
-            if writer.current is not None and writer.current.token != ours:
-                raise SnapshotError(
-                    f"{str(folder)!r} was changed since this corpus was loaded, and would lose that: load it again, "
-                    "or save to another folder"
-                )
+            known = self._known_in(folder, writer.current)
             saved = write_bank(self.bank, writer, forgets=self._has_forgotten)
-            words = [self._tokens[each.source] for each in self._in_order]
-            arrays = {"tokens": np.concatenate([np.empty(0, dtype=np.int32), *words])}
-            facts = {"documents": [asdict(each) for each in self._in_order], "notes": self.notes}
-            writer.commit([saved.record], ExtraRecord(facts, writer.write("documents", encode(arrays))))
+            parts = write_table(writer, known, self._documents, self._tokens)
+            record = CorpusRecord(self.notes, tuple(each.record for each in parts))
+            writer.commit([saved.record], corpus=record)
             state.saved = saved
+            self._states[folder.resolve()] = _State(writer.token, parts)
             self._has_forgotten, self.folder = False, folder
             if isinstance(state.store, SnapshotStore):
                 with state.writing():
                     state.store.settle(folder, saved, self.bank.layout)
+
+    def _known_in(self, folder: Path, current: Manifest | None) -> tuple[Part, ...]:
+        """Return what a folder holds of the documents; SnapshotError if another process has saved there."""
+        if current is None:
+            return ()
+        ours = self._states.get(folder.resolve())
+        if ours is None or ours.token != current.token:
+            raise SnapshotError(
+                f"{str(folder)!r} was changed since this corpus was loaded, and would lose that: load it again, or "
+                "save to another folder"
+            )
+        return ours.parts
 
     def _known(self, source: str) -> Remembered:
         found = self._documents.get(source)
@@ -334,38 +362,13 @@ class Corpus:
             raise InvalidArgumentError(f"the corpus has no document of the source {source!r:.200}")
         return found
 
-    def _remove_chunks(self, document: Remembered) -> None:
-        held = torch.arange(document.first_id, document.first_id + document.chunks)
-        self.bank.remove(held[torch.isin(held, self.bank.ids)])
+    def _remove_chunks(self, documents: Sequence[Remembered]) -> None:
+        if not documents:
+            return
+        chunks = [torch.arange(each.first_id, each.first_id + each.chunks) for each in documents]
+        ids = torch.cat(chunks).unique()
+        self.bank.remove(ids[self.bank.spans_of(ids)[:, 0] >= 0])
         self._has_forgotten = True
-
-    def _sort(self) -> None:
-        self._in_order = sorted(self._documents.values(), key=lambda each: each.first_id)
-        self._firsts = [each.first_id for each in self._in_order]
-
-
-def _read_documents(
-    folder: Path, extra: ExtraRecord, next_id: int
-) -> tuple[list[Remembered], dict[str, Ids]]:
-    try:
-        told = extra.facts["documents"]
-        if not isinstance(told, list):
-            raise TypeError(f"{told!r:.80} is no list")
-        documents = [Remembered.of_json(each) for each in told]
-        if len({each.source for each in documents}) < len(documents):
-            raise ValueError("two documents have one source")
-        ends = [0, *(each.first_id + each.chunks for each in documents)]
-        begins = [*(each.first_id for each in documents), next_id]
-        if any(begin < end for end, begin in zip(ends, begins, strict=True)):
-            raise ValueError("the chunks of two documents overlap, or are not in the bank")
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(folder / MANIFEST, f"describes no documents ({error})") from error
-    total = sum(each.tokens for each in documents)
-    tokens = read_arrays(folder, extra.file, {"tokens": ("int32", (total,))})["tokens"]
-    places = np.cumsum([0, *(each.tokens for each in documents)])
-    return documents, {
-        each.source: tokens[places[row] : places[row + 1]] for row, each in enumerate(documents)
-    }
 
 
 def check_unlimited(bank: MemoryBank) -> None:

@@ -12,6 +12,7 @@ from memlong.errors import InvalidArgumentError
 
 _LONGEST = 4096
 _LATEST = 1e15  # seconds, which is false for NaN and infinity
+_MOST_TAGS = 256
 _FIELDS = ("source", "title", "time", "tags", "expires", "digest", "tokens", "lead", "first_id", "chunks")
 
 
@@ -44,6 +45,8 @@ class About:
         if isinstance(self.tags, str):
             raise InvalidArgumentError(f"tags must be a sequence of words, got the text {self.tags!r:.80}")
         object.__setattr__(self, "tags", tuple(self.tags))
+        if len(self.tags) > _MOST_TAGS:
+            raise InvalidArgumentError(f"tags must be at most {_MOST_TAGS} words, got {len(self.tags):,}")
         for name, text in (
             ("source", self.source),
             ("title", self.title),
@@ -126,14 +129,14 @@ class Remembered(About):
         first, last = (min(max(each - self.lead, 0), self.tokens) for each in (start, end))
         return first, last
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what a file says, for `of_json`."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
     @classmethod
     def of_json(cls, told: Any) -> Self:
         """Return what a file says; TypeError or ValueError if it cannot be."""
-        if (
-            not isinstance(told, Mapping)
-            or sorted(told) != sorted(_FIELDS)
-            or not isinstance(told["tags"], list)
-        ):
+        if not isinstance(told, Mapping) or told.keys() != set(_FIELDS) or not isinstance(told["tags"], list):
             raise TypeError(f"{told!r:.80} does not describe one")
         found = cls(**told)
         for name in ("tokens", "lead", "first_id", "chunks"):

@@ -11,6 +11,7 @@ from memlong import SnapshotError, create_bank, load_bank
 from memlong.bank.snapshot.manifest import _dumped
 from memlong.bank.snapshot.tending import describe, verify
 from memlong.cli.app import make_app
+from memlong.corpus import Corpus
 from memlong.testing.harness import random_chunks
 
 
@@ -161,6 +162,7 @@ def test_info_describes_the_documents_of_a_corpus(corpus, model_folder):
         "model": str(model_folder),
         "documents": 1,
         "tokens": 3,
+        "bytes": next(path.stat().st_size for path in corpus.glob("documents-*")),
         "sources": ["a.txt"],
         "tags": ["short"],
     }
@@ -176,15 +178,23 @@ def test_a_corpus_can_be_looked_after(corpus, command):
     assert memlong("info", corpus).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "facts", [{}, {"documents": 3, "notes": []}, {"documents": [{"tags": ["\x1b"]}, {"tags": 3}, 3]}]
-)
-def test_info_of_a_strange_corpus_is_safe(corpus, facts):
+@pytest.mark.parametrize("notes", [{}, {"model": 3}, {"model": "\x1b", "settings": []}])
+def test_info_of_a_strange_corpus_is_safe(corpus, notes):
     path = corpus / "manifest.json"
     data = json.loads(path.read_bytes())
     del data["sha256"]
-    data["extra"]["facts"] = facts
+    data["corpus"]["notes"] = notes
     path.write_bytes(_dumped(data))
     result = memlong("info", corpus)
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert "\x1b" not in result.stdout
+
+
+def test_verify_reads_the_documents_of_a_corpus(corpus):
+    found = Corpus.load(corpus)
+    found.bank.remove([0])
+    found.save()
+    result = memlong("verify", corpus)
+    assert isinstance(result.exception, SnapshotError)
+    assert "'a.txt' of" in str(result.exception)
+    assert memlong("info", corpus).exit_code == 0

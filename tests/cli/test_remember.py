@@ -189,7 +189,7 @@ def test_what_a_stranger_wrote_is_checked(remember, place, model_folder, setting
     path = place / "memory" / "manifest.json"
     data = json.loads(path.read_bytes())
     del data["sha256"]
-    data["extra"]["facts"]["notes"]["settings"] = settings
+    data["corpus"]["notes"]["settings"] = settings
     path.write_bytes(_dumped(data))
     words = ["remember", "--out", "memory", "--model", str(model_folder), "notes"]
     result = CliRunner().invoke(make_app(), words)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from memlong import LayeredBank, MemoryDecoder, SnapshotError, load_bank
+from memlong import LayeredBank, MemoryDecoder, SnapshotError, create_bank, load_bank
 from memlong.bank.snapshot.lazy import SnapshotStore
+from memlong.bank.snapshot.manifest import _dumped
 from memlong.bank.snapshot.tending import describe, verify
-from memlong.corpus import Corpus, Document, Remembered, reading, remember
+from memlong.bank.snapshot.writer import SnapshotWriter
+from memlong.corpus import About, Corpus, Document, Remembered, reading, remember, table
+from memlong.corpus.table import check_documents, list_documents
 from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.testing.harness import DIM, random_chunks
 
 
 @pytest.fixture
@@ -225,6 +231,7 @@ def test_bad_input_is_named(decoder, tiny_model, tokenizer, small, tmp_path):
     for wrong, message in [
         ({"source": ""}, "source must not be empty"),
         ({"source": "a", "tags": "b"}, "tags must be a sequence"),
+        ({"source": "a", "tags": ["b"] * 257}, "tags must be at most 256 words"),
         ({"source": "a", "time": float("nan")}, "time must be seconds"),
         ({"source": "a", "time": 10**400}, "time must be seconds"),
         ({"source": "a", "title": 3}, "title must be text"),
@@ -253,8 +260,7 @@ from memlong.bank.snapshot import writer
 import os
 corpus = Corpus.load(sys.argv[1])
 corpus.forget("0.txt")
-commit = writer.SnapshotWriter.commit
-writer.SnapshotWriter.commit = lambda *_: os.kill(os.getpid(), 9)
+writer.SnapshotWriter.commit = lambda *_, **__: os.kill(os.getpid(), 9)
 corpus.save()
 """
 
@@ -323,14 +329,149 @@ def test_a_document_without_its_chunks_is_read_again(decoder, tmp_path):
 def test_documents_that_cannot_be_are_refused(decoder, tmp_path, monkeypatch, forged):
     corpus = Corpus.open(tmp_path, decoder)
     read(decoder, corpus, documents(20, 30))
-    told = Remembered.__dataclass_fields__
+    as_json = Remembered.as_json
     monkeypatch.setattr(
-        "memlong.corpus.corpus.asdict",
-        lambda each: (
-            {name: getattr(each, name) for name in told if name != "_"}
-            | (forged if each.source == "1.txt" else {})
-        ),
+        Remembered, "as_json", lambda each: as_json(each) | (forged if each.source == "1.txt" else {})
     )
+    corpus.save(tmp_path / "forged")
+    with pytest.raises(SnapshotError, match=r"describes no documents"):
+        Corpus.load(tmp_path / "forged")
+
+
+def in_file(monkeypatch, change):
+    """Have the next file of documents hold this change of what is said of them."""
+    write = SnapshotWriter.write
+
+    def written(writer, kind, content, *rest):
+        if kind == "documents":
+            arrays = safetensors.numpy.load(content)
+            content = safetensors.numpy.save(change(dict(arrays)))
+        return write(writer, kind, content, *rest)
+
+    monkeypatch.setattr(SnapshotWriter, "write", written)
+
+
+def as_bytes(text):
+    return np.frombuffer(text, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: {**found, "documents": found["documents"][::-1].copy()}, "describes no documents"),
+        (lambda found: {**found, "documents": found["documents"] | 128}, "describes no documents"),
+        (lambda found: {**found, "documents": as_bytes(b"[" * found["documents"].size)}, "describes no doc"),
+        (lambda found: {**found, "documents": as_bytes(b"1" * found["documents"].size)}, "describes no doc"),
+        (lambda found: {**found, "documents": found["documents"][:-1]}, "instead of uint8"),
+        (lambda found: {**found, "tokens": found["tokens"].astype(np.float32)}, "instead of int32"),
+        (lambda found: {**found, "tokens": -1 - found["tokens"]}, "a token id is below 0"),
+        (lambda found: {"tokens": found["tokens"]}, "is said to have|holds tokens instead"),
+    ],
+)
+def test_a_file_of_documents_that_cannot_be_is_refused(decoder, tmp_path, monkeypatch, change, message):
+    corpus = Corpus.open(tmp_path / "c", decoder)
+    read(decoder, corpus, documents(20, 30))
+    in_file(monkeypatch, change)
+    corpus.save(tmp_path / "forged")
+    for look in (Corpus.load, list_documents, lambda path: verify(path, check_documents=check_documents)):
+        with pytest.raises(SnapshotError, match=message):
+            look(tmp_path / "forged")
+
+
+def test_a_save_writes_only_documents_that_are_new_or_have_changed(decoder, tmp_path):
+    def on_disk():
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("documents-*")}
+
+    corpus = Corpus.open(tmp_path, decoder)
+    read(decoder, corpus, documents(20, 30))
+    (first,) = before = on_disk()
+    read(decoder, corpus, documents(10, first=2))
+    assert len(on_disk()) == 2
+    assert on_disk()[first] == before[first]
+    corpus = Corpus.load(tmp_path)
+    corpus.change(About("2.txt", title="Third"))
     corpus.save()
-    with pytest.raises(SnapshotError, match=r"describes no documents|takes"):
-        Corpus.load(tmp_path)
+    assert len(on_disk()) == 2
+    assert on_disk()[first] == before[first]
+    corpus.forget("0.txt")
+    corpus.save()
+    assert first not in on_disk()
+    assert [each.source for each in Corpus.load(tmp_path).documents] == ["1.txt", "2.txt"]
+    assert [each.title for each in Corpus.load(tmp_path).documents] == ["", "Third"]
+
+
+def test_many_small_files_of_documents_become_one(tmp_path):
+    corpus = Corpus(create_bank("torch", DIM))
+    for number in range(40):
+        one = create_bank("torch", DIM)
+        random_chunks(1, seed=number).into(one)
+        corpus.add(Document(f"{number}.txt", ""), one, tokens=[number], lead=0)
+        corpus.save(tmp_path)
+    assert 5 < len(list(tmp_path.glob("documents-*"))) <= 33
+    again = Corpus.load(tmp_path)
+    assert [again.tokens_of(each.source).tolist() for each in again.documents] == [[n] for n in range(40)]
+
+
+def test_a_large_table_of_documents_is_in_several_files(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_PART_BYTES", 300)
+    corpus = Corpus.open(tmp_path, decoder)
+    read(decoder, corpus, documents(5, 5, 5, 5, 5))
+    assert len(list(tmp_path.glob("documents-*"))) > 1
+    assert Corpus.load(tmp_path).documents == corpus.documents
+
+
+def test_any_source_is_kept(decoder, tmp_path):
+    odd = ["ä", "\udcff", "\U0001f433", "\n\x01"]
+    corpus = Corpus.open(tmp_path, decoder)
+    read(decoder, corpus, [replace(documents(5)[0], source=each) for each in odd])
+    assert [each.source for each in Corpus.load(tmp_path).documents] == odd
+
+
+def test_what_was_written_before_documents_had_files_is_refused_by_name(decoder, tmp_path):
+    read(decoder, Corpus.open(tmp_path, decoder), documents(5))
+    path = tmp_path / "manifest.json"
+    data = json.loads(path.read_bytes())
+    del data["sha256"], data["corpus"]
+    path.write_bytes(_dumped(data))
+    for look in (Corpus.load, list_documents, load_bank, describe):
+        with pytest.raises(SnapshotError, match=r"from before the first release.*Read the texts again"):
+            look(tmp_path)
+
+
+def test_verify_checks_that_documents_and_chunks_fit(decoder, tmp_path, monkeypatch):
+    corpus = Corpus.open(tmp_path, decoder)
+    read(decoder, corpus, documents(20, 30))
+    verify(tmp_path, check_documents=check_documents)
+    corpus.bank.remove([2])
+    corpus.save()
+    verify(tmp_path)
+    with pytest.raises(
+        SnapshotError, match=r"'0\.txt'.*has 5 chunks, of which the bank holds 4: read it again"
+    ):
+        verify(tmp_path, check_documents=check_documents)
+    read(decoder, corpus, documents(20, 30))
+    verify(tmp_path, check_documents=check_documents)
+    as_json = Remembered.as_json
+    monkeypatch.setattr(Remembered, "as_json", lambda each: as_json(each) | {"lead": 0, "tokens": 9})
+    corpus._documents = {name: replace(each, tokens=9) for name, each in corpus._documents.items()}
+    corpus._tokens = {name: each[:9] for name, each in corpus._tokens.items()}
+    corpus.save()
+    with pytest.raises(SnapshotError, match=r"has 9 tokens, but chunks of what follows them"):
+        verify(tmp_path, check_documents=check_documents)
+
+
+def test_it_is_saved_to_two_folders_in_turn(decoder, tmp_path):
+    corpus = Corpus.open(tmp_path / "a", decoder)
+    read(decoder, corpus, documents(20, 30))
+    corpus.save(tmp_path / "b")
+    corpus.forget("0.txt")
+    corpus.save(tmp_path / "a")
+    corpus.save(tmp_path / "b")
+    corpus.save(tmp_path / "a")
+    for each in "ab":
+        verify(tmp_path / each, check_documents=check_documents)
+        assert [every.source for every in Corpus.load(tmp_path / each).documents] == ["1.txt"]
+        assert describe(tmp_path / each)["banks"][0]["left_behind"] == 0
+    Corpus.load(tmp_path / "b").save()
+    with pytest.raises(SnapshotError, match="was changed since this corpus was loaded"):
+        corpus.save(tmp_path / "b")

@@ -97,8 +97,9 @@ class SnapshotStore(KeyValueStore):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held, on disk and in memory."""
-        return sum(file.block_bytes for file, _ in list(self._places.values())) + self._new.nbytes
+        """Bytes of keys and values held, on disk and in memory; all blocks have the same size."""
+        one = next((file.block_bytes for file in list(self._files)), 0)
+        return one * len(self._places) + self._new.nbytes
 
     @property
     def resident_bytes(self) -> int:

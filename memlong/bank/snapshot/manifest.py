@@ -21,6 +21,7 @@ FORMAT, VERSION = "memlong-snapshot", 3
 Kind = Literal["bank", "decoder", "corpus"]
 
 _MOST_BYTES = 32 << 20
+_MOST_TOLD = 32 << 20  # bytes of JSON in one file of documents
 _MOST = 2**48  # of anything counted
 _WIDEST = 2**20
 _LARGEST = 2**27  # numbers in the keys of one chunk
@@ -125,6 +126,24 @@ class ExtraRecord:
 
 
 @dataclass(frozen=True)
+class DocumentsRecord:
+    """Some documents of a corpus: how many, and how many bytes of JSON and tokens of theirs a file holds."""
+
+    count: int
+    json_bytes: int
+    tokens: int
+    file: FileRecord
+
+
+@dataclass(frozen=True)
+class CorpusRecord:
+    """What a corpus saves in addition to its bank: notes of its maker, and its documents."""
+
+    notes: Mapping[str, Any]
+    documents: tuple[DocumentsRecord, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a folder holds at one moment.
 
@@ -141,7 +160,9 @@ class Manifest:
     banks : tuple of BankRecord
         One for a bank or a corpus, one for each row of a decoder.
     extra : ExtraRecord or None
-        The rest of a decoder, or the documents of a corpus.
+        The rest of a decoder.
+    corpus : CorpusRecord or None
+        The rest of a corpus.
     """
 
     kind: Kind
@@ -149,13 +170,15 @@ class Manifest:
     generation: int
     versions: Mapping[str, str]
     banks: tuple[BankRecord, ...]
-    extra: ExtraRecord | None
+    extra: ExtraRecord | None = None
+    corpus: CorpusRecord | None = None
 
     @property
     def files(self) -> list[FileRecord]:
         """All files that hold it."""
         own = [file for bank in self.banks for file in bank.files]
-        return own + ([self.extra.file] if self.extra else [])
+        own += [self.extra.file] if self.extra else []
+        return own + ([each.file for each in self.corpus.documents] if self.corpus else [])
 
     def to_bytes(self) -> bytes:
         """Return the content of the manifest's file."""
@@ -184,6 +207,7 @@ def parse_manifest(path: Path, content: bytes | bytearray) -> Manifest:
     data = _parsed(path, content)
     top = Fields(data, path)
     top.text("format"), top.integer("version")
+    _check_layout(path, data)
     banks = tuple(_bank(each) for each in top.parts("banks"))
     found = Manifest(
         kind=top.choice("kind", ("bank", "decoder", "corpus")),
@@ -192,18 +216,28 @@ def parse_manifest(path: Path, content: bytes | bytearray) -> Manifest:
         versions=top.mapping("versions"),
         banks=banks,
         extra=_extra(top.part_or_none("extra")),
+        corpus=_corpus(top.part_or_none("corpus")),
     )
     top.nothing_else()
     names = [file.name for file in found.files]
     if len(set(names)) < len(names):
         raise damaged(path, f"names {max(names, key=names.count)!r} more than once")
-    if found.kind == "bank" and (len(banks) != 1 or found.extra):
+    if found.kind == "bank" and (len(banks) != 1 or found.extra or found.corpus):
         raise damaged(path, f"says that it holds one bank, but describes {len(banks)} and other things")
-    if found.kind == "corpus" and (len(banks) != 1 or not found.extra):
+    if found.kind == "corpus" and (len(banks) != 1 or found.extra or not found.corpus):
         raise damaged(path, f"says that it holds a corpus, but describes {len(banks)} banks, or no documents")
-    if found.kind == "decoder" and not found.extra:
-        raise damaged(path, "says that it holds a decoder, but describes no streams")
+    if found.kind == "decoder" and (not found.extra or found.corpus):
+        raise damaged(path, "says that it holds a decoder, but describes no streams, or documents")
     return found
+
+
+def _check_layout(path: Path, data: Mapping[str, Any]) -> None:
+    """Raise SnapshotError for what was written before the format was what it is now; no release wrote that."""
+    if "corpus" not in data:
+        raise SnapshotError(
+            f"{str(path)!r} was written by a memlong from before the first release, and cannot be read by this one. "
+            "Read the texts again, into a new folder"
+        )
 
 
 def has_manifest(folder: Path) -> bool:
@@ -333,6 +367,27 @@ def _extra(fields: Fields | None) -> ExtraRecord | None:
     if fields is None:
         return None
     found = ExtraRecord(facts=fields.mapping("facts"), file=_file(fields.part("file")))
+    fields.nothing_else()
+    return found
+
+
+def _corpus(fields: Fields | None) -> CorpusRecord | None:
+    if fields is None:
+        return None
+    found = CorpusRecord(
+        notes=fields.mapping("notes"), documents=tuple(_documents(each) for each in fields.parts("documents"))
+    )
+    fields.nothing_else()
+    return found
+
+
+def _documents(fields: Fields) -> DocumentsRecord:
+    found = DocumentsRecord(
+        count=fields.integer("count", 1, _MOST_TOLD),
+        json_bytes=fields.integer("json_bytes", 1, _MOST_TOLD),
+        tokens=fields.integer("tokens", 0, _MOST),
+        file=_file(fields.part("file")),
+    )
     fields.nothing_else()
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from memlong.bank.snapshot.files import check_file, damaged
 from memlong.bank.snapshot.lazy import SnapshotStore
-from memlong.bank.snapshot.manifest import BankRecord, ExtraRecord, Manifest
+from memlong.bank.snapshot.manifest import BankRecord, CorpusRecord, ExtraRecord, Manifest
 from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.segments import check_finite, read_blocks, write_segments
 from memlong.bank.snapshot.tensors import read_streams
@@ -27,7 +27,11 @@ def describe(path: str | Path) -> dict[str, Any]:
     return open_snapshot(folder_of(path), _description, None)
 
 
-def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None) -> dict[str, Any]:
+def verify(
+    path: str | Path,
+    progress: Callable[[int], object] = lambda _: None,
+    check_documents: Callable[[StoredBank, CorpusRecord], object] = lambda *_: None,
+) -> dict[str, Any]:
     """Read every file of a folder, check everything that can be checked, and describe it.
 
     Parameters
@@ -36,6 +40,9 @@ def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None)
         The folder.
     progress : callable
         Called with the number of bytes read since the last call.
+    check_documents : callable
+        Called with the bank of a corpus and what its manifest says of its documents, to check those; what is in their
+        files is known to `memlong.corpus` alone.
 
     Raises
     ------
@@ -46,12 +53,13 @@ def verify(path: str | Path, progress: Callable[[int], object] = lambda _: None)
 
     def verified(manifest: Manifest) -> dict[str, Any]:
         for row in range(len(manifest.banks)):
-            _verify_bank(read_bank(folder, manifest, row, "cpu"), progress)
-        if manifest.extra is not None and manifest.kind == "decoder":
-            _verify_extra(folder, manifest.extra)
-        elif manifest.extra is not None:
-            check_file(folder, manifest.extra.file)
+            stored = read_bank(folder, manifest, row, "cpu")
+            _verify_bank(stored, progress)
+            if manifest.corpus is not None:
+                _verify_documents(stored, manifest.corpus, progress)
+                check_documents(stored, manifest.corpus)
         if manifest.extra is not None:
+            _verify_extra(folder, manifest.extra)
             progress(manifest.extra.file.nbytes)
         return _description(manifest)
 
@@ -78,7 +86,7 @@ def compact(path: str | Path) -> dict[str, Any]:
         banks = [
             _compacted(writer, read_bank(folder, manifest, row, "cpu")) for row in range(len(manifest.banks))
         ]
-        return _description(writer.commit(banks, manifest.extra))
+        return _description(writer.commit(banks, manifest.extra, manifest.corpus))
 
 
 def _description(manifest: Manifest) -> dict[str, Any]:
@@ -91,25 +99,20 @@ def _description(manifest: Manifest) -> dict[str, Any]:
         "versions": dict(manifest.versions),
         "banks": [_bank(record) for record in manifest.banks],
         "fingerprint": fingerprint if isinstance(fingerprint, dict) else None,
-        "corpus": _corpus(manifest),
+        "corpus": _corpus(manifest.corpus),
     }
 
 
-def _corpus(manifest: Manifest) -> dict[str, Any] | None:
+def _corpus(corpus: CorpusRecord | None) -> dict[str, Any] | None:
     """Describe the documents of a corpus; None for anything else."""
-    if manifest.kind != "corpus" or manifest.extra is None:
+    if corpus is None:
         return None
-    documents, notes = (manifest.extra.facts.get(name) for name in ("documents", "notes"))
-    held = [each for each in documents if isinstance(each, dict)] if isinstance(documents, list) else []
-    model = notes.get("model") if isinstance(notes, dict) else None
-    tokens = [each.get("tokens") for each in held]
-    tags = [each["tags"] for each in held if isinstance(each.get("tags"), list)]
+    model, parts = corpus.notes.get("model"), corpus.documents
     return {
         "model": model if isinstance(model, str) else None,
-        "documents": len(held),
-        "tokens": sum(each for each in tokens if isinstance(each, int)),
-        "sources": [str(each.get("source")) for each in held],
-        "tags": sorted({str(tag) for each in tags for tag in each}),
+        "documents": sum(each.count for each in parts),
+        "tokens": sum(each.tokens for each in parts),
+        "bytes": sum(each.file.nbytes for each in parts),
     }
 
 
@@ -154,6 +157,12 @@ def _verify_bank(stored: StoredBank, progress: Callable[[int], object]) -> None:
     if stored.record.index is not None:
         stored.check_index()
         progress(stored.record.index.file.nbytes)
+
+
+def _verify_documents(stored: StoredBank, corpus: CorpusRecord, progress: Callable[[int], object]) -> None:
+    for part in corpus.documents:
+        check_file(stored.folder, part.file)
+        progress(part.file.nbytes)
 
 
 def _verify_extra(folder: Path, extra: ExtraRecord) -> None:

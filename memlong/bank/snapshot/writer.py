@@ -16,6 +16,7 @@ from memlong.bank.snapshot.locking import LOCK, FolderLock
 from memlong.bank.snapshot.manifest import (
     MANIFEST,
     BankRecord,
+    CorpusRecord,
     ExtraRecord,
     Kind,
     Manifest,
@@ -113,9 +114,16 @@ class SnapshotWriter:
             file.write(content)
         return file.record
 
-    def commit(self, banks: Sequence[BankRecord], extra: ExtraRecord | None = None) -> Manifest:
+    def commit(
+        self,
+        banks: Sequence[BankRecord],
+        extra: ExtraRecord | None = None,
+        corpus: CorpusRecord | None = None,
+    ) -> Manifest:
         """Make what was written the current state, and remove files that it does not need."""
-        manifest = Manifest(self._kind, self.token, self._generation, dict(versions()), tuple(banks), extra)
+        manifest = Manifest(
+            self._kind, self.token, self._generation, dict(versions()), tuple(banks), extra, corpus
+        )
         path, new = self._folder / MANIFEST, self._folder / _NEW_MANIFEST
         content = _readable(path, manifest)
         sync_folder(self._folder)

@@ -171,7 +171,7 @@ def another_type(folder: Path, rng: random.Random) -> None:
     part = rng.choice(parts)
     name = rng.choice([name for name in part if name not in ("options", "versions", "index", "origin")])
     options = [[], {}, 1.5, True, "x" * 5000, [[]] * 3, {"a": 1}, -7]
-    if name not in ("extra", "max_chunks", "max_bytes", "layout"):
+    if name not in ("extra", "corpus", "max_chunks", "max_bytes", "layout"):
         options.append(None)
     if name not in ("made_by", "device"):
         options.append("x")
