@@ -163,6 +163,19 @@ class MemoryBank:
         return ()
 
     @property
+    def among(self) -> tuple[Ids | None, ...]:
+        """For each of them the ids of the chunks that can be found there, ascending, or None for all."""
+        return ()
+
+    @property
+    def identity(self) -> str:
+        """Which bank this is: 32 random hexadecimal digits, which its snapshots and copies keep, whatever it holds.
+
+        A session that was saved over it can be loaded over it again when it has changed.
+        """
+        return self._state.identity
+
+    @property
     def state(self) -> BankState:
         """What the bank is made of; for a subclass, and for what saves and loads banks."""
         return self._state

@@ -48,7 +48,7 @@ class LayeredBank(MemoryBank):
     among : sequence, optional
         For each base the ids, its own, of the chunks that this session may find there, or None for all: those of
         documents with some tag, say. It is a filter of searches and not a lock: `fetch` and `ids` know all chunks,
-        sizes and means are of all, and it is not saved with a session.
+        sizes and means are of all. It is saved with a session.
 
     Raises
     ------
@@ -99,8 +99,9 @@ class LayeredBank(MemoryBank):
                 f"among must hold ids or None for each of the {len(bases)} bases, got {among!r:.80}"
             )
         self._top, self._bases = top, tuple(bases)
-        self._open = tuple(
-            None if each is None else ids_of(each, "among") for each in among or [None] * len(bases)
+        self._open: tuple[Ids | None, ...] = tuple(
+            None if each is None else np.unique(ids_of(each, "among"))
+            for each in among or [None] * len(bases)
         )
         self._reader = None
         for bank in layers:
@@ -124,6 +125,16 @@ class LayeredBank(MemoryBank):
     def bases(self) -> tuple[MemoryBank, ...]:
         """The banks below it."""
         return self._bases
+
+    @property
+    def among(self) -> tuple[Ids | None, ...]:
+        """For each of them the ids, its own, of the chunks that can be found there, ascending, or None for all."""
+        return self._open
+
+    @property
+    def identity(self) -> str:
+        """Which bank the top is; as `MemoryBank.identity`."""
+        return self._top.identity
 
     def layer_of(self, ids: IntInput) -> torch.Tensor:
         """Return the layer of each id, int64 [n]: bases from 0, then the top; -1 for an id that can be of none."""

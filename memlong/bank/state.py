@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -67,6 +68,8 @@ class BankState:
         Held while usage is counted, which readers do.
     unproven : list
         Chunks that were stored before it was known whether they are finite.
+    identity : str
+        32 random hexadecimal digits, which the bank has had since it was made.
     origin : mapping or None
         Which model made the chunks.
     saved : SavedBank or None
@@ -92,6 +95,7 @@ class BankState:
         self.lock = ReadWriteLock()
         self.counting = fork_lock()
         self.unproven: list[tuple[Ids, Finiteness]] = []
+        self.identity = secrets.token_hex(16)
         self.origin: Mapping[str, Any] | None = None
         self.saved: SavedBank | None = None
         self._fingerprint: tuple[tuple[Any, ...], str] = (), ""

@@ -104,7 +104,7 @@ def _begin(decoder: MemoryDecoder, corpora: Sequence[Corpus], session: Path | No
     among = open_ids(corpora)
     if top is None:
         decoder.reset([layered(decoder, corpora, among)])
-    elif any(each is not None for each in among):
+    else:  # what may be found now, and not what could be when it was saved
         decoder.use_banks([layered(decoder, corpora, among, top)])
 
 

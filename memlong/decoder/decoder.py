@@ -542,9 +542,10 @@ class MemoryDecoder(Uncopied):
         most_bytes
             Refuse a snapshot whose files take more.
         bases
-            The read-only banks that each row's bank lay over, in their order, or some to put them over.
+            The read-only banks that each row's bank lay over, in their order, whatever they hold by now, or some to put
+            them over. Retrieved chunks that they no longer hold are dropped.
         any_bases
-            Accept other bases than those, or none.
+            Accept other bases than those, or none. All chunks of those can be found.
 
         Raises
         ------

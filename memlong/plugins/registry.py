@@ -198,9 +198,10 @@ class Registry:
         backend
             Name of the backend; the saved one by default. Another backend rebuilds its index.
         bases
-            The banks that it was saved over, in their order, or some to put it over.
+            The banks that it was saved over, in their order, whatever they hold by now, or some to put it over. What it
+            could find in each (`LayeredBank.among`) is as it was.
         any_bases
-            Accept other bases than it was saved over, or none.
+            Accept other bases than it was saved over, or none. All chunks of those can be found.
         row, lazy, trust_index, most_bytes, kv_device, **options
             As in `MemoryBank.load`.
 
@@ -259,7 +260,7 @@ class Registry:
         check_options(f"backend {name!r}", bank_class, options.keys(), besides=("dim",))
         options = self._with_policy(options)
         bank = bank_class.of_stored(stored, lazy=lazy, trust_index=trust_index, **options)
-        return LayeredBank(bank, bases) if bases else bank
+        return LayeredBank(bank, bases, among=stored.among) if bases else bank
 
     def _with_policy(self, options: dict[str, object]) -> dict[str, object]:
         policy = options.get("eviction")

@@ -294,15 +294,65 @@ def test_a_session_is_loaded_over_its_own_bases_only_unless_asked(tmp_path):
         type(base).load(tmp_path / "session")
     with pytest.raises(SnapshotError, match=r"another base 0, of 3 chunks, got one of 4"):
         load_bank(tmp_path / "session", bases=[filled(4, 1)])
-    base.remove([1])
-    with pytest.raises(SnapshotError, match=r"another base 0, of 3 chunks, got one of 2"):
-        load_bank(tmp_path / "session", bases=[base])
-    changed = load_bank(tmp_path / "session", bases=[base], any_bases=True)
-    assert changed.ids.tolist() == [0, 2, TOP, TOP + 1]
+    changed = load_bank(tmp_path / "session", bases=[filled(4, 1)], any_bases=True)
+    assert changed.ids.tolist() == [0, 1, 2, 3, TOP, TOP + 1]
     alone = load_bank(tmp_path / "session", any_bases=True)
     assert alone.ids.tolist() == [0, 1]
     alone.save(tmp_path / "alone")
     assert load_bank(tmp_path / "alone", bases=[filled(4, 1)]).ids.tolist() == [0, 1, 2, 3, TOP, TOP + 1]
+
+
+@pytest.mark.parametrize("is_reloaded", [False, True])
+def test_a_session_is_loaded_over_its_base_whatever_that_holds_by_now(tmp_path, is_reloaded):
+    base = filled(6, 1)
+    base.save(tmp_path / "base")
+    session = LayeredBank(filled(2, 4), [base])
+    session.save(tmp_path / "session")
+    base.remove([1, 5])
+    assert random_chunks(3, seed=7, first=7000).into(base).tolist() == [6, 7, 8]  # no id is given twice
+    base.save(tmp_path / "base")
+    base = load_bank(tmp_path / "base", lazy=True) if is_reloaded else base
+    fresh = LayeredBank(filled(2, 4), [base])
+    loaded = load_bank(tmp_path / "session", bases=[base])
+    assert loaded.ids.tolist() == [0, 2, 3, 4, 6, 7, 8, TOP, TOP + 1]
+    query = random_vectors(2)
+    found, expected = loaded.retrieve(query, 9), fresh.retrieve(query, 9)
+    for name in ("ids", "scores", "keys", "values", "spans"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    base.reset()
+    assert load_bank(tmp_path / "session", bases=[base]).ids.tolist() == [TOP, TOP + 1]
+
+
+def test_a_bank_keeps_its_identity(tmp_path):
+    bank = filled(3, 1)
+    assert bank.identity != filled(3, 1).identity
+    for each in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):  # noqa: S301
+        assert each.identity == bank.identity
+    for folder in ("one", "one", "two"):
+        random_chunks(1, seed=9).into(bank)
+        bank.save(tmp_path / folder)
+        assert load_bank(tmp_path / folder).identity == bank.identity
+    compact(tmp_path / "one")
+    assert load_bank(tmp_path / "one", backend="faiss").identity == bank.identity
+    assert LayeredBank(bank, [filled(2, 2)]).identity == bank.identity
+
+
+def test_a_session_keeps_what_is_open_to_it(tmp_path):
+    bases = [filled(5, 1), filled(4, 2)]
+    session = LayeredBank(filled(1, 3), bases, among=[[3, 1, 3, 99], None])
+    session.save(tmp_path / "session")
+    loaded = load_bank(tmp_path / "session", bases=bases)
+    assert [each if each is None else each.tolist() for each in loaded.among] == [[1, 3, 99], None]
+    assert 0 not in loaded.search(random_vectors(1), 10).ids
+    random_chunks(1, seed=9).into(bases[0])
+    assert load_bank(tmp_path / "session", bases=bases).among[0] is not None
+    compact(tmp_path / "session")
+    assert load_bank(tmp_path / "session", bases=bases).among[0] is not None
+    assert load_bank(tmp_path / "session", bases=[filled(9, 7), bases[1]], any_bases=True).among == (
+        None,
+        None,
+    )
+    assert load_bank(tmp_path / "session", any_bases=True).among == ()
 
 
 def test_fingerprints_tell_content_apart():

@@ -89,10 +89,28 @@ def test_the_corpus_is_in_memory(chat, memory, monkeypatch):
     assert found == [len(Corpus.load(memory).bank)]
 
 
-def test_a_session_goes_on_over_a_corpus_that_has_changed(chat, memory, arguments):
+def test_a_session_goes_on_over_a_corpus_that_has_changed(chat, memory, arguments, monkeypatch):
+    found = []
+    generate = MemoryDecoder.generate
+
+    def counted(decoder, *inputs, **given):
+        found.append(len(decoder.banks[0].bases[0]))
+        return generate(decoder, *inputs, **given)
+
+    monkeypatch.setattr(MemoryDecoder, "generate", counted)
     chat("word1 word2", memory=memory, session="talk")
     words = [*arguments("remember", out=memory), "2.txt"]
     assert CliRunner().invoke(make_app(), words).exit_code == 0
+    result = chat("word3", memory=memory, session="talk")
+    assert "other documents" not in result.stderr
+    assert found == [10, 20]
+
+
+def test_a_session_goes_on_over_another_corpus(chat, memory, arguments):
+    chat("word1 word2", memory=memory, session="talk")
+    words = [*arguments("remember", out="other"), "2.txt"]
+    assert CliRunner().invoke(make_app(), words).exit_code == 0
+    memory = "other"
     result = chat("word3", memory=memory, session="talk")
     assert "talk: the conversation continues, over other documents" in result.stderr
     assert "other documents" not in chat("word3", memory=memory, session="talk").stderr

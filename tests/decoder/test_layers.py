@@ -98,6 +98,64 @@ def test_a_session_over_bases_goes_on_from_its_folder(llama, small, text, books,
     assert not alone.banks[0].bases
 
 
+def retrieved(decoder):
+    """The stream's retrieved chunks of bases."""
+    (stream,) = decoder._streams.batch.streams
+    ids = [] if stream.memory is None else stream.memory.ids
+    assert list(ids) == sorted(stream.retrieval.ids.tolist())
+    return [each for each in ids if each < TOP]
+
+
+@pytest.mark.parametrize("change", ["grown", "shrunk", "replaced"])
+def test_a_session_goes_on_over_a_base_that_has_changed(llama, small, text, books, tmp_path, change):
+    decoder, base = MemoryDecoder(llama, None, small(top_k=6)), load_bank(books[0])
+    decoder.reset(bases=[base])
+    read_on(decoder, text(61, seed=9))
+    decoder.save(tmp_path / "session")
+    had = retrieved(decoder)
+    assert len(had) > 1
+    gone = had[:1]
+    if change != "grown":
+        base.remove(gone if change == "shrunk" else had)
+    if change != "shrunk":
+        other = load_bank(books[1])
+        found = other.fetch(other.ids)
+        base.add(other.embeddings.embeddings, found.keys, found.values, found.spans)
+    base.save(books[0])
+    base = load_bank(books[0], lazy=True)
+    loaded = MemoryDecoder.load(tmp_path / "session", llama, None, small(top_k=6), bases=[base])
+    assert retrieved(loaded) == {"grown": had, "shrunk": had[1:], "replaced": []}[change]
+    if change == "grown":  # as a conversation that went on while the base grew
+        decoder.use_banks([LayeredBank(decoder.banks[0].top, [base])])
+        expected, actual = (read_on(each, text(50, seed=10)) for each in (decoder, loaded))
+        assert torch.equal(expected[0], actual[0])
+        assert expected[1] == actual[1]
+    else:
+        again = MemoryDecoder.load(
+            tmp_path / "session", llama, None, small(top_k=6), bases=[base], any_bases=True
+        )
+        (logits, ids), (others, theirs) = (read_on(each, text(50, seed=10)) for each in (loaded, again))
+        assert torch.equal(logits, others)
+        assert ids == theirs
+        assert not {each for row in ids for each in row} & set(gone)
+
+
+def test_what_was_retrieved_of_other_bases_is_not_taken_for_chunks_of_these(
+    llama, small, text, books, tmp_path
+):
+    decoder = MemoryDecoder(llama, None, small(top_k=6))
+    decoder.reset(bases=[load_bank(books[0])])
+    read_on(decoder, text(61, seed=9))
+    decoder.save(tmp_path / "session")
+    assert retrieved(decoder)
+    for bases in ([load_bank(books[1])], []):
+        with pytest.raises(SnapshotError, match="was saved over"):
+            decoder.restore(tmp_path / "session", bases=bases)
+        decoder.restore(tmp_path / "session", bases=bases, any_bases=True)
+        assert not retrieved(decoder)
+        read_on(decoder, text(20, seed=3))
+
+
 def test_bases_of_another_model_are_refused(tiny_model, llama, small, text, books):
     decoder = MemoryDecoder(tiny_model(seed=7), None, small())
     base = load_bank(books[0])

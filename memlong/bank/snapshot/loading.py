@@ -121,7 +121,7 @@ def _fill(state: BankState, stored: StoredBank) -> None:
             last_used=content.last_used,
             clock=record.clock,
         )
-        state.origin = record.origin
+        state.origin, state.identity = record.origin, record.identity
         if isinstance(state.store, SnapshotStore):
             stored.attach_to(state.store, content.ids)
         elif layout is not None:

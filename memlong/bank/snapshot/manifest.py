@@ -56,10 +56,24 @@ class LayoutRecord:
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """A bank below the one that was saved: what its content was (SHA-256), and how many chunks."""
+    """A bank below the one that was saved.
 
+    Attributes
+    ----------
+    identity : str
+        Which bank it was, whatever it has held since.
+    fingerprint : str
+        The SHA-256 of what it held.
+    chunks : int
+        How many chunks.
+    among : int or None
+        How many of its chunks could be found; None for all.
+    """
+
+    identity: str
     fingerprint: str
     chunks: int
+    among: int | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,8 @@ class BankRecord:
 
     Attributes
     ----------
+    identity : str
+        32 random hexadecimal digits, which it has had since it was made.
     made_by : str
         Its class, as "module:Class".
     options : mapping
@@ -83,7 +99,7 @@ class BankRecord:
     origin : mapping or None
         Which model made the chunks, if the bank knows.
     state : FileRecord
-        Which chunks are held, and how they were used.
+        Which chunks are held, how they were used, and which of the bases could be found.
     segments : tuple of SegmentRecord
         Where the chunks are.
     index : IndexRecord or None
@@ -92,6 +108,7 @@ class BankRecord:
         The banks that it lay over, which are not in the folder.
     """
 
+    identity: str
     made_by: str
     options: Mapping[str, Any]
     dim: int
@@ -304,6 +321,7 @@ def _no_number(name: str) -> None:
 
 def _bank(fields: Fields) -> BankRecord:
     found = BankRecord(
+        identity=fields.hexadecimal("identity", 32),
         made_by=fields.text("made_by"),
         options=fields.mapping("options"),
         dim=fields.integer("dim", 1, _WIDEST),
@@ -328,7 +346,10 @@ def _bank(fields: Fields) -> BankRecord:
 
 def _base(fields: Fields) -> BaseRecord:
     found = BaseRecord(
-        fingerprint=fields.hexadecimal("fingerprint", 64), chunks=fields.integer("chunks", 0, _MOST)
+        identity=fields.hexadecimal("identity", 32),
+        fingerprint=fields.hexadecimal("fingerprint", 64),
+        chunks=fields.integer("chunks", 0, _MOST),
+        among=fields.integer_or_none("among", 0, _MOST),
     )
     fields.nothing_else()
     return found

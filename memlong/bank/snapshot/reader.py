@@ -20,6 +20,7 @@ from memlong.bank.snapshot.lazy import BlocksFile, SnapshotStore
 from memlong.bank.snapshot.manifest import (
     MANIFEST,
     BankRecord,
+    BaseRecord,
     LayoutRecord,
     Manifest,
     has_manifest,
@@ -68,6 +69,10 @@ def open_snapshot(folder: Path, action: Callable[[Manifest], Result], most_bytes
 class Base(Protocol):
     """What a snapshot knows of a bank that it lay over."""
 
+    @property
+    def identity(self) -> str:
+        """Which bank it is."""
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of its content."""
 
@@ -92,6 +97,8 @@ class StoredBank:
         Layout of its blocks.
     segments : tuple of SegmentChunks
         Ids, spans, embeddings and checksums of each of the record's segments.
+    among : tuple
+        For each of the record's bases the ids, ascending, of the chunks that could be found there; None for all.
     """
 
     folder: Path
@@ -100,6 +107,7 @@ class StoredBank:
     content: Content
     layout: ChunkLayout | None
     segments: tuple[SegmentChunks, ...]
+    among: tuple[Ids | None, ...] = ()
 
     @property
     def manifest_path(self) -> Path:
@@ -132,12 +140,12 @@ class StoredBank:
             store.attach(BlocksFile(self.folder, record, chunks, self.layout), ids.tolist())
 
     def apart_from(self, bases: Sequence[Base], *, any_bases: bool) -> StoredBank:
-        """Return the same as a bank of its own, to be put over these bases.
+        """Return the same as a bank of its own, to be put over these bases, `among` which it may find what it could.
 
         Raises
         ------
         SnapshotError
-            Unless ``any_bases``, if they are not the ones that it was saved over.
+            Unless ``any_bases``, if they are not the ones that it was saved over, whatever these hold by now.
         """
         before = self.record.bases
         if not any_bases and before:
@@ -147,12 +155,21 @@ class StoredBank:
                     "in their order, or any_bases=True to continue over others, or none"
                 )
             for number, (base, known) in enumerate(zip(bases, before, strict=True)):
-                if base.fingerprint() != known.fingerprint:
+                if not _is_same(base, known):
                     raise SnapshotError(
                         f"{str(self.folder)!r} was saved over another base {number}, of {known.chunks:,} chunks, got "
                         f"one of {len(base):,}: pass that one, or any_bases=True to continue over what it holds now"
                     )
-        return replace(self, record=replace(self.record, bases=()))
+        among = [
+            self.among[number] if number < len(before) and _is_same(base, before[number]) else None
+            for number, base in enumerate(bases)
+        ]
+        return replace(self, record=replace(self.record, bases=()), among=tuple(among))
+
+    def is_over(self, bases: Sequence[Base]) -> bool:
+        """Whether these are the bases that it was saved over, and hold what they held then."""
+        told = [each.fingerprint for each in self.record.bases]
+        return told == [base.fingerprint() for base in bases]
 
     def index_file(self) -> bytes | None:
         """Return the native index's file, proven to be what was saved; None if there is none."""
@@ -189,9 +206,20 @@ def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str 
     state = read_arrays(
         folder,
         record.state,
-        dict.fromkeys(("ids", "retrievals", "last_used"), ("int64", (count,))),
+        {
+            **dict.fromkeys(("ids", "retrievals", "last_used"), ("int64", (count,))),
+            **{
+                f"among.{number}": ("int64", (base.among,))
+                for number, base in enumerate(record.bases)
+                if base.among is not None
+            },
+        },
     )
+    among = tuple(state.pop(f"among.{number}", None) for number in range(len(record.bases)))
     check_state(folder / record.state.name, **state, next_id=record.next_id, clock=record.clock)
+    for each in among:
+        if each is not None and len(each) and (each[0] < 0 or (np.diff(each) <= 0).any()):
+            raise damaged(folder / record.state.name, "holds ids of a base that do not ascend from 0")
     layout = None if record.layout is None else _layout(path, record.layout, kv_device)
     if layout is None and record.segments:
         raise damaged(path, "has chunks, but does not say of what kind")
@@ -209,7 +237,11 @@ def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str 
     )
     spans = np.concatenate([np.empty((0, 2), dtype=np.int64), *(each.spans for each in segments)])
     content = Content(state["ids"], embeddings[held], spans[held], state["retrievals"], state["last_used"])
-    return StoredBank(folder, record, manifest.token, content, layout, segments)
+    return StoredBank(folder, record, manifest.token, content, layout, segments, among)
+
+
+def _is_same(base: Base, known: BaseRecord) -> bool:
+    return known.identity == base.identity or known.fingerprint == base.fingerprint()
 
 
 def _manifest(folder: Path) -> Manifest:

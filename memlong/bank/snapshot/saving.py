@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from memlong.bank.arrays import Ids
 from memlong.bank.eviction import saved_name
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.content import Content
@@ -42,6 +43,14 @@ class Bank(Protocol):
     def bases(self) -> Sequence[Bank]:
         """The banks below it."""
 
+    @property
+    def among(self) -> Sequence[Ids | None]:
+        """For each of those the ids, ascending, of the chunks that can be found there; None for all."""
+
+    @property
+    def identity(self) -> str:
+        """Which bank it is."""
+
     def options_to_save(self) -> dict[str, Any]:
         """Return the backend's own options."""
 
@@ -67,11 +76,15 @@ def write_bank(
     The next save then writes only what has changed since. With ``forgets``, nothing of chunks that have left remains,
     and only what was saved with them is written again. Of a layered bank that is its top, and what its bases are.
     """
-    top, bases = bank.top, tuple(BaseRecord(base.fingerprint(), len(base)) for base in bank.bases)
+    top, among = bank.top, tuple(bank.among)
+    bases = tuple(
+        BaseRecord(base.identity, base.fingerprint(), len(base), None if each is None else len(each))
+        for base, each in zip(bank.bases, among, strict=True)
+    )
     with top.state.writing():
         if compact or forgets:
             top.state.drop_index()  # which may remember embeddings of chunks that have left
-    return top.state.surviving(lambda: _written(top, bases, writer, compact=compact, forgets=forgets))
+    return top.state.surviving(lambda: _written(top, bases, among, writer, compact=compact, forgets=forgets))
 
 
 def name_of(maker: type) -> str:
@@ -80,7 +93,13 @@ def name_of(maker: type) -> str:
 
 
 def _written(
-    bank: Bank, bases: tuple[BaseRecord, ...], writer: SnapshotWriter, *, compact: bool, forgets: bool
+    bank: Bank,
+    bases: tuple[BaseRecord, ...],
+    among: Sequence[Ids | None],
+    writer: SnapshotWriter,
+    *,
+    compact: bool,
+    forgets: bool,
 ) -> SavedBank:
     state = bank.state
     with state.reading(searching=True):
@@ -93,7 +112,7 @@ def _written(
         on_disk = np.concatenate([np.empty(0, dtype=np.int64), *(each.ids for each in kept)])
         fresh = content.rows(~np.isin(content.ids, on_disk))
         written = [] if layout is None else write_segments(writer, fresh, state.store, layout)
-        record = replace(_record(bank, writer, content, layout, [*kept, *written]), bases=bases)
+        record = replace(_record(bank, writer, content, among, layout, [*kept, *written]), bases=bases)
     return SavedBank(writer.token, record, (*kept, *written))
 
 
@@ -121,16 +140,19 @@ def _record(
     bank: Bank,
     writer: SnapshotWriter,
     content: Content,
+    among: Sequence[Ids | None],
     layout: ChunkLayout | None,
     segments: list[StoredSegment],
 ) -> BankRecord:
     state = bank.state
     counters = {name: getattr(content, name) for name in ("ids", "retrievals", "last_used")}
+    counters |= {f"among.{number}": each for number, each in enumerate(among) if each is not None}
     try:
         native = state.index.dump()
     except OSError as error:  # libraries write files of their own, elsewhere
         raise unwritable(writer.folder, error) from error
     return BankRecord(
+        identity=state.identity,
         made_by=name_of(bank.maker),
         options=bank.options_to_save(),
         dim=state.dim,

@@ -14,7 +14,7 @@ from torch import Tensor
 from memlong.bank import MemoryBank
 from memlong.bank.snapshot.files import damaged
 from memlong.bank.snapshot.manifest import ExtraRecord, Manifest
-from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
+from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.saving import write_bank
 from memlong.bank.snapshot.segments import check_finite
 from memlong.bank.snapshot.tensors import read_streams
@@ -125,10 +125,12 @@ def _restored(
             raise damaged(path, f"is of {len(rows)} rows, but there are {len(manifest.banks)} banks")
         for states in tensors.values():
             check_finite(path, states)
-        banks = [_bank_of(folder, manifest, row, setup, reading) for row in range(len(rows))]
-        _check_fit(path, [bank for bank in banks if bank is not None], setup)
-        batch = streams.over(banks)
-        batch.restore(rows, tensors)
+        stored = [] if setup.config.backend is None else _stored(folder, manifest, len(rows), setup)
+        banks = [_bank_of(each, setup, reading) for each in stored]
+        _check_fit(path, banks, setup)
+        batch = streams.over(banks if stored else [None] * len(rows))
+        changed = any(not each.is_over(reading.bases) for each in stored)
+        batch.restore(rows, tensors, bases_changed=changed)
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, MemlongError):
             raise
@@ -151,11 +153,13 @@ def _check_fit(path: Path, banks: list[MemoryBank], setup: Setup) -> None:
         ) from error
 
 
-def _bank_of(folder: Path, manifest: Manifest, row: int, setup: Setup, reading: Reading) -> MemoryBank | None:
-    if setup.config.backend is None:
-        return None
+def _stored(folder: Path, manifest: Manifest, rows: int, setup: Setup) -> list[StoredBank]:
+    return [read_bank(folder, manifest, row, str(setup.model.device)) for row in range(rows)]
+
+
+def _bank_of(stored: StoredBank, setup: Setup, reading: Reading) -> MemoryBank:
     return setup.registry.bank_of(
-        read_bank(folder, manifest, row, str(setup.model.device)),
+        stored,
         setup.config.backend,
         bases=reading.bases,
         any_bases=reading.any_bases,

@@ -167,8 +167,17 @@ class StreamBatch:
             found |= {f"row.{row}.{name}": tensor for name, tensor in stream.tensors().items()}
         return found
 
-    def restore(self, facts: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-        """Continue from saved streams; ValueError, KeyError or TypeError if no stream can have been in that state."""
+    def restore(
+        self,
+        facts: Sequence[Mapping[str, Any]],
+        tensors: Mapping[str, Tensor],
+        *,
+        bases_changed: bool = False,
+    ) -> None:
+        """Continue from saved streams; ValueError, KeyError or TypeError if no stream can have been in that state.
+
+        With ``bases_changed``, what they had retrieved is dropped where the banks do not hold it as it was.
+        """
         blocks = self._setup.block_layout
         by_row: dict[str, dict[str, Tensor]] = {}
         for name, each in tensors.items():
@@ -179,6 +188,8 @@ class StreamBatch:
         for row, (stream, mine) in enumerate(zip(self.streams, facts, strict=True)):
             own = by_row.get(str(row), {})
             stream.restore(mine, own, blocks)
+            if bases_changed:
+                stream.drop_changed()
             if not all(0 <= token < self._setup.model_layout.vocabulary for token in own["recent"].tolist()):
                 raise ValueError(f"tokens of row {row} are not the model's")
         placements = self._placements()

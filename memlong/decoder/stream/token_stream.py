@@ -305,6 +305,32 @@ class TokenStream:
             self.memory = StreamMemory.of(keys, values, spans, known if len(known) == len(spans) else ())
             self._memory_from = self._weak_bank()
 
+    def drop_changed(self) -> None:
+        """Drop what was retrieved that the bank does not hold as it was: it has left, or is another bank's."""
+        memory, retrieval = self.memory, self.retrieval
+        if not isinstance(self.bank, MemoryBank) or retrieval is None:
+            return
+        found = self.bank.fetch([] if memory is None else memory.ids)
+        held = dict(
+            zip(found.ids.tolist(), zip(found.keys, found.values, found.spans, strict=True), strict=True)
+        )
+        rows = [] if memory is None else list(zip(memory.ids, memory.blocks, memory.spans, strict=False))
+        same = {
+            each: (block, span)
+            for each, block, span in rows
+            if each in held and _are_equal((block.keys, block.values, span), held[each])
+        }
+        kept = torch.tensor([each in same for each in retrieval.ids.tolist()], dtype=torch.bool, device="cpu")
+        self.retrieval = Retrieval(retrieval.query, retrieval.ids[kept], retrieval.scores[kept])
+        self.memory = None
+        if same:
+            blocks, spans = zip(*same.values(), strict=True)
+            self.memory = StreamMemory(blocks, torch.stack(spans), tuple(same))
+
     def _passage(self, start: int, end: int) -> Passage:
         first = self._recent.start
         return Passage(self._recent.token_ids[start - first : end - first], start)
+
+
+def _are_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(ours, theirs, strict=True))
