@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from memlong.bank import LayeredBank, MemoryBank
     from memlong.corpus import Corpus
     from memlong.decoder import MemoryDecoder
+    from memlong.plugins import Registry
 
 MemoryFolders = Annotated[
     list[Path], typer.Option("--memory", metavar="DIR", help="Corpus to read; repeatable.")
@@ -201,11 +202,17 @@ def choose_reader(
 def notes_to_keep(decoder: MemoryDecoder, model: str | None) -> dict[str, Any]:
     """Return the notes of a corpus that a decoder begins: the model's name, and what chunks depend on."""
     from memlong.decoder.model.loading import NAME
+
+    settings = settings_of_chunks(decoder.config, decoder.registry)
+    return {"model": model or getattr(decoder.model, NAME, None), "settings": settings}
+
+
+def settings_of_chunks(config: MemoryConfig, registry: Registry | None = None) -> dict[str, Any]:
+    """Return what chunks depend on, of a configuration whose backend and retriever are looked up in a registry."""
     from memlong.decoder.persistence.strangers import declared_options
 
-    known = decoder.config.as_dict() | declared_options(decoder.config, decoder.registry)
-    settings = {name: known[name] for name in _OF_CHUNKS}
-    return {"model": model or getattr(decoder.model, NAME, None), "settings": settings}
+    known = config.as_dict() | declared_options(config, registry or installed_registry())
+    return {name: known[name] for name in _OF_CHUNKS}
 
 
 def load_corpora(folders: Sequence[Path], decoder: MemoryDecoder) -> list[Corpus]:

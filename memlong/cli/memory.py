@@ -180,16 +180,24 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 def described(decoder: MemoryDecoder) -> dict[str, Any]:
     """Return a decoder's settings, and its model's device and dtype, for JSON."""
-    config = decoder.config
+    return {
+        **described_unloaded(decoder.config, ""),
+        **runs_on(decoder.model),
+        "retrieval_layers": list(decoder.retrieval_layers) if decoder.config.backend is not None else [],
+    }
+
+
+def described_unloaded(config: MemoryConfig, dtype: str) -> dict[str, Any]:
+    """Return the same of a decoder whose model was not loaded: None for the device, and for what the model decides."""
     settings = {each.name: getattr(config, each.name) for each in fields(MemoryConfig)}
     for name in ("backend_options", "retriever_options"):
         settings[name] = hide_credentials(settings[name])
     settings |= {
         "backend": without_credentials(config.backend or "none"),
-        "retrieval_layers": list(decoder.retrieval_layers),
+        "retrieval_layers": None,
         "store": {name: without_credentials(str(value)) for name, value in config.store.items()},
         "query_tokens": config.query_length,
     }
     if config.backend is None:
         settings |= {"retriever": None, "retriever_options": {}, "kv_source": None, "retrieval_layers": []}
-    return {**runs_on(decoder.model), **settings}
+    return {"device": None, "dtype": dtype, **settings}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.answer import escaped
-from memlong.cli.corpora import choose_reader, moment, notes_of, notes_to_keep
+from memlong.cli.corpora import Notes, choose_reader, moment, notes_of, notes_to_keep, settings_of_chunks
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import machine_of
-from memlong.cli.memory import MemoryOptions, described, with_memory
+from memlong.cli.memory import MemoryOptions, described, described_unloaded, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.errors import InvalidArgumentError, InvalidTextError
 
 if TYPE_CHECKING:
+    from memlong.cli.choice import DecoderChoice
     from memlong.corpus import Corpus, Document
     from memlong.decoder import MemoryDecoder
 
@@ -70,7 +71,7 @@ def remember(
 
     Repeat the command after files have changed: those that are unchanged are not read again, and files that are gone
     from a folder leave the corpus, as do documents that have expired. A run that was interrupted continues where it
-    ended. Model and settings are kept in the corpus.
+    ended. Model and settings are kept in the corpus; the model is not loaded if there is nothing to read.
 
     \b
     Examples:
@@ -100,10 +101,12 @@ def remember(
         if source not in known:
             raise InvalidArgumentError(f"--forget must name a document of {str(out)!r}, got {source!r:.200}")
     found = _find(paths or [], out)
+    about = {"tags": tuple(tag or ()), "expires": ends}
     tally = _Tally()
     result: dict[str, Any] = {"model": notes.model if notes else model}
+    choice = None
     if found.files:
-        decoder = choose_reader(
+        choice = choose_reader(
             ctx,
             notes,
             model,
@@ -113,20 +116,23 @@ def remember(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
-        ).open()
-        is_typed = notes is None or "backend" in _typed(ctx)
+        )
+    corpus = None
+    typed = _typed(ctx)
+    if choice is None or (notes is not None and _is_of(notes, choice, typed=typed)):
+        backend = choice.config.backend if choice is not None and "backend" in typed else None
+        corpus = _without_model(out, backend, found, about, tally, forget or [])
+    if corpus is None:
+        assert choice is not None  # noqa: S101 - without files, no model is needed
+        decoder = choice.open()
+        is_typed = notes is None or "backend" in typed
         corpus = _opened(out, decoder, model, in_its_backend=is_typed)
         result = {"model": corpus.notes.get("model"), "adapter": adapter, **described(decoder)}
-    else:
-        from memlong.corpus import Corpus
-
-        corpus = Corpus.load(out)
-    tally.remove(corpus, forget or [], found)
-    if not found.files:
-        corpus.save()
-    else:
-        about = {"tags": tuple(tag or ()), "expires": ends}
+        tally = _Tally()
+        tally.remove(corpus, forget or [], found)
         _read(decoder, corpus, found, about, tally, rows=rows, budget=budget)
+    elif choice is not None:
+        result |= {"adapter": adapter, **described_unloaded(choice.config, choice.dtype)}
     shown = {
         "documents": len(corpus),
         "chunks": len(corpus.bank),
@@ -243,6 +249,39 @@ def _typed(context: typer.Context) -> set[str]:
     from memlong.cli.choice import is_given
 
     return {name for name in context.params if is_given(context, name)}
+
+
+def _is_of(notes: Notes, choice: DecoderChoice, *, typed: Collection[str]) -> bool:
+    """Whether a corpus is of the model, the settings and the backend that were chosen, as far as its notes tell."""
+    chosen = {"model": choice.model, "dtype": choice.dtype, "settings": settings_of_chunks(choice.config)}
+    told = {"model": notes.model, "dtype": notes.dtype, "settings": dict(notes.settings)}
+    return choice.adapter is None and chosen == told and "backend_option" not in typed
+
+
+def _without_model(
+    out: Path,
+    backend: str | None,
+    found: _Found,
+    about: Mapping[str, Any],
+    tally: _Tally,
+    forget: Sequence[str],
+) -> Corpus | None:
+    """Do what needs no model, and save that; None if there are documents to read, or it is of another backend."""
+    from memlong.corpus import Corpus
+    from memlong.corpus.reading import Outcome, unread
+    from memlong.plugins.registry import installed_registry
+
+    corpus, registry = Corpus.load(out, kv_device="cpu"), installed_registry()
+    if backend is not None and type(corpus.bank) is not registry.load_backend_class(backend):
+        return None
+    before = corpus.documents
+    tally.remove(corpus, forget, found)
+    outcome = Outcome([], tally.unchanged, [])
+    if next(unread(corpus, _documents(found, about), outcome), None) is not None:
+        return None
+    if corpus.documents != before:
+        corpus.save()
+    return corpus
 
 
 def _opened(out: Path, decoder: MemoryDecoder, model: str | None, *, in_its_backend: bool) -> Corpus:

@@ -15,7 +15,7 @@ import torch
 
 from memlong.bank import Ids, MemoryBank
 from memlong.bank.snapshot.lazy import SnapshotStore
-from memlong.bank.snapshot.manifest import CorpusRecord, Manifest, has_manifest
+from memlong.bank.snapshot.manifest import CorpusRecord, Manifest, has_manifest, read_manifest
 from memlong.bank.snapshot.reader import folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.saving import write_bank
 from memlong.bank.snapshot.writer import SnapshotWriter
@@ -314,6 +314,12 @@ class Corpus:
         gone = [each.source for each in self.documents if each.expires is not None and each.expires <= moment]
         self.forget(*gone)
         return gone
+
+    def check_folder(self) -> None:
+        """Raise SnapshotError if another process has saved into the folder since, so that `save` would be refused."""
+        with self._lock:
+            if self.folder is not None and has_manifest(self.folder):
+                self._known_in(self.folder, read_manifest(self.folder))
 
     def save(self, path: str | Path | None = None) -> None:
         """Write the corpus into a folder, by default its own; what has changed, if it was saved or loaded there.

@@ -68,18 +68,23 @@ def remember(
     MemlongError
         If the decoder is not attached.
     InvalidArgumentError
-        If another model has filled the corpus, or an argument cannot be used.
+        If another model has filled the corpus, the decoder has no tokenizer, or an argument cannot be used.
     SnapshotError
-        As `Corpus.save` does.
+        As `Corpus.save` does; if another process has changed the corpus, before anything is read.
     """
     rows = whole_number("rows", rows, at_least=1)
     most = None if budget is None else byte_count("budget", budget)
+    if decoder.tokenizer is None:
+        raise InvalidArgumentError(
+            "decoder must have a tokenizer, which reads the documents: MemoryDecoder(model, tokenizer, config)"
+        )
+    corpus.check_folder()
     decoder.reset(bases=[corpus.bank])  # refuses a corpus of another model
     decoder.reset()
     check_unlimited(corpus.bank)
     check_unlimited(decoder.new_bank() or corpus.bank)
     outcome, saver = Outcome([], [], []), _Saver(corpus)
-    fresh = _fresh(corpus, documents, outcome)
+    fresh = unread(corpus, documents, outcome)
     try:
         while group := list(islice(fresh, rows)):
             fitting = _fitting(decoder, corpus, group, most, outcome)
@@ -138,8 +143,8 @@ class _Saver:
         self._then, self._bytes = time.monotonic(), 0
 
 
-def _fresh(corpus: Corpus, documents: Iterable[Document], outcome: Outcome) -> Iterator[Document]:
-    """Yield the documents that must be read; note the others."""
+def unread(corpus: Corpus, documents: Iterable[Document], outcome: Outcome) -> Iterator[Document]:
+    """Yield the documents that must be read; of the others, note that they are unchanged, and what is known of them."""
     seen: set[str] = set()
     for document in documents:
         if not isinstance(document, Document):

@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from memlong.bank.snapshot.manifest import _dumped
+from memlong.bank.snapshot.tending import describe
+from memlong.cli import choice
 from memlong.cli.app import make_app
 from memlong.corpus import Corpus
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError, SnapshotError
@@ -77,6 +79,45 @@ def test_changed_files_are_read_again_and_gone_ones_leave(remember, place):
     found = told(remember("notes", json="-"))
     assert (found["read"], found["removed"]) == (["notes/b.txt"], ["notes/deep/a.md"])
     assert found["documents"] == 1
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """From now on, no model can be loaded."""
+
+    def begin():
+        monkeypatch.setattr("memlong.cli.choice.load", lambda *_, **__: pytest.fail("the model was loaded"))
+
+    return begin
+
+
+def test_no_model_is_loaded_where_nothing_is_to_be_read(remember, place, unloaded):
+    before = told(remember("notes", json="-"))
+    generation = describe("memory")["generation"]
+    unloaded()
+    again = told(remember("notes", json="-"))
+    assert again.keys() == before.keys()
+    differs = {name for name in before if before[name] != again[name]}
+    assert differs == {"read", "unchanged", "device", "retrieval_layers", "position_mode"}
+    assert again["unchanged"] == before["read"]
+    assert describe("memory")["generation"] == generation
+    assert told(remember("notes", backend="torch", json="-"))["unchanged"] == before["read"]
+    assert told(remember("notes", tag="work", json="-"))["unchanged"] == before["read"]
+    assert Corpus.load(place / "memory")["notes/b.txt"].tags == ("work",)
+    (place / "notes" / "b.txt").unlink()
+    assert told(remember("notes", tag="work", json="-"))["removed"] == ["notes/b.txt"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"retrieval_layers": "1-2"}, {"dtype": "bfloat16"}, {"backend": "faiss"}]
+)
+def test_the_model_is_loaded_for_other_settings(remember, monkeypatch, changes):
+    told(remember("notes", json="-"))
+    loaded = []
+    load = choice.load
+    monkeypatch.setattr(choice, "load", lambda *given, **named: loaded.append(1) or load(*given, **named))
+    remember("notes", **changes)
+    assert loaded
 
 
 def test_what_was_read_from_elsewhere_stays(remember, place, story):

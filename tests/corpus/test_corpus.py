@@ -206,7 +206,9 @@ def test_another_process_is_not_overwritten(decoder, tmp_path):
     theirs.save()
     assert torch.isfinite(content(ours, "0.txt").keys).all()  # it still reads what it has opened
     with pytest.raises(SnapshotError, match="was changed since this corpus was loaded"):
-        read(decoder, ours, documents(5, first=7))
+        read(decoder, ours, iter([pytest.fail] * 2))  # before anything is read
+    with pytest.raises(SnapshotError, match="was changed since this corpus was loaded"):
+        ours.save()
     assert [each.source for each in Corpus.load(tmp_path).documents] == ["1.txt"]
 
 
@@ -217,6 +219,8 @@ def test_bad_input_is_named(decoder, tiny_model, tokenizer, small, tmp_path):
         read(decoder, corpus, [twice, twice])
     with pytest.raises(InvalidArgumentError, match="must hold a Document each"):
         read(decoder, corpus, ["text"])
+    with pytest.raises(InvalidArgumentError, match="decoder must have a tokenizer"):
+        read(MemoryDecoder(decoder.model, None, small()), corpus, documents(5))
     with pytest.raises(MemlongError, match="not attached"):
         remember(decoder, corpus, documents(5, first=9))
     read(decoder, corpus, documents(5, first=9))

@@ -301,10 +301,12 @@ def _parsed(path: Path, content: bytes | bytearray) -> dict[str, Any]:
         data = json.loads(content, parse_constant=_no_number)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise damaged(path, "is not a manifest of memlong")
-        if data.get("version") != VERSION:
+        version = data.get("version")
+        if version != VERSION:
+            is_newer = type(version) is int and version > VERSION
             raise SnapshotError(
-                f"{str(path)!r} has the format version {data.get('version')!r}, but this memlong reads version "
-                f"{VERSION}. Use the memlong that wrote it, or a newer one"
+                f"{str(path)!r} has the format version {version!r:.80}, but this memlong reads version {VERSION}. "
+                + ("Use a newer memlong" if is_newer else "Use the memlong that wrote it, or write it anew")
             )
         data.pop("sha256", None)
     except (ValueError, RecursionError) as error:

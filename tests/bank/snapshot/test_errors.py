@@ -242,10 +242,16 @@ def test_what_a_first_save_left_behind_is_cleared(make, tmp_path):
     assert len(load_bank(tmp_path)) == 38
 
 
-def test_a_version_to_come_is_refused_by_name(saved):
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [(4, "Use a newer memlong$"), (2, "Use the memlong that wrote it"), ("9", "Use the")],
+)
+def test_another_version_is_refused_by_name(saved, version, advice):
     _, folder = saved
-    forge(folder, lambda data: data.update(version=4))
-    with pytest.raises(SnapshotError, match="has the format version 4, but this memlong reads version 3"):
+    forge(folder, lambda data: data.update(version=version))
+    with pytest.raises(
+        SnapshotError, match=rf"has the format version {version!r}, but .* version 3\. {advice}"
+    ):
         load_bank(folder)
 
 
