@@ -239,7 +239,15 @@ class Corpus:
         ]
         return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
 
-    def add(self, document: Document, bank: MemoryBank, *, tokens: Sequence[int], lead: int) -> None:
+    def add(
+        self,
+        document: Document,
+        bank: MemoryBank,
+        *,
+        tokens: Sequence[int],
+        lead: int,
+        ending: torch.Tensor | None = None,
+    ) -> None:
         """Take the chunks of a document that was read; one of the same source leaves.
 
         Parameters
@@ -252,11 +260,13 @@ class Corpus:
             Token ids of its text.
         lead
             How many tokens were read before them.
+        ending
+            What its last chunk is found by [1, dim], in place of its embedding in ``bank``.
         """
         with self._lock:
             first = self.bank.next_id
             try:
-                _copy(bank, self.bank)
+                _copy(bank, self.bank, ending)
             except BaseException:
                 held = self.bank.ids
                 self.bank.remove(held[held >= first])
@@ -387,9 +397,11 @@ def check_unlimited(bank: MemoryBank) -> None:
         )
 
 
-def _copy(bank: MemoryBank, into: MemoryBank) -> None:
-    """Add the chunks of a bank to another, a few at a time."""
+def _copy(bank: MemoryBank, into: MemoryBank, ending: torch.Tensor | None) -> None:
+    """Add the chunks of a bank to another, a few at a time, the last with the embedding ``ending`` if it is given."""
     held = bank.embeddings
+    if ending is not None and len(held.ids):
+        held.embeddings[-1:] = ending
     if not len(into):
         into.origin = bank.origin
     for start in range(0, len(held.ids), _AT_ONCE):

@@ -15,6 +15,7 @@ from memlong.bank.validate import whole_number
 from memlong.corpus.corpus import Corpus, check_unlimited
 from memlong.corpus.document import Document
 from memlong.decoder import MemoryDecoder
+from memlong.decoder.retrievers.base import Passage
 from memlong.errors import InvalidArgumentError
 from memlong.evaluation.text import opening_tokens, tokenize
 
@@ -44,7 +45,8 @@ def remember(
 
     Each is read as a text of its own, so that what is remembered of one does not depend on others. One that the corpus
     has is read again if its text has changed; if only what is known of it has, that is noted. Tokens at its end that do
-    not fill a chunk are followed by line ends. What has been saved need not be read again if the process ends early.
+    not fill a chunk are followed by line ends, and found by as many tokens before them as fill one instead. What has
+    been saved need not be read again if the process ends early.
     A corpus without a folder is not saved.
 
     Parameters
@@ -110,6 +112,12 @@ class _Laid:
 
     def chunks(self, decoder: MemoryDecoder) -> int:
         return (len(self.tokens) - decoder.config.sink_tokens) // decoder.config.chunk_size
+
+    def ending(self, decoder: MemoryDecoder) -> Passage:
+        """The end of the text, as long as a chunk if the text is."""
+        read, config = [*self.lead, *self.words], decoder.config
+        start = max(min(config.sink_tokens, len(read) - 1), len(read) - config.chunk_size)
+        return Passage(tuple(read[start:]), start)
 
     @classmethod
     def out(cls, decoder: MemoryDecoder, text: str) -> _Laid:
@@ -204,6 +212,9 @@ def _read(
             progress(document, int((segment.tokens[row] >= 0).sum()))
     decoder.flush()
     for bank, (document, laid) in zip(decoder.banks, group, strict=True):
-        corpus.add(document, bank, tokens=laid.words, lead=len(laid.lead))
+        ending = None
+        if laid.tail and laid.words and decoder.retriever is not None:
+            ending = decoder.retriever.embed_chunks([laid.ending(decoder)])
+        corpus.add(document, bank, tokens=laid.words, lead=len(laid.lead), ending=ending)
         saver.added(bank.nbytes)
     decoder.reset()

@@ -21,6 +21,7 @@ from memlong.bank.snapshot.tending import describe, verify
 from memlong.bank.snapshot.writer import SnapshotWriter
 from memlong.corpus import About, Corpus, Document, Remembered, reading, remember, table
 from memlong.corpus.table import check_documents, list_documents
+from memlong.decoder import Passage
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.testing.harness import DIM, random_chunks
 
@@ -86,6 +87,30 @@ def test_what_is_remembered_of_a_document_does_not_depend_on_others(decoder, tmp
         torch.testing.assert_close(found.keys, expected.keys, atol=1e-5, rtol=0)
         torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=0)
         assert torch.equal(found.spans, expected.spans)
+
+
+def test_the_last_chunk_is_found_by_as_much_text_as_the_others(llama, tokenizer, small, tmp_path):
+    decoder = MemoryDecoder(llama, tokenizer, small(retriever="lm"))
+    corpus = Corpus.open(tmp_path, decoder)
+    given = documents(17, 2, 20)
+    read(decoder, corpus, given)
+    sinks, size = decoder.config.sink_tokens, decoder.config.chunk_size
+    for document, count in zip(given, (17, 2, 20), strict=True):
+        found = corpus[document.source]
+        lead = [3] * found.lead  # line ends
+        text = [*lead, *corpus.tokens_of(document.source).tolist()]
+        passages = [
+            Passage(tuple(text[start : start + size]), start)
+            for start in range(sinks, len(text) - size + 1, size)
+        ]
+        if (len(text) - sinks) % size:
+            start = max(sinks, len(text) - size)
+            passages.append(Passage(tuple(text[start:]), start))
+        assert len(passages) == found.chunks == -(-(found.lead + count - sinks) // size)
+        expected = torch.nn.functional.normalize(decoder.retriever.embed_chunks(passages), dim=1)
+        held = corpus.bank.embeddings.embeddings[found.first_id : found.first_id + found.chunks]
+        torch.testing.assert_close(held, expected)
+        assert corpus.bank.exact_search(expected[-1:], 1).ids.item() == found.first_id + found.chunks - 1
 
 
 def test_only_what_has_changed_is_read_again(decoder, tmp_path):
