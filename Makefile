@@ -42,8 +42,8 @@ test-versions: $(INSTALLED) ## Test the core on other Pythons, and with the lowe
 	$(BIN)/python tests/versions.py $(ARGS)
 
 torture: $(INSTALLED) ## Corrupt, mutate, kill and crowd snapshots, adapters and banks thousands of times (20 minutes)
-	MEMLONG_TORTURE=1 $(BIN)/pytest -q tests/bank/snapshot/test_corpus.py tests/bank/snapshot/test_killed.py tests/torture \
-		tests/backends/test_threads.py $(ARGS)
+	MEMLONG_TORTURE=1 $(BIN)/pytest -q tests/bank/snapshot/test_corpus.py tests/bank/snapshot/test_killed.py \
+		tests/cli/test_killed.py tests/torture tests/backends/test_threads.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style, format and types
 	$(BIN)/ruff check
