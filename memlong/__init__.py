@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         SearchResult,
     )
     from memlong.decoder import (
+        Candidates,
         MemoryConfig,
         MemoryDecoder,
         Passage,
@@ -41,6 +42,7 @@ _HOMES = {
         "SearchResult",
     ),
     "memlong.decoder": (
+        "Candidates",
         "MemoryConfig",
         "MemoryDecoder",
         "Passage",
@@ -62,6 +64,7 @@ _HOMES = {
 
 __all__ = [
     "BankPool",
+    "Candidates",
     "EvictionPolicy",
     "KeyValueStore",
     "LayeredBank",

@@ -140,7 +140,8 @@ def key_values(
     found: dict[str, object] = {}
     for text in given:
         key, equals, value = text.partition("=")
-        key = key.strip().replace("-", "_")
+        owner, dot, own = key.strip().rpartition(".")  # hyphens are part of an owner's name
+        key = owner + dot + own.replace("-", "_")
         if not equals or not key:
             raise InvalidArgumentError(f"{option} must be K=V, such as {option} {example}, got {text!r}")
         if key in found:

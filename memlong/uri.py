@@ -19,7 +19,8 @@ _HARMLESS = frozenset(
         "device dim disk disk_budget dtype ef ef_construction ef_search endpoint eviction expansion_add "
         "expansion_search folder host hosts index initial_capacity kv_device max_bytes max_chunks metric mode model "
         "name nprobe objects pairs partitions path piece_tokens port query_prompt readers recency recency_scale "
-        "refine region resume retries seed session sharpness staleness store timeout tls train_size uri url"
+        "refine region resume retrievers retries seed session sharpness staleness store timeout tls train_size uri url "
+        "weights"
     ).split()
 )
 """Names of options whose values may be shown; secrets in URIs are still redacted."""

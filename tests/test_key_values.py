@@ -14,3 +14,8 @@ def test_what_is_no_json_stays_text(value):
 
 def test_what_is_json_becomes_it():
     assert key_values("--backend-option", ["a=3", "b-c=true"]) == {"a": 3, "b_c": True}
+
+
+def test_hyphens_of_the_name_before_a_dot_stay():
+    given = ["sentence-transformers.piece-tokens=8"]
+    assert key_values("--retriever-option", given) == {"sentence-transformers.piece_tokens": 8}

@@ -429,6 +429,15 @@ class MemoryBank:
             spans[rows >= 0] = self._state.table.spans[rows[rows >= 0]]
         return torch.from_numpy(spans)
 
+    def embeddings_of(self, ids: IntInput) -> torch.Tensor:
+        """Return the embeddings of chunks as they are searched, float32 [n, dim]; 0 for an id that is not held."""
+        wanted = ids_of(ids)
+        with self._state.reading():
+            rows = self._state.table.rows_of(wanted)
+            found = np.zeros((len(wanted), self._state.dim), dtype=np.float32)
+            found[rows >= 0] = self._state.table.embeddings[rows[rows >= 0]]
+        return torch.from_numpy(found)
+
     def fetch(self, ids: IntInput, *, known: IntInput = ()) -> Chunks:
         """Return chunks by id, and count that as `retrieve` does; ids that the bank does not hold are left out.
 

@@ -151,6 +151,15 @@ class Draft(Uncopied):
                 spans[row] = own[chunk_id].span
         return spans
 
+    def embeddings_of(self, ids: IntInput) -> torch.Tensor:
+        """Return the embeddings of chunks; as `MemoryBank.embeddings_of`."""
+        wanted, own = ids_of(ids), self._own()
+        found = self._bank.embeddings_of(wanted)
+        for row, chunk_id in enumerate(wanted.tolist()):
+            if chunk_id in own:
+                found[row] = torch.from_numpy(own[chunk_id].embedding)
+        return found
+
     def fetch(self, ids: IntInput, *, known: IntInput = ()) -> Chunks:
         """Return chunks by id, those of the bank counted there; as `MemoryBank.fetch`."""
         wanted, others = ids_of(ids), ids_of(known)

@@ -313,6 +313,14 @@ class LayeredBank(MemoryBank):
             spans[torch.from_numpy(places)] = bank.spans_of(own)
         return spans
 
+    def embeddings_of(self, ids: IntInput) -> torch.Tensor:
+        """Return the embeddings of chunks; as `MemoryBank.embeddings_of`."""
+        wanted = ids_of(ids)
+        found = torch.zeros(len(wanted), self.dim, dtype=torch.float32, device="cpu")
+        for bank, places, own in self._split(wanted):
+            found[torch.from_numpy(places)] = bank.embeddings_of(own)
+        return found
+
     def fetch(self, ids: IntInput, *, known: IntInput = ()) -> Chunks:
         """Return chunks by id, each counted in its layer; as `MemoryBank.fetch`."""
         wanted, others = ids_of(ids), ids_of(known)

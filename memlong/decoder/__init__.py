@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from memlong.decoder.model.layout import ModelLayout
     from memlong.decoder.model.loading import load_model
     from memlong.decoder.model.machine import Machine, choose_machine
-    from memlong.decoder.retrievers.base import Passage, Retriever
+    from memlong.decoder.retrievers.base import Candidates, Passage, Retriever
     from memlong.decoder.retrievers.create import create_retriever
     from memlong.decoder.scoring import Likelihood
     from memlong.decoder.sessions import SessionPool
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for: listing the retrievers must not import transformers.
 _HOMES = {
+    "Candidates": "memlong.decoder.retrievers.base",
     "KvSource": "memlong.decoder.kv.sources",
     "Likelihood": "memlong.decoder.scoring",
     "Machine": "memlong.decoder.model.machine",
@@ -48,6 +49,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Candidates",
     "KvSource",
     "Likelihood",
     "Machine",

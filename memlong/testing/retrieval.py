@@ -35,6 +35,17 @@ class RetrievalTests(BankSuite):
         assert torch.equal(got.scores, found.scores)
         assert got.found.all()
 
+    def test_embeddings_by_id_are_those_that_are_searched(self) -> None:
+        """Each id gets its own embedding; one that the bank does not hold gets zeros."""
+        bank, _ = self.filled(9)
+        bank.remove([2])
+        held = bank.embeddings
+        got = bank.embeddings_of([7, 2, 0, 99, 7])
+        assert torch.equal(
+            got[[0, 2, 4]], held.embeddings[torch.searchsorted(held.ids, torch.tensor([7, 0, 7]))]
+        )
+        assert (got[[1, 3]] == 0).all()
+
     def test_missing_chunks_are_zeros(self) -> None:
         """A missing hit has zero K-V and span -1."""
         bank = self.make()

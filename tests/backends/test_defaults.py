@@ -55,6 +55,7 @@ def everything(backend, metric, store, folder, vectors, blocks, spans, queries):
             found += [result.ids, result.scores]
         chunks = each.fetch([40, 70, 25])
         found += [chunks.ids, chunks.keys, chunks.values, chunks.spans, each.spans_of([40, 999])]
+        found.append(each.embeddings_of([40, 999]))
     found += [bank.exact_search(queries, 5).ids, bank.ids, bank.embeddings.embeddings]
     bank.reset()
     found.append(bank.retrieve(queries, 2).ids)

@@ -43,6 +43,7 @@ def test_it_finds_what_a_bank_with_all_chunks_finds(metric, below, own):
         assert torch.equal(getattr(fetched, name), getattr(expected, name)), name
     assert draft.fetch([named[0]], known=[named[last]]).ids.tolist() == [named[0]]
     assert torch.equal(draft.spans_of([named[last], 99]), whole.spans_of([last, 99]))
+    assert torch.equal(draft.embeddings_of([named[last], 99, named[0]]), whole.embeddings_of([last, 99, 0]))
     assert len(draft) == len(whole)
     assert len(bank) == below
 

@@ -106,6 +106,10 @@ class LayersMachine(RuleBasedStateMachine):
         for name in ("keys", "values", "spans"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         assert torch.equal(self.layered.spans_of(self.other(here)), self.merged.spans_of(here))
+        assert torch.equal(
+            self.layered.embeddings_of([*self.other(here), TOP - 1]),
+            self.merged.embeddings_of([*here, 99999]),
+        )
 
     @precondition(lambda self: len(self.layered.top))
     @rule(data=st.data())

@@ -172,6 +172,11 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
 
 def _retriever(config: MemoryConfig, retriever: Retriever) -> list[object]:
     kind = type(retriever)
-    options = {name: value for name, value in config.retriever_options.items() if name != "device"}
+    silent = {"device", *retriever.query_options}
+    options = {
+        name: value
+        for name, value in config.retriever_options.items()
+        if name not in silent and not name.endswith(".device")  # of one that a hybrid fuses
+    }
     said = json.dumps(digested(options), sort_keys=True, default=str)
     return [f"{kind.__module__}:{kind.__qualname__}", config.retriever, said, retriever.dim, retriever.metric]

@@ -9,7 +9,7 @@ from typing import Any
 
 from memlong.bank.snapshot.options import OF_EVERY_BANK, SavedOptions, refused_option
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.retrievers.create import retriever_class
+from memlong.decoder.retrievers.create import retriever_class, saved_options
 from memlong.errors import HIDDEN, InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
 from memlong.plugins.registry import installed_registry
@@ -103,7 +103,8 @@ def _declared(
         found["backend_options"] = bank, {**OF_EVERY_BANK, **bank.saved_options}
     if config.retriever_options and "retriever_options" not in changes:
         retriever = retriever_class(config.retriever, registry)
-        found["retriever_options"] = retriever, retriever.saved_options
+        allowed = saved_options(config.retriever, config.retriever_options, registry)
+        found["retriever_options"] = retriever, allowed
     return found
 
 

@@ -21,6 +21,11 @@ def memlong_register_retrievers(register: Register) -> None:
         description="token overlap weighted by the language model, plus recency; no second model",
     )
     register(
+        "hybrid",
+        "memlong.decoder.retrievers.hybrid:HybridRetriever",
+        description="fuses the rankings of others, such as lm and sentence-transformers",
+    )
+    register(
         "random",
         "memlong.decoder.retrievers.baselines:RandomRetriever",
         description="random chunks: the control for every claim that memory helps",

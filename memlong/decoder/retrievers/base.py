@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,6 +38,39 @@ class Passage:
         return self.start + len(self.token_ids)
 
 
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The chunks that a bank found for a query, in ascending order of ids, which for one stream is that of its text.
+
+    A bank keeps no text and no tokens of a chunk.
+
+    Attributes
+    ----------
+    query
+        What asks: the text just before a segment, or the last few tokens of an answer.
+    query_embedding
+        Its embedding [dim], float32, as it was searched for.
+    ids
+        Of the chunks [n], int64.
+    scores
+        Their similarities to the query [n], float32; higher is better for each metric.
+    embeddings
+        [n, dim], float32, as they are searched: of unit length under the cosine metric.
+    spans
+        Their tokens [start, end) in the text that each is of [n, 2], int64.
+    """
+
+    query: Passage
+    query_embedding: Tensor
+    ids: Tensor
+    scores: Tensor
+    embeddings: Tensor
+    spans: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 class Retriever(ABC):
     """Embeds chunks as they leave the window, and queries: the text right before a segment.
 
@@ -55,6 +88,12 @@ class Retriever(ABC):
     saved_options: ClassVar[SavedOptions] = {}
     """Options that a trained decoder's folder, which may be untrusted, may set, each with the largest number allowed
     there, or None. Never include an address, a credential, a path to write to, or code."""
+
+    query_options: ClassVar[Collection[str]] = ()
+    """Options that the embeddings of chunks do not depend on: a memory may be continued with other values of these."""
+
+    candidates: int = 0
+    """How many chunks `rerank` chooses from, if not fewer than are retrieved; 0 to take those that the bank finds."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
@@ -90,6 +129,14 @@ class Retriever(ABC):
         found = made if isinstance(made, Tensor) else torch.as_tensor(made, device="cpu")
         # Distances do not change where all vectors are moved by the mean.
         return found if self.metric == "l2" else without_component(found, means)
+
+    def rerank(self, found: Candidates) -> Tensor:
+        """Score the best ``candidates`` chunks of a bank anew [n]; those with the highest scores are retrieved.
+
+        Equal scores keep the order of ``found``; a chunk whose score is -inf is not retrieved. It must depend on its
+        argument alone. A retriever that wraps another passes this on to it, and ``candidates`` with it.
+        """
+        return found.scores
 
 
 def without_component(vectors: Tensor, directions: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from memlong.bank.snapshot.options import SavedOptions
 from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.retrievers.hybrid import HybridRetriever, numbers_named, retrievers_named
 from memlong.errors import InvalidArgumentError
 from memlong.plugins import Registry
 from memlong.plugins.options import check_options
@@ -49,6 +51,11 @@ def create_retriever(
     if _is_model(name, registry):
         name, given = _OF_MODELS, {"name": name, **given}
     retriever = retriever_class(name, registry)
+    if issubclass(retriever, HybridRetriever):
+        named = retrievers_named(given)
+        _check_parts(named, registry)
+        parts = [create_retriever(part, model, tokenizer, own, registry) for part, own in named.items()]
+        return retriever(parts, **numbers_named(given))
     check_options(f"retriever {name!r}", retriever, given, besides=("model", "tokenizer"))
     return retriever(model, tokenizer, **given)
 
@@ -58,6 +65,32 @@ def retriever_class(name: str, registry: Registry) -> type[Retriever]:
     name = _OF_MODELS if _is_model(name, registry) else name
     found: type[Retriever] = registry.load_retriever_class(name, Retriever)
     return found
+
+
+def saved_options(name: str, options: Mapping[str, Any], registry: Registry) -> SavedOptions:
+    """Return which options a file, which may be a stranger's, may give the retriever of this name.
+
+    Raises the same errors as `create_retriever`, as far as they are about names.
+    """
+    retriever = retriever_class(name, registry)
+    found = dict(retriever.saved_options)
+    if issubclass(retriever, HybridRetriever):
+        named = retrievers_named(options)
+        _check_parts(named, registry)
+        for part in named:
+            allowed = retriever_class(part, registry).saved_options
+            found |= {f"{part}.{option}": most for option, most in allowed.items()}
+    return found
+
+
+def _check_parts(names: Iterable[str], registry: Registry) -> None:
+    """Raise unless all names are registered, as those of retrievers that can be fused."""
+    for name in names:
+        registry.retriever(name)
+        if issubclass(retriever_class(name, registry), HybridRetriever):
+            raise InvalidArgumentError(
+                f"retrievers must not hold {name!r}, which fuses others itself: name these in its place"
+            )
 
 
 def _is_model(name: str, registry: Registry) -> bool:

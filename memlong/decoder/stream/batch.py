@@ -371,7 +371,7 @@ class StreamBatch:
             queries = _queries(asking, retriever)
             with self._loader.copy_stream.active():
                 for stream, query in zip(asking, queries, strict=True):
-                    stream.retrieve(query)
+                    stream.retrieve(query, retriever)
 
     def _placements(self) -> tuple[Placement, ...]:
         return tuple(stream.placement for stream in self.streams)

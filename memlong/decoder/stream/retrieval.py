@@ -12,6 +12,8 @@ from torch import Tensor
 from memlong.bank import Chunks, Draft, MemoryBank
 from memlong.decoder.arrays import Ints
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.retrievers.base import Candidates, Passage, Retriever
+from memlong.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,71 @@ class RandomChunks:
         return Retrieval(query, found.ids, scores), _memory(found, None)
 
 
+@dataclass(frozen=True)
+class Reranking:
+    """How a retriever chooses from what a bank finds.
+
+    Attributes
+    ----------
+    retriever
+        Has `Retriever.candidates`.
+    query
+        The passage that asks.
+    """
+
+    retriever: Retriever
+    query: Passage
+
+    def best(self, bank: MemoryBank | Draft, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return ids and scores [found] of at most k chunks for a query's embedding [dim], best first.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the retriever does not return a score for each candidate.
+        """
+        found = bank.search(query[None], max(k, min(self.retriever.candidates, len(bank))))
+        order = found.ids[0].argsort()
+        ids, scores = found.ids[0, order], found.scores[0, order]
+        embeddings, spans = bank.embeddings_of(ids), bank.spans_of(ids)
+        held = spans[:, 0] >= 0  # the others are missing, or have left the bank since the search
+        asked = torch.as_tensor(query, dtype=torch.float32, device="cpu").detach()
+        candidates = Candidates(self.query, asked, *(each[held] for each in (ids, scores, embeddings, spans)))
+        anew = torch.as_tensor(self.retriever.rerank(candidates), device="cpu").detach()
+        if anew.shape != candidates.ids.shape or anew.isnan().any():
+            raise InvalidArgumentError(
+                f"rerank of {type(self.retriever).__name__} must return a number for each of {len(candidates)} "
+                f"candidates, got {anew!r:.80}"
+            )
+        kept = anew.sort(descending=True, stable=True).indices[:k]
+        kept = kept[anew[kept] > -torch.inf]
+        return candidates.ids[kept], anew[kept].float()
+
+
 def retrieve_chunks(
-    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig, before: StreamMemory | None = None
+    bank: MemoryBank | Draft,
+    query: Tensor,
+    config: MemoryConfig,
+    before: StreamMemory | None = None,
+    reranking: Reranking | None = None,
 ) -> tuple[Retrieval, StreamMemory | None]:
     """Retrieve chunks for a query's embedding [dim]; None if nothing was found.
 
     Those that ``before`` holds, from the same bank, are not read again.
     """
-    found = bank.search(query[None], max(1, min(config.top_k, len(bank))))
+    k = max(1, min(config.top_k, len(bank)))
+    if reranking is None:
+        result = bank.search(query[None], k)
+        found, scores = result.ids[0], result.scores[0]
+    else:
+        found, scores = reranking.best(bank, query, k)
     known = set() if before is None else set(before.ids)
-    ids = [each for each in found.ids[0].tolist() if each >= 0]
+    ids = [each for each in found.tolist() if each >= 0]
     new = [each for each in ids if each not in known]
     chunks = bank.fetch(new, known=[each for each in ids if each in known])
     gone = set(new) - set(chunks.ids.tolist())  # they have left the bank since the search
     held = [place for place, each in enumerate(ids) if each not in gone]
-    retrieval = Retrieval(query, found.ids[0, held], found.scores[0, held])
+    retrieval = Retrieval(query, found[held], scores[held])
     # Chunks leave the window in the order of the text, so that is the order of ids.
     return retrieval, _memory(chunks, before, retrieval.ids.sort().values)
 

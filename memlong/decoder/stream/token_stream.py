@@ -15,10 +15,17 @@ from memlong.bank import ChunkLayout, Draft, MemoryBank
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.persistence.saved_values import fact_of, tensor_of
-from memlong.decoder.retrievers.base import Passage
+from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.stream.attention_record import HeldChunk
 from memlong.decoder.stream.positions import Placement, memory_positions, placement_of
-from memlong.decoder.stream.retrieval import Placed, RandomChunks, Retrieval, StreamMemory, retrieve_chunks
+from memlong.decoder.stream.retrieval import (
+    Placed,
+    RandomChunks,
+    Reranking,
+    Retrieval,
+    StreamMemory,
+    retrieve_chunks,
+)
 
 _MOST_IDS = 1 << 62
 
@@ -204,14 +211,17 @@ class TokenStream:
         """Drop what was retrieved for the last segment."""
         self.memory = self.retrieval = None
 
-    def retrieve(self, query: Tensor) -> None:
-        """Retrieve chunks for a query's embedding [dim]."""
+    def retrieve(self, query: Tensor, retriever: Retriever) -> None:
+        """Retrieve chunks for the embedding [dim] of its query."""
         assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
         by_chance = self.random_chunks
         if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
             self.retrieval, self.memory = by_chance.retrieve(self.bank, query, self.config)
         else:
-            self.retrieval, self.memory = retrieve_chunks(self.bank, query, self.config, self._before)
+            reranking = Reranking(retriever, self.query()) if retriever.candidates else None
+            self.retrieval, self.memory = retrieve_chunks(
+                self.bank, query, self.config, self._before, reranking
+            )
         self._before = self.memory
         self._memory_from = self._weak_bank()
 
