@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from memlong import LayeredBank, MemoryDecoder, Passage, Retriever
+from memlong import Candidates, LayeredBank, MemoryDecoder, Passage, Retriever
 from memlong.decoder import create_retriever
 from memlong.decoder.retrievers.baselines import RandomRetriever
 from memlong.decoder.retrievers.hybrid import HybridRetriever
@@ -147,6 +147,20 @@ def test_equal_ranks_and_equal_chunks_are_in_the_order_of_ids(bank_of_said):
     assert bank_of_said([first, second], 4) == [2, 3, 0, 1]
     assert bank_of_said([first, second, first], 4) == [2, 3, 0, 1]
     assert bank_of_said([first, second, second], 1) == [3]
+
+
+def test_ranks_are_worth_the_same_whichever_retriever_gave_them():
+    # Chunks 0, 1 and 2 have the ranks 1, 2 and 3, each of another retriever; 3, 4 and 5 the next three; and so on.
+    ranks = [[place // 3 * 3 + (place + turn) % 3 for place in range(60)] for turn in range(3)]
+    hybrid = HybridRetriever(
+        [Said(dict(enumerate([[math.cos(r / 60), math.sin(r / 60)] for r in row]))) for row in ranks]
+    )
+    embeddings = hybrid.embed_chunks([Passage((1,), place) for place in range(60)])
+    query, nothing = torch.tensor([1.0, 0] * 3), torch.zeros(60)
+    found = Candidates(Passage((1,), 60), query, torch.arange(60), nothing, embeddings, nothing)
+    scores = hybrid.rerank(found)
+    assert scores.reshape(20, 3).diff(dim=1).eq(0).all()
+    assert scores.sort(descending=True, stable=True).indices.tolist() == [*range(60)]
 
 
 @pytest.fixture
