@@ -17,7 +17,7 @@ import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from candidates import Score, Scored, States, attention, bm25, embedding, mixed, pooled, token_vectors
@@ -27,13 +27,14 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from memlong import MemoryConfig, MemoryDecoder, Passage, Retriever, load_model
+from memlong import Candidates, MemoryConfig, MemoryDecoder, Passage, Retriever, load_model
 from memlong.decoder import choose_machine, create_retriever
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
 from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 from memlong.versions import versions
 
 TEXT = Path(inspect.getfile(typing))
+Given = TypeVar("Given")
 
 
 class Timed(Retriever):
@@ -43,6 +44,7 @@ class Timed(Retriever):
         super().__init__(inner.model, inner.tokenizer)
         self._inner = inner
         self.metric = inner.metric  # type: ignore[misc] - of one object
+        self.candidates = inner.candidates
         self.seconds = 0.0
 
     @property
@@ -58,9 +60,13 @@ class Timed(Retriever):
         """Embeddings of the queries."""
         return self._timed(self._inner.embed_queries, queries)
 
-    def _timed(self, embed: Callable[[Sequence[Passage]], Tensor], passages: Sequence[Passage]) -> Tensor:
+    def rerank(self, found: Candidates) -> Tensor:
+        """New scores of the candidates."""
+        return self._timed(self._inner.rerank, found)
+
+    def _timed(self, make: Callable[[Given], Tensor], given: Given) -> Tensor:
         started = time.perf_counter()
-        found = embed(passages)
+        found = make(given)
         self.seconds += time.perf_counter() - started
         return found
 
@@ -158,6 +164,7 @@ def _rows(model: Any, tokenizer: Any, input_ids: Tensor) -> dict[str, Callable[[
         "lm": lambda: named("lm"),
         "lm without recency": lambda: named("lm", recency=0),
         "lm, tokens alone": lambda: named("lm", pairs=0, recency=0),
+        "hybrid": lambda: named("hybrid"),
         "random": lambda: named("random"),
         "recent": lambda: named("recent"),
         "BM25": lambda: Scored(bm25, most),
