@@ -78,6 +78,7 @@ def needle(
         _check_plot(plot)
     from memlong.evaluation import read_text
     from memlong.evaluation.needle import FILLER, evaluate_needle
+    from memlong.evaluation.share import Share
     from memlong.versions import versions
 
     wanted = list(dict.fromkeys(numbers("--lengths", lengths, int)))
@@ -113,6 +114,11 @@ def needle(
             progress=bar.update,
         )
     found = sum(cell.accuracy for cell in cells) / len(cells)
+    told = [each for cell in cells for each in cell.answers if each.source_named is not None]
+    named_sources = {
+        "answers": Share.of(bool(each.source_named) for each in told),
+        "right_answers": Share.of(bool(each.source_named) for each in told if each.right),
+    }
     result = {
         "model": model,
         "adapter": adapter,
@@ -121,12 +127,15 @@ def needle(
         "filler": None if filler is None else str(filler),
         "seed": seed,
         "accuracy": found,
+        "source_named": {name: share and asdict(share) for name, share in named_sources.items()},
         "cells": [asdict(cell) for cell in cells],
         "versions": versions(),
     }
     if output.write(result):
         _print(cells)
         say(f"\n{found:.0%} found ({machine_of(decoder.model)})")
+        if share := named_sources["answers"]:
+            say(f"Of {share.trials} answers with the key in memory, {share} attended most to its chunk")
     if plot is not None:
         _draw(cells, f"{model or adapter}, memory: {result['backend']}", plot)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlong.decoder import MemoryDecoder
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, UnsupportedModelError
 from memlong.evaluation.numbers import checked_logits
 from memlong.evaluation.text import opening_tokens
 
@@ -37,6 +37,27 @@ _LONG_LINE = 64  # tokens
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?= \S)")
 _LONGEST = 10**8  # tokens of a prompt, which must fit in RAM
 
+Span = tuple[int, int]
+"""First token, and that after the last."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one question for a pass key.
+
+    Attributes
+    ----------
+    right
+        Whether the pass key was answered exactly.
+    source_named
+        Whether, of all retrieved chunks, one that holds the pass key got the most attention, as
+        `MemoryDecoder.sources` tells. None if the memory has no such chunk, as while the pass key is in the local
+        window, or the model's attention does not tell.
+    """
+
+    right: bool
+    source_named: bool | None
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -52,12 +73,21 @@ class Cell:
         Number of pass keys tried.
     accuracy
         Share of the pass keys that were answered exactly.
+    answers
+        Of each trial.
     """
 
     length: int
     depth: float
     trials: int
     accuracy: float
+    answers: tuple[Answer, ...] = ()
+
+    @classmethod
+    def of(cls, length: int, depth: float, answers: Sequence[Answer]) -> Cell:
+        """Count the right answers."""
+        accuracy = sum(each.right for each in answers) / len(answers)
+        return cls(length, depth, len(answers), accuracy, tuple(answers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +139,13 @@ def passkey_prompt(
     InvalidArgumentError
         If the length is too short for needle and question, or too long, or the depth is not from 0 to 1.
     """
+    return _passkey_prompt(tokenizer, length, depth, key, filler)[0]
+
+
+def _passkey_prompt(
+    tokenizer: Any, length: int, depth: float, key: int, filler: str | Filler
+) -> tuple[Tensor, Span]:
+    """Return the prompt, and where the needle is in it."""
     if length > _LONGEST:
         raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}")
     if not 0 <= depth <= 1:
@@ -119,8 +156,9 @@ def passkey_prompt(
     )
     opening = [*opening_tokens(tokenizer), *opening]
     filler_tokens = length - len(opening) - len(needle) - len(question)
-    text = _hidden([needle], [depth], hay, filler_tokens, length)
-    return torch.tensor([[*opening, *text, *question]], dtype=torch.long, device="cpu")
+    text, ((start, end),) = _hidden([needle], [depth], hay, filler_tokens, length)
+    prompt = torch.tensor([[*opening, *text, *question]], dtype=torch.long, device="cpu")
+    return prompt, (len(opening) + start, len(opening) + end)
 
 
 def named_keys_prompt(
@@ -134,6 +172,14 @@ def named_keys_prompt(
 
     The text and the longest question have ``length`` tokens; otherwise as `passkey_prompt`, with the same errors.
     """
+    text, asked, _ = _named_keys_prompt(tokenizer, length, depths, named, filler)
+    return text, asked
+
+
+def _named_keys_prompt(
+    tokenizer: Any, length: int, depths: Sequence[float], named: Mapping[str, int], filler: str | Filler
+) -> tuple[Tensor, list[Tensor], list[Span]]:
+    """Return text and questions, and where the needles are in the text."""
     if length > _LONGEST:
         raise InvalidArgumentError(f"length must be at most {_LONGEST:,} tokens, got {length}")
     if len(named) != len(depths) or not named or sorted(set(depths)) != list(depths):
@@ -149,11 +195,11 @@ def named_keys_prompt(
     ]
     opening = [*opening_tokens(tokenizer), *_ids(tokenizer, NAMED_OPENING)]
     filler_tokens = length - len(opening) - sum(map(len, needles)) - max(map(len, questions))
-    text = _hidden(needles, depths, hay, filler_tokens, length)
+    text, spans = _hidden(needles, depths, hay, filler_tokens, length)
     prompt, *asked = (
         torch.tensor([each], dtype=torch.long, device="cpu") for each in ([*opening, *text], *questions)
     )
-    return prompt, asked
+    return prompt, asked, [(len(opening) + start, len(opening) + end) for start, end in spans]
 
 
 def _hidden(
@@ -162,8 +208,8 @@ def _hidden(
     filler: Filler,
     filler_tokens: int,
     length: int,
-) -> list[int]:
-    """Return so many tokens of filler, with needles between its pieces, at ascending depths."""
+) -> tuple[list[int], list[Span]]:
+    """Return so many tokens of filler, with needles between its pieces, at ascending depths, and where these are."""
     if filler_tokens < 0:
         raise InvalidArgumentError(
             f"length must be at least {length - filler_tokens} tokens, for opening, pass keys and question, "
@@ -171,15 +217,19 @@ def _hidden(
         )
     if not filler.tokens:
         raise InvalidArgumentError("filler must not be empty: give some text, or leave it out")
-    hay, text, used = itertools.cycle(filler.tokens), [], 0
+    hay, used = itertools.cycle(filler.tokens), 0
+    text: list[int] = []
+    spans: list[Span] = []
     for needle, depth in zip(needles, depths, strict=True):
         # Between pieces, so that it does not start in the middle of a sentence.
         rounds, wanted = divmod(depth * filler_tokens, len(filler.tokens))
         nearest = int(filler.ends[np.abs(filler.ends - wanted).argmin()])
         before = int(rounds) * len(filler.tokens) + nearest if depth < 1 else filler_tokens
-        text += [*itertools.islice(hay, min(before, filler_tokens) - used), *needle]
+        text += itertools.islice(hay, min(before, filler_tokens) - used)
+        spans.append((len(text), len(text) + len(needle)))
+        text += needle
         used = min(before, filler_tokens)
-    return [*text, *itertools.islice(hay, filler_tokens - used)]
+    return [*text, *itertools.islice(hay, filler_tokens - used)], spans
 
 
 def evaluate_needle(
@@ -232,12 +282,13 @@ def evaluate_needle(
         passkey_prompt(decoder.tokenizer, length, depth, 10_000, hay)
     cells = []
     for length, depth in itertools.product(lengths, depths):
-        right = 0
+        answers = []
         for _ in range(trials):
             key = numbers.randrange(10_000, 100_000)
-            prompt = passkey_prompt(decoder.tokenizer, length, depth, key, hay)
-            right += _finds(decoder, prompt, str(key), progress)
-        cells.append(Cell(length, depth, trials, right / trials))
+            prompt, needle = _passkey_prompt(decoder.tokenizer, length, depth, key, hay)
+            _read(decoder, prompt[:, :-1], progress)
+            answers.append(_answer(decoder, prompt[:, -1:], str(key), needle))
+        cells.append(Cell.of(length, depth, answers))
     return cells
 
 
@@ -265,13 +316,13 @@ def _find_named(
     of_lengths = list(zip([length for length in lengths for _ in range(trials)], hidden, strict=True))
     for length, keys in of_lengths:  # fail early
         named_keys_prompt(decoder.tokenizer, length, depths, keys, filler)
-    right = {(length, depth): 0 for length in lengths for depth in depths}
+    answers: dict[tuple[int, float], list[Answer]] = {(n, depth): [] for n in lengths for depth in depths}
     for length, keys in of_lengths:
-        text, questions = named_keys_prompt(decoder.tokenizer, length, depths, keys, filler)
+        text, questions, needles = _named_keys_prompt(decoder.tokenizer, length, depths, keys, filler)
         _read(decoder, text, progress)
-        for depth, question, key in zip(depths, questions, keys.values(), strict=True):
-            right[length, depth] += _answers(decoder, question, str(key))
-    return [Cell(length, depth, trials, found / trials) for (length, depth), found in right.items()]
+        for depth, question, key, needle in zip(depths, questions, keys.values(), needles, strict=True):
+            answers[length, depth].append(_answer(decoder, question, str(key), needle))
+    return [Cell.of(*place, found) for place, found in answers.items()]
 
 
 def says(answer: str, value: str) -> bool:
@@ -285,16 +336,28 @@ def says(answer: str, value: str) -> bool:
     return re.match(re.escape(value) + r"(?!\w)", answer.strip()) is not None
 
 
-def _finds(decoder: MemoryDecoder, prompt: Tensor, key: str, progress: Callable[[int], None] | None) -> bool:
-    _read(decoder, prompt[:, :-1], progress)
-    return _answers(decoder, prompt[:, -1:], key)
-
-
 def _read(decoder: MemoryDecoder, text: Tensor, progress: Callable[[int], None] | None) -> None:
     decoder.reset()
     for segment in decoder.stream(text, logits="last"):
         if progress is not None:
             progress(segment.tokens.shape[1])
+
+
+def _answer(decoder: MemoryDecoder, question: Tensor, key: str, needle: Span) -> Answer:
+    """Ask for a pass key that is hidden in these tokens of the text."""
+    try:
+        with decoder.sources() as sources:
+            right = _answers(decoder, question, key)
+    except UnsupportedModelError:  # it answers, but its attention does not tell of what
+        return Answer(_answers(decoder, question, key), None)
+    stored = [bank.spans_of(bank.ids) for bank in decoder.banks]
+    if not any(_overlaps(span, needle) for spans in stored for span in spans.tolist()):
+        return Answer(right, None)
+    return Answer(right, any(_overlaps(each.span, needle) for each in sources.chunks[:1]))
+
+
+def _overlaps(one: Sequence[int], other: Sequence[int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def _answers(decoder: MemoryDecoder, question: Tensor, key: str) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from memlong.decoder.model import kernels
 from memlong.errors import InvalidArgumentError, MemlongError
-from memlong.evaluation import Filler, evaluate_needle, passkey_prompt
+from memlong.evaluation import Answer, Filler, evaluate_needle, passkey_prompt
 from memlong.evaluation.needle import named_keys_prompt, says
 
 
@@ -52,6 +55,16 @@ class Characters:
         return "".join(chr(number) for number in ids)
 
 
+class Answers:
+    """A decoder that remembers nothing, and so has no sources."""
+
+    tokenizer = Characters()
+    banks = ()
+
+    def sources(self):
+        return nullcontext()
+
+
 def test_a_prompt_begins_as_the_tokenizer_has_texts_begin():
     class Begins(Characters):
         def __call__(self, text, *, add_special_tokens, **_):
@@ -75,9 +88,7 @@ def test_a_prompt_hides_the_key_at_its_depth_and_asks_for_it(depth):
 
 
 def test_the_one_who_knows_is_found_right(monkeypatch):
-    class Knows:
-        tokenizer = Characters()
-
+    class Knows(Answers):
         def reset(self):
             self.read = ""
 
@@ -92,6 +103,74 @@ def test_the_one_who_knows_is_found_right(monkeypatch):
 
     cells = evaluate_needle(Knows(), [900], [0, 0.5, 1], trials=3)
     assert [cell.accuracy for cell in cells] == [0, 1, 1]
+
+
+class Attends(Answers):
+    """Says nothing of use, and attends to chunks of 100 characters, most to the one of the given number."""
+
+    def __init__(self, attended, stored=9):
+        self.attended, self.stored = attended, stored
+
+    def reset(self):
+        pass
+
+    def stream(self, ids, **_):
+        return []
+
+    def generate(self, ids, *_, **__):
+        return ids
+
+    @property
+    def banks(self):
+        spans = torch.tensor([[100 * number, 100 * number + 100] for number in range(self.stored)])
+        return (SimpleNamespace(ids=torch.arange(self.stored), spans_of=lambda ids: spans[ids]),)
+
+    def sources(self):
+        chunks = [SimpleNamespace(span=(100 * each, 100 * each + 100)) for each in (self.attended, 4, 5)]
+        return nullcontext(SimpleNamespace(chunks=chunks))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("attended", "stored", "source_named"),
+    [(4, 9, True), (5, 9, True), (6, 9, False), (4, 5, True), (5, 5, True), (4, 4, None)],
+)
+def test_of_a_key_in_two_chunks_either_is_its_source(attended, stored, source_named, named):
+    """A key that is not in memory has none."""
+    (cell,) = evaluate_needle(Attends(attended, stored), [1000], [0.46], named=named, filler="word " * 100)
+    (answer,) = cell.answers
+    assert answer == Answer(right=False, source_named=source_named)
+
+
+def test_without_a_chunk_that_was_attended_to_no_source_is_named():
+    decoder = Attends(0)
+    decoder.sources = lambda: nullcontext(SimpleNamespace(chunks=[]))
+    (cell,) = evaluate_needle(decoder, [1000], [0.46], filler="word " * 100)
+    assert cell.answers == (Answer(right=False, source_named=False),)
+
+
+def test_the_command_tells_how_often_the_key_is_the_source(run, tmp_path):
+    file = tmp_path / "needle.json"
+    result = run(json=file, depths="0,1", trials=2, local_window=48, top_k=8)
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text(encoding="utf-8"))
+    told = [[each["source_named"] for each in cell["answers"]] for cell in found["cells"]]
+    assert all(isinstance(each, bool) for each in told[0] + told[2])
+    assert told[1] == told[3] == [None, None]  # they are in the window
+    share = found["source_named"]["answers"]
+    assert (share["count"], share["trials"]) == (sum(told[0] + told[2]), 4)
+    assert found["source_named"]["right_answers"] is None
+    assert "Of 4 answers with the key in memory," in result.stdout
+
+
+def test_attention_that_does_not_tell_answers_all_the_same(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "is_plain", lambda *_: False)
+    file = tmp_path / "needle.json"
+    result = run(json=file)
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert [cell["answers"] for cell in found["cells"]] == [[{"right": False, "source_named": None}]] * 4
+    assert found["source_named"] == {"answers": None, "right_answers": None}
 
 
 def test_named_keys_hide_in_one_text_and_each_is_asked_for():
@@ -144,8 +223,7 @@ def test_depths_of_named_keys_must_ascend(depths, message):
 
 
 def test_named_keys_are_asked_for_from_one_reading():
-    class Knows:
-        tokenizer = Characters()
+    class Knows(Answers):
         read = 0
 
         def reset(self):
@@ -210,7 +288,7 @@ def test_the_filler_is_tokenized_once(named):
             seen.append(text)
             return super().__call__(text, **options)
 
-    class Reads:
+    class Reads(Answers):
         tokenizer = Counts()
 
         def reset(self):
