@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import threading
 import time
@@ -315,3 +316,32 @@ def test_a_model_without_a_template_is_refused(module, llama, tokenizer, tmp_pat
         module.main(model="model")
     with pytest.raises(InvalidArgumentError, match="must be NAME=DIR"):
         module.main(memory=["book"])
+
+
+@pytest.mark.slow
+def test_the_bench_finds_answers_that_are_those_of_each_session_alone(
+    llama, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    serving = importlib.import_module("serving")
+    llama.generation_config.eos_token_id = WORDS.index("word93")
+    llama.config.max_position_embeddings = 4096
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(said(3000), encoding="utf-8")
+    serving.main(
+        users=3,
+        seconds=5,
+        budget="1MB",
+        rows=2,
+        text=tmp_path / "text.txt",
+        characters=6000,
+        max_tokens=4,
+        model=str(tmp_path / "model"),
+        seed=0,
+        out=tmp_path / "serving.json",
+    )
+    facts = json.loads((tmp_path / "serving.json").read_text())
+    assert facts["differ"] == []
+    assert facts["answers"] >= 3
+    assert facts["most_bytes_of_sessions"] > 0
