@@ -18,7 +18,7 @@ from memlong.evaluation.needle import evaluate_needle
 from memlong.testing import VOCABULARY
 
 PASSAGES = [Passage(tuple(range(3 + start, 30 + start)), start) for start in (0, 8, 40)]
-RETRIEVERS = ["lm", "random", "recent", "sentence-transformers"]
+RETRIEVERS = ["lm", "random", "recent", "sentence-transformers", "hybrid"]
 
 
 @contextmanager
@@ -61,12 +61,13 @@ def test_embeddings_are_the_same(llama, words, name, other):
 
 
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("name", ["lm", "random", "recent"])
+@pytest.mark.parametrize("name", ["lm", "random", "recent", "hybrid"])
 def test_a_stream_is_the_same(llama, small, text, name, other):
     ids, question = text(120), text(6)
+    options = {"retrievers": "lm,random"} if name == "hybrid" else {}
 
     def streamed() -> tuple[object, ...]:
-        with MemoryDecoder(llama, None, small(retriever=name)) as decoder:
+        with MemoryDecoder(llama, None, small(retriever=name, retriever_options=options)) as decoder:
             logits = torch.cat([segment.logits for segment in decoder.stream(ids)], dim=1)
             scores = decoder.banks[0].exact_search(decoder.retriever.embed_queries(PASSAGES), 3).scores
             answer = decoder.generate(question, max_new_tokens=12, do_sample=False)

@@ -131,7 +131,9 @@ class HybridRetriever(Retriever):
             # Rounded, so that chunks that are alike are equal.
             order = (chunks * query).sum(dim=1).float().sort(descending=True, stable=True).indices
             share = torch.empty(len(order), dtype=torch.float64, device="cpu")
-            share[order] = weight / (_DAMPING + torch.arange(1, len(order) + 1, dtype=torch.float64))
+            share[order] = weight / (
+                _DAMPING + torch.arange(1, len(order) + 1, dtype=torch.float64, device="cpu")
+            )
             shares.append(share)
         # In one order, so that ranks of 1 and 2 are worth what 2 and 1 are.
         return torch.stack(shares).sort(dim=0).values.sum(dim=0)
