@@ -100,6 +100,16 @@ def test_the_seed_chooses_the_random_chunks(run):
     assert results[0] == results[1] != results[2]
 
 
+def test_retrievers_are_fused_by_name(run):
+    options = ["retrievers=lm,random", "weights=2,1", "candidates=9", "lm.recency-scale=50", "random.dim=8"]
+    result = run(retriever="hybrid", retriever_option=options, json="-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["chunks_stored"] > 9
+    result = run(retriever="hybrid", retriever_option=["retrievers=lm,random", "sentence.dim=8"])
+    assert isinstance(result.exception, InvalidArgumentError)
+    assert "There is no option 'sentence.dim' of retriever 'hybrid'" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
