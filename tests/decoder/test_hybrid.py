@@ -383,6 +383,18 @@ def test_a_chunk_that_leaves_between_search_and_choice_is_no_candidate():
     assert ids.tolist() == [2, 1]
 
 
+def test_where_nothing_may_be_found_there_is_nothing_to_choose_from():
+    retriever, blocks = Choosy(), torch.zeros(4, 1, 1, 4, 1)
+    base, top = (Registry().create_bank("torch", retriever.dim) for _ in range(2))
+    base.add(torch.eye(4, 8), blocks, blocks, [(2 + 8 * number, 6 + 8 * number) for number in range(4)])
+    query = Passage((1,), 99)
+    for among, found in (([[]], []), ([[1, 3]], [3, 1])):
+        bank = LayeredBank(top, [base], among=among)
+        ids, scores = Reranking(retriever, query).best(bank, retriever.embed_queries([query])[0], 2)
+        assert ids.tolist() == found
+        assert len(scores) == len(retriever.seen) * 2
+
+
 def test_the_hook_alone_changes_nothing(llama, small, text):
     class Same(RandomRetriever):
         candidates = 3

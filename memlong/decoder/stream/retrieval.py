@@ -144,6 +144,8 @@ class Reranking:
         ids, scores = found.ids[0, order], found.scores[0, order]
         embeddings, spans = bank.embeddings_of(ids), bank.spans_of(ids)
         held = spans[:, 0] >= 0  # the others are missing, or have left the bank since the search
+        if not held.any():
+            return ids[held], scores[held]
         asked = torch.as_tensor(query, dtype=torch.float32, device="cpu").detach()
         candidates = Candidates(self.query, asked, *(each[held] for each in (ids, scores, embeddings, spans)))
         anew = torch.as_tensor(self.retriever.rerank(candidates), device="cpu").detach()
