@@ -331,11 +331,19 @@ class Corpus:
             if self.folder is not None and has_manifest(self.folder):
                 self._known_in(self.folder, read_manifest(self.folder))
 
-    def save(self, path: str | Path | None = None) -> None:
+    def save(self, path: str | Path | None = None, *, matrix: bool = True) -> None:
         """Write the corpus into a folder, by default its own; what has changed, if it was saved or loaded there.
 
         The folder holds the previous state or this one, whenever the process ends. Keys and values that are saved need
         no longer be in memory, and are read from there if the corpus was loaded with them on disk.
+
+        Parameters
+        ----------
+        path
+            The folder.
+        matrix
+            Whether to write all embeddings once more, as one matrix that processes which load the corpus have in memory
+            once. False saves time where more is to be added soon.
 
         Raises
         ------
@@ -349,7 +357,7 @@ class Corpus:
         folder, state = folder_of(path or self.folder or ""), self.bank.state
         with self._lock, SnapshotWriter(folder, "corpus") as writer:
             known = self._known_in(folder, writer.current)
-            saved = write_bank(self.bank, writer, forgets=self._has_forgotten)
+            saved = write_bank(self.bank, writer, forgets=self._has_forgotten, matrix=matrix)
             parts = write_table(writer, known, self._documents, self._tokens)
             record = CorpusRecord(self.notes, tuple(each.record for each in parts))
             writer.commit([saved.record], corpus=record)

@@ -142,12 +142,12 @@ class _Saver:
         """Note bytes that were added, and save if they are many."""
         self._bytes += nbytes
         if self._bytes >= _AT_ONCE or (self._bytes and time.monotonic() - self._then >= _PATIENCE):
-            self.save()
+            self.save(matrix=False)
 
-    def save(self) -> None:
+    def save(self, *, matrix: bool = True) -> None:
         """Save now."""
         if self._corpus.folder is not None:
-            self._corpus.save()
+            self._corpus.save(matrix=matrix)
         self._then, self._bytes = time.monotonic(), 0
 
 

@@ -181,15 +181,16 @@ class ChunkTable:
     def fill(
         self, ids: Ids, embeddings: Floats, spans: Ids, retrievals: Ids, last_used: Ids, clock: int
     ) -> None:
-        """Begin with these rows, ascending by id, and the clock at this time."""
+        """Begin with these rows, ascending by id, and the clock at this time; the embeddings are kept, not copied."""
         norms = np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64)
-        fresh = TableRows.empty(len(ids), self._dim)
-        for column, given in zip(
-            fresh.columns, (ids, embeddings, norms, spans, retrievals, last_used), strict=True
-        ):
-            column[:] = given
+        columns: tuple[npt.NDArray[Any], ...] = (
+            np.array(ids, dtype=np.int64),
+            np.require(embeddings, np.float32, ["C", "W"]),
+            norms.astype(np.float32),
+            *(np.array(each, dtype=np.int64) for each in (spans, retrievals, last_used)),
+        )
         self.clock = clock
-        self._rows = replace(fresh, last=len(ids)).measured()
+        self._rows = TableRows(columns, 0, len(ids), 0.0).measured()
 
     def mark_retrieved(self, rows: Ids) -> None:
         """Count one retrieval for every row number in `rows`; a row may come more than once."""

@@ -13,7 +13,8 @@ from memlong.errors import SnapshotError
 Choice = TypeVar("Choice", bound=str)
 
 FILE_NAME = re.compile(
-    r"(blocks|chunks|state|streams|documents)-[0-9]{1,15}-[0-9]{1,9}\.safetensors|index-[0-9]{1,15}-[0-9]{1,9}\.bin"
+    r"(blocks|chunks|state|streams|documents)-[0-9]{1,15}-[0-9]{1,9}\.safetensors"
+    r"|(index|matrix)-[0-9]{1,15}-[0-9]{1,9}\.bin"
 )
 """What a file of a snapshot is called: it can lie nowhere but in the folder, and never is the manifest."""
 

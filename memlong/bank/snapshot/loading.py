@@ -10,6 +10,7 @@ from memlong.bank.capacity import Capacity
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.files import damaged
 from memlong.bank.snapshot.lazy import SnapshotStore
+from memlong.bank.snapshot.matrix import map_matrix
 from memlong.bank.snapshot.options import refused_option
 from memlong.bank.snapshot.reader import StoredBank
 from memlong.bank.snapshot.saving import Bank, name_of
@@ -110,10 +111,13 @@ def _fill(state: BankState, stored: StoredBank) -> None:
     leaving = state.capacity.victims(content.usage, limit)
     if len(leaving):
         content = content.rows(~np.isin(content.ids, leaving))
+    is_lazy, embeddings = isinstance(state.store, SnapshotStore), content.embeddings
+    if is_lazy and record.matrix is not None and not len(leaving) and state.device.type == "cpu":
+        embeddings = map_matrix(stored.folder, record.matrix, embeddings)
     with state.lock.write():
         state.fill(
             content.ids,
-            content.embeddings,
+            embeddings,
             content.spans,
             layout,
             record.next_id,

@@ -104,6 +104,8 @@ class BankRecord:
         Where the chunks are.
     index : IndexRecord or None
         The native index, where there is one.
+    matrix : FileRecord or None
+        The embeddings of all chunks that are held once more, float32 [count, dim] and nothing else, to be mapped.
     bases : tuple of BaseRecord
         The banks that it lay over, which are not in the folder.
     """
@@ -125,13 +127,15 @@ class BankRecord:
     state: FileRecord
     segments: tuple[SegmentRecord, ...]
     index: IndexRecord | None
+    matrix: FileRecord | None = None
     bases: tuple[BaseRecord, ...] = ()
 
     @property
     def files(self) -> list[FileRecord]:
         """All files that hold it."""
         segments = [file for each in self.segments for file in (each.chunks, each.blocks)]
-        return [self.state, *segments, *([self.index.file] if self.index else [])]
+        index, matrix = ([self.index.file] if self.index else []), ([self.matrix] if self.matrix else [])
+        return [self.state, *segments, *index, *matrix]
 
 
 @dataclass(frozen=True)
@@ -340,6 +344,7 @@ def _bank(fields: Fields) -> BankRecord:
         state=_file(fields.part("state")),
         segments=tuple(_segment(each) for each in fields.parts("segments")),
         index=_index(fields.part_or_none("index")),
+        matrix=_file_or_none(fields.part_or_none("matrix")),
         bases=tuple(_base(each) for each in fields.parts("bases")),
     )
     fields.nothing_else()
@@ -413,6 +418,10 @@ def _documents(fields: Fields) -> DocumentsRecord:
     )
     fields.nothing_else()
     return found
+
+
+def _file_or_none(fields: Fields | None) -> FileRecord | None:
+    return None if fields is None else _file(fields)
 
 
 def _file(fields: Fields) -> FileRecord:

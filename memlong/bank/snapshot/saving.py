@@ -13,8 +13,9 @@ from memlong.bank.arrays import Ids
 from memlong.bank.eviction import saved_name
 from memlong.bank.layout import ChunkLayout
 from memlong.bank.snapshot.content import Content
-from memlong.bank.snapshot.files import unwritable
+from memlong.bank.snapshot.files import FileRecord, unwritable
 from memlong.bank.snapshot.manifest import BankRecord, BaseRecord, IndexRecord
+from memlong.bank.snapshot.matrix import write_matrix
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.snapshot.reader import folder_of, layout_record
 from memlong.bank.snapshot.segments import SavedBank, StoredSegment, keepable, write_segments
@@ -69,12 +70,13 @@ def save(bank: Bank, path: str | Path, *, compact: bool) -> None:
 
 
 def write_bank(
-    bank: Bank, writer: SnapshotWriter, *, compact: bool = False, forgets: bool = False
+    bank: Bank, writer: SnapshotWriter, *, compact: bool = False, forgets: bool = False, matrix: bool = False
 ) -> SavedBank:
     """Write what a state of a folder needs of a bank, and return it, for `BankState.saved` once that is current.
 
     The next save then writes only what has changed since. With ``forgets``, nothing of chunks that have left remains,
-    and only what was saved with them is written again. Of a layered bank that is its top, and what its bases are.
+    and only what was saved with them is written again. With ``compact`` or ``matrix``, large embeddings are written
+    once more, as one matrix. Of a layered bank that is its top, and what its bases are.
     """
     top, among = bank.top, tuple(bank.among)
     bases = tuple(
@@ -84,7 +86,11 @@ def write_bank(
     with top.state.writing():
         if compact or forgets:
             top.state.drop_index()  # which may remember embeddings of chunks that have left
-    return top.state.surviving(lambda: _written(top, bases, among, writer, compact=compact, forgets=forgets))
+    return top.state.surviving(
+        lambda: _written(
+            top, bases, among, writer, compact=compact, forgets=forgets, matrix=matrix or compact
+        )
+    )
 
 
 def name_of(maker: type) -> str:
@@ -100,6 +106,7 @@ def _written(
     *,
     compact: bool,
     forgets: bool,
+    matrix: bool,
 ) -> SavedBank:
     state = bank.state
     with state.reading(searching=True):
@@ -112,8 +119,23 @@ def _written(
         on_disk = np.concatenate([np.empty(0, dtype=np.int64), *(each.ids for each in kept)])
         fresh = content.rows(~np.isin(content.ids, on_disk))
         written = [] if layout is None else write_segments(writer, fresh, state.store, layout)
-        record = replace(_record(bank, writer, content, among, layout, [*kept, *written]), bases=bases)
+        record = replace(
+            _record(bank, writer, content, among, layout, [*kept, *written]),
+            bases=bases,
+            matrix=_matrix(writer, content, state, anew=matrix),
+        )
     return SavedBank(writer.token, record, (*kept, *written))
+
+
+def _matrix(writer: SnapshotWriter, content: Content, state: BankState, *, anew: bool) -> FileRecord | None:
+    """Return the file of all embeddings: the one that is there if nothing has changed, or else none, or a new one."""
+    known, now = (
+        state.saved if _known_to(writer, state.saved) else None,
+        (state.contents.next_id, len(content.ids)),
+    )
+    if known is not None and known.record.matrix and (known.record.next_id, known.record.count) == now:
+        return known.record.matrix
+    return write_matrix(writer, content.embeddings) if anew else None
 
 
 def _content(state: BankState) -> Content:

@@ -10,6 +10,7 @@ from typing import Any
 from memlong.bank.snapshot.files import check_file, damaged
 from memlong.bank.snapshot.lazy import SnapshotStore
 from memlong.bank.snapshot.manifest import BankRecord, CorpusRecord, ExtraRecord, Manifest
+from memlong.bank.snapshot.matrix import map_matrix, write_matrix
 from memlong.bank.snapshot.reader import StoredBank, folder_of, open_snapshot, read_bank
 from memlong.bank.snapshot.segments import check_finite, read_blocks, write_segments
 from memlong.bank.snapshot.tensors import read_streams
@@ -157,6 +158,10 @@ def _verify_bank(stored: StoredBank, progress: Callable[[int], object]) -> None:
     if stored.record.index is not None:
         stored.check_index()
         progress(stored.record.index.file.nbytes)
+    if stored.record.matrix is not None:
+        check_file(stored.folder, stored.record.matrix)
+        map_matrix(stored.folder, stored.record.matrix, stored.content.embeddings)
+        progress(stored.record.matrix.nbytes)
 
 
 def _verify_documents(stored: StoredBank, corpus: CorpusRecord, progress: Callable[[int], object]) -> None:
@@ -174,6 +179,8 @@ def _compacted(writer: SnapshotWriter, stored: StoredBank) -> BankRecord:
     record = stored.record
     if record.next_id > record.count:  # the library's file may keep what has left
         record = replace(record, index=None)
+    if record.matrix is None:
+        record = replace(record, matrix=write_matrix(writer, stored.content.embeddings))
     if stored.layout is None or not len(stored.content.ids):
         return replace(record, segments=())
     store = SnapshotStore()

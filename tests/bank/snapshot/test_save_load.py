@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import torch
 from memlong import SnapshotError, create_bank, load_bank
 from memlong.bank import InMemoryStore, MemoryBank, TieredStore, bank_of
 from memlong.bank.eviction import Fifo
+from memlong.bank.snapshot import matrix
+from memlong.bank.snapshot.tending import compact, verify
 from memlong.errors import InvalidArgumentError, UnknownNameError
 from memlong.testing.harness import (
     BLOCK,
@@ -304,3 +307,73 @@ def test_a_snapshot_that_takes_too_much_is_refused(make, tmp_path):
     make().save(tmp_path)
     with pytest.raises(SnapshotError, match="more than most_bytes, 1,000"):
         load_bank(tmp_path, most_bytes="1kB")
+
+
+def maps_of(name):
+    return [line for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if name in line]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A bank whose embeddings count as large, in a folder."""
+    monkeypatch.setattr(matrix, "_WORTH", 1)
+    bank = create_bank("torch", DIM)
+    for first in (0, 20):
+        random_chunks(20, seed=first, first=first).into(bank)
+        bank.save(tmp_path)
+    bank.remove([3, 30])
+    bank.save(tmp_path, compact=True)
+    return bank, tmp_path
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss", "hnswlib"])
+def test_embeddings_are_mapped_and_changes_stay_in_this_process(large, backend):
+    bank, folder = large
+    (path,) = folder.glob("matrix-*")
+    before = path.read_bytes()
+    assert before == bank.embeddings.embeddings.numpy().tobytes()
+    loaded, other = (load_bank(folder, backend, lazy=True) for _ in range(2))
+    if sys.platform == "linux":
+        assert maps_of(path.name)
+    query = random_vectors(3)
+    found, expected = loaded.retrieve(query, 9), bank.retrieve(query, 9)
+    for name in ("ids", "scores", "keys", "values", "spans"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    loaded.state.table.embeddings[0] = 0
+    for each in (loaded, bank):
+        random_chunks(2, seed=7, first=90).into(each)
+        each.remove([5])
+    assert loaded.ids.tolist() == bank.ids.tolist()
+    assert path.read_bytes() == before
+    assert torch.equal(other.search(query, 9).ids, expected.ids)
+
+
+def test_the_matrix_is_kept_while_nothing_changes_and_goes_with_what_leaves(large):
+    bank, folder = large
+    (path,) = folder.glob("matrix-*")
+    bank.retrieve(random_vectors(1), 3)
+    bank.save(folder)
+    assert [*folder.glob("matrix-*")] == [path]
+    verify(folder)
+    lazy = load_bank(folder, lazy=True)
+    bank.remove([4])
+    bank.save(folder)
+    assert not [*folder.glob("matrix-*")]
+    assert 4 in lazy.search(lazy.embeddings.embeddings[3:4], 1).ids  # it still has what it opened
+    compact(folder)
+    assert len([*folder.glob("matrix-*")]) == 1
+    assert verify(folder)["banks"][0]["chunks"] == len(load_bank(folder, lazy=True)) == 37
+
+
+def test_a_matrix_of_other_embeddings_is_refused(large):
+    _, folder = large
+    (path,) = folder.glob("matrix-*")
+    content = bytearray(path.read_bytes())
+    for wrong in (bytes(content[:-4]), bytes(content[:-1]) + b"\0", bytes(len(content))):
+        path.write_bytes(wrong)
+        for look in (lambda place: load_bank(place, lazy=True), verify):
+            with pytest.raises(
+                SnapshotError, match=r"matrix-.*bytes instead of|SHA-256|does not hold the embedd"
+            ):
+                look(folder)
+    assert len(load_bank(folder)) == 38  # which does not read it
