@@ -16,8 +16,9 @@ from memlong.decoder.interrupts import uninterrupted
 from memlong.decoder.persistence.snapshot import Reading, read_snapshot, write_rows
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.banks import check_banks
+from memlong.decoder.stream.batch import StreamBatch
 from memlong.decoder.stream.rows import RowState, apart, together
-from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
 
 _GIVEN_BACK = (
     "The pool has saved this session and dropped it from memory, so changes to its bank here would be lost. Use "
@@ -134,7 +135,8 @@ class SessionPool(Pool[HeldStream]):
             If a session is named twice, bases do not fit the decoder, or are not those that the session was begun with.
         MemlongError
             If the pool is closed, or the decoder has read something outside of a block and was not reset. Also at the
-            end of the block, if the decoder was given other streams there; the sessions then keep what they had read.
+            end of the block, if the decoder was given other streams or banks there; the sessions then keep what they
+            had read.
 
         Warns
         -----
@@ -161,18 +163,16 @@ class SessionPool(Pool[HeldStream]):
                 yield self._decoder
             finally:
                 with uninterrupted():
-                    current = self._streams.batch
-                    if current is None and self._streams.banks == tuple(
-                        each.bank for each in held if each.bank is not None
-                    ):
-                        batch = current = self._streams.over([each.bank for each in held])  # after flush()
+                    is_ours = self._reads(held, batch)
+                    if is_ours and self._streams.batch is None:  # after flush()
+                        batch = self._streams.over([each.bank for each in held])
                     for each, row in zip(held, apart(batch), strict=True):
                         each.row = row
                     self._streams.reset()
-            if current is not batch:
+            if not is_ours:
                 raise MemlongError(
-                    "The decoder was given other streams by reset() or restore() inside the block, and what they have "
-                    "read is in no session: go on with the streams that sessions() gives it"
+                    "The decoder was given other streams or banks inside the block, by reset(), restore() or "
+                    "use_banks(), and what it has read since is in no session: go on with those that sessions() gives"
                 )
 
     def flush(self) -> None:
@@ -187,6 +187,13 @@ class SessionPool(Pool[HeldStream]):
         """
         with self._its_turn():
             super().flush()
+
+    def _reads(self, held: Sequence[HeldStream], batch: StreamBatch) -> bool:
+        """Whether the decoder still reads these streams into these banks, or has flushed them there."""
+        tops = [each.bank.top for each in held if each.bank is not None]
+        current = self._streams.batch
+        is_current = current is batch or (current is None and bool(tops))
+        return is_current and [bank.top for bank in self._streams.banks] == tops
 
     def _checked(
         self, session_ids: Sequence[str], bases: Mapping[str, Sequence[MemoryBank]]
@@ -222,6 +229,11 @@ class SessionPool(Pool[HeldStream]):
             if bank is not None:
                 check_banks([bank], self._setup, any_model=False)
             batch = self._streams.over([bank])
+        if len(batch.streams) != 1:
+            raise SnapshotError(
+                f"{str(folder)!r} must hold one row, got {len(batch.streams)}: something else has written there. Load "
+                "it with MemoryDecoder.load, and delete the session"
+            )
         (row,) = apart(batch)
         return HeldStream(self._setup, row, next(iter(batch.banks), None))
 

@@ -169,7 +169,7 @@ def test_a_block_may_flush(decoder, pool, text):
         assert len(decoder.banks[0]) == 12
 
 
-@pytest.mark.parametrize("name", ["reset", "restore"])
+@pytest.mark.parametrize("name", ["reset", "restore", "use_banks"])
 def test_other_streams_in_the_block_are_refused_at_its_end(decoder, pool, text, tmp_path, name):
     decoder.read(text(30))
     decoder.save(tmp_path / "other")
@@ -178,13 +178,14 @@ def test_other_streams_in_the_block_are_refused_at_its_end(decoder, pool, text, 
     def go_astray():
         with pool.sessions("a"):
             decoder.read(text(50))
-            getattr(decoder, name)(*[tmp_path / "other"] * (name == "restore"))
+            given = {"restore": [tmp_path / "other"], "use_banks": [[decoder.new_bank()]]}
+            getattr(decoder, name)(*given.get(name, []))
             decoder.read(text(5))
 
-    with pytest.raises(MemlongError, match="given other streams by reset"):
+    with pytest.raises(MemlongError, match="given other streams or banks"):
         go_astray()
     with pool.sessions("a"):
-        assert decoder.tokens_read == (50,)
+        assert decoder.tokens_read == (55 if name == "use_banks" else 50,)
 
 
 def test_a_stream_of_no_session_is_not_lost(decoder, pool, text):
@@ -295,6 +296,18 @@ def test_a_session_of_a_bank_pool_is_none_of_a_decoder(decoder, tmp_path):
         pytest.raises(SnapshotError, match="holds a bank, and no streams"),
     ):
         pool.sessions("a").__enter__()
+
+
+def test_a_session_of_two_rows_is_refused(decoder, text, tmp_path):
+    with SessionPool(decoder, tmp_path / "pool", budget=0) as pool:
+        with pool.sessions("a"):
+            decoder.read(text(30))
+        (folder,) = (tmp_path / "pool").glob("session-*")
+        decoder.read(text(30, rows=2))
+        decoder.save(folder)
+        decoder.reset()
+        with pytest.raises(SnapshotError, match="must hold one row, got 2"):
+            pool.sessions("a").__enter__()
 
 
 def test_only_a_decoder_has_sessions(llama, tmp_path):
