@@ -145,7 +145,8 @@ def main(
         rows[each.name] = _row(asked, ran)
         report.add({"rows": rows, "said": said})
     if fresh and fresh <= len(asked):
-        _add_fresh(asker, systems, asked[:: max(1, len(asked) // fresh)][:fresh], rounds, rows, said, report)
+        timed = [each for each in systems if each in SYSTEMS and each.name != PASSAGE]
+        _add_fresh(asker, timed, asked[:: max(1, len(asked) // fresh)][:fresh], rounds, rows, said, report)
     if MEMORY in said:
         report.add({"differences": _differences(asked, said)}, _ratios(rows))
     if again:
@@ -201,17 +202,16 @@ def shown(result: Mapping[str, Any]) -> str:
     head = ["system", "right", *KINDS, "first token, s", "with its process, s", "token, ms", "peak, GB"]
     rows = []
     for name, row in result["rows"].items():
-        fresh = row.get("fresh") or {}
-        rows.append(
-            [
-                name,
-                *(_shown(row["right"][kind]) for kind in ("all", *KINDS)),
-                f"{fresh.get('first_seconds', row['first_seconds']):.2f}",
-                f"{fresh['whole_seconds']:.1f}" if fresh else "",
-                f"{1e3 * fresh.get('token_seconds', row['token_seconds']):.0f}",
-                f"{fresh.get('peak_bytes', row['peak_bytes']) / 1e9:.2f}",
+        fresh = row.get("fresh")
+        times = ["", "", "", ""]
+        if fresh:
+            times = [
+                f"{fresh['first_seconds']:.2f}",
+                f"{fresh['whole_seconds']:.1f}",
+                f"{1e3 * fresh['token_seconds']:.0f}",
+                f"{fresh['peak_bytes'] / 1e9:.2f}",
             ]
-        )
+        rows.append([name, *(_shown(row["right"][kind]) for kind in ("all", *KINDS)), *times])
     return table(head, rows)
 
 
