@@ -1,4 +1,4 @@
-"""Tables of memory beside what people take instead: of all benches, of RULER and of questions on one text."""
+"""Tables of memory beside what people take instead: of all benches, of RULER, of questions on texts and books."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import benchmark_tables
 import questions as question_bench
+import two_books as book_bench
 from cells import load, table
 from front_tables import by_cost
 
 GAPS, RULER, QUESTIONS = "alternatives.json", "benchmarks_demo.json", "questions.json"
+BOOKS = "two_books.json"
 _LENGTH = "4096"
 
 
@@ -118,6 +120,11 @@ def by_task(file: str, length: int) -> str:
 def questions() -> str:
     """What questions on one text take."""
     return question_bench.shown(load(QUESTIONS))
+
+
+def two_books() -> str:
+    """What questions on two books at once take, and how many are answered."""
+    return book_bench.shown(load(BOOKS))
 
 
 def answers(rows: Iterable[Mapping[str, Any]]) -> str:

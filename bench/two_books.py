@@ -9,7 +9,8 @@ book_questions.py) are put to both books at once, in processes of their own:
 - *passage*: the model with the text around the place in its prompt, which is the most it can do.
 
 All questions are put to one process of each system, and a few to a fresh process each, as a user would. A part of the
-first book is read a second time, to see whether a memory then says the same.
+first book is read a second time, to see whether a memory then says the same. What was read and answered stays in a
+folder, so that a run that was interrupted continues.
 
     python bench/two_books.py --book moby=moby_dick.txt --book addresses=addresses.txt --json out/two_books.json
     python bench/two_books.py --book moby=moby_dick.txt --book addresses=addresses.txt --skip 9 --fresh 0 \
@@ -18,6 +19,7 @@ first book is read a second time, to see whether a memory then says the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -136,11 +138,11 @@ def main(
         ],
     }
     report = Report(json_file, told, "cpu", Budget())
-    asker = Asker([*corpora.values()], model, max_new_tokens)
+    asker = Asker([*corpora.values()], model, max_new_tokens, folder / "answers")
     said: dict[str, list[str]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for each in systems:
-        ran = asker.ask(each, asked)
+        ran = asker.ask_all(each, asked)
         said[each.name] = [answer["answer"] for answer in ran.told["answers"]]
         rows[each.name] = _row(asked, ran)
         report.add({"rows": rows, "said": said})
@@ -156,15 +158,37 @@ def main(
 
 
 class Asker:
-    """Puts questions to systems, each time in a new process."""
+    """Puts questions to systems, each time in a new process.
 
-    def __init__(self, corpora: Sequence[Path], model: str, max_new_tokens: int) -> None:
-        self._corpora, self._model, self._most = corpora, model, max_new_tokens
+    Parameters
+    ----------
+    corpora
+        Their folders.
+    model
+        The model's name.
+    max_new_tokens
+        Tokens of an answer.
+    kept
+        Folder of what was answered to all questions.
+    """
+
+    def __init__(self, corpora: Sequence[Path], model: str, max_new_tokens: int, kept: Path) -> None:
+        self._corpora, self._model, self._most, self._kept = corpora, model, max_new_tokens, kept
+
+    def ask_all(self, system: System, asked: Sequence[Question]) -> Ran:
+        """Put questions to one process, unless they were."""
+        facts = [system.command, system.options, self._model, self._most, _prompts(system, asked)]
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        file = self._kept / f"{name}.json"
+        if not file.exists():
+            ran = self.ask(system, asked)
+            self._kept.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(asdict(ran)), encoding="utf-8")
+        return Ran(**json.loads(file.read_text(encoding="utf-8")))
 
     def ask(self, system: System, asked: Sequence[Question]) -> Ran:
         """Put questions to one process."""
-        given = system.name == PASSAGE
-        prompts = [f"{each.passage}\n{each.cue}" if given else each.cue for each in asked]
+        prompts = _prompts(system, asked)
         with TemporaryDirectory() as place:
             file = Path(place, "prompts")
             text = "\n".join(prompts) if system.command == "ask" else json.dumps(prompts)
@@ -172,6 +196,12 @@ class Asker:
             folders = [part for each in self._corpora for part in ("--memory", str(each))]
             options = ["--model", self._model, "--max-new-tokens", str(self._most), "--prompts", str(file)]
             return run([*_COMMANDS[system.command], *folders, *options, "--json", "-", *system.options])
+
+
+def _prompts(system: System, asked: Sequence[Question]) -> list[str]:
+    if system.name == PASSAGE:
+        return [f"{each.passage}\n{each.cue}" for each in asked]
+    return [each.cue for each in asked]
 
 
 def run(command: Sequence[str]) -> Ran:
