@@ -36,7 +36,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from book_questions import KINDS, Question, questions
+from book_questions import KINDS, Question, questions, words
 from cells import table
 from ratios import Ratio
 from results import Budget, Report
@@ -333,11 +333,25 @@ def _row(asked: Sequence[Question], ran: Ran) -> dict[str, Any]:
             for kind, mine in {"all": right, **of_kinds}.items()
             if (share := Share.of(mine)) is not None
         },
+        "found": _found(asked, answers),
         "prompt_tokens": median(each["prompt_tokens"] for each in answers),
         **_times(answers),
         "peak_bytes": ran.peak_bytes,
         "cpu_seconds": ran.cpu,
     }
+
+
+def _found(asked: Sequence[Question], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return for how many questions the passages have the cue's last words and the answer; None without passages."""
+    if not any(each.get("passages") for each in answers):
+        return None
+    found = [
+        " ".join([*words(each.cue)[-3:], *words(each.answer)])
+        in " ".join(words(" ".join(answer["passages"])))
+        for each, answer in zip(asked, answers, strict=True)
+    ]
+    share = Share.of(found)
+    return None if share is None else asdict(share)
 
 
 def _times(answers: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -150,6 +150,14 @@ def test_a_difference_is_paired(bench):
     assert found["low"] < 0 < found["high"]
 
 
+def test_passages_have_the_answer_or_not(bench):
+    two_books = script("two_books")
+    asked = [bench.Question("one", "name", "and there was", "Ahab", "")] * 2
+    answers = [{"passages": ["And there", "was Ahab."]}, {"passages": ["There was Ahab"]}]
+    assert two_books._found(asked, answers)["count"] == 1
+    assert two_books._found(asked, [{"passages": []}, {}]) is None
+
+
 def test_the_last_paragraphs_of_a_book_can_be_chosen(tmp_path):
     two_books = script("two_books")
     path = tmp_path / "a.txt"
