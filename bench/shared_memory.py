@@ -1,7 +1,8 @@
 """Ten sessions over one base: what they take beside one session, how fast they open, and what retrieval costs.
 
 The base is on disk and is loaded once; each session is a bank of its own over it. Beside them stands one bank that
-holds the same chunks. Keys and values are small here, since they stay on disk in either case.
+holds the same chunks. Keys and values are small here, since they stay on disk in either case. Then several processes
+load the base, saved as they can share its embeddings (compact=True) and as they cannot.
 
     python bench/shared_memory.py --chunks 100000 --json out/shared_memory.json
 """
@@ -9,6 +10,8 @@ holds the same chunks. Keys and values are small here, since they stay on disk i
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,12 +28,21 @@ from memlong.bank import MemoryBank
 
 SHAPE = (2, 1, 16, 8)  # layers, K-V heads, chunk, head dimension
 BATCH = 10_000
+PROCESS = """
+import sys, torch
+from memlong import load_bank
+bank = load_bank(sys.argv[1], lazy=True)
+bank.search(torch.ones(1, int(sys.argv[2])), 1)
+print(flush=True)
+sys.stdin.read()
+"""
 
 
 def main(
     chunks: Annotated[int, typer.Option(min=1, help="Chunks of the base.")] = 100_000,
     own: Annotated[int, typer.Option(min=1, help="Chunks of each session.")] = 100,
     sessions: Annotated[int, typer.Option(min=2, help="Sessions.")] = 10,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that load the base.")] = 4,
     dim: Annotated[int, typer.Option(min=1, help="Width of the embeddings.")] = 384,
     backend: Annotated[str, typer.Option(help="Backend of the base and of sessions.")] = "torch",
     out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
@@ -68,6 +80,12 @@ def main(
             },
             rounds=15,
         )
+        shared = Path(place, "shared")
+        load_bank(folder).save(shared, compact=True)
+        resident_of = {
+            name: {count: proportional(path, count, dim) for count in (1, processes)}
+            for name, path in (("own embeddings", folder), ("shared embeddings", shared))
+        }
         same = all(
             torch.equal(banks[0].search(query, 8).scores, merged.search(query, 8).scores) for query in queries
         )
@@ -86,6 +104,7 @@ def main(
         "dim": dim,
         "backend": backend,
         "resident_bytes": {"one session": used[0], "all sessions": used[-1], "their own chunks": tops},
+        "bytes_of_processes": resident_of,
         "seconds_to_open": {"median": statistics.median(opened[1:]), "most": max(opened[1:])},
         "seconds_to_retrieve": times,
         "same_scores": same,
@@ -95,6 +114,9 @@ def main(
     typer.echo(
         f"retrieving: {times['layers'] * 1e3:.2f} ms over a base, {times['one bank'] * 1e3:.2f} ms from one bank"
     )
+    for name, found in resident_of.items():
+        told = ", ".join(f"{count}: {taken / 1e6:,.0f} MB" for count, taken in found.items())
+        typer.echo(f"processes with {name}: {told}")
     typer.echo(f"the same scores: {'yes' if same else 'no'}")
     write(out, facts, ratios)
     typer.echo(summary(ratios))
@@ -104,6 +126,23 @@ def resident() -> int:
     """Bytes of memory that this process has."""
     found: int = psutil.Process().memory_info().rss
     return found
+
+
+def proportional(folder: Path, count: int, dim: int) -> int:
+    """Bytes that so many processes take in all that have loaded a bank and searched it; shared ones count once."""
+    command = [sys.executable, "-c", PROCESS, str(folder), str(dim)]
+    running = []
+    try:
+        while len(running) < count:
+            running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))  # noqa: S603
+        for each in running:
+            assert each.stdout is not None  # noqa: S101 - it is a pipe
+            if not each.stdout.readline():
+                raise SystemExit("shared_memory: a process that loads the base has ended")
+        return sum(psutil.Process(each.pid).memory_full_info().pss for each in running)
+    finally:
+        for each in running:
+            each.communicate(b"")
 
 
 def fill(bank: MemoryBank, count: int, generator: torch.Generator) -> None:
