@@ -27,28 +27,37 @@ _GIVEN_BACK = (
 
 
 class HeldStream(Held):
-    """A session's stream, and the bank it stores into; None for the plain window."""
+    """A session's stream and bank.
+
+    Attributes
+    ----------
+    row
+        The stream; None while a batch goes on with it.
+    bank
+        What it stores into; None for the plain window.
+    """
 
     def __init__(self, setup: Setup, row: RowState, bank: MemoryBank | None) -> None:
-        self.row = row
+        self.row: RowState | None = row
         self.bank = bank
         self._setup = setup
 
     @property
     def size(self) -> Size:
         """Bytes of window and bank, without the banks that it lies over; and the bank's open files."""
-        bank = self.bank
-        return Size(self.row.nbytes) + (
-            Size() if bank is None else Size(bank.resident_bytes, bank.open_files)
-        )
+        window = Size(0 if self.row is None else self.row.nbytes)
+        return window if self.bank is None else window + Size(self.bank.resident_bytes, self.bank.open_files)
 
     @property
     def is_unused(self) -> bool:
         """Whether it has read nothing, and nothing was added to its bank."""
+        if self.row is None:  # a batch that could not be taken apart: what is on disk is whole
+            return True
         return self.row.is_empty and not (self.bank is not None and self.bank.top.next_id)
 
     def save(self, folder: Path) -> None:
         """Write what `MemoryDecoder.save` writes of a decoder that reads this stream alone."""
+        assert self.row is not None  # noqa: S101 - it is idle, and not unused
         banks = [] if self.bank is None else [self.bank]
         write_rows(folder, self._setup, [self.row.facts], self.row.tensors, banks)
 
@@ -62,9 +71,10 @@ class SessionPool(Pool[HeldStream]):
     """Sessions of one decoder: each has a window, positions and a bank of its own, and any can share a batch.
 
     Idle sessions take no memory of the model's device. Over the budget, the least recently used ones are saved and
-    dropped from memory, and loaded again when needed. What has not been saved is lost if the process dies, unless
-    `flush` has saved it; a folder always holds a whole earlier state. No call on one session reaches another; anyone
-    who knows a session's id can use that session, so make ids unguessable, or have the server check them.
+    dropped from memory, and loaded again when needed; the windows of those in a block come on top of it. What has not
+    been saved is lost if the process dies, unless `flush` has saved it; a folder always holds a whole earlier state. No
+    call on one session reaches another; anyone who knows a session's id can use that session, so make ids unguessable,
+    or have the server check them.
 
     A pool belongs to the process that made it. Any thread may use it; one at a time reads with the decoder, the others
     wait.
@@ -157,8 +167,10 @@ class SessionPool(Pool[HeldStream]):
             for each, (name, mine) in zip(held, over.items(), strict=True):
                 _check_bases(name, each, mine)
             batch = self._streams.over([each.bank for each in held])
-            together([each.row for each in held], batch)
+            together([each.row for each in held if each.row is not None], batch)
             self._streams.replace(batch)
+            for each in held:
+                each.row = None
             try:
                 yield self._decoder
             finally:

@@ -107,6 +107,7 @@ def test_the_budget_is_of_windows_and_banks(decoder, text, tmp_path):
         with pool.sessions("a"):
             decoder.read(text(100))
             bank = decoder.banks[0].resident_bytes
+            assert pool.nbytes == bank  # the window is the decoder's
         one = pool.nbytes
         assert one > bank > 0
     with SessionPool(decoder, tmp_path / "pool", budget=2 * one) as pool:

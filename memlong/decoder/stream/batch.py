@@ -180,11 +180,11 @@ class StreamBatch:
         """
         blocks = self._setup.block_layout
         by_row: dict[str, dict[str, Tensor]] = {}
-        for name, each in tensors.items():
+        for name in tensors:
             kind, _, rest = name.partition(".")
             if kind == "row":
                 number, _, what = rest.partition(".")
-                by_row.setdefault(number, {})[what] = each
+                by_row.setdefault(number, {})[what] = tensors[name]
         for row, (stream, mine) in enumerate(zip(self.streams, facts, strict=True)):
             own = by_row.get(str(row), {})
             stream.restore(mine, own, blocks)

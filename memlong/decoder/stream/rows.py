@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memlong.decoder.kv.columns import PADDING
+from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.stream.batch import StreamBatch
 
 _TOKENS = "window.tokens"
@@ -45,39 +46,62 @@ class RowState:
 def apart(batch: StreamBatch) -> list[RowState]:
     """Return the state of each row, without the columns that pad it."""
     tensors = batch.tensors()
-    return [RowState(stream.facts(), _row(tensors, row, batch)) for row, stream in enumerate(batch.streams)]
+    rows: list[dict[str, Tensor]] = [{} for _ in batch.streams]
+    for name in list(tensors):
+        each = tensors.pop(name)  # so that no more than one copy of everything is there
+        kind, _, rest = name.partition(".")
+        if kind == "row":
+            row, _, what = rest.partition(".")
+            rows[int(row)][f"row.0.{what}"] = each.cpu().clone()
+            continue
+        for number, found in enumerate(rows):
+            found[name] = _of_row(name, each, number, batch.window).cpu().clone()
+    return [RowState(stream.facts(), found) for stream, found in zip(batch.streams, rows, strict=True)]
 
 
 def together(rows: Sequence[RowState], batch: StreamBatch) -> None:
     """Let a new batch, of as many streams, continue from these rows."""
-    tensors: dict[str, Tensor] = {}
-    for name in sorted({name for row in rows for name in row.tensors if not name.startswith("row.")}):
-        tensors[name] = _stacked([row.tensors.get(name) for row in rows], PADDING if _TOKENS in name else 0)
-    for number, row in enumerate(rows):
-        tensors |= {
+    batch.restore([row.facts for row in rows], _Together(rows))
+
+
+class _Together(Mapping[str, Tensor]):
+    """The tensors of several rows, each stacked when it is asked for."""
+
+    def __init__(self, rows: Sequence[RowState]) -> None:
+        self._rows = rows
+        self._own = {
             name.replace("row.0.", f"row.{number}.", 1): each
+            for number, row in enumerate(rows)
             for name, each in row.tensors.items()
             if name.startswith("row.")
         }
-    batch.restore([row.facts for row in rows], tensors)
+        self._common = sorted({name for row in rows for name in row.tensors if not name.startswith("row.")})
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._own:
+            return self._own[name]
+        each = [row.tensors.get(name) for row in self._rows]
+        if all(mine is None for mine in each):
+            raise KeyError(name)
+        return _stacked(each, PADDING if name.startswith(_TOKENS) else 0)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        yield from self._common
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._common)
 
 
-def _row(tensors: Mapping[str, Tensor], row: int, batch: StreamBatch) -> dict[str, Tensor]:
-    found = {}
-    for name, each in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "row":
-            if rest.startswith(f"{row}."):
-                found[name.replace(f"row.{row}.", "row.0.", 1)] = each.cpu().clone()
-            continue
-        mine = each[row : row + 1]
-        if name.startswith(_TOKENS):
-            mine = mine[:, mine[0] != PADDING]
-        elif kind == "window":
-            columns = batch.window.columns_of(int(rest.partition(".")[0]))
-            mine = mine[:, :, torch.from_numpy(columns.valid[row]).to(each.device)]
-        found[name] = mine.cpu().clone()
-    return found
+def _of_row(name: str, each: Tensor, row: int, window: LocalWindow) -> Tensor:
+    kind, _, rest = name.partition(".")
+    mine = each[row : row + 1]
+    if name.startswith(_TOKENS):
+        return mine[:, mine[0] != PADDING]
+    if kind == "window":
+        columns = window.columns_of(int(rest.partition(".")[0]))
+        return mine[:, :, torch.from_numpy(columns.valid[row]).to(each.device)]
+    return mine
 
 
 def _stacked(each: Sequence[Tensor | None], padding: int) -> Tensor:
