@@ -30,10 +30,9 @@ from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
 from memlong.bank.sizes import byte_count
-from memlong.evaluation import chat_prompt, chat_turn, read_text
+from memlong.evaluation import chat_prompt, end_of_turn, following_turn, read_text
 
 SERVER = Path(__file__).parent.parent / "examples" / "server.py"
-BEFORE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
 QUESTIONS = ["What comes next?", "Name one thing from the text.", "Go on.", "What did I send first?", "Why?"]
 
 
@@ -199,18 +198,21 @@ def talk(
 def repeat(users: list[User], model: str, max_tokens: int) -> list[dict[str, Any]]:
     """Repeat each session alone; return the answers that differ."""
     language_model, tokenizer = load_model(model, dtype="float32", device="cpu")
-    differ = []
+    ends, differ = language_model.generation_config.eos_token_id, []
+    ends = ends if isinstance(ends, list) else [ends]
     with MemoryDecoder(language_model, tokenizer, MemoryConfig()) as decoder:
         for user in tqdm(users, desc="alone", unit="session"):
             decoder.reset()
             for number, (words, answer) in enumerate(zip(user.sent, user.answers, strict=True)):
                 if number:
-                    prompt = chat_turn(tokenizer, words, begins=False, history=BEFORE)
+                    prompt = following_turn(tokenizer, words)
                 else:
                     prompt = chat_prompt(tokenizer, [{"role": "user", "content": words}])
                 output = decoder.generate(
                     prompt, torch.ones_like(prompt), max_new_tokens=max_tokens, do_sample=False, num_beams=1
                 )
+                if output[0, -1] not in ends:  # it was cut off
+                    decoder.read(torch.tensor([end_of_turn(tokenizer)]))
                 alone = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
                 if alone != answer:
                     differ.append({"user": user.name, "turn": number, "served": answer, "alone": alone})

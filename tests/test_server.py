@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from memlong import MemoryDecoder, SessionPool
 from memlong.corpus import Corpus, Document, remember
 from memlong.errors import InvalidArgumentError
-from memlong.evaluation import chat_prompt, chat_turn
+from memlong.evaluation import chat_prompt, end_of_turn, following_turn
 
 TEMPLATE = (
     "{% for turn in messages %}{{ 'word91' if turn.role == 'user' else 'word92' }} {{ turn.content }} word93 "
@@ -85,12 +86,15 @@ def serve(module, decoder, corpus, tmp_path):
     """Start the server, in place of an earlier one, and return a client."""
     running = []
 
-    def start(*, budget="1GB", rows=8, api_key=None, key="none"):
+    def start(*, budget="1GB", rows=8, most=6, save_seconds=60, api_key=None, key="none"):
         while running:
             running.pop().stop()
         pool = SessionPool(decoder, tmp_path / "sessions", budget=budget)
-        worker = module.Worker(decoder, pool, {"book": corpus}, rows)
-        app = module.make_app(worker, name="tiny", most=6, temperature=0, api_key=api_key)
+        worker = module.Worker(
+            decoder, pool, {"book": corpus}, rows=rows, prompt_tokens=300, save_seconds=save_seconds
+        )
+        limits = module.Limits(new_tokens=most, prompt_tokens=300, temperature=0)
+        app = module.make_app(worker, name="tiny", limits=limits, api_key=api_key)
         running.append(Running(app, key))
         return running[0].client
 
@@ -115,14 +119,15 @@ def alone(decoder, messages, bases=(), most=6):
     """Answers of a session that has the decoder for itself."""
     decoder.reset(bases=bases)
     answers, tokenizer = [], decoder.tokenizer
-    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     with decoder:
         for words in messages:
             if not answers:
                 prompt = chat_prompt(tokenizer, [{"role": "user", "content": words}])
             else:
-                prompt = chat_turn(tokenizer, words, begins=False, history=before)
+                prompt = following_turn(tokenizer, words)
             output = decoder.generate(prompt, torch.ones_like(prompt), max_new_tokens=most, do_sample=False)
+            if output[0, -1] != decoder.model.generation_config.eos_token_id:
+                decoder.read(torch.tensor([end_of_turn(tokenizer)]))
             answers.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
     decoder.reset()
     return answers
@@ -194,7 +199,7 @@ def test_a_header_names_a_session_too(serve):
 
 
 def test_seeds_decide_what_is_chosen(serve):
-    client = serve()
+    client = serve(most=20)
     options = {"temperature": 2.0, "top_p": 0.9, "max_tokens": 20}
     one, same, other = (
         ask(client, said(12), seed=seed, **options).choices[0].message.content for seed in (1, 1, 2)
@@ -203,8 +208,8 @@ def test_seeds_decide_what_is_chosen(serve):
 
 
 def test_an_answer_ends_where_the_request_says(serve):
-    client = serve()
-    whole = ask(client, said(12), max_tokens=12).choices[0].message.content
+    client = serve(most=12)
+    whole = ask(client, said(12), max_tokens=1000).choices[0].message.content
     stop = whole.split()[3]
     cut = ask(client, said(12), max_tokens=12, stop=[stop, "nothing"])
     assert cut.choices[0].message.content == whole[: whole.index(stop)]
@@ -229,6 +234,9 @@ def test_sessions_outlive_the_server(serve, decoder):
         ({"extra": {"session": ""}}, "session_id must be text"),
         ({"temperature": -1}, "temperature: "),
         ({"max_tokens": 0}, "max_tokens: "),
+        ({"seed": 10**24}, "seed: "),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"extra": {"stream_options": {"else": True}}}, "stream_options.else: Extra inputs"),
     ],
 )
 def test_what_is_not_supported_is_named(serve, options, message):
@@ -245,8 +253,88 @@ def test_wrong_messages_are_named(serve):
             ask(client, messages)
     with pytest.raises(openai.BadRequestError, match="role"):
         ask(client, [{"role": "tool", "content": "a"}])
+    with pytest.raises(openai.BadRequestError, match=r"messages\.0\.name: Extra inputs"):
+        ask(client, [{"role": "user", "content": "a", "name": "b"}])
+    with pytest.raises(openai.BadRequestError, match="at most 300 tokens, got 403: send less"):
+        ask(client, said(400))
     with pytest.raises(openai.BadRequestError, match="model must be 'tiny'"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
+
+
+def test_a_template_says_what_it_does_not_take(serve, decoder):
+    decoder.tokenizer.chat_template = "{{ raise_exception('No system, please') }}"
+    with pytest.raises(openai.BadRequestError, match=r"chat template: No system"):
+        ask(serve(), said(3))
+
+
+def test_what_the_system_says_later_is_refused(serve):
+    client, later = serve(), [{"role": "system", "content": "word1"}, {"role": "user", "content": "word2"}]
+    ask(client, later, "a")
+    for messages in (
+        later,
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}, *later],
+    ):
+        with pytest.raises(openai.BadRequestError, match="at the beginning of a session, and none after"):
+            ask(client, messages, "a")
+
+
+def test_a_choice_that_fails_is_that_of_its_request(serve, module, monkeypatch):
+    choose = module.Job.choose
+    monkeypatch.setattr(
+        module.Job, "choose", lambda job, logits: 1 // (job.session != "a") and choose(job, logits)
+    )
+    client, found = serve(), {}
+    client.models.list()
+
+    def go_on(name):
+        try:
+            found[name] = ask(client, said(5), name).choices[0].message.content
+        except openai.InternalServerError as error:
+            found[name] = error
+
+    threads = [threading.Thread(target=go_on, args=(name,)) for name in ("b", "a", "c")]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert "server's log says why" in str(found["a"])
+    assert found["a"].response.headers["x-should-retry"] == "false"
+    assert found["b"] == found["c"]
+
+
+def test_many_may_wait_and_the_server_still_answers(serve, module, monkeypatch):
+    gate = threading.Event()
+    generate = module.Worker._generate
+    monkeypatch.setattr(module.Worker, "_generate", lambda *given: gate.wait() and generate(*given))
+    client, found = serve(rows=50), []
+    threads = [
+        threading.Thread(target=lambda name=name: found.append(ask(client, said(3), name)))
+        for name in map(str, range(50))
+    ]
+    for each in threads:
+        each.start()
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    gate.set()
+    for each in threads:
+        each.join()
+    assert len(found) == 50
+
+
+def test_clients_that_go_away_end_their_requests(serve):
+    client = serve(most=100_000)
+    with pytest.raises(openai.APITimeoutError):
+        ask(client, said(3), "a", timeout=1)
+    with ask(client, said(3), "b", stream=True) as events:
+        next(iter(events))
+    assert client.delete("/sessions/a", cast_to=object)["deleted"]
+    assert client.delete("/sessions/b", cast_to=object)["deleted"]
+
+
+def test_sessions_are_saved_now_and_then(serve, tmp_path):
+    client = serve(save_seconds=0)
+    ask(client, said(12), "a")
+    ask(client, said(12), "b")
+    assert list((tmp_path / "sessions").glob("session-*/manifest.json"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -314,8 +402,20 @@ def test_a_model_without_a_template_is_refused(module, llama, tokenizer, tmp_pat
     tokenizer.save_pretrained("model")
     with pytest.raises(InvalidArgumentError, match="must have a chat template"):
         module.main(model="model")
-    with pytest.raises(InvalidArgumentError, match="must be NAME=DIR"):
-        module.main(memory=["book"])
+    for wrong in (["book"], ["a=b", "a=c"]):
+        with pytest.raises(InvalidArgumentError, match="must be NAME=DIR"):
+            module.main(memory=wrong)
+    with pytest.raises(InvalidArgumentError, match="--api-key must not be empty"):
+        module.main(api_key="")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InvalidArgumentError, match="--port"):
+        module.main(model="model", host="127.0.0.1", port=taken.getsockname()[1])
+
+
+def test_a_strangers_corpus_chooses_no_place_on_this_machine(module, decoder, corpus, tmp_path):
+    evil = Corpus.open(tmp_path / "evil", decoder, notes={"model": "/somewhere/model", "settings": {}})
+    evil.save(tmp_path / "evil")
+    with pytest.raises(InvalidArgumentError, match="a place on this machine, which no file may choose"):
+        module.main(memory=[f"evil={tmp_path / 'evil'}"])
 
 
 @pytest.mark.slow

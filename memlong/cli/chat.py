@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from memlong.decoder import MemoryDecoder
 
 _END = "/exit"
-# What a template puts between two turns does not depend on what was said before.
-_BEFORE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "a"})
 
 
 @with_memory(without=("gate_init", "gates"))
@@ -136,22 +134,28 @@ def _messages() -> Iterator[str]:
 
 def _turn(decoder: MemoryDecoder, words: str) -> Tensor:
     """Return the token ids [1, tokens] of a message, in the chat template if there is one."""
-    from memlong.evaluation import chat_turn, tokenize
+    from memlong.evaluation import chat_turn, following_turn, tokenize
 
     tokenizer, begins = decoder.tokenizer, not any(decoder.tokens_read)
     if not getattr(tokenizer, "chat_template", None):
         return tokenize(tokenizer, f"{words}\n" if begins else f"\n{words}\n", begins=begins)
-    return chat_turn(tokenizer, words, begins=begins, history=() if begins else _BEFORE)
+    return chat_turn(tokenizer, words) if begins else following_turn(tokenizer, words)
 
 
 def _answer(decoder: MemoryDecoder, turn: Tensor, max_new_tokens: int) -> None:
     import torch
 
     from memlong.decoder import text_streamer
+    from memlong.evaluation import end_of_turn
     from memlong.evaluation.numbers import checked_logits
 
     said: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     streamer = text_streamer(decoder.tokenizer, lambda text: say(text, end=""))
-    decoder.generate(
+    output = decoder.generate(
         turn, torch.ones_like(turn), logits_processor=[checked_logits], streamer=streamer, **said
     )
+    is_cut = output.shape[1] - turn.shape[1] == max_new_tokens
+    if is_cut and getattr(decoder.tokenizer, "chat_template", None):
+        end = end_of_turn(decoder.tokenizer)
+        if end and end[-1] != output[0, -1]:
+            decoder.read(torch.tensor([end]))

@@ -41,6 +41,7 @@ class HeldStream(Held):
         self.row: RowState | None = row
         self.bank = bank
         self._setup = setup
+        self._saved: RowState | None = None
 
     @property
     def size(self) -> Size:
@@ -56,10 +57,13 @@ class HeldStream(Held):
         return self.row.is_empty and not (self.bank is not None and self.bank.top.next_id)
 
     def save(self, folder: Path) -> None:
-        """Write what `MemoryDecoder.save` writes of a decoder that reads this stream alone."""
+        """Write what `MemoryDecoder.save` writes of a decoder that reads this stream alone, unless it is there."""
         assert self.row is not None  # noqa: S101 - it is idle, and not unused
+        if self._saved is self.row:
+            return
         banks = [] if self.bank is None else [self.bank]
         write_rows(folder, self._setup, [self.row.facts], self.row.tensors, banks)
+        self._saved = self.row
 
     def close(self) -> None:
         """Refuse changes to the bank."""
@@ -178,9 +182,11 @@ class SessionPool(Pool[HeldStream]):
                     is_ours = self._reads(held, batch)
                     if is_ours and self._streams.batch is None:  # after flush()
                         batch = self._streams.over([each.bank for each in held])
-                    for each, row in zip(held, apart(batch), strict=True):
-                        each.row = row
-                    self._streams.reset()
+                    try:
+                        for each, row in zip(held, apart(batch), strict=True):
+                            each.row = row
+                    finally:
+                        self._streams.reset()
             if not is_ours:
                 raise MemlongError(
                     "The decoder was given other streams or banks inside the block, by reset(), restore() or "

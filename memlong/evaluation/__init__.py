@@ -6,7 +6,14 @@ from memlong.evaluation.needle import Answer, Cell, Filler, evaluate_needle, pas
 from memlong.evaluation.perplexity import Perplexity, evaluate_perplexity, token_losses
 from memlong.evaluation.recall import recall_at_k
 from memlong.evaluation.share import Share
-from memlong.evaluation.text import chat_prompt, chat_turn, read_text, tokenize
+from memlong.evaluation.text import (
+    chat_prompt,
+    chat_turn,
+    end_of_turn,
+    following_turn,
+    read_text,
+    tokenize,
+)
 
 __all__ = [
     "Answer",
@@ -17,8 +24,10 @@ __all__ = [
     "Share",
     "chat_prompt",
     "chat_turn",
+    "end_of_turn",
     "evaluate_needle",
     "evaluate_perplexity",
+    "following_turn",
     "long_range_tokens",
     "passkey_prompt",
     "perplexity_ratio",

@@ -14,6 +14,8 @@ from memlong.errors import InvalidTextError
 
 _PLACE = "memlong's place for words"
 _LETTER = "a"  # any text works
+# What a template puts between two turns does not depend on what was said before.
+_BEFORE = ({"role": "user", "content": _LETTER}, {"role": "assistant", "content": _LETTER})
 _MARKS = (  # UTF-32 first: its marks start with those of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -153,6 +155,21 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Tensor
     """
     shown, hidden = _hidden(tokenizer, messages)
     return torch.tensor([_with_hidden(tokenizer, _templated(tokenizer, shown), hidden)], device="cpu")
+
+
+def following_turn(tokenizer: Any, said: str) -> Tensor:
+    """Tokenize a user's message that follows an answer in the stream into [1, tokens]; as `chat_turn`.
+
+    The answer has ended as the template ends it: see `end_of_turn`.
+    """
+    return chat_turn(tokenizer, said, begins=False, history=_BEFORE)
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """Return the tokens with which the chat template ends an answer, for a stream whose answer was cut off."""
+    turns = [_BEFORE[0], {"role": "assistant", "content": _PLACE}]
+    _, _, after = _templated(tokenizer, turns, asks=False).partition(_PLACE)
+    return _ids(tokenizer, after.rstrip(), control_tokens=True)
 
 
 def _hidden(

@@ -188,7 +188,7 @@ class Pool(Uncopied, Generic[T]):
 
     def __contains__(self, session_id: str) -> bool:
         with self._lock:
-            return session_id in self._sessions or self._folder_of(session_id).exists()
+            return session_id in self._sessions or has_manifest(self._folder_of(session_id))
 
     def _enter(self, session_id: str) -> Visit[T]:
         self._require_owner()
