@@ -58,12 +58,17 @@ def chat(
       memlong chat --memory manual
       memlong chat --memory manual --memory notes --session talk
     """  # noqa: D301 - the backspace makes the help keep these line breaks
+    from memlong.bank.snapshot.reader import folder_of
+    from memlong.bank.snapshot.writer import check_place
+
     folders = memory_folders or []
     if session is not None and session.resolve() in {each.resolve() for each in folders}:
         raise InvalidArgumentError(
             f"--session and --memory must be different folders, got {str(session)!r} for both"
         )
     notes = needed_notes(folders) if folders else None
+    if session is not None:
+        check_place(folder_of(session), "decoder")
     decoder = choose_reader(
         ctx,
         notes,

@@ -91,6 +91,8 @@ def remember(
     if ends is not None and ends <= time.time():
         raise InvalidArgumentError(f"--expires must be in the future, got {expires!r}")
     from memlong.bank.sizes import byte_count
+    from memlong.bank.snapshot.reader import folder_of
+    from memlong.bank.snapshot.writer import check_place
     from memlong.corpus.table import list_documents
 
     if budget is not None:
@@ -100,6 +102,8 @@ def remember(
     for source in forget or []:
         if source not in known:
             raise InvalidArgumentError(f"--forget must name a document of {str(out)!r}, got {source!r:.200}")
+    if notes is None:
+        check_place(folder_of(out), "corpus")
     found = _find(paths or [], out)
     about = {"tags": tuple(tag or ()), "expires": ends}
     tally = _Tally()

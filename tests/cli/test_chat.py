@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 from memlong import MemoryDecoder, load_model
 from memlong.cli.app import make_app
 from memlong.corpus import Corpus
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, SnapshotError
 from memlong.evaluation import chat_turn
 
 TEMPLATE = (
@@ -183,6 +185,19 @@ def test_bad_input_is_named_with_what_to_do(arguments, memory, changes, message)
     result = CliRunner().invoke(make_app(), arguments("chat", memory=memory, **changes))
     assert isinstance(result.exception, InvalidArgumentError)
     assert message in str(result.exception)
+
+
+def test_a_session_that_cannot_be_saved_is_refused_before_the_model_is_loaded(arguments, memory, monkeypatch):
+    monkeypatch.setattr("memlong.cli.choice.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    Path("mine").mkdir()
+    Path("mine", "letter.txt").write_text("dear", encoding="utf-8")
+    for session, message in (
+        ("mine", "letter.txt' is not part of a snapshot"),
+        (memory, "snapshot of a corpus"),
+    ):
+        result = CliRunner().invoke(make_app(), arguments("chat", session=session), input="word1\n")
+        assert isinstance(result.exception, SnapshotError)
+        assert message in str(result.exception)
 
 
 def test_without_a_corpus_a_model_is_needed():

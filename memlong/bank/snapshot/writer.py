@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -74,17 +75,13 @@ class SnapshotWriter:
             self._around = {each.resolve().parent for each in (self._folder, *absent)}
         except OSError as error:
             raise unwritable(self._folder, error) from error
-        self._check_strangers()
+        _check_strangers(self._folder)
         with ExitStack() as stack:
             stack.enter_context(FolderLock(self._folder))
             if has_manifest(self._folder):
                 self.current = read_manifest(self._folder)
                 self._generation = self.current.generation + 1
-            if self.current is not None and self.current.kind != self._kind:
-                raise SnapshotError(
-                    f"{str(self._folder)!r} holds the snapshot of a {self.current.kind}, and this is one of a "
-                    f"{self._kind}: name another folder, or remove that one"
-                )
+            _check_kind(self._folder, self.current, self._kind)
             self._remove_all_but(self.current)
             self._held = stack.pop_all()
         return self
@@ -155,18 +152,48 @@ class SnapshotWriter:
                 with suppress(OSError):  # open elsewhere, on Windows; the next state tries again
                     (self._folder / name).unlink()
 
-    def _check_strangers(self) -> None:
-        names = _names(self._folder)
-        if has_manifest(self._folder):  # checked last: a first save may be under way
-            return
-        own = {LOCK, _NEW_MANIFEST}
-        was_cut_off = not own.isdisjoint(names)  # a save makes its lock first, and removes it last
-        for name in names:
-            if name not in own and not (was_cut_off and FILE_NAME.fullmatch(name)):
-                raise SnapshotError(
-                    f"{str(self._folder / name)!r} is not part of a snapshot: a folder that holds other things is left "
-                    "alone. Name a new folder"
-                )
+
+def check_place(folder: Path, kind: Kind) -> None:
+    """Check that a state of this kind can be saved in a folder, before the long work; nothing is made there.
+
+    Raises
+    ------
+    SnapshotError
+        If something else is in the folder, or it, or the folder that it would be made in, cannot be written.
+    """
+    try:
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    except OSError as error:  # such as a name that is too long
+        raise unwritable(folder, error) from error
+    if not there.is_dir():
+        raise unwritable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(there, os.W_OK):
+        raise unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    if there == folder:
+        _check_strangers(folder)
+        _check_kind(folder, read_manifest(folder) if has_manifest(folder) else None, kind)
+
+
+def _check_strangers(folder: Path) -> None:
+    names = _names(folder)
+    if has_manifest(folder):  # checked last: a first save may be under way
+        return
+    own = {LOCK, _NEW_MANIFEST}
+    was_cut_off = not own.isdisjoint(names)  # a save makes its lock first, and removes it last
+    for name in names:
+        if name not in own and not (was_cut_off and FILE_NAME.fullmatch(name)):
+            raise SnapshotError(
+                f"{str(folder / name)!r} is not part of a snapshot: a folder that holds other things is left alone. "
+                "Name a new folder"
+            )
+
+
+def _check_kind(folder: Path, current: Manifest | None, kind: Kind) -> None:
+    if current is not None and current.kind != kind:
+        raise SnapshotError(
+            f"{str(folder)!r} holds the snapshot of a {current.kind}, and this is one of a {kind}: name another "
+            "folder, or remove that one"
+        )
 
 
 def _readable(path: Path, manifest: Manifest) -> bytes:

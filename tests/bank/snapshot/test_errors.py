@@ -20,6 +20,7 @@ from memlong.bank.snapshot import files, manifest, writer
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.bank.snapshot.manifest import _dumped
 from memlong.bank.snapshot.segments import check_finite
+from memlong.bank.snapshot.writer import check_place
 from memlong.errors import DeviceUnavailableError, InvalidArgumentError, StorageError
 from memlong.testing.harness import DIM, assert_same_state, random_chunks, state_of
 from memlong_torch.index import TorchIndex
@@ -187,6 +188,27 @@ def test_a_folder_of_other_things_is_left_alone(make, tmp_path):
     with pytest.raises(SnapshotError, match=r"letter\.txt' is not part of a snapshot"):
         make().save(tmp_path)
     assert names(tmp_path) == ["letter.txt"]
+
+
+def test_a_place_is_checked_before_anything_is_written(saved, tmp_path):
+    _, folder = saved
+    check_place(folder, "bank")
+    with pytest.raises(SnapshotError, match="holds the snapshot of a bank, and this is one of a decoder"):
+        check_place(folder, "decoder")
+    new = tmp_path / "new" / "deep"
+    check_place(new, "bank")
+    assert not new.parent.exists()
+    new.parent.write_text("mine")
+    with pytest.raises(SnapshotError, match="is a file: name a folder"):
+        check_place(new, "bank")
+    with pytest.raises(SnapshotError, match="File name too long"):
+        check_place(tmp_path / ("long" * 100), "bank")
+
+
+def test_a_place_where_nothing_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(SnapshotError, match="cannot be written: Permission denied"):
+        check_place(tmp_path / "new", "bank")
 
 
 @pytest.mark.parametrize("name", ["epoch-3-100.safetensors", "data-1-2.bin", "index-1-2.bin"])
