@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +29,8 @@ MemoryFolders = Annotated[
     list[Path], typer.Option("--memory", metavar="DIR", help="Corpus to read; repeatable.")
 ]
 
+# What chunks depend on so much that others cannot be added or read.
+_FIXED = ("chunk_size", "retriever", "kv_source", "memory_layer", "retrieval_layers")
 _OF_CHUNKS = (
     "chunk_size",
     "retriever",
@@ -162,7 +164,8 @@ def choose_reader(
     Raises
     ------
     InvalidArgumentError
-        As `choose_decoder`, or if the notes choose what no file may.
+        As `choose_decoder`, or if the notes choose what no file may, or an option differs from what a corpus was
+        read with.
     SnapshotError
         If the settings in the notes cannot be used.
     """
@@ -196,7 +199,25 @@ def choose_reader(
         if isinstance(error, InvalidArgumentError):
             raise
         raise SnapshotError(f"{str(notes.where)!r} has settings that cannot be used: {error}") from error
+    _check_fixed(notes, config, given, "--out" if "out" in context.params else "--memory")
     return DecoderChoice(model or notes.known_model(), None, config, {}, dtype, device, trust_remote_code)
+
+
+def _check_fixed(notes: Notes, config: MemoryConfig, given: Collection[str], place: str) -> None:
+    """Refuse options that differ from what a corpus was read with."""
+    known = {spec.name for spec in installed_registry().list_retrievers()}
+    for name in _FIXED:
+        if name not in given or name not in notes.settings:
+            continue
+        kept, typed = notes.settings[name], getattr(config, name)
+        if kept == typed or (
+            name == "retriever" and kept not in known
+        ):  # the same model may be elsewhere here
+            continue
+        raise InvalidArgumentError(
+            f"--{name.replace('_', '-')} must be {'the default' if kept is None else kept}, with which "
+            f"{str(notes.where.parent)!r} was read, got {typed}: leave it out, or use another {place}"
+        )
 
 
 def notes_to_keep(decoder: MemoryDecoder, model: str | None) -> dict[str, Any]:

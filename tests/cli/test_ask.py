@@ -155,7 +155,11 @@ def test_the_corpora_are_not_changed(ask, memories):
         ({"tag": "none"}, InvalidArgumentError, "No document passes --tag, --since, --until and --document"),
         ({"since": "soon"}, InvalidArgumentError, "--since must be an ISO date or time"),
         ({"chat": True}, InvalidArgumentError, "--chat needs a model with a chat template"),
-        ({"chunk_size": 8}, InvalidArgumentError, "banks must have blocks of shape"),
+        (
+            {"chunk_size": 8},
+            InvalidArgumentError,
+            "--chunk-size must be 4, with which 'memory' was read, got 8: leave it out, or use another --memory",
+        ),
         ({"memory": ["memory", "memory"]}, InvalidArgumentError, "--memory names 'memory' twice"),
     ],
 )

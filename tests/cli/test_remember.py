@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
+from memlong import MemoryConfig
 from memlong.bank.snapshot.manifest import _dumped
 from memlong.bank.snapshot.tending import describe
 from memlong.cli import choice
 from memlong.cli.app import make_app
+from memlong.cli.corpora import _check_fixed, notes_of
 from memlong.corpus import Corpus
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError, SnapshotError
 
@@ -108,9 +111,7 @@ def test_no_model_is_loaded_where_nothing_is_to_be_read(remember, place, unloade
     assert told(remember("notes", tag="work", json="-"))["removed"] == ["notes/b.txt"]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"retrieval_layers": "1-2"}, {"dtype": "bfloat16"}, {"backend": "faiss"}]
-)
+@pytest.mark.parametrize("changes", [{"retrieve_for": "all"}, {"dtype": "bfloat16"}, {"backend": "faiss"}])
 def test_the_model_is_loaded_for_other_settings(remember, monkeypatch, changes):
     told(remember("notes", json="-"))
     loaded = []
@@ -202,11 +203,49 @@ def test_settings_come_from_the_corpus(remember, place, model_folder):
     assert (found["chunk_size"], found["dtype"], found["documents"]) == (4, "float32", 2)
 
 
-def test_other_settings_are_refused(remember):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"chunk_size": 8},
+            "--chunk-size must be 4, with which 'memory' was read, got 8: leave it out, or use another --out",
+        ),
+        ({"retriever": "random"}, "--retriever must be lm, with which"),
+        ({"kv_source": "shared"}, "--kv-source must be layer, with which"),
+        ({"retrieval_layers": "1-2"}, "--retrieval-layers must be all, with which"),
+    ],
+)
+def test_other_settings_are_refused_before_the_model_is_loaded(remember, unloaded, changes, message):
     told(remember("notes/b.txt", json="-"))
-    result = remember("notes", retrieval_layers="1-2")
+    unloaded()
+    result = remember("notes", **changes)
     assert isinstance(result.exception, InvalidArgumentError)
-    assert "banks must have blocks of shape" in str(result.exception)
+    assert message in str(result.exception)
+
+
+def test_settings_that_are_those_of_the_corpus_may_be_given(remember):
+    same = {"kv_source": "shared", "retrieval_layers": "1-2"}
+    told(remember("notes/b.txt", json="-", **same))
+    assert told(remember("notes", json="-", **same))["read"] == ["notes/deep/a.md"]
+    result = remember("notes", memory_layer=1, **same)
+    assert "--memory-layer must be the default, with which" in str(result.exception)
+
+
+def test_a_retriever_may_be_elsewhere_on_this_machine(remember, place, model_folder):
+    """It is checked by what its embeddings are, once it is loaded."""
+    notes = notes_of(place / told(remember("notes/b.txt", json="-"))["out"])
+    elsewhere = replace(notes, settings={**notes.settings, "retriever": "/home/else/minilm"})
+    config = MemoryConfig(retriever="someone/minilm")
+    _check_fixed(elsewhere, config, {"retriever"}, "--out")
+    with pytest.raises(InvalidArgumentError, match="--retriever must be lm"):
+        _check_fixed(notes, config, {"retriever"}, "--out")
+
+
+def test_a_folder_of_other_things_is_refused_before_the_model_is_loaded(remember, unloaded):
+    unloaded()
+    result = remember("notes/b.txt", out="notes")
+    assert isinstance(result.exception, SnapshotError)
+    assert "is not part of a snapshot" in str(result.exception)
 
 
 def test_a_corpus_names_no_place_of_this_machine(remember):
