@@ -38,13 +38,14 @@ QUESTIONS = ["What comes next?", "Name one thing from the text.", "Go on.", "Wha
 
 @dataclass
 class User:
-    """A session: what was sent and answered, and the seconds that answers and their first pieces took."""
+    """A session: what was sent and answered, the seconds of answers and their first pieces, and what error ended it."""
 
     name: str
     sent: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
+    error: str | None = None
 
 
 @dataclass
@@ -88,15 +89,23 @@ def main(
             finally:
                 process.terminate()
     differ = repeat(all_users, model, max_tokens)
+    errors = [
+        {"user": user.name, "turn": len(user.answers), "error": user.error}
+        for user in all_users
+        if user.error
+    ]
     answers = [each for user in all_users for each in user.answers]
     waits = [each for user in all_users for each in user.seconds]
     firsts = [each for user in all_users for each in user.first]
     print(
         f"{users} sessions, {len(answers)} answers in {seconds:.0f} s; {len(differ)} differ from the session alone"
     )
-    print(
-        f"first piece after {statistics.median(firsts):.1f} s, an answer {statistics.median(waits):.1f} s (medians)"
-    )
+    for each in errors:
+        print(f"{each['user']} got no answer {each['turn'] + 1}: {each['error']}")
+    if answers:
+        print(
+            f"first piece after {statistics.median(firsts):.1f} s, an answer {statistics.median(waits):.1f} s (medians)"
+        )
     print(f"sessions in memory: at most {watch.in_memory}, {watch.sessions / 1e6:,.0f} MB of {budget}")
     print(f"server: {empty / 1e6:,.0f} MB without sessions, at most {watch.resident / 1e6:,.0f} MB with them")
     facts = {
@@ -109,8 +118,9 @@ def main(
         "answers": len(answers),
         "least_answers_of_a_session": min(len(user.answers) for user in all_users),
         "differ": differ,
-        "median_seconds": statistics.median(waits),
-        "median_seconds_to_first_piece": statistics.median(firsts),
+        "errors": errors,
+        "median_seconds": statistics.median(waits) if waits else None,
+        "median_seconds_to_first_piece": statistics.median(firsts) if firsts else None,
         "budget_bytes": byte_count("budget", budget),
         "most_bytes_of_sessions": watch.sessions,
         "most_sessions_in_memory": watch.in_memory,
@@ -118,6 +128,8 @@ def main(
         "most_resident_bytes": watch.resident,
     }
     write(out, facts, [])
+    if errors or differ:
+        raise SystemExit(1)
 
 
 def free_port() -> int:
@@ -127,11 +139,16 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
-    """Wait until the server answers."""
+def wait_for(url: str, process: subprocess.Popen[Any], seconds: float = 300) -> None:
+    """Wait until the server answers, but no longer than so many seconds."""
+    ends = time.monotonic() + seconds
     while process.poll() is None:
+        if time.monotonic() > ends:
+            raise SystemExit(
+                f"serving: the server has not answered within {seconds:g} s; see what python examples/server.py says"
+            )
         try:
-            health(url)
+            health(url, seconds)
         except openai.APIConnectionError:
             time.sleep(0.5)
         else:
@@ -139,9 +156,9 @@ def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
     raise SystemExit("serving: the server has ended; see what python examples/server.py says")
 
 
-def health(url: str) -> dict[str, Any]:
+def health(url: str, seconds: float = 600) -> dict[str, Any]:
     """Return what the server says of its sessions."""
-    with openai.OpenAI(base_url=url, api_key="none", timeout=600, max_retries=0) as client:
+    with openai.OpenAI(base_url=url, api_key="none", timeout=seconds, max_retries=0) as client:
         return typing.cast("dict[str, Any]", client.get("/health", cast_to=object))
 
 
@@ -159,6 +176,12 @@ def talk(
     watch, bar = Watch(), tqdm(desc="answers", unit="")
 
     def ask(user: User, passage: str) -> None:
+        try:
+            converse(user, passage)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the user got no answer
+            user.error = f"{type(error).__name__}: {error}"
+
+    def converse(user: User, passage: str) -> None:
         chance = random.Random(user.name)  # noqa: S311 - not for secrets
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0) as client:
             while time.monotonic() < ends:
