@@ -9,6 +9,7 @@ it is the model without a memory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from memlong import (
     load_bank,
     load_model,
 )
+from memlong.bank.snapshot.manifest import has_manifest
 from memlong.corpus import Corpus
 from memlong.decoder import create_retriever
 from memlong.errors import MemlongError
@@ -170,13 +172,19 @@ def _shelf(folders: Sequence[Path], name: str | None, model: Any, tokenizer: Any
 
 
 def _embedded(corpus: Corpus, retriever: Retriever, name: str) -> MemoryBank:
-    """Return a bank with another retriever's embeddings of a corpus's chunks; made once, next to the corpus."""
+    """Return a bank with another retriever's embeddings of a corpus's chunks; made once, next to the corpus.
+
+    The folder is named after what the chunks are, so that embeddings of what the corpus had before are not taken.
+    """
     assert corpus.folder is not None  # noqa: S101 - it was loaded
-    folder = corpus.folder.with_name(f"{corpus.folder.name}.{name.replace('/', '-')}")
-    if folder.exists():
+    ids = corpus.bank.ids
+    documents = [(each.digest, each.first_id, each.chunks) for each in corpus.documents]
+    chunks = json.dumps([documents, ids.tolist(), corpus.bank.spans_of(ids).tolist()])
+    state = hashlib.sha256(chunks.encode()).hexdigest()[:16]
+    folder = corpus.folder.with_name(f"{corpus.folder.name}.{name.replace('/', '-')}.{state}")
+    if has_manifest(folder):
         return load_bank(folder)
     bank = create_bank("torch", retriever.dim, metric=retriever.metric)
-    ids = corpus.bank.ids
     for some in ids.split(_AT_ONCE):
         passages = []
         spans = corpus.bank.spans_of(some)

@@ -41,7 +41,7 @@ from cells import table
 from ratios import Ratio
 from results import Budget, Report
 
-from memlong.corpus import Corpus
+from memlong.corpus import Corpus, Document
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import Share, read_text
 
@@ -148,7 +148,9 @@ def main(
         report.add({"rows": rows, "said": said})
     if fresh and fresh <= len(asked):
         timed = [each for each in systems if each in SYSTEMS and each.name != PASSAGE]
-        _add_fresh(asker, timed, asked[:: max(1, len(asked) // fresh)][:fresh], rounds, rows, said, report)
+        some = [*range(0, len(asked), max(1, len(asked) // fresh))][:fresh]
+        known = {name: [answers[number] for number in some] for name, answers in said.items()}
+        _add_fresh(asker, timed, [asked[number] for number in some], rounds, rows, known, report)
     if MEMORY in said:
         report.add({"differences": _differences(asked, said)}, _ratios(rows))
     if again:
@@ -284,22 +286,46 @@ def _parts(text: str) -> list[str]:
 
 
 def _read(folder: Path, name: str, text: str, model: str) -> dict[str, Any]:
-    """Read a book into a corpus, unless it was; return what that took."""
+    """Read a book into a corpus, unless it was; return what that took.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If another text was read, or by another model.
+    """
     noted = folder / f"{name}.json"
-    parts = folder / name
-    parts.mkdir(parents=True, exist_ok=True)
-    for number, part in enumerate(_parts(text), 1):
-        file = parts / f"{number:03d}.txt"
-        if not file.exists() or read_text(file) != f"{part}\n":
-            file.write_text(f"{part}\n", encoding="utf-8")
-    if not noted.exists():
-        ran = remember(model, folder / "corpora" / name, parts)
+    parts, out = folder / name, folder / "corpora" / name
+    texts = {parts / f"{number:03d}.txt": f"{part}\n" for number, part in enumerate(_parts(text), 1)}
+    if noted.exists():
+        _check_read(out, texts, model)
+    else:
+        parts.mkdir(parents=True, exist_ok=True)
+        for file in set(parts.glob("*.txt")) - texts.keys():
+            file.unlink()  # of another text, which was not read to its end
+        for file, part in texts.items():
+            if not file.exists() or read_text(file) != part:
+                file.write_text(part, encoding="utf-8")
+        ran = remember(model, out, parts)
         noted.write_text(
             json.dumps({"seconds": ran.wall, "cpu_seconds": ran.cpu, "peak_bytes": ran.peak_bytes}),
             encoding="utf-8",
         )
     found: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8"))
     return found
+
+
+def _check_read(out: Path, texts: Mapping[Path, str], model: str) -> None:
+    """Check that a corpus is of these texts, and of this model."""
+    corpus = Corpus.load(out)
+    read = {each.source: each.digest for each in corpus.documents}
+    if read != {file.as_posix(): Document(file.as_posix(), part).digest for file, part in texts.items()}:
+        raise InvalidArgumentError(
+            f"{str(out)!r} was read from another text, or from another part of it (--latest): name another --folder"
+        )
+    if corpus.notes.get("model") != model:
+        raise InvalidArgumentError(
+            f"{str(out)!r} was read by {corpus.notes.get('model')!r}, and --model is {model!r}: name another --folder"
+        )
 
 
 def remember(model: str, out: Path, *paths: Path) -> Ran:
@@ -369,11 +395,13 @@ def _add_fresh(
     asked: Sequence[Question],
     rounds: int,
     rows: dict[str, dict[str, Any]],
-    said: Mapping[str, Sequence[str]],
+    known: Mapping[str, Sequence[str]],
     report: Report,
 ) -> None:
-    """Ask each system each question in a fresh process, in turns; of each, the fastest of the rounds counts."""
-    known = {name: set(answers) for name, answers in said.items()}
+    """Ask each system each question in a fresh process, in turns; of each, the fastest of the rounds counts.
+
+    ``known`` has each system's answers to the same questions, when it was asked all of them at once.
+    """
     ran: dict[str, list[list[Ran]]] = {each.name: [[] for _ in asked] for each in systems}
     for _ in range(rounds):
         for number, question in enumerate(asked):
@@ -384,7 +412,7 @@ def _add_fresh(
         report.add({"rows": rows})
 
 
-def _fresh_row(ran: Sequence[Sequence[Ran]], known: set[str]) -> dict[str, Any]:
+def _fresh_row(ran: Sequence[Sequence[Ran]], known: Sequence[str]) -> dict[str, Any]:
     best = [
         {
             "seconds_to_first_token": min(_only(each)["seconds_to_first_token"] for each in runs),
@@ -397,7 +425,9 @@ def _fresh_row(ran: Sequence[Sequence[Ran]], known: set[str]) -> dict[str, Any]:
     ]
     return {
         "questions": len(best),
-        "same_answers": sum(_only(runs[0])["answer"] in known for runs in ran),
+        "same_answers": sum(
+            _only(runs[0])["answer"] == answer for runs, answer in zip(ran, known, strict=True)
+        ),
         **_times(best),
         "whole_seconds": median(each["whole"] for each in best),
         "cpu_seconds": median(each["cpu"] for each in best),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 import string
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from memlong.cli.app import make_app
+from memlong.corpus import Corpus
 from tests.test_bench_results import measured, script
 
 _WORDS = [f"{first}{second}" for first in "bdfgklmnprstvz" for second in ("ale", "ure", "one", "ick")]
@@ -139,6 +142,78 @@ def test_passages_that_are_found_stand_before_the_prompt(corpora, tmp_path, benc
     assert answer["prompt_tokens"] == plain["prompt_tokens"] + 4 * 32 + len(texts)
     assert answer["new_tokens"] == 3
     assert answer["seconds_to_first_token"] > 0
+
+
+def test_embeddings_of_a_corpus_that_has_changed_are_not_taken(corpora, tmp_path):
+    passages, embedded = script("passages"), []
+
+    def embed_chunks(found):
+        embedded.extend(found)
+        return torch.ones(len(found), 4)
+
+    retriever = SimpleNamespace(dim=4, metric="cosine", embed_chunks=embed_chunks)
+    first = passages._embedded(Corpus.load("one"), retriever, "of/ours")
+    assert len(first) == len(embedded) == len(Corpus.load("one").bank)
+    assert len(passages._embedded(Corpus.load("one"), retriever, "of/ours")) == len(first)
+    assert len(embedded) == len(first)
+    (tmp_path / "one.txt").write_text(book(3, 12), encoding="utf-8")
+    assert (
+        CliRunner().invoke(make_app(), ["remember", "--out", "one", *corpora[4:], "one.txt"]).exit_code == 0
+    )
+    changed = Corpus.load("one")
+    assert len(passages._embedded(changed, retriever, "of/ours")) == len(changed.bank) < len(first)
+
+
+def test_a_book_is_read_once_and_another_in_its_place_is_refused(tmp_path, monkeypatch, books, model):
+    two_books, read = script("two_books"), []
+
+    def remember(model, out, *paths):
+        read.append(out)
+        typed = [
+            "remember",
+            "--model",
+            model,
+            "--dtype",
+            "float32",
+            "--out",
+            out,
+            *paths,
+            "--chunk-size",
+            "32",
+        ]
+        assert CliRunner().invoke(make_app(), [*map(str, typed)]).exit_code == 0
+        return two_books.Ran(2.0, 1.0, 5, None)
+
+    monkeypatch.setattr(two_books, "remember", remember)
+    monkeypatch.setattr(two_books, "_PART", 4000)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "999.txt").write_text("of a longer text", encoding="utf-8")
+    took = two_books._read(tmp_path, "one", books["one"], model)
+    assert (
+        took
+        == two_books._read(tmp_path, "one", books["one"], model)
+        == {
+            "seconds": 2.0,
+            "cpu_seconds": 1.0,
+            "peak_bytes": 5,
+        }
+    )
+    assert len(read) == 1
+    parts = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "one").iterdir()}
+    assert len(parts) > 1
+    assert "999.txt" not in parts
+    with pytest.raises(two_books.InvalidArgumentError, match="was read from another text"):
+        two_books._read(tmp_path, "one", books["one"][:9000], model)
+    with pytest.raises(two_books.InvalidArgumentError, match=r"was read by .* and --model is 'demo'"):
+        two_books._read(tmp_path, "one", books["one"], "demo")
+    assert parts == {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "one").iterdir()}
+
+
+def test_a_fresh_answer_is_compared_with_that_to_its_own_question():
+    two_books = script("two_books")
+    rest = {"seconds_to_first_token": 1.0, "seconds_per_token": 1.0, "new_tokens": 2}
+    ran = [[two_books.Ran(3.0, 1.0, 5, {"answers": [{"answer": each, **rest}]})] for each in ("a", "b", "c")]
+    assert two_books._fresh_row(ran, ["a", "c", "b"])["same_answers"] == 1
 
 
 def test_a_difference_is_paired(bench):
