@@ -40,6 +40,8 @@ class DecoderChoice:
         The model's.
     trust_remote_code
         Whether to run Python code that comes with the model.
+    why
+        Why it is this dtype, if nobody typed it.
     """
 
     model: str | None
@@ -49,6 +51,7 @@ class DecoderChoice:
     dtype: str
     device: str
     trust_remote_code: bool
+    why: str = ""
 
     def open(self) -> MemoryDecoder:
         """Load the model and create its decoder; a missing backend is reported before the slow load."""
@@ -69,6 +72,7 @@ class DecoderChoice:
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
                 trained=trained,
+                why=self.why,
             )
         if self.adapter is None:
             assert model is not None  # noqa: S101 - choose_decoder checked it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from re import fullmatch
@@ -175,10 +175,11 @@ def choose_reader(
         raise InvalidArgumentError(
             "--backend must name a backend, got 'none': without one there is no memory"
         )
+    why = ""
     if notes is not None and notes.dtype is not None and dtype == "auto":
-        dtype = notes.dtype
+        dtype, why = notes.dtype, f"as {notes.where.parent} was read"
     if adapter is not None or notes is None:
-        return choose_decoder(
+        choice = choose_decoder(
             context,
             model,
             adapter,
@@ -188,6 +189,7 @@ def choose_reader(
             device=device,
             trust_remote_code=trust_remote_code,
         )
+        return replace(choice, why=why)
     typed = values_of(MemoryConfig, memory.typed)
     options = {each.name: option_of(each) for each in fields(MemoryConfig)}
     given = {name: value for name, value in typed.items() if is_given(context, options[name])}
@@ -200,7 +202,9 @@ def choose_reader(
             raise
         raise SnapshotError(f"{str(notes.where)!r} has settings that cannot be used: {error}") from error
     _check_fixed(notes, config, given, "--out" if "out" in context.params else "--memory")
-    return DecoderChoice(model or notes.known_model(), None, config, {}, dtype, device, trust_remote_code)
+    return DecoderChoice(
+        model or notes.known_model(), None, config, {}, dtype, device, trust_remote_code, why
+    )
 
 
 def _check_fixed(notes: Notes, config: MemoryConfig, given: Collection[str], place: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -17,6 +18,7 @@ def load(
     trust_remote_code: bool,
     trained: tuple[str, str] | None = None,
     trains: bool = False,
+    why: str = "",
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and print the dtype and device, as loading takes some seconds.
 
@@ -28,6 +30,8 @@ def load(
         As `choose_machine` takes them.
     trust_remote_code
         As `load_model` takes it.
+    why
+        Why it is this dtype, if nobody typed it.
 
     Raises
     ------
@@ -37,6 +41,7 @@ def load(
     from memlong.decoder import choose_machine, load_model
 
     machine = choose_machine(dtype, device, trained=trained, trains=trains)
+    machine = replace(machine, why=why or machine.why)
     typer.echo(escaped(f"loading the model… {machine}"), err=True)
     dtype, device = machine.names
     return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

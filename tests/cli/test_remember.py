@@ -203,6 +203,11 @@ def test_settings_come_from_the_corpus(remember, place, model_folder):
     assert (found["chunk_size"], found["dtype"], found["documents"]) == (4, "float32", 2)
 
 
+def test_why_it_is_this_dtype_is_said(remember, model_folder):
+    assert "float32 on cpu (as asked)" in remember("notes/b.txt", device="cpu").stderr
+    assert "float32 on cpu (as memory was read)" in remember("notes", dtype="auto", device="cpu").stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
