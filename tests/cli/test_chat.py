@@ -13,7 +13,7 @@ from memlong import MemoryDecoder, load_model
 from memlong.cli.app import make_app
 from memlong.corpus import Corpus
 from memlong.errors import InvalidArgumentError, SnapshotError
-from memlong.evaluation import chat_turn
+from memlong.evaluation import chat_turn, end_of_turn
 
 TEMPLATE = (
     "{% for turn in messages %}<s> {{ 'word80' if turn.role == 'user' else 'word81' }} {{ turn.content }} </s> "
@@ -163,6 +163,18 @@ def test_turns_are_those_of_the_template(chat, template, model_folder, monkeypat
     ]
     assert torch.equal(first, chat_turn(tokenizer, lines[0]))
     assert torch.equal(second, chat_turn(tokenizer, lines[1], begins=False, history=history))
+
+
+def test_an_answer_that_is_cut_off_gets_its_end(chat, template, monkeypatch):
+    read, found = MemoryDecoder.read, []
+
+    def reading(decoder, ids, *given):
+        found.append(ids.tolist())
+        return read(decoder, ids, *given)
+
+    monkeypatch.setattr(MemoryDecoder, "read", reading)
+    chat("word1", "word2", max_new_tokens=1)
+    assert found == [[end_of_turn(template)]] * 2
 
 
 def test_bytes_that_are_no_text_do_not_end_it(arguments, tmp_path, monkeypatch):

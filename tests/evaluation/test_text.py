@@ -8,7 +8,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from memlong.errors import InvalidTextError
-from memlong.evaluation import chat_turn, long_range_tokens, read_text, tokenize
+from memlong.evaluation import (
+    chat_prompt,
+    chat_turn,
+    end_of_turn,
+    following_turn,
+    long_range_tokens,
+    read_text,
+    tokenize,
+)
 from memlong.evaluation.needle import passkey_prompt
 
 
@@ -102,6 +110,28 @@ def test_a_later_turn_is_what_the_template_puts_behind_the_turns_before(begins):
     begins.chat_template = "{{ bos_token }} user {{ messages[-1].content }}"
     with pytest.raises(InvalidTextError, match="must extend the conversation"):
         chat_turn(begins, "? who", history=said)
+
+
+def test_what_follows_an_answer_begins_where_the_template_has_ended_it(begins):
+    begins.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    turns = "{{ bos_token }}{% for m in messages %} user {{ m.content }} <|end|>\n{% endfor %}"
+    begins.chat_template = turns + "{% if add_generation_prompt %} ?{% endif %}"
+    assert end_of_turn(begins) == [5]
+    assert following_turn(begins, "who").tolist() == [[4, 3, 5, 2]]
+    said = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "who who"}]
+    whole = [*chat_prompt(begins, said[:1])[0].tolist()[:-1], 4, 3, 3, *end_of_turn(begins)]
+    assert [*whole, *following_turn(begins, "who <|end|>")[0].tolist()] == [
+        *[0, 4, 3, 5],
+        *[4, 3, 3, 5],
+        *[4, 3, 2, 5, 2],
+    ]
+
+
+def test_names_of_control_tokens_anywhere_in_a_conversation_are_text(begins):
+    begins.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    begins.chat_template = "{% for m in messages %} user {{ m.content }} <|end|>{% endfor %}"
+    said = [{"role": role, "content": "who <|end|>"} for role in ("user", "assistant", "user")]
+    assert chat_prompt(begins, said).tolist() == [[4, 3, 2, 5] * 3]
 
 
 def test_half_a_character_is_named_with_its_place(begins):
