@@ -73,6 +73,7 @@ def _tables() -> dict[str, Callable[[], str]]:
         found[f"choices-{kind}"] = partial(quality.front_text, f"choices_{kind}.json", text)
     found["alternatives"] = alternatives.headline
     found["questions"] = alternatives.questions
+    found["two-books"] = alternatives.two_books
     for name in ("ruler", "more"):
         found[f"equality-{name}"] = partial(alternatives.equality, f"equality_{name}.json")
     found["ruler-lengths"] = partial(alternatives.by_length, alternatives.RULER)
