@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -416,8 +417,8 @@ def test_a_fork_keeps_what_it_retrieved_when_the_bank_grows(small):
     bank.add(torch.eye(4)[:1], blocks[:1], blocks[:1], spans[:1])
     stream = TokenStream(small(top_k=2), bank).fork()
     stream.bank.add(torch.eye(4)[1:2], blocks[1:2], blocks[1:2], spans[1:2])
-    query = torch.tensor([0.5, 1.0, 0, 0])
-    stream.retrieve(query)
+    query, plain = torch.tensor([0.5, 1.0, 0, 0]), SimpleNamespace(candidates=0)
+    stream.retrieve(query, plain)
     first = stream.memory
     search = bank.search
 
@@ -426,9 +427,9 @@ def test_a_fork_keeps_what_it_retrieved_when_the_bank_grows(small):
         return search(queries, k, among=among)
 
     bank.search = search_and_grow
-    stream.retrieve(query)
+    stream.retrieve(query, plain)
     assert all(now is before for now, before in zip(stream.memory.blocks, first.blocks, strict=True))
-    stream.retrieve(torch.tensor([0, 0.5, 0, 1.0]))
+    stream.retrieve(torch.tensor([0, 0.5, 0, 1.0]), plain)
     assert torch.equal(stream.memory.keys, blocks[[3, 3]].permute(1, 2, 0, 3, 4).flatten(2, 3))
 
 
