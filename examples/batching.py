@@ -85,7 +85,8 @@ class Job:
             self.ended, self.is_cut = "stop", False
         else:
             self._ids.append(token)
-            self.ended = "length" if self.tokens == self.most else ""
+            if self.tokens == self.most:
+                self.ended = "length"
             self._decode(tokenizer)
         # What comes next may complete a text to stop at.
         held = max((len(stop) - 1 for stop in self.stops), default=0)
@@ -117,7 +118,9 @@ class Job:
         self.said.put(None)
 
     def fail(self, error: BaseException) -> None:
-        """Let the request fail."""
+        """Let the request fail, and log what is no fault of the request."""
+        if not isinstance(error, InvalidArgumentError):
+            _LOG.error("A request has failed", exc_info=error)
         if not self.ended or self.wants_sources:
             self.ended = "cancelled"
             self.said.put(error)
@@ -168,7 +171,7 @@ class Worker:
         self._waiting: list[Job] = []
         self._jobs: list[Job] = []
         self._change = threading.Condition()
-        self._stopped = False
+        self._stopped = self._closed = False
         self._reading = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="memlong")
         self._thread.start()
@@ -190,14 +193,14 @@ class Worker:
     def stop(self) -> None:
         """End what is being answered, refuse the rest, and save all sessions."""
         with self._change:
-            if self._stopped:
-                return
             self._stopped = True
             self._change.notify()
         for job in self._jobs:
             job.ended = job.ended or "cancelled"
         self._thread.join()
-        self.pool.close()
+        if not self._closed:
+            self.pool.close()
+            self._closed = True
 
     def _run(self) -> None:
         try:
@@ -215,11 +218,13 @@ class Worker:
     def _answer_or_fail(self, jobs: Sequence[Job]) -> None:
         try:
             self._answer(jobs)
-            self._save()
         except Exception as error:  # noqa: BLE001 - it is the requests that fail, not the server
-            _LOG.exception("Requests have failed")
             for job in jobs:
                 job.fail(error)
+        try:
+            self._save()
+        except MemlongError:
+            _LOG.exception("Sessions could not be saved; the server tries again after the next answer")
 
     def _next(self) -> list[Job]:
         """Wait for requests, or until sessions are to be saved; take the first request of each session."""

@@ -131,7 +131,7 @@ class Retriever(ABC):
         return found if self.metric == "l2" else without_component(found, means)
 
     def rerank(self, found: Candidates) -> Tensor:
-        """Score the best ``candidates`` chunks of a bank anew [n], n >= 1; those with the highest scores are retrieved.
+        """Score the best ``candidates`` chunks of a bank again [n >= 1]; those with the highest scores are retrieved.
 
         Equal scores keep the order of ``found``; a chunk whose score is -inf is not retrieved. It must depend on its
         argument alone. A retriever that wraps another passes this on to it, and ``candidates`` with it.
