@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # The workers share the cores, so each has one thread; they take tests from each other's ends, where a fixture is not shared.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses logical --dist worksteal
 
-.PHONY: help install demo test test-fast test-versions torture lint docs dist bench clean
+.PHONY: help install demo test test-all test-versions torture lint docs dist bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,11 +32,11 @@ $(INSTALLED): pyproject.toml constraints.txt demo-requirements.txt $(PLUGINS)
 demo: $(INSTALLED) ## Compare recall and perplexity of the backends on a small model
 	$(BIN)/python examples/recall_vs_perplexity.py $(ARGS)
 
-test: $(INSTALLED) ## Run the tests on all cores; ARGS="-k name" picks some
-	$(PYTEST) $(ARGS)
-
-test-fast: $(INSTALLED) ## Run the tests that are not slow, of models one case for each value
+test: $(INSTALLED) ## Run the tests that are not slow, of models one case for each value; ARGS="-k name" picks some
 	$(PYTEST) -m 'not slow' --brief $(ARGS)
+
+test-all: $(INSTALLED) ## Run all tests: the slow ones, too, and every two values together (20 minutes)
+	$(PYTEST) $(ARGS)
 
 test-versions: $(INSTALLED) ## Test the core on other Pythons, and with the lowest versions of what it needs
 	$(BIN)/python tests/versions.py $(ARGS)
