@@ -180,6 +180,7 @@ class Says(StoppingCriteria):
         return torch.isin(input_ids[:, -1], torch.tensor(self.tokens))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("padding", [0, 2], ids=["pad", "pad is eos"])
 @pytest.mark.parametrize("eos", [2, None], ids=["eos", "no eos"])

@@ -77,6 +77,7 @@ def test_1_detached_the_model_is_as_it_was(model, small, text):
     ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("store", [{}, {"host": "all"}], ids=["device", "host"])
 def test_2_memory_of_the_whole_prefix_is_full_attention(model, close, small, text, store):
     ids = text(130)
@@ -127,6 +128,7 @@ def test_4_a_text_in_pieces_is_what_it_is_in_one(model, close, small, text):
     close(torch.cat(parts), whole)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 3])
 def test_6_saved_streams_go_on_and_answer_alike(model, small, text, tmp_path, beams):
     ids, mask = text(61, rows=2), torch.ones(2, 61, dtype=torch.long)
@@ -146,6 +148,7 @@ def test_6_saved_streams_go_on_and_answer_alike(model, small, text, tmp_path, be
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_over_memory_of_everything_is_the_plain_models(model, close, small, text, beams):
     ids = text(60)
@@ -173,6 +176,7 @@ def test_a_sliding_layer_keeps_its_own_window_however_short_the_local_one(small,
     torch.testing.assert_close(logits, expected, rtol=0.0, atol=2e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_ragged_batch_says_what_its_rows_say_alone(model, small, text, beams):
     ids, mask = text(50, rows=2), torch.ones(2, 50, dtype=torch.long)

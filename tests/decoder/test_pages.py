@@ -199,6 +199,7 @@ def test_a_budget_for_everything_is_full_attention(
     torch.testing.assert_close(logits_of(model, ids, config), expected, **TOLERANCE)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("heads", ["all", "0:1,1:0,3:0+1"])
 @pytest.mark.parametrize("mode", ["overlaid", "compressed", "before-window", "original"])
 @pytest.mark.parametrize("step", [1, None])
@@ -337,6 +338,7 @@ def test_what_takes_masks_is_said(llama, small, text, monkeypatch):
         logits_of(llama.to(torch.bfloat16), text(60), small(attended_tokens=4))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("step", [1, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_of_half_precision_is_as_near_to_float32_as_without_pages(
@@ -452,6 +454,7 @@ def test_what_leaves_the_bank_after_the_search_is_not_found(small):
     assert retrieve_chunks(bank, torch.ones(4), small(top_k=3))[1] is None
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "step", ["Room._write", "Room._hold_row", "Room._follow", "sketched", "energies", "largest", "turned"]
 )

@@ -247,6 +247,7 @@ def test_of_chosen_pages_alone(llama, small, text, monkeypatch):
     assert [each.mass for each in in_order] == pytest.approx(by_chunk.tolist(), **CLOSE)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("heads", ["all", "0:1,1:0,3:0+1"])
 @pytest.mark.parametrize("step", [1, 8, None])
 @pytest.mark.parametrize("attended", [8, 10_000])

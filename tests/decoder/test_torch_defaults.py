@@ -45,6 +45,7 @@ def words():
     return made
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", RETRIEVERS)
 def test_embeddings_are_the_same(llama, words, name, other):
@@ -60,6 +61,7 @@ def test_embeddings_are_the_same(llama, words, name, other):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", ["lm", "random", "recent", "hybrid"])
 def test_a_stream_is_the_same(llama, small, text, name, other):

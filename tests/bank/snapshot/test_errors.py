@@ -529,11 +529,12 @@ def test_two_threads_do_not_write_one_folder(tmp_path):
         pass
 
 
-def test_of_many_that_want_a_lock_one_has_it(tmp_path):
+@pytest.mark.parametrize("times", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_of_many_that_want_a_lock_one_has_it(tmp_path, times):
     inside, most, errors = [], [], []
 
     def work():
-        for _ in range(200):
+        for _ in range(times):
             try:
                 with FolderLock(tmp_path):
                     inside.append(1)
