@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 PLUGINS := plugins/memlong-usearch/pyproject.toml plugins/memlong-milvus/pyproject.toml
-# Python compiles what it imports; to compile all that there is takes longer than to test with it.
+# Python compiles what it imports, and keeps it; to compile all that there is takes longer than to test with it.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 # The workers share the cores, so each has one thread; they take tests from each other's ends, where a fixture is not shared.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses logical --dist worksteal
