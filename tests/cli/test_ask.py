@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -19,10 +20,18 @@ def text_of(first, count=40):
     return " ".join(f"word{(first + number * number) % 89}" for number in range(count))
 
 
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """What `memories` has read, empty at first."""
+    return tmp_path_factory.mktemp("read")
+
+
 @pytest.fixture
-def memories(tmp_path, monkeypatch, arguments):
-    """Two corpora: the old and the new document with tags, and one more."""
+def memories(tmp_path, monkeypatch, arguments, read):
+    """Two corpora: the old and the new document with tags, and one more. They are read once, and copied."""
     monkeypatch.chdir(tmp_path)
+    if any(read.iterdir()):
+        return shutil.copytree(read, tmp_path, dirs_exist_ok=True)
     for number, name in enumerate(("old", "new", "other")):
         path = tmp_path / f"{name}.txt"
         path.write_text(text_of(number * 7), encoding="utf-8")
@@ -30,6 +39,7 @@ def memories(tmp_path, monkeypatch, arguments):
         words = arguments("remember", out="memory" if number < 2 else "more", tag=["all", name])
         result = CliRunner().invoke(make_app(), [*words, path.name])
         assert result.exit_code == 0, result.output + repr(result.exception)
+    shutil.copytree(tmp_path, read, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model"))
     return tmp_path
 
 
