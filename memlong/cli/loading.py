@@ -19,6 +19,7 @@ def load(
     trained: tuple[str, str] | None = None,
     trains: bool = False,
     why: str = "",
+    quiet: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and print the dtype and device, as loading takes some seconds.
 
@@ -32,6 +33,8 @@ def load(
         As `load_model` takes it.
     why
         Why it is this dtype, if nobody typed it.
+    quiet
+        Print nothing, as another process prints the same.
 
     Raises
     ------
@@ -42,7 +45,8 @@ def load(
 
     machine = choose_machine(dtype, device, trained=trained, trains=trains)
     machine = replace(machine, why=why or machine.why)
-    typer.echo(escaped(f"loading the model… {machine}"), err=True)
+    if not quiet:
+        typer.echo(escaped(f"loading the model… {machine}"), err=True)
     dtype, device = machine.names
     return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 

@@ -59,12 +59,16 @@ def train(
     layer are frozen. --out receives a trained decoder (for --adapter of other commands) and the loss curve as JSON
     lines and PNG. To resume an interrupted run, repeat the command with --resume.
 
+    With accelerate launch or torchrun, several processes train together, each on a GPU of its own. --rows counts the
+    documents of each.
+
     \b
     Examples:
       memlong train --model demo --text speeches.txt --out trained
       memlong train --model demo --text books --out trained --memory-layer 14 --retrieval-layers 15,19,23,27
       memlong train --model demo --text books --kv-source latent --maps maps.safetensors --out trained
       memlong train --model demo --text books --out trained --gate-init -8 --random-share 0.2 --resume
+      accelerate launch --num_processes 2 -m memlong train --model demo --text books --out trained
       memlong perplexity --adapter trained --text novel.txt
       memlong perplexity --adapter trained --text novel.txt --retriever random
     """  # noqa: D301 - the backspace makes the help keep these line breaks
@@ -77,42 +81,66 @@ def train(
             "--backend must name a backend, got 'none': without a memory there is nothing to train"
         )
     config, training = memory.config(seed), replace(training, seed=seed)
-    from memlong.decoder import MemoryDecoder
+    from memlong.decoder import MemoryDecoder, choose_machine
     from memlong.evaluation import tokenize
     from memlong.training import Trainer, read_dataset, read_documents, usual_retrieval_layers
     from memlong.training.folder import check_folder, lock
+    from memlong.training.processes import Processes
     from memlong.training.trainer import check_settings
 
     check_settings(config, training)
-    with lock(out) if out.is_dir() else nullcontext():  # no other run uses it
-        check_folder(out, resume=resume)
+    processes = Processes(device)
+
+    def tell(words: str) -> None:
+        if processes.is_main:
+            say(words)
+
+    if processes.is_main:
+        with lock(out) if out.is_dir() else nullcontext():  # no other run uses it
+            check_folder(out, resume=resume)
+    processes.wait()
     texts = list(read_documents(text or []))
     if dataset is not None:
         texts += read_dataset(dataset, split=dataset_split, column=dataset_column)
     begun = _begun(out) if resume else None
+    if processes.count > 1:  # one choice for all, as each would measure for itself what is fast
+        device = str(processes.device)
+        dtype = processes.from_main(choose_machine(dtype, device, trained=begun, trains=True).names[0])
     language_model, tokenizer = load(
-        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, trained=begun, trains=True
+        model,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        trained=begun,
+        trains=True,
+        quiet=not processes.is_main,
     )
     if memory.typed["retrieval_layers"] is None:
         config = replace(config, retrieval_layers=usual_retrieval_layers(language_model, config))
-    documents = [tokenize(tokenizer, words)[0] for words in tqdm(texts, desc="tokens", unit="text")]
+    hidden = not processes.is_main
+    documents = [
+        tokenize(tokenizer, words)[0] for words in tqdm(texts, desc="tokens", unit="text", disable=hidden)
+    ]
     decoder = MemoryDecoder(language_model, tokenizer, config)
     trainer = Trainer(decoder, documents, training, folder=out, tensorboard=tensorboard)
     if resume and trainer.ended:
-        say(f"{escaped(str(out))}: training is already complete, and the trained decoder is here")
+        tell(f"{escaped(str(out))}: training is already complete, and the trained decoder is here")
+        processes.leave()
         return
-    say(
+    machine = machine_of(language_model) + (f" x {processes.count} processes" if processes.count > 1 else "")
+    tell(
         f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, "
-        f"{trainer.trainable_parameters:,} trainable parameters, {machine_of(language_model)}"
+        f"{trainer.trainable_parameters:,} trainable parameters, {machine}"
     )
-    with tqdm(total=training.steps, unit="step", desc=f"training ({machine_of(language_model)})") as bar:
+    with tqdm(total=training.steps, unit="step", desc=f"training ({machine})", disable=hidden) as bar:
 
         def show(step: Step) -> None:
             bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
             bar.update()
 
         made = trainer.run(resume=resume, progress=show)
-    say(f"{escaped(str(out))}: {training.steps:,} steps, final loss {made[-1].loss:.3f}")
+    tell(f"{escaped(str(out))}: {training.steps:,} steps, final loss {made[-1].loss:.3f}")
+    processes.leave()
 
 
 def _begun(folder: Path) -> tuple[str, str] | None:

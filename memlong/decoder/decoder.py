@@ -190,7 +190,7 @@ class MemoryDecoder(Uncopied):
         banks: Sequence[MemoryBank] | None = None,
         *,
         bases: Sequence[MemoryBank] = (),
-        random_chunks: RandomChunks | None = None,
+        random_chunks: RandomChunks | Sequence[RandomChunks] | None = None,
         any_model: bool = False,
     ) -> None:
         """Begin new streams, with empty windows.
@@ -204,7 +204,8 @@ class MemoryDecoder(Uncopied):
             Banks that all rows read and none changes, such as ``load_bank(folder, lazy=True)``: each row's new bank
             lies over them (`LayeredBank`). Not with ``banks``.
         random_chunks
-            Random chunks to retrieve now and then instead of the ones asked for, as training does.
+            Random chunks to retrieve now and then instead of the ones asked for, as training does: for all rows, or
+            one for each.
         any_model
             Accept banks that another model filled, or this one with other settings, if shapes fit. Whether this model
             can use their keys and values is not checked.

@@ -21,9 +21,9 @@ from memlong.decoder.persistence.json_file import read_json
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.training.folder import FACTS, FORMATS, MOST_FACTS, TENSORS, checkpoints, clear, remove_checkpoint
 
-_FORMAT = f"{FORMATS}4"
+_FORMAT = f"{FORMATS}5"
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
-_RANDOM = ("random.chunks", "random.torch", "random.cuda")
+_RANDOM = ("random.torch", "random.cuda")
 _WIDEST_RANDOM = 1 << 16
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
@@ -55,7 +55,6 @@ def save_checkpoint(
     progress: Progress,
     parameters: dict[str, nn.Parameter],
     optimizer: Optimizer,
-    generator: torch.Generator,
     made_of: dict[str, Any],
 ) -> None:
     """Write ``checkpoint-<step>`` into a folder, and remove older checkpoints.
@@ -69,9 +68,7 @@ def save_checkpoint(
     parameters
         Trainable parameters by name, in the optimizer's order. The learning rate follows from the step.
     optimizer
-        The optimizer, whose state is saved.
-    generator
-        Random generator of random chunks. The state of torch's global generators is saved as well.
+        The optimizer, whose state is saved, as is that of torch's global random generators.
     made_of
         Facts that must match for a run to resume from this checkpoint.
 
@@ -85,7 +82,7 @@ def save_checkpoint(
     for index, entries in optimizer.state_dict()["state"].items():
         for name, entry in entries.items():
             tensors[f"optimizer.{names[index]}.{name}"] = torch.as_tensor(entry)
-    tensors |= {"random.chunks": generator.get_state(), "random.torch": torch.get_rng_state()}
+    tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     target = folder / f"checkpoint-{progress.step}"
@@ -127,7 +124,6 @@ def load_checkpoint(
     folder: Path,
     parameters: dict[str, nn.Parameter],
     optimizer: Optimizer,
-    generator: torch.Generator,
     made_of: dict[str, Any],
 ) -> Progress:
     """Restore a run from its latest checkpoint.
@@ -150,7 +146,7 @@ def load_checkpoint(
         progress = _progress(latest, facts["progress"])
         tensors = _read(latest / TENSORS, facts, parameters)
         _check_values(tensors, progress)
-        _check_random(tensors)
+        torch.Generator().set_state(tensors["random.torch"])  # raises if it is none
     except InvalidArgumentError:
         raise
     except (*_DAMAGE, SafetensorError) as error:
@@ -159,7 +155,6 @@ def load_checkpoint(
             "over"
         ) from error
     _restore(tensors, parameters, optimizer)
-    generator.set_state(tensors["random.chunks"])
     torch.set_rng_state(tensors["random.torch"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -238,11 +233,6 @@ def _check_values(tensors: dict[str, Tensor], progress: Progress) -> None:
             or (most is not None and bool((tensor > most).any()))
         ):
             raise ValueError(f"{name} has values that training cannot produce")
-
-
-def _check_random(tensors: dict[str, Tensor]) -> None:
-    for name in ("random.chunks", "random.torch"):
-        torch.Generator().set_state(tensors[name])
 
 
 def _restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:

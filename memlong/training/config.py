@@ -23,7 +23,14 @@ class TrainingConfig:
     """
 
     steps: int = setting(1000, "Number of optimizer steps.", least=1)
-    rows: int = setting(4, "Documents read in parallel.", more="Each has its own bank.", least=1, most=4096)
+    rows: int = setting(
+        4,
+        "Documents read in parallel by each process.",
+        more="Each has its own bank. With several processes (``accelerate launch``), a step is as large as that of "
+        "one process with all their rows.",
+        least=1,
+        most=4096,
+    )
     document_tokens: int = setting(
         16_384, "Documents are split into episodes of this many tokens, each with a fresh memory.", least=2
     )

@@ -56,6 +56,8 @@ class Curve:
         Number of steps that the run resumes from.
     tensorboard
         Folder for TensorBoard's event files, or None.
+    writes
+        Whether to write at all; otherwise, another process does, and steps are only kept.
 
     Raises
     ------
@@ -67,10 +69,15 @@ class Curve:
         If a file cannot be written, here or in the methods.
     """
 
-    def __init__(self, path: Path, keep: int = 0, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, keep: int = 0, tensorboard: Path | None = None, *, writes: bool = True
+    ) -> None:
         self.steps, size = _read(path, keep) if keep else ([], 0)
-        self._writer = None if tensorboard is None else _tensorboard(tensorboard)
+        self._writer = _tensorboard(tensorboard) if tensorboard is not None and writes else None
         self._path = path
+        self._writes = writes
+        if not writes:
+            return
         with (
             _told(path),
             path.open("r+b" if keep else "wb") as file,
@@ -81,6 +88,8 @@ class Curve:
     def add(self, step: Step) -> None:
         """Append a step to the file; it is durable after `sync`."""
         self.steps.append(step)
+        if not self._writes:
+            return
         with _told(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(step))
         if self._writer is not None:
@@ -91,6 +100,8 @@ class Curve:
 
     def sync(self) -> None:
         """Flush all steps to disk: a checkpoint needs the steps before it."""
+        if not self._writes:
+            return
         with _told(self._path), self._path.open("ab") as file:
             os.fsync(file.fileno())
 

@@ -59,9 +59,10 @@ class Batch:
         places = torch.arange(self.input_ids.shape[1], device="cpu")
         return (places < torch.tensor(self.lengths, device="cpu")[:, None]).long()
 
-    def tokens_between(self, start: int, end: int) -> int:
-        """Count the tokens of all rows with an index in [start, end)."""
-        return sum(max(0, min(length, end) - start) for length in self.lengths)
+
+def tokens_between(lengths: Sequence[int], start: int, end: int) -> int:
+    """Count the tokens of rows of these lengths with an index in [start, end)."""
+    return sum(max(0, min(length, end) - start) for length in lengths)
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,35 @@ class SegmentLoss:
 
     Attributes
     ----------
-    mean
-        The training objective: weighted mean negative log-likelihood; 0 if no token has a next token.
+    total
+        Weighted sum of the tokens' negative log-likelihoods; 0 if no token has a next token.
+    weight
+        Sum of the weights, detached.
     sums
         [4], float64, detached: unweighted sum over all tokens and their count, then the same for long-range tokens.
     """
 
-    mean: Tensor
+    total: Tensor
+    weight: Tensor
     sums: Tensor
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Self:
+        """Return the loss of no token at all."""
+        return cls(
+            torch.zeros((), device=device),
+            torch.zeros((), device=device),
+            torch.zeros(4, dtype=torch.float64, device=device),
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """The training objective: weighted mean negative log-likelihood."""
+        return self.share_of(self.weight)
+
+    def share_of(self, weight: Tensor) -> Tensor:
+        """Return what these rows add to the objective of more rows, whose weights have this sum."""
+        return self.total / weight.clamp(min=1.0)
 
 
 def segment_loss(segment: Segment, batch: Batch, long_range_weight: float) -> SegmentLoss:
@@ -99,4 +121,4 @@ def segment_loss(segment: Segment, batch: Batch, long_range_weight: float) -> Se
         exact = torch.where(marks, losses.double(), 0.0)
         sums = torch.stack([exact.sum(dim=1), marks.sum(dim=1).double()], dim=1).flatten()
     weights = marks[0] + long_range_weight * marks[1]
-    return SegmentLoss((losses * weights).sum() / weights.sum().clamp(min=1.0), sums)
+    return SegmentLoss((losses * weights).sum(), weights.sum(), sums)

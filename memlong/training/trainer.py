@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from memlong.bank.sessions.folders import absolute
-from memlong.decoder import MemoryConfig, MemoryDecoder
+from memlong.decoder import MemoryConfig, MemoryDecoder, Segment
 from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
 from memlong.decoder.persistence.strangers import declared_options
 from memlong.decoder.stream.retrieval import RandomChunks
-from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError, StorageError
+from memlong.errors import InvalidArgumentError, MemlongError, StorageError
 from memlong.plugins.registry import installed_registry
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from memlong.training.config import TrainingConfig
@@ -35,8 +38,9 @@ from memlong.training.folder import (
     lock,
     remove_checkpoints,
 )
-from memlong.training.loss import Batch, segment_loss
+from memlong.training.loss import Batch, SegmentLoss, segment_loss, tokens_between
 from memlong.training.parts import TrainableParts
+from memlong.training.processes import Processes
 
 
 class Trainer:
@@ -46,16 +50,20 @@ class Trainer:
     backpropagated through that segment and through the computation of the memory it reads; the window and the stored
     K-V are constants.
 
+    In several processes (``accelerate launch``), each creates its own trainer with the same arguments, and reads other
+    documents. The losses are those of one process with all their rows, up to rounding. The main process alone writes.
+
     Parameters
     ----------
     decoder
-        A decoder on a plain model, not attached. Its model is frozen and gets a LoRA adapter.
+        A decoder on a plain model, not attached. Its model is frozen and gets a LoRA adapter. With several processes,
+        each has it on its own device.
     documents
         Token ids [tokens] of each document.
     config
         The training settings.
     folder
-        Folder for the curve, checkpoints and the trained decoder; created if missing.
+        Folder for the curve, checkpoints and the trained decoder; created if missing. All processes must see it.
     base_model
         Name under which `load_model` finds the model, for `MemoryDecoder.from_pretrained`.
     tensorboard
@@ -65,7 +73,7 @@ class Trainer:
     ------
     InvalidArgumentError
         If there is nothing to train, the decoder has no memory, episodes are too short to need one, or several
-        processes are launched.
+        processes are launched in a way that does not work (`Processes`).
     InvalidTextError
         If no document is long enough.
     MissingDependencyError
@@ -94,10 +102,9 @@ class Trainer:
             raise InvalidArgumentError(
                 "decoder.model must be bfloat16 or float32 for training, got float16, in which small gradients vanish"
             )
-        self._accelerator = _accelerator(decoder)
+        self._processes = Processes(decoder.model.device)
         self.episodes = Episodes(documents, config.document_tokens, _least(decoder.config), config.seed)
         self._fingerprint = decoder.fingerprint()  # before the adapter is added
-        self._generator = torch.Generator().manual_seed(config.seed)
         # The warmup stage uses the plain window; created before the adapter, as the decoder was.
         self._plain = (
             MemoryDecoder(decoder.model, decoder.tokenizer, replace(decoder.config, backend=None))
@@ -123,7 +130,7 @@ class Trainer:
     def ended(self) -> bool:
         """Whether the folder has the trained decoder of a complete run with these settings."""
         memory = self.decoder.config.as_dict() | declared_options(self.decoder.config, installed_registry())
-        return holds_decoder(self.folder, asdict(self.config), memory)
+        return holds_decoder(self.folder, self._recorded(), memory)
 
     def run(self, *, resume: bool = False, progress: Callable[[Step], None] | None = None) -> list[Step]:
         """Train, save the decoder into the folder, and return the steps.
@@ -132,16 +139,17 @@ class Trainer:
         ----------
         resume
             Resume from the folder's latest checkpoint, with the same results as without the interruption. On CUDA,
-            attention gradients are not deterministic, so any two runs differ in their last bits.
+            attention gradients are not deterministic, so any two runs differ in their last bits. The number of
+            processes may differ if ``rows`` times that number is the same.
         progress
-            Called after each step; when resuming, first for all earlier steps.
+            Called after each step, in the main process; when resuming, first for all earlier steps.
 
         Raises
         ------
         InvalidArgumentError
             If there is no checkpoint to resume from, or it is from a different model, settings or text; if there is
-            one, but ``resume`` is not set; if the folder has a trained decoder or files that a run would overwrite; or
-            if this trainer is done.
+            one, but ``resume`` is not set; if the folder has a trained decoder or files that a run would overwrite; if
+            this trainer is done; or if processes differ in model, settings or text.
         StorageError
             If the folder cannot be written, or another run uses it. Checkpoints are kept.
         MemlongError
@@ -157,25 +165,23 @@ class Trainer:
                 "This trainer's run was interrupted, and its weights are partly trained: resume from a checkpoint with "
                 "resume=True, or create a new trainer on the plain model"
             )
-        with lock(self.folder):
-            return self._run(resume, progress)
+        with lock(self.folder) if self._processes.is_main else nullcontext():
+            return self._run(resume, progress if self._processes.is_main else None)
 
     def _run(self, resume: bool, progress: Callable[[Step], None] | None) -> list[Step]:
+        writes = self._processes.is_main
         order = {name: self._parts.parameters[name] for name in self._in_order()}
-        state = (order, self._optimizer, self._generator, self._made_of())
-        if (self.folder / SETTINGS).exists() and not checkpoints(self.folder):
-            kind = "a complete run with these settings" if self.ended else "a run with other settings"
-            raise InvalidArgumentError(
-                f"The folder {str(self.folder)!r} has the trained decoder of {kind}: load it with "
-                "MemoryDecoder.from_pretrained, or give another folder"
-            )
-        check_folder(self.folder, resume=resume)
-        clear_unfinished(self.folder)
-        at = load_checkpoint(self.folder, *state) if resume else Progress()
-        self._has_begun = self._has_begun or resume
+        state = (order, self._optimizer, self._made_of())
+        self._check_same()
+        with self._processes.main_first():
+            if writes:
+                self._check_folder(resume)
+                clear_unfinished(self.folder)
+            at = load_checkpoint(self.folder, *state) if resume else Progress()
+            self._has_begun = self._has_begun or resume
+            curve = Curve(self.folder / CURVE, at.step, self._tensorboard, writes=writes)
         self._sums.clear()
         self._optimizer.zero_grad(set_to_none=True)
-        curve = Curve(self.folder / CURVE, at.step, self._tensorboard)
         if progress is not None:
             for step in curve.steps:
                 progress(step)
@@ -184,43 +190,68 @@ class Trainer:
             while at.step < self.config.steps:
                 self._read_episodes(at, curve, progress)
                 if at.step - saved >= self.config.checkpoint_every and at.step < self.config.steps:
-                    curve.sync()
-                    save_checkpoint(self.folder, at, *state)
+                    if writes:
+                        curve.sync()
+                        save_checkpoint(self.folder, at, *state)
                     saved = at.step
         finally:
             curve.close()
         self._parts.freeze()
         self._settled = True
-        self.decoder.save_pretrained(self.folder, base_model=self._base_model, training=asdict(self.config))
-        remove_checkpoints(self.folder)
-        curve.plot(self.folder / PICTURE)
+        if writes:
+            self.decoder.save_pretrained(self.folder, base_model=self._base_model, training=self._recorded())
+            remove_checkpoints(self.folder)
+            curve.plot(self.folder / PICTURE)
+        self._processes.wait()
         return curve.steps
 
+    def _check_folder(self, resume: bool) -> None:
+        if (self.folder / SETTINGS).exists() and not checkpoints(self.folder):
+            kind = "a complete run with these settings" if self.ended else "a run with other settings"
+            raise InvalidArgumentError(
+                f"The folder {str(self.folder)!r} has the trained decoder of {kind}: load it with "
+                "MemoryDecoder.from_pretrained, or give another folder"
+            )
+        check_folder(self.folder, resume=resume)
+
+    def _check_same(self) -> None:
+        """Refuse to train something else than the main process does: the gradients' sum would be that of nothing."""
+        ours = json.dumps(self._made_of(), default=str)
+        theirs = json.loads(self._processes.from_main(ours))
+        for name, value in json.loads(ours).items():
+            if value != theirs.get(name):
+                raise InvalidArgumentError(
+                    f"{name} must be {theirs.get(name)!r}, as in the main process, got {value!r} in process "
+                    f"{self._processes.index}: train the same model on the same text in all processes, with the same "
+                    "settings"
+                )
+
     def _read_episodes(self, at: Progress, curve: Curve, progress: Callable[[Step], None] | None) -> None:
-        """Read one episode per row, until they end or the run does."""
-        rows = [self.episodes[at.episodes + row] for row in range(self.config.rows)]
+        """Read one episode per row, until they end in all processes or the run does."""
+        first = at.episodes + self._processes.index * self.config.rows
+        numbers = range(first, first + self.config.rows)
         size = self.decoder.config.segment_size
-        batch = Batch.of(rows, self.decoder.config.local_window, self.decoder.model.device)
-        count = -(-batch.input_ids.shape[1] // size)
+        batch = Batch.of(
+            [self.episodes[number] for number in numbers],
+            self.decoder.config.local_window,
+            self.decoder.model.device,
+        )
+        lengths = self._processes.all_of(batch.lengths)
+        count = -(-max(lengths) // size)
         warming_up = self._plain is not None and at.step < self.config.warmup_stage_steps
         decoder = self._plain if warming_up and self._plain is not None else self.decoder
         self._parts.learn(lower_layers=warming_up)
-        decoder.reset(random_chunks=RandomChunks(self.config.random_share, self._generator))
+        decoder.reset(random_chunks=[self._random_chunks(number) for number in numbers])
         started = time.perf_counter()
         with decoder:
-            for number, segment in enumerate(decoder.stream(batch.input_ids, batch.mask, gradients=True)):
+            segments = iter(decoder.stream(batch.input_ids, batch.mask, gradients=True))
+            for number in range(count):
+                segment = next(segments, None)  # None if only other processes read on
                 beginning = number - number % self.config.accumulate
                 start = number * size
-                if (
-                    start + 1 < batch.input_ids.shape[1]
-                ):  # otherwise only last tokens, which have no next token
-                    loss = segment_loss(segment, batch, self.config.long_range_weight)
-                    self._sums.append(loss.sums)
-                    if (
-                        loss.mean.requires_grad
-                    ):  # not before the first retrieval, if only maps and gates are trained
-                        self._accelerator.backward(loss.mean / min(self.config.accumulate, count - beginning))
-                at.tokens += batch.tokens_between(start, start + size)
+                if start + 1 < max(lengths):  # otherwise only last tokens, which have no next token
+                    self._learn(segment, batch, of=min(self.config.accumulate, count - beginning))
+                at.tokens += tokens_between(lengths, start, start + size)
                 if number + 1 in (beginning + self.config.accumulate, count) and self._sums:
                     sums = self._update(at)
                     at.seconds += time.perf_counter() - started  # _update() has synchronized
@@ -231,15 +262,27 @@ class Trainer:
                     if at.step == self.config.steps:
                         break
         decoder.reset()
-        at.episodes += self.config.rows
+        at.episodes += len(lengths)
         at.seconds += time.perf_counter() - started
+
+    def _learn(self, segment: Segment | None, batch: Batch, of: int) -> None:
+        """Backpropagate the loss of a segment, one of so many of an optimizer step."""
+        if segment is None:
+            loss = SegmentLoss.zero(self.decoder.model.device)
+        else:
+            loss = segment_loss(segment, batch, self.config.long_range_weight)
+        mean = loss.share_of(self._processes.sum(loss.weight))
+        self._sums.append(loss.sums)
+        if mean.requires_grad:  # not before the first retrieval, if only maps and gates are trained
+            (mean / of).backward()
 
     def _update(self, at: Progress) -> list[float]:
         """Make an optimizer step, and return the sums of its losses: the one synchronization per step."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.config.share_of_rate(at.step)
-        norm = self._accelerator.clip_grad_norm_(self._parts.parameters.values(), self.config.max_grad_norm)
-        total = torch.stack(self._sums).sum(dim=0)
+        self._processes.sum_gradients(self._parts.parameters.values())
+        norm = clip_grad_norm_(self._parts.parameters.values(), self.config.max_grad_norm)
+        total = self._processes.sum(torch.stack(self._sums).sum(dim=0))
         self._sums.clear()
         *sums, length = torch.cat([total, norm.detach().reshape(1).to(total)]).tolist()
         if not (isfinite(sums[0]) and isfinite(length)):
@@ -266,6 +309,11 @@ class Trainer:
             at.seconds,
         )
 
+    def _random_chunks(self, number: int) -> RandomChunks:
+        """Return the random chunks of an episode, the same in whichever process and row it is read."""
+        seed = int(np.random.default_rng((self.config.seed, number)).integers(2**63))
+        return RandomChunks(self.config.random_share, torch.Generator().manual_seed(seed))
+
     def _in_order(self) -> list[str]:
         """Return the names of the trainable parameters, in the optimizer's order."""
         names = {id(parameter): name for name, parameter in self._parts.parameters.items()}
@@ -273,9 +321,15 @@ class Trainer:
             names[id(parameter)] for group in self._optimizer.param_groups for parameter in group["params"]
         ]
 
+    def _recorded(self) -> dict[str, Any]:
+        """Return the settings that the trained decoder's folder records."""
+        count = self._processes.count
+        return {**asdict(self.config), **({"processes": count} if count > 1 else {})}
+
     def _made_of(self) -> dict[str, Any]:
         settings = asdict(self.config)
         del settings["checkpoint_every"]
+        settings["rows x processes"] = settings.pop("rows") * self._processes.count
         memory = self.decoder.config.as_dict()
         return {
             **settings,
@@ -316,17 +370,3 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
 def _least(memory: MemoryConfig) -> int:
     """Return the length of the shortest episode that reads from memory, in tokens."""
     return memory.local_window + memory.segment_size
-
-
-def _accelerator(decoder: MemoryDecoder) -> Any:
-    if find_spec("accelerate") is None:
-        raise MissingDependencyError("Training needs the package accelerate: pip install 'memlong[train]'")
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=decoder.model.device.type == "cpu", mixed_precision="no")
-    if accelerator.num_processes > 1:
-        raise InvalidArgumentError(
-            f"Training must run in one process, got {accelerator.num_processes}: start it without `accelerate launch`, "
-            "and set rows to what fits on the device"
-        )
-    return accelerator

@@ -229,7 +229,7 @@ def far_ahead(tensors):
 
 
 def no_random_state(tensors):
-    tensors["random.chunks"] = torch.zeros(5, dtype=torch.uint8)
+    tensors["random.torch"] = torch.zeros(5, dtype=torch.uint8)
 
 
 def vast_random_state(tensors):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlong.decoder import Segment
 from memlong.evaluation import long_range_tokens
-from memlong.training.loss import Batch, segment_loss
+from memlong.training.loss import Batch, segment_loss, tokens_between
 
 SIZE = 8
 DISTANCE = 3
@@ -114,7 +114,7 @@ def test_a_last_token_alone_costs_nothing():
 
 def test_tokens_are_counted_without_a_look_at_the_device(episodes):
     batch = Batch.of(episodes, DISTANCE, torch.device("cpu"))
-    counts = [batch.tokens_between(start, start + SIZE) for start in range(0, 24, SIZE)]
+    counts = [tokens_between(batch.lengths, start, start + SIZE) for start in range(0, 24, SIZE)]
     assert counts == [int((segment_of(episodes, number).tokens >= 0).sum()) for number in range(3)]
 
 

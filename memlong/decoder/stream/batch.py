@@ -49,7 +49,7 @@ class StreamBatch:
     banks
         The bank of each row; None for the plain window.
     random_chunks
-        Chunks to retrieve now and then in place of the ones asked for; None for never.
+        Chunks to retrieve now and then in place of the ones asked for, for all rows or one for each; None for never.
 
     Attributes
     ----------
@@ -62,9 +62,12 @@ class StreamBatch:
         setup: Setup,
         slot: AttentionSlot,
         banks: Sequence[MemoryBank | None],
-        random_chunks: RandomChunks | None = None,
+        random_chunks: RandomChunks | Sequence[RandomChunks] | None = None,
     ) -> None:
-        self.streams = tuple(TokenStream(setup.config, bank, random_chunks) for bank in banks)
+        chances = random_chunks if isinstance(random_chunks, Sequence) else [random_chunks] * len(banks)
+        self.streams = tuple(
+            TokenStream(setup.config, bank, chance) for bank, chance in zip(banks, chances, strict=True)
+        )
         self.use_banks(banks)
         self._setup = setup
         self._slot = slot

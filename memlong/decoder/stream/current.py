@@ -77,7 +77,7 @@ class CurrentStreams:
         banks: Sequence[MemoryBank] | None = None,
         *,
         bases: Sequence[MemoryBank] = (),
-        random_chunks: RandomChunks | None = None,
+        random_chunks: RandomChunks | Sequence[RandomChunks] | None = None,
         any_model: bool = False,
     ) -> None:
         """Begin new streams; arguments and errors are those of `MemoryDecoder.reset`."""
@@ -128,7 +128,13 @@ class CurrentStreams:
 
     def over(self, banks: Sequence[MemoryBank | None]) -> StreamBatch:
         """Return new streams over these banks."""
-        return StreamBatch(self._setup, self._attachment.slot, banks, self._random_chunks)
+        chances = self._random_chunks
+        if isinstance(chances, Sequence) and len(chances) != len(banks):
+            raise InvalidArgumentError(
+                f"random_chunks must have one element for each of the {len(banks)} rows, or be one for all, got "
+                f"{len(chances)}"
+            )
+        return StreamBatch(self._setup, self._attachment.slot, banks, chances)
 
     def for_rows(self, rows: int) -> StreamBatch:
         """Return streams for a batch of this many rows, new ones if there are none yet; they are not current yet.
