@@ -66,6 +66,7 @@ class Block:
     def commands(self) -> list[str]:
         lines = self.text.replace("\\\n", " ").splitlines()
         plain = [re.sub(r"^(\w+=\S* +)+", "", line).replace("[OPTIONS]", "") for line in lines]
+        plain = [re.sub(r"^accelerate launch .* -m (?=memlong )", "", line) for line in plain]
         return [line for line in plain if line.startswith("memlong ")]
 
 

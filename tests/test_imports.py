@@ -55,6 +55,7 @@ BELOW = {
         "bank",
         "errors",
     },
+    "__main__": {"cli"},
     "__init__": {"settings", "training", "evaluation", "decoder", "plugins", "bank", "errors"},
 }
 OPEN_TO_BACKENDS = ("memlong.bank", "memlong.errors", "memlong.plugins.hookspecs", "memlong.settings")

@@ -59,8 +59,8 @@ def train(
     layer are frozen. --out receives a trained decoder (for --adapter of other commands) and the loss curve as JSON
     lines and PNG. To resume an interrupted run, repeat the command with --resume.
 
-    With accelerate launch or torchrun, several processes train together, each on a GPU of its own. --rows counts the
-    documents of each.
+    Several processes train together, each on a GPU of its own, if accelerate launch or torchrun starts them. --rows
+    counts the documents of each.
 
     \b
     Examples:
@@ -68,7 +68,7 @@ def train(
       memlong train --model demo --text books --out trained --memory-layer 14 --retrieval-layers 15,19,23,27
       memlong train --model demo --text books --kv-source latent --maps maps.safetensors --out trained
       memlong train --model demo --text books --out trained --gate-init -8 --random-share 0.2 --resume
-      accelerate launch --num_processes 2 -m memlong train --model demo --text books --out trained
+      accelerate launch --multi_gpu --num_processes 2 -m memlong train --model demo --text books --out trained
       memlong perplexity --adapter trained --text novel.txt
       memlong perplexity --adapter trained --text novel.txt --retriever random
     """  # noqa: D301 - the backspace makes the help keep these line breaks
@@ -127,7 +127,7 @@ def train(
         tell(f"{escaped(str(out))}: training is already complete, and the trained decoder is here")
         processes.leave()
         return
-    machine = machine_of(language_model) + (f" x {processes.count} processes" if processes.count > 1 else "")
+    machine = (f"{processes.count} processes, " if processes.count > 1 else "") + machine_of(language_model)
     tell(
         f"{len(texts):,} documents, {trainer.episodes.tokens:,} tokens, "
         f"{trainer.trainable_parameters:,} trainable parameters, {machine}"

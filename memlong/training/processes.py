@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, distributed, nn
 
-from memlong.errors import InvalidArgumentError, MissingDependencyError
+from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
 
 _SHARDED = {"FSDP": "--use_fsdp", "DEEPSPEED": "--use_deepspeed", "MEGATRON_LM": "--use_megatron_lm"}
 
@@ -47,6 +47,8 @@ class Processes:
         ``device`` is another process's or unsuitable for several processes.
     MissingDependencyError
         If accelerate is not installed.
+    MemlongError
+        In the methods: if another process has ended. A launcher then ends the rest.
     """
 
     def __init__(self, device: str | torch.device = "auto") -> None:
@@ -64,11 +66,11 @@ class Processes:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.count < launched:
             raise InvalidArgumentError(
-                f"device must be 'cpu' or 'cuda' to train in {launched} processes, got {str(device)!r}: choose one of "
-                "these, or start one process"
+                f"device must be 'cpu', or 'cuda' where there are GPUs, to train in {launched} processes, got "
+                f"{str(device)!r}: choose one of these, or start one process"
             )
         if self.count > 1:
-            self.device = torch.device(state.device)
+            self.device = torch.device(state.device if state.device.type != "cpu" else "cpu")  # not cpu:0
             _check_device(str(device), self.device, int(state.local_process_index))
 
     @property
@@ -94,7 +96,8 @@ class Processes:
         tensor = tensor.detach()
         if self.count > 1:
             tensor = tensor.clone()
-            distributed.all_reduce(tensor)
+            with self._told():
+                distributed.all_reduce(tensor)
         return tensor
 
     def all_of(self, numbers: Sequence[int]) -> list[int]:
@@ -113,7 +116,8 @@ class Processes:
         own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         size = self.all_of([len(own)])[0]
         theirs = own if self.is_main else own.new_empty(size)
-        distributed.broadcast(theirs, src=0)
+        with self._told():
+            distributed.broadcast(theirs, src=0)
         return bytes(theirs.tolist()).decode()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -131,6 +135,16 @@ class Processes:
         *sums, givers = total.split([*(each.numel() for each in learning), len(learning)])
         for parameter, each, count in zip(learning, sums, givers.tolist(), strict=True):
             parameter.grad = each.view_as(parameter) if count else None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of a connection
+            raise MemlongError(
+                f"Process {self.index} has lost the others: one of them has ended, for a reason that it tells itself. "
+                "Resume once that is mended"
+            ) from error
 
     def leave(self) -> None:
         """Close the connections at the end of the program; `torch.distributed` complains of open ones."""
@@ -159,8 +173,8 @@ def _check_device(asked: str, device: torch.device, local_index: int) -> None:
             f"--num_processes must be at most {torch.cuda.device_count()}, the number of GPUs of this machine, as each "
             f"process needs one, got at least {local_index + 1}: start fewer, and set rows to what fits on a GPU"
         )
-    if asked not in ("auto", device.type, str(device)):
+    if asked not in ("auto", device.type, f"{device.type}:{device.index or 0}"):
         raise InvalidArgumentError(
             f"device must be {str(device)!r} in this process, number {local_index} on its machine, got {asked!r}: "
-            f"leave it at 'auto', or load the model with load_model(..., device={str(device)!r})"
+            f"load the model with load_model(..., device={str(device)!r}), or leave --device at 'auto'"
         )

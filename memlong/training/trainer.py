@@ -73,7 +73,7 @@ class Trainer:
     ------
     InvalidArgumentError
         If there is nothing to train, the decoder has no memory, episodes are too short to need one, or several
-        processes are launched in a way that does not work (`Processes`).
+        processes are launched with FSDP, with more processes than GPUs, or with a decoder on another's device.
     InvalidTextError
         If no document is long enough.
     MissingDependencyError

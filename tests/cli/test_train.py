@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -177,3 +180,18 @@ def test_a_second_run_in_a_folder_is_refused_before_any_work(run, tmp_path, monk
         assert "is held by" in str(run(resume=resume).exception)
     (tmp_path / "trained" / "checkpoint-4").symlink_to(tmp_path)
     assert "checkpoint-4' is a link" in str(run(resume=resume).exception)
+
+
+@pytest.mark.slow
+def test_two_processes_print_and_write_once(arguments, story, tmp_path):
+    typed = arguments("train", text=story, out=tmp_path / "trained", **QUICK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "memlong", *typed]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes, cpu, float32") == 1
+    assert done.stdout.count("4 steps, final loss") == 1
+    assert done.stderr.count("loading the model") == 1
+    assert len((tmp_path / "trained" / "curve.jsonl").read_text().splitlines()) == 4
+    assert not (tmp_path / "trained" / "training.lock").exists()

@@ -87,8 +87,7 @@ def main() -> None:
     for case in given.cases:
         changes = {"seed": 1} if given.other == processes.index else {}
         run = trainer(case, given.folder / case, given.rows, **changes)
-        steps = run.run(resume=given.resume, progress=kill)
-        print(f"{processes.index} of {processes.count}: {len(steps)} steps, {steps[-1].loss}", flush=True)
+        run.run(resume=given.resume, progress=kill)
     processes.leave()
 
 
