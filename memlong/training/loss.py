@@ -87,8 +87,8 @@ class SegmentLoss:
     def zero(cls, device: torch.device) -> Self:
         """Return the loss of no token at all."""
         return cls(
-            torch.zeros((), device=device),
-            torch.zeros((), device=device),
+            torch.zeros((), dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.float32, device=device),
             torch.zeros(4, dtype=torch.float64, device=device),
         )
 

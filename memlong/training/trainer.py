@@ -171,8 +171,9 @@ class Trainer:
     def _run(self, resume: bool, progress: Callable[[Step], None] | None) -> list[Step]:
         writes = self._processes.is_main
         order = {name: self._parts.parameters[name] for name in self._in_order()}
-        state = (order, self._optimizer, self._made_of())
-        self._check_same()
+        made_of = self._made_of()
+        self._check_same(made_of)
+        state = (order, self._optimizer, made_of)
         with self._processes.main_first():
             if writes:
                 self._check_folder(resume)
@@ -214,9 +215,9 @@ class Trainer:
             )
         check_folder(self.folder, resume=resume)
 
-    def _check_same(self) -> None:
-        """Refuse to train something else than the main process does: the gradients' sum would be that of nothing."""
-        ours = json.dumps(self._made_of(), default=str)
+    def _check_same(self, made_of: dict[str, Any]) -> None:
+        """Refuse to train something else than the main process does: a sum of such gradients means nothing."""
+        ours = json.dumps(made_of, default=str)
         theirs = json.loads(self._processes.from_main(ours))
         for name, value in json.loads(ours).items():
             if value != theirs.get(name):
@@ -271,7 +272,7 @@ class Trainer:
             loss = SegmentLoss.zero(self.decoder.model.device)
         else:
             loss = segment_loss(segment, batch, self.config.long_range_weight)
-        mean = loss.share_of(self._processes.sum(loss.weight))
+        mean = loss.share_of(self._processes.sum(loss.weight.float()))
         self._sums.append(loss.sums)
         if mean.requires_grad:  # not before the first retrieval, if only maps and gates are trained
             (mean / of).backward()
