@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 __all__ = [
     "DeviceUnavailableError",
@@ -12,6 +12,7 @@ __all__ = [
     "LostChunksWarning",
     "MemlongError",
     "MissingDependencyError",
+    "OtherBasesError",
     "PluginError",
     "SnapshotError",
     "StorageError",
@@ -40,6 +41,23 @@ class MemlongError(Exception):
 
 class InvalidArgumentError(MemlongError, ValueError):
     """An argument has an invalid value; nothing was changed."""
+
+
+class OtherBasesError(InvalidArgumentError):
+    """A session was begun over other bases than those that are given.
+
+    Attributes
+    ----------
+    bases : tuple of str
+        `MemoryBank.identity` of each base that it was begun over.
+    """
+
+    def __init__(self, session_id: str, bases: Sequence[str]) -> None:
+        self.bases = tuple(bases)
+        super().__init__(
+            f"session {session_id!r} lies over {len(bases)} bases, and those given are others: pass the same banks "
+            "each time"
+        )
 
 
 class UnknownNameError(InvalidArgumentError):

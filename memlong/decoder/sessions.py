@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ from pathlib import Path
 from memlong.bank import MemoryBank
 from memlong.bank.sessions.pool import Pool
 from memlong.bank.sessions.sessions import Held, Size
+from memlong.bank.snapshot.manifest import read_manifest
+from memlong.bank.snapshot.reader import is_same_base
 from memlong.decoder.decoder import MemoryDecoder
 from memlong.decoder.interrupts import uninterrupted
 from memlong.decoder.persistence.snapshot import Reading, read_snapshot, write_rows
@@ -18,7 +20,7 @@ from memlong.decoder.setup import Setup
 from memlong.decoder.stream.banks import check_banks
 from memlong.decoder.stream.batch import StreamBatch
 from memlong.decoder.stream.rows import RowState, apart, together
-from memlong.errors import InvalidArgumentError, MemlongError, SnapshotError
+from memlong.errors import InvalidArgumentError, MemlongError, OtherBasesError, SnapshotError
 
 _GIVEN_BACK = (
     "The pool has saved this session and dropped it from memory, so changes to its bank here would be lost. Use "
@@ -37,24 +39,29 @@ class HeldStream(Held):
         What it stores into; None for the plain window.
     """
 
-    def __init__(self, setup: Setup, row: RowState, bank: MemoryBank | None) -> None:
+    def __init__(
+        self, setup: Setup, row: RowState, bank: MemoryBank | None, *, is_temporary: bool = False
+    ) -> None:
         self.row: RowState | None = row
         self.bank = bank
         self._setup = setup
+        self._is_temporary = is_temporary
         self._saved: RowState | None = None
 
     @property
     def size(self) -> Size:
         """Bytes of window and bank, without the banks that it lies over; and the bank's open files."""
-        window = Size(0 if self.row is None else self.row.nbytes)
+        row = self.row  # which a batch in another thread may take
+        window = Size(0 if row is None else row.nbytes)
         return window if self.bank is None else window + Size(self.bank.resident_bytes, self.bank.open_files)
 
     @property
     def is_unused(self) -> bool:
-        """Whether it has read nothing, and nothing was added to its bank."""
-        if self.row is None:  # a batch that could not be taken apart: what is on disk is whole
+        """Whether nothing of it is to be kept: it is temporary, or has read nothing, nor was its bank added to."""
+        row = self.row
+        if row is None or self._is_temporary:  # without a row, a batch has it: what is on disk is whole
             return True
-        return self.row.is_empty and not (self.bank is not None and self.bank.top.next_id)
+        return row.is_empty and not (self.bank is not None and self.bank.top.next_id)
 
     def save(self, folder: Path) -> None:
         """Write what `MemoryDecoder.save` writes of a decoder that reads this stream alone, unless it is there."""
@@ -122,7 +129,10 @@ class SessionPool(Pool[HeldStream]):
 
     @contextmanager
     def sessions(
-        self, *session_ids: str, bases: Mapping[str, Sequence[MemoryBank]] | None = None
+        self,
+        *session_ids: str,
+        bases: Mapping[str, Sequence[MemoryBank]] | None = None,
+        temporary: Collection[str] = (),
     ) -> Iterator[MemoryDecoder]:
         """Go on with sessions in a `with` block, each in a row of the decoder; new ones begin with an empty memory.
 
@@ -135,6 +145,8 @@ class SessionPool(Pool[HeldStream]):
         bases : mapping from str to sequences of MemoryBank
             Banks that a session reads and does not change, such as ``load_bank(folder, lazy=True)``; none by default.
             They are the same each time that the session is used.
+        temporary : collection of str
+            Those of the sessions that begin and end with the block: nothing of them is ever saved.
 
         Yields
         ------
@@ -144,9 +156,11 @@ class SessionPool(Pool[HeldStream]):
         Raises
         ------
         SnapshotError
-            If a session is damaged on disk, or was saved with another model, other settings or other bases.
+            If a session is damaged on disk, or was saved with another model or other settings.
+        OtherBasesError
+            If bases are not those that the session was begun with.
         InvalidArgumentError
-            If a session is named twice, bases do not fit the decoder, or are not those that the session was begun with.
+            If a session is named twice, bases do not fit the decoder, or a temporary session is there already.
         MemlongError
             If the pool is closed, or the decoder has read something outside of a block and was not reset. Also at the
             end of the block, if the decoder was given other streams or banks there; the sessions then keep what they
@@ -157,7 +171,7 @@ class SessionPool(Pool[HeldStream]):
         RuntimeWarning
             If a session, one of these or another, could not be saved to make room; it stays in memory.
         """
-        over = self._checked(session_ids, bases or {})
+        over = self._checked(session_ids, bases or {}, temporary)
         with self._its_turn(), ExitStack() as visits:
             if self._decoder.tokens_read:
                 raise MemlongError(
@@ -165,7 +179,11 @@ class SessionPool(Pool[HeldStream]):
                     "decoder before sessions of the pool go on"
                 )
             held = [
-                visits.enter_context(self._using(name, partial(self._open, bases=mine)))
+                visits.enter_context(
+                    self._using(
+                        name, partial(self._open, name=name, bases=mine, is_temporary=name in temporary)
+                    )
+                )
                 for name, mine in over.items()
             ]
             for each, (name, mine) in zip(held, over.items(), strict=True):
@@ -214,15 +232,24 @@ class SessionPool(Pool[HeldStream]):
         return is_current and [bank.top for bank in self._streams.banks] == tops
 
     def _checked(
-        self, session_ids: Sequence[str], bases: Mapping[str, Sequence[MemoryBank]]
+        self,
+        session_ids: Sequence[str],
+        bases: Mapping[str, Sequence[MemoryBank]],
+        temporary: Collection[str],
     ) -> dict[str, tuple[MemoryBank, ...]]:
         if not session_ids or len(set(session_ids)) < len(session_ids):
             raise InvalidArgumentError(
                 f"sessions() takes one or more ids, each once, got {', '.join(map(repr, session_ids)) or 'none'}"
             )
-        odd = [name for name in bases if name not in session_ids]
-        if odd:
-            raise InvalidArgumentError(f"bases are given for {odd[0]!r}, which is not one of the sessions")
+        for what, names in (("bases are", bases), ("temporary is", temporary)):
+            odd = [name for name in names if name not in session_ids]
+            if odd:
+                raise InvalidArgumentError(f"{what} given for {odd[0]!r}, which is not one of the sessions")
+        there = [name for name in temporary if name in self]
+        if there:
+            raise InvalidArgumentError(
+                f"temporary must name new sessions, got {there[0]!r}, which is there already: delete it first"
+            )
         return {name: tuple(bases.get(name, ())) for name in session_ids}
 
     @contextmanager
@@ -239,8 +266,11 @@ class SessionPool(Pool[HeldStream]):
             finally:
                 self._reader = None
 
-    def _open(self, folder: Path, is_known: bool, bases: Sequence[MemoryBank]) -> HeldStream:
+    def _open(
+        self, folder: Path, is_known: bool, name: str, bases: Sequence[MemoryBank], is_temporary: bool
+    ) -> HeldStream:
         if is_known:
+            _check_saved_bases(name, folder, bases)
             batch = read_snapshot(folder, self._setup, self._streams, Reading(bases=bases))
         else:
             bank = self._setup.new_bank(bases)
@@ -253,12 +283,16 @@ class SessionPool(Pool[HeldStream]):
                 "it with MemoryDecoder.load, and delete the session"
             )
         (row,) = apart(batch)
-        return HeldStream(self._setup, row, next(iter(batch.banks), None))
+        return HeldStream(self._setup, row, next(iter(batch.banks), None), is_temporary=is_temporary)
 
 
 def _check_bases(name: str, held: HeldStream, bases: Sequence[MemoryBank]) -> None:
     known = () if held.bank is None else held.bank.bases
     if len(known) != len(bases) or any(mine is not theirs for mine, theirs in zip(known, bases, strict=True)):
-        raise InvalidArgumentError(
-            f"session {name!r} lies over {len(known)} bases, and those given are others: pass the same banks each time"
-        )
+        raise OtherBasesError(name, [each.identity for each in known])
+
+
+def _check_saved_bases(name: str, folder: Path, bases: Sequence[MemoryBank]) -> None:
+    known = [each for bank in read_manifest(folder).banks for each in bank.bases]
+    if len(known) != len(bases) or not all(map(is_same_base, bases, known)):
+        raise OtherBasesError(name, [each.identity for each in known])

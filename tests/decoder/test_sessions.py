@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from memlong import BankPool, MemlongError, MemoryDecoder, SessionPool, SnapshotError, create_bank, load_bank
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, OtherBasesError
 
 
 def turns_of(text, names, rounds, seed=0):
@@ -139,14 +139,28 @@ def test_sessions_lie_over_bases(decoder, text, tmp_path):
                 assert decoder.tokens_read == (30, 30)
             assert len(base) == held
             if budget:
-                with pytest.raises(
-                    InvalidArgumentError, match="lies over 1 bases, and those given are others"
-                ):
+                with pytest.raises(OtherBasesError, match="lies over 1 bases, and those given are others"):
                     pool.sessions("a", bases={"a": [other]}).__enter__()
-            with pytest.raises((InvalidArgumentError, SnapshotError), match="bases"):
-                pool.sessions("a").__enter__()
+            for name, mine, known in (("a", [], [base]), ("a", [base, other], [base]), ("b", [base], [])):
+                with pytest.raises(OtherBasesError, match=f"lies over {len(known)} bases") as refused:
+                    pool.sessions(name, bases={name: mine}).__enter__()
+                assert refused.value.bases == tuple(each.identity for each in known)
             with pool.sessions("a", bases={"a": [base]}):
                 assert decoder.tokens_read == (30,)
+
+
+def test_nothing_is_saved_of_a_temporary_session(decoder, text, tmp_path):
+    with SessionPool(decoder, tmp_path / "pool", budget=0) as pool:
+        for _ in range(2):
+            with pool.sessions("a", "b", temporary=["b"]):
+                decoder.read(text(50).repeat(2, 1))
+            assert list(tmp_path.glob("pool/session-*")) == [pool._folder_of("a")]
+            assert "b" not in pool
+        with pool.sessions("a", "b"):
+            assert decoder.tokens_read == (100, 0)
+        for wrong, message in (("a", "temporary must name new sessions, got 'a'"), ("c", "given for 'c'")):
+            with pytest.raises(InvalidArgumentError, match=message):
+                pool.sessions("a", temporary=[wrong]).__enter__()
 
 
 def test_an_error_in_the_block_loses_nothing(decoder, pool, text):

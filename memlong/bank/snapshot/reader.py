@@ -155,13 +155,13 @@ class StoredBank:
                     "in their order, or any_bases=True to continue over others, or none"
                 )
             for number, (base, known) in enumerate(zip(bases, before, strict=True)):
-                if not _is_same(base, known):
+                if not is_same_base(base, known):
                     raise SnapshotError(
                         f"{str(self.folder)!r} was saved over another base {number}, of {known.chunks:,} chunks, got "
                         f"one of {len(base):,}: pass that one, or any_bases=True to continue over what it holds now"
                     )
         among = [
-            self.among[number] if number < len(before) and _is_same(base, before[number]) else None
+            self.among[number] if number < len(before) and is_same_base(base, before[number]) else None
             for number, base in enumerate(bases)
         ]
         return replace(self, record=replace(self.record, bases=()), among=tuple(among))
@@ -240,7 +240,8 @@ def read_bank(folder: Path, manifest: Manifest, row: int | None, kv_device: str 
     return StoredBank(folder, record, manifest.token, content, layout, segments, among)
 
 
-def _is_same(base: Base, known: BaseRecord) -> bool:
+def is_same_base(base: Base, known: BaseRecord) -> bool:
+    """Whether a bank is the one that a snapshot lay over, or holds what that did."""
     return known.identity == base.identity or known.fingerprint == base.fingerprint()
 
 
