@@ -5,151 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from jobs import Deletion, Job, Prompts, StoppingError, Turns
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from memlong import LayeredBank, MemoryDecoder, SessionPool
 from memlong.corpus import Corpus
-from memlong.decoder import Source
-from memlong.errors import InvalidArgumentError, MemlongError
-from memlong.evaluation import chat_prompt, end_of_turn, following_turn
-from memlong.evaluation.numbers import checked_logits
+from memlong.decoder import Segment, Source
+from memlong.errors import InvalidArgumentError, MemlongError, OtherBasesError
+from memlong.evaluation import end_of_turn
 
-_GREEDY = 1e-3  # temperatures below that choose the most likely token
+_SOON = 10  # seconds until sessions that could not be saved are saved again
 _LOG = logging.getLogger("uvicorn.error")
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way through the model; pieces of its answer come out of ``said``, and None at the end."""
-
-    session: str
-    is_kept: bool
-    memory: tuple[str, ...]
-    messages: list[dict[str, str]]
-    most: int
-    temperature: float
-    top_p: float
-    random: torch.Generator | None
-    stops: tuple[str, ...]
-    wants_sources: bool
-    said: SimpleQueue[str | BaseException | None] = field(default_factory=SimpleQueue)
-    prompt: list[int] = field(default_factory=list)
-    tokens: int = 0
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    ended: Literal["", "stop", "length", "cancelled"] = ""
-    is_cut: bool = True  # the model has not ended the turn
-    _ids: list[int] = field(default_factory=list)
-    _first: int = 0  # token of those that may still change the text, and of those that have not been told
-    _next: int = 0
-    _text: str = ""
-    _told: int = 0
-
-    def tokenize(self, tokenizer: Any, most: int, *, begins: bool) -> None:
-        """Set the prompt: what the session, which begins or goes on, has not read yet."""
-        try:
-            if begins:
-                found = chat_prompt(tokenizer, self.messages)
-            else:
-                found = following_turn(tokenizer, "\n\n".join(_since_the_last_answer(self.messages)))
-        except TemplateError as error:
-            raise InvalidArgumentError(f"messages do not fit the model's chat template: {error}") from error
-        if found.shape[1] > most:
-            raise InvalidArgumentError(
-                f"messages must have at most {most:,} tokens, got {found.shape[1]:,}: send less, or let the server "
-                "remember a document as a corpus"
-            )
-        self.prompt = found[0].tolist()
-
-    def choose(self, logits: Tensor) -> int:
-        """Choose the next token by the request's own settings and random seed."""
-        if self.temperature < _GREEDY:
-            return int(logits.argmax())
-        scores = TemperatureLogitsWarper(self.temperature)(None, logits.float().cpu()[None])
-        if self.top_p < 1:
-            scores = TopPLogitsWarper(self.top_p)(None, scores)
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self.random))
-
-    def take(self, token: int, tokenizer: Any, ends: Sequence[int]) -> None:
-        """Note a token of the answer, and say what it adds for certain to the text."""
-        self.tokens += 1
-        if token in ends:
-            self.ended, self.is_cut = "stop", False
-        else:
-            self._ids.append(token)
-            if self.tokens == self.most:
-                self.ended = "length"
-            self._decode(tokenizer)
-        # What comes next may complete a text to stop at.
-        held = max((len(stop) - 1 for stop in self.stops), default=0)
-        sure = len(self._text) - (0 if self.ended else held)
-        if sure > self._told:
-            self.said.put(self._text[self._told : sure])
-            self._told = sure
-        if self.ended and not self.wants_sources:
-            self.said.put(None)
-
-    def _decode(self, tokenizer: Any) -> None:
-        """Add the text of the latest tokens, once they are whole characters, up to a text to stop at."""
-        before, now = (
-            tokenizer.decode(self._ids[self._first : end], skip_special_tokens=True)
-            for end in (self._next, len(self._ids))
-        )
-        if now == before or (now.endswith("\N{REPLACEMENT CHARACTER}") and not self.ended):
-            return
-        begin = max(0, len(self._text) - max(map(len, self.stops), default=0))
-        self._text += now[len(before) :]
-        self._first, self._next = self._next, len(self._ids)
-        found = [at for at in (self._text.find(stop, begin) for stop in self.stops) if at >= 0]
-        if found:
-            self.ended, self._text = "stop", self._text[: min(found)]
-
-    def cite(self, sources: list[dict[str, Any]]) -> None:
-        """Note what the answer attended to, which is known when all of the batch have ended."""
-        self.sources = sources
-        self.said.put(None)
-
-    def fail(self, error: BaseException) -> None:
-        """Let the request fail, and log what is no fault of the request."""
-        if not isinstance(error, InvalidArgumentError):
-            _LOG.error("A request has failed", exc_info=error)
-        if not self.ended or self.wants_sources:
-            self.ended = "cancelled"
-            self.said.put(error)
-
-
-class Turns:
-    """Chooses the next token of each request; a logits processor and a stopping criterion of generate()."""
-
-    def __init__(self, jobs: Sequence[Job], tokenizer: Any, ends: Sequence[int]) -> None:
-        self._jobs, self._tokenizer, self._ends = jobs, tokenizer, ends
-
-    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """Return logits [rows, vocabulary] that leave each row its choice alone."""
-        checked_logits(input_ids, logits)
-        only = torch.full_like(logits, -torch.inf)
-        for row, job in enumerate(self._jobs):
-            token = self._ends[0]
-            if not job.ended:
-                try:
-                    token = job.choose(logits[row])
-                    job.take(token, self._tokenizer, self._ends)
-                except Exception as error:  # noqa: BLE001 - of this request alone
-                    job.fail(error)
-            only[row, token] = 0
-        return only
-
-    def ended(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        """Return which rows [rows] have ended."""
-        return torch.tensor([bool(job.ended) for job in self._jobs], device=input_ids.device)
 
 
 class Worker:
@@ -166,54 +37,95 @@ class Worker:
         save_seconds: float,
     ) -> None:
         self.decoder, self.pool, self.corpora = decoder, pool, corpora
-        self._rows, self._prompt_tokens, self._save_seconds = rows, prompt_tokens, save_seconds
+        self._rows, self._save_seconds = rows, save_seconds
+        self._prompts = Prompts(decoder.tokenizer, prompt_tokens)
         self._save_at: float | None = None
-        self._waiting: list[Job] = []
-        self._jobs: list[Job] = []
+        self._waiting: list[Job | Deletion] = []
+        self._jobs: list[Job] = []  # the latest batch
         self._change = threading.Condition()
-        self._stopped = self._closed = False
-        self._reading = threading.Lock()
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="memlong")
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Let a request wait for its turn."""
-        with self._change:
-            if self._stopped:
-                job.fail(MemlongError("The server is stopping"))
-                return
-            self._waiting.append(job)
-            self._change.notify()
+    @property
+    def is_answering(self) -> bool:
+        """Whether somebody waits for what is being answered."""
+        return any(not job.is_over for job in self._jobs)
 
-    def delete(self, session: str) -> bool:
-        """Delete a session, when what is being answered has been; return whether there was one."""
-        with self._reading:
-            return self.pool.delete(session)
+    def tokenize(self, job: Job) -> None:
+        """Make the prompt of a request, which takes long if there is much to read; any thread may do that."""
+        job.tokenize(self._prompts, begins=job.session not in self.pool)
+
+    def submit(self, what: Job | Deletion) -> None:
+        """Let a request or a deletion wait for its turn; those of a session come one after the other."""
+        with self._change:
+            if not self._stopped:
+                self._waiting.append(what)
+                self._change.notify()
+                return
+        what.fail(StoppingError(is_unread=True))
+
+    def refuse(self) -> None:
+        """Refuse what waits, and what comes from now on."""
+        with self._change:
+            self._stopped = True
+            waiting, self._waiting = self._waiting, []
+            self._change.notify()
+        for each in waiting:
+            each.fail(StoppingError(is_unread=True))
 
     def stop(self) -> None:
         """End what is being answered, refuse the rest, and save all sessions."""
-        with self._change:
-            self._stopped = True
-            self._change.notify()
-        for job in self._jobs:
-            job.ended = job.ended or "cancelled"
+        self.refuse()
+        self._end_jobs()
+        with suppress(MemlongError):  # sessions in use, or what the second call raises again
+            self.pool.close()  # saves idle sessions while the model still computes
         self._thread.join()
-        if not self._closed:
-            self.pool.close()
-            self._closed = True
+        self.pool.close()
+
+    def _end_jobs(self) -> None:
+        with self._change:
+            jobs = self._jobs
+        for job in jobs:
+            if not job.is_over:
+                job.fail(StoppingError(is_unread=False))
 
     def _run(self) -> None:
         try:
             with self.decoder:
                 while not self._stopped:
-                    self._jobs = self._next()
-                    with self._reading:
-                        self._answer_or_fail(self._jobs)
+                    for each in self._next():
+                        each.run(self.pool)
+                    self._answer_or_fail(self._jobs)
+                    self._save()
         finally:
-            with self._change:
-                self._stopped = True
-            for job in self._waiting:
-                job.fail(MemlongError("The server is stopping"))
+            self.refuse()
+            self._end_jobs()
+
+    def _next(self) -> list[Deletion]:
+        """Wait until there is something to do; take the first request of each session, and return deletions."""
+        with self._change:
+            left = None if self._save_at is None else max(0.0, self._save_at - time.monotonic())
+            self._change.wait_for(lambda: self._waiting or self._stopped, left)
+            chosen: dict[str, Job | Deletion] = {}
+            for each in self._waiting:
+                if len(chosen) < self._rows and not each.ended:
+                    chosen.setdefault(each.session, each)
+            self._waiting = [
+                each for each in self._waiting if not each.ended and chosen.get(each.session) is not each
+            ]
+            self._jobs = [each for each in chosen.values() if isinstance(each, Job)]
+        return [each for each in chosen.values() if isinstance(each, Deletion)]
+
+    def _save(self) -> None:
+        if self._save_at is None or time.monotonic() < self._save_at:
+            return
+        try:
+            self.pool.flush()
+            self._save_at = None
+        except MemlongError:
+            _LOG.exception("Sessions could not be saved; the server tries again")
+            self._save_at = time.monotonic() + max(self._save_seconds, _SOON)
 
     def _answer_or_fail(self, jobs: Sequence[Job]) -> None:
         try:
@@ -221,35 +133,14 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - it is the requests that fail, not the server
             for job in jobs:
                 job.fail(error)
-        try:
-            self._save()
-        except MemlongError:
-            _LOG.exception("Sessions could not be saved; the server tries again after the next answer")
-
-    def _next(self) -> list[Job]:
-        """Wait for requests, or until sessions are to be saved; take the first request of each session."""
-        with self._change:
-            left = None if self._save_at is None else max(0.0, self._save_at - time.monotonic())
-            self._change.wait_for(lambda: self._waiting or self._stopped, left)
-            chosen: dict[str, Job] = {}
-            for job in [] if self._stopped else self._waiting:
-                if len(chosen) < self._rows and not job.ended:
-                    chosen.setdefault(job.session, job)
-            self._waiting = [
-                job for job in self._waiting if not job.ended and chosen.get(job.session) is not job
-            ]
-        return list(chosen.values())
-
-    def _save(self) -> None:
-        if self._save_at is not None and time.monotonic() >= self._save_at:
-            self._save_at = None
-            self.pool.flush()
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             try:
-                begins = job.session not in self.pool
-                job.tokenize(self.decoder.tokenizer, self._prompt_tokens, begins=begins)
+                if job.begins != (
+                    job.session not in self.pool
+                ):  # another request has begun or deleted it since
+                    self.tokenize(job)
             except Exception as error:  # noqa: BLE001 - as above
                 job.fail(error)
         jobs = [job for job in jobs if not job.ended]
@@ -258,9 +149,10 @@ class Worker:
         if self._save_at is None:
             self._save_at = time.monotonic() + self._save_seconds
         bases = {job.session: [self.corpora[name].bank for name in job.memory] for job in jobs}
+        temporary = [job.session for job in jobs if not job.is_kept]
         begun = False
         try:
-            with self.pool.sessions(*bases, bases=bases):
+            with self.pool.sessions(*bases, bases=bases, temporary=temporary):
                 begun = True
                 self._hide_expired(jobs)
                 wanting = [row for row, job in enumerate(jobs) if job.wants_sources]
@@ -268,18 +160,27 @@ class Worker:
                     self._generate(jobs)
                 for row in wanting:
                     jobs[row].cite(self._told(jobs[row], row, recorded.chunks))
-        except MemlongError:
-            if begun or len(jobs) == 1:
+        except MemlongError as error:
+            if begun:
                 raise
+            if len(jobs) == 1:
+                raise self._as_names(error, jobs[0]) from error
             for job in jobs:  # one of the sessions cannot go on, and the others can
-                try:
-                    self._answer([job])
-                except Exception as error:  # noqa: BLE001 - as above
-                    job.fail(error)
+                self._answer_or_fail([job])
         finally:
             for job in jobs:
-                if not job.is_kept:
+                if job.is_kept and job.begins and not job.tokens:  # half a message begins no conversation
                     self.pool.delete(job.session)
+
+    def _as_names(self, error: MemlongError, job: Job) -> MemlongError:
+        """Say what is wrong with bases by the names of corpora."""
+        if not isinstance(error, OtherBasesError):
+            return error
+        names = {corpus.bank.identity: name for name, corpus in self.corpora.items()}
+        began = [names.get(each, "a corpus that is not served") for each in error.bases]
+        return InvalidArgumentError(
+            f"memory must be {began}, as when session {job.session!r} began, got {list(job.memory)}"
+        )
 
     def _hide_expired(self, jobs: Sequence[Job]) -> None:
         """Let sessions find no document whose time is over."""
@@ -312,39 +213,47 @@ class Worker:
 
     def _generate(self, jobs: Sequence[Job]) -> None:
         tokenizer, model = self.decoder.tokenizer, self.decoder.model
-        width = max(len(job.prompt) for job in jobs)
-        missing = [width - len(job.prompt) for job in jobs]
-        padded = {
-            "input_ids": [[0] * pad + job.prompt for pad, job in zip(missing, jobs, strict=True)],
-            "attention_mask": [[0] * pad + [1] * (width - pad) for pad in missing],
-        }
+        before = self.decoder.tokens_read
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
         turns = Turns(jobs, tokenizer, ends)
-        self.decoder.generate(
-            **{name: torch.tensor(rows, device=model.device) for name, rows in padded.items()},
-            max_new_tokens=max(job.most for job in jobs),
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=ends[0],
-            logits_processor=[turns],
-            stopping_criteria=[turns.ended],
-        )
-        cut = [job.is_cut for job in jobs]
-        ending = end_of_turn(tokenizer)
-        if ending and any(cut):  # the next turn begins where a whole one has ended
-            end = torch.tensor([ending] * len(jobs))
-            mask = torch.tensor(cut)[:, None].expand(end.shape).long()
-            for _ in self.decoder.stream(end, mask, logits="last"):
-                pass
+        heads, tails = self._split(jobs)
+        for _ in self._segments(heads):
+            if all(job.ended for job in jobs):
+                break
+        if not all(job.ended for job in jobs):
+            self.decoder.generate(
+                *self._padded(tails),
+                max_new_tokens=max(job.most for job in jobs),
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=ends[0],
+                logits_processor=[turns],
+                stopping_criteria=[turns.ended],
+            )
+        # The next turn begins where a whole one has ended.
+        read = zip(before, self.decoder.tokens_read, strict=True)
+        is_cut = [job.is_cut and then < now for job, (then, now) in zip(jobs, read, strict=True)]
+        ending = end_of_turn(tokenizer) if any(is_cut) else []
+        for _ in self._segments([ending if each else [] for each in is_cut]):
+            pass
 
+    def _split(self, jobs: Sequence[Job]) -> tuple[list[list[int]], list[list[int]]]:
+        """Split each prompt before its last segment: what comes before can be left between segments."""
+        size, heads, tails = self.decoder.config.segment_size, [], []
+        for job, read in zip(jobs, self.decoder.tokens_read, strict=True):
+            last = max(0, (read + len(job.prompt) - 1) // size * size - read)
+            heads.append(job.prompt[:last])
+            tails.append(job.prompt[last:])
+        return heads, tails
 
-def _since_the_last_answer(messages: Sequence[Mapping[str, str]]) -> list[str]:
-    last = max((at for at, each in enumerate(messages) if each["role"] == "assistant"), default=-1)
-    new = messages[last + 1 :]
-    if any(each["role"] != "user" for each in new):
-        raise InvalidArgumentError(
-            "messages must have what the system says at the beginning of a session, and none after: leave it out, or "
-            "begin another session"
-        )
-    return [each["content"] for each in new]
+    def _segments(self, rows: Sequence[list[int]]) -> Iterator[Segment]:
+        """Let each session read its tokens, segment by segment."""
+        if any(rows):
+            yield from self.decoder.stream(*self._padded(rows), logits="last")
+
+    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        width, device = max(map(len, rows)), self.decoder.model.device
+        ids = [[0] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -21,12 +21,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
+import os
 import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from queue import Empty
 from typing import Annotated, Any, Literal
@@ -34,11 +36,14 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 import uvicorn
-from batching import Job, Worker
+from batching import Worker
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from jobs import Deletion, Job, StoppingError
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memlong import MemoryConfig, MemoryDecoder, SessionPool, load_model
 from memlong.cli.corpora import load_corpora, needed_notes
@@ -48,11 +53,28 @@ from memlong.errors import InvalidArgumentError, MemlongError
 
 _POLL = 0.02  # seconds
 _PATIENCE = 5  # seconds for requests that are being answered when the server is told to stop
-_FAILED = "The request failed, and the server's log says why. Its session may have read the message"
+_MOST_BYTES = 16 * 2**20  # of a request
+_FAILED = "The request failed, and the server's log says why"
+_LOG = logging.getLogger("uvicorn.error")
 
 
-class _WrongKeyError(Exception):
-    pass
+class _RefusalError(Exception):
+    """What a client is told instead of an answer; whether it may send the same again by itself."""
+
+    def __init__(self, status: int, message: str, *, may_retry: bool = False) -> None:
+        super().__init__(message)
+        self.status, self.may_retry = status, may_retry
+
+    def body(self) -> dict[str, Any]:
+        """Return it in OpenAI's form."""
+        kind = "server_error" if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        kind = "authentication_error" if self.status == HTTPStatus.UNAUTHORIZED else kind
+        return {"error": {"message": str(self), "type": kind, "param": None, "code": None}}
+
+    def response(self) -> JSONResponse:
+        """Return it as an answer."""
+        retry = "true" if self.may_retry else "false"
+        return JSONResponse(self.body(), self.status, {"x-should-retry": retry})
 
 
 class Strict(BaseModel):
@@ -61,7 +83,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Message(Strict):
+class ChatMessage(Strict):
     """What someone said."""
 
     role: Literal["system", "user", "assistant"]
@@ -77,7 +99,7 @@ class StreamOptions(Strict):
 class ChatRequest(Strict):
     """A request for /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     model: str | None = None
     session: str | None = None
     memory: list[str] | None = None
@@ -103,6 +125,68 @@ class Limits:
     temperature: float
 
 
+class LimitedBody:
+    """Refuses a request of too many bytes, of which it reads no more.
+
+    Parameters
+    ----------
+    app
+        What the others go to.
+    most
+        The most bytes.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        announced = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = {} if int(announced) > self._most else await receive()
+            read += len(message.get("body", b""))
+            if not message or read > self._most:
+                raise HTTPException(413, f"The body must have at most {self._most:,} bytes: send less")
+            return message
+
+        await self._app(scope, limited, send)
+
+
+class Server(uvicorn.Server):
+    """A web server that ends what is being answered when it is told to stop, and has all sessions saved.
+
+    Parameters
+    ----------
+    app
+        What `make_app` makes.
+    worker
+        Its worker.
+    patience
+        Seconds for what is being answered to end by itself; a second Ctrl-C ends it at once.
+    options
+        Of `uvicorn.Config`.
+    """
+
+    def __init__(self, app: FastAPI, worker: Worker, *, patience: float = _PATIENCE, **options: Any) -> None:
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=_PATIENCE, **options))
+        self._worker, self._patience = worker, patience
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop the worker while its clients are still connected, and then the server."""
+        self._worker.refuse()
+        ends = time.monotonic() + self._patience
+        while self._worker.is_answering and not self.force_exit and time.monotonic() < ends:
+            await asyncio.sleep(_POLL)
+        try:
+            await asyncio.to_thread(self._worker.stop)
+        except MemlongError:
+            _LOG.exception("Not all sessions could be saved")
+        await super().shutdown(sockets)
+
+
 def make_app(worker: Worker, *, name: str, limits: Limits, api_key: str | None) -> FastAPI:
     """Make the web application.
 
@@ -118,36 +202,36 @@ def make_app(worker: Worker, *, name: str, limits: Limits, api_key: str | None) 
         What clients must send as a bearer token; None for no check.
     """
 
-    @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        worker.stop()
-
     # A dependency and no middleware, which would hide from a request that its client has gone.
     async def check_key(authorization: Annotated[str, Header()] = "") -> None:
-        sent = authorization.removeprefix("Bearer ")
-        if api_key is not None and not hmac.compare_digest(sent.encode(), api_key.encode()):
-            raise _WrongKeyError
+        sent = authorization.encode("latin-1").removeprefix(b"Bearer ")
+        if api_key is not None and not hmac.compare_digest(sent, api_key.encode()):
+            raise _RefusalError(401, "The API key is wrong or missing")
 
-    app = FastAPI(title="memlong", lifespan=life, dependencies=[Depends(check_key)])
+    app = FastAPI(title="memlong", dependencies=[Depends(check_key)])
+    app.add_middleware(LimitedBody, most=_MOST_BYTES)
 
-    @app.exception_handler(_WrongKeyError)
-    async def unknown(_: Request, __: _WrongKeyError) -> JSONResponse:
-        return _refusal(401, "The API key is wrong or missing")
+    @app.exception_handler(_RefusalError)
+    async def refused(_: Request, error: _RefusalError) -> JSONResponse:
+        return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(each) for each in first["loc"][1:]) or "the request"
-        return _refusal(400, f"{where}: {first['msg']}")
+        return _RefusalError(400, _named(error.errors()[0])).response()
 
-    @app.exception_handler(InvalidArgumentError)
-    async def refused(_: Request, error: InvalidArgumentError) -> JSONResponse:
-        return _refusal(400, str(error))
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
+        return _RefusalError(error.status_code, error.detail).response()
 
     @app.exception_handler(MemlongError)
-    async def failed(_: Request, __: MemlongError) -> JSONResponse:
-        return _refusal(500, _FAILED)
+    async def failed(request: Request, error: MemlongError) -> JSONResponse:
+        if not isinstance(error, InvalidArgumentError | StoppingError):
+            _LOG.error("%s %s has failed", request.method, request.url.path, exc_info=error)
+        return _refusal(error).response()
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, __: Exception) -> JSONResponse:  # uvicorn logs it
+        return _RefusalError(500, _FAILED).response()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -161,14 +245,18 @@ def make_app(worker: Worker, *, name: str, limits: Limits, api_key: str | None) 
         return {**sizes, "memory": list(worker.corpora)}
 
     @app.delete("/v1/sessions/{session:path}")
-    def forget(session: str) -> dict[str, Any]:
-        return {"id": session, "object": "session", "deleted": worker.delete(session)}
+    async def forget(session: str) -> dict[str, Any]:
+        deletion = Deletion(session)
+        worker.submit(deletion)
+        found = await asyncio.wrap_future(deletion.done)
+        return {"id": session, "object": "session", "deleted": found}
 
     @app.post("/v1/chat/completions")
     async def complete(
         request: Request, asked: ChatRequest, x_session: Annotated[str | None, Header()] = None
     ) -> Any:
         job = _job_of(asked, x_session, worker.corpora, name, limits)
+        await asyncio.to_thread(worker.tokenize, job)
         worker.submit(job)
         about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         pieces = _pieces(job, request)
@@ -194,20 +282,21 @@ def _job_of(
         raise InvalidArgumentError("messages must end with what the user says")
     if request.model not in (None, name):
         raise InvalidArgumentError(f"model must be {name!r}, got {request.model!r}")
-    if None not in (request.session, header) and request.session != header:
+    named = None if header is None else _decoded(header)
+    if None not in (request.session, named) and request.session != named:
         raise InvalidArgumentError("The field session and the header X-Session name different sessions")
     unknown = sorted(set(request.memory or ()) - set(corpora))
     if unknown:
         raise InvalidArgumentError(
             f"memory must name some of {', '.join(corpora) or 'none'}, got {unknown[0]!r}"
         )
-    session = request.session if request.session is not None else header
+    session = request.session if request.session is not None else named
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     wanted = request.max_completion_tokens or request.max_tokens or limits.new_tokens
     return Job(
         session=f"once {secrets.token_hex(16)}" if session is None else session,
         is_kept=session is not None,
-        memory=tuple(dict.fromkeys(request.memory or ())),
+        memory=tuple(sorted(set(request.memory or ()))),
         messages=messages,
         most=min(wanted, limits.new_tokens),
         temperature=limits.temperature if request.temperature is None else request.temperature,
@@ -229,10 +318,8 @@ async def _pieces(job: Job, request: Request) -> AsyncIterator[str]:
                     return
                 await asyncio.sleep(_POLL)
                 continue
-            if isinstance(piece, InvalidArgumentError):
-                raise piece
-            if isinstance(piece, BaseException):
-                raise MemlongError(_FAILED) from piece
+            if isinstance(piece, BaseException):  # the worker has logged it
+                raise _refusal(piece, f"{_FAILED}. Its session may have read the message") from piece
             if piece is None:
                 return
             yield piece
@@ -252,8 +339,8 @@ async def _events(
     try:
         async for piece in pieces:
             yield event({"content": piece})
-    except Exception:  # noqa: BLE001 - it is in the log, and the status is sent already
-        yield f"data: {json.dumps(_problem(_FAILED, 'server_error'))}\n\n"
+    except _RefusalError as error:  # the status is sent already
+        yield f"data: {json.dumps(error.body())}\n\n"
         return
     yield event({}, job.ended, **({"sources": job.sources} if job.wants_sources else {}))
     if with_usage:
@@ -270,14 +357,30 @@ def _usage(job: Job) -> dict[str, int]:
     }
 
 
-def _problem(message: str, kind: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+def _refusal(error: BaseException, otherwise: str = _FAILED) -> _RefusalError:
+    """Say what a client is told of an error."""
+    if isinstance(error, InvalidArgumentError):
+        return _RefusalError(400, str(error))
+    if isinstance(error, StoppingError):
+        return _RefusalError(503, str(error), may_retry=error.is_unread)
+    return _RefusalError(500, otherwise)
 
 
-def _refusal(status: int, message: str) -> JSONResponse:
-    kinds = {400: "invalid_request_error", 401: "authentication_error", 500: "server_error"}
-    # A session may have read a message whose answer failed: clients must not send it again by themselves.
-    return JSONResponse(_problem(message, kinds[status]), status, {"x-should-retry": "false"})
+def _named(problem: Mapping[str, Any]) -> str:
+    """Say what is wrong with a body, of which fastapi says where."""
+    if problem["type"] == "json_invalid":
+        return f"The body must be JSON, got: {problem['ctx']['error']} at character {problem['loc'][-1]}"
+    where = ".".join(str(each) for each in problem["loc"][1:])
+    return f"{where or 'The body'}: {problem['msg']}"
+
+
+def _decoded(header: str) -> str:
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            "The header X-Session must be UTF-8: use the field session, or plain ASCII"
+        ) from error
 
 
 def _folders(given: Sequence[str]) -> dict[str, Path]:
@@ -293,12 +396,13 @@ def _folders(given: Sequence[str]) -> dict[str, Path]:
 
 
 def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port))
+        return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise InvalidArgumentError(
-            f"--host {host} --port {port} cannot be listened on: {error.strerror or error}"
-        ) from error
+        # Of a socket's own errors, the text names the address once more.
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise InvalidArgumentError(f"--host {host} --port {port} cannot be listened on: {why}") from error
 
 
 def main(
@@ -322,7 +426,9 @@ def main(
     ] = 0,
     retriever: Annotated[str | None, typer.Option(help="Retriever by name, if no corpus says.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for one that is free.")
+    ] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="MEMLONG_API_KEY", help="Refuse clients that do not send this key.")
     ] = None,
@@ -359,11 +465,13 @@ def main(
             decoder, pool, corpora, rows=rows, prompt_tokens=max_prompt_tokens, save_seconds=save_seconds
         )
         app = make_app(worker, name=name, limits=limits, api_key=api_key)
+        where = f"[{host}]" if ":" in host else host
+        place = f"http://{where}:{listening.getsockname()[1]}/v1"
+        print(f"{name} answers at {place}, and its sessions lie in {sessions.absolute()}", flush=True)
         try:
-            server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=_PATIENCE))
-            server.run(sockets=[listening])
+            Server(app, worker).run(sockets=[listening])
         finally:
-            worker.stop()  # a second Ctrl-C ends the server without a word
+            worker.stop()
 
 
 if __name__ == "__main__":

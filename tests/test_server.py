@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import logging
+import os
+import re
+import signal
 import socket
 import sys
 import threading
@@ -13,13 +18,13 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from memlong import MemoryDecoder, SessionPool
+from memlong.bank.snapshot.locking import FolderLock
 from memlong.corpus import Corpus, Document, remember
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, SnapshotError
 from memlong.evaluation import chat_prompt, end_of_turn, following_turn
 
 TEMPLATE = (
@@ -35,7 +40,8 @@ WORDS = ["?", *(f"word{number}" for number in range(96))]
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     yield importlib.import_module("server")
-    del sys.modules["server"]
+    for name in ("server", "batching", "jobs"):
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -65,8 +71,8 @@ def corpus(decoder, tmp_path):
 class Running:
     """The server in a thread, on a port that is free, and a client of it."""
 
-    def __init__(self, app, key):
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    def __init__(self, server, key):
+        self._server = server
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         while not self._server.started:
@@ -75,10 +81,13 @@ class Running:
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
 
-    def stop(self):
-        self.client.close()
+    def tell_to_stop(self):
         self._server.should_exit = True
+
+    def stop(self):
+        self.tell_to_stop()
         self._thread.join()
+        self.client.close()
 
 
 @pytest.fixture
@@ -86,16 +95,25 @@ def serve(module, decoder, corpus, tmp_path):
     """Start the server, in place of an earlier one, and return a client."""
     running = []
 
-    def start(*, budget="1GB", rows=8, most=6, save_seconds=60, api_key=None, key="none"):
+    def start(
+        *, budget="1GB", rows=8, most=6, save_seconds=60, api_key=None, key="none", patience=5, more=()
+    ):
         while running:
             running.pop().stop()
         pool = SessionPool(decoder, tmp_path / "sessions", budget=budget)
         worker = module.Worker(
-            decoder, pool, {"book": corpus}, rows=rows, prompt_tokens=300, save_seconds=save_seconds
+            decoder,
+            pool,
+            {"book": corpus} | dict(more),
+            rows=rows,
+            prompt_tokens=300,
+            save_seconds=save_seconds,
         )
         limits = module.Limits(new_tokens=most, prompt_tokens=300, temperature=0)
         app = module.make_app(worker, name="tiny", limits=limits, api_key=api_key)
-        running.append(Running(app, key))
+        server = module.Server(app, worker, patience=patience, port=0, log_config=None, ws="none")
+        running.append(Running(server, key))
+        start.worker, start.tell_to_stop, start.stop = worker, running[0].tell_to_stop, running[0].stop
         return running[0].client
 
     yield start
@@ -103,16 +121,108 @@ def serve(module, decoder, corpus, tmp_path):
         each.stop()
 
 
+@pytest.fixture
+def together(serve, module, monkeypatch):
+    """Have the server answer requests, the arguments of `ask` by name, in one batch; return answers or errors."""
+    answer = module.Worker._answer
+
+    def asked_together(client, asked):
+        gate, batches, found = threading.Event(), [], {}
+
+        def gated(worker, jobs):
+            batches.append([job.session for job in jobs])
+            assert len(batches) > 1 or gate.wait(60)
+            answer(worker, jobs)
+
+        monkeypatch.setattr(module.Worker, "_answer", gated)
+
+        def one(name, options):
+            try:
+                found[name] = ask(client, **options)
+            except openai.APIStatusError as error:
+                found[name] = error
+
+        threads = [threading.Thread(target=one, args=("first", {"words": said(3)}))]
+        threads[0].start()
+        wait_until(lambda: batches)
+        for number, each in enumerate(asked.items()):
+            threads.append(threading.Thread(target=one, args=each))
+            threads[-1].start()
+            wait_until(lambda number=number: len(serve.worker._waiting) == number + 1)
+        gate.set()
+        for each in threads:
+            each.join()
+        assert batches[1] == [each["session"] for each in asked.values()]
+        return found
+
+    return asked_together
+
+
+class Reading:
+    """Reading that can be held after the next segment; how many were read since, and whether one was."""
+
+    def __init__(self):
+        self.segments, self.begun, self.may_go_on = 0, threading.Event(), threading.Event()
+        self.may_go_on.set()
+
+    def hold(self, client):
+        wait_for_turns(client)
+        self.segments = 0
+        self.begun.clear()
+        self.may_go_on.clear()
+
+
+@pytest.fixture
+def reading(module, monkeypatch):
+    reading, segments = Reading(), module.Worker._segments
+
+    def counted(worker, rows):
+        for segment in segments(worker, rows):
+            reading.segments += 1
+            reading.begun.set()
+            assert reading.may_go_on.wait(60)
+            yield segment
+
+    monkeypatch.setattr(module.Worker, "_segments", counted)
+    return reading
+
+
+@pytest.fixture
+def logged():
+    """What the server has logged as errors."""
+    logger, handler, records = logging.getLogger("uvicorn.error"), logging.Handler(logging.ERROR), []
+    handler.emit = records.append
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def wait_until(holds):
+    ends = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+
+
+def wait_for_turns(client):
+    """Wait until the turns of answers that clients have got are over: a deletion comes after the batch."""
+    client.delete("/sessions/none", cast_to=object)
+
+
+def folder_of(tmp_path, session):
+    return tmp_path / "sessions" / f"session-{hashlib.sha256(session.encode()).hexdigest()}"
+
+
 def said(count, seed=0):
     numbers = torch.randint(1, 90, (count,), generator=torch.Generator().manual_seed(seed))
     return " ".join(WORDS[number] for number in numbers)
 
 
-def ask(client, words, session=None, **options):
+def ask(client, words, session=None, model="tiny", **options):
     extra = {} if session is None else {"session": session}
     extra |= options.pop("extra", {})
     messages = [{"role": "user", "content": words}] if isinstance(words, str) else words
-    return client.chat.completions.create(model="tiny", messages=messages, extra_body=extra, **options)
+    return client.chat.completions.create(model=model, messages=messages, extra_body=extra, **options)
 
 
 def alone(decoder, messages, bases=(), most=6):
@@ -255,8 +365,9 @@ def test_wrong_messages_are_named(serve):
         ask(client, [{"role": "tool", "content": "a"}])
     with pytest.raises(openai.BadRequestError, match=r"messages\.0\.name: Extra inputs"):
         ask(client, [{"role": "user", "content": "a", "name": "b"}])
-    with pytest.raises(openai.BadRequestError, match="at most 300 tokens, got 403: send less"):
-        ask(client, said(400))
+    for words, got in ((305, "308"), (400, "2,742 characters")):
+        with pytest.raises(openai.BadRequestError, match=f"at most 300 tokens, got {got}: send less"):
+            ask(client, said(words))
     with pytest.raises(openai.BadRequestError, match="model must be 'tiny'"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
 
@@ -278,28 +389,26 @@ def test_what_the_system_says_later_is_refused(serve):
             ask(client, messages, "a")
 
 
-def test_a_choice_that_fails_is_that_of_its_request(serve, module, monkeypatch):
+def test_a_choice_that_fails_is_that_of_its_request(serve, module, together, monkeypatch):
     choose = module.Job.choose
     monkeypatch.setattr(
         module.Job, "choose", lambda job, logits: 1 // (job.session != "a") and choose(job, logits)
     )
-    client, found = serve(), {}
-    client.models.list()
-
-    def go_on(name):
-        try:
-            found[name] = ask(client, said(5), name).choices[0].message.content
-        except openai.InternalServerError as error:
-            found[name] = error
-
-    threads = [threading.Thread(target=go_on, args=(name,)) for name in ("b", "a", "c")]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    found = together(serve(), {name: {"words": said(5), "session": name} for name in "bac"})
     assert "server's log says why" in str(found["a"])
     assert found["a"].response.headers["x-should-retry"] == "false"
-    assert found["b"] == found["c"]
+    assert found["b"].choices == found["c"].choices
+
+
+def test_requests_of_one_batch_end_where_each_says(serve, decoder, together):
+    expected = {most: alone(decoder, [said(40 * most, most), said(7, most)], most=most) for most in (2, 4, 6)}
+    client = serve()
+    for turn in range(2):
+        words = {most: said(7 if turn else 40 * most, most) for most in expected}
+        asked = {most: {"words": words[most], "session": str(most), "max_tokens": most} for most in expected}
+        found = together(client, asked)
+        for most, answers in expected.items():
+            assert found[most].choices[0].message.content == answers[turn]
 
 
 def test_many_may_wait_and_the_server_still_answers(serve, module, monkeypatch):
@@ -330,6 +439,145 @@ def test_clients_that_go_away_end_their_requests(serve):
     assert client.delete("/sessions/b", cast_to=object)["deleted"]
 
 
+def test_what_a_client_sent_is_read_no_further_once_it_has_gone(serve, reading):
+    client = serve()
+    before = ask(client, said(20), "a")
+    wait_for_turns(client)
+    short = reading.segments
+    for name in ("a", "new"):
+        reading.hold(client)
+        with pytest.raises(openai.APITimeoutError):
+            ask(client, said(200), name, timeout=0.5)
+        wait_until(lambda: all(job.ended for job in serve.worker._jobs))
+        reading.may_go_on.set()
+        assert ask(client, said(20), f"after {name}").choices == before.choices
+        wait_for_turns(client)
+        assert reading.segments == short + 2  # one of what was sent, and the end of the turn
+    assert "new" not in serve.worker.pool  # it had not begun
+
+
+def test_a_server_that_stops_reads_no_further(serve, reading, tmp_path):
+    client, found = serve(patience=0), {}
+    for name in ("idle", "long"):
+        ask(client, said(20), name)
+
+    def one(name, words):
+        try:
+            ask(client, words, name, stream=name == "long")
+        except openai.InternalServerError as error:
+            found[name] = error
+
+    reading.hold(client)
+    threads = [
+        threading.Thread(target=one, args=each) for each in (("long", said(200)), ("waiting", said(3)))
+    ]
+    threads[0].start()
+    assert reading.begun.wait(60)
+    threads[1].start()
+    wait_until(lambda: serve.worker._waiting)
+    serve.tell_to_stop()
+    for each in threads:
+        each.join()
+    wait_until(lambda: list(folder_of(tmp_path, "idle").glob("manifest.json")))
+    assert not folder_of(tmp_path, "long").exists()  # it is still being read
+    reading.may_go_on.set()
+    serve.stop()
+    assert reading.segments == 2  # the end of a turn is the second
+    assert list(folder_of(tmp_path, "long").glob("manifest.json"))
+    for name, retry, message in (
+        ("waiting", "true", "has read nothing of the request: send it again"),
+        ("long", "false", "may have read a part"),
+    ):
+        assert found[name].status_code == 503
+        assert found[name].response.headers["x-should-retry"] == retry
+        assert message in found[name].message
+
+
+def test_a_signal_lets_an_answer_end(module, decoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    decoder.model.config.max_position_embeddings = 4096
+    decoder.model.save_pretrained("model")
+    decoder.tokenizer.save_pretrained("model")
+    listening, got, signals = module._listening, [], []
+    monkeypatch.setattr(module, "_listening", lambda *given: got.append(listening(*given)) or got[0])
+    before = signal.signal(signal.SIGTERM, lambda *given: signals.append(given))
+
+    def one():
+        wait_until(lambda: got)
+        url = f"http://127.0.0.1:{got[0].getsockname()[1]}/v1"
+        with openai.OpenAI(base_url=url, api_key="none") as client:
+            for each in ask(client, said(3), "a", "model", max_tokens=50, stream=True):
+                got.append(each.choices[0])
+                if len(got) == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=one)
+    thread.start()
+    try:
+        module.main(model="model", sessions=Path("sessions"), port=0)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+    assert len(signals) == 1
+    assert got[-1].finish_reason == "length"
+    assert list(Path("sessions").glob("session-*/manifest.json"))
+    printed = capsys.readouterr().out
+    assert re.search(rf"^model answers at http://127\.0\.0\.1:\d+/v1, .*{re.escape(str(tmp_path))}", printed)
+
+
+def test_many_may_wait_to_delete_and_the_server_still_answers(serve, reading):
+    client, found = serve(), []
+    reading.hold(client)
+    read = threading.Thread(target=ask, args=(client, said(20), "a"))
+    read.start()
+    assert reading.begun.wait(60)
+    told = threading.Thread(target=ask, args=(client, said(3), "b"))
+    told.start()
+    wait_until(lambda: serve.worker._waiting)
+    threads = [
+        threading.Thread(target=lambda: found.append(client.delete("/sessions/b", cast_to=object)["deleted"]))
+        for _ in range(50)
+    ]
+    for number, each in enumerate(threads):
+        each.start()
+        wait_until(lambda number=number: len(serve.worker._waiting) == number + 2)
+    assert client.get("/../health", cast_to=object)["memory"] == ["book"]
+    reading.may_go_on.set()
+    for each in (read, told, *threads):
+        each.join()
+    assert sorted(found) == [False] * 49 + [True]  # "b" was answered first
+
+
+def test_a_deletion_that_fails_is_logged(serve, tmp_path, logged):
+    client = serve(save_seconds=0)
+    ask(client, said(12), "a")
+    wait_until(lambda: list(folder_of(tmp_path, "a").glob("manifest.json")))
+    with (
+        FolderLock(folder_of(tmp_path, "a")),
+        pytest.raises(openai.InternalServerError, match="log says why") as failed,
+    ):
+        client.delete("/sessions/a", cast_to=object)
+    assert "may have read" not in failed.value.message
+    (record,) = logged
+    assert record.getMessage() == "DELETE /v1/sessions/a has failed"
+    assert isinstance(record.exc_info[1], SnapshotError)
+
+
+def test_what_could_not_be_saved_is_saved_later(serve, module, tmp_path, monkeypatch, logged):
+    flush, failures = SessionPool.flush, [SnapshotError("The disk is full")]
+
+    def flush_later(pool):
+        if failures:
+            raise failures.pop()
+        flush(pool)
+
+    monkeypatch.setattr(sys.modules["batching"], "_SOON", 0.01)
+    monkeypatch.setattr(SessionPool, "flush", flush_later)
+    ask(serve(save_seconds=0), said(12), "a")
+    wait_until(lambda: list(folder_of(tmp_path, "a").glob("manifest.json")))
+    assert "tries again" in logged[0].getMessage()
+
+
 def test_sessions_are_saved_now_and_then(serve, tmp_path):
     client = serve(save_seconds=0)
     ask(client, said(12), "a")
@@ -355,27 +603,35 @@ def test_an_answer_names_its_sources(serve, corpus, tokenizer, stream):
     assert not hasattr(ask(client, said(3), "a", extra={"memory": ["book"]}), "sources")
 
 
-def test_a_session_that_cannot_go_on_does_not_stop_others(serve, decoder):
-    client, found = serve(), {}
-    ask(client, said(12), "a")
+@pytest.mark.parametrize("is_in_memory", [True, False])
+def test_a_session_that_cannot_go_on_does_not_stop_others(
+    serve, decoder, corpus, together, tmp_path, is_in_memory
+):
+    expected = alone(decoder, [said(40), said(5)])[1]
+    client = serve()
+    for name in ("plain", "damaged", "well"):
+        ask(client, said(40), name)
+    ask(client, said(40), "booked", extra={"memory": ["book"]})
+    client = client if is_in_memory else serve()
+    asked = {name: {"words": said(5), "session": name} for name in ("plain", "booked", "damaged", "well")}
+    asked["plain"]["extra"] = {"memory": ["book"]}
+    if not is_in_memory:
+        files = folder_of(tmp_path, "damaged").iterdir()
+        file = max(files, key=lambda path: path.stat().st_size)
+        content = file.read_bytes()
+        file.write_bytes(content[:-9] + bytes(9))
+    found = together(client, asked)
+    for name, began, got in (("plain", [], ["book"]), ("booked", ["book"], [])):
+        assert isinstance(found[name], openai.BadRequestError)
+        assert f"memory must be {began}, as when session '{name}' began, got {got}" in str(found[name])
+    assert found["well"].choices[0].message.content == expected
+    assert isinstance(found["damaged"], openai.InternalServerError) != is_in_memory
 
-    def go_on(name, **extra):
-        try:
-            found[name] = ask(client, said(5), name, extra=extra)
-        except openai.BadRequestError as error:
-            found[name] = error
 
-    long = threading.Thread(target=go_on, args=("busy",), kwargs={})
-    others = [
-        threading.Thread(target=go_on, args=("a",), kwargs={"memory": ["book"]}),
-        threading.Thread(target=go_on, args=("b",)),
-    ]
-    for each in (long, *others):
-        each.start()
-    for each in (long, *others):
-        each.join()
-    assert "lies over 0 bases" in str(found["a"])
-    assert found["b"].choices[0].message.content
+def test_the_order_of_corpora_does_not_count(serve, corpus, tmp_path):
+    client = serve(more={"another": Corpus.load(tmp_path / "corpus")})
+    for names in (["book", "another"], ["another", "book", "another"]):
+        assert ask(client, said(5), "a", extra={"memory": names}).choices
 
 
 def test_keys_are_checked(serve):
