@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib
 import json
 import logging
@@ -18,8 +19,10 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from memlong import MemoryDecoder, SessionPool
 from memlong.bank.snapshot.locking import FolderLock
@@ -634,6 +637,110 @@ def test_the_order_of_corpora_does_not_count(serve, corpus, tmp_path):
         assert ask(client, said(5), "a", extra={"memory": names}).choices
 
 
+@pytest.fixture
+def send():
+    """Send a body, whole or in pieces, to a server; return the status and the answer."""
+    connections = []
+
+    def send(client, body=None, path="/v1/chat/completions", **headers):
+        connections.append(http.client.HTTPConnection(client.base_url.host, client.base_url.port))
+        headers = {"Content-Type": "application/json"} | headers
+        connections[0].request("GET" if body is None else "POST", path, body, headers)
+        answer = connections[0].getresponse()
+        told = json.loads(answer.read())
+        connections.pop().close()
+        return answer.status, told
+
+    return send
+
+
+def test_a_refusal_has_openais_form_whatever_is_wrong(serve, send):
+    client = serve()
+    for body, message in (
+        (
+            "{bad",
+            "The body must be JSON, got: Expecting property name enclosed in double quotes at character 1",
+        ),
+        ("", "The body: Field required"),
+        ("[]", "The body: Input should be"),
+        ('{"messages":' + "[" * 100_000, "parsing the body"),
+    ):
+        status, told = send(client, body)
+        assert status == 400
+        assert message in told["error"]["message"]
+        assert told["error"]["type"] == "invalid_request_error"
+    assert send(client, path="/nothing") == (
+        404,
+        {"error": {"message": "Not Found", "type": "invalid_request_error", "param": None, "code": None}},
+    )
+
+
+def test_a_body_that_is_too_large_is_not_read(serve, module, send, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_BYTES", 1000)
+    client, body = serve(), json.dumps({"messages": [{"role": "user", "content": "a" * 1000}]}).encode()
+    for sent in (body, iter([body[:800], body[800:]])):
+        status, told = send(client, sent)
+        assert status == 413
+        assert told["error"]["message"] == "The body must have at most 1,000 bytes: send less"
+    assert ask(client, said(3)).choices
+
+
+def test_nothing_is_tokenized_of_what_is_far_too_long(serve, module, monkeypatch):
+    monkeypatch.setattr(sys.modules["jobs"], "chat_prompt", None)
+    with pytest.raises(openai.BadRequestError, match="at most 300 tokens, got 2,742 characters"):
+        ask(serve(), said(400))
+
+
+def test_long_messages_are_tokenized_while_others_are_answered(serve, module, monkeypatch):
+    chat_prompt, begun, may_go_on = sys.modules["jobs"].chat_prompt, threading.Event(), threading.Event()
+
+    def slowly(tokenizer, messages):
+        if messages[0]["content"] == "word1":
+            begun.set()
+            assert may_go_on.wait(60)
+        return chat_prompt(tokenizer, messages)
+
+    monkeypatch.setattr(sys.modules["jobs"], "chat_prompt", slowly)
+    client = serve()
+    long = threading.Thread(target=ask, args=(client, "word1"))
+    long.start()
+    assert begun.wait(60)
+    assert ask(client, "word2").choices
+    may_go_on.set()
+    long.join()
+
+
+def test_a_request_that_waits_for_one_of_its_session_goes_on_with_that(serve, decoder, reading):
+    expected = alone(decoder, [said(20), said(7, 1)])
+    client, found = serve(), {}
+
+    def one(number, words):
+        found[number] = ask(client, words, "a").choices[0].message.content
+
+    reading.hold(client)
+    threads = [threading.Thread(target=one, args=each) for each in enumerate((said(20), said(7, 1)))]
+    threads[0].start()
+    assert reading.begun.wait(60)
+    threads[1].start()
+    wait_until(lambda: serve.worker._waiting)
+    assert not serve.worker._waiting[0].begins
+    serve.worker._waiting[0].tokenize(serve.worker._prompts, begins=True)  # as if it had come before
+    reading.may_go_on.set()
+    for each in threads:
+        each.join()
+    assert [found[0], found[1]] == expected
+
+
+def test_texts_of_any_script_name_sessions_and_keys(serve, send):
+    client = serve(api_key="schlüssel", key="none")
+    body = json.dumps({"messages": [{"role": "user", "content": "word1"}], "session": "größe"}).encode()
+    headers = {"X-Session": "größe".encode(), "Authorization": "Bearer schlüssel".encode()}
+    assert send(client, body, **headers)[0] == 200
+    status, told = send(client, body, **(headers | {"X-Session": "größe".encode("latin-1")}))
+    assert (status, told["error"]["message"].split(":")[0]) == (400, "The header X-Session must be UTF-8")
+    assert send(client, body, **(headers | {"Authorization": "Bearer schlüssel".encode("latin-1")}))[0] == 401
+
+
 def test_keys_are_checked(serve):
     assert ask(serve(api_key="right", key="right"), said(3)).choices
 
@@ -663,8 +770,25 @@ def test_a_model_without_a_template_is_refused(module, llama, tokenizer, tmp_pat
             module.main(memory=wrong)
     with pytest.raises(InvalidArgumentError, match="--api-key must not be empty"):
         module.main(api_key="")
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InvalidArgumentError, match="--port"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(InvalidArgumentError, match=r"cannot be listened on: Address already in use$"),
+    ):
         module.main(model="model", host="127.0.0.1", port=taken.getsockname()[1])
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_a_server_listens_on_an_address_of_ipv6(module):
+    with module._listening("::1", 0) as listening:
+        assert listening.getsockname()[0] == "::1"
+
+
+def test_a_port_that_is_none_is_wrong_usage(module):
+    app = typer.Typer()
+    app.command()(module.main)
+    result = CliRunner().invoke(app, ["--port", "70000"])
+    assert result.exit_code == 2
+    assert "65535" in result.output
 
 
 def test_a_strangers_corpus_chooses_no_place_on_this_machine(module, decoder, corpus, tmp_path):
