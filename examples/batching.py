@@ -50,7 +50,7 @@ class Worker:
     @property
     def is_answering(self) -> bool:
         """Whether somebody waits for what is being answered."""
-        return any(not job.is_over for job in self._jobs)
+        return not all(job.is_over for job in self._jobs)
 
     def tokenize(self, job: Job) -> None:
         """Make the prompt of a request, which takes long if there is much to read; any thread may do that."""
@@ -155,11 +155,14 @@ class Worker:
             with self.pool.sessions(*bases, bases=bases, temporary=temporary):
                 begun = True
                 self._hide_expired(jobs)
+                before = self.decoder.tokens_read
+                asked = self._read(jobs)
                 wanting = [row for row, job in enumerate(jobs) if job.wants_sources]
                 with self.decoder.sources() if wanting else nullcontext() as recorded:
-                    self._generate(jobs)
+                    self._generate(jobs, asked)
                 for row in wanting:
                     jobs[row].cite(self._told(jobs[row], row, recorded.chunks))
+                self._end_turns(jobs, before)
         except MemlongError as error:
             if begun:
                 raise
@@ -211,41 +214,42 @@ class Worker:
             found.append(told)
         return found
 
-    def _generate(self, jobs: Sequence[Job]) -> None:
+    def _read(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """Let each session read its prompt up to the last segment, which is returned, or until all jobs have ended."""
+        size, first, last = self.decoder.config.segment_size, [], []
+        for job, read in zip(jobs, self.decoder.tokens_read, strict=True):
+            split = max(0, (read + len(job.prompt) - 1) // size * size - read)
+            first.append(job.prompt[:split])
+            last.append(job.prompt[split:])
+        for _ in self._segments(first):
+            if all(job.ended for job in jobs):
+                break
+        return last
+
+    def _generate(self, jobs: Sequence[Job], asked: Sequence[list[int]]) -> None:
+        if all(job.ended for job in jobs):
+            return
         tokenizer, model = self.decoder.tokenizer, self.decoder.model
-        before = self.decoder.tokens_read
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
         turns = Turns(jobs, tokenizer, ends)
-        heads, tails = self._split(jobs)
-        for _ in self._segments(heads):
-            if all(job.ended for job in jobs):
-                break
-        if not all(job.ended for job in jobs):
-            self.decoder.generate(
-                *self._padded(tails),
-                max_new_tokens=max(job.most for job in jobs),
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=ends[0],
-                logits_processor=[turns],
-                stopping_criteria=[turns.ended],
-            )
-        # The next turn begins where a whole one has ended.
+        self.decoder.generate(
+            *self._padded(asked),
+            max_new_tokens=max(job.most for job in jobs),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=ends[0],
+            logits_processor=[turns],
+            stopping_criteria=[turns.ended],
+        )
+
+    def _end_turns(self, jobs: Sequence[Job], before: Sequence[int]) -> None:
+        """End turns that have begun, and that the model has not ended: the next ones begin after whole ones."""
         read = zip(before, self.decoder.tokens_read, strict=True)
         is_cut = [job.is_cut and then < now for job, (then, now) in zip(jobs, read, strict=True)]
-        ending = end_of_turn(tokenizer) if any(is_cut) else []
+        ending = end_of_turn(self.decoder.tokenizer) if any(is_cut) else []
         for _ in self._segments([ending if each else [] for each in is_cut]):
             pass
-
-    def _split(self, jobs: Sequence[Job]) -> tuple[list[list[int]], list[list[int]]]:
-        """Split each prompt before its last segment: what comes before can be left between segments."""
-        size, heads, tails = self.decoder.config.segment_size, [], []
-        for job, read in zip(jobs, self.decoder.tokens_read, strict=True):
-            last = max(0, (read + len(job.prompt) - 1) // size * size - read)
-            heads.append(job.prompt[:last])
-            tails.append(job.prompt[last:])
-        return heads, tails
 
     def _segments(self, rows: Sequence[list[int]]) -> Iterator[Segment]:
         """Let each session read its tokens, segment by segment."""

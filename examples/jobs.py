@@ -104,7 +104,7 @@ class Job:
     sources: list[dict[str, Any]] = field(default_factory=list)
     ended: Literal["", "stop", "length", "cancelled"] = ""
     is_cut: bool = True  # the model has not ended the turn
-    is_over: bool = False  # whoever waits for the answer has been told its end
+    is_over: bool = False  # whoever waits for the answer has been told its end, or has gone
     _ids: list[int] = field(default_factory=list)
     _first: int = 0  # token of those that may still change the text, and of those that have not been told
     _next: int = 0
@@ -169,6 +169,10 @@ class Job:
             _LOG.error("A request has failed", exc_info=error)
         self.ended = self.ended or "cancelled"
         self._end(error)
+
+    def cancel(self) -> None:
+        """Note that nobody waits for the answer."""
+        self.ended, self.is_over = self.ended or "cancelled", True
 
     def _end(self, error: BaseException | None = None) -> None:
         if not self.is_over:

@@ -324,7 +324,7 @@ async def _pieces(job: Job, request: Request) -> AsyncIterator[str]:
                 return
             yield piece
     finally:
-        job.ended = job.ended or "cancelled"
+        job.cancel()
 
 
 async def _events(

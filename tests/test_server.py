@@ -591,7 +591,7 @@ def test_sessions_are_saved_now_and_then(serve, tmp_path):
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_names_its_sources(serve, corpus, tokenizer, stream):
     client = serve()
-    ask(client, said(60, 1), "a", extra={"memory": ["book"]})
+    ask(client, said(200, 1), "a", extra={"memory": ["book"]})
     found = ask(client, said(8), "a", stream=stream, extra={"memory": ["book"], "sources": True})
     sources = (list(found)[-1] if stream else found).sources
     assert [each["attention"] for each in sources] == sorted(
@@ -629,6 +629,17 @@ def test_a_session_that_cannot_go_on_does_not_stop_others(
         assert f"memory must be {began}, as when session '{name}' began, got {got}" in str(found[name])
     assert found["well"].choices[0].message.content == expected
     assert isinstance(found["damaged"], openai.InternalServerError) != is_in_memory
+
+
+def test_the_sources_are_those_of_the_answer_however_much_was_read(serve, decoder, corpus):
+    prompt = chat_prompt(decoder.tokenizer, [{"role": "user", "content": said(200)}])
+    decoder.reset(bases=[corpus.bank])
+    with decoder, decoder.sources() as recorded:
+        decoder.generate(prompt, torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    decoder.reset()
+    found = ask(serve(), said(200), extra={"memory": ["book"], "sources": True}).sources
+    expected = [each.mass for each in recorded.chunks if each.id is not None]
+    assert [each["attention"] for each in found] == pytest.approx(expected)
 
 
 def test_the_order_of_corpora_does_not_count(serve, corpus, tmp_path):
