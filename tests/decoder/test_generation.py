@@ -100,6 +100,18 @@ def test_a_prompt_in_one_call_or_in_ten_is_continued_alike(llama, small, text):
     assert torch.equal(found, expected)
 
 
+def test_a_prompt_whose_beginning_was_streamed_is_continued_alike(tiny_model, architecture, small, text):
+    ids, options = text(97), {"max_new_tokens": 12, "do_sample": False}
+    with MemoryDecoder(tiny_model(architecture), None, small()) as decoder:
+        expected = decoder.generate(ids, **options)[:, 97:]
+        for split in (88, 93, 96):  # a whole segment of 8 tokens is left, a part, and its last token
+            decoder.reset()
+            for _ in decoder.stream(ids[:, :split], logits="last"):
+                pass
+            found = decoder.generate(ids[:, split:], **options)
+            assert torch.equal(found[:, 97 - split :], expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
 def test_the_stream_then_is_as_if_it_had_read_the_answer(llama, small, text, options):
     ids, question = text(60), text(11, seed=1)
