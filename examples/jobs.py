@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from copy import deepcopy
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -42,7 +44,7 @@ class StoppingError(MemlongError):
 
 
 class Prompts:
-    """Makes token ids of messages.
+    """Makes token ids of messages, in any thread.
 
     Parameters
     ----------
@@ -53,7 +55,9 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: Any, most: int) -> None:
-        self._tokenizer, self._most = tokenizer, most
+        # A call with control tokens and one without change what a tokenizer does, which others must not notice.
+        self._tokenizer, self._alone = deepcopy(tokenizer), threading.Lock()
+        self._most = most
         self._most_characters = most * (
             1 + max(map(len, tokenizer.get_vocab()))
         )  # with a space between words
@@ -65,10 +69,11 @@ class Prompts:
         if characters > self._most_characters:  # tokenizing those would take long
             raise self._too_long(f"{characters:,} characters")
         try:
-            if begins:
-                found = chat_prompt(self._tokenizer, new)
-            else:
-                found = following_turn(self._tokenizer, "\n\n".join(each["content"] for each in new))
+            with self._alone:
+                if begins:
+                    found = chat_prompt(self._tokenizer, new)
+                else:
+                    found = following_turn(self._tokenizer, "\n\n".join(each["content"] for each in new))
         except TemplateError as error:
             raise InvalidArgumentError(f"messages do not fit the model's chat template: {error}") from error
         if found.shape[1] > self._most:

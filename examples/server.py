@@ -9,11 +9,12 @@ made are shared by all. Needs fastapi and uvicorn: pip install "memlong[server]"
     curl localhost:8000/v1/chat/completions -H "Content-Type: application/json" -d '{"session": "8f14e45f",
         "memory": ["manual"], "messages": [{"role": "user", "content": "How is the pump started?"}]}'
 
-With the openai client, pass them as extra_body={"session": ..., "memory": [...]}. A session knows what was said: of the
-messages, those after the last answer are read, so a client may send the whole conversation or the new message alone.
-Without a session, a request is answered from its messages, and nothing is kept. A session names the same corpora each
-time. With "sources": true, an answer comes with what it attended to. Session ids are secrets: anyone who knows one
-has that memory. SIGTERM and Ctrl-C save all sessions. A corpus is served as it was at the start.
+With the openai client, pass them as extra_body={"session": ..., "memory": [...]}, and max_retries=0: a session may have
+read a message that got no answer. A session knows what was said: of the messages, those after the last answer are read,
+so a client may send the whole conversation or the new message alone. Without a session, a request is answered from its
+messages, and nothing is kept. A session names the same corpora each time. With "sources": true, an answer comes with
+what it attended to. Session ids are secrets: anyone who knows one has that memory. SIGTERM and Ctrl-C save all
+sessions. A corpus is served as it was at the start.
 """
 
 from __future__ import annotations

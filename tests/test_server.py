@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -719,6 +720,26 @@ def test_long_messages_are_tokenized_while_others_are_answered(serve, module, mo
     assert ask(client, "word2").choices
     may_go_on.set()
     long.join()
+
+
+def test_one_thread_tokenizes_at_a_time_with_a_tokenizer_that_the_model_does_not_use(
+    module, tokenizer, monkeypatch
+):
+    prompts, now, most = sys.modules["jobs"].Prompts(tokenizer, 100), [], []
+
+    def watched(given, messages):
+        now.append(given)
+        most.append(len(now))
+        time.sleep(0.01)
+        now.remove(given)
+        assert given is not tokenizer
+        return chat_prompt(given, messages)
+
+    monkeypatch.setattr(sys.modules["jobs"], "chat_prompt", watched)
+    with ThreadPoolExecutor(4) as pool:
+        said = [[{"role": "user", "content": f"word{number}"}] for number in range(8)]
+        list(pool.map(lambda messages: prompts.of(messages, begins=True), said))
+    assert most == [1] * 8
 
 
 def test_a_request_that_waits_for_one_of_its_session_goes_on_with_that(serve, decoder, reading):
