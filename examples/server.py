@@ -29,7 +29,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from queue import Empty
 from typing import Annotated, Any, Literal
@@ -43,8 +42,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from jobs import Deletion, Job, StoppingError
 from pydantic import BaseModel, ConfigDict, Field
+from refusals import FAILED, LimitedBody, RefusalError, problem_of, refusal_of
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memlong import MemoryConfig, MemoryDecoder, SessionPool, load_model
 from memlong.cli.corpora import load_corpora, needed_notes
@@ -55,27 +54,7 @@ from memlong.errors import InvalidArgumentError, MemlongError
 _POLL = 0.02  # seconds
 _PATIENCE = 5  # seconds for requests that are being answered when the server is told to stop
 _MOST_BYTES = 16 * 2**20  # of a request
-_FAILED = "The request failed, and the server's log says why"
 _LOG = logging.getLogger("uvicorn.error")
-
-
-class _RefusalError(Exception):
-    """What a client is told instead of an answer; whether it may send the same again by itself."""
-
-    def __init__(self, status: int, message: str, *, may_retry: bool = False) -> None:
-        super().__init__(message)
-        self.status, self.may_retry = status, may_retry
-
-    def body(self) -> dict[str, Any]:
-        """Return it in OpenAI's form."""
-        kind = "server_error" if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-        kind = "authentication_error" if self.status == HTTPStatus.UNAUTHORIZED else kind
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": None}}
-
-    def response(self) -> JSONResponse:
-        """Return it as an answer."""
-        retry = "true" if self.may_retry else "false"
-        return JSONResponse(self.body(), self.status, {"x-should-retry": retry})
 
 
 class Strict(BaseModel):
@@ -84,7 +63,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ChatMessage(Strict):
+class Message(Strict):
     """What someone said."""
 
     role: Literal["system", "user", "assistant"]
@@ -100,7 +79,7 @@ class StreamOptions(Strict):
 class ChatRequest(Strict):
     """A request for /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)]
     model: str | None = None
     session: str | None = None
     memory: list[str] | None = None
@@ -124,36 +103,6 @@ class Limits:
     new_tokens: int
     prompt_tokens: int
     temperature: float
-
-
-class LimitedBody:
-    """Refuses a request of too many bytes, of which it reads no more.
-
-    Parameters
-    ----------
-    app
-        What the others go to.
-    most
-        The most bytes.
-    """
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-        announced = dict(scope.get("headers", ())).get(b"content-length", b"0")
-        read = 0
-
-        async def limited() -> Message:
-            nonlocal read
-            message = {} if int(announced) > self._most else await receive()
-            read += len(message.get("body", b""))
-            if not message or read > self._most:
-                raise HTTPException(413, f"The body must have at most {self._most:,} bytes: send less")
-            return message
-
-        await self._app(scope, limited, send)
 
 
 class Server(uvicorn.Server):
@@ -207,32 +156,32 @@ def make_app(worker: Worker, *, name: str, limits: Limits, api_key: str | None) 
     async def check_key(authorization: Annotated[str, Header()] = "") -> None:
         sent = authorization.encode("latin-1").removeprefix(b"Bearer ")
         if api_key is not None and not hmac.compare_digest(sent, api_key.encode()):
-            raise _RefusalError(401, "The API key is wrong or missing")
+            raise RefusalError(401, "The API key is wrong or missing")
 
     app = FastAPI(title="memlong", dependencies=[Depends(check_key)])
     app.add_middleware(LimitedBody, most=_MOST_BYTES)
 
-    @app.exception_handler(_RefusalError)
-    async def refused(_: Request, error: _RefusalError) -> JSONResponse:
+    @app.exception_handler(RefusalError)
+    async def refused(_: Request, error: RefusalError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _RefusalError(400, _named(error.errors()[0])).response()
+        return RefusalError(400, problem_of(error.errors()[0])).response()
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> JSONResponse:
-        return _RefusalError(error.status_code, error.detail).response()
+        return RefusalError(error.status_code, error.detail).response()
 
     @app.exception_handler(MemlongError)
     async def failed(request: Request, error: MemlongError) -> JSONResponse:
         if not isinstance(error, InvalidArgumentError | StoppingError):
             _LOG.error("%s %s has failed", request.method, request.url.path, exc_info=error)
-        return _refusal(error).response()
+        return refusal_of(error).response()
 
     @app.exception_handler(Exception)
     async def broken(_: Request, __: Exception) -> JSONResponse:  # uvicorn logs it
-        return _RefusalError(500, _FAILED).response()
+        return RefusalError(500, FAILED).response()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -320,7 +269,7 @@ async def _pieces(job: Job, request: Request) -> AsyncIterator[str]:
                 await asyncio.sleep(_POLL)
                 continue
             if isinstance(piece, BaseException):  # the worker has logged it
-                raise _refusal(piece, f"{_FAILED}. Its session may have read the message") from piece
+                raise refusal_of(piece, f"{FAILED}. Its session may have read the message") from piece
             if piece is None:
                 return
             yield piece
@@ -340,7 +289,7 @@ async def _events(
     try:
         async for piece in pieces:
             yield event({"content": piece})
-    except _RefusalError as error:  # the status is sent already
+    except RefusalError as error:  # the status is sent already
         yield f"data: {json.dumps(error.body())}\n\n"
         return
     yield event({}, job.ended, **({"sources": job.sources} if job.wants_sources else {}))
@@ -356,23 +305,6 @@ def _usage(job: Job) -> dict[str, int]:
         "completion_tokens": job.tokens,
         "total_tokens": len(job.prompt) + job.tokens,
     }
-
-
-def _refusal(error: BaseException, otherwise: str = _FAILED) -> _RefusalError:
-    """Say what a client is told of an error."""
-    if isinstance(error, InvalidArgumentError):
-        return _RefusalError(400, str(error))
-    if isinstance(error, StoppingError):
-        return _RefusalError(503, str(error), may_retry=error.is_unread)
-    return _RefusalError(500, otherwise)
-
-
-def _named(problem: Mapping[str, Any]) -> str:
-    """Say what is wrong with a body, of which fastapi says where."""
-    if problem["type"] == "json_invalid":
-        return f"The body must be JSON, got: {problem['ctx']['error']} at character {problem['loc'][-1]}"
-    where = ".".join(str(each) for each in problem["loc"][1:])
-    return f"{where or 'The body'}: {problem['msg']}"
 
 
 def _decoded(header: str) -> str:

@@ -44,7 +44,7 @@ WORDS = ["?", *(f"word{number}" for number in range(96))]
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     yield importlib.import_module("server")
-    for name in ("server", "batching", "jobs"):
+    for name in ("server", "batching", "jobs", "refusals"):
         del sys.modules[name]
 
 
@@ -567,6 +567,14 @@ def test_a_deletion_that_fails_is_logged(serve, tmp_path, logged):
     assert isinstance(record.exc_info[1], SnapshotError)
 
 
+def test_a_health_that_cannot_be_told_is_logged(serve, logged, monkeypatch):
+    client = serve()
+    monkeypatch.setattr(SessionPool, "in_memory", property(lambda _: 1 // 0))
+    with pytest.raises(openai.InternalServerError, match="log says why"):
+        client.get("/../health", cast_to=object)
+    assert logged[0].exc_info[0] is ZeroDivisionError
+
+
 def test_what_could_not_be_saved_is_saved_later(serve, module, tmp_path, monkeypatch, logged):
     flush, failures = SessionPool.flush, [SnapshotError("The disk is full")]
 
@@ -703,8 +711,8 @@ def test_nothing_is_tokenized_of_what_is_far_too_long(serve, module, monkeypatch
         ask(serve(), said(400))
 
 
-def test_long_messages_are_tokenized_while_others_are_answered(serve, module, monkeypatch):
-    chat_prompt, begun, may_go_on = sys.modules["jobs"].chat_prompt, threading.Event(), threading.Event()
+def test_long_messages_are_tokenized_while_others_are_answered(serve, reading, monkeypatch):
+    begun, may_go_on, found = threading.Event(), threading.Event(), {}
 
     def slowly(tokenizer, messages):
         if messages[0]["content"] == "word1":
@@ -712,14 +720,24 @@ def test_long_messages_are_tokenized_while_others_are_answered(serve, module, mo
             assert may_go_on.wait(60)
         return chat_prompt(tokenizer, messages)
 
+    def one(words):
+        found[words] = ask(client, words).choices
+
     monkeypatch.setattr(sys.modules["jobs"], "chat_prompt", slowly)
     client = serve()
-    long = threading.Thread(target=ask, args=(client, "word1"))
-    long.start()
+    reading.hold(client)
+    threads = {words: threading.Thread(target=one, args=(words,)) for words in (said(20), "word1")}
+    threads[said(20)].start()
+    assert reading.begun.wait(60)
+    threads["word1"].start()
     assert begun.wait(60)
-    assert ask(client, "word2").choices
+    reading.may_go_on.set()
+    threads[said(20)].join()
+    assert client.models.list().data
+    assert list(found) == [said(20)]
     may_go_on.set()
-    long.join()
+    threads["word1"].join()
+    assert found["word1"]
 
 
 def test_one_thread_tokenizes_at_a_time_with_a_tokenizer_that_the_model_does_not_use(
