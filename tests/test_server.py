@@ -518,7 +518,7 @@ def test_a_signal_lets_an_answer_end(module, decoder, tmp_path, monkeypatch, cap
     thread = threading.Thread(target=one)
     thread.start()
     try:
-        module.main(model="model", sessions=Path("sessions"), port=0)
+        module.main(model="model", sessions=Path("sessions"), port=0, dtype="float32")
     finally:
         thread.join()
         signal.signal(signal.SIGTERM, before)
