@@ -137,9 +137,7 @@ class Worker:
     def _answer(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             try:
-                if job.begins != (
-                    job.session not in self.pool
-                ):  # another request has begun or deleted it since
+                if job.begins == (job.session in self.pool):  # it has begun since, or was deleted
                     self.tokenize(job)
             except Exception as error:  # noqa: BLE001 - as above
                 job.fail(error)
@@ -160,9 +158,9 @@ class Worker:
                 wanting = [row for row, job in enumerate(jobs) if job.wants_sources]
                 with self.decoder.sources() if wanting else nullcontext() as recorded:
                     self._generate(jobs, asked)
+                self._end_turns(jobs, before)
                 for row in wanting:
                     jobs[row].cite(self._told(jobs[row], row, recorded.chunks))
-                self._end_turns(jobs, before)
         except MemlongError as error:
             if begun:
                 raise

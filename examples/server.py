@@ -121,7 +121,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, worker: Worker, *, patience: float = _PATIENCE, **options: Any) -> None:
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=_PATIENCE, **options))
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=_PATIENCE, lifespan="off", **options))
         self._worker, self._patience = worker, patience
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
