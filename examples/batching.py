@@ -38,7 +38,7 @@ class Worker:
     ) -> None:
         self.decoder, self.pool, self.corpora = decoder, pool, corpora
         self._rows, self._save_seconds = rows, save_seconds
-        self._prompts = Prompts(decoder.tokenizer, prompt_tokens)
+        self._prompts = Prompts(decoder.tokenizer, decoder.model_layout, prompt_tokens)
         self._save_at: float | None = None
         self._waiting: list[Job | Deletion] = []
         self._jobs: list[Job] = []  # the latest batch
@@ -154,16 +154,18 @@ class Worker:
                 begun = True
                 self._hide_expired(jobs)
                 before = self.decoder.tokens_read
-                asked = self._read(jobs)
                 wanting = [row for row, job in enumerate(jobs) if job.wants_sources]
-                with self.decoder.sources() if wanting else nullcontext() as recorded:
-                    self._generate(jobs, asked)
-                self._end_turns(jobs, before)
+                try:
+                    asked = self._read(jobs)
+                    with self.decoder.sources() if wanting else nullcontext() as recorded:
+                        self._generate(jobs, asked)
+                finally:
+                    self._end_turns(jobs, before)
                 for row in wanting:
                     jobs[row].cite(self._told(jobs[row], row, recorded.chunks))
         except MemlongError as error:
-            if begun:
-                raise
+            if begun:  # whatever it says, no request is at fault, and none has been left unread
+                raise MemlongError(str(error)) from error
             if len(jobs) == 1:
                 raise self._as_names(error, jobs[0]) from error
             for job in jobs:  # one of the sessions cannot go on, and the others can

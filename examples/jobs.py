@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from memlong import SessionPool
+from memlong.decoder.model.layout import ModelLayout
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import chat_prompt, following_turn
 from memlong.evaluation.numbers import checked_logits
@@ -50,14 +51,16 @@ class Prompts:
     ----------
     tokenizer
         The model's.
+    layout
+        The model's, which says what tokens it reads.
     most
         The most tokens of a prompt.
     """
 
-    def __init__(self, tokenizer: Any, most: int) -> None:
+    def __init__(self, tokenizer: Any, layout: ModelLayout, most: int) -> None:
         # A call with control tokens and one without change what a tokenizer does, which others must not notice.
         self._tokenizer, self._alone = deepcopy(tokenizer), threading.Lock()
-        self._most = most
+        self._layout, self._most = layout, most
         self._most_characters = most * (
             1 + max(map(len, tokenizer.get_vocab()))
         )  # with a space between words
@@ -79,7 +82,19 @@ class Prompts:
         if found.shape[1] > self._most:
             raise self._too_long(f"{found.shape[1]:,}")
         prompt: list[int] = found[0].tolist()
+        self._check(prompt)
         return prompt
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        """Refuse what the model would not read, of which a whole batch would fail."""
+        for token in prompt:
+            kind = self._layout.placeholders.get(token)
+            if kind is not None or token >= self._layout.vocabulary:
+                why = "is none of the model's" if kind is None else f"stands for {kind}"
+                raise InvalidArgumentError(
+                    f"messages must be text, got {self._tokenizer.convert_ids_to_tokens(token)!r}, which {why}: leave "
+                    "it out"
+                )
 
     def _too_long(self, what: str) -> InvalidArgumentError:
         return InvalidArgumentError(

@@ -192,6 +192,20 @@ def reading(module, monkeypatch):
 
 
 @pytest.fixture
+def latest(module, decoder, monkeypatch):
+    """The latest tokens that each session has read, as soon as its turn has ended."""
+    latest, end = {}, module.Worker._end_turns
+
+    def ended(worker, jobs, *given):
+        end(worker, jobs, *given)
+        for job, stream in zip(jobs, decoder._streams.batch.streams, strict=True):
+            latest[job.session] = list(stream._recent.token_ids)
+
+    monkeypatch.setattr(module.Worker, "_end_turns", ended)
+    return latest
+
+
+@pytest.fixture
 def logged():
     """What the server has logged as errors."""
     logger, handler, records = logging.getLogger("uvicorn.error"), logging.Handler(logging.ERROR), []
@@ -391,6 +405,32 @@ def test_what_the_system_says_later_is_refused(serve):
     ):
         with pytest.raises(openai.BadRequestError, match="at the beginning of a session, and none after"):
             ask(client, messages, "a")
+
+
+def test_a_token_that_the_model_does_not_read_is_refused(serve, decoder, monkeypatch):
+    decoder.tokenizer.add_tokens(["beyond"])
+    monkeypatch.setitem(decoder.model_layout.placeholders, WORDS.index("word90"), "an image")
+    client = serve()
+    for word, why in (("beyond", "is none of the model's"), ("word90", "stands for an image")):
+        with pytest.raises(openai.BadRequestError, match=f"got '{word}', which {why}: leave it out"):
+            ask(client, f"word1 {word}", "a")
+    assert "a" not in serve.worker.pool
+
+
+def test_a_failure_while_a_batch_is_answered_is_no_requests_fault(
+    serve, module, decoder, latest, logged, monkeypatch
+):
+    def fail(*_, **__):
+        raise InvalidArgumentError("input_ids must be something else")
+
+    client = serve()
+    ask(client, said(5), "a")
+    monkeypatch.setattr(decoder, "generate", fail)
+    with pytest.raises(openai.InternalServerError, match="Its session may have read the message"):
+        ask(client, said(60, 1), "a")
+    wait_for_turns(client)
+    assert latest["a"][-1:] == end_of_turn(decoder.tokenizer)
+    assert [str(each.exc_info[1]) for each in logged] == ["input_ids must be something else"]
 
 
 def test_a_choice_that_fails_is_that_of_its_request(serve, module, together, monkeypatch):
@@ -741,9 +781,10 @@ def test_long_messages_are_tokenized_while_others_are_answered(serve, reading, m
 
 
 def test_one_thread_tokenizes_at_a_time_with_a_tokenizer_that_the_model_does_not_use(
-    module, tokenizer, monkeypatch
+    module, decoder, monkeypatch
 ):
-    prompts, now, most = sys.modules["jobs"].Prompts(tokenizer, 100), [], []
+    tokenizer, now, most = decoder.tokenizer, [], []
+    prompts = sys.modules["jobs"].Prompts(tokenizer, decoder.model_layout, 100)
 
     def watched(given, messages):
         now.append(given)
