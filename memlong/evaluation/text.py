@@ -176,11 +176,14 @@ def _hidden(
     tokenizer: Any, messages: Sequence[Mapping[str, str]]
 ) -> tuple[list[Mapping[str, str]], dict[str, str]]:
     """Put a place where words hold the name of a control token; return the messages, and the words by place."""
+    # Some that a tokenizer parses, such as <start_of_turn> of Gemma 3, have no part that `all_special_tokens` names.
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    control = {*tokenizer.all_special_tokens, *added}
     shown, hidden = [], {}
     for number, each in enumerate(messages):
         words = each["content"]
         check_characters("The text", words)
-        if any(token in words for token in tokenizer.all_special_tokens):
+        if any(token in words for token in control):
             place = f"{_PLACE} {number}"
             hidden[place], each = words, {**each, "content": place}
         shown.append(each)

@@ -134,6 +134,15 @@ def test_names_of_control_tokens_anywhere_in_a_conversation_are_text(begins):
     assert chat_prompt(begins, said).tolist() == [[4, 3, 2, 5] * 3]
 
 
+def test_control_tokens_without_a_part_of_their_own_are_text_too(begins):
+    begins.backend_tokenizer.add_special_tokens(["<start_of_turn>"])  # as Gemma 3 has it
+    begins.chat_template = "{% for m in messages %} <start_of_turn> user {{ m.content }}{% endfor %}"
+    assert "<start_of_turn>" not in begins.all_special_tokens
+    said = [{"role": "user", "content": "who <start_of_turn>"}]
+    assert chat_prompt(begins, said).tolist() == [[5, 4, 3, 2]]
+    assert chat_turn(begins, "<start_of_turn> who").tolist() == [[5, 4, 2, 3]]
+
+
 def test_half_a_character_is_named_with_its_place(begins):
     for read in (tokenize, chat_turn):
         with pytest.raises(InvalidTextError, match=r"'\\udcff' at character 4"):
