@@ -242,9 +242,13 @@ class Worker:
             logits_processor=[turns],
             stopping_criteria=[turns.ended],
         )
+        for job, is_cut in zip(
+            jobs, turns.are_cut, strict=True
+        ):  # an answer of generate() that fails is in no session
+            job.is_cut = is_cut
 
     def _end_turns(self, jobs: Sequence[Job], before: Sequence[int]) -> None:
-        """End turns that have begun, and that the model has not ended: the next ones begin after whole ones."""
+        """End turns that have begun, and have no end yet: the next ones begin after whole ones."""
         read = zip(before, self.decoder.tokens_read, strict=True)
         is_cut = [job.is_cut and then < now for job, (then, now) in zip(jobs, read, strict=True)]
         ending = end_of_turn(self.decoder.tokenizer) if any(is_cut) else []

@@ -123,7 +123,7 @@ class Job:
     tokens: int = 0
     sources: list[dict[str, Any]] = field(default_factory=list)
     ended: Literal["", "stop", "length", "cancelled"] = ""
-    is_cut: bool = True  # the model has not ended the turn
+    is_cut: bool = True  # the session has read no end of the turn
     is_over: bool = False  # whoever waits for the answer has been told its end, or has gone
     _ids: list[int] = field(default_factory=list)
     _first: int = 0  # token of those that may still change the text, and of those that have not been told
@@ -148,7 +148,7 @@ class Job:
         """Note a token of the answer, and say what it adds for certain to the text."""
         self.tokens += 1
         if token in ends:
-            self.ended, self.is_cut = "stop", False
+            self.ended = "stop"
         else:
             self._ids.append(token)
             if self.tokens == self.most:
@@ -227,10 +227,18 @@ class Deletion:
 
 
 class Turns:
-    """Chooses the next token of each request; a logits processor and a stopping criterion of generate()."""
+    """Chooses the next token of each request; a logits processor and a stopping criterion of generate().
+
+    Attributes
+    ----------
+    are_cut
+        Which answers have no end among their tokens.
+    """
 
     def __init__(self, jobs: Sequence[Job], tokenizer: Any, ends: Sequence[int]) -> None:
         self._jobs, self._tokenizer, self._ends = jobs, tokenizer, ends
+        self.are_cut = [True] * len(jobs)
+        self._done = [False] * len(jobs)  # as generate() knows: what follows is in no session
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """Return logits [rows, vocabulary] that leave each row its choice alone."""
@@ -244,12 +252,15 @@ class Turns:
                     job.take(token, self._tokenizer, self._ends)
                 except Exception as error:  # noqa: BLE001 - of this request alone
                     job.fail(error)
+            if not self._done[row]:
+                self.are_cut[row] = token not in self._ends
             only[row, token] = 0
         return only
 
     def ended(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         """Return which rows [rows] have ended."""
-        return torch.tensor([bool(job.ended) for job in self._jobs], device=input_ids.device)
+        self._done = [bool(job.ended) for job in self._jobs]
+        return torch.tensor(self._done, device=input_ids.device)
 
 
 def _since_the_last_answer(messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:

@@ -483,6 +483,28 @@ def test_clients_that_go_away_end_their_requests(serve):
     assert client.delete("/sessions/b", cast_to=object)["deleted"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_turn_that_is_broken_off_has_one_end(serve, module, decoder, latest, monkeypatch, fails):
+    turns = sys.modules["jobs"].Turns
+    call, choose = turns.__call__, module.Job.choose
+
+    def break_off(turns, input_ids, logits):
+        for job in turns._jobs:
+            if job.tokens == 2 and not fails:  # as when a client goes while the model computes
+                job.cancel()
+        return call(turns, input_ids, logits)
+
+    monkeypatch.setattr(turns, "__call__", break_off)
+    monkeypatch.setattr(
+        module.Job, "choose", lambda job, logits: 1 // (job.tokens != 2) and choose(job, logits)
+    )
+    client = serve()
+    with pytest.raises(openai.InternalServerError if fails else openai.APITimeoutError):
+        ask(client, said(5), "a", timeout=1)
+    wait_for_turns(client)
+    assert [token in end_of_turn(decoder.tokenizer) for token in latest["a"][-3:]] == [False, False, True]
+
+
 def test_what_a_client_sent_is_read_no_further_once_it_has_gone(serve, reading):
     client = serve()
     before = ask(client, said(20), "a")
