@@ -67,6 +67,7 @@ class Worker:
 
     def refuse(self) -> None:
         """Refuse what waits, and what comes from now on."""
+        self._prompts.stop()
         with self._change:
             self._stopped = True
             waiting, self._waiting = self._waiting, []

@@ -60,10 +60,15 @@ class Prompts:
     def __init__(self, tokenizer: Any, layout: ModelLayout, most: int) -> None:
         # A call with control tokens and one without change what a tokenizer does, which others must not notice.
         self._tokenizer, self._alone = deepcopy(tokenizer), threading.Lock()
+        self._stopped = False
         self._layout, self._most = layout, most
         self._most_characters = most * (
             1 + max(map(len, tokenizer.get_vocab()))
         )  # with a space between words
+
+    def stop(self) -> None:
+        """Make no more, also of messages that wait for their turn."""
+        self._stopped = True
 
     def of(self, messages: Sequence[Mapping[str, str]], *, begins: bool) -> list[int]:
         """Return what a session, which begins or goes on, has not read yet."""
@@ -73,6 +78,8 @@ class Prompts:
             raise self._too_long(f"{characters:,} characters")
         try:
             with self._alone:
+                if self._stopped:
+                    raise StoppingError(is_unread=True)
                 if begins:
                     found = chat_prompt(self._tokenizer, new)
                 else:

@@ -28,6 +28,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -130,10 +131,11 @@ class Server(uvicorn.Server):
         ends = time.monotonic() + self._patience
         while self._worker.is_answering and not self.force_exit and time.monotonic() < ends:
             await asyncio.sleep(_POLL)
-        try:
-            await asyncio.to_thread(self._worker.stop)
-        except MemlongError:
-            _LOG.exception("Not all sessions could be saved")
+        with ThreadPoolExecutor(1) as alone:  # others may be busy with messages that are tokenized
+            try:
+                await asyncio.get_running_loop().run_in_executor(alone, self._worker.stop)
+            except MemlongError:
+                _LOG.exception("Not all sessions could be saved")
         await super().shutdown(sockets)
 
 

@@ -559,6 +559,40 @@ def test_a_server_that_stops_reads_no_further(serve, reading, tmp_path):
         assert message in found[name].message
 
 
+def test_a_server_that_stops_waits_for_no_messages_that_are_tokenized(serve, tmp_path, monkeypatch):
+    begun, may_go_on, found = threading.Event(), threading.Event(), []
+
+    def slowly(tokenizer, messages):
+        begun.set()
+        assert may_go_on.wait(60)
+        return chat_prompt(tokenizer, messages)
+
+    def one():
+        try:
+            ask(client, said(3))
+        except openai.InternalServerError as error:
+            found.append(error)
+
+    client = serve(patience=0)
+    ask(client, said(20), "idle")
+    wait_for_turns(client)
+    monkeypatch.setattr(sys.modules["jobs"], "chat_prompt", slowly)
+    threads = [threading.Thread(target=one) for _ in range(os.cpu_count() + 6)]  # more than asyncio's own
+    for each in threads:
+        each.start()
+    assert begun.wait(60)
+    time.sleep(0.2)
+    serve.tell_to_stop()
+    try:
+        wait_until(lambda: list(folder_of(tmp_path, "idle").glob("manifest.json")))
+    finally:
+        may_go_on.set()
+    for each in threads:
+        each.join()
+    assert len(found) == len(threads)
+    assert {(each.status_code, each.response.headers["x-should-retry"]) for each in found} == {(503, "true")}
+
+
 def test_a_signal_lets_an_answer_end(module, decoder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     decoder.model.config.max_position_embeddings = 4096
