@@ -73,6 +73,8 @@ class Prompts:
     def of(self, messages: Sequence[Mapping[str, str]], *, begins: bool) -> list[int]:
         """Return what a session, which begins or goes on, has not read yet."""
         new = list(messages) if begins else _since_the_last_answer(messages)
+        if len(new) > self._most:
+            raise self._too_long(f"{len(new):,} messages")
         characters = sum(len(each["content"]) for each in new)
         if characters > self._most_characters:  # tokenizing those would take long
             raise self._too_long(f"{characters:,} characters")
@@ -132,6 +134,7 @@ class Job:
     ended: Literal["", "stop", "length", "cancelled"] = ""
     is_cut: bool = True  # the session has read no end of the turn
     is_over: bool = False  # whoever waits for the answer has been told its end, or has gone
+    _ending: threading.Lock = field(default_factory=threading.Lock)
     _ids: list[int] = field(default_factory=list)
     _first: int = 0  # token of those that may still change the text, and of those that have not been told
     _next: int = 0
@@ -194,17 +197,18 @@ class Job:
         """Let the request fail, unless it is over, and log what is no fault of the request."""
         if not isinstance(error, InvalidArgumentError | StoppingError):
             _LOG.error("A request has failed", exc_info=error)
+        self._end(error)  # first: what the answer says from now on is told to nobody
         self.ended = self.ended or "cancelled"
-        self._end(error)
 
     def cancel(self) -> None:
         """Note that nobody waits for the answer."""
         self.ended, self.is_over = self.ended or "cancelled", True
 
     def _end(self, error: BaseException | None = None) -> None:
-        if not self.is_over:
-            self.is_over = True
-            self.said.put(error)
+        with self._ending:
+            if not self.is_over:
+                self.is_over = True
+                self.said.put(error)
 
 
 class Deletion:

@@ -55,6 +55,7 @@ from memlong.errors import InvalidArgumentError, MemlongError
 _POLL = 0.02  # seconds
 _PATIENCE = 5  # seconds for requests that are being answered when the server is told to stop
 _MOST_BYTES = 16 * 2**20  # of a request
+_MOST_MESSAGES = 10_000
 _LOG = logging.getLogger("uvicorn.error")
 
 
@@ -80,7 +81,7 @@ class StreamOptions(Strict):
 class ChatRequest(Strict):
     """A request for /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES)]
     model: str | None = None
     session: str | None = None
     memory: list[str] | None = None
@@ -399,11 +400,11 @@ def main(
         worker = Worker(
             decoder, pool, corpora, rows=rows, prompt_tokens=max_prompt_tokens, save_seconds=save_seconds
         )
-        app = make_app(worker, name=name, limits=limits, api_key=api_key)
-        where = f"[{host}]" if ":" in host else host
-        place = f"http://{where}:{listening.getsockname()[1]}/v1"
-        print(f"{name} answers at {place}, and its sessions lie in {sessions.absolute()}", flush=True)
         try:
+            app = make_app(worker, name=name, limits=limits, api_key=api_key)
+            where = f"[{host}]" if ":" in host else host
+            place = f"http://{where}:{listening.getsockname()[1]}/v1"
+            print(f"{name} answers at {place}, and its sessions lie in {sessions.absolute()}", flush=True)
             Server(app, worker).run(sockets=[listening])
         finally:
             worker.stop()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -483,6 +484,28 @@ def test_clients_that_go_away_end_their_requests(serve):
     assert client.delete("/sessions/b", cast_to=object)["deleted"]
 
 
+def test_a_session_whose_client_goes_before_anything_is_read_stays_as_it_is(
+    serve, module, decoder, latest, monkeypatch
+):
+    expected, hide = alone(decoder, [said(7), said(9)]), module.Worker._hide_expired
+
+    def go(worker, jobs):
+        hide(worker, jobs)
+        if jobs[0].messages[0]["content"] == said(1):
+            jobs[0].cancel()
+
+    monkeypatch.setattr(module.Worker, "_hide_expired", go)
+    client = serve()
+    ask(client, said(7), "a")
+    wait_for_turns(client)
+    before = latest["a"]
+    with pytest.raises(openai.APITimeoutError):
+        ask(client, said(1), "a", timeout=0.5)
+    wait_for_turns(client)
+    assert latest["a"] == before
+    assert ask(client, said(9), "a").choices[0].message.content == expected[1]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_turn_that_is_broken_off_has_one_end(serve, module, decoder, latest, monkeypatch, fails):
     turns = sys.modules["jobs"].Turns
@@ -600,6 +623,9 @@ def test_a_signal_lets_an_answer_end(module, decoder, tmp_path, monkeypatch, cap
     decoder.tokenizer.save_pretrained("model")
     listening, got, signals = module._listening, [], []
     monkeypatch.setattr(module, "_listening", lambda *given: got.append(listening(*given)) or got[0])
+    monkeypatch.setattr(
+        module, "Server", partial(module.Server, log_config=None)
+    )  # it would keep this stderr
     before = signal.signal(signal.SIGTERM, lambda *given: signals.append(given))
 
     def one():
@@ -623,6 +649,32 @@ def test_a_signal_lets_an_answer_end(module, decoder, tmp_path, monkeypatch, cap
     assert list(Path("sessions").glob("session-*/manifest.json"))
     printed = capsys.readouterr().out
     assert re.search(rf"^model answers at http://127\.0\.0\.1:\d+/v1, .*{re.escape(str(tmp_path))}", printed)
+
+
+def test_an_answer_that_fails_is_not_told_as_whole(module, tokenizer, monkeypatch):
+    def take_meanwhile(job, name, value):
+        object.__setattr__(job, name, value)
+        if (name, value) == ("ended", "cancelled"):
+            job.take(3, tokenizer, [93])  # as the worker does, when another thread lets the request fail
+
+    job, error = module.Job("a", True, (), [], 5, 0, 1.0, None, (), False), ValueError()
+    monkeypatch.setattr(module.Job, "__setattr__", take_meanwhile)
+    job.fail(error)
+    assert job.said.get_nowait() is error
+
+
+def test_a_start_that_fails_leaves_no_thread(module, llama, tokenizer, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.chdir(tmp_path)
+    llama.config.max_position_embeddings = 4096
+    llama.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    monkeypatch.setattr(module, "print", broken, raising=False)
+    with pytest.raises(BrokenPipeError):
+        module.main(model="model", sessions=Path("sessions"), port=0, dtype="float32")
+    assert "memlong" not in [each.name for each in threading.enumerate()]
 
 
 def test_many_may_wait_to_delete_and_the_server_still_answers(serve, reading):
@@ -668,6 +720,7 @@ def test_a_health_that_cannot_be_told_is_logged(serve, logged, monkeypatch):
     monkeypatch.setattr(SessionPool, "in_memory", property(lambda _: 1 // 0))
     with pytest.raises(openai.InternalServerError, match="log says why"):
         client.get("/../health", cast_to=object)
+    wait_until(lambda: logged)  # after the answer
     assert logged[0].exc_info[0] is ZeroDivisionError
 
 
@@ -805,6 +858,15 @@ def test_nothing_is_tokenized_of_what_is_far_too_long(serve, module, monkeypatch
     monkeypatch.setattr(sys.modules["jobs"], "chat_prompt", None)
     with pytest.raises(openai.BadRequestError, match="at most 300 tokens, got 2,742 characters"):
         ask(serve(), said(400))
+
+
+def test_many_short_messages_are_too_long_too(serve, module, monkeypatch):
+    monkeypatch.setattr(sys.modules["jobs"], "chat_prompt", None)
+    client, one = serve(), {"role": "user", "content": ""}
+    with pytest.raises(openai.BadRequestError, match="at most 300 tokens, got 301 messages"):
+        ask(client, [one] * 301)
+    with pytest.raises(openai.BadRequestError, match="messages: List should have at most 10000 items"):
+        ask(client, [one] * 10_001)
 
 
 def test_long_messages_are_tokenized_while_others_are_answered(serve, reading, monkeypatch):
