@@ -148,7 +148,7 @@ class Worker:
         if self._save_at is None:
             self._save_at = time.monotonic() + self._save_seconds
         bases = {job.session: [self.corpora[name].bank for name in job.memory] for job in jobs}
-        temporary = [job.session for job in jobs if not job.is_kept]
+        temporary = {job.session for job in jobs if job.begins or not job.is_kept}
         begun = False
         try:
             with self.pool.sessions(*bases, bases=bases, temporary=temporary):
@@ -161,6 +161,8 @@ class Worker:
                     with self.decoder.sources() if wanting else nullcontext() as recorded:
                         self._generate(jobs, asked)
                 finally:
+                    # Half a message begins no conversation.
+                    temporary -= {job.session for job in jobs if job.is_kept and job.tokens}
                     self._end_turns(jobs, before)
                 for row in wanting:
                     jobs[row].cite(self._told(jobs[row], row, recorded.chunks))
@@ -171,10 +173,6 @@ class Worker:
                 raise self._as_names(error, jobs[0]) from error
             for job in jobs:  # one of the sessions cannot go on, and the others can
                 self._answer_or_fail([job])
-        finally:
-            for job in jobs:
-                if job.is_kept and job.begins and not job.tokens:  # half a message begins no conversation
-                    self.pool.delete(job.session)
 
     def _as_names(self, error: MemlongError, job: Job) -> MemlongError:
         """Say what is wrong with bases by the names of corpora."""

@@ -582,6 +582,35 @@ def test_a_server_that_stops_reads_no_further(serve, reading, tmp_path):
         assert message in found[name].message
 
 
+def test_half_a_first_message_is_never_saved(serve, reading, tmp_path, monkeypatch, logged):
+    leave, left = SessionPool._leave, threading.Event()
+
+    def leave_slowly(pool, visit):  # so that the pool is closed as soon as the session is idle
+        leave(pool, visit)
+        if visit.session.name == "half":
+            left.set()
+            time.sleep(0.2)
+
+    def one():
+        with pytest.raises(openai.InternalServerError):
+            ask(client, said(200), "half")
+
+    client = serve(patience=0)
+    monkeypatch.setattr(SessionPool, "_leave", leave_slowly)
+    close = SessionPool.close
+    monkeypatch.setattr(SessionPool, "close", lambda pool: left.wait(60) and close(pool))
+    reading.hold(client)
+    thread = threading.Thread(target=one)
+    thread.start()
+    assert reading.begun.wait(60)
+    serve.tell_to_stop()
+    thread.join()
+    reading.may_go_on.set()
+    serve.stop()
+    assert not folder_of(tmp_path, "half").exists()
+    assert not logged
+
+
 def test_a_server_that_stops_waits_for_no_messages_that_are_tokenized(serve, tmp_path, monkeypatch):
     begun, may_go_on, found = threading.Event(), threading.Event(), []
 

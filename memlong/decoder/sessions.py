@@ -37,6 +37,8 @@ class HeldStream(Held):
         The stream; None while a batch goes on with it.
     bank
         What it stores into; None for the plain window.
+    is_temporary
+        Whether nothing of it is to be kept.
     """
 
     def __init__(
@@ -44,8 +46,8 @@ class HeldStream(Held):
     ) -> None:
         self.row: RowState | None = row
         self.bank = bank
+        self.is_temporary = is_temporary
         self._setup = setup
-        self._is_temporary = is_temporary
         self._saved: RowState | None = None
 
     @property
@@ -59,7 +61,7 @@ class HeldStream(Held):
     def is_unused(self) -> bool:
         """Whether nothing of it is to be kept: it is temporary, or has read nothing, nor was its bank added to."""
         row = self.row
-        if row is None or self._is_temporary:  # without a row, a batch has it: what is on disk is whole
+        if row is None or self.is_temporary:  # without a row, a batch has it: what is on disk is whole
             return True
         return row.is_empty and not (self.bank is not None and self.bank.top.next_id)
 
@@ -146,7 +148,8 @@ class SessionPool(Pool[HeldStream]):
             Banks that a session reads and does not change, such as ``load_bank(folder, lazy=True)``; none by default.
             They are the same each time that the session is used.
         temporary : collection of str
-            Those of the sessions that begin and end with the block: nothing of them is ever saved.
+            Those of the sessions that begin and end with the block: nothing of them is ever saved. One that is taken
+            out of the collection inside the block is kept.
 
         Yields
         ------
@@ -201,7 +204,8 @@ class SessionPool(Pool[HeldStream]):
                     if is_ours and self._streams.batch is None:  # after flush()
                         batch = self._streams.over([each.bank for each in held])
                     try:
-                        for each, row in zip(held, apart(batch), strict=True):
+                        for name, each, row in zip(over, held, apart(batch), strict=True):
+                            each.is_temporary = name in temporary
                             each.row = row
                     finally:
                         self._streams.reset()

@@ -163,6 +163,15 @@ def test_nothing_is_saved_of_a_temporary_session(decoder, text, tmp_path):
                 pool.sessions("a", temporary=[wrong]).__enter__()
 
 
+def test_a_temporary_session_may_be_kept_after_all(decoder, pool, text):
+    temporary = {"a", "b"}
+    with pool.sessions("a", "b", temporary=temporary):
+        decoder.read(text(50).repeat(2, 1))
+        temporary.remove("a")
+    with pool.sessions("a", "b"):
+        assert decoder.tokens_read == (50, 0)
+
+
 def test_an_error_in_the_block_loses_nothing(decoder, pool, text):
     def fail():
         with pool.sessions("a"):
