@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
-from jobs import Deletion, Job, Prompts, StoppingError, Turns
+from jobs import Deletion, Job, Prompts, StoppingError, Turns, log_failure
 from torch import Tensor
 
 from memlong import LayeredBank, MemoryDecoder, SessionPool
@@ -132,6 +132,7 @@ class Worker:
         try:
             self._answer(jobs)
         except Exception as error:  # noqa: BLE001 - it is the requests that fail, not the server
+            log_failure(error)
             for job in jobs:
                 job.fail(error)
 
@@ -141,6 +142,7 @@ class Worker:
                 if job.begins == (job.session in self.pool):  # it has begun since, or was deleted
                     self.tokenize(job)
             except Exception as error:  # noqa: BLE001 - as above
+                log_failure(error)
                 job.fail(error)
         jobs = [job for job in jobs if not job.ended]
         if not jobs:

@@ -44,6 +44,12 @@ class StoppingError(MemlongError):
         )
 
 
+def log_failure(error: BaseException) -> None:
+    """Log what requests have failed of, once for all of them, unless it is their fault."""
+    if not isinstance(error, InvalidArgumentError | StoppingError):
+        _LOG.error("A request has failed", exc_info=error)
+
+
 class Prompts:
     """Makes token ids of messages, in any thread.
 
@@ -194,9 +200,7 @@ class Job:
         self._end()
 
     def fail(self, error: BaseException) -> None:
-        """Let the request fail, unless it is over, and log what is no fault of the request."""
-        if not isinstance(error, InvalidArgumentError | StoppingError):
-            _LOG.error("A request has failed", exc_info=error)
+        """Let the request fail, unless it is over."""
         self._end(error)  # first: what the answer says from now on is told to nobody
         self.ended = self.ended or "cancelled"
 
@@ -253,15 +257,15 @@ class Turns:
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """Return logits [rows, vocabulary] that leave each row its choice alone."""
-        checked_logits(input_ids, logits)
         only = torch.full_like(logits, -torch.inf)
         for row, job in enumerate(self._jobs):
             token = self._ends[0]
             if not job.ended:
                 try:
-                    token = job.choose(logits[row])
+                    token = job.choose(checked_logits(input_ids, logits[row]))
                     job.take(token, self._tokenizer, self._ends)
                 except Exception as error:  # noqa: BLE001 - of this request alone
+                    log_failure(error)
                     job.fail(error)
             if not self._done[row]:
                 self.are_cut[row] = token not in self._ends

@@ -445,6 +445,28 @@ def test_a_choice_that_fails_is_that_of_its_request(serve, module, together, mon
     assert found["b"].choices == found["c"].choices
 
 
+def test_logits_that_are_no_numbers_are_those_of_their_request(serve, together, logged, monkeypatch):
+    turns = sys.modules["jobs"].Turns
+    call = turns.__call__
+
+    def damage(turns, input_ids, logits):
+        is_damaged = torch.tensor([[job.session == "a"] for job in turns._jobs])
+        return call(turns, input_ids, logits.masked_fill(is_damaged, torch.nan))
+
+    monkeypatch.setattr(turns, "__call__", damage)
+    found = together(serve(), {name: {"words": said(5), "session": name} for name in "bac"})
+    assert "server's log says why" in str(found["a"])
+    assert found["b"].choices == found["c"].choices
+    assert ["got NaN" in str(each.exc_info[1]) for each in logged] == [True]
+
+
+def test_a_failure_of_a_batch_is_logged_once(serve, module, together, logged, monkeypatch):
+    monkeypatch.setattr(module.Worker, "_read", lambda *_: 1 // 0)
+    found = together(serve(), {name: {"words": said(5), "session": name} for name in "ab"})
+    assert all(isinstance(found[name], openai.InternalServerError) for name in "ab")
+    assert len(logged) == 2  # the batch that the fixture begins with, and this one
+
+
 def test_requests_of_one_batch_end_where_each_says(serve, decoder, together):
     expected = {most: alone(decoder, [said(40 * most, most), said(7, most)], most=most) for most in (2, 4, 6)}
     client = serve()
