@@ -36,6 +36,10 @@ class Worker:
         prompt_tokens: int,
         save_seconds: float,
     ) -> None:
+        if decoder.config.backend is None:
+            raise InvalidArgumentError(
+                "backend must be one that stores, such as 'torch', as what a session has read is served, got None"
+            )
         self.decoder, self.pool, self.corpora = decoder, pool, corpora
         self._rows, self._save_seconds = rows, save_seconds
         self._prompts = Prompts(decoder.tokenizer, decoder.model_layout, prompt_tokens)

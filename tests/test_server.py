@@ -1018,6 +1018,12 @@ def test_sessions_can_be_deleted(serve):
     assert [each.id for each in client.models.list()] == ["tiny"]
 
 
+def test_a_decoder_without_a_memory_is_refused(module, llama, tokenizer, small):
+    decoder = MemoryDecoder(llama, tokenizer, small(backend=None))
+    with pytest.raises(InvalidArgumentError, match="backend must be one that stores"):
+        module.Worker(decoder, None, {}, rows=1, prompt_tokens=9, save_seconds=0)
+
+
 def test_a_model_without_a_template_is_refused(module, llama, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer.chat_template = None

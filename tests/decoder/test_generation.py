@@ -58,6 +58,27 @@ def test_the_plain_window_drops_no_more_at_the_end_of_a_prompt_than_a_memorys(ll
     assert first[0] == first[1]
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_how_much_of_a_prompt_is_read_again_is_each_rows_own(llama, small, text, backend):
+    def prompts(rows, turn):
+        lengths = [(3, 40, 8, 16, 9, 1, 120)[:: 1 if turn else -1][row] for row in rows]
+        ids = text(120, rows=7, seed=turn)[list(rows)]
+        mask = torch.stack([(torch.arange(120) >= 120 - length).long() for length in lengths])
+        return ids[:, 120 - max(lengths) :], mask[:, 120 - max(lengths) :]
+
+    def logits(rows):
+        decoder.reset()
+        options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+        options |= {"return_dict_in_generate": True, "output_logits": True}
+        return [decoder.generate(*prompts(rows, turn), **options).logits[0] for turn in range(2)]
+
+    with MemoryDecoder(llama, None, small(backend=backend)) as decoder:
+        together = logits(range(7))
+        for row in range(7):
+            for mine, theirs in zip(logits([row]), together, strict=True):
+                torch.testing.assert_close(mine[0], theirs[row], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("beams", [1, 4])
 def test_inside_the_window_it_is_the_plain_models(tiny_model, architecture, small, text, beams):
     model = tiny_model(architecture)

@@ -26,9 +26,10 @@ def ask(batch: StreamBatch, config: MemoryConfig, *, answers: int = 1) -> tuple[
         stream.query_length = config.focus_tokens or config.query_tokens or config.retrieval_interval
         stream.is_focused = config.focus_tokens > 0
         stream.is_answer = True
-    # Where nothing is found and nothing leaves the window, no more than the last token, which has the logits.
-    most = config.segment_size - config.retrieval_interval if any(map(_changes, forks.streams)) else 1
-    tails = forks.rewind(max(1, most))
+    # Where nothing is found and nothing leaves the window, no more than the last token, which has the logits. Each row
+    # by itself: its answer does not depend on the others.
+    most = max(1, config.segment_size - config.retrieval_interval)
+    tails = forks.rewind([most if _changes(stream) else 1 for stream in forks.streams])
     counted = Counted(latest=1, times=lambda: float(answers))
     return forks, forks.advance(tails, 1, retrieve=lambda _: True, counted=counted).logits
 

@@ -151,14 +151,14 @@ class StreamBatch:
         self._segment_states = self._segment_states.of_rows(rows)
         self._unread = [torch.cat([tokens[row : row + 1] for row in rows]) for tokens in self._unread]
 
-    def rewind(self, most: int) -> list[list[int]]:
+    def rewind(self, most: Sequence[int]) -> list[list[int]]:
         """Take back and return each row's latest tokens, to be read again with memory that they ask for.
 
-        At most ``most``; of a model that carries states, all since the current segment began, where its states are
-        known.
+        At most ``most`` of each row; of a model that carries states, all since the current segment began, where its
+        states are known.
         """
         if not self._setup.model_layout.states:
-            return [stream.rewind(most) for stream in self.streams]
+            return [stream.rewind(each) for stream, each in zip(self.streams, most, strict=True)]
         self._state = replace(self._state, window=self.window.with_states(self._segment_states))
         return [stream.rewind(None) for stream in self.streams]
 
