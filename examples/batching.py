@@ -247,9 +247,8 @@ class Worker:
             logits_processor=[turns],
             stopping_criteria=[turns.ended],
         )
-        for job, is_cut in zip(
-            jobs, turns.are_cut, strict=True
-        ):  # an answer of generate() that fails is in no session
+        # Not if generate() fails: no session has read what was said until then.
+        for job, is_cut in zip(jobs, turns.are_cut, strict=True):
             job.is_cut = is_cut
 
     def _end_turns(self, jobs: Sequence[Job], before: Sequence[int]) -> None:
