@@ -118,3 +118,27 @@ def front(file: str, kind: str) -> str:
 def front_text(file: str, text: str) -> str:
     """Perplexity and gap closed on one text."""
     return by_text(load(file), text)
+
+
+def recalled() -> str:
+    """Answers to what has left the window, by kind of memory, kind of facts and chunks."""
+    systems = load("recall.json")["systems"]
+    shares: dict[tuple[str, str, str], str] = {}
+    kinds: dict[str, None] = {}
+    for system, found in systems.items():
+        for row in found["rows"]:
+            share = row["answers"]
+            shares[system, row["kind"], row["chunks"]] = (
+                f"{share['value']:.0%} [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
+            )
+            kinds[row["kind"]] = None
+    chunks = ("retrieved", "random", "foreign", "none")
+    rows = []
+    for system in systems:
+        name, _, tokens = system.rpartition(", ")
+        for kind in kinds:
+            each = [shares.get((system, kind, which), "") for which in chunks]
+            full = shares.get((system, kind, "full attention"))
+            if any(each) or full:
+                rows.append([name, f"{int(tokens):,}", kind, full or each[0], *each[1:]])
+    return table(["memory", "tokens", "facts", "retrieved", "random", "foreign", "without memory"], rows)

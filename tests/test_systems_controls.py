@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from memlong import MemoryDecoder
+from memlong.decoder.stream.retrieval import StreamMemory
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
 from memlong.evaluation import evaluate_perplexity
 
@@ -31,9 +32,7 @@ def oracle(bench):
 
 
 @pytest.fixture
-def read_with(bench):
-    memory_of = bench("systems.chosen").memory_of
-
+def read_with():
     def read_with(decoder, new, spans, bank=None):
         """Read a segment, attending to the chunks of a bank, by default its own, that have these spans."""
         batch = decoder._streams.for_rows(1)
@@ -45,7 +44,7 @@ def read_with(bench):
             tuple(span): each
             for each, span in zip(bank.ids.tolist(), bank.spans_of(bank.ids).tolist(), strict=True)
         }
-        stream.memory = memory_of(bank.fetch([ids[tuple(span)] for span in spans])) if spans else None
+        stream.memory = StreamMemory.of_chunks(bank.fetch([ids[tuple(span)] for span in spans]))
         return batch.advance(new.tolist(), 0, retrieve=lambda _: False).logits
 
     return read_with

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong import MemoryBank, MemoryConfig, MemoryDecoder, Segment
-from memlong.bank import Chunks
-from memlong.decoder import RandomChunks, Retrieval
-from memlong.decoder.stream.retrieval import Block, StreamMemory
+from memlong.bank import Chunks, Draft
+from memlong.decoder import Choice, Retrieval
 from memlong.errors import MemlongError
 from systems.alternative import Alternative
 
@@ -61,8 +59,7 @@ class ChosenMemory(Alternative):
 
     def reset(self) -> None:
         """Begin a new stream."""
-        always = 1.0
-        self.memory.reset(random_chunks=_Choice(always, torch.Generator(), self.choose))
+        self.memory.reset(choice=_Chosen(self.choose))
 
     def read(self, input_ids: Tensor) -> None:
         """Read more of the text [1, tokens]."""
@@ -88,26 +85,19 @@ class ChosenMemory(Alternative):
         )
 
 
-def memory_of(chunks: Chunks) -> StreamMemory | None:
-    """Return chunks, in the order of the text, as what a stream attends to; None for no chunk."""
-    if not len(chunks.ids):
-        return None
-    blocks = tuple(Block(*sides) for sides in zip(chunks.keys, chunks.values, strict=True))
-    return StreamMemory(blocks, chunks.spans, tuple(chunks.ids.tolist()))
-
-
 @dataclass(frozen=True)
-class _Choice(RandomChunks):
-    """Retrieves what is chosen, each time, where training retrieves random chunks now and then."""
+class _Chosen(Choice):
+    """Retrieves what a function chooses, each time."""
 
-    choose: Callable[[MemoryBank, Tensor], tuple[MemoryBank, Tensor, Tensor]]
+    function: Callable[[MemoryBank, Tensor], tuple[MemoryBank, Tensor, Tensor]]
 
-    def retrieve(
+    def choose(
         self,
-        bank: MemoryBank,
+        bank: MemoryBank | Draft,
         query: Tensor,
         config: MemoryConfig,  # noqa: ARG002 - as a stream calls it
-    ) -> tuple[Retrieval, StreamMemory | None]:
+    ) -> tuple[Retrieval, Chunks]:
         """Take the chosen chunks, in the order of the text."""
-        source, ids, scores = self.choose(bank, query)
-        return Retrieval(query, ids, scores), memory_of(source.fetch(ids.sort().values))
+        assert isinstance(bank, MemoryBank)  # noqa: S101 - such a memory is never forked
+        source, ids, scores = self.function(bank, query)
+        return Retrieval(query, ids, scores), source.fetch(ids.sort().values)

@@ -14,7 +14,7 @@ from memlong import MemoryBank, MemoryConfig, Passage, Segment
 from memlong.bank import whole_number
 from memlong.decoder.stream.retrieval import StreamMemory
 from memlong.errors import InvalidArgumentError
-from systems.chosen import ChosenMemory, memory_of
+from systems.chosen import ChosenMemory
 
 
 class PeekingOracle(ChosenMemory):
@@ -65,7 +65,9 @@ class PeekingOracle(ChosenMemory):
         with torch.cuda.stream(main):  # where the model runs: K-V of memory are fetched on another one
             found = bank.search(query[None], min(self.candidates, len(bank)))
             ids, scores = found.ids[0], found.scores[0]
-            losses = torch.tensor([self._loss(memory_of(bank.fetch(each))) for each in ids[:, None]])
+            losses = torch.tensor(
+                [self._loss(StreamMemory.of_chunks(bank.fetch(each))) for each in ids[:, None]]
+            )
         best = losses.argsort(stable=True)[: self.config.top_k]
         return bank, ids[best], scores[best]
 

@@ -53,7 +53,7 @@ def train(
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Train a model to read its memory: LoRA above the memory layer, the latent maps, and gates.
+    """Train a model to read its memory: LoRA from the memory layer up, the latent maps, and gates.
 
     Documents stream as they do at inference, several in parallel, each with its own memory. Layers below the memory
     layer are frozen. --out receives a trained decoder (for --adapter of other commands) and the loss curve as JSON
@@ -67,6 +67,7 @@ def train(
       memlong train --model demo --text speeches.txt --out trained
       memlong train --model demo --text books --out trained --memory-layer 14 --retrieval-layers 15,19,23,27
       memlong train --model demo --text books --kv-source latent --maps maps.safetensors --out trained
+      memlong train --model demo --text books --out trained --mix needles=1 --mix text=1 --negatives 3
       memlong train --model demo --text books --out trained --gate-init -8 --random-share 0.2 --resume
       accelerate launch --multi_gpu --num_processes 2 -m memlong train --model demo --text books --out trained
       memlong perplexity --adapter trained --text novel.txt

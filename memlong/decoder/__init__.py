@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from memlong.decoder.scoring import Likelihood
     from memlong.decoder.sessions import SessionPool
     from memlong.decoder.sources import Source, Sources
-    from memlong.decoder.stream.retrieval import RandomChunks, Retrieval
+    from memlong.decoder.stream.retrieval import Choice, Retrieval
     from memlong.decoder.stream.segment import Segment, Segments
     from memlong.decoder.stream.streamer import printable, text_streamer
 
 # Loaded when first asked for: listing the retrievers must not import transformers.
 _HOMES = {
     "Candidates": "memlong.decoder.retrievers.base",
+    "Choice": "memlong.decoder.stream.retrieval",
     "KvSource": "memlong.decoder.kv.sources",
     "Likelihood": "memlong.decoder.scoring",
     "Machine": "memlong.decoder.model.machine",
@@ -32,7 +33,6 @@ _HOMES = {
     "MemoryDecoder": "memlong.decoder.decoder",
     "ModelLayout": "memlong.decoder.model.layout",
     "Passage": "memlong.decoder.retrievers.base",
-    "RandomChunks": "memlong.decoder.stream.retrieval",
     "Retrieval": "memlong.decoder.stream.retrieval",
     "Retriever": "memlong.decoder.retrievers.base",
     "Segment": "memlong.decoder.stream.segment",
@@ -50,6 +50,7 @@ _HOMES = {
 
 __all__ = [
     "Candidates",
+    "Choice",
     "KvSource",
     "Likelihood",
     "Machine",
@@ -57,7 +58,6 @@ __all__ = [
     "MemoryDecoder",
     "ModelLayout",
     "Passage",
-    "RandomChunks",
     "Retrieval",
     "Retriever",
     "Segment",

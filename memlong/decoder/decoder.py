@@ -36,8 +36,8 @@ from memlong.decoder.scoring import Likelihood, score
 from memlong.decoder.sources import Sources, sources_of
 from memlong.decoder.stream.attention_record import AttentionRecord
 from memlong.decoder.stream.current import CurrentStreams
-from memlong.decoder.stream.retrieval import RandomChunks
-from memlong.decoder.stream.segment import Segments
+from memlong.decoder.stream.retrieval import Choice
+from memlong.decoder.stream.segment import Segment, Segments
 from memlong.decoder.stream.tokens import token_lists
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.plugins import Registry
@@ -190,7 +190,7 @@ class MemoryDecoder(Uncopied):
         banks: Sequence[MemoryBank] | None = None,
         *,
         bases: Sequence[MemoryBank] = (),
-        random_chunks: RandomChunks | Sequence[RandomChunks] | None = None,
+        choice: Choice | Sequence[Choice] | None = None,
         any_model: bool = False,
     ) -> None:
         """Begin new streams, with empty windows.
@@ -203,9 +203,8 @@ class MemoryDecoder(Uncopied):
         bases
             Banks that all rows read and none changes, such as ``load_bank(folder, lazy=True)``: each row's new bank
             lies over them (`LayeredBank`). Not with ``banks``.
-        random_chunks
-            Random chunks to retrieve now and then instead of the ones asked for, as training does: for all rows, or
-            one for each.
+        choice
+            Chooses chunks in place of the retriever, as training does: for all rows, or one for each.
         any_model
             Accept banks that another model filled, or this one with other settings, if shapes fit. Whether this model
             can use their keys and values is not checked.
@@ -215,7 +214,7 @@ class MemoryDecoder(Uncopied):
         InvalidArgumentError
             If a bank does not fit the retriever, the model or the settings, or two rows would share one.
         """
-        self._streams.reset(banks, bases=bases, random_chunks=random_chunks, any_model=any_model)
+        self._streams.reset(banks, bases=bases, choice=choice, any_model=any_model)
 
     def use_banks(self, banks: Sequence[MemoryBank], *, any_model: bool = False) -> None:
         """Continue with other banks, from the next retrieval on; windows stay.
@@ -259,6 +258,7 @@ class MemoryDecoder(Uncopied):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        queries: Sequence[Sequence[int] | None] | None = None,
         logits: Literal["all", "last"] = "all",
         gradients: bool = False,
     ) -> Segments:
@@ -273,6 +273,8 @@ class MemoryDecoder(Uncopied):
             [rows, tokens], int64.
         attention_mask
             [rows, tokens]; 0 where padded, which may be anywhere.
+        queries
+            For each row, the token ids to retrieve with next, or None for the latest text.
         logits
             ``"all"``, or only those of the ``"last"`` token of each forward call, which is faster.
         gradients
@@ -294,7 +296,34 @@ class MemoryDecoder(Uncopied):
         if logits not in ("all", "last"):
             raise InvalidArgumentError(f"logits must be 'all' or 'last', got {logits!r}")
         pending = token_lists(input_ids, attention_mask, self.model_layout)
-        return self._streams.read(pending, 0 if logits == "all" else 1, gradients=gradients)
+        return self._streams.read(pending, 0 if logits == "all" else 1, queries=queries, gradients=gradients)
+
+    def preview(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        queries: Sequence[Sequence[int] | None] | None = None,
+        choice: Choice | None = None,
+    ) -> Segment:
+        """Run the model over text as `stream` would, but leave streams and banks as they are.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, queries
+            As for `stream`, at most what is left of a segment.
+        choice
+            Chooses chunks in place of the retriever, for instance to compare what they give.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there are no tokens or too many, or as for `stream`.
+        MemlongError
+            If the decoder is not attached.
+        """
+        pending = token_lists(input_ids, attention_mask, self.model_layout)
+        return self._streams.preview(pending, queries, choice)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read text, and return the logits [rows, vocabulary] after each row's last token.

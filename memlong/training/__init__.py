@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memlong.decoder.kv.latent import LatentMaps
+    from memlong.training.chunks import RandomChunks
     from memlong.training.config import TrainingConfig
     from memlong.training.curve import Step
     from memlong.training.documents import read_dataset, read_documents
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "HeadScores": "memlong.training.heads",
     "LatentMaps": "memlong.decoder.kv.latent",
+    "RandomChunks": "memlong.training.chunks",
     "Step": "memlong.training.curve",
     "Trainer": "memlong.training.trainer",
     "TrainingConfig": "memlong.training.config",
@@ -32,6 +34,7 @@ _HOMES = {
 __all__ = [
     "HeadScores",
     "LatentMaps",
+    "RandomChunks",
     "Step",
     "Trainer",
     "TrainingConfig",

@@ -10,6 +10,12 @@ from memlong.settings import checked, documented, setting
 
 _FLOOR = 0.1  # share of the highest learning rate at the end of the schedule
 
+TEXT = "text"
+"""The kind of episodes that documents are cut into."""
+
+RECALL = ("dictionary", "needles", "passkey", "repeat", "variables")
+"""Kinds of episodes that are generated."""
+
 
 @documented
 @dataclass(frozen=True)
@@ -33,6 +39,16 @@ class TrainingConfig:
     )
     document_tokens: int = setting(
         16_384, "Documents are split into episodes of this many tokens, each with a fresh memory.", least=2
+    )
+    mix: dict[str, float] = setting(
+        dict,
+        "Share of episodes of each kind.",
+        unset="text alone",
+        more="Besides ``text``, the kinds are generated, with the text as filler: ``needles``, ``dictionary``, "
+        "``passkey``, ``variables`` and ``repeat`` ask for what has left the local window, and only answers are "
+        "trained on.",
+        metavar="KIND=SHARE",
+        example="needles=1",
     )
     accumulate: int = setting(
         4,
@@ -63,6 +79,11 @@ class TrainingConfig:
     )
     train_maps: bool = setting(True, "Train the maps of kv_source 'latent'.")
     train_gates: bool = setting(True, "Train the gates, if there are any.")
+    gradient_checkpointing: bool = setting(
+        False,
+        "Run layers again in the backward pass instead of keeping what they computed.",
+        more="The losses are the same; it takes less memory and more time.",
+    )
     warmup_stage_steps: int = setting(
         0,
         "Steps of a first stage with LoRA on all layers and no memory.",
@@ -83,6 +104,32 @@ class TrainingConfig:
         least=0,
         most=1,
     )
+    negatives: int = setting(
+        0,
+        "Maximum number of other rows whose chunks are mixed with those of a row.",
+        more="It rises to this in the first half of the steps. Up to half of what a row reads are then the chunks of "
+        "other rows that match its query best, so that it learns to tell content apart (Focused Transformer, arXiv "
+        "2307.03170). Needs as many rows, and one more.",
+        least=0,
+        most=4096,
+    )
+    contrast: float = setting(
+        0.0,
+        "Read each segment with chunks of other rows as well, and limit loss weights to this; 0 does not.",
+        more="The loss of a token is weighted by how much better it is predicted with the chunks retrieved: by "
+        "exp(loss with foreign chunks - loss), at most this, as in LongCE (arXiv 2410.23771). The mean difference, the "
+        "gain, is logged. Takes one more forward pass of each segment.",
+        least=0,
+    )
+    distill: float = setting(
+        0.0,
+        "Share of distillation in the loss of tokens that need recall.",
+        more="There, the loss is the divergence from what the model itself predicts with full attention over the whole "
+        "episode: on answers, and where full attention predicts a token better by half a nat. Needs "
+        "``document_tokens`` within the length that the model was trained on.",
+        least=0,
+        most=1,
+    )
     seed: int = setting(0, "Random seed.", least=0, most=2**63 - 1)
     checkpoint_every: int = setting(
         100,
@@ -94,14 +141,34 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name, value in checked(self).items():
             object.__setattr__(self, name, value)
+        kinds = (TEXT, *RECALL)
+        odd = [kind for kind, share in self.mix.items() if kind not in kinds or not _is_share(share)]
+        if odd:
+            raise InvalidArgumentError(
+                f"mix must give shares above 0 of {', '.join(map(repr, kinds))}, got {self.mix!r:.200}"
+            )
+        if self.rows < max(self.negatives + 1, 2 if self.contrast else 1):
+            what = f"negatives {self.negatives}" if self.negatives else f"contrast {self.contrast}"
+            raise InvalidArgumentError(
+                f"rows must be at least {max(2, self.negatives + 1)} with {what}, as foreign chunks are those of other "
+                f"rows, got {self.rows}"
+            )
         if self.warmup_stage_steps and not self.lora_rank:
             raise InvalidArgumentError(
                 "warmup_stage_steps must be 0 if lora_rank is 0, as there would be nothing to train in that stage, got "
                 f"{self.warmup_stage_steps}: set lora_rank, or leave out the stage"
             )
 
+    def negatives_at(self, step: int) -> int:
+        """Return from how many other rows chunks may come in a step, counted from 0."""
+        return min(self.negatives, math.ceil(2 * self.negatives * (step + 1) / self.steps))
+
     def share_of_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0, as a share of the peak."""
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
         progress = min(1.0, max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         return rise * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def _is_share(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]

@@ -17,6 +17,11 @@ from memlong.bank.snapshot.files import oddity
 from memlong.errors import InvalidArgumentError, MissingDependencyError, StorageError
 
 _SMOOTHED_OVER = 20  # steps
+_CURVES = (
+    ("loss", "all tokens"),
+    ("long_range_loss", "long-range tokens"),
+    ("gain", "gain over foreign chunks"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Step:
         Mean negative log-likelihood of the step's tokens, in nats, unweighted.
     long_range_loss
         The same over long-range tokens; None if there were none.
+    gain
+        By how much the loss is lower than with foreign chunks; None if they were not tried.
     lr
         Learning rate of LoRA and maps.
     tokens, seconds
@@ -40,6 +47,7 @@ class Step:
     step: int
     loss: float
     long_range_loss: float | None
+    gain: float | None
     lr: float
     tokens: int
     seconds: float
@@ -95,8 +103,9 @@ class Curve:
         if self._writer is not None:
             self._writer.add_scalar("loss", step.loss, step.step)
             self._writer.add_scalar("lr", step.lr, step.step)
-            if step.long_range_loss is not None:
-                self._writer.add_scalar("long_range_loss", step.long_range_loss, step.step)
+            for name in ("long_range_loss", "gain"):
+                if getattr(step, name) is not None:
+                    self._writer.add_scalar(name, getattr(step, name), step.step)
 
     def sync(self) -> None:
         """Flush all steps to disk: a checkpoint needs the steps before it."""
@@ -119,7 +128,7 @@ class Curve:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
-        for name, label in (("loss", "all tokens"), ("long_range_loss", "long-range tokens")):
+        for name, label in _CURVES:
             points = [(step.step, getattr(step, name)) for step in self.steps]
             points = [(step, value) for step, value in points if value is not None]
             if points:
@@ -181,7 +190,7 @@ def _is_possible(step: Step) -> bool:
         step.loss,
         step.lr,
         step.seconds,
-        *([] if step.long_range_loss is None else [step.long_range_loss]),
+        *(each for each in (step.long_range_loss, step.gain) if each is not None),
     )
     return all(type(each) in (int, float) and isfinite(each) for each in numbers) and type(step.tokens) is int
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -92,6 +94,57 @@ def read_dataset(name: str, *, split: str = "train", column: str = "text") -> It
         yield row[column]
 
 
+@dataclass(frozen=True)
+class Episode:
+    """What a row reads with one memory.
+
+    Attributes
+    ----------
+    tokens
+        Token ids [tokens].
+    weights
+        The loss weight of each token [tokens], float32; None if all count.
+    queries
+        By the token that begins a segment, the token ids to retrieve with for it, where they are not those before it.
+    """
+
+    tokens: Tensor
+    weights: Tensor | None = None
+    queries: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Gives episodes by their number, counted from 0 and unbounded."""
+
+    def __getitem__(self, number: int) -> Episode:
+        """Return the episode with this number; the same each time."""
+
+
+class Mixture:
+    """Episodes of several sources, at random in the given shares.
+
+    Parameters
+    ----------
+    sources
+        The sources by name.
+    shares
+        Of each source, relative to the others.
+    seed
+        Random seed of the choice.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], shares: Mapping[str, float], seed: int) -> None:
+        self._sources = tuple(sources.values())
+        given = np.array([shares[name] for name in sources], dtype=np.float64)
+        self._until = given.cumsum() / given.sum()
+        self._seed = seed
+
+    def __getitem__(self, number: int) -> Episode:
+        """Return the episode with this number, counted from 0 and unbounded."""
+        drawn = np.random.default_rng((self._seed, number, 1)).random()
+        return self._sources[int(self._until.searchsorted(drawn, side="right"))][number]
+
+
 class Episodes:
     """Documents split into episodes, in an endless shuffled order.
 
@@ -151,10 +204,10 @@ class Episodes:
             digest.update(piece.to(torch.int64).numpy().tobytes())
         return digest.hexdigest()
 
-    def __getitem__(self, number: int) -> Tensor:
-        """Return the episode with this number, counted from 0 and unbounded: token ids [tokens]."""
+    def __getitem__(self, number: int) -> Episode:
+        """Return the episode with this number, counted from 0 and unbounded."""
         epoch, place = divmod(number, len(self._pieces))
         if self._order[0] != epoch:
             shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._pieces))
             self._order = (epoch, shuffled.tolist())
-        return self._pieces[self._order[1][place]]
+        return Episode(self._pieces[self._order[1][place]])

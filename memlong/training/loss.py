@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,9 +13,30 @@ from torch.nn.utils.rnn import pad_sequence
 
 from memlong.decoder import Segment
 from memlong.evaluation import long_range_tokens
+from memlong.training.config import TrainingConfig
+from memlong.training.documents import Episode
+from memlong.training.teacher import Lesson
 
+_MARGIN = 0.5  # nats that full attention must be better by for a token to need recall
 _NOTHING = -100
 """Target of a token without a next token; `cross_entropy` ignores it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment of all rows.
+
+    Attributes
+    ----------
+    input_ids, mask
+        [rows, tokens], int64, on the CPU.
+    queries
+        Of each row, the token ids to retrieve with; None for the text before.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    queries: tuple[Sequence[int] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -32,25 +53,43 @@ class Batch:
         [rows, tokens], int64, on the model's device: the next token, or -100 if there is none.
     distant
         [rows, tokens], bool, on the model's device: whether the next token is long-range.
+    weights
+        [rows, tokens], float32, on the model's device: how much the loss of the next token counts.
+    is_answer
+        [rows, tokens], bool, on the model's device: whether the next token is one of those alone that an episode is
+        trained on.
+    queries
+        Of each row, what to retrieve with by the first token of a segment, as in `Episode`.
     """
 
     input_ids: Tensor
     lengths: tuple[int, ...]
     targets: Tensor
     distant: Tensor
+    weights: Tensor
+    is_answer: Tensor
+    queries: tuple[Mapping[int, Sequence[int]], ...]
 
     @classmethod
-    def of(cls, episodes: Sequence[Tensor], distance: int, device: torch.device) -> Self:
-        """Batch episodes [tokens]; tokens that last occurred more than ``distance`` tokens back are long-range."""
-        episodes = [each.cpu() for each in episodes]
-        marks = [torch.from_numpy(long_range_tokens(each.tolist(), distance)) for each in episodes]
-        following = [torch.cat([each[1:], each.new_tensor([_NOTHING])]) for each in episodes]
-        distant = [torch.cat([each[1:], each.new_tensor([False])]) for each in marks]
+    def of(cls, episodes: Sequence[Episode], distance: int, device: torch.device) -> Self:
+        """Batch episodes; tokens that last occurred more than ``distance`` tokens back are long-range."""
+        tokens = [each.tokens.cpu() for each in episodes]
+        marks = [torch.from_numpy(long_range_tokens(each.tolist(), distance)) for each in tokens]
+        weights = [
+            torch.ones(len(each.tokens)) if each.weights is None else each.weights for each in episodes
+        ]
+        following = [torch.cat([each[1:], each.new_tensor([_NOTHING])]) for each in tokens]
+        distant, counting = (
+            [torch.cat([each[1:], each.new_zeros(1)]) for each in some] for some in (marks, weights)
+        )
         return cls(
-            pad_sequence(episodes, batch_first=True),
-            tuple(map(len, episodes)),
+            pad_sequence(tokens, batch_first=True),
+            tuple(map(len, tokens)),
             pad_sequence(following, batch_first=True, padding_value=_NOTHING).to(device),
             pad_sequence(distant, batch_first=True).to(device),
+            (counts := pad_sequence(counting, batch_first=True).to(device)),
+            counts.bool() & torch.tensor([[each.weights is not None] for each in episodes]).to(device),
+            tuple(each.queries for each in episodes),
         )
 
     @property
@@ -58,6 +97,15 @@ class Batch:
         """Padding mask [rows, tokens], int64, on the CPU: 0 for padding."""
         places = torch.arange(self.input_ids.shape[1], device="cpu")
         return (places < torch.tensor(self.lengths, device="cpu")[:, None]).long()
+
+    def piece(self, start: int, end: int) -> Piece:
+        """Return the tokens of all rows with an index in [start, end)."""
+        queries = tuple(each.get(start) for each in self.queries)
+        return Piece(self.input_ids[:, start:end], self.mask[:, start:end], queries)
+
+    def counts(self, start: int, end: int) -> bool:
+        """Whether a token that follows one with an index in [start, end) counts in the loss."""
+        return bool(((self.weights[:, start:end] > 0) & (self.targets[:, start:end] != _NOTHING)).any())
 
 
 def tokens_between(lengths: Sequence[int], start: int, end: int) -> int:
@@ -72,11 +120,13 @@ class SegmentLoss:
     Attributes
     ----------
     total
-        Weighted sum of the tokens' negative log-likelihoods; 0 if no token has a next token.
+        Weighted sum of the tokens' negative log-likelihoods; 0 if no token counts.
     weight
         Sum of the weights, detached.
     sums
-        [4], float64, detached: unweighted sum over all tokens and their count, then the same for long-range tokens.
+        [7], float64, detached: unweighted sum of the negative log-likelihood over all tokens that count, and their
+        number; the same for long-range tokens; and where foreign chunks were tried, the sum with them, the sum without,
+        and the number.
     """
 
     total: Tensor
@@ -89,7 +139,7 @@ class SegmentLoss:
         return cls(
             torch.zeros((), dtype=torch.float32, device=device),
             torch.zeros((), dtype=torch.float32, device=device),
-            torch.zeros(4, dtype=torch.float64, device=device),
+            torch.zeros(7, dtype=torch.float64, device=device),
         )
 
     @property
@@ -102,23 +152,62 @@ class SegmentLoss:
         return self.total / weight.clamp(min=1.0)
 
 
-def segment_loss(segment: Segment, batch: Batch, long_range_weight: float) -> SegmentLoss:
-    """Compute the loss of a segment's predictions.
+def token_losses(segment: Segment, batch: Batch) -> Tensor:
+    """Return the negative log-likelihood [rows, tokens] of what follows each token of a segment; 0 without a target.
 
     Tokens without a target are masked to 0 rather than dropped: dropping would copy the logits and synchronize with the
     device to count what is left.
     """
-    is_token = segment.tokens >= 0
-    places = segment.tokens.clamp(min=0)
-    targets = batch.targets.gather(1, places).masked_fill(~is_token, _NOTHING)
-    known = targets != _NOTHING
+    _, targets = _targets(segment, batch)
+    logits = segment.logits.flatten(0, 1).float()
+    losses = cross_entropy(logits, targets.flatten(), ignore_index=_NOTHING, reduction="none")
+    return losses.view_as(targets)
+
+
+def segment_loss(
+    segment: Segment,
+    batch: Batch,
+    config: TrainingConfig,
+    *,
+    foreign: Tensor | None = None,
+    lesson: Lesson | None = None,
+) -> SegmentLoss:
+    """Compute the loss of a segment's predictions.
+
+    Parameters
+    ----------
+    segment, batch
+        What was read, of which episodes.
+    config
+        How tokens are weighted.
+    foreign
+        The losses [rows, tokens] of the same tokens with foreign chunks, if they were tried.
+    lesson
+        What full attention predicts, for all tokens of the batch.
+    """
+    places, targets = _targets(segment, batch)
+    own = batch.weights.gather(1, places)
+    known = (targets != _NOTHING) & (own > 0)
     distant = batch.distant.gather(1, places) & known
-    losses = cross_entropy(
-        segment.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_NOTHING, reduction="none"
-    )
-    marks = torch.stack([known.flatten(), distant.flatten()])  # [2, rows x tokens]
+    losses = token_losses(segment, batch)
+    tried = known if foreign is not None else torch.zeros_like(known)
+    others = losses.detach() if foreign is None else foreign
+    marked = ((losses, known), (losses, distant), (others, tried), (losses, tried))
     with torch.no_grad():
-        exact = torch.where(marks, losses.double(), 0.0)
-        sums = torch.stack([exact.sum(dim=1), marks.sum(dim=1).double()], dim=1).flatten()
-    weights = marks[0] + long_range_weight * marks[1]
+        each = [[torch.where(mark, some.double(), 0.0).sum(), mark.sum().double()] for some, mark in marked]
+        sums = torch.stack([*each[0], *each[1], each[2][0], *each[3]])
+    weights = known * own * (1 + config.long_range_weight * distant)
+    if foreign is not None:
+        weights = weights * (foreign - losses.detach()).exp().clamp(max=config.contrast)
+    if lesson is not None:
+        taught = lesson.at(places)
+        needed = known & ((taught.losses + _MARGIN < losses.detach()) | batch.is_answer.gather(1, places))
+        share = config.distill * needed
+        losses = (1 - share) * losses + share * taught.divergence(segment.logits)
     return SegmentLoss((losses * weights).sum(), weights.sum(), sums)
+
+
+def _targets(segment: Segment, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return where a segment's tokens stand in the batch, 0 for padding, and what follows them [rows, tokens]."""
+    places = segment.tokens.clamp(min=0)
+    return places, batch.targets.gather(1, places).masked_fill(segment.tokens < 0, _NOTHING)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.kv.sources import LatentSource, shared_memory_layer
 from memlong.decoder.model.probe import probe
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 from memlong.training.config import TrainingConfig
+
+_APART = ("q_proj", "o_proj")
+"""Linear layers of attention that its keys and values do not come from, by transformers' usual names."""
 
 
 class TrainableParts:
@@ -29,7 +35,7 @@ class TrainableParts:
     Raises
     ------
     InvalidArgumentError
-        If the model already has an adapter, or there is nothing to train.
+        If the model already has an adapter or cannot checkpoint gradients, or there is nothing to train.
     MissingDependencyError
         If peft is not installed.
     """
@@ -37,8 +43,13 @@ class TrainableParts:
     def __init__(self, decoder: MemoryDecoder, config: TrainingConfig) -> None:
         self._model = decoder.model
         self._first = first_learning_layer(decoder)
+        self._shares = decoder.config.kv_source == "shared"
         self.parameters: dict[str, nn.Parameter] = {}
         self._lower: set[str] = set()
+        if config.gradient_checkpointing and not checkpointing_layers(self._model):
+            raise InvalidArgumentError(
+                f"gradient_checkpointing must be False, as {type(self._model).__name__} does not support it, got True"
+            )
         self._model.requires_grad_(False)
         if config.lora_rank:
             self._add_lora(decoder, config)
@@ -94,12 +105,14 @@ class TrainableParts:
                 "model for training"
             )
         layer_of = _linear_layers(decoder, config.lora_targets)
-        first = 0 if config.warmup_stage_steps else self._first
-        targets = [name for name, layer in layer_of.items() if layer >= first]
+        upper = {name for name, layer in layer_of.items() if self._is_upper(name, layer)}
+        targets = (
+            list(layer_of) if config.warmup_stage_steps else [name for name in layer_of if name in upper]
+        )
         if not targets:
             raise InvalidArgumentError(
-                f"lora_targets must name linear layers from layer {first} up, got {config.lora_targets!r}: name "
-                "existing ones, or leave it empty for those of attention, and set memory_layer below the last layer"
+                f"lora_targets must name linear layers from layer {self._first} up, got {config.lora_targets!r}: name "
+                "existing ones, or leave it empty for those of attention"
             )
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=cast("int", config.lora_alpha), target_modules=targets
@@ -110,9 +123,14 @@ class TrainableParts:
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad:
                 self.parameters[f"model.{name}"] = parameter
-                layer = next(layer for target, layer in layer_of.items() if name.startswith(f"{target}."))
-                if layer < self._first:
+                if not any(name.startswith(f"{target}.") for target in upper):
                     self._lower.add(f"model.{name}")
+
+    def _is_upper(self, name: str, layer: int) -> bool:
+        """Whether what memory stores does not depend on a linear layer: of a shared memory layer, two do not count."""
+        if not self._shares:
+            return layer >= self._first
+        return layer > self._first or (layer == self._first and name.rpartition(".")[2] in _APART)
 
 
 def usual_retrieval_layers(model: PreTrainedModel, config: MemoryConfig) -> str:
@@ -141,8 +159,8 @@ def _every_fourth(layers: list[int]) -> list[int]:
 def first_learning_layer(decoder: MemoryDecoder) -> int:
     """Return the lowest trainable layer.
 
-    With shared K-V, that is the layer above the memory layer, so that stored K-V never goes stale. Otherwise it is the
-    first retrieval layer, as memory does not affect layers below it.
+    With shared K-V, that is the memory layer, of which only the projections of queries and outputs are trained, so that
+    stored K-V never goes stale. Otherwise it is the first retrieval layer, as memory does not affect layers below it.
 
     Raises
     ------
@@ -157,7 +175,7 @@ def first_learning_layer(decoder: MemoryDecoder) -> int:
                 f"retrieval_layers must be {memory_layer} or above, as the memory layer's K-V must not depend on "
                 f"retrieval, got {decoder.config.retrieval_layers!r} with layer {below[0]}"
             )
-        return memory_layer + 1
+        return memory_layer
     return min(decoder.retrieval_layers)
 
 
@@ -174,3 +192,22 @@ def _linear_layers(decoder: MemoryDecoder, named: tuple[str, ...]) -> dict[str, 
             if isinstance(module, nn.Linear) and (not named or name.rpartition(".")[2] in named):
                 found[name] = index
     return found
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's layers run again in the backward pass; dropout stays off."""
+    layers = checkpointing_layers(model)
+    before = [(layer, layer.gradient_checkpointing, layer.training) for layer in layers]
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True  # its own flags alone
+        yield
+    finally:
+        for layer, was_on, was_training in before:
+            layer.gradient_checkpointing, layer.training = was_on, was_training
+
+
+def checkpointing_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return the layers that can run again in the backward pass."""
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]

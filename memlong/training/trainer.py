@@ -17,17 +17,18 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from memlong.bank.sessions.folders import absolute
-from memlong.decoder import MemoryConfig, MemoryDecoder, Segment
+from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
 from memlong.decoder.persistence.strangers import declared_options
-from memlong.decoder.stream.retrieval import RandomChunks
+from memlong.decoder.stream.retrieval import Choice
 from memlong.errors import InvalidArgumentError, MemlongError, StorageError
 from memlong.plugins.registry import installed_registry
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from memlong.training.config import TrainingConfig
+from memlong.training.chunks import ForeignChunks, Negatives, RandomChunks
+from memlong.training.config import TEXT, TrainingConfig
 from memlong.training.curve import Curve, Step
-from memlong.training.documents import Episodes
+from memlong.training.documents import Episodes, Mixture, Source
 from memlong.training.folder import (
     CURVE,
     PICTURE,
@@ -38,9 +39,11 @@ from memlong.training.folder import (
     lock,
     remove_checkpoints,
 )
-from memlong.training.loss import Batch, SegmentLoss, segment_loss, tokens_between
-from memlong.training.parts import TrainableParts
+from memlong.training.loss import Batch, SegmentLoss, segment_loss, token_losses, tokens_between
+from memlong.training.parts import TrainableParts, checkpointed
 from memlong.training.processes import Processes
+from memlong.training.recall import RecallEpisodes
+from memlong.training.teacher import Lesson
 
 
 class Trainer:
@@ -50,8 +53,12 @@ class Trainer:
     backpropagated through that segment and through the computation of the memory it reads; the window and the stored
     K-V are constants.
 
+    With ``mix``, some episodes are generated, and ask for facts that have left the window; ``negatives`` and
+    ``contrast`` take chunks of the other rows of this process.
+
     In several processes (``accelerate launch``), each creates its own trainer with the same arguments, and reads other
-    documents. The losses are those of one process with all their rows, up to rounding. The main process alone writes.
+    documents. The losses are those of one process with all their rows, up to rounding, unless chunks of other rows are
+    taken. The main process alone writes.
 
     Parameters
     ----------
@@ -98,12 +105,19 @@ class Trainer:
         self._base_model = base_model
         self._tensorboard = None if tensorboard is None else absolute(tensorboard)
         check_settings(decoder.config, config)
+        longest = decoder.model_layout.max_positions
+        if config.distill and longest is not None and config.document_tokens > longest:
+            raise InvalidArgumentError(
+                f"document_tokens must be at most {longest} with distill, as full attention over an episode is the "
+                f"teacher and the model was trained on no more, got {config.document_tokens}: lower it"
+            )
         if decoder.model.dtype == torch.float16:
             raise InvalidArgumentError(
                 "decoder.model must be bfloat16 or float32 for training, got float16, in which small gradients vanish"
             )
         self._processes = Processes(decoder.model.device)
         self.episodes = Episodes(documents, config.document_tokens, _least(decoder.config), config.seed)
+        self._source = _source(decoder, config, self.episodes, documents)
         self._fingerprint = decoder.fingerprint()  # before the adapter is added
         # The warmup stage uses the plain window; created before the adapter, as the decoder was.
         self._plain = (
@@ -233,25 +247,29 @@ class Trainer:
         numbers = range(first, first + self.config.rows)
         size = self.decoder.config.segment_size
         batch = Batch.of(
-            [self.episodes[number] for number in numbers],
+            [self._source[number] for number in numbers],
             self.decoder.config.local_window,
             self.decoder.model.device,
         )
         lengths = self._processes.all_of(batch.lengths)
         count = -(-max(lengths) // size)
+        counting = self._counting(batch, count)
         warming_up = self._plain is not None and at.step < self.config.warmup_stage_steps
         decoder = self._plain if warming_up and self._plain is not None else self.decoder
         self._parts.learn(lower_layers=warming_up)
-        decoder.reset(random_chunks=[self._random_chunks(number) for number in numbers])
         started = time.perf_counter()
-        with decoder:
-            segments = iter(decoder.stream(batch.input_ids, batch.mask, gradients=True))
+        lesson = None
+        if self.config.distill and not warming_up:
+            lesson = Lesson.of(decoder.model, batch.input_ids, decoder.model.device)
+        decoder.reset(choice=[self._choice(decoder, number, at.step) for number in numbers])
+        again = checkpointed(decoder.model) if self.config.gradient_checkpointing else nullcontext()
+        with decoder, again:
             for number in range(count):
-                segment = next(segments, None)  # None if only other processes read on
                 beginning = number - number % self.config.accumulate
                 start = number * size
-                if start + 1 < max(lengths):  # otherwise only last tokens, which have no next token
-                    self._learn(segment, batch, of=min(self.config.accumulate, count - beginning))
+                loss = self._read(decoder, batch, start, lesson)
+                if counting[number]:
+                    self._learn(loss, of=min(self.config.accumulate, count - beginning))
                 at.tokens += tokens_between(lengths, start, start + size)
                 if number + 1 in (beginning + self.config.accumulate, count) and self._sums:
                     sums = self._update(at)
@@ -266,12 +284,30 @@ class Trainer:
         at.episodes += len(lengths)
         at.seconds += time.perf_counter() - started
 
-    def _learn(self, segment: Segment | None, batch: Batch, of: int) -> None:
+    def _read(self, decoder: MemoryDecoder, batch: Batch, start: int, lesson: Lesson | None) -> SegmentLoss:
+        """Read the segment of all rows that starts at a token, and return its loss."""
+        text = batch.piece(start, start + decoder.config.segment_size)
+        if not text.mask.any():  # only other processes read on
+            return SegmentLoss.zero(decoder.model.device)
+        foreign = None
+        counts = batch.counts(start, start + decoder.config.segment_size)
+        if counts and self.config.contrast and any(map(len, decoder.banks)):
+            others = ForeignChunks(lambda: decoder.banks)
+            tried = decoder.preview(text.input_ids, text.mask, queries=text.queries, choice=others)
+            foreign = token_losses(tried, batch)
+        (segment,) = decoder.stream(
+            text.input_ids,
+            text.mask,
+            queries=text.queries,
+            logits="all" if counts else "last",
+            gradients=counts,
+        )
+        if not counts:
+            return SegmentLoss.zero(decoder.model.device)
+        return segment_loss(segment, batch, self.config, foreign=foreign, lesson=lesson)
+
+    def _learn(self, loss: SegmentLoss, of: int) -> None:
         """Backpropagate the loss of a segment, one of so many of an optimizer step."""
-        if segment is None:
-            loss = SegmentLoss.zero(self.decoder.model.device)
-        else:
-            loss = segment_loss(segment, batch, self.config.long_range_weight)
         mean = loss.share_of(self._processes.sum(loss.weight.float()))
         self._sums.append(loss.sums)
         if mean.requires_grad:  # not before the first retrieval, if only maps and gates are trained
@@ -300,20 +336,31 @@ class Trainer:
         return sums
 
     def _step(self, at: Progress, sums: list[float]) -> Step:
-        total, count, distant, distant_count = sums
+        total, count, distant, distant_count, foreign, own, tried = sums
         return Step(
             at.step,
             total / count,
             distant / distant_count if distant_count else None,
+            (foreign - own) / tried if tried else None,
             self.config.lr * self.config.share_of_rate(at.step - 1),
             at.tokens,
             at.seconds,
         )
 
-    def _random_chunks(self, number: int) -> RandomChunks:
-        """Return the random chunks of an episode, the same in whichever process and row it is read."""
+    def _counting(self, batch: Batch, count: int) -> list[bool]:
+        """Return which of so many segments have tokens that count, in any process."""
+        size = self.decoder.config.segment_size
+        own = [int(batch.counts(start, start + size)) for start in range(0, count * size, size)]
+        everywhere = self._processes.all_of(own)
+        return [any(everywhere[number::count]) for number in range(count)]
+
+    def _choice(self, decoder: MemoryDecoder, number: int, step: int) -> Choice:
+        """Return what chooses the chunks of an episode, with the same random numbers in any process and row."""
         seed = int(np.random.default_rng((self.config.seed, number)).integers(2**63))
-        return RandomChunks(self.config.random_share, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        usual = RandomChunks(self.config.random_share, generator)
+        others = self.config.negatives_at(step)
+        return Negatives(usual, lambda: decoder.banks, others, generator) if others else usual
 
     def _in_order(self) -> list[str]:
         """Return the names of the trainable parameters, in the optimizer's order."""
@@ -371,3 +418,26 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
 def _least(memory: MemoryConfig) -> int:
     """Return the length of the shortest episode that reads from memory, in tokens."""
     return memory.local_window + memory.segment_size
+
+
+def _source(
+    decoder: MemoryDecoder, config: TrainingConfig, text: Episodes, documents: list[Tensor]
+) -> Source:
+    if not config.mix:
+        return text
+    memory = decoder.config
+    sources: dict[str, Source] = {
+        kind: text
+        if kind == TEXT
+        else RecallEpisodes(
+            kind,
+            decoder.tokenizer,
+            documents,
+            tokens=config.document_tokens,
+            segment_size=memory.segment_size,
+            local_window=memory.local_window,
+            seed=config.seed,
+        )
+        for kind in config.mix
+    }
+    return Mixture(sources, config.mix, config.seed)

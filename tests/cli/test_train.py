@@ -136,9 +136,9 @@ def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
         ({"backend": "none"}, InvalidArgumentError, "--backend must name a backend"),
         ({"kv_source": "latent"}, InvalidArgumentError, "maps must name the file"),
         (
-            {"memory_layer": 3, "retrieval_layers": "3"},
+            {"memory_layer": 3, "retrieval_layers": "3", "lora_target": "query"},
             InvalidArgumentError,
-            "must name linear layers from layer 4 up",
+            "must name linear layers from layer 3 up",
         ),
         ({"memory_layer": 3}, InvalidArgumentError, "retrieval_layers must be 3 or above"),
         ({"out": "/dev/null/folder"}, MemlongError, "Cannot create the folder"),

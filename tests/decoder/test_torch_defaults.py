@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from memlong import MemoryDecoder, load_model
 from memlong.decoder import Passage, create_retriever
-from memlong.decoder.stream.retrieval import RandomChunks
 from memlong.evaluation import chat_turn, evaluate_perplexity, tokenize
 from memlong.evaluation.needle import evaluate_needle
 from memlong.testing import VOCABULARY
+from memlong.training import RandomChunks
 
 PASSAGES = [Passage(tuple(range(3 + start, 30 + start)), start) for start in (0, 8, 40)]
 RETRIEVERS = ["lm", "random", "recent", "sentence-transformers", "hybrid"]
@@ -103,7 +103,7 @@ def test_chunks_at_random_are_the_same(llama, small, text, other):
     def read() -> torch.Tensor:
         chance = RandomChunks(0.5, torch.Generator("cpu").manual_seed(0))
         with MemoryDecoder(llama, None, small()) as decoder:
-            decoder.reset(random_chunks=chance)
+            decoder.reset(choice=chance)
             return decoder.read(ids)
 
     wanted = read()

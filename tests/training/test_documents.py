@@ -75,7 +75,7 @@ def test_documents_are_cut_and_short_ends_left_out():
     found = episodes()
     assert len(found) == 4
     assert found.tokens == 35
-    pieces = sorted((found[number].tolist() for number in range(4)), key=lambda piece: piece[0])
+    pieces = sorted((found[number].tokens.tolist() for number in range(4)), key=lambda piece: piece[0])
     assert pieces == [
         list(range(10)),
         list(range(10, 20)),
@@ -87,7 +87,7 @@ def test_documents_are_cut_and_short_ends_left_out():
 def test_the_order_is_the_seeds_and_another_one_each_epoch():
     def order(seed, epoch):
         found = episodes(seed)
-        return [int(found[4 * epoch + number][0]) for number in range(4)]
+        return [int(found[4 * epoch + number].tokens[0]) for number in range(4)]
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) > 4

@@ -9,6 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlong import MemoryDecoder
+from memlong.training import TrainingConfig
+from memlong.training.documents import Episode
 from memlong.training.loss import Batch, segment_loss
 
 
@@ -48,10 +50,10 @@ def test_gates_learn_the_same_under_every_kernel(llama, small, text):
     ):
         decoder = MemoryDecoder(llama, None, small(gate_init=-1.0))
         decoder.model.requires_grad_(False)
-        batch = Batch.of(list(ids), 5, ids.device)
+        batch = Batch.of([Episode(each) for each in list(ids)], 5, ids.device)
         with decoder, sdpa_kernel(kernels):
             for segment in decoder.stream(batch.input_ids, batch.mask, gradients=True):
-                loss = segment_loss(segment, batch, 0.0).mean
+                loss = segment_loss(segment, batch, TrainingConfig(long_range_weight=0.0)).mean
                 if loss.requires_grad:
                     loss.backward()
         gradients[len(kernels)] = [parameter.grad.clone() for parameter in decoder.gates.parameters()]

@@ -7,6 +7,8 @@ import torch
 
 from memlong import MemoryDecoder
 from memlong.evaluation import evaluate_perplexity
+from memlong.training import TrainingConfig
+from memlong.training.documents import Episode
 from memlong.training.loss import Batch, segment_loss
 
 
@@ -18,9 +20,12 @@ def test_the_losses_are_those_of_perplexity(llama, small, text, length):
         expected = evaluate_perplexity(decoder, ids, long_range_distance=5)
         beside = evaluate_perplexity(decoder, short[None], long_range_distance=5)
         decoder.reset()
-        batch = Batch.of([ids[0], short], 5, ids.device)
-        found = [segment_loss(each, batch, 0.0) for each in decoder.stream(batch.input_ids, batch.mask)]
-    total, count, distant, distant_count = sum(each.sums for each in found if each).tolist()
+        batch = Batch.of([Episode(each) for each in [ids[0], short]], 5, ids.device)
+        found = [
+            segment_loss(each, batch, TrainingConfig(long_range_weight=0.0))
+            for each in decoder.stream(batch.input_ids, batch.mask)
+        ]
+    total, count, distant, distant_count, *_ = sum(each.sums for each in found if each).tolist()
     assert count == length - 1 + 22
     assert total == pytest.approx(expected.nll + beside.nll, rel=1e-5)
     assert distant_count == expected.long_range.sum() + beside.long_range.sum()
@@ -31,10 +36,12 @@ def test_the_losses_are_those_of_perplexity(llama, small, text, length):
 def test_long_range_tokens_weigh_what_they_are_given(llama, small, text):
     ids = text(24)
     with MemoryDecoder(llama, None, small()) as decoder:
-        batch = Batch.of([ids[0]], 5, ids.device)
+        batch = Batch.of([Episode(each) for each in [ids[0]]], 5, ids.device)
         *_, last = decoder.stream(batch.input_ids, batch.mask)
-    even, weighted = (segment_loss(last, batch, weight) for weight in (0.0, 3.0))
-    total, count, distant, distant_count = even.sums.tolist()
+    even, weighted = (
+        segment_loss(last, batch, TrainingConfig(long_range_weight=weight)) for weight in (0.0, 3.0)
+    )
+    total, count, distant, distant_count, *_ = even.sums.tolist()
     assert distant_count
     assert float(even.mean) == pytest.approx(total / count, rel=1e-5)
     assert float(weighted.mean) == pytest.approx(

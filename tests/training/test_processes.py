@@ -16,6 +16,8 @@ from torch import nn
 
 from memlong.decoder import Segment
 from memlong.errors import InvalidArgumentError, MemlongError
+from memlong.training import TrainingConfig
+from memlong.training.documents import Episode
 from memlong.training.loss import Batch, SegmentLoss, segment_loss
 from memlong.training.processes import Processes
 
@@ -132,8 +134,8 @@ def test_shares_of_the_objective_add_up_to_it(text):
             tokens[place, len(episodes[row]) :] = -1
         chosen = logits[rows].requires_grad_()
         segment = Segment(torch.zeros_like(tokens), tokens, chosen, (None,) * len(rows))
-        batch = Batch.of([episodes[row] for row in rows], 2, torch.device("cpu"))
-        return segment_loss(segment, batch, 2.0), chosen
+        batch = Batch.of([Episode(episodes[row]) for row in rows], 2, torch.device("cpu"))
+        return segment_loss(segment, batch, TrainingConfig(long_range_weight=2.0)), chosen
 
     whole, all_logits = loss([0, 1, 2])
     parts = [loss([0]), loss([1, 2])]
@@ -209,10 +211,14 @@ def test_a_process_that_is_left_alone_says_so(monkeypatch):
 
 def test_random_chunks_depend_on_the_episode_alone(trainer):
     one, other = trainer(random_share=0.5), trainer(folder="other", rows=3, random_share=0.5)
-    first, second = ([each._random_chunks(number).due() for number in range(40)] for each in (one, other))
-    assert first == second
-    assert 5 < sum(first) < 35
+
+    def drawn(run):
+        generators = [run._choice(run.decoder, number, 0).generator for number in range(40)]
+        return [float(torch.rand(1, generator=each)) for each in generators]
+
+    assert drawn(one) == drawn(other)
+    assert len(set(drawn(one))) == 40
     with one.decoder as decoder:
-        decoder.reset(random_chunks=[one._random_chunks(0)])
+        decoder.reset(choice=[one._choice(one.decoder, 0, 0)])
         with pytest.raises(InvalidArgumentError, match=r"one element for each of the 2 rows, .* got 1"):
             decoder.read(torch.ones(2, 40, dtype=torch.int64))

@@ -28,11 +28,12 @@ from memlong.decoder.setup import Setup
 from memlong.decoder.stream.attention_record import Counted, HeldChunk
 from memlong.decoder.stream.batch_memory import MemoryLoader
 from memlong.decoder.stream.positions import Placement, positions_of
-from memlong.decoder.stream.retrieval import RandomChunks
+from memlong.decoder.stream.retrieval import Choice
 from memlong.decoder.stream.segment import Segment
 from memlong.decoder.stream.storing import store_chunks
 from memlong.decoder.stream.token_stream import TokenStream
 from memlong.decoder.stream.tokens import left_padded
+from memlong.errors import InvalidArgumentError
 
 _LONGEST = 1 << 17  # tokens of a model that does not say how many it can read
 
@@ -48,8 +49,8 @@ class StreamBatch:
         Where the model's attention looks for memory.
     banks
         The bank of each row; None for the plain window.
-    random_chunks
-        Chunks to retrieve now and then in place of the ones asked for, for all rows or one for each; None for never.
+    choice
+        Chooses chunks in place of the retriever, for all rows or one for each; None for never.
 
     Attributes
     ----------
@@ -62,11 +63,11 @@ class StreamBatch:
         setup: Setup,
         slot: AttentionSlot,
         banks: Sequence[MemoryBank | None],
-        random_chunks: RandomChunks | Sequence[RandomChunks] | None = None,
+        choice: Choice | Sequence[Choice] | None = None,
     ) -> None:
-        chances = random_chunks if isinstance(random_chunks, Sequence) else [random_chunks] * len(banks)
+        choices = choice if isinstance(choice, Sequence) else [choice] * len(banks)
         self.streams = tuple(
-            TokenStream(setup.config, bank, chance) for bank, chance in zip(banks, chances, strict=True)
+            TokenStream(setup.config, bank, each) for bank, each in zip(banks, choices, strict=True)
         )
         self.use_banks(banks)
         self._setup = setup
@@ -213,6 +214,27 @@ class StreamBatch:
             memory = memory.given_to(window)
         self._state = BatchState(window, memory, placements)
         self._segment_states = segment_states
+
+    def ask_next(self, queries: Sequence[Sequence[int] | None] | None) -> None:
+        """Retrieve next with these token ids, for each row; None for the text before.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If they are not those of a query for each row.
+        """
+        if queries is None:
+            return
+        vocabulary = self._setup.model_layout.vocabulary
+        given = [*queries] if isinstance(queries, Sequence) else []
+        if len(given) != len(self.streams) or not all(_is_query(each, vocabulary) for each in given):
+            raise InvalidArgumentError(
+                f"queries must hold the token ids of a query, or None, for each of {len(self.streams)} rows, got "
+                f"{queries!r:.80}"
+            )
+        for stream, query in zip(self.streams, given, strict=True):
+            if query is not None:
+                stream.next_query = Passage(tuple(query), stream.seen)
 
     def read(
         self,
@@ -427,4 +449,14 @@ def _queries(streams: Sequence[TokenStream], retriever: Retriever) -> Tensor:
     # Where chunks have all in common with the query, it asks as it is.
     return (
         found if is_left.all() else found.where(is_left[:, None], retriever.embed_queries(passages).to(found))
+    )
+
+
+def _is_query(given: object, vocabulary: int) -> bool:
+    if given is None:
+        return True
+    return (
+        isinstance(given, Sequence)
+        and bool(given)
+        and all(type(token) is int and 0 <= token < vocabulary for token in given)
     )

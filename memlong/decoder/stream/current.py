@@ -15,7 +15,7 @@ from memlong.decoder.setup import Setup
 from memlong.decoder.stream.attention_record import Counted
 from memlong.decoder.stream.banks import check_banks
 from memlong.decoder.stream.batch import StreamBatch
-from memlong.decoder.stream.retrieval import RandomChunks
+from memlong.decoder.stream.retrieval import Choice
 from memlong.decoder.stream.segment import Segment, Segments
 from memlong.errors import InvalidArgumentError, MemlongError
 
@@ -77,7 +77,7 @@ class CurrentStreams:
         banks: Sequence[MemoryBank] | None = None,
         *,
         bases: Sequence[MemoryBank] = (),
-        random_chunks: RandomChunks | Sequence[RandomChunks] | None = None,
+        choice: Choice | Sequence[Choice] | None = None,
         any_model: bool = False,
     ) -> None:
         """Begin new streams; arguments and errors are those of `MemoryDecoder.reset`."""
@@ -94,7 +94,7 @@ class CurrentStreams:
             over = self._setup.new_bank(self._bases)
             check_banks([over] if over is not None else [], self._setup, any_model=any_model)
         self._takes_any_model = any_model
-        self._random_chunks = random_chunks
+        self._choice = choice
         self.batch: StreamBatch | None = None
         self.turn: Turn | None = None
         self._reader = object()  # of the latest call that reads; earlier calls have ended
@@ -128,13 +128,12 @@ class CurrentStreams:
 
     def over(self, banks: Sequence[MemoryBank | None]) -> StreamBatch:
         """Return new streams over these banks."""
-        chances = self._random_chunks
-        if isinstance(chances, Sequence) and len(chances) != len(banks):
+        choice = self._choice
+        if isinstance(choice, Sequence) and len(choice) != len(banks):
             raise InvalidArgumentError(
-                f"random_chunks must have one element for each of the {len(banks)} rows, or be one for all, got "
-                f"{len(chances)}"
+                f"choice must have one element for each of the {len(banks)} rows, or be one for all, got {len(choice)}"
             )
-        return StreamBatch(self._setup, self._attachment.slot, banks, chances)
+        return StreamBatch(self._setup, self._attachment.slot, banks, choice)
 
     def for_rows(self, rows: int) -> StreamBatch:
         """Return streams for a batch of this many rows, new ones if there are none yet; they are not current yet.
@@ -167,11 +166,40 @@ class CurrentStreams:
             return self.batch.fork([0] * rows)
         return self.for_rows(rows).fork(range(rows))
 
+    def preview(
+        self,
+        pending: list[list[int]],
+        queries: Sequence[Sequence[int] | None] | None,
+        choice: Choice | None,
+    ) -> Segment:
+        """Read at most the rest of a segment in forks that are dropped; errors are those of `MemoryDecoder.preview`."""
+        self._attachment.check()
+        with self._attachment.slot.reading:
+            forks = self.for_rows(len(pending)).fork(range(len(pending)))
+            if not any(pending):
+                raise InvalidArgumentError("input_ids must hold at least one token, got none")
+            forks.ask_next(queries)
+            for stream, tokens in zip(forks.streams, pending, strict=True):
+                stream.choice = choice
+                if len(tokens) > stream.segment_rest:
+                    raise InvalidArgumentError(
+                        f"input_ids must have at most the {stream.segment_rest} tokens that are left of the segment, "
+                        f"got {len(tokens)}"
+                    )
+            return forks.advance(pending, 0)
+
     def take_over(self, batch: StreamBatch) -> None:
         """Make these the current streams, for a new call that reads; an earlier call ends."""
         self.batch, self._reader = batch, object()
 
-    def read(self, pending: list[list[int]], logits_to_keep: int, *, gradients: bool) -> Segments:
+    def read(
+        self,
+        pending: list[list[int]],
+        logits_to_keep: int,
+        *,
+        queries: Sequence[Sequence[int] | None] | None = None,
+        gradients: bool,
+    ) -> Segments:
         """Return the segments of each row's tokens, read as they are requested.
 
         Raises
@@ -184,6 +212,7 @@ class CurrentStreams:
         self._attachment.check()
         with self._attachment.slot.reading:
             batch = self.for_rows(len(pending))
+            batch.ask_next(queries)
             self.take_over(batch)
         segments = batch.read(pending, logits_to_keep, gradients=gradients, counted=Counted())
         return Segments(self._while_current(segments, self._reader), batch.segments_of(pending))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -69,6 +69,15 @@ class StreamMemory:
         sides = zip(*(states.chunk(len(spans), dim=2) for states in (keys, values)), strict=True)
         return cls(tuple(Block(*side) for side in sides), spans, tuple(ids))
 
+    @classmethod
+    def of_chunks(cls, chunks: Chunks) -> Self | None:
+        """Take chunks in their order; None of none."""
+        if not len(chunks.ids):
+            return None
+        ids = chunks.ids.tolist()
+        blocks = tuple(Block(*sides) for sides in zip(chunks.keys, chunks.values, strict=True))
+        return cls(blocks, chunks.spans, tuple(ids) if min(ids) >= 0 else ())
+
     @property
     def tokens(self) -> int:
         """Number of retrieved tokens."""
@@ -85,35 +94,20 @@ class StreamMemory:
         return torch.cat([block.values for block in self.blocks], dim=2)
 
 
-@dataclass(frozen=True)
-class RandomChunks:
-    """Retrieves random chunks now and then, so that training has something to tell memory from.
+class Choice(Protocol):
+    """Chooses chunks in a retriever's place, as training does."""
 
-    Parameters
-    ----------
-    share
-        Share of retrievals that are random, from 0 to 1.
-    generator
-        Decides when, and which chunks.
-    """
+    def choose(
+        self, bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
+    ) -> tuple[Retrieval, Chunks] | None:
+        """Choose chunks for a query's embedding [dim]; None to have them retrieved as usual.
 
-    share: float
-    generator: torch.Generator
-
-    def due(self) -> bool:
-        """Whether the next retrieval is random."""
-        return float(torch.rand(1, generator=self.generator, dtype=torch.float32, device="cpu")) < self.share
-
-    def retrieve(
-        self, bank: MemoryBank, query: Tensor, config: MemoryConfig
-    ) -> tuple[Retrieval, StreamMemory | None]:
-        """Take as many of the bank's chunks as `retrieve_chunks` would, at random, in the order of the text."""
-        stored = bank.ids
-        some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.top_k]
-        ids = stored[some].sort().values
-        found = bank.fetch(ids)
-        scores = torch.zeros(len(found.ids), dtype=torch.float32, device="cpu")
-        return Retrieval(query, found.ids, scores), _memory(found, None)
+        Returns
+        -------
+        tuple or None
+            What of the bank was found, and the chunks to attend to, in this order; −1 is the id of one that is not the
+            bank's.
+        """
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.stream.attention_record import HeldChunk
 from memlong.decoder.stream.positions import Placement, memory_positions, placement_of
 from memlong.decoder.stream.retrieval import (
+    Choice,
     Placed,
-    RandomChunks,
     Reranking,
     Retrieval,
     StreamMemory,
@@ -39,8 +39,8 @@ class TokenStream:
         The stream's memory, or None for the plain window.
     bank_origin
         What the bank's chunks were made with, when it was last looked at.
-    random_chunks
-        Chunks to retrieve now and then in place of the ones asked for.
+    choice
+        Chooses chunks in place of the retriever, or now and then; None for never.
     query_length
         Tokens that make a query.
     is_focused
@@ -61,11 +61,11 @@ class TokenStream:
         self,
         config: MemoryConfig,
         bank: MemoryBank | Draft | None,
-        random_chunks: RandomChunks | None = None,
+        choice: Choice | None = None,
     ) -> None:
         self.config = config
         self.use_bank(bank)
-        self.random_chunks = random_chunks
+        self.choice = choice
         self.query_length = config.query_length
         self.is_focused = False
         self.is_answer = False
@@ -135,7 +135,7 @@ class TokenStream:
     def fork(self) -> TokenStream:
         """Return an independent stream that continues from here; what it stores stays in a draft of the bank."""
         other = copy(self)
-        other.random_chunks = None  # a fork is never trained on
+        other.choice = None  # a fork is never trained on
         if self.bank is not None:
             other.bank = self.bank.fork() if isinstance(self.bank, Draft) else Draft(self.bank)
         return other
@@ -214,9 +214,10 @@ class TokenStream:
     def retrieve(self, query: Tensor, retriever: Retriever) -> None:
         """Retrieve chunks for the embedding [dim] of its query."""
         assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
-        by_chance = self.random_chunks
-        if by_chance is not None and isinstance(self.bank, MemoryBank) and by_chance.due():
-            self.retrieval, self.memory = by_chance.retrieve(self.bank, query, self.config)
+        chosen = None if self.choice is None else self.choice.choose(self.bank, query, self.config)
+        if chosen is not None:
+            self.retrieval, chunks = chosen
+            self.memory = StreamMemory.of_chunks(chunks)
         else:
             reranking = Reranking(retriever, self.query()) if retriever.candidates else None
             self.retrieval, self.memory = retrieve_chunks(

@@ -1,0 +1,163 @@
+"""Chunks of other rows: who gets which, how many, and that a preview changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memlong import MemoryDecoder
+from memlong.errors import InvalidArgumentError
+from memlong.training import RandomChunks, Trainer, TrainingConfig
+from memlong.training.chunks import ForeignChunks, Negatives
+
+
+@pytest.fixture
+def three_rows(llama, small, text):
+    """A decoder that has read three texts, side by side."""
+    with MemoryDecoder(llama, None, small(top_k=4)) as decoder:
+        decoder.read(text(96, rows=3))
+        yield decoder
+
+
+def keys_of(bank):
+    return [keys.flatten().tolist() for keys in bank.fetch(bank.ids).keys]
+
+
+def owners(decoder, memory):
+    """Of each chunk of a memory, the row whose bank holds it."""
+    held = [keys_of(bank) for bank in decoder.banks]
+    return [
+        next(row for row, theirs in enumerate(held) if keys.flatten().tolist() in theirs)
+        for keys in memory.keys
+    ]
+
+
+def never():
+    return RandomChunks(0.0, torch.Generator().manual_seed(0))
+
+
+def query(decoder, row):
+    return decoder.banks[row].embeddings_of(decoder.banks[row].ids[:1])[0]
+
+
+def test_foreign_chunks_are_the_best_of_other_rows(three_rows):
+    banks = three_rows.banks
+    _, memory = ForeignChunks(lambda: banks).choose(banks[0], query(three_rows, 0), three_rows.config)
+    assert len(memory.keys) == 4
+    assert set(owners(three_rows, memory)) <= {1, 2}
+    wanted = sorted(
+        (
+            score
+            for bank in banks[1:]
+            for score in bank.search(query(three_rows, 0)[None], len(bank)).scores[0].tolist()
+        ),
+        reverse=True,
+    )[:4]
+    scored = [
+        float(bank.embeddings_of([each]) @ query(three_rows, 0))
+        for bank in banks[1:]
+        for each, keys in zip(bank.ids.tolist(), keys_of(bank), strict=True)
+        if keys in memory.keys.flatten(1).tolist()
+    ]
+    assert sorted(scored, reverse=True) == pytest.approx(wanted)
+
+
+def test_negatives_take_up_to_half_of_the_places_and_leave_the_best(three_rows):
+    banks, asked = three_rows.banks, query(three_rows, 0)
+    counts = set()
+    for seed in range(20):
+        negatives = Negatives(never(), lambda: banks, 1, torch.Generator().manual_seed(seed))
+        retrieval, memory = negatives.choose(banks[0], asked, three_rows.config)
+        rows = owners(three_rows, memory)
+        assert len(rows) == 4
+        assert set(rows) <= {0, 1}  # one other row
+        counts.add(rows.count(1))
+        best = banks[0].search(asked[None], 4).ids[0, : rows.count(0)]
+        assert torch.equal(retrieval.ids, best)
+        own = [span for row, span in zip(rows, memory.spans[:, 0].tolist(), strict=True) if row == 0]
+        assert own == sorted(own)
+        assert memory.ids.tolist().count(-1) == rows.count(1)
+    assert counts == {0, 1, 2}
+
+
+def test_without_other_rows_chunks_are_retrieved_as_usual(three_rows):
+    bank = three_rows.banks[0]
+    negatives = Negatives(never(), lambda: [bank], 3, torch.Generator())
+    assert negatives.choose(bank, query(three_rows, 0), three_rows.config) is None
+
+
+def test_a_stream_goes_on_after_foreign_chunks(three_rows, text):
+    """What it holds of another row must not be taken for its own chunk of the same id."""
+    negatives = Negatives(never(), lambda: three_rows.banks, 2, torch.Generator().manual_seed(0))
+    for stream in three_rows._streams.batch.streams:
+        stream.choice = negatives
+    three_rows.read(text(16, seed=1, rows=3))
+    for stream in three_rows._streams.batch.streams:
+        stream.choice = None
+    three_rows.read(text(16, seed=2, rows=3))
+    for row, stream in enumerate(three_rows._streams.batch.streams):
+        assert set(owners(three_rows, three_rows.banks[row].fetch(stream.memory.ids))) == {row}
+        held = torch.stack([block.keys for block in stream.memory.blocks])
+        assert torch.equal(held, three_rows.banks[row].fetch(stream.memory.ids).keys)
+
+
+def test_a_preview_reads_what_stream_would_and_changes_nothing(three_rows, text):
+    more = text(8, seed=1, rows=3)
+    sizes = [len(bank) for bank in three_rows.banks]
+    first = three_rows.preview(more).logits
+    foreign = three_rows.preview(more, choice=ForeignChunks(lambda: three_rows.banks)).logits
+    assert [len(bank) for bank in three_rows.banks] == sizes
+    (segment,) = three_rows.stream(more)
+    assert torch.equal(first, segment.logits)
+    assert not torch.allclose(foreign, segment.logits)
+
+
+@pytest.mark.parametrize(("tokens", "message"), [(9, "at most the 8 tokens"), (0, "at least one token")])
+def test_a_preview_is_at_most_a_segment(three_rows, text, tokens, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        three_rows.preview(text(9, rows=3)[:, :tokens])
+
+
+def test_a_query_of_ones_own_is_asked_once(three_rows, text):
+    asked = text(6, seed=7)[0].tolist()
+    first, second = three_rows.stream(text(16, seed=1, rows=3), queries=[asked, None, None])
+    embedded = three_rows.retriever.embed_queries(
+        [type(three_rows._streams.batch.streams[0].query())(tuple(asked), 96)]
+    )
+    assert torch.equal(first.retrievals[0].query, embedded[0].cpu())
+    assert not torch.equal(second.retrievals[0].query, embedded[0].cpu())
+
+
+@pytest.mark.parametrize("queries", [[[1]], [[1], [], None], [[1], [10**9], None], [[1], ["a"], None], 3])
+def test_a_query_that_is_none_is_refused(three_rows, text, queries):
+    with pytest.raises(InvalidArgumentError, match="queries must hold the token ids"):
+        three_rows.stream(text(8, rows=3), queries=queries)
+
+
+def test_contrast_logs_the_gain_and_weighs_by_it(trainer):
+    steps = trainer(steps=6, rows=3, contrast=2.0, negatives=2).run()
+    assert any(step.gain is not None for step in steps)
+    assert all(step.gain is None for step in trainer(folder="other").run())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"negatives": 4}, "at least 5 with negatives 4"),
+        ({"rows": 1, "contrast": 1.0}, "at least 2 with contrast 1.0"),
+    ],
+)
+def test_foreign_chunks_need_other_rows(changes, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        TrainingConfig(**changes)
+
+
+def test_negatives_rise_in_the_first_half():
+    config = TrainingConfig(steps=10, rows=9, negatives=8)
+    assert [config.negatives_at(step) for step in range(10)] == [2, 4, 5, 7, 8, 8, 8, 8, 8, 8]
+
+
+def test_distillation_needs_trained_positions(decoder, documents, tmp_path):
+    config = TrainingConfig(distill=0.5, document_tokens=4096)
+    with pytest.raises(InvalidArgumentError, match="document_tokens must be at most 512 with distill"):
+        Trainer(decoder(), [each.repeat(30) for each in documents], config, folder=tmp_path / "run")
