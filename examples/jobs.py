@@ -139,7 +139,7 @@ class Job:
     sources: list[dict[str, Any]] = field(default_factory=list)
     ended: Literal["", "stop", "length", "cancelled"] = ""
     is_cut: bool = True  # the session has read no end of the turn
-    is_over: bool = False  # whoever waits for the answer has been told its end, or has gone
+    is_over: bool = False  # the client has been told its end, or has gone
     _ending: threading.Lock = field(default_factory=threading.Lock)
     _ids: list[int] = field(default_factory=list)
     _first: int = 0  # token of those that may still change the text, and of those that have not been told
@@ -232,7 +232,7 @@ class Deletion:
         if self.done.set_running_or_notify_cancel():
             try:
                 self.done.set_result(pool.delete(self.session))
-            except Exception as error:  # noqa: BLE001 - whoever waits raises it
+            except Exception as error:  # noqa: BLE001 - the waiting client is told
                 self.done.set_exception(error)
 
     def fail(self, error: BaseException) -> None:

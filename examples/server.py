@@ -1,6 +1,6 @@
 """Serve a model with a memory to many users: an endpoint that OpenAI's clients can talk to.
 
-Each session is a conversation with a memory of its own, which goes on with every request that names it; idle ones lie
+Each session is a conversation with a memory of its own, which every request that names it continues; idle ones lie
 on disk, within a budget. Requests of different sessions go through the model together. Corpora that `memlong remember`
 made are shared by all. Needs fastapi and uvicorn: pip install "memlong[server]".
 

@@ -34,7 +34,7 @@ class HeldStream(Held):
     Attributes
     ----------
     row
-        The stream; None while a batch goes on with it.
+        The stream; None while a batch reads it.
     bank
         What it stores into; None for the plain window.
     is_temporary
@@ -124,7 +124,7 @@ class SessionPool(Pool[HeldStream]):
         if not isinstance(decoder, MemoryDecoder):
             raise InvalidArgumentError(f"decoder must be a MemoryDecoder, got {decoder!r}")
         self._decoder = decoder
-        self._setup, self._streams = decoder._setup, decoder._streams  # noqa: SLF001 - it goes on with other streams
+        self._setup, self._streams = decoder._setup, decoder._streams  # noqa: SLF001 - it continues other streams
         self._turn = threading.Lock()
         self._reader: int | None = None  # the thread whose turn it is
         super().__init__(folder, budget=budget)

@@ -143,7 +143,7 @@ class Processes:
         except RuntimeError as error:  # of a connection
             raise MemlongError(
                 f"Process {self.index} has lost the others: one of them has ended, for a reason that it tells itself. "
-                "Resume once that is mended"
+                "Resume once that is fixed"
             ) from error
 
     def leave(self) -> None:
