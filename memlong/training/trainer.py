@@ -253,7 +253,8 @@ class Trainer:
         )
         lengths = self._processes.all_of(batch.lengths)
         count = -(-max(lengths) // size)
-        counting = self._counting(batch, count)
+        own = [batch.counts(start, start + size) for start in range(0, count * size, size)]
+        everywhere = self._processes.all_of([int(counts) for counts in own])
         warming_up = self._plain is not None and at.step < self.config.warmup_stage_steps
         decoder = self._plain if warming_up and self._plain is not None else self.decoder
         self._parts.learn(lower_layers=warming_up)
@@ -267,8 +268,8 @@ class Trainer:
             for number in range(count):
                 beginning = number - number % self.config.accumulate
                 start = number * size
-                loss = self._read(decoder, batch, start, lesson)
-                if counting[number]:
+                loss = self._read(decoder, batch, start, lesson, counts=own[number])
+                if any(everywhere[number::count]):
                     self._learn(loss, of=min(self.config.accumulate, count - beginning))
                 at.tokens += tokens_between(lengths, start, start + size)
                 if number + 1 in (beginning + self.config.accumulate, count) and self._sums:
@@ -284,13 +285,14 @@ class Trainer:
         at.episodes += len(lengths)
         at.seconds += time.perf_counter() - started
 
-    def _read(self, decoder: MemoryDecoder, batch: Batch, start: int, lesson: Lesson | None) -> SegmentLoss:
-        """Read the segment of all rows that starts at a token, and return its loss."""
+    def _read(
+        self, decoder: MemoryDecoder, batch: Batch, start: int, lesson: Lesson | None, *, counts: bool
+    ) -> SegmentLoss:
+        """Read the segment of all rows that starts at a token, and return its loss if any token of it counts."""
         text = batch.piece(start, start + decoder.config.segment_size)
         if not text.mask.any():  # only other processes read on
             return SegmentLoss.zero(decoder.model.device)
         foreign = None
-        counts = batch.counts(start, start + decoder.config.segment_size)
         if counts and self.config.contrast and any(map(len, decoder.banks)):
             others = ForeignChunks(lambda: decoder.banks)
             tried = decoder.preview(text.input_ids, text.mask, queries=text.queries, choice=others)
@@ -346,13 +348,6 @@ class Trainer:
             at.tokens,
             at.seconds,
         )
-
-    def _counting(self, batch: Batch, count: int) -> list[bool]:
-        """Return which of so many segments have tokens that count, in any process."""
-        size = self.decoder.config.segment_size
-        own = [int(batch.counts(start, start + size)) for start in range(0, count * size, size)]
-        everywhere = self._processes.all_of(own)
-        return [any(everywhere[number::count]) for number in range(count)]
 
     def _choice(self, decoder: MemoryDecoder, number: int, step: int) -> Choice:
         """Return what chooses the chunks of an episode, with the same random numbers in any process and row."""

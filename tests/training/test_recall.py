@@ -151,24 +151,36 @@ def test_a_mixture_keeps_its_shares():
     assert 70 < sum(kind == 1 for kind, _ in drawn) < 130
 
 
-def test_a_mix_is_trained_on_and_only_its_answers(tiny_model, small, tmp_path):
+def mixed_trainer(model, small, folder):
     sizes = {"segment_size": SEGMENT, "local_window": 300, "chunk_size": 32, "top_k": 2}
     memory = small(kv_source="shared", retrieval_layers="2-3", **sizes)
     config = TrainingConfig(
-        steps=3,
+        steps=6,
         rows=2,
         document_tokens=1280,
         accumulate=2,
         mix={"needles": 1, "text": 1},
         lora_rank=2,
         warmup_steps=0,
+        checkpoint_every=1,
     )
-    trainer = Trainer(
-        MemoryDecoder(tiny_model("Llama"), Letters(), memory), [filler()], config, folder=tmp_path / "run"
-    )
-    steps = trainer.run()
-    assert len(steps) == 3
-    assert all(step.loss > 0 for step in steps)
+    return Trainer(MemoryDecoder(model, Letters(), memory), [filler()], config, folder=folder)
+
+
+def test_a_mix_is_trained_on_and_resumes_to_the_same_losses(tiny_model, small, tmp_path):
+    whole = mixed_trainer(tiny_model("Llama"), small, tmp_path / "whole").run()
+    assert len(whole) == 6
+    assert all(step.loss > 0 for step in whole)
+
+    def stop(step):
+        if step.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mixed_trainer(tiny_model("Llama"), small, tmp_path / "cut").run(progress=stop)
+    assert list((tmp_path / "cut").glob("checkpoint-*"))
+    resumed = mixed_trainer(tiny_model("Llama"), small, tmp_path / "cut").run(resume=True)
+    assert [step.loss for step in resumed] == pytest.approx([step.loss for step in whole], abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def cut_off(run, at):
     [
         ({"kv_source": "shared", "gate_init": -1.0}, {"random_share": 0.3, "warmup_stage_steps": 6}),
         ({"kv_source": "latent"}, {"weight_decay": 0.1, "long_range_weight": 2.0, "warmup_steps": 8}),
+        ({"kv_source": "latent"}, {"rows": 3, "negatives": 2, "contrast": 2.0, "distill": 0.5}),
     ],
 )
 def test_the_losses_are_those_of_an_uninterrupted_run(trainer, tmp_path, memory, changes):
@@ -48,6 +49,7 @@ def test_the_losses_are_those_of_an_uninterrupted_run(trainer, tmp_path, memory,
     for one, other in zip(resumed, whole, strict=True):
         assert one.loss == pytest.approx(other.loss, abs=1e-6)
         assert one.long_range_loss == pytest.approx(other.long_range_loss, abs=1e-6)
+        assert one.gain == pytest.approx(other.gain, abs=1e-6)
         assert (one.tokens, one.lr) == (other.tokens, other.lr)
     lines = (tmp_path / "cut" / "curve.jsonl").read_text().splitlines()
     assert len(lines) == STEPS
