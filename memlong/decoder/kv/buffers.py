@@ -89,7 +89,8 @@ def turned(states: Tensor, angles: Angles | None, turn: Turn, out: Tensor | None
         return whole.view(rows, layers, heads, tokens, width)
     parts = [slice(start, start + step) for start in range(0, layers, step)]
     if torch.is_grad_enabled() and states.requires_grad:  # what has gradients is not overwritten
-        return torch.cat([turned(states[:, part], angles, turn) for part in parts], dim=1)
+        # Of slices, each gradient would be as large as all of them.
+        return torch.cat([turned(part, angles, turn) for part in states.split(step, dim=1)], dim=1)
     if out is None:
         out = torch.empty_like(states, memory_format=torch.contiguous_format)
     for part in parts:

@@ -171,6 +171,11 @@ def possible_ropes(call: RotaryCall, given: Tensor, head_dim: int) -> Iterator[L
 
 def _turned_in_halves(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = states.shape[-1] // 2
+    if torch.is_grad_enabled() and states.requires_grad:  # what has gradients is better not overwritten
+        first, second = states.split(half, dim=-1)
+        return torch.cat(
+            [(first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)], dim=-1
+        )
     turned = states * torch.cat([cos, cos], dim=-1)
     turned[..., :half].addcmul_(states[..., half:], sin, value=-1)
     turned[..., half:].addcmul_(states[..., :half], sin)

@@ -104,7 +104,14 @@ class BatchMemory:
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, kv_heads, tokens, head_dim] of a retrieval layer, if the window does not hold them."""
         number, place = self.places[layer]
-        return self.keys[number][:, place], self.values[number][:, place]
+        keys, values = self._by_layer[number]
+        return keys[place], values[place]
+
+    @cached_property
+    def _by_layer(self) -> tuple[tuple[tuple[Tensor, ...], ...], ...]:
+        """Keys and values of each layer of a group; taken at once, as are then their gradients."""
+        both = zip(self.keys, self.values, strict=True)
+        return tuple((keys.unbind(dim=1), values.unbind(dim=1)) for keys, values in both)
 
     def held(self, layer: int) -> LayerRoom:
         """What the room holds for a layer."""
@@ -231,6 +238,8 @@ def _batch(states: Sequence[Tensor | None]) -> Tensor:
     given = [state for state in states if state is not None]
     if len(states) == 1:
         return given[0][None]
+    if len(given) == len(states) and len({state.shape for state in given}) == 1:
+        return torch.stack(given)
     layers, heads, _, width = given[0].shape
     batch = given[0].new_zeros(len(states), layers, heads, max(state.shape[2] for state in given), width)
     for row, state in enumerate(states):
