@@ -1,19 +1,21 @@
 """What a memory recalls: generated facts that are asked for once they have left the local window.
 
-Episodes are those of `memlong train --mix`, with another seed and, best, another text than in training. An answer is
-right if each of its tokens is the likeliest. Every memory is also read with random chunks of its own bank in place of
-those retrieved, with the best chunks of another text, and without memory.
+Episodes are those of `memlong train --mix`, with another seed and, best, another text than in training. By default, a
+segment asks for one fact, and each fact is asked for once, so that its answer stands nowhere but where it was told. An
+answer is right if each of its tokens is the likeliest. Each question is also read with random chunks of the same bank
+in place of those retrieved, with the best chunks of other texts, and with none.
 
     python bench/recall.py --text essays.txt --tokens 8192
     python bench/recall.py --text essays.txt --tokens 8192 --adapter trained --name trained --json out/recall.json
+    python bench/recall.py --text essays.txt --tokens 65536 --asking 64 --adapter trained
     python bench/recall.py --text essays.txt --tokens 2048 --full --kinds needles
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,18 +26,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong.bank import Draft, MemoryBank
 from memlong.decoder import Choice
+from memlong.decoder.stream.retrieval import Retrieval
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import Share, read_text, tokenize
 from memlong.training import RandomChunks
-from memlong.training.chunks import ForeignChunks
+from memlong.training.chunks import Chosen, ForeignChunks
 from memlong.training.config import RECALL
 from memlong.training.documents import Episode
 from memlong.training.recall import RecallEpisodes
 from memlong.training.teacher import Lesson
 
-CHUNKS = ("retrieved", "random", "foreign")
-ROWS = 2  # episodes side by side, each of which is foreign to the other
+CONTROLS = ("random", "foreign", "none")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ class Recalled:
     loss: float
 
 
+class NoChunks(Choice):
+    """Retrieves nothing."""
+
+    def choose(self, bank: MemoryBank | Draft, query: Tensor, _config: MemoryConfig) -> Chosen | None:
+        """Return no chunk of the bank."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return Retrieval(query, nothing, nothing.float()), bank.fetch([])
+
+
 def main(
     text: Annotated[list[Path], typer.Option(help="File to hide facts in; repeatable.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
@@ -67,18 +79,20 @@ def main(
     maps: Annotated[Path | None, typer.Option(help="Maps of 'latent'.")] = None,
     memory_layer: Annotated[int | None, typer.Option(help="Memory layer of 'shared'.")] = None,
     retrieval_layers: Annotated[str, typer.Option(help="Retrieval layers.")] = "all",
+    retriever: Annotated[str | None, typer.Option(help="A retriever in place of the usual one.")] = None,
     kinds: Annotated[str, typer.Option(help=f"Of {', '.join(RECALL)}.")] = "dictionary,needles,variables",
-    chunks: Annotated[
-        str, typer.Option(help=f"Of {', '.join((*CHUNKS, 'none'))}.")
-    ] = "retrieved,random,foreign,none",
+    chunks: Annotated[str, typer.Option(help=f"Controls: of {', '.join(CONTROLS)}.")] = "random,foreign,none",
     full: Annotated[
         bool, typer.Option("--full", help="The model's full attention in place of a memory.")
     ] = False,
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of an episode.")] = 8192,
-    episodes: Annotated[int, typer.Option(min=1, help=f"Groups of {ROWS} episodes of each kind.")] = 1,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes of each kind.")] = 2,
+    questions: Annotated[int, typer.Option(min=1, help="Most questions in a segment.")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="Ask for a fact more than once.")] = False,
+    asking: Annotated[int | None, typer.Option(min=1, help="Only so many last segments ask.")] = None,
     local_window: Annotated[int, typer.Option(help="Local window.")] = 1024,
     segment_size: Annotated[int, typer.Option(help="Tokens between retrievals.")] = 256,
-    top_k: Annotated[int, typer.Option(help="Chunks retrieved.")] = 8,
+    top_k: Annotated[int | None, typer.Option(help="Chunks retrieved.")] = None,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'auto'.")] = "float32",
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Random seed; not that of the training.")] = 1000,
@@ -88,22 +102,25 @@ def main(
     ] = None,
 ) -> None:
     """Measure recall, kind by kind."""
-    wanted, asked = chunks.split(","), kinds.split(",")
-    if odd := [each for each in wanted if each not in (*CHUNKS, "none")]:
-        raise InvalidArgumentError(f"--chunks must be some of {', '.join((*CHUNKS, 'none'))}, got {odd[0]!r}")
-    decoder = _decoder(
-        model,
-        adapter,
-        dtype,
-        device,
-        kv_source,
-        maps,
-        memory_layer,
-        retrieval_layers,
-        local_window,
-        segment_size,
-        top_k,
-    )
+    wanted, asked = chunks.split(",") if chunks else [], kinds.split(",")
+    if odd := [each for each in wanted if each not in CONTROLS]:
+        raise InvalidArgumentError(f"--chunks must be some of {', '.join(CONTROLS)}, got {odd[0]!r}")
+    given = {} if retriever is None else {"retriever": retriever}
+    if top_k is not None:
+        given["top_k"] = top_k
+    if adapter is not None:
+        decoder = MemoryDecoder.from_pretrained(adapter, dtype=dtype, device=device, **given)
+    else:
+        config = MemoryConfig(
+            kv_source=kv_source,
+            maps=None if maps is None else str(maps),
+            memory_layer=memory_layer,
+            retrieval_layers=retrieval_layers,
+            local_window=local_window,
+            segment_size=segment_size,
+            **given,
+        )
+        decoder = MemoryDecoder(*load_model(model, dtype=dtype, device=device), config)
     config = decoder.config
     filler = [tokenize(decoder.tokenizer, read_text(path))[0] for path in text]
     sources = {
@@ -115,6 +132,9 @@ def main(
             segment_size=config.segment_size,
             local_window=config.local_window,
             seed=seed,
+            questions=questions,
+            again=again,
+            asked_from=0 if asking is None else max(0, tokens - asking * config.segment_size),
         )
         for kind in asked
     }
@@ -122,83 +142,69 @@ def main(
     systems = others.get("systems", {})
     memory = {each: value for each, value in config.as_dict().items() if each not in ("maps", "gates")}
     report = Report(json_file, {"model": model, "systems": systems}, device)
-    rows: list[Recalled] = []
-    for kind, source in sources.items():
-        for which in ["full attention"] if full else wanted:
-            bar = tqdm(total=episodes * tokens, unit="tok", desc=f"{kind}, {which}", leave=False)
-            found: list[tuple[bool, Tensor]] = []
-            with bar:
-                for number in range(episodes):
-                    group = [source[ROWS * number + row] for row in range(ROWS)]
-                    found += (
-                        _by_full_attention(decoder, group) if full else _answers(decoder, group, which, bar)
-                    )
-            losses = torch.cat([each for _, each in found])
-            share = Share.of([right for right, _ in found])
-            assert share is not None  # noqa: S101 - every episode asks
-            rows.append(Recalled(kind, which, tokens, share, float(losses.mean())))
-            typer.echo(f"{kind:12s} {which:15s} {share} of {share.trials} answers, loss {rows[-1].loss:.3f}")
-            systems[f"{name}, {tokens}"] = {"memory": memory, "rows": [asdict(row) for row in rows]}
-            report.add({"systems": systems})
+    found: dict[tuple[str, str], list[tuple[bool, Tensor]]] = {}
+    with tqdm(total=episodes * tokens * len(asked), unit="tok", leave=False) as bar:
+        for number in range(episodes):
+            group = {kind: source[number] for kind, source in sources.items()}
+            read = _by_full_attention(decoder, group) if full else _answers(decoder, group, wanted, bar)
+            for kind, which, right, losses in read:
+                found.setdefault((kind, which), []).append((right, losses))
+    rows = []
+    for (kind, which), judged in sorted(found.items()):
+        share = Share.of([right for right, _ in judged])
+        assert share is not None  # noqa: S101 - every episode asks
+        loss = float(torch.cat([losses for _, losses in judged]).mean())
+        rows.append(Recalled(kind, which, tokens, share, loss))
+        typer.echo(f"{kind:12s} {which:15s} {share} of {share.trials} answers, loss {loss:.3f}")
+    asks = {"questions": questions, "again": again, "asking": asking}
+    systems[f"{name}, {tokens}"] = {"memory": memory, **asks, "rows": [asdict(row) for row in rows]}
+    report.add({"systems": systems})
     report.end()
 
 
-def _decoder(
-    model: str,
-    adapter: Path | None,
-    dtype: str,
-    device: str,
-    kv_source: str,
-    maps: Path | None,
-    memory_layer: int | None,
-    retrieval_layers: str,
-    local_window: int,
-    segment_size: int,
-    top_k: int,
-) -> MemoryDecoder:
-    if adapter is not None:
-        return MemoryDecoder.from_pretrained(adapter, dtype=dtype, device=device)
-    config = MemoryConfig(
-        kv_source=kv_source,
-        maps=None if maps is None else str(maps),
-        memory_layer=memory_layer,
-        retrieval_layers=retrieval_layers,
-        local_window=local_window,
-        segment_size=segment_size,
-        top_k=top_k,
-    )
-    return MemoryDecoder(*load_model(model, dtype=dtype, device=device), config)
+Judged = tuple[str, str, bool, Tensor]
+"""Of an answer: what was asked, with which chunks, whether it is right, and the losses of its tokens."""
 
 
 def _answers(
-    decoder: MemoryDecoder, group: Sequence[Episode], chunks: str, bar: tqdm[None]
-) -> Iterator[tuple[bool, Tensor]]:
-    """Yield for each answer of some episodes whether it is right, and its tokens' losses."""
-    plain = MemoryDecoder(decoder.model, decoder.tokenizer, replace(decoder.config, backend=None))
-    reader = plain if chunks == "none" else decoder
-    choice: dict[str, Choice] = {
+    decoder: MemoryDecoder, group: Mapping[str, Episode], controls: Sequence[str], bar: tqdm[None]
+) -> Iterator[Judged]:
+    """Read episodes side by side, each of which is foreign to the others, and judge each answer."""
+    choices: dict[str, Choice] = {
         "random": RandomChunks(1.0, torch.Generator().manual_seed(0)),
-        "foreign": ForeignChunks(lambda: reader.banks),
+        "foreign": ForeignChunks(lambda: decoder.banks),
+        "none": NoChunks(),
     }
-    ids, size = torch.stack([episode.tokens for episode in group]), decoder.config.segment_size
-    with reader, torch.no_grad():
-        reader.reset(choice=choice.get(chunks))
+    ids, size = torch.stack([episode.tokens for episode in group.values()]), decoder.config.segment_size
+    with decoder, torch.no_grad():
         for start in range(0, ids.shape[1], size):
-            queries = [episode.queries.get(start) for episode in group]
-            (segment,) = reader.stream(ids[:, start : start + size], queries=queries)
-            for row, episode in enumerate(group):
-                following = slice(start + 1, start + size + 1)
-                yield from _judged(segment.logits[row], episode.tokens[following], episode.weights[following])
-            bar.update(size)
+            new, queries = (
+                ids[:, start : start + size],
+                [episode.queries.get(start) for episode in group.values()],
+            )
+            following = slice(start + 1, start + size + 1)
+            logits = {}
+            if any(episode.weights[following].any() for episode in group.values()):
+                for control in controls:
+                    tried = decoder.preview(new, queries=queries, choice=choices[control])
+                    logits[control] = tried.logits
+            (segment,) = decoder.stream(new, queries=queries)
+            logits["retrieved"] = segment.logits
+            for which, some in logits.items():
+                for row, (kind, episode) in enumerate(group.items()):
+                    judged = _judged(some[row], episode.tokens[following], episode.weights[following])
+                    yield from ((kind, which, right, losses) for right, losses in judged)
+            bar.update(new.numel())
 
 
-def _by_full_attention(decoder: MemoryDecoder, group: Sequence[Episode]) -> Iterator[tuple[bool, Tensor]]:
-    ids = torch.stack([episode.tokens for episode in group])
+def _by_full_attention(decoder: MemoryDecoder, group: Mapping[str, Episode]) -> Iterator[Judged]:
+    ids = torch.stack([episode.tokens for episode in group.values()])
     lesson = Lesson.of(decoder.model, ids, decoder.model.device)
-    for row, episode in enumerate(group):
+    for row, (kind, episode) in enumerate(group.items()):
         following = slice(1, None)
         right = lesson.ids[row, :-1, 0].cpu() == episode.tokens[following]
-        yield from _of_answers(right, lesson.losses[row, :-1].cpu(), episode.weights[following])
+        judged = _of_answers(right, lesson.losses[row, :-1].cpu(), episode.weights[following])
+        yield from ((kind, "full attention", *each) for each in judged)
 
 
 def _judged(logits: Tensor, targets: Tensor, weights: Tensor) -> Iterator[tuple[bool, Tensor]]:

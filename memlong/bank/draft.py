@@ -80,6 +80,12 @@ class Draft(Uncopied):
         """The id that the next chunk gets. Ids are above all of the bank's, and never used again."""
         return self._next_id
 
+    @property
+    def ids(self) -> torch.Tensor:
+        """Ids of all chunks [len], int64, ascending."""
+        own = torch.tensor([chunk.id for chunk in self._chunks], dtype=torch.int64, device="cpu")
+        return torch.cat([self._bank.ids, own])
+
     def mean_embedding(self) -> torch.Tensor:
         """Return the mean of the embeddings of bank and draft; as `MemoryBank.mean_embedding`."""
         own = [chunk.embedding for chunk in self._chunks]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _SHOWN = 100  # characters of a chunk
 
 
-@with_memory(without=("gate_init", "gates"))
+@with_memory(without=("gate_init", "gates", "null_chunk"))
 def ask(
     ctx: typer.Context,
     *,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memlong.evaluation import Perplexity
 
 
-@with_memory(without=("gate_init", "gates", "retrieve_every", "retrieve_for", "focus_tokens"))
+@with_memory(without=("gate_init", "gates", "null_chunk", "retrieve_every", "retrieve_for", "focus_tokens"))
 def perplexity(
     ctx: typer.Context,
     *,

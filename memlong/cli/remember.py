@@ -29,7 +29,9 @@ _SUFFIXES = (".md", ".txt")
 _NAMED = 3
 
 
-@with_memory(without=("gate_init", "gates", "retrieve_every", "focus_tokens"), retrieve_for="answers")
+@with_memory(
+    without=("gate_init", "gates", "null_chunk", "retrieve_every", "focus_tokens"), retrieve_for="answers"
+)
 def remember(
     ctx: typer.Context,
     *,

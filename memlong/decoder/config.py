@@ -72,6 +72,12 @@ class MemoryConfig:
         most=_LARGEST_GATE,
     )
     gates: str | None = setting(None, "Gates that training wrote, instead of gate_init.", metavar="FILE")
+    null_chunk: str | None = setting(
+        None,
+        "A chunk that training made, read in place of one of top_k.",
+        metavar="FILE",
+        needs_backend=True,
+    )
     retrieval_layers: str | Sequence[int] = setting(
         "all",
         "'all', or layers and ranges such as '15-29' or '3,7,11-13'.",

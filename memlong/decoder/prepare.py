@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from memlong.bank import TieredStore
 from memlong.bank.warn import warn_caller
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.kv.null_chunk import load_null_chunk
 from memlong.decoder.kv.sources import make_source
 from memlong.decoder.model.attention import attention_of
 from memlong.decoder.model.gates import make_gates
@@ -49,6 +50,8 @@ def prepare(
     like = cast("Tensor", model.get_input_embeddings().weight)
     source = make_source(config, model_layout, layers, like)
     layers = source.retrieval_layers  # those with retrieval heads
+    blocks = source.block_layout(config.chunk_size, model.dtype, model.device)
+    source.null_chunk = load_null_chunk(config, blocks)
     gates = make_gates(config, model_layout, layers, like)
     if config.attended_tokens is not None:
         _check_pages(model, model_layout, layers, like)

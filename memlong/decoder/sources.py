@@ -122,6 +122,8 @@ def sources_of(record: AttentionRecord) -> list[Source]:
     """Return the chunks that a record has, in any order."""
     found = []
     for (row, chunk), given in list(record.given.items()):
+        if chunk.span[1] <= 0:  # a null chunk, which no text has
+            continue
         shares = given / np.maximum(record.asked[row], 1.0)
         by_layer = dict(zip(record.layers, shares.tolist(), strict=True))
         found.append(Source(row, chunk.id, chunk.span, float(shares.mean()), by_layer))

@@ -33,7 +33,7 @@ class RandomChunks(Choice):
     def choose(self, bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig) -> Chosen | None:
         """Take as many of the bank's chunks as would be retrieved, at random, in the order of the text."""
         due = float(torch.rand(1, generator=self.generator, dtype=torch.float32, device="cpu")) < self.share
-        if not due or not isinstance(bank, MemoryBank):
+        if not due:
             return None
         stored = bank.ids
         some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.top_k]

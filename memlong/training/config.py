@@ -78,6 +78,12 @@ class TrainingConfig:
         metavar="NAME",
     )
     train_maps: bool = setting(True, "Train the maps of kv_source 'latent'.")
+    null_chunk: bool = setting(
+        False,
+        "Train a null chunk, read in place of one of top_k wherever any is retrieved.",
+        more="It takes up what helps whatever chunks hold, so that what is left to learn is to read their content. It "
+        "begins as the first chunk of the text.",
+    )
     train_gates: bool = setting(True, "Train the gates, if there are any.")
     gradient_checkpointing: bool = setting(
         False,

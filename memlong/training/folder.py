@@ -116,9 +116,10 @@ def holds_decoder(folder: Path, training: dict[str, Any], memory: dict[str, Any]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     ours = json.loads(json.dumps([training, memory], default=str))
-    for each in (*theirs, *ours):
-        for name in ("checkpoint_every", "store", "maps", "gates"):  # maps and gates are in the folder itself
-            each.pop(name, None)
+    for of_training, of_memory in (theirs, ours):
+        of_training.pop("checkpoint_every", None)
+        for name in ("store", "maps", "gates", "null_chunk"):  # all but the first are in the folder itself
+            of_memory.pop(name, None)
     return bool(theirs == ours)
 
 

@@ -1,4 +1,4 @@
-"""The trainable parts of a decoder: LoRA on upper layers, latent maps and gates; everything else is frozen."""
+"""The trainable parts of a decoder: LoRA on upper layers, latent maps, gates, a null chunk; all else is frozen."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ class TrainableParts:
         for part, wanted, prefix in (
             (self._maps, config.train_maps, "maps"),
             (decoder.gates, config.train_gates, "gates"),
+            (decoder.source.null_chunk, config.null_chunk, "null_chunk"),
         ):
             for name, parameter in part.named_parameters() if part is not None else ():
                 parameter.requires_grad_(wanted)

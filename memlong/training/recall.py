@@ -31,14 +31,13 @@ _NEEDLES = (
     ("There are {value} pages about the {name}.", "How many pages are about the {name}? There are"),
 )
 _REPEATED, _CONTINUED = 24, 24  # tokens
-_MOST_ASKED = 4  # in a segment
 _CHAINED = 0.3  # share of the variables that are assigned another
 
 Made = tuple[str, str, str]
 """The text of a fact, the question, and the answer."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Fact:
     """A fact in the text, as token ids.
 
@@ -72,6 +71,12 @@ class RecallEpisodes:
         Of the memory; a fact is asked for when it has left the window.
     seed
         Random seed.
+    questions
+        Most questions in a segment; what they retrieve with is all of them together.
+    again
+        Whether a fact may be asked for more than once, and so be found in its own answer.
+    asked_from
+        Number of the token from which on segments ask.
 
     Raises
     ------
@@ -91,6 +96,9 @@ class RecallEpisodes:
         segment_size: int,
         local_window: int,
         seed: int,
+        questions: int = 4,
+        again: bool = True,
+        asked_from: int = 0,
     ) -> None:
         if kind not in RECALL:
             raise InvalidArgumentError(f"kind must be one of {', '.join(map(repr, RECALL))}, got {kind!r}")
@@ -100,6 +108,7 @@ class RecallEpisodes:
             )
         self._kind, self._tokenizer, self._seed = kind, tokenizer, seed
         self._tokens, self._segment, self._window = tokens, segment_size, local_window
+        self._questions, self._again, self._asked_from = questions, again, asked_from
         self._filler = torch.cat([each.cpu() for each in filler]).tolist() if filler else []
         if len(self._filler) < segment_size:
             raise InvalidTextError(
@@ -127,15 +136,18 @@ class RecallEpisodes:
         while len(text) < self._tokens:
             start = len(text)
             end = start - start % self._segment + self._segment
-            asked = self._chosen(
-                self._repeated(text, random) if self._kind == "repeat" else facts, start, random
-            )
+            asked: list[_Fact] = []
+            if start >= self._asked_from:
+                due = self._repeated(text, random) if self._kind == "repeat" else facts
+                asked = self._chosen(due, start, random)
             if asked:
                 queries[start] = [token for fact in asked for token in fact.question]
             for fact in asked:
                 text += [*fact.question, *fact.answer]
                 weights += [0.0] * len(fact.question) + [1.0] * len(fact.answer)
                 fact.end = len(text)
+            if not self._again:
+                facts = [fact for fact in facts if fact not in asked]
             if asked:
                 text += self._line_end
             body = end - len(text)
@@ -176,7 +188,7 @@ class RecallEpisodes:
         due = [fact for fact in facts if fact.end <= start - self._window]
         chosen: list[_Fact] = []
         taken = 0
-        for place in random.permutation(len(due))[:_MOST_ASKED].tolist():
+        for place in random.permutation(len(due))[: self._questions].tolist():
             size = len(due[place].question) + len(due[place].answer)
             if chosen and taken + size > self._segment // 2:
                 break

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from memlong.bank.sessions.folders import absolute
 from memlong.decoder import MemoryConfig, MemoryDecoder
+from memlong.decoder.kv.null_chunk import NullChunk, check_top_k
 from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
 from memlong.decoder.persistence.strangers import declared_options
@@ -119,6 +120,9 @@ class Trainer:
         self.episodes = Episodes(documents, config.document_tokens, _least(decoder.config), config.seed)
         self._source = _source(decoder, config, self.episodes, documents)
         self._fingerprint = decoder.fingerprint()  # before the adapter is added
+        if config.null_chunk and decoder.source.null_chunk is None:
+            check_top_k(decoder.config)
+            decoder.source.null_chunk = _first_chunk(decoder, self.episodes[0].tokens)
         # The warmup stage uses the plain window; created before the adapter, as the decoder was.
         self._plain = (
             MemoryDecoder(decoder.model, decoder.tokenizer, replace(decoder.config, backend=None))
@@ -379,7 +383,7 @@ class Trainer:
             **{
                 f"memory.{name}": value
                 for name, value in memory.items()
-                if name not in ("store", "maps", "gates")
+                if name not in ("store", "maps", "gates", "null_chunk")
             },
             **{f"model.{name}": value for name, value in facts(self._fingerprint)},  # includes maps and gates
             "text": self.episodes.digest,
@@ -413,6 +417,18 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
 def _least(memory: MemoryConfig) -> int:
     """Return the length of the shortest episode that reads from memory, in tokens."""
     return memory.local_window + memory.segment_size
+
+
+@torch.no_grad()
+def _first_chunk(decoder: MemoryDecoder, text: Tensor) -> NullChunk:
+    """Return the first chunk of a text as a null chunk to train."""
+    with decoder:
+        decoder.reset()
+        decoder.read(text[None])
+        decoder.flush()
+        (bank,) = decoder.banks
+        found = bank.fetch(bank.ids[:1])
+    return NullChunk(found.keys[0], found.values[0])
 
 
 def _source(

@@ -161,3 +161,12 @@ def test_distillation_needs_trained_positions(decoder, documents, tmp_path):
     config = TrainingConfig(distill=0.5, document_tokens=4096)
     with pytest.raises(InvalidArgumentError, match="document_tokens must be at most 512 with distill"):
         Trainer(decoder(), [each.repeat(30) for each in documents], config, folder=tmp_path / "run")
+
+
+def test_a_preview_takes_random_chunks_too(three_rows, text):
+    following = text(8, rows=3, seed=9)
+    retrieved = three_rows.preview(following)
+    random = three_rows.preview(following, choice=RandomChunks(1.0, torch.Generator().manual_seed(0)))
+    assert not torch.equal(random.logits, retrieved.logits)
+    for found in random.retrievals:
+        assert sorted(found.ids.tolist()) == found.ids.tolist()

@@ -11,6 +11,7 @@ from torch import Tensor
 from memlong.bank import ChunkLayout
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.kv.latent import LatentMaps
+from memlong.decoder.kv.null_chunk import NullChunk
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.head_names import Heads, has_plain_heads, parse_heads
 from memlong.decoder.model.layer_names import ranges
@@ -25,10 +26,16 @@ class KvSource(ABC):
     ----------
     retrieval_layers
         The layers that attend to retrieved K-V.
+
+    Attributes
+    ----------
+    null_chunk
+        What is read beside all that is retrieved, in the form in which it is stored; None for nothing.
     """
 
     def __init__(self, retrieval_layers: tuple[int, ...]) -> None:
         self.retrieval_layers = retrieval_layers
+        self.null_chunk: NullChunk | None = None
 
     @property
     def heads(self) -> Heads | None:

@@ -45,7 +45,7 @@ _SAYS_NOTHING = {  # of a text configuration: names, and what decides how a mode
 _OF_TRAINING = {"aux", "dropout", "init", "initializer", "jitter", "layerdrop", "loss", "pdrop"}
 _OF_OTHERS = ("_", "audio_", "classifier_", "id2label", "label2id", "num_labels", "summary_", "vision_")
 _OF_TOKENS = ("_token_id", "_token_index")
-_UNSAID = {"retrieval_heads": "all"}  # what it means if a fingerprint does not say
+_UNSAID = {"retrieval_heads": "all", "null_chunk": None}  # what it means if a fingerprint does not say
 _SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
 
 
@@ -72,6 +72,7 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
         "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
         **{name: getattr(config, name) for name in _SIZES},
         **_heads(source),
+        **({} if source.null_chunk is None else {"null_chunk": module_digest(source.null_chunk)}),
     }
 
 

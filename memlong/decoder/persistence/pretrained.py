@@ -1,4 +1,4 @@
-"""A trained decoder as a folder: the peft adapter, maps, gates, and ``memlong.json``, which says what goes together."""
+"""A trained decoder as a folder: the peft adapter, maps, gates, a null chunk, and ``memlong.json``, which names all."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from memlong.plugins import Registry
 from memlong.versions import versions
 
 SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
+NULL_CHUNK = "null_chunk.safetensors"
 """Files of the folder, besides those of the adapter."""
 
 CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "store")
@@ -47,7 +48,7 @@ class Pretrained:
         The name under which `load_model` finds the model that the adapter belongs to; None if unknown, or on another
         host.
     config
-        The settings; maps and gates are named by their path.
+        The settings; maps, gates and null chunk are named by their path.
     has_adapter
         Whether weights of the model were trained.
     dtype
@@ -90,7 +91,13 @@ def write_pretrained(
             f"The folder {str(folder)!r} holds a model, which would be loaded with this adapter from now on: name "
             "another folder"
         )
-    memory = replace(config, maps=MAPS if maps else None, gates=GATES if gates else None).as_dict()
+    null_chunk = setup.source.null_chunk
+    memory = replace(
+        config,
+        maps=MAPS if maps else None,
+        gates=GATES if gates else None,
+        null_chunk=NULL_CHUNK if null_chunk else None,
+    ).as_dict()
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
     memory |= declared_options(config, setup.registry)
     facts = {
@@ -116,6 +123,8 @@ def write_pretrained(
                 maps.save(temporary / MAPS)
             if gates is not None:
                 gates.save(temporary / GATES)
+            if null_chunk is not None:
+                null_chunk.save(temporary / NULL_CHUNK)
             settings = temporary / SETTINGS
             settings.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             # Without it there is no decoder: better none than a mix of old and new parts.

@@ -49,7 +49,7 @@ def chosen_config(
     unknown = memory.keys() - {each.name for each in fields(MemoryConfig)}
     if unknown:
         raise TypeError(f"memory holds {', '.join(sorted(unknown))}, which are not settings")
-    for field in ("maps", "gates"):
+    for field in ("maps", "gates", "null_chunk"):
         if memory.get(field):
             if Path(memory[field]).name != memory[field]:
                 raise ValueError(f"{field} must be the name of a file in the folder, got {memory[field]!r}")

@@ -67,7 +67,8 @@ class StreamBatch:
     ) -> None:
         choices = choice if isinstance(choice, Sequence) else [choice] * len(banks)
         self.streams = tuple(
-            TokenStream(setup.config, bank, each) for bank, each in zip(banks, choices, strict=True)
+            TokenStream(setup.config, bank, each, setup.source.null_chunk)
+            for bank, each in zip(banks, choices, strict=True)
         )
         self.use_banks(banks)
         self._setup = setup

@@ -61,7 +61,7 @@ def memory_positions(config: MemoryConfig, placement: Placement, spans: Ints) ->
     """Return positions [chunks * chunk_size] of a row's retrieved chunks, whose ``spans`` [chunks, 2] ascend."""
     steps = np.arange(config.chunk_size)
     if config.position_mode == "original":
-        return (spans[:, :1] + steps).ravel()
+        return (np.maximum(spans[:, :1], 0) + steps).ravel()  # a null chunk lies before the text
     count = len(spans) * config.chunk_size
     if config.position_mode == "zero":
         return np.full(count, placement.window_start - 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from memlong.bank import Chunks, Draft, MemoryBank
 from memlong.decoder.arrays import Ints
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.kv.null_chunk import NullChunk, null_span
 from memlong.decoder.retrievers.base import Candidates, Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -78,6 +79,12 @@ class StreamMemory:
         blocks = tuple(Block(*sides) for sides in zip(chunks.keys, chunks.values, strict=True))
         return cls(blocks, chunks.spans, tuple(ids) if min(ids) >= 0 else ())
 
+    def after(self, chunk: NullChunk) -> StreamMemory:
+        """Return this memory after a null chunk, whose id is −1."""
+        first = Block(chunk.keys, chunk.values)
+        spans = torch.cat([null_span(chunk.keys.shape[2]), self.spans])
+        return StreamMemory((first, *self.blocks), spans, (-1, *self.ids) if self.ids else ())
+
     @property
     def tokens(self) -> int:
         """Number of retrieved tokens."""
@@ -86,12 +93,17 @@ class StreamMemory:
     @property
     def keys(self) -> Tensor:
         """Keys of all chunks, joined in one copy [layers, kv_heads, tokens, head_dim]."""
-        return torch.cat([block.keys for block in self.blocks], dim=2)
+        return _joined([block.keys for block in self.blocks])
 
     @property
     def values(self) -> Tensor:
         """Values of all chunks, as `keys`."""
-        return torch.cat([block.values for block in self.blocks], dim=2)
+        return _joined([block.values for block in self.blocks])
+
+
+def _joined(states: Sequence[Tensor]) -> Tensor:
+    """Join [layers, kv_heads, tokens, head_dim] in the dtype of the last; training keeps a null chunk in float32."""
+    return torch.cat([each.to(states[-1].dtype) for each in states], dim=2)
 
 
 class Choice(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 from weakref import ref
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from memlong.bank import ChunkLayout, Draft, MemoryBank
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.config import MemoryConfig
+from memlong.decoder.kv.null_chunk import NullChunk
 from memlong.decoder.persistence.saved_values import fact_of, tensor_of
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.stream.attention_record import HeldChunk
@@ -62,8 +64,12 @@ class TokenStream:
         config: MemoryConfig,
         bank: MemoryBank | Draft | None,
         choice: Choice | None = None,
+        null_chunk: NullChunk | None = None,
     ) -> None:
         self.config = config
+        self._null_chunk = null_chunk
+        # It takes the place of one of top_k.
+        self._retrieving = replace(config, top_k=config.top_k - 1) if null_chunk is not None else config
         self.use_bank(bank)
         self.choice = choice
         self.query_length = config.query_length
@@ -214,16 +220,18 @@ class TokenStream:
     def retrieve(self, query: Tensor, retriever: Retriever) -> None:
         """Retrieve chunks for the embedding [dim] of its query."""
         assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
-        chosen = None if self.choice is None else self.choice.choose(self.bank, query, self.config)
+        chosen = None if self.choice is None else self.choice.choose(self.bank, query, self._retrieving)
         if chosen is not None:
             self.retrieval, chunks = chosen
             self.memory = StreamMemory.of_chunks(chunks)
         else:
             reranking = Reranking(retriever, self.query()) if retriever.candidates else None
             self.retrieval, self.memory = retrieve_chunks(
-                self.bank, query, self.config, self._before, reranking
+                self.bank, query, self._retrieving, self._before, reranking
             )
         self._before = self.memory
+        if self._null_chunk is not None and self.memory is not None:
+            self.memory = self.memory.after(self._null_chunk)
         self._memory_from = self._weak_bank()
 
     def held_chunks(self) -> list[HeldChunk]:
@@ -231,7 +239,9 @@ class TokenStream:
         if self.memory is None:
             return []
         spans: list[list[int]] = self.memory.spans.tolist()
-        ids = [None if Draft.is_own(each) else each for each in self.memory.ids] or [None] * len(spans)
+        ids = [None if Draft.is_own(each) or each < 0 else each for each in self.memory.ids] or [None] * len(
+            spans
+        )
         return [
             HeldChunk(self._memory_from, each, (start, end))
             for each, (start, end) in zip(ids, spans, strict=True)
