@@ -78,6 +78,13 @@ class TrainingConfig:
         metavar="NAME",
     )
     train_maps: bool = setting(True, "Train the maps of kv_source 'latent'.")
+    gradient_chunks: int = setting(
+        0,
+        "Latest chunks of a row that gradients reach beyond their stored form, to train what makes it.",
+        more="The K-V of these chunks is kept beside the bank, and the encoding of the maps of kv_source 'latent' is "
+        "trained as well as the decoding.",
+        least=0,
+    )
     null_chunk: bool = setting(
         False,
         "Train a null chunk, read in place of one of top_k wherever any is retrieved.",

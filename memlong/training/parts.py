@@ -51,6 +51,13 @@ class TrainableParts:
                 f"gradient_checkpointing must be False, as {type(self._model).__name__} does not support it, got True"
             )
         self._model.requires_grad_(False)
+        if config.gradient_chunks and not (isinstance(decoder.source, LatentSource) and config.train_maps):
+            raise InvalidArgumentError(
+                "gradient_chunks must be 0 unless maps are trained (kv_source 'latent'), as nothing else makes a "
+                f"stored form that could be trained, got {config.gradient_chunks}"
+            )
+        self._source = decoder.source
+        self._source.gradient_chunks = config.gradient_chunks
         if config.lora_rank:
             self._add_lora(decoder, config)
         self._maps = decoder.source.maps if isinstance(decoder.source, LatentSource) else None
@@ -60,8 +67,9 @@ class TrainableParts:
             (decoder.source.null_chunk, config.null_chunk, "null_chunk"),
         ):
             for name, parameter in part.named_parameters() if part is not None else ():
-                parameter.requires_grad_(wanted)
-                if wanted:
+                learns = wanted and (name != "encode" or config.gradient_chunks > 0)
+                parameter.requires_grad_(learns)
+                if learns:
                     self.parameters[f"{prefix}.{name}"] = parameter
         if not self.parameters:
             raise InvalidArgumentError(
@@ -92,6 +100,7 @@ class TrainableParts:
             if not name.startswith("gates."):
                 parameter.data = parameter.data.to(self._model.dtype)
             parameter.requires_grad_(False)
+        self._source.gradient_chunks = 0
         if self._maps is not None:
             self._maps.round_to_saved()
 

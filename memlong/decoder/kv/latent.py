@@ -52,7 +52,7 @@ class LatentMaps(nn.Module):
             )
         self.layers = layers
         self.register_buffer("mean", mean)
-        self.register_buffer("encode", encode)
+        self.encode = nn.Parameter(encode, requires_grad=False)  # until training sets it
         self.decode = nn.Parameter(decode)
 
     @property
@@ -64,8 +64,9 @@ class LatentMaps(nn.Module):
         """Return latent vectors [tokens, dim] of un-rotated keys, and values, [layers, kv_heads, tokens, head_dim]."""
         # [2, layers, kv_heads, tokens, head_dim]
         states = torch.stack([keys, values]) - self.mean[:, :, :, None]
+        encode: Tensor = self.encode
         # [tokens, 2 * layers * kv_heads * head_dim] @ [2 * layers * kv_heads * head_dim, dim]
-        return states.permute(3, 0, 1, 2, 4).flatten(1) @ self.encode.flatten(0, 3)
+        return states.permute(3, 0, 1, 2, 4).flatten(1) @ encode.flatten(0, 3).to(states.dtype)
 
     def from_latent(self, latent: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return un-rotated keys, and values, [layers, kv_heads, tokens, head_dim], for vectors [tokens, dim]."""

@@ -31,11 +31,14 @@ class KvSource(ABC):
     ----------
     null_chunk
         What is read beside all that is retrieved, in the form in which it is stored; None for nothing.
+    gradient_chunks
+        Of how many of its latest chunks a stream keeps the K-V, so that gradients reach what makes their stored form.
     """
 
     def __init__(self, retrieval_layers: tuple[int, ...]) -> None:
         self.retrieval_layers = retrieval_layers
         self.null_chunk: NullChunk | None = None
+        self.gradient_chunks = 0
 
     @property
     def heads(self) -> Heads | None:
@@ -54,6 +57,10 @@ class KvSource(ABC):
     @abstractmethod
     def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return what is stored of tokens ``start`` to ``end`` as keys and values [layers, heads, tokens, width]."""
+
+    def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stored form of un-rotated K-V [layers, heads, tokens, width] of the stored layers."""
+        return keys, values
 
     @abstractmethod
     def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,8 +254,11 @@ class LatentSource(KvSource):
 
     def collect(self, window: LocalWindow, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """The latent vectors' halves."""
-        latent = self.maps.to_latent(*window.stacked(row, start, end, self.retrieval_layers))
-        first, second = latent[None, None].chunk(2, dim=-1)
+        return self.stored(*window.stacked(row, start, end, self.retrieval_layers))
+
+    def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent vectors' halves."""
+        first, second = self.maps.to_latent(keys, values)[None, None].chunk(2, dim=-1)
         return first, second
 
     def supply(self, layers: tuple[int, ...], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

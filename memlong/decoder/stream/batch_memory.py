@@ -19,7 +19,7 @@ from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.rope import AngleCache
 from memlong.decoder.pages.choice import PageBudget, Sketch
 from memlong.decoder.pages.room import LayerRoom, Room
-from memlong.decoder.stream.retrieval import StreamMemory
+from memlong.decoder.stream.retrieval import Block, StreamMemory
 from memlong.decoder.stream.token_stream import TokenStream
 
 
@@ -221,6 +221,8 @@ class MemoryLoader:
         positions = np.stack([np.pad(mine, (0, width - len(mine))) for mine in each])
         valid = np.arange(width) < np.array([[len(mine)] for mine in each])
         angles = AngleCache(to_device(torch.from_numpy(positions), self._device))
+        if torch.is_grad_enabled():
+            memories = [self._made_again(stream) for stream in streams]
         joined = [(memory.keys, memory.values) if memory else None for memory in memories]
         keys, values = [], []
         for group in self._groups:
@@ -229,8 +231,17 @@ class MemoryLoader:
             keys.append(turned(raw, angles.of(group.rope), group.rope.rotated) if rotate else raw)
             values.append(mine)
         late = None if rotate else angles
-        made_of = tuple(memories)
+        made_of = tuple(stream.memory for stream in streams)
         return BatchMemory(positions, valid, self._layers, tuple(keys), tuple(values), late, made_of=made_of)
+
+    def _made_again(self, stream: TokenStream) -> StreamMemory | None:
+        """Return what a stream has retrieved, with the stored form of its latest chunks made again, for gradients."""
+        memory = stream.memory
+        if memory is None or not stream.latest:
+            return memory
+        found = {each: stream.latest[each] for each in stream.latest.keys() & set(memory.ids)}
+        made = {each: Block(*self._source.stored(raw.keys, raw.values)) for each, raw in found.items()}
+        return memory.with_blocks(made)
 
 
 def _batch(states: Sequence[Tensor | None]) -> Tensor:

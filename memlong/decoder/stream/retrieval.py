@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -57,7 +57,7 @@ class StreamMemory:
     spans
         Its tokens [chunks, 2].
     ids
-        Its id; empty where they are not known.
+        Its id, −1 of one that is not the bank's; empty where they are not known.
     """
 
     blocks: tuple[Block, ...]
@@ -77,13 +77,20 @@ class StreamMemory:
             return None
         ids = chunks.ids.tolist()
         blocks = tuple(Block(*sides) for sides in zip(chunks.keys, chunks.values, strict=True))
-        return cls(blocks, chunks.spans, tuple(ids) if min(ids) >= 0 else ())
+        return cls(blocks, chunks.spans, tuple(ids))
 
     def after(self, chunk: NullChunk) -> StreamMemory:
         """Return this memory after a null chunk, whose id is −1."""
         first = Block(chunk.keys, chunk.values)
         spans = torch.cat([null_span(chunk.keys.shape[2]), self.spans])
         return StreamMemory((first, *self.blocks), spans, (-1, *self.ids) if self.ids else ())
+
+    def with_blocks(self, blocks: Mapping[int, Block]) -> StreamMemory:
+        """Return this memory with other blocks of some chunks, by id."""
+        if not self.ids:
+            return self
+        both = zip(self.ids, self.blocks, strict=True)
+        return replace(self, blocks=tuple(blocks.get(each, block) for each, block in both))
 
     @property
     def tokens(self) -> int:

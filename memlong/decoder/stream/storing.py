@@ -13,6 +13,7 @@ from memlong.decoder.persistence.fingerprint import origin_of
 from memlong.decoder.retrievers.base import Passage
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.banks import check_origins
+from memlong.decoder.stream.retrieval import Block
 from memlong.decoder.stream.token_stream import TokenStream
 
 
@@ -39,9 +40,24 @@ def store_chunks(
         check_origins([own], origin_of(setup))  # another decoder has stored there since
         stream.bank_origin = own.origin
     stream.storing_from = bank.next_id
+    if setup.source.gradient_chunks and own is not None:
+        _keep_latest(
+            setup,
+            stream,
+            own.next_id,
+            window.stacked(row, chunks[0].start, chunks[-1].end, setup.source.stored_layers),
+        )
     bank.add(embeddings, _in_chunks(keys, size), _in_chunks(values, size), spans, check_first=False)
     if own is not None and is_first:
         own.origin = stream.bank_origin = origin_of(setup)
+
+
+def _keep_latest(setup: Setup, stream: TokenStream, first_id: int, states: tuple[Tensor, Tensor]) -> None:
+    """Keep the K-V of new chunks, and forget that of older ones."""
+    each = zip(*(side.split(setup.config.chunk_size, dim=2) for side in states), strict=True)
+    stream.latest |= {first_id + place: Block(*both) for place, both in enumerate(each)}
+    for old in sorted(stream.latest)[: -setup.source.gradient_chunks]:
+        del stream.latest[old]
 
 
 def _in_chunks(states: Tensor, size: int) -> Tensor:

@@ -21,6 +21,7 @@ from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.stream.attention_record import HeldChunk
 from memlong.decoder.stream.positions import Placement, memory_positions, placement_of
 from memlong.decoder.stream.retrieval import (
+    Block,
     Choice,
     Placed,
     Reranking,
@@ -53,6 +54,8 @@ class TokenStream:
         What the stream attends to, and how it was found; None for nothing.
     next_query
         The next query, if it is not the text just before the next segment.
+    latest
+        Un-rotated K-V of the latest chunks by id, if gradients are to reach what makes their stored form.
     storing_from
         The bank's next id when chunks were last given to it, until they have left the window.
     ahead
@@ -88,6 +91,7 @@ class TokenStream:
         self.bank = bank
         self.bank_origin = bank.origin if isinstance(bank, MemoryBank) else None
         self.storing_from: int | None = None
+        self.latest: dict[int, Block] = {}
         self._before: StreamMemory | None = None  # what the bank gave last
 
     @property
