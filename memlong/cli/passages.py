@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlong.errors import InvalidTextError
+from memlong.errors import InvalidArgumentError, InvalidTextError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_LEAST_FOR_FACTS = 512
 
 
 def passages_of(
@@ -37,4 +40,37 @@ def passages_of(
             )
         places = torch.linspace(0, len(whole) - 1, min(passages, len(whole))).round().long().tolist()
         chosen += [whole[place] for place in places]
+    return chosen
+
+
+def passages_of_facts(
+    tokenizer: Any, filler: Sequence[Tensor], *, passages: int, passage_tokens: int, seed: int
+) -> list[Tensor]:
+    """Return passages of generated facts of each kind, hidden in texts of token ids [tokens].
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTextError
+        If passages are too short for a fact and a question, or there is too little text.
+    """
+    from memlong.training.recall import RecallEpisodes
+
+    if passage_tokens < _LEAST_FOR_FACTS:
+        raise InvalidArgumentError(
+            f"--passage-tokens must be at least {_LEAST_FOR_FACTS} with --facts, for facts and the questions after "
+            f"them, got {passage_tokens}"
+        )
+    chosen: list[Tensor] = []
+    for kind in ("dictionary", "needles", "variables"):
+        quarter = passage_tokens // 4
+        source = RecallEpisodes(
+            kind,
+            tokenizer,
+            filler,
+            tokens=passage_tokens,
+            segment_size=quarter,
+            local_window=quarter,
+            seed=seed,
+        )
+        chosen += [source[number].tokens[None] for number in range(passages)]
     return chosen

@@ -3,7 +3,7 @@
 This is a principal component analysis in coordinates where distances measure the effect of errors. An error in a key
 changes attention logits by its product with queries, and so the mix of values; an error in a value passes through the
 output projection into the residual stream. Both are measured relative to the norm of that stream, which makes layers
-comparable.
+comparable. Where one layer's K-V is the latent vector, only the way back is fitted, by ridge regression.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from memlong.bank.store.copying import to_device
 from memlong.decoder.kv.latent import LatentMaps
 from memlong.decoder.model.kernels import Attend, Output
 from memlong.decoder.model.layer_names import parse_layers, ranges
+from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.probe import probe
 from memlong.decoder.model.rope import AngleCache
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
 from memlong.training.projections import ProjectionWatch, check_passages
 
+_USUAL = 1152  # dimension of a latent vector
+_RIDGE = 1e-3  # of the mean variance of a memory layer's K-V
 _SMALLEST = 1e-4  # floor on a direction's importance, relative to the most important one
 
 
@@ -32,7 +35,8 @@ def fit_latent_maps(
     model: PreTrainedModel,
     passages: Sequence[Tensor],
     *,
-    dim: int = 1152,
+    dim: int | None = None,
+    memory_layer: int | None = None,
     layers: str = "all",
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
@@ -48,7 +52,11 @@ def fit_latent_maps(
         window; 16 passages of 1,024 tokens suffice. Their K-V is held in RAM as float32.
     dim
         Dimension of the latent vector: even, less than the number of tokens, and at most the number of values it
-        replaces.
+        replaces. By default 1,152, or the size of the memory layer's K-V.
+    memory_layer
+        One of the retrieval layers, whose keys and values are then the latent vector as they are: the K-V that MemLong
+        shares among all (arXiv 2408.16967), read by each layer through a map of its own, which is fitted by ridge
+        regression.
     layers
         The retrieval layers, as in `MemoryConfig`.
     progress
@@ -59,8 +67,8 @@ def fit_latent_maps(
     Raises
     ------
     InvalidArgumentError
-        If a passage is not token ids of the model, there is too little text for ``dim``, a layer does not exist, or
-        keys or values are not finite.
+        If a passage is not token ids of the model, there is too little text for ``dim``, a layer does not exist,
+        ``dim`` and ``memory_layer`` are both given, or keys or values are not finite.
     UnsupportedModelError
         If memory does not attach to the model, or its attention has no linear output projection.
     """
@@ -78,6 +86,10 @@ def fit_latent_maps(
         )
     check_passages(passages, layout)
     tokens = sum(passage.shape[1] for passage in passages)
+    if memory_layer is not None:
+        dim = _size_of(memory_layer, chosen, layout, dim)
+    elif dim is None:
+        dim = _USUAL
     if not isinstance(dim, int) or dim < 2 or dim % 2 or dim >= tokens:
         raise InvalidArgumentError(
             f"dim must be an even integer of at least 2, and less than the {tokens} tokens of text, got {dim}: give "
@@ -102,6 +114,8 @@ def fit_latent_maps(
         )
     mean = states.mean(dim=0)
     states -= mean
+    if memory_layer is not None:
+        return _of_one_layer(chosen, mean, states, chosen.index(memory_layer))
     key_scale, value_scale = _importance(states, watch)
     states[:, 0] *= key_scale
     states[:, 1] = torch.einsum("nlhd,lhde->nlhe", states[:, 1], value_scale)
@@ -115,6 +129,36 @@ def fit_latent_maps(
     encode[1] = torch.einsum("lhde,lher->lhdr", value_scale, basis[1])
     decode[1] = torch.einsum("lhde,lher->lhdr", torch.linalg.inv(value_scale), basis[1])
     return LatentMaps(chosen, mean, encode, decode)
+
+
+def _size_of(memory_layer: int, chosen: tuple[int, ...], layout: ModelLayout, dim: int | None) -> int:
+    if memory_layer not in chosen:
+        raise InvalidArgumentError(
+            f"memory_layer must be one of the retrieval layers {ranges(chosen)}, got {memory_layer}"
+        )
+    size = layout.layers[memory_layer].shape.numbers
+    if dim is not None and dim != size:
+        raise InvalidArgumentError(
+            f"dim must be left out with memory_layer, whose K-V has {size} numbers, got {dim}"
+        )
+    return size
+
+
+def _of_one_layer(layers: tuple[int, ...], mean: Tensor, states: Tensor, place: int) -> LatentMaps:
+    """Return maps whose latent vector is the K-V of the layer at a place.
+
+    ``states`` [tokens, 2, layers, kv_heads, head_dim] are centered.
+    """
+    latent = states[:, :, place].flatten(1)
+    dim = latent.shape[1]
+    gram = latent.T @ latent
+    gram.diagonal().add_(_RIDGE * float(gram.diagonal().mean()))
+    decode = torch.linalg.solve(gram, latent.T @ states.flatten(1)).T.reshape(*mean.shape, dim).contiguous()
+    encode = torch.zeros_like(decode)
+    same = torch.eye(dim, dtype=decode.dtype, device=decode.device).view(*mean[:, place].shape, dim)
+    encode[:, place] = same
+    decode[:, place] = same
+    return LatentMaps(layers, mean, encode, decode)
 
 
 def _importance(states: Tensor, watch: _Watch) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from memlong.cli.app import make_app
+from memlong.cli.passages import passages_of_facts
 from memlong.errors import InvalidArgumentError, InvalidTextError
 
 
@@ -53,3 +56,32 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(fit, tmp_path):
 
 def test_more_numbers_than_tokens_are_refused(fit):
     assert "give more text, or a smaller dim" in str(fit("--dim", 400).exception)
+
+
+def test_one_layers_kv_as_the_vector(fit, tmp_path):
+    assert "dim must be left out with memory_layer" in str(fit("--memory-layer", 1).exception)
+
+
+def test_short_passages_have_no_room_for_facts(fit):
+    assert "--passage-tokens must be at least 512 with --facts" in str(fit("--facts", 1).exception)
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    def __call__(self, text, **options):
+        return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def build_inputs_with_special_tokens(self, ids):
+        return ids
+
+
+def test_passages_of_facts_hold_names_and_numbers():
+    words = " ".join(f"word{'abcdefghij'[n // 10]}{'abcdefghij'[n % 10]}" for n in range(100))
+    filler = [torch.tensor([ord(letter) for letter in words * 4])]
+    found = passages_of_facts(Letters(), filler, passages=2, passage_tokens=1024, seed=0)
+    assert [tuple(each.shape) for each in found] == [(1, 1024)] * 6
+    assert all(any(chr(token).isdigit() for token in each[0].tolist()) for each in found[2:])

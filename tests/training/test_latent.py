@@ -50,3 +50,43 @@ def test_a_layer_on_disk_is_fitted_like_any(tiny_model, text, tmp_path):
 def test_what_is_no_passage_is_refused(llama, passage, words):
     with pytest.raises(InvalidArgumentError, match=words):
         fit_latent_maps(llama, [passage], dim=8)
+
+
+def test_one_layers_kv_is_the_vector_and_all_are_read_from_it(llama, text):
+    maps = fit_latent_maps(llama, [text(200)], memory_layer=1)
+    keys, values = torch.randn(2, LAYERS, *maps.mean.shape[2:3], 7, maps.mean.shape[3])
+    latent = maps.to_latent(keys, values)
+    back_keys, back_values = maps.from_latent(latent, maps.layers)
+    torch.testing.assert_close(back_keys[1], keys[1])
+    torch.testing.assert_close(back_values[1], values[1])
+    mean = maps.mean[:, 1, :, None]
+    torch.testing.assert_close(
+        latent, (torch.stack([keys[1], values[1]]) - mean).permute(2, 0, 1, 3).flatten(1)
+    )
+    assert maps.dim == maps.mean[:, 1].numel()
+
+
+def test_maps_from_one_layer_are_those_of_a_regression(llama, text, monkeypatch):
+    seen = {}
+    states = latent._Watch.states
+    monkeypatch.setattr(
+        latent._Watch, "states", lambda self: seen.setdefault("kv", states(self).clone()).clone()
+    )
+    maps = fit_latent_maps(llama, [text(400)], memory_layer=1)
+    kv = (seen["kv"] - maps.mean).double()
+    inputs, wanted = kv[:, :, 1].flatten(1), kv[:, :, 3].flatten(1)
+    penalty = 1e-3 * float(inputs.square().sum(dim=0).mean())
+    rows = torch.cat([inputs, penalty**0.5 * torch.eye(inputs.shape[1], dtype=inputs.dtype)])
+    targets = torch.cat([wanted, wanted.new_zeros(inputs.shape[1], wanted.shape[1])])
+    expected = torch.linalg.lstsq(rows, targets).solution
+    found = maps.decode.detach()[:, 3].flatten(0, 2).T.double()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_a_memory_layer_must_be_one_of_the_layers_and_gives_the_size(llama, text):
+    with pytest.raises(
+        InvalidArgumentError, match="memory_layer must be one of the retrieval layers 2-3, got 1"
+    ):
+        fit_latent_maps(llama, [text(200)], memory_layer=1, layers="2-3")
+    with pytest.raises(InvalidArgumentError, match="dim must be left out with memory_layer"):
+        fit_latent_maps(llama, [text(200)], memory_layer=1, dim=2)
