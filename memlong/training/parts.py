@@ -8,11 +8,13 @@ from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memlong.decoder import MemoryConfig, MemoryDecoder
+from memlong.decoder.kv.latent import LatentMaps
 from memlong.decoder.kv.sources import LatentSource, shared_memory_layer
 from memlong.decoder.model.probe import probe
 from memlong.errors import InvalidArgumentError, MissingDependencyError
@@ -61,6 +63,8 @@ class TrainableParts:
         if config.lora_rank:
             self._add_lora(decoder, config)
         self._maps = decoder.source.maps if isinstance(decoder.source, LatentSource) else None
+        if self._maps is not None and config.gradient_chunks:
+            _scale_encoding(self._maps)
         for part, wanted, prefix in (
             (self._maps, config.train_maps, "maps"),
             (decoder.gates, config.train_gates, "gates"),
@@ -68,6 +72,7 @@ class TrainableParts:
         ):
             for name, parameter in part.named_parameters() if part is not None else ():
                 learns = wanted and (name != "encode" or config.gradient_chunks > 0)
+                name = name.removeprefix("parametrizations.").removesuffix(".original")
                 parameter.requires_grad_(learns)
                 if learns:
                     self.parameters[f"{prefix}.{name}"] = parameter
@@ -96,6 +101,9 @@ class TrainableParts:
 
     def freeze(self) -> None:
         """Freeze everything and convert it to the model's dtype, so that it equals what is saved."""
+        if self._maps is not None and is_parametrized(self._maps, "encode"):
+            remove_parametrizations(self._maps, "encode")
+            self.parameters["maps.encode"] = cast("nn.Parameter", self._maps.encode)
         for name, parameter in self.parameters.items():
             if not name.startswith("gates."):
                 parameter.data = parameter.data.to(self._model.dtype)
@@ -141,6 +149,36 @@ class TrainableParts:
         if not self._shares:
             return layer >= self._first
         return layer > self._first or (layer == self._first and name.rpartition(".")[2] in _APART)
+
+
+class _Scaled(nn.Module):
+    """Multiplies a parameter by constants."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """Return the product."""
+        return parameter * self.scale
+
+    def right_inverse(self, product: Tensor) -> Tensor:
+        """Return the parameter."""
+        return product / self.scale
+
+
+def _scale_encoding(maps: LatentMaps) -> None:
+    """Train the encoding in units in which each channel of K-V is as large as the decoding.
+
+    A step of Adam is about as large as the learning rate, whatever the parameter, and weights of channels differ by
+    orders of magnitude.
+    """
+    with torch.no_grad():
+        size = maps.encode.float().square().mean(dim=-1, keepdim=True).sqrt()
+        scale = (size / maps.decode.float().square().mean().sqrt()).clamp(min=torch.finfo(torch.float32).tiny)
+    register_parametrization(maps, "encode", _Scaled(scale))
 
 
 def usual_retrieval_layers(model: PreTrainedModel, config: MemoryConfig) -> str:
