@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +63,13 @@ class Recalled:
     loss: float
 
 
+class RetrieveFor(StrEnum):
+    """Which segments retrieve."""
+
+    ALL = "all"
+    ANSWERS = "answers"
+
+
 class NoChunks(Choice):
     """Retrieves nothing."""
 
@@ -71,14 +79,31 @@ class NoChunks(Choice):
         return Retrieval(query, nothing, nothing.float()), bank.fetch([])
 
 
+@dataclass
+class WhereAsked(Choice):
+    """Retrieves for questions alone.
+
+    Attributes
+    ----------
+    asks
+        Whether the coming segment has a question.
+    """
+
+    asks: bool = False
+
+    def choose(self, bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig) -> Chosen | None:
+        """Return no chunk, or leave it to the retriever."""
+        return None if self.asks else NoChunks().choose(bank, query, config)
+
+
 def main(
     text: Annotated[list[Path], typer.Option(help="File to hide facts in; repeatable.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
     adapter: Annotated[Path | None, typer.Option(help="A trained decoder, in place of a model.")] = None,
-    kv_source: Annotated[str, typer.Option(help="'layer', 'shared' or 'latent'.")] = "layer",
-    maps: Annotated[Path | None, typer.Option(help="Maps of 'latent'.")] = None,
+    kv_source: Annotated[str | None, typer.Option(help="'layer', 'shared' or 'latent'.")] = None,
+    maps: Annotated[str | None, typer.Option(help="Maps of 'latent'.")] = None,
     memory_layer: Annotated[int | None, typer.Option(help="Memory layer of 'shared'.")] = None,
-    retrieval_layers: Annotated[str, typer.Option(help="Retrieval layers.")] = "all",
+    retrieval_layers: Annotated[str | None, typer.Option(help="Retrieval layers.")] = None,
     retriever: Annotated[str | None, typer.Option(help="A retriever in place of the usual one.")] = None,
     kinds: Annotated[str, typer.Option(help=f"Of {', '.join(RECALL)}.")] = "dictionary,needles,variables",
     chunks: Annotated[str, typer.Option(help=f"Controls: of {', '.join(CONTROLS)}.")] = "random,foreign,none",
@@ -90,8 +115,11 @@ def main(
     questions: Annotated[int, typer.Option(min=1, help="Most questions in a segment.")] = 1,
     again: Annotated[bool, typer.Option("--again", help="Ask for a fact more than once.")] = False,
     asking: Annotated[int | None, typer.Option(min=1, help="Only so many last segments ask.")] = None,
-    local_window: Annotated[int, typer.Option(help="Local window.")] = 1024,
-    segment_size: Annotated[int, typer.Option(help="Tokens between retrievals.")] = 256,
+    retrieve_for: Annotated[
+        RetrieveFor, typer.Option(help="'all' segments, or 'answers': those with questions alone.")
+    ] = RetrieveFor.ANSWERS,
+    local_window: Annotated[int | None, typer.Option(help="Local window.")] = None,
+    segment_size: Annotated[int | None, typer.Option(help="Tokens between retrievals.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Chunks retrieved.")] = None,
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'auto'.")] = "float32",
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
@@ -105,22 +133,21 @@ def main(
     wanted, asked = chunks.split(",") if chunks else [], kinds.split(",")
     if odd := [each for each in wanted if each not in CONTROLS]:
         raise InvalidArgumentError(f"--chunks must be some of {', '.join(CONTROLS)}, got {odd[0]!r}")
-    given = {} if retriever is None else {"retriever": retriever}
-    if top_k is not None:
-        given["top_k"] = top_k
-    if adapter is not None:
-        decoder = MemoryDecoder.from_pretrained(adapter, dtype=dtype, device=device, **given)
+    named = {
+        "kv_source": kv_source,
+        "maps": maps,
+        "memory_layer": memory_layer,
+        "retrieval_layers": retrieval_layers,
+        "local_window": local_window,
+        "segment_size": segment_size,
+        "top_k": top_k,
+        "retriever": retriever,
+    }
+    given = {each: value for each, value in named.items() if value is not None}
+    if adapter is not None:  # which refuses what the training has decided
+        decoder = MemoryDecoder.from_pretrained(adapter, dtype=dtype, device=device, changes=given)
     else:
-        config = MemoryConfig(
-            kv_source=kv_source,
-            maps=None if maps is None else str(maps),
-            memory_layer=memory_layer,
-            retrieval_layers=retrieval_layers,
-            local_window=local_window,
-            segment_size=segment_size,
-            **given,
-        )
-        decoder = MemoryDecoder(*load_model(model, dtype=dtype, device=device), config)
+        decoder = MemoryDecoder(*load_model(model, dtype=dtype, device=device), MemoryConfig(**given))
     config = decoder.config
     filler = [tokenize(decoder.tokenizer, read_text(path))[0] for path in text]
     sources = {
@@ -146,7 +173,11 @@ def main(
     with tqdm(total=episodes * tokens * len(asked), unit="tok", leave=False) as bar:
         for number in range(episodes):
             group = {kind: source[number] for kind, source in sources.items()}
-            read = _by_full_attention(decoder, group) if full else _answers(decoder, group, wanted, bar)
+            read = (
+                _by_full_attention(decoder, group)
+                if full
+                else _answers(decoder, group, wanted, retrieve_for, bar)
+            )
             for kind, which, right, losses in read:
                 found.setdefault((kind, which), []).append((right, losses))
     rows = []
@@ -156,7 +187,15 @@ def main(
         loss = float(torch.cat([losses for _, losses in judged]).mean())
         rows.append(Recalled(kind, which, tokens, share, loss))
         typer.echo(f"{kind:12s} {which:15s} {share} of {share.trials} answers, loss {loss:.3f}")
-    asks = {"questions": questions, "again": again, "asking": asking}
+    asks = {
+        "text": [path.name for path in text],
+        "seed": seed,
+        "episodes": episodes,
+        "questions": questions,
+        "again": again,
+        "asking": asking,
+        "retrieve_for": retrieve_for,
+    }
     systems[f"{name}, {tokens}"] = {"memory": memory, **asks, "rows": [asdict(row) for row in rows]}
     report.add({"systems": systems})
     report.end()
@@ -167,7 +206,11 @@ Judged = tuple[str, str, bool, Tensor]
 
 
 def _answers(
-    decoder: MemoryDecoder, group: Mapping[str, Episode], controls: Sequence[str], bar: tqdm[None]
+    decoder: MemoryDecoder,
+    group: Mapping[str, Episode],
+    controls: Sequence[str],
+    retrieve_for: RetrieveFor,
+    bar: tqdm[None],
 ) -> Iterator[Judged]:
     """Read episodes side by side, each of which is foreign to the others, and judge each answer."""
     choices: dict[str, Choice] = {
@@ -176,12 +219,16 @@ def _answers(
         "none": NoChunks(),
     }
     ids, size = torch.stack([episode.tokens for episode in group.values()]), decoder.config.segment_size
+    usual = [WhereAsked() for _ in group]
     with decoder, torch.no_grad():
+        decoder.reset(choice=usual if retrieve_for is RetrieveFor.ANSWERS else None)
         for start in range(0, ids.shape[1], size):
             new, queries = (
                 ids[:, start : start + size],
                 [episode.queries.get(start) for episode in group.values()],
             )
+            for each, query in zip(usual, queries, strict=True):
+                each.asks = query is not None
             following = slice(start + 1, start + size + 1)
             logits = {}
             if any(episode.weights[following].any() for episode in group.values()):
