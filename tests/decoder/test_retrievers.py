@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,6 +35,22 @@ def test_an_embedding_depends_on_its_passage_alone(llama, name):
     assert together.dtype == torch.float32
     for row, start in enumerate((0, 16, 40)):
         assert torch.equal(retriever.embed_chunks(passages(start))[0], together[row])
+
+
+@pytest.mark.parametrize("pairs", [0, 0.5])
+def test_lm_sums_a_passage_token_by_token_and_then_bigram_by_bigram(llama, pairs):
+    retriever = create_retriever("lm", llama, Words(), {"dim": 64, "pairs": pairs, "recency": 0})
+    places, signs, weights = retriever._places, retriever._signs, retriever._weights
+    texts = [(9, 4, 4, 7, 9, 4), (5,), (), (4, 9, *range(3, 97), 4, 9), (7, 4, 7, 4, 7)]
+    expected = torch.zeros(len(texts), 64)
+    for sketch, text in zip(expected, texts, strict=True):
+        for token in sorted(set(text)):
+            sketch.index_add_(0, places[token], weights[token] * signs[token])
+        for first, second in sorted(set(pairwise(text))) if pairs else ():
+            weight = pairs * (weights[first] + weights[second])
+            where = (places[first] + 3 * places[second] + 1) % 64
+            sketch.index_add_(0, where, weight * (signs[first] * signs[second]))
+    assert torch.equal(retriever.embed_chunks([Passage(text, 0) for text in texts]), expected)
 
 
 def test_lm_finds_the_passage_that_shares_its_words(llama):

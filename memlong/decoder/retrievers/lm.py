@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
+from memlong.decoder.arrays import Ints
 from memlong.decoder.model.attention import evaluating
 from memlong.decoder.retrievers.base import Passage, Retriever, without_component
 from memlong.decoder.retrievers.recency import RecencyPrior
@@ -94,7 +96,7 @@ class LanguageModelRetriever(Retriever):
 
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
         """Embeddings of the chunks [chunks, dim]."""
-        return self._recency.extend(torch.stack([self._sketch(chunk) for chunk in chunks]), chunks)
+        return self._recency.extend(self._sketches(chunks), chunks)
 
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings of the queries [queries, dim]."""
@@ -102,26 +104,48 @@ class LanguageModelRetriever(Retriever):
 
     def embed_focus(self, queries: Sequence[Passage], means: Tensor) -> Tensor:
         """Embeddings [queries, dim] that measure overlap alone, without recency and without what all chunks share."""
-        sketches = torch.stack([self._sketch(query) for query in queries])
-        sketches = without_component(sketches, means[:, : self._tokens_dim])
+        sketches = without_component(self._sketches(queries), means[:, : self._tokens_dim])
         return torch.nn.functional.pad(sketches, (0, self._recency.width))
 
-    def _sketch(self, passage: Passage) -> Tensor:
-        sketch = torch.zeros(self._tokens_dim, dtype=torch.float32, device="cpu")
-        tokens = torch.tensor(sorted(set(passage.token_ids)), dtype=torch.long, device="cpu")
-        self._add(sketch, self._places[tokens], self._signs[tokens], self._weights[tokens])
-        couples = sorted(set(pairwise(passage.token_ids)))
-        if couples and self._pairs:
-            first, second = torch.tensor(couples, dtype=torch.long, device="cpu").T
-            places = (
-                self._places[first] + 3 * self._places[second] + 1
-            ) % self._tokens_dim  # "a b" differs from "b a"
+    def _sketches(self, passages: Sequence[Passage]) -> Tensor:
+        """Sketches of passages [passages, dim], each a sum in ascending order of its tokens and then of its bigrams."""
+        tokens = np.fromiter(chain.from_iterable(each.token_ids for each in passages), dtype=np.int64)
+        owners = np.repeat(np.arange(len(passages)), [len(each.token_ids) for each in passages])
+        sketches = torch.zeros(len(passages), self._tokens_dim, dtype=torch.float32, device="cpu")
+        above = int(tokens.max(initial=0)) + 1
+        of, token = _unpacked(_distinct(owners * above + tokens), above)
+        self._add(sketches, of, *self._directions(token), self._weights[token])
+        if self._pairs:
+            couples = (owners[1:] * above + tokens[:-1]) * above + tokens[1:]
+            rest, second = _unpacked(_distinct(couples[owners[1:] == owners[:-1]]), above)
+            of, first = rest // above, rest % above
+            (places, signs), (others, other_signs) = self._directions(first), self._directions(second)
+            places = (places + 3 * others + 1) % self._tokens_dim  # "a b" differs from "b a"
             weights = self._pairs * (self._weights[first] + self._weights[second])
-            self._add(sketch, places, self._signs[first] * self._signs[second], weights)
-        return sketch
+            self._add(sketches, of, places, signs * other_signs, weights)
+        return sketches
 
-    def _add(self, sketch: Tensor, places: Tensor, signs: Tensor, weights: Tensor) -> None:
-        sketch.index_add_(0, places.flatten(), (weights[:, None] * signs).flatten())
+    def _directions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places, and the signs there, of tokens [tokens, hashes]."""
+        return self._places.index_select(0, tokens), self._signs.index_select(0, tokens)
+
+    def _add(self, sketches: Tensor, of: Tensor, places: Tensor, signs: Tensor, weights: Tensor) -> None:
+        """Add terms [terms] of some of the sketches, each in all its places [terms, hashes]."""
+        where = of[:, None] * self._tokens_dim + places
+        sketches.view(-1).index_add_(0, where.flatten(), (weights[:, None] * signs).flatten())
+
+
+def _distinct(numbers: Ints) -> Ints:
+    """Return distinct numbers, ascending."""
+    ordered = np.sort(numbers)
+    found: Ints = ordered[np.diff(ordered, prepend=-1) != 0]
+    return found
+
+
+def _unpacked(numbers: Ints, base: int) -> tuple[Tensor, Tensor]:
+    """Return quotients and remainders."""
+    quotients, remainders = np.divmod(numbers, base)
+    return torch.from_numpy(quotients), torch.from_numpy(remainders)
 
 
 def _beginning(config: Any, vocabulary: int) -> int:
