@@ -353,6 +353,11 @@ class AttentionPass:
         if seen.memory and self.memory is not None:
             places = np.concatenate([self.memory.positions, places], axis=1)
             valid = np.concatenate([self.memory.valid, valid], axis=1)
+        rows = len(places)
+        if (places == places[:1]).all() and (
+            valid == valid[:1]
+        ).all():  # as usual in training: one mask for all
+            places, valid = places[:1], valid[:1]
         keys = to_device(torch.from_numpy(places), self.device)
         queries = keys[:, -self.queries :, None]
         visible = queries >= keys[:, None]
@@ -361,7 +366,7 @@ class AttentionPass:
         if sliding_window is not None:
             visible &= queries - keys[:, None] < sliding_window
         visible[:, :, -self.queries :].diagonal(dim1=1, dim2=2).fill_(True)  # a token sees itself
-        return kernels.additive_mask(visible, dtype)
+        return kernels.additive_mask(visible, dtype).expand(rows, -1, -1, -1)
 
 
 def _all_runs(heads: tuple[int, ...], count: int) -> list[tuple[slice, bool]]:

@@ -94,9 +94,7 @@ def attend_with_mask(
     width = query.shape[-1]
     if query.is_cuda and (width % _ALIGNED or value.shape[-1] % _ALIGNED):
         return attend_padded(base, module, query, key, value, mask, options)
-    if (
-        query.device.type == "cpu" and not torch.is_grad_enabled() and is_plain(base, options)
-    ):  # copies no K-V
+    if query.device.type == "cpu" and is_plain(base, options):  # copies no K-V for grouped-query attention
         return _sdpa(query, key, value, mask, options.get("scaling"))
     return base(module, query, key, value, mask, **options)
 

@@ -129,8 +129,7 @@ class StreamBatch:
     def flush(self) -> list[list[int]]:
         """Move all whole chunks of the windows into the banks; return each row's tokens that do not fill one."""
         self._catch_up()
-        for row, stream in enumerate(self.streams):
-            self._store(row, stream.departing(everything=True))
+        self._store({row: stream.departing(everything=True) for row, stream in enumerate(self.streams)})
         return [stream.tail() for stream in self.streams]
 
     def fork(self, rows: Sequence[int]) -> StreamBatch:
@@ -368,9 +367,9 @@ class StreamBatch:
         """Between segments: old chunks move into the banks, the latest text retrieves, the window moves."""
         if starting:
             self._catch_up()
-        for row, stream in enumerate(self.streams):
-            if stream in starting:
-                self._store(row, stream.departing())
+        self._store(
+            {row: stream.departing() for row, stream in enumerate(self.streams) if stream in starting}
+        )
         self._retrieve(starting)
         for stream in starting:
             stream.next_query = None
@@ -378,10 +377,9 @@ class StreamBatch:
         if starting or gradients or not self._is_in_place():
             self._move(gradients=gradients)
 
-    def _store(self, row: int, chunks: Sequence[Passage]) -> None:
-        if chunks:
-            store_chunks(self._setup, self.streams[row], chunks, self.window, row)
-            self.streams[row].depart(len(chunks))
+    def _store(self, departing: Mapping[int, Sequence[Passage]]) -> None:
+        leaving = {row: chunks for row, chunks in departing.items() if chunks}
+        store_chunks(self._setup, self.streams, leaving, self.window)
 
     def _retrieve(self, starting: Sequence[TokenStream]) -> None:
         # A bank that was passed in may hold something before the stream has any text to query with.
