@@ -19,7 +19,7 @@ from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.model.rope import AngleCache
 from memlong.decoder.pages.choice import PageBudget, Sketch
 from memlong.decoder.pages.room import LayerRoom, Room
-from memlong.decoder.stream.retrieval import Block, StreamMemory
+from memlong.decoder.stream.retrieval import Block, StreamMemory, joined_states
 from memlong.decoder.stream.token_stream import TokenStream
 
 
@@ -217,17 +217,19 @@ class MemoryLoader:
         if not any(memories):
             return None
         each = [stream.memory_positions() for stream in streams]
-        width = max(map(len, each))
+        lengths = [len(mine) for mine in each]
+        width = max(lengths)
         positions = np.stack([np.pad(mine, (0, width - len(mine))) for mine in each])
-        valid = np.arange(width) < np.array([[len(mine)] for mine in each])
+        valid = np.arange(width) < np.array(lengths)[:, None]
         angles = AngleCache(to_device(torch.from_numpy(positions), self._device))
         if torch.is_grad_enabled():
             memories = [self._made_again(stream) for stream in streams]
-        joined = [(memory.keys, memory.values) if memory else None for memory in memories]
+        blocks = [block for memory in memories if memory for block in memory.blocks]
+        joined = [joined_states([getattr(block, side) for block in blocks]) for side in ("keys", "values")]
         keys, values = [], []
         for group in self._groups:
-            supplied = [self._source.supply(group.layers, *both) if both else (None, None) for both in joined]
-            raw, mine = (_batch(states).to(self._device) for states in zip(*supplied, strict=True))
+            supplied = self._source.supply(group.layers, *joined)
+            raw, mine = (_by_row(states, lengths).to(self._device) for states in supplied)
             keys.append(turned(raw, angles.of(group.rope), group.rope.rotated) if rotate else raw)
             values.append(mine)
         late = None if rotate else angles
@@ -244,16 +246,12 @@ class MemoryLoader:
         return memory.with_blocks(made)
 
 
-def _batch(states: Sequence[Tensor | None]) -> Tensor:
-    """Stack [layers, kv_heads, tokens, head_dim] of the rows; those with fewer tokens (or None) are zero-padded."""
-    given = [state for state in states if state is not None]
-    if len(states) == 1:
-        return given[0][None]
-    if len(given) == len(states) and len({state.shape for state in given}) == 1:
-        return torch.stack(given)
-    layers, heads, _, width = given[0].shape
-    batch = given[0].new_zeros(len(states), layers, heads, max(state.shape[2] for state in given), width)
-    for row, state in enumerate(states):
-        if state is not None:
-            batch[row, :, :, : state.shape[2]] = state
+def _by_row(states: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[layers, heads, tokens of all rows, width] -> [rows, layers, heads, tokens of a row, width], padded with 0."""
+    layers, heads, _, width = states.shape
+    if min(lengths) == max(lengths):
+        return states.unflatten(2, (len(lengths), -1)).permute(2, 0, 1, 3, 4)
+    batch = states.new_zeros(len(lengths), layers, heads, max(lengths), width)
+    for row, part in enumerate(states.split(list(lengths), dim=2)):
+        batch[row, :, :, : lengths[row]] = part
     return batch

@@ -100,15 +100,15 @@ class StreamMemory:
     @property
     def keys(self) -> Tensor:
         """Keys of all chunks, joined in one copy [layers, kv_heads, tokens, head_dim]."""
-        return _joined([block.keys for block in self.blocks])
+        return joined_states([block.keys for block in self.blocks])
 
     @property
     def values(self) -> Tensor:
         """Values of all chunks, as `keys`."""
-        return _joined([block.values for block in self.blocks])
+        return joined_states([block.values for block in self.blocks])
 
 
-def _joined(states: Sequence[Tensor]) -> Tensor:
+def joined_states(states: Sequence[Tensor]) -> Tensor:
     """Join [layers, kv_heads, tokens, head_dim] in the dtype of the last; training keeps a null chunk in float32."""
     return torch.cat([each.to(states[-1].dtype) for each in states], dim=2)
 
