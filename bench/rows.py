@@ -116,26 +116,14 @@ def main(
     report = Report(json_file, {**asdict(work), "rounds": rounds})
     checkouts = {"now": ROOT} if before is None else {"before": before.absolute(), "now": ROOT}
     found: dict[str, dict[int, list[Measured]]] = {name: {each: [] for each in rows} for name in checkouts}
+    facts: list[dict[str, Any]] = []
     for _ in range(rounds):
         for name, checkout in checkouts.items():
             for each in _measured(work, rows, checkout):
                 found[name][each.rows].append(each)
-    speeds = {
-        name: {each: [one.tokens / one.seconds for one in many] for each, many in by_rows.items()}
-        for name, by_rows in found.items()
-    }
-    facts: list[dict[str, Any]] = [
-        {"rows": each, **{name: speeds[name][each] for name in checkouts}} for each in rows
-    ]
-    ratios = []
-    if before is not None:
-        for fact in facts:
-            each = fact["rows"]
-            mine = [now / then for now, then in zip(fact["now"], fact["before"], strict=True)]
-            losses = zip(found["now"][each][0].losses, found["before"][each][0].losses, strict=True)
-            fact["ratios"], fact["loss_difference"] = mine, max(abs(one - other) for one, other in losses)
-            ratios.append(Ratio(f"tokens/s, {each} rows, now to before", median(mine)))
-    report.add({"by_rows": facts}, ratios)
+        report.ratios = []
+        facts = [_compared(each, found, report) for each in rows]
+        report.add({"by_rows": facts})
     for fact in facts:
         told = ", ".join(f"{name} {median(fact[name]):8,.0f} tokens/s" for name in checkouts)
         spread = f", {min(fact['ratios']):.2f} to {max(fact['ratios']):.2f} times" if before else ""
@@ -148,6 +136,18 @@ def main(
         )
         typer.echo(f"{max(rows)} rows: {alone:.1f} s in one process, {shared:.1f} s in {processes}")
     report.end()
+
+
+def _compared(rows: int, found: dict[str, dict[int, list[Measured]]], report: Report) -> dict[str, Any]:
+    """Return the tokens a second with so many rows, and how they compare with those before."""
+    speeds = {name: [each.tokens / each.seconds for each in of[rows]] for name, of in found.items()}
+    fact: dict[str, Any] = {"rows": rows, **speeds}
+    if "before" in found:
+        fact["ratios"] = [now / then for now, then in zip(speeds["now"], speeds["before"], strict=True)]
+        losses = zip(found["now"][rows][0].losses, found["before"][rows][0].losses, strict=True)
+        fact["loss_difference"] = max(abs(one - other) for one, other in losses)
+        report.ratios.append(Ratio(f"tokens/s, {rows} rows, now to before", median(fact["ratios"])))
+    return fact
 
 
 def _measured(work: Work, rows: list[int], checkout: Path, processes: int = 1) -> list[Measured]:
