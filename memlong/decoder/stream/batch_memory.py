@@ -251,7 +251,7 @@ def _by_row(states: Tensor, lengths: Sequence[int]) -> Tensor:
     layers, heads, _, width = states.shape
     if min(lengths) == max(lengths):
         return states.unflatten(2, (len(lengths), -1)).permute(2, 0, 1, 3, 4)
-    batch = states.new_zeros(len(lengths), layers, heads, max(lengths), width)
+    batch: Tensor = states.new_zeros(len(lengths), layers, heads, max(lengths), width)
     for row, part in enumerate(states.split(list(lengths), dim=2)):
         batch[row, :, :, : lengths[row]] = part
     return batch
