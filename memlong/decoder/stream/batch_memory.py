@@ -250,7 +250,8 @@ def _by_row(states: Tensor, lengths: Sequence[int]) -> Tensor:
     """[layers, heads, tokens of all rows, width] -> [rows, layers, heads, tokens of a row, width], padded with 0."""
     layers, heads, _, width = states.shape
     if min(lengths) == max(lengths):
-        return states.unflatten(2, (len(lengths), -1)).permute(2, 0, 1, 3, 4)
+        even: Tensor = states.unflatten(2, (len(lengths), -1))
+        return even.permute(2, 0, 1, 3, 4)
     batch: Tensor = states.new_zeros(len(lengths), layers, heads, max(lengths), width)
     for row, part in enumerate(states.split(list(lengths), dim=2)):
         batch[row, :, :, : lengths[row]] = part
