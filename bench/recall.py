@@ -27,9 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, load_model
-from memlong.bank import Draft, MemoryBank
 from memlong.decoder import Choice
-from memlong.decoder.stream.retrieval import Retrieval
+from memlong.decoder.stream.retrieval import Retrieval, Search
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import Share, read_text, tokenize
 from memlong.training import RandomChunks
@@ -73,10 +72,10 @@ class RetrieveFor(StrEnum):
 class NoChunks(Choice):
     """Retrieves nothing."""
 
-    def choose(self, bank: MemoryBank | Draft, query: Tensor, _config: MemoryConfig) -> Chosen | None:
+    def choose(self, search: Search) -> Chosen | None:
         """Return no chunk of the bank."""
         nothing = torch.zeros(0, dtype=torch.int64)
-        return Retrieval(query, nothing, nothing.float()), bank.fetch([])
+        return Retrieval(search.query, nothing, nothing.float()), search.bank.fetch([])
 
 
 @dataclass
@@ -215,7 +214,7 @@ def _answers(
     """Read episodes side by side, each of which is foreign to the others, and judge each answer."""
     choices: dict[str, Choice] = {
         "random": RandomChunks(1.0, torch.Generator().manual_seed(0)),
-        "foreign": ForeignChunks(lambda: decoder.banks),
+        "foreign": ForeignChunks(),
         "none": NoChunks(),
     }
     ids, size = torch.stack([episode.tokens for episode in group.values()]), decoder.config.segment_size

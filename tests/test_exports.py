@@ -25,6 +25,7 @@ PASSED_ON = {
     "LatentMaps",
     "ModelLayout",
     "RandomChunks",
+    "Search",
     "StreamCache",
 }  # whose own parts are not for users
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memlong.decoder.scoring import Likelihood
     from memlong.decoder.sessions import SessionPool
     from memlong.decoder.sources import Source, Sources
-    from memlong.decoder.stream.retrieval import Choice, Retrieval
+    from memlong.decoder.stream.retrieval import Choice, Retrieval, Search
     from memlong.decoder.stream.segment import Segment, Segments
     from memlong.decoder.stream.streamer import printable, text_streamer
 
@@ -35,6 +35,7 @@ _HOMES = {
     "Passage": "memlong.decoder.retrievers.base",
     "Retrieval": "memlong.decoder.stream.retrieval",
     "Retriever": "memlong.decoder.retrievers.base",
+    "Search": "memlong.decoder.stream.retrieval",
     "Segment": "memlong.decoder.stream.segment",
     "Segments": "memlong.decoder.stream.segment",
     "SessionPool": "memlong.decoder.sessions",
@@ -60,6 +61,7 @@ __all__ = [
     "Passage",
     "Retrieval",
     "Retriever",
+    "Search",
     "Segment",
     "Segments",
     "SessionPool",

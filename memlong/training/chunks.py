@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from memlong.bank import Chunks, Draft, MemoryBank
-from memlong.decoder.config import MemoryConfig
-from memlong.decoder.stream.retrieval import Choice, Retrieval
+from memlong.decoder.stream.retrieval import Choice, Retrieval, Search
 
 Chosen = tuple[Retrieval, Chunks]
 
@@ -30,16 +29,16 @@ class RandomChunks(Choice):
     share: float
     generator: torch.Generator
 
-    def choose(self, bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig) -> Chosen | None:
+    def choose(self, search: Search) -> Chosen | None:
         """Take as many of the bank's chunks as would be retrieved, at random, in the order of the text."""
         due = float(torch.rand(1, generator=self.generator, dtype=torch.float32, device="cpu")) < self.share
         if not due:
             return None
-        stored = bank.ids
-        some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: config.top_k]
-        found = bank.fetch(stored[some].sort().values)
+        stored = search.bank.ids
+        some = torch.randperm(len(stored), generator=self.generator, device="cpu")[: search.config.top_k]
+        found = search.bank.fetch(stored[some].sort().values)
         scores = torch.zeros(len(found.ids), dtype=torch.float32, device="cpu")
-        return Retrieval(query, found.ids, scores), found
+        return Retrieval(search.query, found.ids, scores), found
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,6 @@ class Negatives(Choice):
     ----------
     before
         Asked first; what it chooses stays.
-    banks
-        Returns the banks of all rows.
     others
         How many other rows there are to find chunks in.
     generator
@@ -62,24 +59,22 @@ class Negatives(Choice):
     """
 
     before: Choice
-    banks: Callable[[], Sequence[MemoryBank]]
     others: int
     generator: torch.Generator
 
-    def choose(self, bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig) -> Chosen | None:
-        """Retrieve from the bank, but fewer chunks, and put foreign ones among them."""
-        chosen = self.before.choose(bank, query, config)
-        others = others_of(bank, self.banks())[: self.others]
+    def choose(self, search: Search) -> Chosen | None:
+        """Retrieve as usual, but put foreign chunks in the place of some."""
+        chosen = self.before.choose(search)
+        others = _filled(search.others)[: self.others]
         if chosen is not None or not others:
             return chosen
-        most = config.top_k // 2
-        wanted = int(torch.randint(most + 1, (1,), generator=self.generator, device="cpu"))
-        foreign = best_of(others, query, wanted)
-        result = bank.search(query[None], max(1, min(config.top_k - len(foreign), len(bank))))
-        found = result.ids[0] >= 0
-        retrieval = Retrieval(query, result.ids[0, found], result.scores[0, found])
+        found = search.best()
+        wanted = int(torch.randint(len(found.ids) // 2 + 1, (1,), generator=self.generator, device="cpu"))
+        foreign = best_of(others, search.query, wanted)
+        kept = len(found.ids) - len(foreign)
+        retrieval = Retrieval(search.query, found.ids[:kept], found.scores[:kept])
         # Its own stay in the order of the text; foreign ones stand anywhere among them.
-        own = [bank.fetch([each]) for each in retrieval.ids.sort().values.tolist()]
+        own = [search.bank.fetch([each]) for each in retrieval.ids.sort().values.tolist()]
         places = torch.randperm(len(own) + len(foreign), generator=self.generator, device="cpu").tolist()
         each = dict(zip(sorted(places[: len(own)]), own, strict=True))
         each |= dict(zip(places[len(own) :], foreign, strict=True))
@@ -88,33 +83,21 @@ class Negatives(Choice):
 
 @dataclass(frozen=True)
 class ForeignChunks(Choice):
-    """Retrieves from other rows alone: what memory gives whose content is of no use.
+    """Retrieves from other rows alone: what memory gives whose content is of no use."""
 
-    Parameters
-    ----------
-    banks
-        Returns the banks of all rows.
-    """
-
-    banks: Callable[[], Sequence[MemoryBank]]
-
-    def choose(self, bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig) -> Chosen | None:
-        """Take the best chunks of all the banks; where other rows have none, there is nothing."""
-        found = best_of(others_of(bank, self.banks()), query, config.top_k)
+    def choose(self, search: Search) -> Chosen | None:
+        """Take the best chunks of all the other rows; where they have none, there is nothing."""
+        found = best_of(_filled(search.others), search.query, search.config.top_k)
         nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
-        retrieval = Retrieval(query, nothing, nothing.to(torch.float32))
-        return retrieval, _joined(found) if found else bank.fetch([])
+        retrieval = Retrieval(search.query, nothing, nothing.to(torch.float32))
+        return retrieval, _joined(found) if found else search.bank.fetch([])
 
 
-def others_of(bank: MemoryBank | Draft, banks: Sequence[MemoryBank]) -> list[MemoryBank]:
-    """Return the banks of other rows that hold something, from the next row on."""
-    own = bank.bank if isinstance(bank, Draft) else bank
-    place = next((place for place, each in enumerate(banks) if each is own), 0)
-    return [each for each in (*banks[place + 1 :], *banks[:place]) if len(each)]
+def best_of(banks: Sequence[MemoryBank | Draft], query: Tensor, count: int) -> list[Chunks]:
+    """Return the chunks of several banks that are nearest to a query [dim], each with the id −1.
 
-
-def best_of(banks: Sequence[MemoryBank], query: Tensor, count: int) -> list[Chunks]:
-    """Return the chunks of several banks that are nearest to a query [dim], best first, each with the id −1."""
+    They stand in the order of their texts, as those of a row's own do: order alone must not tell them apart.
+    """
     if not count:
         return []
     scored: list[tuple[float, int, int]] = []
@@ -124,7 +107,12 @@ def best_of(banks: Sequence[MemoryBank], query: Tensor, count: int) -> list[Chun
         scored += [(score, number, each) for each, score in both if each >= 0]
     best = sorted(scored, key=lambda each: (-each[0], each[1], each[2]))[:count]
     chunks = [banks[number].fetch([each]) for _, number, each in best]
+    chunks.sort(key=lambda each: int(each.spans[0, 0]))
     return [replace(each, ids=torch.full_like(each.ids, -1)) for each in chunks]
+
+
+def _filled(banks: Sequence[MemoryBank | Draft]) -> list[MemoryBank | Draft]:
+    return [bank for bank in banks if len(bank)]
 
 
 def _joined(parts: Sequence[Chunks]) -> Chunks:

@@ -266,7 +266,7 @@ class Trainer:
         lesson = None
         if self.config.distill and not warming_up:
             lesson = Lesson.of(decoder.model, batch.input_ids, decoder.model.device)
-        decoder.reset(choice=[self._choice(decoder, number, at.step) for number in numbers])
+        decoder.reset(choice=[self._choice(number, at.step) for number in numbers])
         again = checkpointed(decoder.model) if self.config.gradient_checkpointing else nullcontext()
         with decoder, again:
             for number in range(count):
@@ -297,9 +297,11 @@ class Trainer:
         if not text.mask.any():  # only other processes read on
             return SegmentLoss.zero(decoder.model.device)
         foreign = None
-        if counts and self.config.contrast and any(map(len, decoder.banks)):
-            others = ForeignChunks(lambda: decoder.banks)
-            tried = decoder.preview(text.input_ids, text.mask, queries=text.queries, choice=others)
+        memory = decoder.config
+        # Whether a chunk has left the window by now: it is stored before this segment retrieves.
+        reads = memory.backend is not None and start > memory.sink_tokens + memory.window_past
+        if counts and self.config.contrast and reads:
+            tried = decoder.preview(text.input_ids, text.mask, queries=text.queries, choice=ForeignChunks())
             foreign = token_losses(tried, batch)
         (segment,) = decoder.stream(
             text.input_ids,
@@ -353,13 +355,13 @@ class Trainer:
             at.seconds,
         )
 
-    def _choice(self, decoder: MemoryDecoder, number: int, step: int) -> Choice:
+    def _choice(self, number: int, step: int) -> Choice:
         """Return what chooses the chunks of an episode, with the same random numbers in any process and row."""
         seed = int(np.random.default_rng((self.config.seed, number)).integers(2**63))
         generator = torch.Generator().manual_seed(seed)
         usual = RandomChunks(self.config.random_share, generator)
         others = self.config.negatives_at(step)
-        return Negatives(usual, lambda: decoder.banks, others, generator) if others else usual
+        return Negatives(usual, others, generator) if others else usual
 
     def _in_order(self) -> list[str]:
         """Return the names of the trainable parameters, in the optimizer's order."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from memlong import MemoryDecoder
+from memlong.decoder.retrievers.base import Passage
+from memlong.decoder.stream.retrieval import Reranking, Search
 from memlong.errors import InvalidArgumentError
 from memlong.training import RandomChunks, Trainer, TrainingConfig
 from memlong.training.chunks import ForeignChunks, Negatives
+from memlong.training.loss import segment_loss
 
 
 @pytest.fixture
@@ -36,13 +41,19 @@ def never():
     return RandomChunks(0.0, torch.Generator().manual_seed(0))
 
 
+def search(decoder, others=2, **changes):
+    """What row 0 looks for."""
+    found = Search(decoder.banks[0], query(decoder, 0), decoder.config, decoder.banks[1 : 1 + others])
+    return replace(found, **changes)
+
+
 def query(decoder, row):
     return decoder.banks[row].embeddings_of(decoder.banks[row].ids[:1])[0]
 
 
 def test_foreign_chunks_are_the_best_of_other_rows(three_rows):
     banks = three_rows.banks
-    _, memory = ForeignChunks(lambda: banks).choose(banks[0], query(three_rows, 0), three_rows.config)
+    _, memory = ForeignChunks().choose(search(three_rows))
     assert len(memory.keys) == 4
     assert set(owners(three_rows, memory)) <= {1, 2}
     wanted = sorted(
@@ -66,8 +77,8 @@ def test_negatives_take_up_to_half_of_the_places_and_leave_the_best(three_rows):
     banks, asked = three_rows.banks, query(three_rows, 0)
     counts = set()
     for seed in range(20):
-        negatives = Negatives(never(), lambda: banks, 1, torch.Generator().manual_seed(seed))
-        retrieval, memory = negatives.choose(banks[0], asked, three_rows.config)
+        negatives = Negatives(never(), 1, torch.Generator().manual_seed(seed))
+        retrieval, memory = negatives.choose(search(three_rows))
         rows = owners(three_rows, memory)
         assert len(rows) == 4
         assert set(rows) <= {0, 1}  # one other row
@@ -81,14 +92,13 @@ def test_negatives_take_up_to_half_of_the_places_and_leave_the_best(three_rows):
 
 
 def test_without_other_rows_chunks_are_retrieved_as_usual(three_rows):
-    bank = three_rows.banks[0]
-    negatives = Negatives(never(), lambda: [bank], 3, torch.Generator())
-    assert negatives.choose(bank, query(three_rows, 0), three_rows.config) is None
+    negatives = Negatives(never(), 3, torch.Generator())
+    assert negatives.choose(search(three_rows, others=0)) is None
 
 
 def test_a_stream_goes_on_after_foreign_chunks(three_rows, text):
     """What it holds of another row must not be taken for its own chunk of the same id."""
-    negatives = Negatives(never(), lambda: three_rows.banks, 2, torch.Generator().manual_seed(0))
+    negatives = Negatives(never(), 2, torch.Generator().manual_seed(0))
     for stream in three_rows._streams.batch.streams:
         stream.choice = negatives
     three_rows.read(text(16, seed=1, rows=3))
@@ -105,7 +115,7 @@ def test_a_preview_reads_what_stream_would_and_changes_nothing(three_rows, text)
     more = text(8, seed=1, rows=3)
     sizes = [len(bank) for bank in three_rows.banks]
     first = three_rows.preview(more).logits
-    foreign = three_rows.preview(more, choice=ForeignChunks(lambda: three_rows.banks)).logits
+    foreign = three_rows.preview(more, choice=ForeignChunks()).logits
     assert [len(bank) for bank in three_rows.banks] == sizes
     (segment,) = three_rows.stream(more)
     assert torch.equal(first, segment.logits)
@@ -129,7 +139,7 @@ def test_a_query_of_ones_own_is_asked_once(three_rows, text):
 
 
 @pytest.mark.parametrize("queries", [[[1]], [[1], [], None], [[1], [10**9], None], [[1], ["a"], None], 3])
-def test_a_query_that_is_none_is_refused(three_rows, text, queries):
+def test_a_query_of_something_else_than_token_ids_is_refused(three_rows, text, queries):
     with pytest.raises(InvalidArgumentError, match="queries must hold the token ids"):
         three_rows.stream(text(8, rows=3), queries=queries)
 
@@ -170,3 +180,46 @@ def test_a_preview_takes_random_chunks_too(three_rows, text):
     assert not torch.equal(random.logits, retrieved.logits)
     for found in random.retrievals:
         assert sorted(found.ids.tolist()) == found.ids.tolist()
+
+
+def test_foreign_chunks_of_the_same_text_give_the_same(llama, small, text):
+    """So that only content makes a difference: they stand in the order of the text, and are as recent."""
+    ids, contrasted = text(96, seed=1), 0
+    with MemoryDecoder(llama, None, small()) as decoder:
+        for start in range(0, 96, 8):
+            new = ids[:, start : start + 8].repeat(2, 1)
+            foreign = decoder.preview(new, choice=ForeignChunks())
+            (own,) = decoder.stream(new)
+            torch.testing.assert_close(foreign.logits, own.logits, rtol=1e-5, atol=1e-5)
+            contrasted += own.retrievals[0] is not None
+    assert contrasted == 9
+
+
+def test_every_segment_that_retrieves_is_contrasted(trainer, monkeypatch):
+    seen = []
+
+    def spy(segment, *given, foreign, **options):
+        seen.append((segment.retrievals[0] is not None, foreign is not None))
+        return segment_loss(segment, *given, foreign=foreign, **options)
+
+    monkeypatch.setattr("memlong.training.trainer.segment_loss", spy)
+    trainer(contrast=2.0).run()
+    assert len(set(seen)) == 2
+    assert all(retrieved == tried for retrieved, tried in seen)
+
+
+class OldestFirst:
+    """Prefers the oldest of what is found, as a retriever that reranks."""
+
+    candidates = 50
+
+    def rerank(self, candidates):
+        return -candidates.ids.float()
+
+
+def test_negatives_are_put_among_what_the_retriever_would_choose(three_rows):
+    oldest = Reranking(OldestFirst(), Passage((3,), 0))
+    for seed in range(5):
+        negatives = Negatives(never(), 1, torch.Generator().manual_seed(seed))
+        retrieval, _ = negatives.choose(search(three_rows, reranking=oldest))
+        assert retrieval.ids.tolist() == list(range(len(retrieval.ids)))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlong.bank import MemoryBank
+from memlong.bank import Draft, MemoryBank
 from memlong.bank.store.copying import to_device
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.kv.buffers import layer_groups
@@ -395,7 +395,13 @@ class StreamBatch:
             queries = _queries(asking, retriever)
             with self._loader.copy_stream.active():
                 for stream, query in zip(asking, queries, strict=True):
-                    stream.retrieve(query, retriever)
+                    stream.retrieve(query, retriever, self._others(stream))
+
+    def _others(self, stream: TokenStream) -> list[MemoryBank | Draft]:
+        """Return the banks of the other rows, from the next row on."""
+        row = self.streams.index(stream)
+        others = (*self.streams[row + 1 :], *self.streams[:row])
+        return [each.bank for each in others if each.bank is not None]
 
     def _placements(self) -> tuple[Placement, ...]:
         return tuple(stream.placement for stream in self.streams)

@@ -113,22 +113,6 @@ def joined_states(states: Sequence[Tensor]) -> Tensor:
     return torch.cat([each.to(states[-1].dtype) for each in states], dim=2)
 
 
-class Choice(Protocol):
-    """Chooses chunks in a retriever's place, as training does."""
-
-    def choose(
-        self, bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig
-    ) -> tuple[Retrieval, Chunks] | None:
-        """Choose chunks for a query's embedding [dim]; None to have them retrieved as usual.
-
-        Returns
-        -------
-        tuple or None
-            What of the bank was found, and the chunks to attend to, in this order; −1 is the id of one that is not the
-            bank's.
-        """
-
-
 @dataclass(frozen=True)
 class Reranking:
     """How a retriever chooses from what a bank finds.
@@ -172,6 +156,61 @@ class Reranking:
         return candidates.ids[kept], anew[kept].float()
 
 
+@dataclass(frozen=True)
+class Search:
+    """What one stream looks for, and where.
+
+    Attributes
+    ----------
+    bank
+        Its own.
+    query
+        The query's embedding [dim].
+    config
+        Says how many chunks to choose.
+    others
+        The banks of the other rows, from the next row on.
+    reranking
+        How the retriever chooses from what the bank finds, if it does.
+    """
+
+    bank: MemoryBank | Draft
+    query: Tensor
+    config: MemoryConfig
+    others: Sequence[MemoryBank | Draft] = ()
+    reranking: Reranking | None = None
+
+    def best(self) -> Retrieval:
+        """Return what the retriever would retrieve."""
+        ids, scores = _best(self.bank, self.query, self.config, self.reranking)
+        return Retrieval(self.query, ids[ids >= 0], scores[ids >= 0])
+
+
+class Choice(Protocol):
+    """Chooses chunks in a retriever's place, as training does."""
+
+    def choose(self, search: Search) -> tuple[Retrieval, Chunks] | None:
+        """Choose chunks; None to have them retrieved as usual.
+
+        Returns
+        -------
+        tuple or None
+            What of the bank was found, and the chunks to attend to, in this order; −1 is the id of one that is not the
+            bank's.
+        """
+
+
+def _best(
+    bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig, reranking: Reranking | None
+) -> tuple[Tensor, Tensor]:
+    """Return ids and scores [found] of at most ``top_k`` chunks, best first; −1 for none."""
+    k = max(1, min(config.top_k, len(bank)))
+    if reranking is not None:
+        return reranking.best(bank, query, k)
+    result = bank.search(query[None], k)
+    return result.ids[0], result.scores[0]
+
+
 def retrieve_chunks(
     bank: MemoryBank | Draft,
     query: Tensor,
@@ -183,12 +222,7 @@ def retrieve_chunks(
 
     Those that ``before`` holds, from the same bank, are not read again.
     """
-    k = max(1, min(config.top_k, len(bank)))
-    if reranking is None:
-        result = bank.search(query[None], k)
-        found, scores = result.ids[0], result.scores[0]
-    else:
-        found, scores = reranking.best(bank, query, k)
+    found, scores = _best(bank, query, config, reranking)
     known = set() if before is None else set(before.ids)
     ids = [each for each in found.tolist() if each >= 0]
     new = [each for each in ids if each not in known]

@@ -26,6 +26,7 @@ from memlong.decoder.stream.retrieval import (
     Placed,
     Reranking,
     Retrieval,
+    Search,
     StreamMemory,
     retrieve_chunks,
 )
@@ -221,15 +222,19 @@ class TokenStream:
         """Drop what was retrieved for the last segment."""
         self.memory = self.retrieval = None
 
-    def retrieve(self, query: Tensor, retriever: Retriever) -> None:
-        """Retrieve chunks for the embedding [dim] of its query."""
+    def retrieve(
+        self, query: Tensor, retriever: Retriever, others: Sequence[MemoryBank | Draft] = ()
+    ) -> None:
+        """Retrieve chunks for the embedding [dim] of its query; a choice may also look at the banks of other rows."""
         assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
-        chosen = None if self.choice is None else self.choice.choose(self.bank, query, self._retrieving)
+        reranking = Reranking(retriever, self.query()) if retriever.candidates else None
+        chosen = None
+        if self.choice is not None:
+            chosen = self.choice.choose(Search(self.bank, query, self._retrieving, others, reranking))
         if chosen is not None:
             self.retrieval, chunks = chosen
             self.memory = StreamMemory.of_chunks(chunks)
         else:
-            reranking = Reranking(retriever, self.query()) if retriever.candidates else None
             self.retrieval, self.memory = retrieve_chunks(
                 self.bank, query, self._retrieving, self._before, reranking
             )
