@@ -245,7 +245,7 @@ def _answers(
 
 def _by_full_attention(decoder: MemoryDecoder, group: Mapping[str, Episode]) -> Iterator[Judged]:
     ids = torch.stack([episode.tokens for episode in group.values()])
-    lesson = Lesson.of(decoder.model, ids, decoder.model.device)
+    lesson = Lesson.of(decoder, ids)
     for row, (kind, episode) in enumerate(group.items()):
         following = slice(1, None)
         right = lesson.ids[row, :-1, 0].cpu() == episode.tokens[following]

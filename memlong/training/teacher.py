@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.bank.store.copying import to_device
+from memlong.decoder import MemoryDecoder
 from memlong.decoder.model.attention import evaluating
 
 _PIECE = 512  # tokens read at a time, as all their logits are needed
@@ -38,16 +39,20 @@ class Lesson:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> Self:
-        """Let the model, without its adapters, read token ids [rows, tokens]; padding stands on the right."""
-        input_ids = to_device(input_ids, device)
+    def of(cls, decoder: MemoryDecoder, input_ids: Tensor) -> Self:
+        """Let a decoder's model, without adapters and memory, read token ids [rows, tokens], padded on the right.
+
+        A model that carries recurrent states reads all tokens at once, with all their logits: some implementations
+        cannot continue from their states with several tokens.
+        """
+        model = decoder.model
+        input_ids = to_device(input_ids, model.device)
+        size = input_ids.shape[1] if decoder.model_layout.states else _PIECE
         coming = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)
         cache, parts = None, []
         with _plain(model), evaluating(model):
-            for piece, following in zip(
-                input_ids.split(_PIECE, dim=1), coming.split(_PIECE, dim=1), strict=True
-            ):
-                output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+            for piece, following in zip(input_ids.split(size, dim=1), coming.split(size, dim=1), strict=True):
+                output = model(input_ids=piece, past_key_values=cache, use_cache=size < input_ids.shape[1])
                 cache = output.past_key_values
                 log_probs = output.logits.float().log_softmax(dim=-1)
                 best = log_probs.topk(min(_MOST_LIKELY, log_probs.shape[-1]), dim=-1)
@@ -84,8 +89,11 @@ def _plain(model: PreTrainedModel) -> Iterator[None]:
     if not getattr(model, "_hf_peft_config_loaded", False):
         yield
         return
+    learning = [parameter.requires_grad for parameter in model.parameters()]
     model.disable_adapters()
     try:
         yield
     finally:
         model.enable_adapters()
+        for parameter, learns in zip(model.parameters(), learning, strict=True):
+            parameter.requires_grad_(learns)  # peft makes all of an adapter's learn

@@ -265,7 +265,7 @@ class Trainer:
         started = time.perf_counter()
         lesson = None
         if self.config.distill and not warming_up:
-            lesson = Lesson.of(decoder.model, batch.input_ids, decoder.model.device)
+            lesson = Lesson.of(decoder, batch.input_ids)
         decoder.reset(choice=[self._choice(number, at.step) for number in numbers])
         again = checkpointed(decoder.model) if self.config.gradient_checkpointing else nullcontext()
         with decoder, again:
