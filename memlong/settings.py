@@ -223,7 +223,8 @@ def _kinds(hint: Any) -> tuple[tuple[Any, ...], bool]:
 
 
 def _plain(kind: Any) -> Any:
-    return get_origin(kind) or kind
+    plain = get_origin(kind) or kind
+    return Mapping if plain is dict else plain
 
 
 def _is(kind: Any, value: object, metadata: Setting) -> bool:

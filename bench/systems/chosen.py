@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong import MemoryBank, MemoryConfig, MemoryDecoder, Segment
-from memlong.bank import Chunks, Draft
-from memlong.decoder import Choice, Retrieval
+from memlong.bank import Chunks
+from memlong.decoder import Choice, Retrieval, Search
 from memlong.errors import MemlongError
 from systems.alternative import Alternative
 
@@ -91,13 +91,8 @@ class _Chosen(Choice):
 
     function: Callable[[MemoryBank, Tensor], tuple[MemoryBank, Tensor, Tensor]]
 
-    def choose(
-        self,
-        bank: MemoryBank | Draft,
-        query: Tensor,
-        config: MemoryConfig,  # noqa: ARG002 - as a stream calls it
-    ) -> tuple[Retrieval, Chunks]:
+    def choose(self, search: Search) -> tuple[Retrieval, Chunks]:
         """Take the chosen chunks, in the order of the text."""
-        assert isinstance(bank, MemoryBank)  # noqa: S101 - such a memory is never forked
-        source, ids, scores = self.function(bank, query)
-        return Retrieval(query, ids, scores), source.fetch(ids.sort().values)
+        assert isinstance(search.bank, MemoryBank)  # noqa: S101 - such a memory is never forked
+        source, ids, scores = self.function(search.bank, search.query)
+        return Retrieval(search.query, ids, scores), source.fetch(ids.sort().values)

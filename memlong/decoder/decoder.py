@@ -204,7 +204,8 @@ class MemoryDecoder(Uncopied):
             Banks that all rows read and none changes, such as ``load_bank(folder, lazy=True)``: each row's new bank
             lies over them (`LayeredBank`). Not with ``banks``.
         choice
-            Chooses chunks in place of the retriever, as training does: for all rows, or one for each.
+            Chooses chunks in place of the retriever, as training does: for all rows, or one for each. It is kept by
+            `flush`, until the next `reset`; `generate`, `score` and `preview` retrieve without it.
         any_model
             Accept banks that another model filled, or this one with other settings, if shapes fit. Whether this model
             can use their keys and values is not checked.
@@ -212,7 +213,8 @@ class MemoryDecoder(Uncopied):
         Raises
         ------
         InvalidArgumentError
-            If a bank does not fit the retriever, the model or the settings, or two rows would share one.
+            If a bank does not fit the retriever, the model or the settings, two rows would share one, or ``choice``
+            cannot choose.
         """
         self._streams.reset(banks, bases=bases, choice=choice, any_model=any_model)
 

@@ -21,7 +21,7 @@ from memlong.decoder.persistence.json_file import read_json
 from memlong.errors import InvalidArgumentError, StorageError
 from memlong.training.folder import FACTS, FORMATS, MOST_FACTS, TENSORS, checkpoints, clear, remove_checkpoint
 
-_FORMAT = f"{FORMATS}5"
+_FORMAT = f"{FORMATS}6"
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 _RANDOM = ("random.torch", "random.cuda")
 _WIDEST_RANDOM = 1 << 16

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from memlong.errors import InvalidArgumentError
 from memlong.settings import checked, documented, setting
 
+_LARGEST_SHARE = 1e30  # sums of larger ones may overflow
 _FLOOR = 0.1  # share of the highest learning rate at the end of the schedule
 
 TEXT = "text"
@@ -46,7 +48,7 @@ class TrainingConfig:
         unset="text alone",
         more="Besides ``text``, the kinds are generated, with the text as filler: ``needles``, ``dictionary``, "
         "``passkey``, ``variables`` and ``repeat`` ask for what has left the local window, and only answers are "
-        "trained on.",
+        "trained on; a token of one counts as much as ten of text.",
         metavar="KIND=SHARE",
         example="needles=1",
     )
@@ -101,7 +103,7 @@ class TrainingConfig:
         0,
         "Steps of a first stage with LoRA on all layers and no memory.",
         more="As in MemLong (arXiv 2408.16967). Lower layers train only in this stage and are frozen afterwards. The "
-        "stage ends at the end of a document.",
+        "stage ends at the end of a document, and reads text alone, whatever the ``mix``.",
         least=0,
     )
     long_range_weight: float = setting(
@@ -120,18 +122,18 @@ class TrainingConfig:
     negatives: int = setting(
         0,
         "Maximum number of other rows whose chunks are mixed with those of a row.",
-        more="It rises to this in the first half of the steps. Up to half of what a row reads are then the chunks of "
-        "other rows that match its query best, so that it learns to tell content apart (Focused Transformer, arXiv "
-        "2307.03170). Needs as many rows, and one more.",
+        more="It grows from 1 over the first half of the steps. Up to half of the chunks that a row would read are "
+        "replaced by those of other rows that match its query best, so that it learns to tell content apart (Focused "
+        "Transformer, arXiv 2307.03170). Needs as many rows, and one more.",
         least=0,
         most=4096,
     )
     contrast: float = setting(
         0.0,
-        "Read each segment with chunks of other rows as well, and limit loss weights to this; 0 does not.",
+        "Also read each segment with other rows' chunks, and cap loss weights at this; 0 turns it off.",
         more="The loss of a token is weighted by how much better it is predicted with the chunks retrieved: by "
         "exp(loss with foreign chunks - loss), at most this, as in LongCE (arXiv 2410.23771). The mean difference, the "
-        "gain, is logged. Takes one more forward pass of each segment.",
+        "gain, is logged. Takes one more forward pass of each segment. At least 1, if not 0.",
         least=0,
     )
     distill: float = setting(
@@ -154,11 +156,23 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name, value in checked(self).items():
             object.__setattr__(self, name, value)
-        kinds = (TEXT, *RECALL)
-        odd = [kind for kind, share in self.mix.items() if kind not in kinds or not _is_share(share)]
-        if odd:
+        for kind, share in self.mix.items():
+            if kind not in (TEXT, *RECALL) or not _is_share(share):
+                is_text = isinstance(share, str)
+                raise InvalidArgumentError(
+                    f"mix must give shares above 0 of some of {', '.join(map(repr, (TEXT, *RECALL)))}, got "
+                    f"{share!r:.80} of {kind!r:.80}"
+                    + (
+                        ": give a number, and each kind by itself (--mix needles=1 --mix text=1)"
+                        if is_text
+                        else ""
+                    )
+                )
+        # In one order, so that the same shares give the same episodes.
+        object.__setattr__(self, "mix", {kind: float(self.mix[kind]) for kind in sorted(self.mix)})
+        if 0 < self.contrast < 1:
             raise InvalidArgumentError(
-                f"mix must give shares above 0 of {', '.join(map(repr, kinds))}, got {self.mix!r:.200}"
+                f"contrast must be 0 or at least 1, as it caps the weight of a token, got {self.contrast}"
             )
         if self.rows < max(self.negatives + 1, 2 if self.contrast else 1):
             what = f"negatives {self.negatives}" if self.negatives else f"contrast {self.contrast}"
@@ -184,4 +198,4 @@ class TrainingConfig:
 
 
 def _is_share(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= _LARGEST_SHARE  # type: ignore[operator]

@@ -105,7 +105,8 @@ class Episode:
     weights
         The loss weight of each token [tokens], float32; None if all count.
     queries
-        By the token that begins a segment, the token ids to retrieve with for it, where they are not those before it.
+        By the number of the token that begins a segment, the token ids to retrieve with for it; where there are none, a
+        segment retrieves with the text before it.
     """
 
     tokens: Tensor
@@ -146,7 +147,7 @@ class Mixture:
 
 
 class Episodes:
-    """Documents split into episodes, in an endless shuffled order.
+    """Documents split into episodes, in an endless shuffled order, in which no batch has the same one twice.
 
     Parameters
     ----------
@@ -158,6 +159,9 @@ class Episodes:
         Minimum length; shorter pieces are dropped.
     seed
         Random seed of the order, which differs in each epoch.
+    together
+        Episodes of a batch. Those that do not fill one are left out of an epoch. If there are fewer, they come again
+        in a batch.
 
     Raises
     ------
@@ -167,7 +171,9 @@ class Episodes:
         If no episode is long enough.
     """
 
-    def __init__(self, documents: Sequence[Tensor], tokens: int, least: int, seed: int) -> None:
+    def __init__(
+        self, documents: Sequence[Tensor], tokens: int, least: int, seed: int, together: int = 1
+    ) -> None:
         for document in documents:
             if not isinstance(document, Tensor) or document.ndim != 1 or document.is_floating_point():
                 kind = type(document).__name__
@@ -177,8 +183,9 @@ class Episodes:
                 raise InvalidArgumentError(
                     f"documents must be a list of integer tensors of token ids [tokens], one per document, got {given}"
                 )
-        cut = [piece for document in documents for piece in torch.split(document.cpu(), tokens)]
-        self._pieces: list[Tensor] = [piece for piece in cut if len(piece) >= least]
+        self._cut = [piece for document in documents for piece in torch.split(document.cpu(), tokens)]
+        self._pieces: list[Tensor] = [piece for piece in self._cut if len(piece) >= least]
+        self._epoch = len(self._pieces) - len(self._pieces) % together or len(self._pieces)
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
         if not self._pieces:
@@ -197,16 +204,16 @@ class Episodes:
 
     @property
     def digest(self) -> str:
-        """A hash of all tokens and of how they are split."""
+        """A hash of all documents and of how they are split; those too short for an episode are filler of others."""
         digest = hashlib.sha256()
-        for piece in self._pieces:
+        for piece in self._cut:
             digest.update(len(piece).to_bytes(8, "little"))
             digest.update(piece.to(torch.int64).numpy().tobytes())
         return digest.hexdigest()
 
     def __getitem__(self, number: int) -> Episode:
         """Return the episode with this number, counted from 0 and unbounded."""
-        epoch, place = divmod(number, len(self._pieces))
+        epoch, place = divmod(number, self._epoch)
         if self._order[0] != epoch:
             shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._pieces))
             self._order = (epoch, shuffled.tolist())

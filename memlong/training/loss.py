@@ -56,10 +56,11 @@ class Batch:
     weights
         [rows, tokens], float32, on the model's device: how much the loss of the next token counts.
     is_answer
-        [rows, tokens], bool, on the model's device: whether the next token is one of those alone that an episode is
-        trained on.
+        [rows, tokens], bool, on the model's device: whether the next token counts in an episode in which not all do.
     queries
         Of each row, what to retrieve with by the first token of a segment, as in `Episode`.
+    counted
+        [tokens], bool, on the CPU: whether the token that follows counts in the loss of any row.
     """
 
     input_ids: Tensor
@@ -69,6 +70,7 @@ class Batch:
     weights: Tensor
     is_answer: Tensor
     queries: tuple[Mapping[int, Sequence[int]], ...]
+    counted: Tensor
 
     @classmethod
     def of(cls, episodes: Sequence[Episode], distance: int, device: torch.device) -> Self:
@@ -82,14 +84,18 @@ class Batch:
         distant, counting = (
             [torch.cat([each[1:], each.new_zeros(1)]) for each in some] for some in (marks, weights)
         )
+        targets = pad_sequence(following, batch_first=True, padding_value=_NOTHING)
+        counts = pad_sequence(counting, batch_first=True)
+        is_answer = (counts > 0) & torch.tensor([[each.weights is not None] for each in episodes])
         return cls(
             pad_sequence(tokens, batch_first=True),
             tuple(map(len, tokens)),
-            pad_sequence(following, batch_first=True, padding_value=_NOTHING).to(device),
+            targets.to(device),
             pad_sequence(distant, batch_first=True).to(device),
-            (counts := pad_sequence(counting, batch_first=True).to(device)),
-            counts.bool() & torch.tensor([[each.weights is not None] for each in episodes]).to(device),
+            counts.to(device),
+            is_answer.to(device),
             tuple(each.queries for each in episodes),
+            ((counts > 0) & (targets != _NOTHING)).any(dim=0),
         )
 
     @property
@@ -105,7 +111,7 @@ class Batch:
 
     def counts(self, start: int, end: int) -> bool:
         """Whether a token that follows one with an index in [start, end) counts in the loss."""
-        return bool(((self.weights[:, start:end] > 0) & (self.targets[:, start:end] != _NOTHING)).any())
+        return bool(self.counted[start:end].any())
 
 
 def tokens_between(lengths: Sequence[int], start: int, end: int) -> int:
@@ -149,7 +155,7 @@ class SegmentLoss:
 
     def share_of(self, weight: Tensor) -> Tensor:
         """Return what these rows add to the objective of more rows, whose weights have this sum."""
-        return self.total / weight.clamp(min=1.0)
+        return self.total / weight.clamp(min=torch.finfo(weight.dtype).tiny)  # 0 / 0 would be NaN
 
 
 def token_losses(segment: Segment, batch: Batch) -> Tensor:

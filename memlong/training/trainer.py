@@ -23,7 +23,7 @@ from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
 from memlong.decoder.persistence.strangers import declared_options
 from memlong.decoder.stream.retrieval import Choice
-from memlong.errors import InvalidArgumentError, MemlongError, StorageError
+from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError, StorageError
 from memlong.plugins.registry import installed_registry
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from memlong.training.chunks import ForeignChunks, Negatives, RandomChunks
@@ -43,7 +43,7 @@ from memlong.training.folder import (
 from memlong.training.loss import Batch, SegmentLoss, segment_loss, token_losses, tokens_between
 from memlong.training.parts import TrainableParts, checkpointed
 from memlong.training.processes import Processes
-from memlong.training.recall import RecallEpisodes
+from memlong.training.recall import RecallEpisodes, first_asking
 from memlong.training.teacher import Lesson
 
 
@@ -83,7 +83,7 @@ class Trainer:
         If there is nothing to train, the decoder has no memory, episodes are too short to need one, or several
         processes are launched with FSDP, with more processes than GPUs, or with a decoder on another's device.
     InvalidTextError
-        If no document is long enough.
+        If no document is long enough, or there are too few episodes for each row to have others beside it.
     MissingDependencyError
         If accelerate, peft or a requested tensorboard is not installed.
     StorageError
@@ -117,12 +117,23 @@ class Trainer:
                 "decoder.model must be bfloat16 or float32 for training, got float16, in which small gradients vanish"
             )
         self._processes = Processes(decoder.model.device)
-        self.episodes = Episodes(documents, config.document_tokens, _least(decoder.config), config.seed)
+        together = config.rows * self._processes.count
+        reads_text = not config.mix or TEXT in config.mix or config.warmup_stage_steps > 0
+        least = _least(decoder.config) if reads_text else 1  # of filler, any length will do
+        self.episodes = Episodes(documents, config.document_tokens, least, config.seed, together)
+        if reads_text and (config.negatives or config.contrast) and len(self.episodes) < together:
+            raise InvalidTextError(
+                f"The documents must make at least {together} episodes, as many as are read in parallel, with "
+                f"negatives or contrast, as a row's own text is not foreign to it, got {len(self.episodes)}: give "
+                "more text, or lower document_tokens or rows"
+            )
         self._source = _source(decoder, config, self.episodes, documents)
         self._fingerprint = decoder.fingerprint()  # before the adapter is added
         if config.null_chunk and decoder.source.null_chunk is None:
             check_top_k(decoder.config)
-            decoder.source.null_chunk = _first_chunk(decoder, self.episodes[0].tokens)
+            decoder.source.null_chunk = _first_chunk(
+                decoder, self._source[0].tokens[: _least(decoder.config)]
+            )
         # The warmup stage uses the plain window; created before the adapter, as the decoder was.
         self._plain = (
             MemoryDecoder(decoder.model, decoder.tokenizer, replace(decoder.config, backend=None))
@@ -250,8 +261,10 @@ class Trainer:
         first = at.episodes + self._processes.index * self.config.rows
         numbers = range(first, first + self.config.rows)
         size = self.decoder.config.segment_size
+        warming_up = self._plain is not None and at.step < self.config.warmup_stage_steps
+        source = self.episodes if warming_up else self._source  # nothing can be recalled without a memory
         batch = Batch.of(
-            [self._source[number] for number in numbers],
+            [source[number] for number in numbers],
             self.decoder.config.local_window,
             self.decoder.model.device,
         )
@@ -259,7 +272,7 @@ class Trainer:
         count = -(-max(lengths) // size)
         own = [batch.counts(start, start + size) for start in range(0, count * size, size)]
         everywhere = self._processes.all_of([int(counts) for counts in own])
-        warming_up = self._plain is not None and at.step < self.config.warmup_stage_steps
+        learning = [any(everywhere[number::count]) for number in range(count)]
         decoder = self._plain if warming_up and self._plain is not None else self.decoder
         self._parts.learn(lower_layers=warming_up)
         started = time.perf_counter()
@@ -273,8 +286,8 @@ class Trainer:
                 beginning = number - number % self.config.accumulate
                 start = number * size
                 loss = self._read(decoder, batch, start, lesson, counts=own[number])
-                if any(everywhere[number::count]):
-                    self._learn(loss, of=min(self.config.accumulate, count - beginning))
+                if learning[number]:
+                    self._learn(loss, of=sum(learning[beginning : beginning + self.config.accumulate]))
                 at.tokens += tokens_between(lengths, start, start + size)
                 if number + 1 in (beginning + self.config.accumulate, count) and self._sums:
                     sums = self._update(at)
@@ -315,7 +328,7 @@ class Trainer:
         return segment_loss(segment, batch, self.config, foreign=foreign, lesson=lesson)
 
     def _learn(self, loss: SegmentLoss, of: int) -> None:
-        """Backpropagate the loss of a segment, one of so many of an optimizer step."""
+        """Backpropagate the loss of a segment, one of so many of an optimizer step in which any token counts."""
         mean = loss.share_of(self._processes.sum(loss.weight.float()))
         self._sums.append(loss.sums)
         if mean.requires_grad:  # not before the first retrieval, if only maps and gates are trained
@@ -398,7 +411,8 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
     Raises
     ------
     InvalidArgumentError
-        If there is no backend, or episodes are too short to read from memory.
+        If there is no backend, episodes are too short to read from memory or to ask for anything, or too few chunks
+        are retrieved to mix others in.
     """
     if memory.backend is None:
         raise InvalidArgumentError(
@@ -413,6 +427,19 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
             f"document_tokens must be at least {_least(memory)}, with local_window {memory.local_window} and "
             f"segment_size {memory.segment_size}, got {training.document_tokens}: set it to several times that, or "
             "lower local_window"
+        )
+    asking = first_asking(memory.segment_size, memory.local_window)
+    if set(training.mix) - {TEXT} and training.document_tokens <= asking:
+        raise InvalidArgumentError(
+            f"document_tokens must be above {asking}, from where on what has left the local window of "
+            f"{memory.local_window} tokens can be asked for, got {training.document_tokens}: set it to several "
+            "times that"
+        )
+    chunks = memory.top_k - (training.null_chunk or memory.null_chunk is not None)
+    if training.negatives and chunks < 2:
+        raise InvalidArgumentError(
+            f"top_k must be at least {2 + memory.top_k - chunks} with negatives, which replace at most half of the "
+            f"chunks, got {memory.top_k}"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from memlong import MemoryDecoder
 from memlong.decoder.retrievers.base import Passage
 from memlong.decoder.stream.retrieval import Reranking, Search
-from memlong.errors import InvalidArgumentError
+from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.training import RandomChunks, Trainer, TrainingConfig
 from memlong.training.chunks import ForeignChunks, Negatives
 from memlong.training.loss import segment_loss
@@ -155,11 +155,22 @@ def test_contrast_logs_the_gain_and_weighs_by_it(trainer):
     [
         ({"negatives": 4}, "at least 5 with negatives 4"),
         ({"rows": 1, "contrast": 1.0}, "at least 2 with contrast 1.0"),
+        ({"contrast": 0.5}, "contrast must be 0 or at least 1, .* got 0.5"),
     ],
 )
 def test_foreign_chunks_need_other_rows(changes, message):
     with pytest.raises(InvalidArgumentError, match=message):
         TrainingConfig(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"negatives": 3}, {"contrast": 2.0}])
+def test_a_row_has_other_texts_beside_it(decoder, text, tmp_path, changes):
+    config = TrainingConfig(document_tokens=64, rows=4, lora_rank=2, **changes)
+    three = [text(64, seed=seed)[0] for seed in range(3)]
+    with pytest.raises(
+        InvalidTextError, match=r"at least 4 episodes, as many as are read in parallel, .* got 3"
+    ):
+        Trainer(decoder(), three, config, folder=tmp_path)
 
 
 def test_negatives_rise_in_the_first_half():

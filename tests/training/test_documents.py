@@ -94,11 +94,22 @@ def test_the_order_is_the_seeds_and_another_one_each_epoch():
     assert sorted(order(0, 5)) == sorted(order(1, 2))
 
 
+def test_a_batch_has_no_episode_twice():
+    texts = [torch.arange(10) + 10 * number for number in range(5)]
+    found = Episodes(texts, 10, 4, 0, together=3)
+    batches = [[int(found[3 * batch + row].tokens[0]) for row in range(3)] for batch in range(60)]
+    assert all(len(set(batch)) == 3 for batch in batches)
+    assert {each for batch in batches for each in batch} == {0, 10, 20, 30, 40}
+    few = Episodes(texts[:2], 10, 4, 0, together=3)
+    assert {int(few[number].tokens[0]) for number in range(3)} == {0, 10}
+
+
 def test_a_digest_tells_texts_and_cuts_apart():
     one = Episodes([torch.arange(20)], 10, 4, 0).digest
     assert one == Episodes([torch.arange(20)], 10, 4, 1).digest
     assert one != Episodes([torch.arange(20)], 20, 4, 0).digest
     assert one != Episodes([torch.arange(1, 21)], 10, 4, 0).digest
+    assert one != Episodes([torch.arange(20), torch.arange(2)], 10, 4, 0).digest  # too short: filler
 
 
 @pytest.mark.parametrize("odd", [torch.zeros(1, 20, dtype=torch.int64), torch.zeros(20), [1, 2, 3]])

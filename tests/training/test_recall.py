@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from memlong.training import Trainer, TrainingConfig
 from memlong.training.config import RECALL
 from memlong.training.documents import Episode, Mixture
 from memlong.training.recall import RecallEpisodes
+from memlong.training.trainer import check_settings
 
 SEGMENT, WINDOW = 256, 512
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -117,23 +120,115 @@ def test_a_chain_of_variables_is_asked_for_its_number():
         ({"tokenizer": None}, InvalidArgumentError, "give the decoder a tokenizer"),
         ({"filler": []}, InvalidTextError, "at least 256 tokens, a segment, got 0"),
         ({"filler": [filler(40)]}, InvalidTextError, r"at least 50 different words .* got 40"),
+        (
+            {"kind": "dictionary", "tokens": 8192, "filler": [filler(60)]},
+            InvalidTextError,
+            "at least 64 diff",
+        ),
+        ({"kind": "repeat", "filler": [filler(90)]}, InvalidTextError, "at least 1024 tokens, an episode of"),
     ],
 )
 def test_what_no_episode_can_be_made_of_is_said(change, error, message):
     given = {"kind": "needles", "tokenizer": Letters(), "filler": [filler()], **change}
     with pytest.raises(error, match=message):
-        RecallEpisodes(**given, tokens=1024, segment_size=SEGMENT, local_window=WINDOW, seed=0)
+        RecallEpisodes(**{"tokens": 1024, **given}, segment_size=SEGMENT, local_window=WINDOW, seed=0)
 
 
-def test_a_segment_too_short_for_a_question_is_refused():
-    with pytest.raises(InvalidArgumentError, match=r"segment_size must be at least .* of 'needles', got 64"):
-        episodes(segment_size=64)[0]
+@pytest.mark.parametrize("kind", RECALL)
+def test_sizes_are_refused_at_once_or_work_for_all_episodes(kind):
+    refused = 0
+    for change in (
+        *({"segment_size": size} for size in (32, 48, 56, 64, 72, 80, 96)),
+        *({"tokens": tokens} for tokens in (600, 768, 800, 840, 880)),
+    ):
+        try:
+            source = episodes(kind, **{"tokens": 1024, **change})
+        except InvalidArgumentError as error:
+            assert ("segment_size" if "segment_size" in change else "document_tokens") in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert all(source[number].weights.any() for number in range(20))
+    assert 0 < refused < 12
 
 
-@pytest.mark.parametrize("sizes", [{"tokens": 600}, {"segment_size": 32, "local_window": 64}])
-def test_an_episode_that_asks_nothing_is_refused(sizes):
-    with pytest.raises(InvalidArgumentError, match="must leave room for facts of 'passkey'"):
-        episodes("passkey", **sizes)[0]
+def test_words_and_filler_are_plain_text():
+    class Opened(Letters):
+        all_special_ids = (LETTERS.index("~"),)
+
+    marked = torch.tensor(Letters()("~" + words(300) + " antidisestablishmentarianism ~special").input_ids)
+    source = RecallEpisodes(
+        "needles", Opened(), [marked], tokens=2048, segment_size=SEGMENT, local_window=WINDOW, seed=0
+    )
+    assert set(source._words) == {*words(300).split(), "special"}  # no part of a longer word
+    assert "~" not in Letters().decode(source[0].tokens.tolist())
+
+
+@pytest.mark.parametrize("kind", ["passkey", "variables", "repeat"])
+def test_kinds_without_names_need_no_words(kind):
+    figures = torch.tensor(Letters()(" ".join(map(str, range(1000)))).input_ids)
+    sizes = {"tokens": 2048, "segment_size": SEGMENT, "local_window": WINDOW, "seed": 0}
+    assert RecallEpisodes(kind, Letters(), [figures], **sizes)[0].weights.any()
+
+
+def test_a_word_has_one_entry():
+    for number in range(3):
+        source = RecallEpisodes(
+            "dictionary",
+            Letters(),
+            [filler(70)],
+            tokens=8192,
+            segment_size=SEGMENT,
+            local_window=WINDOW,
+            seed=0,
+        )
+        entries = {}
+        for line in Letters().decode(source[number].tokens.tolist()[:-SEGMENT]).split("\n"):
+            if match := re.fullmatch(r"(\w+): ([\w ]+)", line):
+                entries.setdefault(match[1], set()).add(match[2])
+        assert len(entries) > 20
+        assert all(len(values) == 1 for values in entries.values())
+
+
+def test_what_is_repeated_does_not_stand_in_the_window():
+    """Of a filler that comes again after 479 tokens, as a text may quote itself."""
+    again = filler(60).repeat(9)
+    source = RecallEpisodes(
+        "repeat", Letters(), [again], tokens=4096, segment_size=SEGMENT, local_window=400, seed=0
+    )
+    text, found = source[0].tokens.tolist(), 0
+    for start, query in source[0].queries.items():
+        window = text[start - 400 : start]
+        assert not any(window[place : place + 24] == query[:24] for place in range(400))
+        found += 1
+    assert found > 3
+
+
+def test_text_that_repeats_itself_all_the_time_is_refused():
+    same = torch.tensor(Letters()("abc " * 1000).input_ids)
+    sizes = {"tokens": 2048, "segment_size": SEGMENT, "local_window": WINDOW, "seed": 0}
+    with pytest.raises(InvalidTextError, match="repeat themselves within the local window"):
+        RecallEpisodes("repeat", Letters(), [same], **sizes)[0]
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "needles", "variables"])
+def test_questions_come_one_by_one_once_and_late_where_they_are_to(kind):
+    source = episodes(kind, questions=1, again=False, asked_from=2000)
+    for number in range(3):
+        episode = source[number]
+        text = Letters().decode(episode.tokens.tolist())
+        asked = [Letters().decode(query) for _, query in sorted(episode.queries.items())]
+        assert min(episode.queries) == 2048  # the first segment from there on
+        assert len(asked) > 4
+        assert len(set(asked)) == len(asked)
+        assert all(query.count("\n") == 1 for query in asked)
+        marked = {start - start % SEGMENT for start, _ in answers(episode)}
+        assert marked <= set(episode.queries)
+        assert len(answers(episode)) == len(marked)
+        assert all(text.count(query) == 1 for query in asked if kind != "dictionary")  # its entry looks alike
+
+
+def test_an_answer_counts_as_much_as_ten_tokens_of_text():
+    assert set(episodes()[0].weights.tolist()) == {0.0, 10.0}
 
 
 def test_a_mixture_keeps_its_shares():
@@ -151,20 +246,77 @@ def test_a_mixture_keeps_its_shares():
     assert 70 < sum(kind == 1 for kind, _ in drawn) < 130
 
 
-def mixed_trainer(model, small, folder):
+def mixed_trainer(model, small, folder, documents=None, **changes):
     sizes = {"segment_size": SEGMENT, "local_window": 300, "chunk_size": 32, "top_k": 2}
     memory = small(kv_source="shared", retrieval_layers="2-3", **sizes)
-    config = TrainingConfig(
-        steps=6,
-        rows=2,
-        document_tokens=1280,
-        accumulate=2,
-        mix={"needles": 1, "text": 1},
-        lora_rank=2,
-        warmup_steps=0,
-        checkpoint_every=1,
+    settings = {
+        "steps": 6,
+        "rows": 2,
+        "document_tokens": 1280,
+        "accumulate": 2,
+        "mix": {"needles": 1, "text": 1},
+        "lora_rank": 2,
+        "warmup_steps": 0,
+        "checkpoint_every": 1,
+    }
+    config = TrainingConfig(**{**settings, **changes})
+    return Trainer(MemoryDecoder(model, Letters(), memory), documents or [filler()], config, folder=folder)
+
+
+def test_generated_episodes_need_no_long_document(tiny_model, small, tmp_path):
+    run = mixed_trainer(tiny_model("Llama"), small, tmp_path, filler().split(200), mix={"needles": 1})
+    assert len(run._source[0].tokens) == 1280
+    with pytest.raises(InvalidTextError, match="At least one document must have 556 tokens"):
+        mixed_trainer(tiny_model("Llama"), small, tmp_path, filler().split(200))
+
+
+def test_filler_is_part_of_the_text_that_a_run_resumes_with(tiny_model, small, tmp_path):
+    one, other = (
+        mixed_trainer(tiny_model("Llama"), small, tmp_path, [filler(), short])._made_of()["text"]
+        for short in (filler()[:50], filler()[50:100])
     )
-    return Trainer(MemoryDecoder(model, Letters(), memory), [filler()], config, folder=folder)
+    assert one != other
+
+
+def test_a_stage_without_memory_reads_text_alone(tiny_model, small, tmp_path, monkeypatch):
+    run = mixed_trainer(tiny_model("Llama"), small, tmp_path, mix={"needles": 1}, warmup_stage_steps=2)
+    seen = []
+    for name in ("episodes", "_source"):
+        source = getattr(run, name)
+        monkeypatch.setattr(run, name, Watched(source, name, seen))
+    run.run()
+    assert seen[:2] == ["episodes"] * 2
+    assert set(seen[2:]) == {"_source"}
+
+
+class Watched:
+    """Notes that episodes are taken from a source."""
+
+    def __init__(self, source, name, seen):
+        self.source, self.name, self.seen = source, name, seen
+        self.digest = getattr(source, "digest", None)
+
+    def __getitem__(self, number):
+        self.seen.append(self.name)
+        return self.source[number]
+
+
+@pytest.mark.parametrize(
+    ("memory", "training", "message"),
+    [
+        ({}, {"document_tokens": 768, "mix": {"needles": 1.0}}, "document_tokens must be above 768"),
+        ({"top_k": 1}, {"negatives": 1}, "top_k must be at least 2 with negatives,.* got 1"),
+        (
+            {"top_k": 2},
+            {"negatives": 1, "null_chunk": True},
+            "top_k must be at least 3 with negatives,.* got 2",
+        ),
+    ],
+)
+def test_settings_are_refused_before_a_model_is_loaded(small, memory, training, message):
+    config = small(segment_size=SEGMENT, local_window=300, **memory)
+    with pytest.raises(InvalidArgumentError, match=message):
+        check_settings(config, TrainingConfig(**training))
 
 
 def test_a_mix_is_trained_on_and_resumes_to_the_same_losses(tiny_model, small, tmp_path):
@@ -184,11 +336,39 @@ def test_a_mix_is_trained_on_and_resumes_to_the_same_losses(tiny_model, small, t
 
 
 @pytest.mark.parametrize(
-    "mix", [{"poems": 1}, {"needles": 0}, {"needles": "much"}, {"needles": -1, "text": 2}]
+    "mix",
+    [
+        {"poems": 1},
+        {"needles": 0},
+        {"needles": "much"},
+        {"needles": -1, "text": 2},
+        {"needles": True},
+        {"needles": 1e308, "text": 1e308},
+    ],
 )
 def test_a_mix_that_cannot_be_is_refused(mix):
     with pytest.raises(InvalidArgumentError, match=r"mix must give shares above 0 of .*'needles'.*, got"):
         TrainingConfig(mix=mix)
+
+
+@pytest.mark.parametrize("mix", [None, "needles=1", [("needles", 1)]])
+def test_a_mix_is_a_mapping(mix):
+    with pytest.raises(InvalidArgumentError, match="mix must be a mapping from option to value, got a "):
+        TrainingConfig(mix=mix)
+
+
+def test_a_share_that_is_text_is_explained():
+    with pytest.raises(
+        InvalidArgumentError, match=r"got '1,text=1' of 'needles': give a number, and each kind by"
+    ):
+        TrainingConfig(mix={"needles": "1,text=1"})
+
+
+def test_the_order_of_kinds_does_not_matter():
+    one, other = (
+        TrainingConfig(mix=mix) for mix in ({"text": 1, "needles": np.float64(2)}, {"needles": 2, "text": 1})
+    )
+    assert list(one.mix.items()) == list(other.mix.items()) == [("needles", 2.0), ("text", 1.0)]
 
 
 @pytest.fixture
@@ -198,37 +378,39 @@ def bench(monkeypatch, tiny_model, small, tmp_path):
     module = importlib.import_module("recall")
     sizes = {"segment_size": SEGMENT, "local_window": 300, "chunk_size": 32, "top_k": 2}
     decoder = MemoryDecoder(tiny_model("Llama"), Letters(), small(**sizes))
-    monkeypatch.setattr(module, "_decoder", lambda *_: decoder)
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: (None, None))
+    monkeypatch.setattr(module, "MemoryDecoder", lambda *_: decoder)
     (tmp_path / "text.txt").write_text(words(900))
 
     def run(**changes):
         module.main(
             text=[tmp_path / "text.txt"],
             tokens=1280,
-            kinds="needles",
+            kinds="needles,variables",
             json_file=tmp_path / "r.json",
             **changes,
         )
-        return json.loads((tmp_path / "r.json").read_text())["systems"]["memory, 1280"]["rows"]
+        rows = json.loads((tmp_path / "r.json").read_text())["systems"]["memory, 1280"]["rows"]
+        return [row for row in rows if row["kind"] == "needles"]
 
     yield run
     sys.modules.pop("recall", None)
 
 
 def test_the_bench_compares_chunks_on_the_same_answers(bench):
-    rows = bench(chunks="retrieved,random,foreign,none")
-    assert [row["chunks"] for row in rows] == ["retrieved", "random", "foreign", "none"]
+    rows = bench(chunks="random,foreign,none", questions=4, again=True)
+    assert [row["chunks"] for row in rows] == ["foreign", "none", "random", "retrieved"]
     assert len({row["answers"]["trials"] for row in rows}) == 1
     assert rows[0]["answers"]["trials"] > 3
     assert len({row["loss"] for row in rows}) == 4
 
 
 def test_the_bench_has_full_attention_answer_the_same(bench):
-    (row,) = bench(chunks="retrieved", full=True)
+    (row,) = bench(full=True)
     assert row["chunks"] == "full attention"
-    assert row["answers"]["trials"] == bench(chunks="none")[0]["answers"]["trials"]
+    assert row["answers"]["trials"] == bench(chunks="")[0]["answers"]["trials"]
 
 
 def test_the_bench_names_unknown_chunks(bench):
-    with pytest.raises(InvalidArgumentError, match="some of retrieved, random, foreign, none, got 'best'"):
+    with pytest.raises(InvalidArgumentError, match="some of random, foreign, none, got 'best'"):
         bench(chunks="best")

@@ -88,6 +88,11 @@ class CurrentStreams:
                 "banks and bases are both given: pass banks=[LayeredBank(bank, bases), ...] for banks of your own over "
                 "bases"
             )
+        if not all(hasattr(each, "choose") for each in _each(choice)):
+            raise InvalidArgumentError(
+                "choice must have a method choose(), as memlong.decoder.Choice, or be a sequence of such, one for each "
+                f"row, got {choice!r:.80}"
+            )
         self._given_banks = None if banks is None else check_banks(banks, self._setup, any_model=any_model)
         self._bases = tuple(bases)
         if bases:
@@ -123,7 +128,7 @@ class CurrentStreams:
         with self._attachment.slot.reading:
             banks = self.banks
             left = self.batch.flush()
-            self.reset(banks, any_model=True)
+            self.reset(banks, choice=self._choice, any_model=True)
         return left
 
     def over(self, banks: Sequence[MemoryBank | None]) -> StreamBatch:
@@ -229,3 +234,9 @@ class CurrentStreams:
             if segment is None:
                 return
             yield segment
+
+
+def _each(choice: Choice | Sequence[Choice] | None) -> Sequence[object]:
+    if choice is None:
+        return ()
+    return choice if isinstance(choice, Sequence) else (choice,)
