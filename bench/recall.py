@@ -90,9 +90,9 @@ class WhereAsked(Choice):
 
     asks: bool = False
 
-    def choose(self, bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig) -> Chosen | None:
+    def choose(self, search: Search) -> Chosen | None:
         """Return no chunk, or leave it to the retriever."""
-        return None if self.asks else NoChunks().choose(bank, query, config)
+        return None if self.asks else NoChunks().choose(search)
 
 
 def main(
