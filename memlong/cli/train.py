@@ -60,7 +60,7 @@ def train(
     lines and PNG. To resume an interrupted run, repeat the command with --resume.
 
     Several processes train together, each on a GPU of its own, if accelerate launch or torchrun starts them. --rows
-    counts the documents of each.
+    counts the documents of each. --shard is for a model that does not fit on one GPU.
 
     \b
     Examples:
@@ -70,6 +70,7 @@ def train(
       memlong train --model demo --text books --out trained --mix needles=1 --mix text=1 --negatives 3
       memlong train --model demo --text books --out trained --gate-init -8 --random-share 0.2 --resume
       accelerate launch --multi_gpu --num_processes 2 -m memlong train --model demo --text books --out trained
+      accelerate launch --multi_gpu --num_processes 2 -m memlong train --model demo --text books --out trained --shard
       memlong perplexity --adapter trained --text novel.txt
       memlong perplexity --adapter trained --text novel.txt --retriever random
     """  # noqa: D301 - the backspace makes the help keep these line breaks
@@ -107,6 +108,8 @@ def train(
     if processes.count > 1:  # one choice for all, as each would measure for itself what is fast
         device = str(processes.device)
         dtype = processes.from_main(choose_machine(dtype, device, trained=begun, trains=True).names[0])
+        if training.shard:
+            device = "cpu"  # until it is divided
     language_model, tokenizer = load(
         model,
         dtype=dtype,

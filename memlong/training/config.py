@@ -99,6 +99,12 @@ class TrainingConfig:
         "Run layers again in the backward pass instead of keeping what they computed.",
         more="The losses are the same; it takes less memory and more time.",
     )
+    shard: bool = setting(
+        False,
+        "Divide the frozen weights among the processes (FSDP).",
+        more="Each holds its share, and gathers a layer's weights from the others while it runs the layer. The losses "
+        "are the same. Has no effect in a single process.",
+    )
     warmup_stage_steps: int = setting(
         0,
         "Steps of a first stage with LoRA on all layers and no memory.",

@@ -117,7 +117,8 @@ def holds_decoder(folder: Path, training: dict[str, Any], memory: dict[str, Any]
         return False
     ours = json.loads(json.dumps([training, memory], default=str))
     for of_training, of_memory in (theirs, ours):
-        of_training.pop("checkpoint_every", None)
+        for name in ("checkpoint_every", "shard"):
+            of_training.pop(name, None)
         for name in ("store", "maps", "gates", "null_chunk"):  # all but the first are in the folder itself
             of_memory.pop(name, None)
     return bool(theirs == ours)

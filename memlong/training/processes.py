@@ -1,7 +1,8 @@
 """The processes of a training run: each reads some of the documents, and their gradients are summed.
 
 The model is not wrapped in DistributedDataParallel, as a decoder reads segment by segment, and processes read different
-numbers of segments. Instead, the gradients of the few trainable parameters are summed once per optimizer step.
+numbers of segments. Instead, the gradients of the few trainable parameters are summed once per optimizer step. Each
+process holds the whole model, unless `memlong.training.shards` divides it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, distributed, nn
 
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
 
-_SHARDED = {"FSDP": "--use_fsdp", "DEEPSPEED": "--use_deepspeed", "MEGATRON_LM": "--use_megatron_lm"}
+_LAUNCHED = {"FSDP": "--use_fsdp", "DEEPSPEED": "--use_deepspeed", "MEGATRON_LM": "--use_megatron_lm"}
 
 
 class Processes:
@@ -43,7 +44,7 @@ class Processes:
     Raises
     ------
     InvalidArgumentError
-        If the processes are to share the model (FSDP, DeepSpeed or Megatron-LM), there are more of them than GPUs, or
+        If the launcher is to divide the model (FSDP, DeepSpeed or Megatron-LM), there are more of them than GPUs, or
         ``device`` is another process's or unsuitable for several processes.
     MissingDependencyError
         If accelerate is not installed.
@@ -137,14 +138,27 @@ class Processes:
             parameter.grad = each.view_as(parameter) if count else None
 
     @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Say so if the others are lost in a block in which a model exchanges its weights with them."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+                raise
+            raise self._lost() from error
+
+    @contextmanager
     def _told(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # of a connection
-            raise MemlongError(
-                f"Process {self.index} has lost the others: one of them has ended, for a reason that it tells itself. "
-                "Resume once that is fixed"
-            ) from error
+            raise self._lost() from error
+
+    def _lost(self) -> MemlongError:
+        return MemlongError(
+            f"Process {self.index} has lost the others: one of them has ended, for a reason that it tells itself. "
+            "Resume once that is fixed"
+        )
 
     def leave(self) -> None:
         """Close the connections at the end of the program; `torch.distributed` complains of open ones."""
@@ -153,12 +167,13 @@ class Processes:
 
 
 def _check_launch() -> None:
-    for name, option in _SHARDED.items():
+    for name, option in _LAUNCHED.items():
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise InvalidArgumentError(
-                f"Training must be launched without {option}, as each process holds the whole model and reads "
-                "documents of its own: leave it out, and choose --multi_gpu or no distributed training in "
-                "`accelerate config`"
+                f"Training must be launched without {option}, as each process reads documents of its own, and memlong "
+                "itself divides the frozen weights if it is asked to: leave it out, choose --multi_gpu or no "
+                "distributed training in `accelerate config`, and add --shard (TrainingConfig(shard=True)) for a model "
+                "that does not fit on one device"
             )
 
 

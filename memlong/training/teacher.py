@@ -62,6 +62,11 @@ class Lesson:
         losses[:, -1] = 0
         return cls(ids, values, losses)
 
+    @staticmethod
+    def calls(decoder: MemoryDecoder, tokens: int) -> int:
+        """How often `of` runs the model over rows of so many tokens."""
+        return min(tokens, 1) if decoder.model_layout.states else -(-tokens // _PIECE)
+
     def at(self, places: Tensor) -> Lesson:
         """Return what is predicted at some places [rows, some]."""
         deep = places[..., None].expand(-1, -1, self.ids.shape[-1])

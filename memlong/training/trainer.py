@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ from memlong.training.processes import Processes
 from memlong.training.recall import RecallEpisodes, first_asking
 from memlong.training.teacher import Lesson
 
+if TYPE_CHECKING:
+    from memlong.training.shards import Shards
+
 
 class Trainer:
     """Trains a decoder on streamed documents.
@@ -59,13 +62,14 @@ class Trainer:
 
     In several processes (``accelerate launch``), each creates its own trainer with the same arguments, and reads other
     documents. The losses are those of one process with all their rows, up to rounding, unless chunks of other rows are
-    taken. The main process alone writes.
+    taken. The main process alone writes. With ``shard``, each holds a share of the frozen weights, and from then on the
+    model runs in all processes at once or not at all: use the trained decoder by loading its folder.
 
     Parameters
     ----------
     decoder
         A decoder on a plain model, not attached. Its model is frozen and gets a LoRA adapter. With several processes,
-        each has it on its own device.
+        each has it on its own device; with ``shard``, it may be on the CPU, from where shares move to that device.
     documents
         Token ids [tokens] of each document.
     config
@@ -81,7 +85,8 @@ class Trainer:
     ------
     InvalidArgumentError
         If there is nothing to train, the decoder has no memory, episodes are too short to need one, or several
-        processes are launched with FSDP, with more processes than GPUs, or with a decoder on another's device.
+        processes are launched with FSDP, with more processes than GPUs, or with a decoder on another's device; or if
+        the model cannot be divided among them.
     InvalidTextError
         If no document is long enough, or there are too few episodes for each row to have others beside it.
     MissingDependencyError
@@ -116,7 +121,8 @@ class Trainer:
             raise InvalidArgumentError(
                 "decoder.model must be bfloat16 or float32 for training, got float16, in which small gradients vanish"
             )
-        self._processes = Processes(decoder.model.device)
+        device = decoder.model.device
+        self._processes = Processes("auto" if config.shard and device.type == "cpu" else device)
         together = config.rows * self._processes.count
         reads_text = not config.mix or TEXT in config.mix or config.warmup_stage_steps > 0
         least = _least(decoder.config) if reads_text else 1  # of filler, any length will do
@@ -141,6 +147,11 @@ class Trainer:
             else None
         )
         self._parts = TrainableParts(decoder, config)
+        self._shards: Shards | None = None
+        if config.shard and self._processes.count > 1:
+            from memlong.training.shards import Shards  # not every build of torch has what it needs
+
+            self._shards = Shards(decoder, self._parts.parameters.values(), self._processes)
         self._optimizer = torch.optim.AdamW(self._parts.groups(config))
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._sums: list[Tensor] = []
@@ -201,7 +212,7 @@ class Trainer:
         writes = self._processes.is_main
         order = {name: self._parts.parameters[name] for name in self._in_order()}
         made_of = self._made_of()
-        self._check_same(made_of)
+        self._check_same({**made_of, "shard": self.config.shard})
         state = (order, self._optimizer, made_of)
         with self._processes.main_first():
             if writes:
@@ -218,7 +229,8 @@ class Trainer:
         saved = at.step
         try:
             while at.step < self.config.steps:
-                self._read_episodes(at, curve, progress)
+                with self._processes.exchanging():
+                    self._read_episodes(at, curve, progress)
                 if at.step - saved >= self.config.checkpoint_every and at.step < self.config.steps:
                     if writes:
                         curve.sync()
@@ -273,19 +285,26 @@ class Trainer:
         own = [batch.counts(start, start + size) for start in range(0, count * size, size)]
         everywhere = self._processes.all_of([int(counts) for counts in own])
         learning = [any(everywhere[number::count]) for number in range(count)]
+        calls = [0] * count if self._shards is None else self._shards.calls(batch.lengths, size, count)
         decoder = self._plain if warming_up and self._plain is not None else self.decoder
         self._parts.learn(lower_layers=warming_up)
         started = time.perf_counter()
         lesson = None
         if self.config.distill and not warming_up:
             lesson = Lesson.of(decoder, batch.input_ids)
+            if self._shards is not None:
+                others = Lesson.calls(decoder, max(lengths)) - Lesson.calls(decoder, max(batch.lengths))
+                self._shards.idle(others, gradients=False)
         decoder.reset(choice=[self._choice(number, at.step) for number in numbers])
         again = checkpointed(decoder.model) if self.config.gradient_checkpointing else nullcontext()
         with decoder, again:
             for number in range(count):
                 beginning = number - number % self.config.accumulate
                 start = number * size
-                loss = self._read(decoder, batch, start, lesson, counts=own[number])
+                counts = own[number] if self._shards is None else learning[number]
+                loss = self._read_with_others(
+                    decoder, batch, start, lesson, calls=calls[number], counts=counts
+                )
                 if learning[number]:
                     self._learn(loss, of=sum(learning[beginning : beginning + self.config.accumulate]))
                 at.tokens += tokens_between(lengths, start, start + size)
@@ -302,6 +321,28 @@ class Trainer:
         at.episodes += len(lengths)
         at.seconds += time.perf_counter() - started
 
+    def _read_with_others(
+        self,
+        decoder: MemoryDecoder,
+        batch: Batch,
+        start: int,
+        lesson: Lesson | None,
+        *,
+        calls: int,
+        counts: bool,
+    ) -> SegmentLoss:
+        """Do as `_read`, and run a divided model in all processes alike: ``calls`` times, and as often for contrast."""
+        shards = self._shards
+        if shards is None:
+            return self._read(decoder, batch, start, lesson, counts=counts)
+        own = shards.calls_for(batch.piece(start, start + decoder.config.segment_size).mask)
+        if counts and self.config.contrast:
+            tries = own > 0 and _retrieves(decoder, start)
+            if any(self._processes.all_of([int(tries)])):
+                shards.idle(calls - own * tries, gradients=False)
+        loss = self._read(decoder, batch, start, lesson, counts=counts)
+        return replace(loss, total=loss.total + shards.idle(calls - own, gradients=counts))
+
     def _read(
         self, decoder: MemoryDecoder, batch: Batch, start: int, lesson: Lesson | None, *, counts: bool
     ) -> SegmentLoss:
@@ -310,10 +351,7 @@ class Trainer:
         if not text.mask.any():  # only other processes read on
             return SegmentLoss.zero(decoder.model.device)
         foreign = None
-        memory = decoder.config
-        # Whether a chunk has left the window by now: it is stored before this segment retrieves.
-        reads = memory.backend is not None and start > memory.sink_tokens + memory.window_past
-        if counts and self.config.contrast and reads:
+        if counts and self.config.contrast and _retrieves(decoder, start):
             tried = decoder.preview(text.input_ids, text.mask, queries=text.queries, choice=ForeignChunks())
             foreign = token_losses(tried, batch)
         (segment,) = decoder.stream(
@@ -390,7 +428,7 @@ class Trainer:
 
     def _made_of(self) -> dict[str, Any]:
         settings = asdict(self.config)
-        del settings["checkpoint_every"]
+        del settings["checkpoint_every"], settings["shard"]
         settings["rows x processes"] = settings.pop("rows") * self._processes.count
         memory = self.decoder.config.as_dict()
         return {
@@ -446,6 +484,12 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
 def _least(memory: MemoryConfig) -> int:
     """Return the length of the shortest episode that reads from memory, in tokens."""
     return memory.local_window + memory.segment_size
+
+
+def _retrieves(decoder: MemoryDecoder, start: int) -> bool:
+    """Whether a chunk has left the window at this token, and is stored before its segment retrieves."""
+    memory = decoder.config
+    return memory.backend is not None and start > memory.sink_tokens + memory.window_past
 
 
 @torch.no_grad()

@@ -183,8 +183,10 @@ def test_a_second_run_in_a_folder_is_refused_before_any_work(run, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_two_processes_print_and_write_once(arguments, story, tmp_path):
-    typed = arguments("train", text=story, out=tmp_path / "trained", **QUICK)
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_print_and_write_once(arguments, story, tmp_path, shard):
+    options = {"shard": True} if shard else {}
+    typed = arguments("train", text=story, out=tmp_path / "trained", **QUICK, **options)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "memlong", *typed]

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
+from memlong.decoder.model.probe import probe
 from memlong.errors import UnsupportedModelError
+from memlong.testing import ARCHITECTURES
 
 LAYERS = 4
 
@@ -37,6 +39,15 @@ def test_a_layer_on_disk_is_fetched_as_ever(tiny_model, small, text, tmp_path):
     )
     with MemoryDecoder(model, None, small()) as decoder:
         assert torch.equal(decoder.read(ids), expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rotations_move_with_the_model(tiny_model, architecture):
+    model = tiny_model(architecture)
+    layout = probe(model)
+    model.to("meta")  # a device that every machine has
+    cos, sin = layout.layers[0].rope.angles(torch.arange(4, device="meta")[None])
+    assert (cos.device.type, sin.device.type) == ("meta", "meta")
 
 
 def _wrapped(model):

@@ -32,6 +32,16 @@ def test_a_lesson_is_what_the_plain_model_predicts(trainer, text):
         assert not torch.allclose(model(ids).logits, wanted)  # the adapters are back
 
 
+def test_after_a_lesson_no_more_learns_than_before(trainer, text):
+    run = trainer(warmup_stage_steps=2)
+    run._parts.learn(lower_layers=False)
+    model = run.decoder.model
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(learning) < len(run._parts.parameters)
+    Lesson.of(model, text(20), model.device)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == learning
+
+
 def test_long_texts_are_read_piece_by_piece(trainer, text, monkeypatch):
     run = trainer()
     ids = text(80)

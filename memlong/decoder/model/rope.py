@@ -67,7 +67,11 @@ class RotaryCall:
         before: Tensor = self.arguments[self.positions]
         with torch.no_grad():
             shape = (*before.shape[:-2], *positions.shape)  # of several axes, text stands at one place on all
-            output = self.module(**{**self.arguments, self.positions: positions.expand(shape)})
+            moved = {  # with the model
+                name: value.to(positions.device) if isinstance(value, Tensor) else value
+                for name, value in self.arguments.items()
+            }
+            output = self.module(**{**moved, self.positions: positions.expand(shape)})
         if isinstance(output, Tensor) and output.is_complex():
             output = output.real, output.imag
         if not isinstance(output, tuple | list) or len(output) != 2:

@@ -125,8 +125,13 @@ def true_tensor(model: nn.Module, name: str, value: Any) -> Any:
     Raises
     ------
     UnsupportedModelError
-        If it is on torch's meta device, and nobody keeps it.
+        If it is on torch's meta device, and nobody keeps it, or if it is divided among processes.
     """
+    if hasattr(value, "full_tensor"):  # torch's DTensor
+        raise UnsupportedModelError(
+            f"The weights {name} of this {type(model).__name__} are divided among processes, so that its memory could "
+            "not be matched to it. Load the trained decoder from its folder: MemoryDecoder.from_pretrained(folder)"
+        )
     if not isinstance(value, Tensor) or not value.is_meta:
         return value
     parts = name.split(".")

@@ -25,6 +25,7 @@ from memlong.errors import InvalidArgumentError, MemlongError, MissingDependency
 ADAPTER_SETTINGS, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 """Files of the folder, as transformers and peft write and read them."""
 
+_BASE_WEIGHTS = "memlong_base_weights"  # attribute of a model
 _SAMPLE = 256  # numbers of a tensor that are compared
 _LARGEST = 4  # times as many numbers as the model
 
@@ -166,6 +167,9 @@ def base_weights(model: PreTrainedModel) -> str | None:
 
     None in float16, whose rounding is another, and of quantized weights.
     """
+    known: str | None = getattr(model, _BASE_WEIGHTS, None)
+    if known is not None:
+        return known
     if model.dtype == torch.float16 or getattr(model, "hf_quantizer", None) is not None:
         return None
     digest = hashlib.sha256()
@@ -181,6 +185,11 @@ def base_weights(model: PreTrainedModel) -> str | None:
         sample = flat[places.to(flat.device)].bfloat16().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def remember_base_weights(model: PreTrainedModel) -> None:
+    """Let `base_weights` of a model stay what they are now, since from here on it holds a share of its weights."""
+    setattr(model, _BASE_WEIGHTS, base_weights(model))
 
 
 def _unlike(stored: dict[str, Tensor], loaded: dict[str, Tensor]) -> set[str]:
