@@ -1,8 +1,9 @@
 """Speed of `memlong train` by the number of rows, on one thread: of this checkout, and of another for comparison.
 
-The model has random weights, as has the text. An episode is read before the clock starts. Checkouts take turns, each in
-a process of its own, which measures all numbers of rows. With --processes, it is also measured how long processes that
-share the largest number of rows take together for the same tokens.
+The model has random weights, as has the text. An episode is read before the clock starts. Each checkout has a process
+of its own, which measures all numbers of rows; they take turns or, with --clock cpu, run at the same time, so that what
+else the machine does slows all alike (on Linux, `taskset -c 1` keeps them on one core). With --processes, it is also
+measured how long processes that share the largest number of rows take together for the same tokens.
 
     python bench/rows.py --before ../before --json docs/results/rows.json
     python bench/rows.py --model random-tiny --rows 1 --rows 8 --rounds 1
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -118,9 +120,11 @@ def main(
     found: dict[str, dict[int, list[Measured]]] = {name: {each: [] for each in rows} for name in checkouts}
     facts: list[dict[str, Any]] = []
     for _ in range(rounds):
-        for name, checkout in checkouts.items():
-            for each in _measured(work, rows, checkout):
-                found[name][each.rows].append(each)
+        with ThreadPoolExecutor(len(checkouts) if clock is Clock.CPU else 1) as pool:
+            made = pool.map(lambda checkout: _measured(work, rows, checkout), checkouts.values())
+            for name, several in zip(checkouts, made, strict=True):
+                for each in several:
+                    found[name][each.rows].append(each)
         report.ratios = []
         facts = [_compared(each, found, report) for each in rows]
         report.add({"by_rows": facts})
