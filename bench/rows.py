@@ -5,7 +5,7 @@ of its own, which measures all numbers of rows; they take turns or, with --clock
 else the machine does slows all alike (on Linux, `taskset -c 1` keeps them on one core). With --processes, it is also
 measured how long processes that share the largest number of rows take together for the same tokens.
 
-    python bench/rows.py --before ../before --json docs/results/rows.json
+    python bench/rows.py --before ../before --json out/rows.json
     python bench/rows.py --model random-tiny --rows 1 --rows 8 --rounds 1
 """
 

@@ -38,7 +38,7 @@ def test_after_a_lesson_no_more_learns_than_before(trainer, text):
     model = run.decoder.model
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(learning) < len(run._parts.parameters)
-    Lesson.of(model, text(20), model.device)
+    Lesson.of(run.decoder, text(20))
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == learning
 
 
