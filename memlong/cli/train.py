@@ -35,6 +35,12 @@ def train(
         list[Path] | None,
         typer.Option(help="UTF-8 text file, or folder of *.txt, *.md and *.py files; repeatable."),
     ] = None,
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join", help="Make each --text folder one document, each file after a line with its path."
+        ),
+    ] = False,
     dataset: Annotated[
         str | None, typer.Option(help="Hub dataset, or folder of one (needs the datasets package).")
     ] = None,
@@ -69,6 +75,7 @@ def train(
       memlong train --model demo --text books --kv-source latent --maps maps.safetensors --out trained
       memlong train --model demo --text books --out trained --mix needles=1 --mix text=1 --negatives 3
       memlong train --model demo --text books --out trained --gate-init -8 --random-share 0.2 --resume
+      memlong train --model demo --text repositories/flask --text repositories/click --join --out trained
       accelerate launch --multi_gpu --num_processes 2 -m memlong train --model demo --text books --out trained
       accelerate launch --multi_gpu --num_processes 2 -m memlong train --model demo --text books --out trained --shard
       memlong perplexity --adapter trained --text novel.txt
@@ -101,7 +108,7 @@ def train(
         with lock(out) if out.is_dir() else nullcontext():  # no other run uses it
             check_folder(out, resume=resume)
     processes.wait()
-    texts = list(read_documents(text or []))
+    texts = list(read_documents(text or [], join=join))
     if dataset is not None:
         texts += read_dataset(dataset, split=dataset_split, column=dataset_column)
     begun = _begun(out) if resume else None

@@ -22,10 +22,18 @@ SUFFIXES = (".txt", ".md", ".py")
 """Suffixes of the files that are read from a folder."""
 
 
-def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
-    """Yield the text of files, and of all text files in folders, sorted by name.
+def read_documents(sources: Sequence[str | Path], *, join: bool = False) -> Iterator[str]:
+    """Yield the text of files, and of all text files in folders, sorted by path.
 
     Unreadable files in a folder are skipped with a warning.
+
+    Parameters
+    ----------
+    sources
+        Files and folders.
+    join
+        Whether the files of a folder are one document, so that one memory holds all of a repository. Each is then
+        preceded by a line with its path in the folder.
 
     Raises
     ------
@@ -36,15 +44,15 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
         if not source.is_dir():
             yield read_text(source)
             continue
-        found, left_out = 0, []
+        found: list[str] = []
+        left_out = []
         for path in sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
             try:
                 text = read_text(path)
             except InvalidTextError as error:  # empty or in a legacy encoding: no reason to reject the folder
                 left_out.append(str(error))
                 continue
-            found += 1
-            yield text
+            found.append(f"{path.relative_to(source).as_posix()}\n{text.rstrip()}\n" if join else text)
         if left_out:
             warn_caller(
                 f"Skipped {len(left_out)} files in {str(source)!r}. The first: {left_out[0]}",
@@ -54,6 +62,7 @@ def read_documents(sources: Sequence[str | Path]) -> Iterator[str]:
                 f"The folder {str(source)!r} has no text in files named *{', *'.join(SUFFIXES)}: give another folder, "
                 "or the files themselves"
             )
+        yield from ["\n".join(found)] if join else found
 
 
 def read_dataset(name: str, *, split: str = "train", column: str = "text") -> Iterator[str]:

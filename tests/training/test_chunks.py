@@ -219,6 +219,76 @@ def test_every_segment_that_retrieves_is_contrasted(trainer, monkeypatch):
     assert all(retrieved == tried for retrieved, tried in seen)
 
 
+@pytest.mark.parametrize("choice", [3, [never(), 3]])
+def test_what_cannot_choose_is_refused(three_rows, choice):
+    with pytest.raises(InvalidArgumentError, match=r"choice must have a method choose\(\)"):
+        three_rows.reset(choice=choice)
+
+
+class Asked:
+    """Counts how often it is asked."""
+
+    def __init__(self):
+        self.searches = []
+
+    def choose(self, search):
+        self.searches.append(search)
+
+
+def test_a_choice_is_asked_until_the_next_reset(three_rows, text):
+    asked = Asked()
+    three_rows.reset(choice=asked)
+    three_rows.read(text(64, rows=3))
+    three_rows.preview(text(8, rows=3, seed=1))
+    count = len(asked.searches)
+    assert count == 3 * 5
+    assert all(
+        search.others == [*banks[row + 1 :], *banks[:row]]
+        for row, search in enumerate(asked.searches[-3:])
+        for banks in [three_rows.banks]
+    )
+    three_rows.flush()
+    three_rows.read(text(64, rows=3, seed=2))
+    assert len(asked.searches) > count
+    three_rows.reset()
+    count = len(asked.searches)
+    three_rows.read(text(64, rows=3))
+    assert len(asked.searches) == count
+
+
+def test_what_is_asked_and_who_chooses_arrive_at_the_decoder(trainer, monkeypatch):
+    """Queries at the segments that have them, for reading and for contrast; more other rows later on."""
+    run = trainer(steps=12, rows=3, negatives=2, contrast=2.0)
+    source, calls, choices = run._source, [], []
+
+    class Asking:
+        digest = source.digest
+
+        def __getitem__(self, number):
+            return replace(source[number], queries={40: [5, 6, number + 3]})
+
+    run._source = Asking()
+    for name in ("stream", "preview"):
+        real = getattr(MemoryDecoder, name)
+
+        def watched(self, *given, name=name, real=real, **options):
+            calls.append((name, options["queries"], options.get("choice")))
+            return real(self, *given, **options)
+
+        monkeypatch.setattr(MemoryDecoder, name, watched)
+    reset = MemoryDecoder.reset
+    monkeypatch.setattr(
+        MemoryDecoder, "reset", lambda self, **options: choices.append(options) or reset(self, **options)
+    )
+    run.run()
+    asked = [(name, tuple(queries[0][:2])) for name, queries, _ in calls if queries[0] is not None]
+    assert set(asked) == {("stream", (5, 6)), ("preview", (5, 6))}
+    assert all(len(set(map(tuple, queries))) == 3 for _, queries, _ in calls if queries[0] is not None)
+    assert all(isinstance(choice, ForeignChunks) for name, _, choice in calls if name == "preview")
+    given = [options["choice"] for options in choices if "choice" in options]
+    assert [[each.others for each in some] for some in given] == [[1] * 3, [2] * 3, [2] * 3]
+
+
 class OldestFirst:
     """Prefers the oldest of what is found, as a retriever that reranks."""
 

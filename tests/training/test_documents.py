@@ -25,6 +25,19 @@ def test_files_and_folders_are_read_in_order(tmp_path):
     assert found == ["zero", "one", "two", "three"]
 
 
+def test_a_folder_is_one_document_where_it_is_to_be(tmp_path):
+    for name, words in {
+        "b.py": "from sub.c import f\n\n\n",
+        "sub/c.py": "def f(): ...\n",
+        "a.md": "one",
+    }.items():
+        (tmp_path / "code" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "code" / name).write_text(words)
+    (tmp_path / "alone.txt").write_text("zero")
+    found = list(read_documents([tmp_path / "code", tmp_path / "alone.txt"], join=True))
+    assert found == ["a.md\none\n\nb.py\nfrom sub.c import f\n\nsub/c.py\ndef f(): ...\n", "zero"]
+
+
 def test_what_holds_no_text_is_said(tmp_path):
     with pytest.raises(InvalidTextError, match="does not exist"):
         list(read_documents([tmp_path / "none.txt"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,6 +14,7 @@ from memlong.evaluation import long_range_tokens
 from memlong.training import TrainingConfig
 from memlong.training.documents import Episode
 from memlong.training.loss import Batch, segment_loss, tokens_between
+from memlong.training.teacher import Lesson
 
 SIZE = 8
 DISTANCE = 3
@@ -88,6 +91,60 @@ def test_losses_and_gradients_are_those_of_the_plain_formula(episodes, number, w
     ((wanted,), (given,)) = (torch.autograd.grad(each, segment.logits) for each in (expected, found.mean))
     torch.testing.assert_close(given, wanted, rtol=1e-6, atol=1e-6)
     assert given.abs().sum() > 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_foreign_chunks_lessons_and_answers_weigh_as_in_the_plain_formula(episodes, number):
+    """The second row is trained on some answers alone; full attention is better at some tokens, and worse at others."""
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randint(2, (len(episodes[1]),), generator=generator) * 10.0
+    given = [Episode(episodes[0]), Episode(episodes[1], weights), Episode(episodes[2])]
+    batch = Batch.of(given, DISTANCE, torch.device("cpu"))
+    segment = segment_of(episodes, number)
+    config = TrainingConfig(long_range_weight=0.5, contrast=2.0, distill=0.25)
+    longest = batch.input_ids.shape[1]
+    theirs = torch.randn(3, longest, 11, generator=generator).log_softmax(-1)
+    best = theirs.topk(11)
+    taught = 4 * torch.rand(3, longest, generator=generator)
+    foreign = 4 * torch.rand(segment.tokens.shape, generator=generator)
+    found = segment_loss(
+        segment, batch, config, foreign=foreign, lesson=Lesson(best.indices, best.values, taught)
+    )
+    total, all_weights, contrasted, kinds = 0.0, 0.0, [0.0, 0.0, 0], set()
+    for row, ids in enumerate(episodes):
+        distant = long_range_tokens(ids.tolist(), DISTANCE)
+        for column, token in enumerate(segment.tokens[row].tolist()):
+            if not 0 <= token < len(ids) - 1:
+                continue
+            own = 1.0 if given[row].weights is None else float(given[row].weights[token + 1])
+            if own == 0:
+                continue
+            ours = segment.logits[row, column].float()
+            loss = cross_entropy(ours, ids[token + 1])
+            gain = float(foreign[row, column] - loss.detach())
+            weight = own * (1 + 0.5 * float(distant[token + 1])) * min(2.0, exp(gain))
+            contrasted = [contrasted[0] + gain, contrasted[1] + float(loss.detach()), contrasted[2] + 1]
+            needs = row == 1 or float(taught[row, token]) + 0.5 < float(loss.detach())
+            if needs:
+                away = (theirs[row, token].exp() * (theirs[row, token] - ours.log_softmax(-1))).sum()
+                loss = 0.75 * loss + 0.25 * away
+            kinds.add((row == 1, needs, exp(gain) > 2))
+            total, all_weights = total + weight * loss, all_weights + weight
+    if number == 0:
+        assert len(kinds) >= 5
+    torch.testing.assert_close(found.mean, total / all_weights, rtol=1e-5, atol=1e-5)
+    assert float(found.weight) == pytest.approx(all_weights, rel=1e-5)
+    _, count, _, _, foreign_sum, own_sum, tried = found.sums.tolist()
+    assert [foreign_sum - own_sum, own_sum, tried] == pytest.approx(contrasted, rel=1e-5)
+    assert count == tried
+
+
+def test_weights_below_one_still_make_a_mean():
+    episode = Episode(torch.arange(9), torch.full((9,), 0.01))
+    batch = Batch.of([episode], DISTANCE, torch.device("cpu"))
+    segment = segment_of([episode.tokens], 0)
+    found = segment_loss(segment, batch, TrainingConfig())
+    assert float(found.mean.detach()) == pytest.approx(float(found.sums[0] / found.sums[1]), rel=1e-5)
 
 
 def test_logits_of_padding_count_for_nothing(episodes):

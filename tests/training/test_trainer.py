@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -141,6 +142,26 @@ def test_lora_goes_where_it_is_told(trainer):
         "model.layers.3.self_attn.q_proj",
         "model.layers.3.mlp.up_proj",
     }
+
+
+def test_a_step_is_the_mean_over_the_segments_in_which_anything_counts(trainer, monkeypatch):
+    """Of four segments, only the last token of the second and of the third counts."""
+    run = trainer(rows=1, accumulate=4, steps=1, document_tokens=32)
+    source, shares = run._source, []
+
+    class Weighted:
+        digest = source.digest
+
+        def __getitem__(self, number):
+            weights = torch.zeros(32)
+            weights[[15, 23]] = 10.0
+            return replace(source[number], weights=weights)
+
+    run._source = Weighted()
+    learn = Trainer._learn
+    monkeypatch.setattr(Trainer, "_learn", lambda self, loss, of: shares.append(of) or learn(self, loss, of))
+    run.run()
+    assert shares == [2, 2]
 
 
 def test_random_chunks_take_the_place_of_some(trainer, monkeypatch):
