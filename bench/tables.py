@@ -27,7 +27,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         make.__name__.replace("_", "-"): make
         for make in (
-            *(quality.dtypes, quality.needle, quality.retrievers, quality.recalled),
+            *(quality.dtypes, quality.needle, quality.retrievers, quality.recalled, quality.query_maps),
             *(speed.bank, speed.stores, speed.peers, speed.growth, speed.long_stream, speed.milvus),
             *(speed.gpu_three_b, speed.gpu_bank, speed.gpu_training),
         )

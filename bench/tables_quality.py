@@ -15,6 +15,7 @@ _INDEXES = {
     "faiss IVF4, nprobe 2": "faiss `IVF4,Flat`, nprobe 2",
     "faiss HNSW32": "faiss `HNSW32`",
 }
+_MAPS = {"retriever": "`lm`", "trained": "`lm`, trained map", "20": "`lm`, map after 20 steps"}
 _OTHERS = ("plain window", "plain window, equal budget")
 
 
@@ -84,6 +85,16 @@ def retrievers() -> str:
             [code["retriever"], *figures, *(f"{each['ms_per_segment']:.0f}" for each in (code, prose))]
         )
     return table(["retriever", "code", "long-range", "prose", "long-range", "ms, code", "ms, prose"], rows)
+
+
+def query_maps() -> str:
+    """Perplexity with the retriever, with trained maps of its queries, and with random chunks."""
+    rows = []
+    for row in load("query_maps.json")["rows"]:
+        for name, found in row["systems"].items():
+            ratios = [interval(found[f"to {other}"]) for other in ("retriever", "random")]
+            rows.append([row["text"], _MAPS.get(name, name), perplexity(found["perplexity"]), *ratios])
+    return table(["text", "chunks of", "perplexity", "to `lm`", "to random"], rows, words=2)
 
 
 def trained(file: str, text: str, part: str) -> str:

@@ -18,8 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from memlong import MemoryDecoder
+from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong.decoder.persistence.fingerprint import query_facts
 from memlong.errors import InvalidArgumentError, InvalidTextError
+from memlong.training import QueryMap
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["?", *(f"word{number}" for number in range(96))]
@@ -331,6 +333,35 @@ def test_a_trained_decoder_leaves_the_plain_systems_alone(lengths, folder, book,
     for text, rows in before["texts"].items():
         assert after["texts"][text]["plain window"] == rows["plain window"]
         assert {"trained memory", "trained, random chunks"} < set(after["texts"][text])
+
+
+def test_maps_of_queries_are_compared_with_their_retriever(folder, tmp_path):
+    """A map that changes nothing has the figures of its retriever."""
+    book = tmp_path / "long.txt"
+    book.write_text(" ".join(WORDS[1 + number * number % 89] for number in range(2300)), encoding="utf-8")
+    config = MemoryConfig(segment_size=64)
+    model, tokenizer = load_model(str(folder), dtype="float32", device="cpu")
+    decoder = MemoryDecoder(model, tokenizer, config)
+    facts = query_facts(config, decoder.retriever, model)
+    QueryMap.identity(decoder.retriever.dim, 2, made_for=facts).save(tmp_path / "map.safetensors")
+    options = ["--text", book, "--model", folder, "--dtype", "float32", "--segment-size", 64]
+    options += ["--max-tokens", 2300, "--score-from", 2100, "--tried-tokens", 2200]
+    out = tmp_path / "maps.json"
+    result = invoke(
+        script("bench/query_maps.py"),
+        *options,
+        "--map",
+        f"none={tmp_path / 'map.safetensors'}",
+        "--json",
+        out,
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert row["segments"] > 0
+    assert row["shares"]["none"] == row["shares"]["retriever"]
+    assert row["systems"]["none"]["perplexity"] == row["systems"]["retriever"]["perplexity"]
+    assert row["systems"]["none"]["to retriever"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert row["systems"]["random"]["perplexity"] != row["systems"]["retriever"]["perplexity"]
 
 
 @pytest.mark.slow

@@ -24,10 +24,24 @@ from memlong.cli.perplexity import perplexity
 from memlong.cli.plugins import add_plugin_commands
 from memlong.cli.remember import remember
 from memlong.cli.train import train
+from memlong.cli.train_retriever import train_retriever
 from memlong.errors import MemlongError
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory")
-_COMMANDS = (generate, remember, ask, chat, perplexity, needle, fit, heads, train, models, backends)
+_COMMANDS = (
+    generate,
+    remember,
+    ask,
+    chat,
+    perplexity,
+    needle,
+    fit,
+    heads,
+    train,
+    train_retriever,
+    models,
+    backends,
+)
 
 
 def make_app() -> typer.Typer:

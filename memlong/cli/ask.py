@@ -92,7 +92,7 @@ def ask(
       memlong ask --memory manual --prompts questions.txt --chat --sources
       memlong ask --memory manual --prompt "The pump" --document manual.txt --json -
     """  # noqa: D301 - the backspace makes the help keep these line breaks
-    keep_apart({"--json": json_file}, {"--prompts": [prompts], "--maps": [memory.maps], "--model": [model]})
+    keep_apart({"--json": json_file}, {"--prompts": [prompts], **memory.files, "--model": [model]})
     output = JsonOutput(json_file)
     questions = _questions(prompt or [], prompts)
     times = {"since": moment("--since", since), "until": moment("--until", until)}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _OPTIONS_OF = {
     "backend": ("backend", "backend_option"),
     "retriever": ("retriever", "retriever_option"),
+    "query_map": ("query_map",),
     "store": ("store",),
 }
 
@@ -113,7 +114,7 @@ def choose_decoder(
     if fixed:  # checked before their values, which the adapter's rules would decide
         raise InvalidArgumentError(
             f"--{fixed[0].replace('_', '-')} cannot be combined with --adapter, whose memory is fixed by training. "
-            "Only the backend, the retriever, their options and the store can be changed"
+            "Only the backend, the retriever, their options, the map of queries and the store can be changed"
         )
     config = memory.config(seed)
     changes: dict[str, Any] = {}
@@ -121,7 +122,7 @@ def choose_decoder(
         if given & set(names):
             if name in given:
                 changes[name] = getattr(config, name)
-            if name != "store":
+            if f"{name}_option" in names:
                 changes[f"{name}_options"] = getattr(config, f"{name}_options")
     return DecoderChoice(model, adapter, config, changes, dtype, device, trust_remote_code)
 

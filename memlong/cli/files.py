@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from memlong.errors import InvalidArgumentError
@@ -68,6 +69,35 @@ def writable(path: Path, *, replaces: tuple[bytes, ...] = ()) -> Path:
         why = getattr(error, "strerror", None) or error
         raise InvalidArgumentError(f"Cannot write {str(path)!r}: {why}") from error
     return path
+
+
+def save_or_keep(save: Callable[[Path], None], out: Path, what: str) -> None:
+    """Save what took long to make to a file, or to a temporary folder if that fails.
+
+    Parameters
+    ----------
+    save
+        Writes it to a path.
+    out
+        The file.
+    what
+        What it is, for the message, such as "maps were".
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is in the temporary folder.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        save(out)
+    except (OSError, SafetensorError) as error:
+        kept = Path(tempfile.mkdtemp(prefix="memlong-")) / out.name
+        save(kept)
+        raise InvalidArgumentError(
+            f"Cannot write {str(out)!r}: {error}. The {what} saved to {str(kept)!r} instead"
+        ) from error
 
 
 def _check_writable(path: Path) -> None:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from memlong.cli import options
 from memlong.cli.answer import escaped, say
-from memlong.cli.files import keep_apart, writable
+from memlong.cli.files import keep_apart, save_or_keep, writable
 from memlong.cli.loading import load, machine_of
 from memlong.cli.passages import passages_of, passages_of_facts
 from memlong.errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    from memlong.decoder.kv.latent import LatentMaps
 
 _MAPS = (b"memlong-latent-maps",)
 
@@ -90,20 +85,8 @@ def fit(
             progress=bar.update,
             seed=seed,
         )
-    _save(maps, out)
+    save_or_keep(maps.save, out, "maps were")
     say(
         f"{escaped(str(out))}: latent vectors of dimension {maps.dim} for the K-V of {len(maps.layers)} layers "
         f"({machine_of(language_model)})"
     )
-
-
-def _save(maps: LatentMaps, out: Path) -> None:
-    """Write the maps, or save them to a temporary folder if that fails: fitting takes long."""
-    try:
-        maps.save(out)
-    except (OSError, SafetensorError) as error:
-        kept = Path(tempfile.mkdtemp(prefix="memlong-")) / out.name
-        maps.save(kept)
-        raise InvalidArgumentError(
-            f"Cannot write {str(out)!r}: {error}. The maps were saved to {str(kept)!r} instead"
-        ) from error

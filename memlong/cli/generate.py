@@ -71,9 +71,7 @@ def generate(
       memlong generate --adapter trained --context book.txt --prompt "The whale was"
       memlong generate --model demo --context library.txt --store disk=/tmp --store host=1GB --prompt "Call me"
     """  # noqa: D301 - the backspace makes the help keep these line breaks
-    keep_apart(
-        {"--json": json_file}, {"--context": context or [], "--maps": [memory.maps], "--model": [model]}
-    )
+    keep_apart({"--json": json_file}, {"--context": context or [], **memory.files, "--model": [model]})
     output = JsonOutput(json_file)
     import torch
 

@@ -37,10 +37,11 @@ class MemoryOptions:
     typed: Mapping[str, Any]
 
     @property
-    def maps(self) -> str | None:
-        """File of the latent maps."""
-        maps: str | None = self.typed["maps"]
-        return maps
+    def files(self) -> dict[str, list[str | None]]:
+        """Files that they name, by option."""
+        return {
+            f"--{name.replace('_', '-')}": [self.typed.get(name)] for name in ("maps", "gates", "query_map")
+        }
 
     def config(self, seed: int) -> MemoryConfig:
         """Build the configuration.

@@ -71,7 +71,7 @@ def needle(
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     keep_apart(
         {"--json": json_file, "--plot": plot},
-        {"--filler": [filler], "--maps": [memory.maps], "--model": [model]},
+        {"--filler": [filler], **memory.files, "--model": [model]},
     )
     output = JsonOutput(json_file)
     if plot is not None:

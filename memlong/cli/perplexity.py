@@ -56,7 +56,7 @@ def perplexity(
       memlong perplexity --model HuggingFaceTB/SmolLM2-360M --text book.txt --retriever lm --json out.json
       memlong perplexity --adapter trained --text book.txt
     """  # noqa: D301 - the backspace makes the help keep these line breaks
-    keep_apart({"--json": json_file}, {"--text": [text], "--maps": [memory.maps], "--model": [model]})
+    keep_apart({"--json": json_file}, {"--text": [text], **memory.files, "--model": [model]})
     output = JsonOutput(json_file)
     # Importing torch and transformers takes seconds, so only here.
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize

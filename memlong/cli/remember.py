@@ -83,7 +83,7 @@ def remember(
       memlong remember --out manual --forget manual.txt
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     files = [path for path in paths or [] if not path.is_dir()]
-    keep_apart({"--json": json_file}, {"FILE": files, "--maps": [memory.maps], "--model": [model]})
+    keep_apart({"--json": json_file}, {"FILE": files, **memory.files, "--model": [model]})
     output = JsonOutput(json_file)
     if not paths and not forget:
         raise InvalidArgumentError(

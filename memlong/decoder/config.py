@@ -45,6 +45,14 @@ class MemoryConfig:
     retriever_options: Mapping[str, Any] = setting(
         dict, "Options of the retriever.", metavar="K=V", example="dim=1024"
     )
+    query_map: str | None = setting(
+        None,
+        "Trained map of queries, as memlong train-retriever writes it.",
+        more="It is of one retriever with its options. What is stored stays as it is, so a memory can be read with "
+        "and without it. Where the last ``focus_tokens`` make a query, they ask without it.",
+        metavar="FILE",
+        needs_backend=True,
+    )
     kv_source: KvSourceName = setting(
         "layer",
         "'layer': each layer's own K-V; 'shared': one layer's; 'latent': a vector a token.",

@@ -306,16 +306,17 @@ class MemoryDecoder(Uncopied):
         attention_mask: Tensor | None = None,
         *,
         queries: Sequence[Sequence[int] | None] | None = None,
-        choice: Choice | None = None,
+        choice: Choice | Sequence[Choice] | None = None,
     ) -> Segment:
         """Run the model over text as `stream` would, but leave streams and banks as they are.
 
         Parameters
         ----------
         input_ids, attention_mask, queries
-            As for `stream`, at most what is left of a segment.
+            As for `stream`, at most what is left of a segment. After a single stream, any number of rows may follow it.
         choice
-            Chooses chunks in place of the retriever, for instance to compare what they give.
+            Chooses chunks in place of the retriever, for instance to compare what they give: for all rows, or one for
+            each.
 
         Raises
         ------
@@ -618,7 +619,7 @@ class MemoryDecoder(Uncopied):
             The model that it was trained for, and its tokenizer, if already loaded. The adapter is added to the model.
         changes
             Settings that may differ from those of the training: ``backend``, ``backend_options``, ``retriever``,
-            ``retriever_options`` and ``store``.
+            ``retriever_options``, ``query_map`` and ``store``.
         retriever, registry
             As for `MemoryDecoder`.
         dtype, device

@@ -19,8 +19,10 @@ from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.model.probe import probe
 from memlong.decoder.model.trial import try_out
 from memlong.decoder.pages.attention import why_not_compiled
+from memlong.decoder.persistence.fingerprint import query_facts
 from memlong.decoder.retrievers.base import Retriever
 from memlong.decoder.retrievers.create import check_made_for, create_retriever
+from memlong.decoder.retrievers.query_map import load_query_map
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.positions import with_positions
 from memlong.errors import InvalidArgumentError, UnsupportedModelError
@@ -63,7 +65,10 @@ def prepare(
             retriever = create_retriever(
                 config.retriever, model, tokenizer, config.retriever_options, registry
             )
-    setup = Setup(model, model_layout, config, layers, source, gates, retriever, registry)
+    query_map = None
+    if config.query_map is not None and retriever is not None:
+        query_map = load_query_map(config.query_map, retriever, query_facts(config, retriever, model))
+    setup = Setup(model, model_layout, config, layers, source, gates, retriever, registry, query_map)
     bank = setup.new_bank()  # checks a backend's options and its capacity, too
     if bank is not None:
         bank.check_layout(setup.block_layout)

@@ -14,6 +14,7 @@ from memlong.decoder.kv.sources import KvSource
 from memlong.decoder.model.gates import MemoryGates
 from memlong.decoder.model.layout import ModelLayout
 from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.retrievers.query_map import QueryMap
 from memlong.plugins import Registry
 
 
@@ -37,6 +38,8 @@ class Setup:
         Makes embeddings; None for the plain window.
     registry
         Where names of backends are looked up.
+    query_map
+        Maps the embeddings of queries; None for no map.
     """
 
     model: PreTrainedModel
@@ -47,6 +50,7 @@ class Setup:
     gates: MemoryGates | None
     retriever: Retriever | None
     registry: Registry
+    query_map: QueryMap | None = None
 
     @property
     def block_layout(self) -> ChunkLayout:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
+from memlong.decoder import Retrieval
 from memlong.decoder.retrievers.base import Passage
 from memlong.decoder.stream.retrieval import Reranking, Search
 from memlong.errors import InvalidArgumentError, InvalidTextError
@@ -45,6 +46,18 @@ def search(decoder, others=2, **changes):
     """What row 0 looks for."""
     found = Search(decoder.banks[0], query(decoder, 0), decoder.config, decoder.banks[1 : 1 + others])
     return replace(found, **changes)
+
+
+class Ranked:
+    """Chooses the chunk of a rank."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def choose(self, search):
+        found = search.bank.search(search.query[None], self.rank + 1)
+        chunks = search.bank.fetch(found.ids[0, -1:])
+        return Retrieval(search.query, chunks.ids, found.scores[0, -1:]), chunks
 
 
 def query(decoder, row):
@@ -120,6 +133,22 @@ def test_a_preview_reads_what_stream_would_and_changes_nothing(three_rows, text)
     (segment,) = three_rows.stream(more)
     assert torch.equal(first, segment.logits)
     assert not torch.allclose(foreign, segment.logits)
+
+
+def test_several_choices_are_tried_after_one_stream(llama, small, text):
+    more = text(8, seed=1)
+    choices = [Ranked(0), Ranked(5)]
+    with MemoryDecoder(llama, None, small(top_k=4)) as decoder:
+        decoder.read(text(96))
+        both = decoder.preview(more.expand(2, -1), choice=choices)
+        for row, choice in enumerate(choices):
+            alone = decoder.preview(more, choice=choice)
+            assert torch.equal(alone.retrievals[0].ids, both.retrievals[row].ids)
+            torch.testing.assert_close(alone.logits[0], both.logits[row], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(both.retrievals[0].ids, both.retrievals[1].ids)
+        assert decoder.tokens_read == (96,)
+        with pytest.raises(InvalidArgumentError, match=r"one element for each of the 3 rows, .* got 2"):
+            decoder.preview(more.expand(3, -1), choice=choices)
 
 
 @pytest.mark.parametrize(("tokens", "message"), [(9, "at most the 8 tokens"), (0, "at least one token")])

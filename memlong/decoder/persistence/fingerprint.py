@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
-from transformers import GenerationConfig, PreTrainedConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.kv.sources import KvSource, LatentSource, LayerSource
@@ -69,7 +70,7 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
         "memory_layers": list(source.memory_layers) if isinstance(source, LayerSource) else None,
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
         "gates": None if gates is None else module_digest(gates),
-        "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
+        "retriever": None if setup.retriever is None else retriever_facts(config, setup.retriever),
         **{name: getattr(config, name) for name in _SIZES},
         **_heads(source),
         **({} if source.null_chunk is None else {"null_chunk": module_digest(source.null_chunk)}),
@@ -89,7 +90,7 @@ def origin_of(setup: Setup) -> dict[str, Any]:
         "kv_source": config.kv_source,
         "stored_layers": list(source.stored_layers),
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
-        "retriever": None if setup.retriever is None else _retriever(config, setup.retriever),
+        "retriever": None if setup.retriever is None else retriever_facts(config, setup.retriever),
         **_heads(source),
     }
 
@@ -171,7 +172,16 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
         yield from _leaves(f"{name}.{key}" if name else str(key), value[key])
 
 
-def _retriever(config: MemoryConfig, retriever: Retriever) -> list[object]:
+def query_facts(config: MemoryConfig, retriever: Retriever, model: PreTrainedModel) -> list[object]:
+    """Describe what a map of queries is made for: the retriever, and how many tokens the model knows."""
+    return [
+        *retriever_facts(config, retriever),
+        int(cast("Tensor", model.get_input_embeddings().weight).shape[0]),
+    ]
+
+
+def retriever_facts(config: MemoryConfig, retriever: Retriever) -> list[object]:
+    """Describe, as JSON can hold it, what the embeddings of chunks depend on besides the model."""
     kind = type(retriever)
     silent = {"device", *retriever.query_options}
     options = {

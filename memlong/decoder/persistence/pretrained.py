@@ -1,4 +1,4 @@
-"""A trained decoder as a folder: the peft adapter, maps, gates, a null chunk, and ``memlong.json``, which names all."""
+"""A trained decoder as a folder: adapter, maps, gates, a null chunk, and ``memlong.json``, which says what is there."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from memlong.plugins import Registry
 from memlong.versions import versions
 
 SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
-NULL_CHUNK = "null_chunk.safetensors"
+NULL_CHUNK, QUERY_MAP = "null_chunk.safetensors", "query_map.safetensors"
 """Files of the folder, besides those of the adapter."""
 
-CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "store")
+CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "query_map", "store")
 """Fields of a MemoryConfig that may differ from those of the training."""
 
 _FORMAT, _MODEL = "memlong-decoder-1", "config.json"
@@ -48,7 +48,7 @@ class Pretrained:
         The name under which `load_model` finds the model that the adapter belongs to; None if unknown, or on another
         host.
     config
-        The settings; maps, gates and null chunk are named by their path.
+        The settings; maps, gates, null chunk and the map of queries are named by their path.
     has_adapter
         Whether weights of the model were trained.
     dtype
@@ -92,11 +92,13 @@ def write_pretrained(
             "another folder"
         )
     null_chunk = setup.source.null_chunk
+    query_map = setup.query_map
     memory = replace(
         config,
         maps=MAPS if maps else None,
         gates=GATES if gates else None,
         null_chunk=NULL_CHUNK if null_chunk else None,
+        query_map=QUERY_MAP if query_map else None,
     ).as_dict()
     del memory["store"]  # where a machine keeps its chunks says nothing about the decoder
     memory |= declared_options(config, setup.registry)
@@ -125,6 +127,8 @@ def write_pretrained(
                 gates.save(temporary / GATES)
             if null_chunk is not None:
                 null_chunk.save(temporary / NULL_CHUNK)
+            if query_map is not None:
+                query_map.save(temporary / QUERY_MAP)
             settings = temporary / SETTINGS
             settings.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             # Without it there is no decoder: better none than a mix of old and new parts.
@@ -157,7 +161,7 @@ def read_pretrained(
 
     Notes
     -----
-    A backend or retriever that replaces another gets its own options, or none.
+    A backend or retriever that replaces another gets its own options, or none, and queries are not mapped for it.
     """
     for field in changes or {}:
         if field not in CHANGEABLE:

@@ -49,7 +49,7 @@ def chosen_config(
     unknown = memory.keys() - {each.name for each in fields(MemoryConfig)}
     if unknown:
         raise TypeError(f"memory holds {', '.join(sorted(unknown))}, which are not settings")
-    for field in ("maps", "gates", "null_chunk"):
+    for field in ("maps", "gates", "null_chunk", "query_map"):
         if memory.get(field):
             if Path(memory[field]).name != memory[field]:
                 raise ValueError(f"{field} must be the name of a file in the folder, got {memory[field]!r}")
@@ -57,6 +57,8 @@ def chosen_config(
     for field in ("backend", "retriever"):
         if field in changes and changes[field] != memory.get(field):
             memory[f"{field}_options"] = {}
+            if field == "retriever":
+                memory["query_map"] = None
     if memory.get("store") and "store" not in changes:
         raise _for_the_user(where, "store", memory["store"], "a place to write to")
     config = MemoryConfig(**{**memory, **changes})

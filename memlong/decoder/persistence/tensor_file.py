@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file that says what it is and for which layers: what maps and gates are kept in."""
+"""Tensors in a safetensors file that says what it is, and for which layers: what maps and gates are kept in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ def check_tensors(path: Path) -> None:
 def write_tensors(
     path: str | Path, kind: str, layers: tuple[int, ...], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write tensors for some layers; an existing file, or what a link leads to, is replaced once all is written.
+    """Write tensors for some layers; as `write_file`."""
+    write_file(path, kind, tensors, {"layers": json.dumps(layers)})
+
+
+def write_file(path: str | Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Write tensors and facts; an existing file, or what a link leads to, is replaced once all is written.
 
     Raises
     ------
@@ -40,13 +45,24 @@ def write_tensors(
     if path.exists() and not path.is_file():  # which would be replaced, too
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, metadata={"format": kind, "layers": json.dumps(layers)})
+    save_file(plain, path, metadata={"format": kind, **facts})
 
 
 def read_tensors(
     path: str | Path, kind: str, *, field: str, command: str
 ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-    """Read what `write_tensors` wrote: the layers, and tensors by name.
+    """Read what `write_tensors` wrote: the layers, and tensors by name; as `read_file`."""
+    facts, tensors = read_file(path, kind, field=field, command=command)
+    try:
+        return tuple(json.loads(facts["layers"])), tensors
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(path, field, command, error) from error
+
+
+def read_file(
+    path: str | Path, kind: str, *, field: str, command: str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read what `write_file` wrote: the facts, and tensors by name.
 
     Parameters
     ----------
@@ -72,15 +88,18 @@ def read_tensors(
                     f"{field} must name a file of format {kind!r}, as `{command}` writes it, got {str(path)!r} of "
                     f"format {metadata.get('format')!r}"
                 )
-            layers = tuple(json.loads(metadata["layers"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             for name, tensor in tensors.items():
                 if not bool(tensor.isfinite().all()):
                     raise ValueError(f"{name} holds numbers that are not finite")
-            return layers, tensors
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            return metadata, tensors
+    except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, InvalidArgumentError):
             raise
-        raise InvalidArgumentError(
-            f"{field} names {str(path)!r}, which cannot be read: {error}. Make the file with `{command}`"
-        ) from error
+        raise _unreadable(path, field, command, error) from error
+
+
+def _unreadable(path: str | Path, field: str, command: str, error: Exception) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{field} names {str(path)!r}, which cannot be read: {error}. Make the file with `{command}`"
+    )

@@ -24,6 +24,7 @@ from memlong.decoder.pages.attention import why_not_compiled
 from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.pages.room import Room
 from memlong.decoder.retrievers.base import Passage, Retriever
+from memlong.decoder.retrievers.query_map import QueryMap
 from memlong.decoder.setup import Setup
 from memlong.decoder.stream.attention_record import Counted, HeldChunk
 from memlong.decoder.stream.batch_memory import MemoryLoader
@@ -49,8 +50,8 @@ class StreamBatch:
         Where the model's attention looks for memory.
     banks
         The bank of each row; None for the plain window.
-    choice
-        Chooses chunks in place of the retriever, for all rows or one for each; None for never.
+    choices
+        What chooses chunks in place of the retriever, for each row; None for never.
 
     Attributes
     ----------
@@ -63,12 +64,11 @@ class StreamBatch:
         setup: Setup,
         slot: AttentionSlot,
         banks: Sequence[MemoryBank | None],
-        choice: Choice | Sequence[Choice] | None = None,
+        choices: Sequence[Choice | None] | None = None,
     ) -> None:
-        choices = choice if isinstance(choice, Sequence) else [choice] * len(banks)
         self.streams = tuple(
             TokenStream(setup.config, bank, each, setup.source.null_chunk)
-            for bank, each in zip(banks, choices, strict=True)
+            for bank, each in zip(banks, choices or [None] * len(banks), strict=True)
         )
         self.use_banks(banks)
         self._setup = setup
@@ -392,7 +392,7 @@ class StreamBatch:
             stream.forget()
         retriever = self._setup.retriever
         if asking and retriever is not None:
-            queries = _queries(asking, retriever)
+            queries = _queries(asking, retriever, self._setup.query_map)
             with self._loader.copy_stream.active():
                 for stream, query in zip(asking, queries, strict=True):
                     stream.retrieve(query, retriever, self._others(stream))
@@ -443,18 +443,17 @@ class StreamBatch:
         self._state = BatchState(window, memory, placements)
 
 
-def _queries(streams: Sequence[TokenStream], retriever: Retriever) -> Tensor:
+def _queries(streams: Sequence[TokenStream], retriever: Retriever, query_map: QueryMap | None) -> Tensor:
     """Return the embeddings [streams, dim] of what the streams ask for, which are all focused or none is."""
     passages = [stream.query() for stream in streams]
     banks = [stream.bank for stream in streams if stream.is_focused and stream.bank is not None]
+    asked = retriever.embed_queries if query_map is None else partial(query_map.embed_queries, retriever)
     if not banks:
-        return retriever.embed_queries(passages)
+        return asked(passages)
     found = retriever.embed_focus(passages, torch.stack([bank.mean_embedding() for bank in banks]))
     is_left = found.any(dim=1)
     # Where chunks have all in common with the query, it asks as it is.
-    return (
-        found if is_left.all() else found.where(is_left[:, None], retriever.embed_queries(passages).to(found))
-    )
+    return found if is_left.all() else found.where(is_left[:, None], asked(passages).to(found))
 
 
 def _is_query(given: object, vocabulary: int) -> bool:

@@ -133,12 +133,7 @@ class CurrentStreams:
 
     def over(self, banks: Sequence[MemoryBank | None]) -> StreamBatch:
         """Return new streams over these banks."""
-        choice = self._choice
-        if isinstance(choice, Sequence) and len(choice) != len(banks):
-            raise InvalidArgumentError(
-                f"choice must have one element for each of the {len(banks)} rows, or be one for all, got {len(choice)}"
-            )
-        return StreamBatch(self._setup, self._attachment.slot, banks, choice)
+        return StreamBatch(self._setup, self._attachment.slot, banks, _of_rows(self._choice, len(banks)))
 
     def for_rows(self, rows: int) -> StreamBatch:
         """Return streams for a batch of this many rows, new ones if there are none yet; they are not current yet.
@@ -175,17 +170,18 @@ class CurrentStreams:
         self,
         pending: list[list[int]],
         queries: Sequence[Sequence[int] | None] | None,
-        choice: Choice | None,
+        choice: Choice | Sequence[Choice] | None,
     ) -> Segment:
         """Read at most the rest of a segment in forks that are dropped; errors are those of `MemoryDecoder.preview`."""
         self._attachment.check()
+        choices = _of_rows(choice, len(pending))
         with self._attachment.slot.reading:
-            forks = self.for_rows(len(pending)).fork(range(len(pending)))
+            forks = self.forked(len(pending))
             if not any(pending):
                 raise InvalidArgumentError("input_ids must hold at least one token, got none")
             forks.ask_next(queries)
-            for stream, tokens in zip(forks.streams, pending, strict=True):
-                stream.choice = choice
+            for stream, tokens, each in zip(forks.streams, pending, choices, strict=True):
+                stream.choice = each
                 if len(tokens) > stream.segment_rest:
                     raise InvalidArgumentError(
                         f"input_ids must have at most the {stream.segment_rest} tokens that are left of the segment, "
@@ -240,3 +236,20 @@ def _each(choice: Choice | Sequence[Choice] | None) -> Sequence[object]:
     if choice is None:
         return ()
     return choice if isinstance(choice, Sequence) else (choice,)
+
+
+def _of_rows(choice: Choice | Sequence[Choice] | None, rows: int) -> Sequence[Choice | None]:
+    """Return what chooses for each row.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there are other numbers of choices and rows.
+    """
+    if not isinstance(choice, Sequence):
+        return [choice] * rows
+    if len(choice) != rows:
+        raise InvalidArgumentError(
+            f"choice must have one element for each of the {rows} rows, or be one for all, got {len(choice)}"
+        )
+    return choice

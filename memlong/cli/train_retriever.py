@@ -1,0 +1,115 @@
+"""``memlong train-retriever``: train a map of queries that finds the chunks that help the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from memlong.cli import options
+from memlong.cli.answer import escaped, say
+from memlong.cli.choice import choose_decoder
+from memlong.cli.files import keep_apart, save_or_keep, writable
+from memlong.cli.loading import machine_of
+from memlong.cli.memory import MemoryOptions, described, with_memory
+from memlong.cli.output import JsonOutput
+from memlong.cli.passages import passages_of
+from memlong.errors import InvalidArgumentError
+
+_MAP = (b"memlong-query-map",)
+
+
+@with_memory(without=("query_map", "gate_init", "gates", "retrieve_every", "retrieve_for", "focus_tokens"))
+def train_retriever(
+    ctx: typer.Context,
+    *,
+    text: Annotated[list[Path], typer.Option(help="UTF-8 text similar to what will be read; repeatable.")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write the map to.")],
+    model: options.ModelUnlessAdapter = None,
+    adapter: options.Adapter = None,
+    candidates: Annotated[
+        int, typer.Option(min=2, help="Chunks tried for a segment: half the retriever's best, half random.")
+    ] = 8,
+    rank: Annotated[
+        int, typer.Option(min=0, help="Rank of the map; 0 for a factor of each component alone.")
+    ] = 8,
+    passages: Annotated[int, typer.Option(min=1, help="Passages to read from each text, evenly spaced.")] = 8,
+    passage_tokens: Annotated[int, typer.Option(min=2, help="Tokens per passage.")] = 6144,
+    memory: MemoryOptions,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    seed: options.Seed = 0,
+    json_file: options.JsonFile = None,
+) -> None:
+    """Train a map of queries that finds the chunks that help the model. Only queries are mapped, so memories stay.
+
+    The model reads passages with its memory, and tries some chunks for each segment, each alone. The map is trained so
+    that chunks are the more similar to a query the lower the loss of the segment was with them. The last fifth of each
+    passage is held out, and says when to end. Memory options are those that the map will be used with.
+
+    \b
+    Examples:
+      memlong train-retriever --model demo --text books.txt --text code.py --out map.safetensors
+      memlong perplexity --model demo --text novel.txt --query-map map.safetensors
+      memlong train-retriever --model demo --text books.txt --retriever sentence-transformers --out minilm.safetensors
+    """  # noqa: D301 - the backspace makes the help keep these line breaks
+    keep_apart({"--out": out, "--json": json_file}, {"--text": text, "--model": [model], **memory.files})
+    writable(out, replaces=_MAP)
+    if out.exists() and not out.is_file():
+        raise InvalidArgumentError(f"--out must be a regular file, got {str(out)!r}")
+    if memory.typed["backend"] == "none":
+        raise InvalidArgumentError(
+            "--backend must name a backend, got 'none': without a memory there is nothing to choose from"
+        )
+    output = JsonOutput(json_file)
+    from memlong.evaluation import read_text
+    from memlong.training import train_retriever as train
+    from memlong.versions import versions
+
+    words = [read_text(file) for file in text]
+    choice = choose_decoder(
+        ctx,
+        model,
+        adapter,
+        memory,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if adapter is not None:  # which may have a map already
+        choice = replace(choice, changes={**choice.changes, "query_map": None})
+    decoder = choice.open()
+    chosen = passages_of(text, words, decoder.tokenizer, passages=passages, passage_tokens=passage_tokens)
+    machine = machine_of(decoder.model)
+    with (
+        decoder,
+        tqdm(total=len(chosen) * passage_tokens, unit="tok", desc=f"trying chunks ({machine})") as bar,
+    ):
+        found = train(decoder, chosen, candidates=candidates, rank=rank, seed=seed, progress=bar.update)
+    save_or_keep(found.query_map.save, out, "map was")
+    result = {
+        "model": model,
+        "adapter": adapter,
+        **described(decoder),
+        "texts": [path.name for path in text],
+        "query_map": str(out),
+        "rank": rank,
+        "candidates": candidates,
+        "segments": found.segments,
+        "held_out": found.held_out,
+        "epochs": found.epochs,
+        "share": found.share,
+        "base_share": found.base_share,
+        "versions": versions(),
+    }
+    if output.write(result):
+        say(
+            f"{escaped(str(out))}: of what the best of {candidates} chunks gives over random ones, the most similar "
+            f"one gives {found.share:.0%} on {found.held_out:,} held-out segments, without the map "
+            f"{found.base_share:.0%} ({found.segments:,} segments, {found.epochs} epochs, {machine})"
+        )
