@@ -38,7 +38,7 @@ def read_with():
         batch = decoder._streams.for_rows(1)
         decoder._streams.take_over(batch)
         (stream,) = batch.streams
-        batch._store(0, stream.departing())
+        batch._store({0: stream.departing()})
         bank = bank or stream.bank
         ids = {
             tuple(span): each
