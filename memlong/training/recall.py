@@ -290,7 +290,9 @@ def _holds(text: Sequence[int], passage: Sequence[int]) -> bool:
 
 
 def _number(random: np.random.Generator) -> str:
-    return str(random.integers(10 ** int(random.integers(2, 6)), 10**6))
+    """Return a number of three to six digits, each as often."""
+    least = 10 ** int(random.integers(2, 6))
+    return str(random.integers(least, 10 * least))
 
 
 def _needles(random: np.random.Generator, words: Sequence[str]) -> Iterator[Made]:

@@ -18,7 +18,7 @@ from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.training import Trainer, TrainingConfig
 from memlong.training.config import RECALL
 from memlong.training.documents import Episode, Mixture
-from memlong.training.recall import RecallEpisodes
+from memlong.training.recall import RecallEpisodes, _number
 from memlong.training.trainer import check_settings
 
 SEGMENT, WINDOW = 256, 512
@@ -225,6 +225,13 @@ def test_questions_come_one_by_one_once_and_late_where_they_are_to(kind):
         assert marked <= set(episode.queries)
         assert len(answers(episode)) == len(marked)
         assert all(text.count(query) == 1 for query in asked if kind != "dictionary")  # its entry looks alike
+
+
+def test_numbers_have_each_length_alike():
+    random = np.random.default_rng(0)
+    lengths = [len(_number(random)) for _ in range(1000)]
+    assert set(lengths) == {3, 4, 5, 6}
+    assert all(200 < lengths.count(length) < 300 for length in range(3, 7))
 
 
 def test_an_answer_counts_as_much_as_ten_tokens_of_text():
