@@ -22,7 +22,17 @@ from memlong.errors import InvalidArgumentError
 _MAP = (b"memlong-query-map",)
 
 
-@with_memory(without=("query_map", "gate_init", "gates", "retrieve_every", "retrieve_for", "focus_tokens"))
+@with_memory(
+    without=(
+        "query_map",
+        "gate_init",
+        "gates",
+        "null_chunk",
+        "retrieve_every",
+        "retrieve_for",
+        "focus_tokens",
+    )
+)
 def train_retriever(
     ctx: typer.Context,
     *,
