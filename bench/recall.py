@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ from results import Report
 from torch import Tensor
 from tqdm import tqdm
 
-from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong import MemoryConfig, MemoryDecoder, Passage, Retriever, load_model
 from memlong.decoder import Choice
 from memlong.decoder.stream.retrieval import Retrieval, Search
 from memlong.errors import InvalidArgumentError, MemlongError
@@ -79,20 +79,37 @@ class NoChunks(Choice):
 
 
 @dataclass
-class WhereAsked(Choice):
-    """Retrieves for questions alone.
+class Asking(Choice):
+    """Retrieves for a question as `MemoryDecoder.generate` does: without what all chunks have in common.
 
     Attributes
     ----------
-    asks
-        Whether the coming segment has a question.
+    retriever
+        Embeds the question.
+    before
+        Chooses chunks for the question in the retriever's place; None for no one.
+    elsewhere
+        Whether segments without a question retrieve as well, for the text before them.
+    question
+        The token ids of the coming segment's question, or None.
     """
 
-    asks: bool = False
+    retriever: Retriever
+    before: Choice | None = None
+    elsewhere: bool = False
+    question: Sequence[int] | None = None
 
     def choose(self, search: Search) -> Chosen | None:
-        """Return no chunk, or leave it to the retriever."""
-        return None if self.asks else NoChunks().choose(search)
+        """Choose for the question; where there is none, nothing, or leave it to the retriever."""
+        if self.question is None:
+            return None if self.elsewhere else NoChunks().choose(search)
+        asked = Passage(tuple(self.question[-search.config.focus_tokens :]), 0)
+        query = self.retriever.embed_focus([asked], search.bank.mean_embedding()[None])[0]
+        focused = replace(search, query=query) if query.any() else search
+        if self.before is not None:
+            return self.before.choose(focused)
+        found = focused.best()
+        return found, search.bank.fetch(found.ids.sort().values)
 
 
 def main(
@@ -217,24 +234,27 @@ def _answers(
         "foreign": ForeignChunks(),
         "none": NoChunks(),
     }
+    assert decoder.retriever is not None  # noqa: S101 - it has a memory
     ids, size = torch.stack([episode.tokens for episode in group.values()]), decoder.config.segment_size
-    usual = [WhereAsked() for _ in group]
+    usual = [Asking(decoder.retriever, elsewhere=retrieve_for is RetrieveFor.ALL) for _ in group]
     with decoder, torch.no_grad():
-        decoder.reset(choice=usual if retrieve_for is RetrieveFor.ANSWERS else None)
+        decoder.reset(choice=usual)
         for start in range(0, ids.shape[1], size):
             new, queries = (
                 ids[:, start : start + size],
                 [episode.queries.get(start) for episode in group.values()],
             )
             for each, query in zip(usual, queries, strict=True):
-                each.asks = query is not None
+                each.question = query
             following = slice(start + 1, start + size + 1)
             logits = {}
             if any(episode.weights[following].any() for episode in group.values()):
                 for control in controls:
-                    tried = decoder.preview(new, queries=queries, choice=choices[control])
+                    tried = decoder.preview(
+                        new, choice=[replace(each, before=choices[control]) for each in usual]
+                    )
                     logits[control] = tried.logits
-            (segment,) = decoder.stream(new, queries=queries)
+            (segment,) = decoder.stream(new)
             logits["retrieved"] = segment.logits
             for which, some in logits.items():
                 for row, (kind, episode) in enumerate(group.items()):

@@ -27,7 +27,14 @@ def _tables() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         make.__name__.replace("_", "-"): make
         for make in (
-            *(quality.dtypes, quality.needle, quality.retrievers, quality.recalled, quality.query_maps),
+            *(
+                quality.dtypes,
+                quality.needle,
+                quality.retrievers,
+                quality.recalled,
+                quality.ablation,
+                quality.query_maps,
+            ),
             *(speed.bank, speed.stores, speed.peers, speed.growth, speed.long_stream, speed.milvus),
             *(speed.gpu_three_b, speed.gpu_bank, speed.gpu_training),
         )
@@ -51,6 +58,7 @@ def _tables() -> dict[str, Callable[[], str]]:
         )
     for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, "front.json", kind)
+        found[f"gap-trained-{kind}"] = partial(quality.front, f"gap_trained_{kind}.json", kind)
         found[f"alternatives-{kind}"] = partial(alternatives.gaps, kind)
         for name in ("gemma", "default"):
             found[f"front-{name}-{kind}"] = partial(quality.front, f"front_{name}.json", kind)

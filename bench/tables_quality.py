@@ -153,3 +153,18 @@ def recalled() -> str:
             if any(each) or full:
                 rows.append([name, f"{int(tokens):,}", kind, full or each[0], *each[1:]])
     return table(["memory", "tokens", "facts", "retrieved", "random", "foreign", "without memory"], rows)
+
+
+def ablation() -> str:
+    """Answers, and the loss of their tokens, by what a training had."""
+    systems = load("ablation.json")["systems"]
+    rows = []
+    for system, found in systems.items():
+        retrieved = [row for row in found["rows"] if row["chunks"] == "retrieved"]
+        cells = [f"{row['answers']['value']:.0%} ({row['loss']:.2f})" for row in retrieved]
+        random = [row["loss"] for row in found["rows"] if row["chunks"] == "random"]
+        rows.append(
+            [system.rpartition(", ")[0], *cells, f"{sum(random) / len(random):.2f}" if random else ""]
+        )
+    kinds = [row["kind"] for row in next(iter(systems.values()))["rows"] if row["chunks"] == "retrieved"]
+    return table(["training", *kinds, "random chunks"], rows)
