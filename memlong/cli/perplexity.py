@@ -107,7 +107,7 @@ def _summary(decoder: MemoryDecoder, result: Perplexity, **given: object) -> dic
         "long_range": {"tokens": int(result.long_range.sum()), "perplexity": result.long_range_perplexity},
         "chunks_stored": result.chunks_stored,
         "recall_at_k": result.recall_at_k,
-        "recall_k": decoder.config.top_k if decoder.config.backend else None,
+        "recall_k": decoder.retrieved_chunks if decoder.config.backend else None,
         "tokens_per_second": result.tokens / result.seconds,
         "seconds": result.seconds,
         "peak_rss_bytes": peak_rss_bytes(),

@@ -18,6 +18,7 @@ from memlong.bank.of_class import of_class
 from memlong.bank.uncopied import Uncopied
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.generation import StreamCache, generate
+from memlong.decoder.kv.null_chunk import retrieved_chunks
 from memlong.decoder.kv.sources import KvSource
 from memlong.decoder.model.adapters import unwrapped
 from memlong.decoder.model.attachment import Attachment
@@ -32,6 +33,7 @@ from memlong.decoder.persistence.pretrained import load_pretrained_model, read_p
 from memlong.decoder.persistence.snapshot import Reading, read_snapshot, write_snapshot
 from memlong.decoder.prepare import prepare
 from memlong.decoder.retrievers.base import Retriever
+from memlong.decoder.retrievers.query_map import QueryMap
 from memlong.decoder.scoring import Likelihood, score
 from memlong.decoder.sources import Sources, sources_of
 from memlong.decoder.stream.attention_record import AttentionRecord
@@ -179,6 +181,16 @@ class MemoryDecoder(Uncopied):
     def source(self) -> KvSource:
         """What is stored of a chunk, and what each retrieval layer makes of it."""
         return self._setup.source
+
+    @property
+    def query_map(self) -> QueryMap | None:
+        """Maps the embeddings of queries; None for no map."""
+        return self._setup.query_map
+
+    @property
+    def retrieved_chunks(self) -> int:
+        """How many chunks are retrieved for a segment: ``top_k``, one of which a null chunk takes the place of."""
+        return retrieved_chunks(self.config, beside_null_chunk=self.source.null_chunk is not None)
 
     @property
     def layout(self) -> ChunkLayout:

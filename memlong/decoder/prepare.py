@@ -53,7 +53,7 @@ def prepare(
     source = make_source(config, model_layout, layers, like)
     layers = source.retrieval_layers  # those with retrieval heads
     blocks = source.block_layout(config.chunk_size, model.dtype, model.device)
-    source.null_chunk = load_null_chunk(config, blocks)
+    source.null_chunk = load_null_chunk(config, source, blocks)
     gates = make_gates(config, model_layout, layers, like)
     if config.attended_tokens is not None:
         _check_pages(model, model_layout, layers, like)

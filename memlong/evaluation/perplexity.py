@@ -198,7 +198,7 @@ def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.
 
 def _recalls(decoder: MemoryDecoder, segment: Segment) -> list[float]:
     return [
-        recall_at_k(bank, retrieval.query, retrieval.scores, decoder.config.top_k)
+        recall_at_k(bank, retrieval.query, retrieval.scores, decoder.retrieved_chunks)
         for bank, retrieval in zip(decoder.banks, segment.retrievals, strict=False)
         if retrieval is not None
     ]

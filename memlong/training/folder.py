@@ -12,7 +12,7 @@ from typing import Any
 from memlong.bank.snapshot.locking import FolderLock
 from memlong.decoder.persistence.adapter_files import ADAPTER, ADAPTER_SETTINGS
 from memlong.decoder.persistence.json_file import read_json
-from memlong.decoder.persistence.pretrained import GATES, MAPS, SETTINGS
+from memlong.decoder.persistence.pretrained import GATES, MAPS, NULL_CHUNK, QUERY_MAP, SETTINGS
 from memlong.errors import InvalidArgumentError, StorageError
 
 CURVE, PICTURE = "curve.jsonl", "curve.png"
@@ -91,7 +91,8 @@ def _check_new(folder: Path) -> None:
             f"The folder {str(folder)!r} has the checkpoint of an unfinished run: resume it, remove the checkpoint, or "
             "give another folder"
         )
-    for name in (SETTINGS, CURVE, PICTURE, MAPS, GATES, ADAPTER_SETTINGS, ADAPTER, _MODEL, _GENERATION):
+    ours = (SETTINGS, CURVE, PICTURE, MAPS, GATES, NULL_CHUNK, QUERY_MAP, ADAPTER_SETTINGS, ADAPTER)
+    for name in (*ours, _MODEL, _GENERATION):
         path = folder / name
         if path.is_symlink() or (path.exists() and not (path.is_file() and not path.stat().st_size)):
             what = (
@@ -119,7 +120,13 @@ def holds_decoder(folder: Path, training: dict[str, Any], memory: dict[str, Any]
     for of_training, of_memory in (theirs, ours):
         for name in ("checkpoint_every", "shard"):
             of_training.pop(name, None)
-        for name in ("store", "maps", "gates", "null_chunk"):  # all but the first are in the folder itself
+        for name in (
+            "store",
+            "maps",
+            "gates",
+            "null_chunk",
+            "query_map",
+        ):  # all but the first are in the folder itself
             of_memory.pop(name, None)
     return bool(theirs == ours)
 

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.kv.latent import LatentMaps
-from memlong.decoder.kv.sources import LatentSource, shared_memory_layer
+from memlong.decoder.kv.sources import KvSource, LatentSource, shared_memory_layer
 from memlong.decoder.model.probe import probe
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 from memlong.training.config import TrainingConfig
@@ -58,8 +58,6 @@ class TrainableParts:
                 "gradient_chunks must be 0 unless maps are trained (kv_source 'latent'), as nothing else makes a "
                 f"stored form that could be trained, got {config.gradient_chunks}"
             )
-        self._source = decoder.source
-        self._source.gradient_chunks = config.gradient_chunks
         if config.lora_rank:
             self._add_lora(decoder, config)
         self._maps = decoder.source.maps if isinstance(decoder.source, LatentSource) else None
@@ -108,7 +106,6 @@ class TrainableParts:
             if not name.startswith("gates."):
                 parameter.data = parameter.data.to(self._model.dtype)
             parameter.requires_grad_(False)
-        self._source.gradient_chunks = 0
         if self._maps is not None:
             self._maps.round_to_saved()
 
@@ -173,11 +170,15 @@ def _scale_encoding(maps: LatentMaps) -> None:
     """Train the encoding in units in which each channel of K-V is as large as the decoding.
 
     A step of Adam is about as large as the learning rate, whatever the parameter, and weights of channels differ by
-    orders of magnitude.
+    orders of magnitude. A channel that is not encoded at all, as all of a layer's may be, can learn like the others: it
+    has their mean scale.
     """
     with torch.no_grad():
+        maps.encode.data = maps.encode.data.float()  # as it is trained; a parametrization keeps its dtype
         size = maps.encode.float().square().mean(dim=-1, keepdim=True).sqrt()
-        scale = (size / maps.decode.float().square().mean().sqrt()).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = size / maps.decode.float().square().mean().sqrt()
+        mean = scale.sum() / (size > 0).sum().clamp(min=1)
+        scale = scale.where(size > 0, mean).clamp(min=torch.finfo(torch.float32).tiny)
     register_parametrization(maps, "encode", _Scaled(scale))
 
 
@@ -254,6 +255,16 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer, was_on, was_training in before:
             layer.gradient_checkpointing, layer.training = was_on, was_training
+
+
+@contextmanager
+def keeping_chunks(source: KvSource, count: int) -> Iterator[None]:
+    """Let streams keep the K-V of so many of their latest chunks, for gradients into what is stored of them."""
+    before, source.gradient_chunks = source.gradient_chunks, count
+    try:
+        yield
+    finally:
+        source.gradient_chunks = before
 
 
 def checkpointing_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:

@@ -121,6 +121,10 @@ class Processes:
             distributed.broadcast(theirs, src=0)
         return bytes(theirs.tolist()).decode()
 
+    def tensor_from_main(self, tensor: Tensor) -> Tensor:
+        """Return the main process's tensor, without gradient; all have one shape and dtype."""
+        return self.sum(tensor if self.is_main else torch.zeros_like(tensor))
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by the sum over all processes, in one exchange.
 

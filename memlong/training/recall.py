@@ -37,6 +37,7 @@ _NEEDLES = (
 )
 _REPEATED, _CONTINUED = 24, 24  # tokens
 _TRIES = 10  # to find a passage that the window does not hold
+_ATTEMPTS = 8  # to draw an episode in which something can be asked for
 _CHAINED = 0.3  # share of the variables that are assigned another
 
 Made = tuple[str, str, str]
@@ -131,7 +132,18 @@ class RecallEpisodes:
 
     def __getitem__(self, number: int) -> Episode:
         """Return the episode with this number, counted from 0 and unbounded."""
-        random = np.random.default_rng((self._seed, number))
+        for attempt in range(_ATTEMPTS):
+            drawn = (self._seed, number, attempt) if attempt else (self._seed, number)
+            episode = self._episode(np.random.default_rng(drawn))
+            if episode.weights is not None and episode.weights.any():
+                return episode
+        raise InvalidTextError(
+            f"The texts must leave something to ask for in an episode of {self._kind!r}, got ones that repeat "
+            "themselves within the local window: give other text"
+        )
+
+    def _episode(self, random: np.random.Generator) -> Episode:
+        """Draw an episode, in which there may be nothing to ask for."""
         told = _MAKERS[self._kind](random, self._words)
         pending: Made | None = None  # it did not fit into the segment before
         text = [*self._opening]
@@ -176,11 +188,6 @@ class RecallEpisodes:
             text += self._hay(place, body)
             place += body
             weights += [0.0] * (len(text) - len(weights))
-        if not any(weights[: self._tokens]):
-            raise InvalidTextError(
-                f"The texts must leave something to ask for in an episode of {self._kind!r}, got ones that repeat "
-                "themselves within the local window: give other text"
-            )
         kept = slice(self._tokens)
         return Episode(torch.tensor(text[kept]), torch.tensor(weights[kept], dtype=torch.float32), queries)
 

@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from memlong.bank.sessions.folders import absolute
 from memlong.decoder import MemoryConfig, MemoryDecoder
-from memlong.decoder.kv.null_chunk import NullChunk, check_top_k
+from memlong.decoder.kv.null_chunk import NullChunk, check_top_k, null_chunk_facts, retrieved_chunks
+from memlong.decoder.model.weights import module_digest
 from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
 from memlong.decoder.persistence.strangers import declared_options
@@ -41,7 +42,7 @@ from memlong.training.folder import (
     remove_checkpoints,
 )
 from memlong.training.loss import Batch, SegmentLoss, segment_loss, token_losses, tokens_between
-from memlong.training.parts import TrainableParts, checkpointed
+from memlong.training.parts import TrainableParts, checkpointed, keeping_chunks
 from memlong.training.processes import Processes
 from memlong.training.recall import RecallEpisodes, first_asking
 from memlong.training.teacher import Lesson
@@ -135,7 +136,8 @@ class Trainer:
             )
         self._source = _source(decoder, config, self.episodes, documents)
         self._fingerprint = decoder.fingerprint()  # before the adapter is added
-        if config.null_chunk and decoder.source.null_chunk is None:
+        makes_null_chunk = config.null_chunk and decoder.source.null_chunk is None
+        if makes_null_chunk:
             check_top_k(decoder.config)
             decoder.source.null_chunk = _first_chunk(
                 decoder, self._source[0].tokens[: _least(decoder.config)]
@@ -146,7 +148,12 @@ class Trainer:
             if config.warmup_stage_steps
             else None
         )
-        self._parts = TrainableParts(decoder, config)
+        try:
+            self._parts = TrainableParts(decoder, config)
+        except BaseException:
+            if makes_null_chunk:
+                decoder.source.null_chunk = None
+            raise
         self._shards: Shards | None = None
         if config.shard and self._processes.count > 1:
             from memlong.training.shards import Shards  # not every build of torch has what it needs
@@ -213,6 +220,12 @@ class Trainer:
         order = {name: self._parts.parameters[name] for name in self._in_order()}
         made_of = self._made_of()
         self._check_same({**made_of, "shard": self.config.shard})
+        if (
+            self.config.null_chunk
+        ):  # each process has made its own, of which devices may differ in the last bits
+            for name, parameter in order.items():
+                if name.startswith("null_chunk."):
+                    parameter.data = self._processes.tensor_from_main(parameter)
         state = (order, self._optimizer, made_of)
         with self._processes.main_first():
             if writes:
@@ -297,7 +310,7 @@ class Trainer:
                 self._shards.idle(others, gradients=False)
         decoder.reset(choice=[self._choice(number, at.step) for number in numbers])
         again = checkpointed(decoder.model) if self.config.gradient_checkpointing else nullcontext()
-        with decoder, again:
+        with decoder, again, keeping_chunks(decoder.source, self.config.gradient_chunks):
             for number in range(count):
                 beginning = number - number % self.config.accumulate
                 start = number * size
@@ -431,13 +444,15 @@ class Trainer:
         del settings["checkpoint_every"], settings["shard"]
         settings["rows x processes"] = settings.pop("rows") * self._processes.count
         memory = self.decoder.config.as_dict()
+        query_map = self.decoder.query_map
         return {
             **settings,
             **{
                 f"memory.{name}": value
                 for name, value in memory.items()
-                if name not in ("store", "maps", "gates", "null_chunk")
+                if name not in ("store", "maps", "gates", "null_chunk", "query_map")
             },
+            **({} if query_map is None else {"query_map": module_digest(query_map)}),
             **{f"model.{name}": value for name, value in facts(self._fingerprint)},  # includes maps and gates
             "text": self.episodes.digest,
         }
@@ -473,7 +488,7 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
             f"{memory.local_window} tokens can be asked for, got {training.document_tokens}: set it to several "
             "times that"
         )
-    chunks = memory.top_k - (training.null_chunk or memory.null_chunk is not None)
+    chunks = retrieved_chunks(memory, beside_null_chunk=training.null_chunk or memory.null_chunk is not None)
     if training.negatives and chunks < 2:
         raise InvalidArgumentError(
             f"top_k must be at least {2 + memory.top_k - chunks} with negatives, which replace at most half of the "
@@ -501,7 +516,7 @@ def _first_chunk(decoder: MemoryDecoder, text: Tensor) -> NullChunk:
         decoder.flush()
         (bank,) = decoder.banks
         found = bank.fetch(bank.ids[:1])
-    return NullChunk(found.keys[0], found.values[0])
+    return NullChunk(found.keys[0], found.values[0], null_chunk_facts(decoder.config, decoder.source))
 
 
 def _source(

@@ -92,7 +92,16 @@ def test_what_others_put_into_a_checkpoint_stays(trainer, cut):
 
 
 @pytest.mark.parametrize(
-    "name", ["curve.jsonl", "curve.png", "adapter_model.safetensors", "gates.safetensors", "config.json"]
+    "name",
+    [
+        "curve.jsonl",
+        "curve.png",
+        "adapter_model.safetensors",
+        "gates.safetensors",
+        "null_chunk.safetensors",
+        "query_map.safetensors",
+        "config.json",
+    ],
 )
 def test_a_new_run_overwrites_nothing(trainer, tmp_path, name):
     run = trainer()

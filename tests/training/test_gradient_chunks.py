@@ -7,8 +7,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from memlong import MemoryDecoder
+from memlong.decoder.kv.latent import LatentMaps
+from memlong.decoder.model.weights import module_digest
 from memlong.errors import InvalidArgumentError
-from memlong.training import fit_latent_maps
+from memlong.training import Trainer, TrainingConfig, fit_latent_maps
+from memlong.training.parts import keeping_chunks
 
 LATENT = {"kv_source": "latent", "retrieval_layers": "all", "top_k": 2}
 
@@ -23,6 +26,27 @@ def test_the_encoding_is_trained_only_with_gradient_chunks(trainer):
         assert (moved > 0.02) == bool(count)  # saving rounds it
         assert not encode.requires_grad
         assert run.decoder.source.gradient_chunks == 0
+
+
+def test_a_bfloat16_model_keeps_its_dtype(decoder, documents, tmp_path):
+    made = decoder(**LATENT)
+    half = MemoryDecoder(made.model.to(torch.bfloat16), None, made.config)
+    config = TrainingConfig(steps=2, rows=2, document_tokens=64, lora_rank=0, gradient_chunks=2)
+    Trainer(half, documents, config, folder=tmp_path / "run").run()
+    assert half.source.maps.encode.dtype == torch.bfloat16
+
+
+def test_layers_that_are_not_encoded_yet_learn_to_be(tiny_model, small, text, documents, tmp_path):
+    model = tiny_model("Llama")
+    fit_latent_maps(model, [text(200)], memory_layer=2).save(tmp_path / "maps.safetensors")
+    made = MemoryDecoder(model, None, small(**LATENT, maps=str(tmp_path / "maps.safetensors")))
+    assert not made.source.maps.encode[:, :2].any()
+    config = TrainingConfig(
+        steps=4, rows=2, document_tokens=64, lora_rank=0, gradient_chunks=2, lr=3e-2, warmup_steps=0
+    )
+    Trainer(made, documents, config, folder=tmp_path / "run").run()
+    encode = made.source.maps.encode
+    assert encode[:, 0].abs().max() > 0.02 * encode[:, 2].abs().max()
 
 
 def test_what_is_made_again_is_what_was_stored(trainer):
@@ -59,9 +83,24 @@ def test_the_gradient_is_that_of_the_loss(tiny_model, small, text, tmp_path):
     assert gradient.abs().max() > 0
 
 
+def test_a_run_that_was_interrupted_leaves_nothing_on(trainer):
+    run = trainer(LATENT, gradient_chunks=2, lora_rank=0)
+
+    def interrupt(step):
+        assert run.decoder.source.gradient_chunks == 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(progress=interrupt)
+    assert run.decoder.source.gradient_chunks == 0
+    maps = run.decoder.source.maps
+    plain = LatentMaps(maps.layers, maps.mean, maps.encode.detach(), maps.decode.detach())
+    assert module_digest(maps) == module_digest(plain)
+
+
 def test_only_the_latest_are_kept(trainer, text):
     decoder = trainer(LATENT, gradient_chunks=2).decoder
-    with decoder:
+    with decoder, keeping_chunks(decoder.source, 2):
         decoder.read(text(90))
         (stream,) = decoder._streams.batch.streams
         assert sorted(stream.latest) == stream.bank.ids[-2:].tolist()

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memlong import MemoryDecoder
+from memlong import MemoryDecoder, load_bank
 from memlong.decoder.kv.null_chunk import NullChunk
+from memlong.decoder.pages.room import Room
 from memlong.errors import InvalidArgumentError, SnapshotError
+from memlong.evaluation import evaluate_perplexity
 from memlong.training import Trainer, TrainingConfig
+from memlong.training.processes import Processes
 
 KINDS = pytest.mark.parametrize(
     "memory",
@@ -59,6 +62,22 @@ def test_it_stands_before_what_is_retrieved_and_takes_a_place(trainer, text):
         assert len(stream.memory.blocks) == 3
 
 
+def test_it_is_written_once(trainer, text, monkeypatch):
+    run, _ = trained(trainer, {"kv_source": "layer", "attended_tokens": 8})
+    written, write = [], Room._write
+
+    def noting(room, row, slots, new, count, width):
+        written.extend(block.keys for block, _ in new)
+        write(room, row, slots, new, count, width)
+
+    monkeypatch.setattr(Room, "_write", noting)
+    with run.decoder as decoder:
+        decoder.read(text(100))
+    null = decoder.source.null_chunk.keys
+    assert len(written) > 3
+    assert sum(each is null for each in written) == 1
+
+
 def test_without_chunks_the_model_is_the_plain_one(trainer, text):
     run, _ = trained(trainer, {"kv_source": "layer"})
     model = run.decoder.model
@@ -94,6 +113,44 @@ def test_a_saved_session_continues_with_it(trainer, text, tmp_path):
         MemoryDecoder.load(tmp_path / "session", decoder.model, None, without)
 
 
+def test_recall_is_of_the_chunks_that_are_retrieved(trainer, text):
+    decoder = trained(trainer, {"kv_source": "layer"})[0].decoder
+    assert decoder.retrieved_chunks == 2
+    with decoder:
+        result = evaluate_perplexity(decoder, text(100))
+    assert result.recall_at_k == 1.0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_session_keeps_what_it_retrieved_when_a_base_is_added(trainer, text, tmp_path, count):
+    decoder = trained(trainer, {"kv_source": "layer"})[0].decoder
+    for seed in range(2):
+        with decoder:
+            decoder.reset()
+            decoder.read(text(70, seed=20 + seed))
+            decoder.flush()
+            decoder.banks[0].save(tmp_path / f"base{seed}")
+    with decoder:
+        decoder.reset(bases=[load_bank(tmp_path / "base0")])
+        decoder.read(text(70))
+        had = decoder._streams.batch.streams[0].memory
+        decoder.save(tmp_path / "session")
+        bases = [load_bank(tmp_path / f"base{seed}") for seed in range(count)]
+        decoder.restore(tmp_path / "session", bases=bases, any_bases=True)
+        memory = decoder._streams.batch.streams[0].memory
+    assert memory.ids == had.ids
+    assert memory.ids[0] == -1
+    assert torch.equal(memory.keys, had.keys)
+
+
+def test_all_processes_train_that_of_the_main_one(trainer, monkeypatch):
+    run = trainer({"top_k": 3, "kv_source": "layer"}, null_chunk=True, lora_rank=0, steps=1)
+    monkeypatch.setattr(Processes, "tensor_from_main", lambda _, tensor: torch.full_like(tensor, 7))
+    run.run()
+    keys = run.decoder.source.null_chunk.keys
+    torch.testing.assert_close(keys, torch.full_like(keys, 7), atol=0.02, rtol=0)
+
+
 def test_training_resumes_to_the_same(trainer, tmp_path):
     whole, _ = trained(trainer, {"kv_source": "layer"}, folder="whole", steps=8)
     part = trainer(
@@ -119,6 +176,14 @@ def test_it_needs_two_places(trainer):
         trainer({"top_k": 1, "kv_source": "layer"}, null_chunk=True)
 
 
+def test_a_decoder_that_cannot_be_trained_has_none(decoder, documents, tmp_path):
+    made = decoder(kv_source="layer", top_k=3)
+    config = TrainingConfig(rows=2, document_tokens=64, lora_rank=0, null_chunk=True, gradient_chunks=1)
+    with pytest.raises(InvalidArgumentError, match="gradient_chunks must be 0"):
+        Trainer(made, documents, config, folder=tmp_path / "run")
+    assert made.source.null_chunk is None
+
+
 def test_a_file_for_other_blocks_is_refused(decoder, documents, tmp_path):
     path = tmp_path / "null.safetensors"
     NullChunk(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)).save(path)
@@ -127,6 +192,15 @@ def test_a_file_for_other_blocks_is_refused(decoder, documents, tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(InvalidArgumentError, match="null_chunk names"):
         decoder(kv_source="layer", null_chunk=str(path), top_k=2)
+
+
+def test_one_trained_for_other_layers_is_refused(trainer, decoder):
+    run, _ = trained(trainer, {"kv_source": "layer"}, steps=1)
+    given = {"null_chunk": str(run.folder / "null_chunk.safetensors"), "kv_source": "layer", "top_k": 3}
+    decoder(**given)
+    message = r"trained with retrieval_layers \[2, 3\], .* this memory has retrieval_layers \[0, 1\]"
+    with pytest.raises(InvalidArgumentError, match=message):
+        decoder(**given, retrieval_layers="0-1")
 
 
 def test_a_given_one_is_trained_on(decoder, documents, tmp_path):

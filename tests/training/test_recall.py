@@ -92,6 +92,22 @@ def test_an_episode_follows_from_seed_and_number():
     assert not torch.equal(other.tokens, same.tokens)
 
 
+def test_an_episode_in_which_nothing_can_be_asked_for_is_drawn_again(monkeypatch):
+    made, starts = episodes(), []
+    chosen = made._chosen
+
+    def none_at_first(facts, start, random):
+        starts.append(start)
+        return [] if starts.count(start) == 1 else chosen(facts, start, random)
+
+    monkeypatch.setattr(made, "_chosen", none_at_first)
+    assert made[0].weights.any()
+    assert starts.count(0) == 2
+    monkeypatch.setattr(made, "_chosen", lambda *_: [])
+    with pytest.raises(InvalidTextError, match="leave something to ask for"):
+        made[0]
+
+
 def test_a_chain_of_variables_is_asked_for_its_number():
     text = Letters().decode(episodes("variables")[0].tokens.tolist())
     values = {}

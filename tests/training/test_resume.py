@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from memlong.decoder.persistence.fingerprint import query_facts
+from memlong.decoder.retrievers.query_map import QueryMap
 from memlong.errors import InvalidArgumentError, MemlongError
 
 STEPS = 50
@@ -135,6 +137,24 @@ def test_a_damaged_checkpoint_or_curve_is_said(trainer, tmp_path):
             trainer(steps=20).run(resume=True)
         path.write_text(whole)
     assert len(trainer(steps=20).run(resume=True)) == 20
+
+
+def test_a_run_with_a_query_map_goes_on_wherever_the_map_is(trainer, tmp_path):
+    plain = trainer(folder="plain").decoder
+    made_for = query_facts(plain.config, plain.retriever, plain.model)
+    for name, seed in (("first", 0), ("same", 0), ("other", 1)):
+        QueryMap.identity(plain.retriever.dim, 2, made_for=made_for, seed=seed).save(tmp_path / name)
+
+    def with_map(name):
+        return trainer({"query_map": str(tmp_path / name)}, steps=8, checkpoint_every=2)
+
+    cut_off(with_map("first"), at=7)
+    with pytest.raises(InvalidArgumentError, match="query_map"):
+        with_map("other").run(resume=True)
+    run = with_map("same")
+    run.run(resume=True)
+    assert run.ended
+    assert with_map("first").ended
 
 
 def test_a_run_that_has_ended_stays(trainer, tmp_path):

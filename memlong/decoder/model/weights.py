@@ -151,8 +151,13 @@ def true_tensor(model: nn.Module, name: str, value: Any) -> Any:
 
 
 def module_digest(module: nn.Module) -> str:
-    """Hash every byte of a module's state."""
-    return digest_of(_plain(dict(sorted(_state_of(module).items()))))
+    """Hash every byte of a module's state; what it is trained as, by a parametrization, makes no difference."""
+    made = getattr(module, "parametrizations", {})
+    state = {
+        name: each for name, each in _state_of(module).items() if not name.startswith("parametrizations.")
+    }
+    state |= {name: getattr(module, name).detach() for name in made}
+    return digest_of(_plain(dict(sorted(state.items()))))
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:

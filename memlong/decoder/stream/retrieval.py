@@ -12,7 +12,7 @@ from torch import Tensor
 from memlong.bank import Chunks, Draft, MemoryBank
 from memlong.decoder.arrays import Ints
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.kv.null_chunk import NullChunk, null_span
+from memlong.decoder.kv.null_chunk import null_span
 from memlong.decoder.retrievers.base import Candidates, Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -79,10 +79,9 @@ class StreamMemory:
         blocks = tuple(Block(*sides) for sides in zip(chunks.keys, chunks.values, strict=True))
         return cls(blocks, chunks.spans, tuple(ids))
 
-    def after(self, chunk: NullChunk) -> StreamMemory:
+    def after(self, first: Block) -> StreamMemory:
         """Return this memory after a null chunk, whose id is −1."""
-        first = Block(chunk.keys, chunk.values)
-        spans = torch.cat([null_span(chunk.keys.shape[2]), self.spans])
+        spans = torch.cat([null_span(first.keys.shape[2]), self.spans])
         return StreamMemory((first, *self.blocks), spans, (-1, *self.ids) if self.ids else ())
 
     def with_blocks(self, blocks: Mapping[int, Block]) -> StreamMemory:

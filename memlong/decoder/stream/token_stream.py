@@ -15,7 +15,7 @@ from torch import Tensor
 from memlong.bank import ChunkLayout, Draft, MemoryBank
 from memlong.decoder.arrays import Bools, Ints
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.kv.null_chunk import NullChunk
+from memlong.decoder.kv.null_chunk import NullChunk, retrieved_chunks
 from memlong.decoder.persistence.saved_values import fact_of, tensor_of
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.stream.attention_record import HeldChunk
@@ -71,9 +71,10 @@ class TokenStream:
         null_chunk: NullChunk | None = None,
     ) -> None:
         self.config = config
-        self._null_chunk = null_chunk
-        # It takes the place of one of top_k.
-        self._retrieving = replace(config, top_k=config.top_k - 1) if null_chunk is not None else config
+        # One block for all retrievals: it is brought to the model once.
+        self._null_block = None if null_chunk is None else Block(null_chunk.keys, null_chunk.values)
+        count = retrieved_chunks(config, beside_null_chunk=null_chunk is not None)
+        self._retrieving = replace(config, top_k=count)
         self.use_bank(bank)
         self.choice = choice
         self.query_length = config.query_length
@@ -239,8 +240,9 @@ class TokenStream:
                 self.bank, query, self._retrieving, self._before, reranking
             )
         self._before = self.memory
-        if self._null_chunk is not None and self.memory is not None:
-            self.memory = self.memory.after(self._null_chunk)
+        if self._null_block is not None and self.memory is not None:
+            learns = self._null_block.keys.requires_grad
+            self.memory = self.memory.after(copy(self._null_block) if learns else self._null_block)
         self._memory_from = self._weak_bank()
 
     def held_chunks(self) -> list[HeldChunk]:
@@ -332,6 +334,7 @@ class TokenStream:
             )
             # They stand in the order of ids, of which the retrieval has the same, best first.
             known = [] if self.retrieval is None else sorted(self.retrieval.ids.tolist())
+            known = [-1] * int((spans[:1, 1] <= 0).sum()) + known  # a null chunk lies before the text
             self.memory = StreamMemory.of(keys, values, spans, known if len(known) == len(spans) else ())
             self._memory_from = self._weak_bank()
 
@@ -348,12 +351,12 @@ class TokenStream:
         same = {
             each: (block, span)
             for each, block, span in rows
-            if each in held and _are_equal((block.keys, block.values, span), held[each])
+            if each < 0 or (each in held and _are_equal((block.keys, block.values, span), held[each]))
         }
         kept = torch.tensor([each in same for each in retrieval.ids.tolist()], dtype=torch.bool, device="cpu")
         self.retrieval = Retrieval(retrieval.query, retrieval.ids[kept], retrieval.scores[kept])
         self.memory = None
-        if same:
+        if same.keys() - {-1}:  # a null chunk is not read alone
             blocks, spans = zip(*same.values(), strict=True)
             self.memory = StreamMemory(blocks, torch.stack(spans), tuple(same))
 
