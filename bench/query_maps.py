@@ -1,6 +1,6 @@
-"""What trained maps of queries give, on texts that they were not trained on.
+"""What trained query maps give, on texts that they were not trained on.
 
-For each text: perplexity with the retriever, with each map of its queries, and with random chunks, on the same tokens.
+For each text: perplexity with the retriever, with each query map, and with random chunks, on the same tokens.
 And how good a single choice is: of what the best of some chunks gives a segment over random ones, when each is tried
 alone, how much does the chunk give that is most similar to the query? Brackets are paired 95 % intervals.
 
@@ -44,7 +44,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16', 'float16' or 'auto'.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
-    """Compare a retriever with and without trained maps of its queries."""
+    """Compare a retriever with and without trained query maps."""
     files = dict(each.split("=", 1) for each in maps if "=" in each)
     if len(files) < len(maps):
         raise InvalidArgumentError(f"--map must be NAME=FILE, each name once, got {', '.join(maps)}")

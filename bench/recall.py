@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from memlong import MemoryConfig, MemoryDecoder, Passage, Retriever, load_model
 from memlong.decoder import Choice
+from memlong.decoder.persistence.pretrained import read_pretrained
 from memlong.decoder.stream.retrieval import Retrieval, Search
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import Share, read_text, tokenize
@@ -162,6 +163,7 @@ def main(
     given = {each: value for each, value in named.items() if value is not None}
     if adapter is not None:  # which refuses what the training has decided
         decoder = MemoryDecoder.from_pretrained(adapter, dtype=dtype, device=device, changes=given)
+        model = read_pretrained(adapter).base_model or model
     else:
         decoder = MemoryDecoder(*load_model(model, dtype=dtype, device=device), MemoryConfig(**given))
     config = decoder.config
@@ -183,7 +185,8 @@ def main(
     }
     others = json.loads(json_file.read_text("utf-8")) if json_file is not None and json_file.exists() else {}
     systems = others.get("systems", {})
-    memory = {each: value for each, value in config.as_dict().items() if each not in ("maps", "gates")}
+    files = ("maps", "gates", "null_chunk", "query_map")
+    memory = {each: value for each, value in config.as_dict().items() if each not in files}
     report = Report(json_file, {"model": model, "systems": systems}, device)
     found: dict[tuple[str, str], list[tuple[bool, Tensor]]] = {}
     with tqdm(total=episodes * tokens * len(asked), unit="tok", leave=False) as bar:

@@ -15,7 +15,7 @@ _INDEXES = {
     "faiss IVF4, nprobe 2": "faiss `IVF4,Flat`, nprobe 2",
     "faiss HNSW32": "faiss `HNSW32`",
 }
-_MAPS = {"retriever": "`lm`", "trained": "`lm`, trained map", "20": "`lm`, map after 20 steps"}
+_MAPS = {"retriever": "`lm`", "trained": "`lm`, trained map"}
 _OTHERS = ("plain window", "plain window, equal budget")
 
 
@@ -88,7 +88,7 @@ def retrievers() -> str:
 
 
 def query_maps() -> str:
-    """Perplexity with the retriever, with trained maps of its queries, and with random chunks."""
+    """Perplexity with the retriever, with trained query maps, and with random chunks."""
     rows = []
     for row in load("query_maps.json")["rows"]:
         for name, found in row["systems"].items():

@@ -114,7 +114,7 @@ def choose_decoder(
     if fixed:  # checked before their values, which the adapter's rules would decide
         raise InvalidArgumentError(
             f"--{fixed[0].replace('_', '-')} cannot be combined with --adapter, whose memory is fixed by training. "
-            "Only the backend, the retriever, their options, the map of queries and the store can be changed"
+            "Only the backend, the retriever, their options, the query map and the store can be changed"
         )
     config = memory.config(seed)
     changes: dict[str, Any] = {}

@@ -38,7 +38,7 @@ def keep_apart(writes: Mapping[str, Path | None], reads: Mapping[str, Iterable[s
         used.append((option, path))
 
 
-def writable(path: Path, *, replaces: tuple[bytes, ...] = ()) -> Path:
+def writable(path: Path, *, replaces: tuple[bytes, ...] = (), regular: bool = False) -> Path:
     """Check that a file can be written, before the long work begins.
 
     Parameters
@@ -47,14 +47,19 @@ def writable(path: Path, *, replaces: tuple[bytes, ...] = ()) -> Path:
         The file to write.
     replaces
         Only a file that has one of these near its start may be overwritten; by default, any file may.
+    regular
+        Refuse a device or pipe, which a new file would replace.
 
     Raises
     ------
     InvalidArgumentError
-        If the path is a folder, its folder does not exist, it is not writable, or it holds something else.
+        If the path is a folder, its folder does not exist, it is not writable, it holds something else, or it is
+        not ``regular``.
     """
     try:
         _check_writable(path)
+        if regular and path.exists() and not path.is_file():
+            raise InvalidArgumentError(f"{str(path)!r} is a device or pipe: name a regular file")
         if replaces and path.is_file() and path.stat().st_size:
             with path.open("rb") as file:
                 head = file.read(_HEAD)

@@ -13,7 +13,6 @@ from memlong.cli.answer import escaped, say
 from memlong.cli.files import keep_apart, save_or_keep, writable
 from memlong.cli.loading import load, machine_of
 from memlong.cli.passages import passages_of, passages_of_facts
-from memlong.errors import InvalidArgumentError
 
 _MAPS = (b"memlong-latent-maps",)
 
@@ -37,7 +36,7 @@ def fit(
         int,
         typer.Option(
             min=0,
-            help="Also read so many passages of generated names and numbers of each kind, among the text.",
+            help="Also read this many passages each of generated 'dictionary', 'needles' and 'variables' episodes.",
         ),
     ] = 0,
     dtype: options.Dtype = "auto",
@@ -59,9 +58,7 @@ def fit(
       memlong perplexity --model demo --text novel.txt --kv-source latent --maps maps.safetensors
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     keep_apart({"--out": out}, {"--text": text, "--model": [model]})
-    writable(out, replaces=_MAPS)
-    if out.exists() and not out.is_file():
-        raise InvalidArgumentError(f"--out must be a regular file, got {str(out)!r}")
+    writable(out, replaces=_MAPS, regular=True)
     from memlong.evaluation import read_text, tokenize
     from memlong.training import fit_latent_maps
 

@@ -39,9 +39,7 @@ class MemoryOptions:
     @property
     def files(self) -> dict[str, list[str | None]]:
         """Files that they name, by option."""
-        return {
-            f"--{name.replace('_', '-')}": [self.typed.get(name)] for name in ("maps", "gates", "query_map")
-        }
+        return {f"--{name.replace('_', '-')}": [self.typed.get(name)] for name in ("maps", "query_map")}
 
     def config(self, seed: int) -> MemoryConfig:
         """Build the configuration.

@@ -63,14 +63,22 @@ def passages_of_facts(
     chosen: list[Tensor] = []
     for kind in ("dictionary", "needles", "variables"):
         quarter = passage_tokens // 4
-        source = RecallEpisodes(
-            kind,
-            tokenizer,
-            filler,
-            tokens=passage_tokens,
-            segment_size=quarter,
-            local_window=quarter,
-            seed=seed,
-        )
+        try:
+            source = RecallEpisodes(
+                kind,
+                tokenizer,
+                filler,
+                tokens=passage_tokens,
+                segment_size=quarter,
+                local_window=quarter,
+                seed=seed,
+            )
+        except InvalidTextError:
+            raise
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(
+                f"--passage-tokens must be larger with --facts, got {passage_tokens}: a quarter of it must hold any "
+                f"fact of {kind!r}, or a question and its answer. Try {2 * passage_tokens}"
+            ) from error
         chosen += [source[number].tokens[None] for number in range(passages)]
     return chosen

@@ -30,7 +30,8 @@ _NAMED = 3
 
 
 @with_memory(
-    without=("gate_init", "gates", "null_chunk", "retrieve_every", "focus_tokens"), retrieve_for="answers"
+    without=("query_map", "gate_init", "gates", "null_chunk", "retrieve_every", "focus_tokens"),
+    retrieve_for="answers",
 )
 def remember(
     ctx: typer.Context,

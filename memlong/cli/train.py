@@ -59,7 +59,7 @@ def train(
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
 ) -> None:
-    """Train a model to read its memory: LoRA from the memory layer up, the latent maps, and gates.
+    """Train a model to read its memory: LoRA from the memory layer up, latent maps, gates and a null chunk.
 
     Documents stream as they do at inference, several in parallel, each with its own memory. Layers below the memory
     layer are frozen. --out receives a trained decoder (for --adapter of other commands) and the loss curve as JSON

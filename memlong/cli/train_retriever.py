@@ -1,4 +1,4 @@
-"""``memlong train-retriever``: train a map of queries that finds the chunks that help the model."""
+"""``memlong train-retriever``: train a query map that finds the chunks that help the model."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def train_retriever(
     seed: options.Seed = 0,
     json_file: options.JsonFile = None,
 ) -> None:
-    """Train a map of queries that finds the chunks that help the model. Only queries are mapped, so memories stay.
+    """Train a query map that finds the chunks that help the model. Only queries are mapped, so memories stay.
 
-    The model reads passages with its memory, and tries some chunks for each segment, each alone. The map is trained so
-    that chunks are the more similar to a query the lower the loss of the segment was with them. The last fifth of each
-    passage is held out, and says when to end. Memory options are those that the map will be used with.
+    The model reads passages with its memory, and tries some chunks for each segment, each alone. The map is trained to
+    make the chunks that helped most the most similar to the query. The last fifth of each passage is held out, and
+    decides which epoch is kept, so measure the map on other text. Memory options are those it will be used with.
 
     \b
     Examples:
@@ -68,9 +68,7 @@ def train_retriever(
       memlong train-retriever --model demo --text books.txt --retriever sentence-transformers --out minilm.safetensors
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     keep_apart({"--out": out, "--json": json_file}, {"--text": text, "--model": [model], **memory.files})
-    writable(out, replaces=_MAP)
-    if out.exists() and not out.is_file():
-        raise InvalidArgumentError(f"--out must be a regular file, got {str(out)!r}")
+    writable(out, replaces=_MAP, regular=True)
     if memory.typed["backend"] == "none":
         raise InvalidArgumentError(
             "--backend must name a backend, got 'none': without a memory there is nothing to choose from"
@@ -120,6 +118,6 @@ def train_retriever(
     if output.write(result):
         say(
             f"{escaped(str(out))}: of what the best of {candidates} chunks gives over random ones, the most similar "
-            f"one gives {found.share:.0%} on {found.held_out:,} held-out segments, without the map "
-            f"{found.base_share:.0%} ({found.segments:,} segments, {found.epochs} epochs, {machine})"
+            f"one gives {found.share:.0%} on {found.held_out:,} held-out segments, which chose the epoch; without "
+            f"the map {found.base_share:.0%} ({found.segments:,} segments, {found.epochs} epochs, {machine})"
         )

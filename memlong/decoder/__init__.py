@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memlong.decoder.scoring import Likelihood
     from memlong.decoder.sessions import SessionPool
     from memlong.decoder.sources import Source, Sources
-    from memlong.decoder.stream.retrieval import Choice, Retrieval, Search
+    from memlong.decoder.stream.retrieval import Choice, Reranking, Retrieval, Search
     from memlong.decoder.stream.segment import Segment, Segments
     from memlong.decoder.stream.streamer import printable, text_streamer
 
@@ -33,6 +33,7 @@ _HOMES = {
     "MemoryDecoder": "memlong.decoder.decoder",
     "ModelLayout": "memlong.decoder.model.layout",
     "Passage": "memlong.decoder.retrievers.base",
+    "Reranking": "memlong.decoder.stream.retrieval",
     "Retrieval": "memlong.decoder.stream.retrieval",
     "Retriever": "memlong.decoder.retrievers.base",
     "Search": "memlong.decoder.stream.retrieval",
@@ -59,6 +60,7 @@ __all__ = [
     "MemoryDecoder",
     "ModelLayout",
     "Passage",
+    "Reranking",
     "Retrieval",
     "Retriever",
     "Search",

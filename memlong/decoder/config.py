@@ -47,9 +47,10 @@ class MemoryConfig:
     )
     query_map: str | None = setting(
         None,
-        "Trained map of queries, as memlong train-retriever writes it.",
-        more="It is of one retriever with its options. What is stored stays as it is, so a memory can be read with "
-        "and without it. Where the last ``focus_tokens`` make a query, they ask without it.",
+        "Trained query map, as memlong train-retriever writes it; not for queries of focus_tokens.",
+        more="It works only with the retriever it was trained for, with the same options. What is stored stays as it "
+        "is, so a memory can be read with and without it. Answers ask with their last ``focus_tokens``, and so without "
+        "it, unless that is 0.",
         metavar="FILE",
         needs_backend=True,
     )

@@ -1,4 +1,4 @@
-"""Training: latent maps in closed form, and LoRA, maps and gates with the language-modeling loss."""
+"""Training: latent maps in closed form; LoRA, maps, gates and a null chunk by gradients; query maps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memlong.decoder.kv.latent import LatentMaps
+    from memlong.decoder.kv.null_chunk import NullChunk
     from memlong.decoder.retrievers.query_map import QueryMap
     from memlong.training.chunks import RandomChunks
     from memlong.training.config import TrainingConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "HeadScores": "memlong.training.heads",
     "LatentMaps": "memlong.decoder.kv.latent",
+    "NullChunk": "memlong.decoder.kv.null_chunk",
     "QueryMap": "memlong.decoder.retrievers.query_map",
     "RandomChunks": "memlong.training.chunks",
     "Step": "memlong.training.curve",
@@ -45,6 +47,7 @@ _HOMES = {
 __all__ = [
     "HeadScores",
     "LatentMaps",
+    "NullChunk",
     "QueryMap",
     "RandomChunks",
     "Step",

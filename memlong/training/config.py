@@ -60,13 +60,13 @@ class TrainingConfig:
     )
     lr: float = setting(
         2e-4,
-        "Peak learning rate of LoRA and maps.",
+        "Peak learning rate of LoRA, maps and the null chunk.",
         more="Linear warmup over ``warmup_steps``, then cosine decay to a tenth.",
         above=0,
     )
     gate_lr: float = setting(1e-2, "Peak learning rate of gates.", above=0)
     warmup_steps: int = setting(50, "Steps of learning rate warmup.", least=0)
-    weight_decay: float = setting(0.0, "Weight decay of LoRA and maps (AdamW).", least=0)
+    weight_decay: float = setting(0.0, "Weight decay of LoRA, maps and the null chunk (AdamW).", least=0)
     max_grad_norm: float = setting(1.0, "Gradient clipping threshold (norm).", above=0)
     lora_rank: int = setting(
         16, "LoRA rank; 0 disables LoRA.", more="See arXiv 2106.09685.", least=0, most=16_384
@@ -84,7 +84,7 @@ class TrainingConfig:
         0,
         "Latest chunks of a row that gradients reach beyond their stored form, to train what makes it.",
         more="The K-V of these chunks is kept beside the bank, and the encoding of the maps of kv_source 'latent' is "
-        "trained as well as the decoding.",
+        "trained as well as the decoding. They are read as they were before a store of int8 or float8 rounded them.",
         least=0,
     )
     null_chunk: bool = setting(

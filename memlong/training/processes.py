@@ -160,7 +160,7 @@ class Processes:
 
     def _lost(self) -> MemlongError:
         return MemlongError(
-            f"Process {self.index} has lost the others: one of them has ended, for a reason that it tells itself. "
+            f"Process {self.index} has lost the others: one of them has ended, and its own message says why. "
             "Resume once that is fixed"
         )
 

@@ -1,4 +1,4 @@
-"""Train a retriever: a map of queries that learns to choose the chunks that helped the model."""
+"""Train a retriever: a query map that learns to choose the chunks that helped the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SPREADS = [0.001 * 2**step for step in range(12)]  # of similarities, where the
 
 @dataclass(frozen=True, eq=False)
 class TrainedRetriever:
-    """A map of queries, and what it gives on segments that it was not trained on.
+    """A query map, and what it gives on segments that it was not trained on.
 
     Attributes
     ----------
@@ -34,7 +34,8 @@ class TrainedRetriever:
     segments, held_out
         How many segments it was trained on, and how many were held out.
     share, base_share
-        `gain_share` of the held-out segments with the map and without it.
+        `gain_share` of the held-out segments with the map and without it. They also chose the epoch, so ``share`` is
+        optimistic: measure on other text.
     """
 
     query_map: QueryMap
@@ -54,7 +55,7 @@ def train_retriever(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> TrainedRetriever:
-    """Let the model try chunks for the segments of some passages, and train a map of queries to choose as it does.
+    """Let the model try chunks for the segments of some passages, and train a query map to choose as it does.
 
     Parameters
     ----------
@@ -151,8 +152,9 @@ def fit_query_map(
     Raises
     ------
     InvalidArgumentError
-        If there are too few to hold any out.
+        If there are too few segments to hold any out, or ``rank`` is out of range.
     """
+    check_rank(rank)
     generator = torch.Generator("cpu").manual_seed(seed)
     train, held = _split(tries)
     spread = float(train.losses.std(dim=1).mean()) * temperature

@@ -111,7 +111,7 @@ def test_maps_overwrite_maps_alone(model_folder, story, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_maps_take_no_place_of_a_special_file(model_folder, story, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert "must be a regular file" in str(fit(model_folder, story, tmp_path / "pipe").exception)
+    assert "name a regular file" in str(fit(model_folder, story, tmp_path / "pipe").exception)
 
 
 def test_a_link_that_leads_to_no_folder_is_said(invoke, story, tmp_path):

@@ -79,6 +79,20 @@ class Letters:
         return ids
 
 
+class LongLetters(Letters):
+    """Of four tokens each."""
+
+    def __call__(self, text, **options):
+        return SimpleNamespace(input_ids=[ord(letter) for letter in text for _ in range(4)])
+
+
+def test_passages_that_hold_no_fact_are_told_by_the_option():
+    words = " ".join(f"word{'abcdefghij'[n // 10]}{'abcdefghij'[n % 10]}" for n in range(100))
+    filler = [torch.tensor([ord(letter) for letter in words * 4])]
+    with pytest.raises(InvalidArgumentError, match=r"--passage-tokens must be larger.* got 512.*Try 1024"):
+        passages_of_facts(LongLetters(), filler, passages=1, passage_tokens=512, seed=0)
+
+
 def test_passages_of_facts_hold_names_and_numbers():
     words = " ".join(f"word{'abcdefghij'[n // 10]}{'abcdefghij'[n % 10]}" for n in range(100))
     filler = [torch.tensor([ord(letter) for letter in words * 4])]

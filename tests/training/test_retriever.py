@@ -103,6 +103,11 @@ def test_a_map_that_has_learned_nothing_changes_nothing():
     assert found.share == found.base_share
 
 
+def test_a_rank_is_checked():
+    with pytest.raises(InvalidArgumentError, match="rank must be"):
+        fit_query_map(swapped(60, 0), rank=-1)
+
+
 def test_rank_0_weighs_components_alone():
     found = fit_query_map(swapped(100, seed=0), rank=0)
     assert found.query_map.down.shape == (0, 12)

@@ -173,7 +173,7 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def query_facts(config: MemoryConfig, retriever: Retriever, model: PreTrainedModel) -> list[object]:
-    """Describe what a map of queries is made for: the retriever, and how many tokens the model knows."""
+    """Describe what a query map is made for: the retriever, and how many tokens the model knows."""
     return [
         *retriever_facts(config, retriever),
         int(cast("Tensor", model.get_input_embeddings().weight).shape[0]),

@@ -48,7 +48,7 @@ class Pretrained:
         The name under which `load_model` finds the model that the adapter belongs to; None if unknown, or on another
         host.
     config
-        The settings; maps, gates, null chunk and the map of queries are named by their path.
+        The settings; maps, gates, null chunk and the query map are named by their path.
     has_adapter
         Whether weights of the model were trained.
     dtype

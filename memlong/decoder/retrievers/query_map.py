@@ -1,4 +1,4 @@
-"""A trained map of queries: what a segment is asked with, so that the chunks that help are found."""
+"""A trained query map: what a segment is asked with, so that the chunks that help are found."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from memlong.errors import InvalidArgumentError
 
 _FORMAT = "memlong-query-map-1"
 _COMMAND = "memlong train-retriever"
+_FACTS = ("class", "retriever", "options", "dim", "metric", "vocabulary")  # as `query_facts` gives them
 
 
 class QueryMap(nn.Module):
@@ -90,7 +91,7 @@ class QueryMap(nn.Module):
             return cls(scale, down, up, made_for)
         except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise InvalidArgumentError(
-                f"query_map names {str(path)!r}, which holds no map of queries: {error}. Make the file with "
+                f"query_map names {str(path)!r}, which holds no query map: {error}. Make the file with "
                 f"`{_COMMAND}`"
             ) from error
 
@@ -121,9 +122,16 @@ def load_query_map(path: str, retriever: Retriever, made_by: Sequence[object]) -
     check_mappable(retriever)
     found = QueryMap.load(path)
     if found.made_for != json.loads(json.dumps(made_by)) or len(found.scale) != retriever.dim:
-        theirs, ours = (", ".join(map(str, each)) for each in (found.made_for, made_by))
+        theirs, ours = _labelled(found.made_for), _labelled(made_by)
         raise InvalidArgumentError(
             f"query_map names {path!r}, made for the retriever ({theirs:.300}), but the retriever is ({ours:.300}): "
             f"set retriever and retriever_options to those of the map, or make another with `{_COMMAND}`"
         )
     return found
+
+
+def _labelled(made_for: Sequence[object]) -> str:
+    """Return what a map is made for, each fact with its name."""
+    if len(made_for) != len(_FACTS):
+        return ", ".join(map(str, made_for)) or "not named"
+    return ", ".join(f"{name} {each}" for name, each in zip(_FACTS, made_for, strict=True))
