@@ -162,9 +162,6 @@ def ablation() -> str:
     for system, found in systems.items():
         retrieved = [row for row in found["rows"] if row["chunks"] == "retrieved"]
         cells = [f"{row['answers']['value']:.0%} ({row['loss']:.2f})" for row in retrieved]
-        random = [row["loss"] for row in found["rows"] if row["chunks"] == "random"]
-        rows.append(
-            [system.rpartition(", ")[0], *cells, f"{sum(random) / len(random):.2f}" if random else ""]
-        )
+        rows.append([system.rpartition(", ")[0], *cells])
     kinds = [row["kind"] for row in next(iter(systems.values()))["rows"] if row["chunks"] == "retrieved"]
-    return table(["training", *kinds, "random chunks"], rows)
+    return table(["training", *kinds], rows)

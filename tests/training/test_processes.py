@@ -213,12 +213,12 @@ def test_random_chunks_depend_on_the_episode_alone(trainer):
     one, other = trainer(random_share=0.5), trainer(folder="other", rows=3, random_share=0.5)
 
     def drawn(run):
-        generators = [run._choice(run.decoder, number, 0).generator for number in range(40)]
+        generators = [run._choice(number, 0).generator for number in range(40)]
         return [float(torch.rand(1, generator=each)) for each in generators]
 
     assert drawn(one) == drawn(other)
     assert len(set(drawn(one))) == 40
     with one.decoder as decoder:
-        decoder.reset(choice=[one._choice(one.decoder, 0, 0)])
+        decoder.reset(choice=[one._choice(0, 0)])
         with pytest.raises(InvalidArgumentError, match=r"one element for each of the 2 rows, .* got 1"):
             decoder.read(torch.ones(2, 40, dtype=torch.int64))
