@@ -76,8 +76,8 @@ class TrainableParts:
                     self.parameters[f"{prefix}.{name}"] = parameter
         if not self.parameters:
             raise InvalidArgumentError(
-                "Nothing to train: lora_rank is 0, and there are no maps or gates to train. Set lora_rank, or "
-                "gate_init in the MemoryConfig"
+                "Nothing to train: lora_rank is 0, and there are no maps, gates or null chunk to train. Set lora_rank or "
+                "null_chunk, or gate_init in the MemoryConfig"
             )
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()

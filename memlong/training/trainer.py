@@ -1,4 +1,4 @@
-"""Trainer: streams documents through a decoder, and trains LoRA, maps and gates to read its memory."""
+"""Trainer: streams documents through a decoder, and trains LoRA, maps, gates and a null chunk to read memory."""
 
 from __future__ import annotations
 
