@@ -76,7 +76,7 @@ class TrainableParts:
                     self.parameters[f"{prefix}.{name}"] = parameter
         if not self.parameters:
             raise InvalidArgumentError(
-                "Nothing to train: lora_rank is 0, and there are no maps, gates or null chunk to train. Set lora_rank or "
+                "Nothing to train: lora_rank is 0, and there are no maps, gates or null chunk to train. Set lora_rank, "
                 "null_chunk, or gate_init in the MemoryConfig"
             )
         for parameter in self.parameters.values():
