@@ -78,7 +78,7 @@ class Shelf:
         The last ``query_tokens`` of the question ask, as those of a prompt do in a memory, or, if 0, all of it.
         """
         query = Passage(tuple(question[-query_tokens:]), 0)
-        asked = self._retriever.embed_focus([query], self._bank.mean_embedding()[None])
+        asked = self._retriever.embed_focus([query], self._bank.mean_embedding()[None], [len(self._bank)])
         if not query_tokens or not asked.any():
             asked = self._retriever.embed_queries([query])
         found = sorted(self._bank.search(asked, top_k).ids[0].tolist())

@@ -105,7 +105,8 @@ class Asking(Choice):
         if self.question is None:
             return None if self.elsewhere else NoChunks().choose(search)
         asked = Passage(tuple(self.question[-search.config.focus_tokens :]), 0)
-        query = self.retriever.embed_focus([asked], search.bank.mean_embedding()[None])[0]
+        bank = search.bank
+        query = self.retriever.embed_focus([asked], bank.mean_embedding()[None], [len(bank)])[0]
         focused = replace(search, query=query) if query.any() else search
         if self.before is not None:
             return self.before.choose(focused)

@@ -100,7 +100,7 @@ class RagAsText(Alternative):
         if is_focused:
             # As a bank does, of no more than 1,024 chunks.
             mean = stored[:: -(-len(stored) // 1024)].mean(dim=0, keepdim=True)
-            asked = self.retriever.embed_focus([query], mean)
+            asked = self.retriever.embed_focus([query], mean, [len(stored)])
             if asked.any():
                 return asked
         return self.retriever.embed_queries([query])

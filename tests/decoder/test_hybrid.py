@@ -207,14 +207,14 @@ def test_while_text_is_generated_each_retriever_has_its_own_focus(llama):
     means, query = torch.randn(1, hybrid.dim), [Passage((5, 6, 7), 40)]
     halves = means.split([each.dim for each in parts], dim=1)
     expected = [
-        torch.nn.functional.normalize(each.embed_focus(query, mean), dim=1)
+        torch.nn.functional.normalize(each.embed_focus(query, mean, [9]), dim=1)
         for each, mean in zip(parts, halves, strict=True)
     ]
-    torch.testing.assert_close(hybrid.embed_focus(query, means), torch.cat(expected, dim=1))
+    torch.testing.assert_close(hybrid.embed_focus(query, means, [9]), torch.cat(expected, dim=1))
     # One that has nothing left asks as it is, as it would alone.
     only = torch.cat([means[:, : parts[0].dim], parts[1].embed_queries(query)], dim=1)
     expected[1] = torch.nn.functional.normalize(parts[1].embed_queries(query), dim=1)
-    torch.testing.assert_close(hybrid.embed_focus(query, only), torch.cat(expected, dim=1))
+    torch.testing.assert_close(hybrid.embed_focus(query, only, [9]), torch.cat(expected, dim=1))
 
 
 def test_beams_and_rows_generate_with_it(llama, small, text):

@@ -36,7 +36,7 @@ def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
         monkeypatch.setattr(
             decoder.retriever,
             "embed_focus",
-            lambda queries, means: (asked.append((queries, means)), embed(queries, means))[1],
+            lambda queries, means, sizes: (asked.append((queries, means)), embed(queries, means, sizes))[1],
         )
         decoder.read(text(80, rows=2))
         assert not asked

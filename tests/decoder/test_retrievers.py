@@ -120,9 +120,42 @@ def test_lm_focuses_on_what_chunks_do_not_share(llama):
     query = [Passage((*common[-9:], *key), 24_000)]
     chunks = torch.nn.functional.normalize(chunks, dim=1)
     assert int((chunks @ retriever.embed_queries(query)[0]).argmax()) != 0
-    scores = chunks @ retriever.embed_focus(query, chunks.mean(dim=0)[None])[0]
+    scores = chunks @ retriever.embed_focus(query, chunks.mean(dim=0)[None], [len(chunks)])[0]
     assert int(scores.argmax()) == 0
     assert scores[1:].abs().max() < 0.2 * scores[0]
+
+
+def test_lm_focuses_on_what_few_chunks_hold(llama):
+    """A fact among others of the same wording: what tells it apart is one name."""
+    retriever = create_retriever("lm", llama, Words())
+    wording, names = tuple(range(3, 19)), range(30, 46)
+    text = torch.randint(50, 97, (len(names), 12), generator=torch.Generator().manual_seed(0)).tolist()
+    # The one that is asked for shares less of the wording than others do.
+    facts = [
+        (*(wording[-9:] if name == 37 else wording), name, *more)
+        for name, more in zip(names, text, strict=True)
+    ]
+    chunks = retriever.embed_chunks([Passage(fact, 20_000) for fact in facts])
+    chunks = torch.nn.functional.normalize(chunks, dim=1)
+    query = [Passage((*wording, 37), 24_000)]
+    asked = retriever.embed_focus(query, chunks.mean(dim=0)[None], [len(chunks)])[0]
+    assert int((chunks @ retriever.embed_queries(query)[0]).argmax()) != names.index(37)
+    assert int((chunks @ asked).argmax()) == names.index(37)
+
+
+def test_of_few_chunks_a_focus_is_what_they_hold(llama):
+    """What none of them holds weighs no more than what one does, and its chance similarity least of all."""
+    retriever = create_retriever("lm", llama, Words())
+    held, other = tuple(range(3, 11)), tuple(range(11, 19))
+    chunks = torch.nn.functional.normalize(
+        retriever.embed_chunks([Passage(held, 0), Passage(other, 8)]), dim=1
+    )
+    query = [Passage((*held[:2], *range(40, 60)), 16)]
+    asked = retriever.embed_focus(query, chunks.mean(dim=0)[None], [2])[0]
+    assert int((chunks @ asked).argmax()) == 0
+    # Of one chunk, and of none, nothing is known: 0, so that the query asks as it is.
+    assert not retriever.embed_focus(query, chunks[:1], [1]).any()
+    assert not retriever.embed_focus(query, torch.zeros(1, retriever.dim), [0]).any()
 
 
 def test_a_focus_loses_what_all_chunks_share_and_no_more():
@@ -135,7 +168,7 @@ def test_a_focus_of_distances_is_a_query(llama):
         metric = "l2"
 
     retriever = Far(llama, Words())
-    focus = retriever.embed_focus(passages(80), torch.ones(1, retriever.dim))
+    focus = retriever.embed_focus(passages(80), torch.ones(1, retriever.dim), [1])
     assert torch.equal(focus, retriever.embed_queries(passages(80)))
 
 
@@ -143,7 +176,7 @@ def test_a_focus_of_distances_is_a_query(llama):
 def test_controls_have_a_focus_of_the_same_kind(llama, name):
     retriever = create_retriever(name, llama, Words())
     chunks = retriever.embed_chunks(passages(*range(0, 64, 8)))
-    focus = retriever.embed_focus(passages(80), chunks.mean(dim=0)[None])
+    focus = retriever.embed_focus(passages(80), chunks.mean(dim=0)[None], [len(chunks)])
     assert focus.shape == (1, retriever.dim)
     assert bool(focus.any()) == (name == "random")
 

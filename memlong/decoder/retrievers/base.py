@@ -112,7 +112,7 @@ class Retriever(ABC):
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings [queries, dim], float32."""
 
-    def embed_focus(self, queries: Sequence[Passage], means: Tensor) -> Tensor:
+    def embed_focus(self, queries: Sequence[Passage], means: Tensor, sizes: Sequence[int]) -> Tensor:
         """Embeddings [queries, dim] of the last few tokens of a text that is being generated.
 
         What all chunks have in common does not count (see `without_component`). Where 0 is left, `embed_queries` is
@@ -124,6 +124,8 @@ class Retriever(ABC):
             The last few tokens of each text.
         means
             The mean embedding of each bank [queries, dim].
+        sizes
+            How many chunks each bank holds [queries].
         """
         made = self.embed_queries(queries)
         found = made if isinstance(made, Tensor) else torch.as_tensor(made, device="cpu")

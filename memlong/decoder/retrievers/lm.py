@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
 from memlong.decoder.arrays import Ints
 from memlong.decoder.model.attention import evaluating
-from memlong.decoder.retrievers.base import Passage, Retriever, without_component
+from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.retrievers.recency import RecencyPrior
 from memlong.errors import InvalidArgumentError
 
@@ -22,6 +23,7 @@ _HASHES = 8
 _LARGEST = 8
 _WIDEST = 2**20
 _FARTHEST = 2**40
+_TINY = 1e-12
 
 
 class LanguageModelRetriever(Retriever):
@@ -31,6 +33,9 @@ class LanguageModelRetriever(Retriever):
     count sketch), so that similarity measures overlap. A token's weight is its information content under the language
     model: its surprisal ``-log p`` at the start of a text, to the power of ``sharpness``. Random directions agree
     better with a sentence encoder on which chunks to retrieve than the model's token embeddings do.
+
+    While text is generated, a token of the query counts for more the fewer chunks hold it, and recency does not count.
+    How many do, the mean of the bank's embeddings tells, which is a count sketch itself.
 
     Parameters
     ----------
@@ -102,19 +107,28 @@ class LanguageModelRetriever(Retriever):
         """Embeddings of the queries [queries, dim]."""
         return self.embed_chunks(queries)
 
-    def embed_focus(self, queries: Sequence[Passage], means: Tensor) -> Tensor:
-        """Embeddings [queries, dim] that measure overlap alone, without recency and without what all chunks share."""
-        sketches = without_component(self._sketches(queries), means[:, : self._tokens_dim])
-        return torch.nn.functional.pad(sketches, (0, self._recency.width))
+    def embed_focus(self, queries: Sequence[Passage], means: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Embeddings [queries, dim] that measure overlap alone, most of all in what few chunks hold."""
+        known = [self._known(mean, size) for mean, size in zip(means.float(), sizes, strict=True)]
+        return torch.nn.functional.pad(self._sketches(queries, known), (0, self._recency.width))
 
-    def _sketches(self, passages: Sequence[Passage]) -> Tensor:
-        """Sketches of passages [passages, dim], each a sum in ascending order of its tokens and then of its bigrams."""
+    def _known(self, mean: Tensor, size: int) -> _Known:
+        mean = mean[: self._tokens_dim]
+        sums = (mean[self._places] * self._signs).mean(dim=1)
+        # Of the tokens that are weighed at all, the most frequent one is in nearly every chunk.
+        return _Known(mean, float((sums / self._weights.clamp(min=1)).max()), size)
+
+    def _sketches(self, passages: Sequence[Passage], known: Sequence[_Known] | None = None) -> Tensor:
+        """Sketches of passages [passages, dim], each a sum in ascending order of its tokens and then of its bigrams.
+
+        With what is ``known`` of the bank that each asks, terms count by how few chunks hold them.
+        """
         tokens = np.fromiter(chain.from_iterable(each.token_ids for each in passages), dtype=np.int64)
         owners = np.repeat(np.arange(len(passages)), [len(each.token_ids) for each in passages])
         sketches = torch.zeros(len(passages), self._tokens_dim, dtype=torch.float32, device="cpu")
         above = int(tokens.max(initial=0)) + 1
         of, token = _unpacked(_distinct(owners * above + tokens), above)
-        self._add(sketches, of, *self._directions(token), self._weights[token])
+        self._add(sketches, of, *self._directions(token), self._weights[token], known)
         if self._pairs:
             couples = (owners[1:] * above + tokens[:-1]) * above + tokens[1:]
             rest, second = _unpacked(_distinct(couples[owners[1:] == owners[:-1]]), above)
@@ -122,17 +136,60 @@ class LanguageModelRetriever(Retriever):
             (places, signs), (others, other_signs) = self._directions(first), self._directions(second)
             places = (places + 3 * others + 1) % self._tokens_dim  # "a b" differs from "b a"
             weights = self._pairs * (self._weights[first] + self._weights[second])
-            self._add(sketches, of, places, signs * other_signs, weights)
+            self._add(sketches, of, places, signs * other_signs, weights, known)
         return sketches
 
     def _directions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the places, and the signs there, of tokens [tokens, hashes]."""
         return self._places.index_select(0, tokens), self._signs.index_select(0, tokens)
 
-    def _add(self, sketches: Tensor, of: Tensor, places: Tensor, signs: Tensor, weights: Tensor) -> None:
+    def _add(
+        self,
+        sketches: Tensor,
+        of: Tensor,
+        places: Tensor,
+        signs: Tensor,
+        weights: Tensor,
+        known: Sequence[_Known] | None,
+    ) -> None:
         """Add terms [terms] of some of the sketches, each in all its places [terms, hashes]."""
+        if known is not None:
+            rarity = [
+                bank.rarity(places[of == row], signs[of == row], weights[of == row])
+                for row, bank in enumerate(known)
+            ]
+            weights = weights * torch.cat(rarity)
         where = of[:, None] * self._tokens_dim + places
         sketches.view(-1).index_add_(0, where.flatten(), (weights[:, None] * signs).flatten())
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What a bank tells of the terms in its chunks.
+
+    Attributes
+    ----------
+    mean
+        Of the sketches of its chunks [dim], each scaled to length 1: itself a sketch of how often each term is held.
+    top
+        What the mean gives for a term that nearly every chunk holds, relative to the term's weight.
+    size
+        How many chunks it holds.
+    """
+
+    mean: Tensor
+    top: float
+    size: int
+
+    def rarity(self, places: Tensor, signs: Tensor, weights: Tensor) -> Tensor:
+        """Return log² of the share of chunks that hold each term [terms]: 0 for one that all of them hold.
+
+        As in the cosine of two tf-idf vectors, where the factor stands on both sides; that of the chunks was not known
+        when they were stored. A share is at least that of one chunk.
+        """
+        found = (self.mean[places] * signs).mean(dim=1)
+        shares = found / (weights * self.top).clamp(min=_TINY)
+        return shares.clamp(1 / max(1, self.size), 1).log().square()
 
 
 def _distinct(numbers: Ints) -> Ints:

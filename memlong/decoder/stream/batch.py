@@ -450,7 +450,8 @@ def _queries(streams: Sequence[TokenStream], retriever: Retriever, query_map: Qu
     asked = retriever.embed_queries if query_map is None else partial(query_map.embed_queries, retriever)
     if not banks:
         return asked(passages)
-    found = retriever.embed_focus(passages, torch.stack([bank.mean_embedding() for bank in banks]))
+    means = torch.stack([bank.mean_embedding() for bank in banks])
+    found = retriever.embed_focus(passages, means, [len(bank) for bank in banks])
     is_left = found.any(dim=1)
     # Where chunks have all in common with the query, it asks as it is.
     return found if is_left.all() else found.where(is_left[:, None], asked(passages).to(found))
