@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ from results import Report
 from torch import Tensor
 from tqdm import tqdm
 
-from memlong import MemoryConfig, MemoryDecoder, Passage, Retriever, load_model
+from memlong import MemoryConfig, MemoryDecoder, load_model
 from memlong.decoder import Choice
 from memlong.decoder.persistence.pretrained import read_pretrained
 from memlong.decoder.stream.retrieval import Retrieval, Search
@@ -79,41 +79,6 @@ class NoChunks(Choice):
         return Retrieval(search.query, nothing, nothing.float()), search.bank.fetch([])
 
 
-@dataclass
-class Asking(Choice):
-    """Retrieves for a question as `MemoryDecoder.generate` does: without what all chunks have in common.
-
-    Attributes
-    ----------
-    retriever
-        Embeds the question.
-    before
-        Chooses chunks for the question in the retriever's place; None for no one.
-    elsewhere
-        Whether segments without a question retrieve as well, for the text before them.
-    question
-        The token ids of the coming segment's question, or None.
-    """
-
-    retriever: Retriever
-    before: Choice | None = None
-    elsewhere: bool = False
-    question: Sequence[int] | None = None
-
-    def choose(self, search: Search) -> Chosen | None:
-        """Choose for the question; where there is none, nothing, or leave it to the retriever."""
-        if self.question is None:
-            return None if self.elsewhere else NoChunks().choose(search)
-        asked = Passage(tuple(self.question[-search.config.focus_tokens :]), 0)
-        bank = search.bank
-        query = self.retriever.embed_focus([asked], bank.mean_embedding()[None], [len(bank)])[0]
-        focused = replace(search, query=query) if query.any() else search
-        if self.before is not None:
-            return self.before.choose(focused)
-        found = focused.best()
-        return found, search.bank.fetch(found.ids.sort().values)
-
-
 def main(
     text: Annotated[list[Path], typer.Option(help="File to hide facts in; repeatable.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, GGUF file, or 'demo'.")] = "demo",
@@ -160,6 +125,7 @@ def main(
         "segment_size": segment_size,
         "top_k": top_k,
         "retriever": retriever,
+        "retrieve_for": retrieve_for.value,
     }
     given = {each: value for each, value in named.items() if value is not None}
     if adapter is not None:  # which refuses what the training has decided
@@ -193,11 +159,7 @@ def main(
     with tqdm(total=episodes * tokens * len(asked), unit="tok", leave=False) as bar:
         for number in range(episodes):
             group = {kind: source[number] for kind, source in sources.items()}
-            read = (
-                _by_full_attention(decoder, group)
-                if full
-                else _answers(decoder, group, wanted, retrieve_for, bar)
-            )
+            read = _by_full_attention(decoder, group) if full else _answers(decoder, group, wanted, bar)
             for kind, which, right, losses in read:
                 found.setdefault((kind, which), []).append((right, losses))
     rows = []
@@ -214,7 +176,6 @@ def main(
         "questions": questions,
         "again": again,
         "asking": asking,
-        "retrieve_for": retrieve_for,
     }
     systems[f"{name}, {tokens}"] = {"memory": memory, **asks, "rows": [asdict(row) for row in rows]}
     report.add({"systems": systems})
@@ -229,7 +190,6 @@ def _answers(
     decoder: MemoryDecoder,
     group: Mapping[str, Episode],
     controls: Sequence[str],
-    retrieve_for: RetrieveFor,
     bar: tqdm[None],
 ) -> Iterator[Judged]:
     """Read episodes side by side, each of which is foreign to the others, and judge each answer."""
@@ -238,27 +198,19 @@ def _answers(
         "foreign": ForeignChunks(),
         "none": NoChunks(),
     }
-    assert decoder.retriever is not None  # noqa: S101 - it has a memory
     ids, size = torch.stack([episode.tokens for episode in group.values()]), decoder.config.segment_size
-    usual = [Asking(decoder.retriever, elsewhere=retrieve_for is RetrieveFor.ALL) for _ in group]
     with decoder, torch.no_grad():
-        decoder.reset(choice=usual)
+        decoder.reset()
         for start in range(0, ids.shape[1], size):
-            new, queries = (
-                ids[:, start : start + size],
-                [episode.queries.get(start) for episode in group.values()],
-            )
-            for each, query in zip(usual, queries, strict=True):
-                each.question = query
+            new = ids[:, start : start + size]
+            queries = [episode.queries.get(start) for episode in group.values()]
             following = slice(start + 1, start + size + 1)
             logits = {}
             if any(episode.weights[following].any() for episode in group.values()):
                 for control in controls:
-                    tried = decoder.preview(
-                        new, choice=[replace(each, before=choices[control]) for each in usual]
-                    )
+                    tried = decoder.preview(new, queries=queries, choice=choices[control])
                     logits[control] = tried.logits
-            (segment,) = decoder.stream(new)
+            (segment,) = decoder.stream(new, queries=queries)
             logits["retrieved"] = segment.logits
             for which, some in logits.items():
                 for row, (kind, episode) in enumerate(group.items()):

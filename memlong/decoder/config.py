@@ -122,9 +122,9 @@ class MemoryConfig:
     retrieve_for: RetrieveFor = setting(
         "all",
         "'all', or 'answers': text that is read retrieves nothing.",
-        more='With ``"answers"`` only what is generated, or scored by `score`, attends to retrieved chunks. Reading is '
-        "faster, and what is stored of a chunk depends on the window before it alone: for questions about a text, not "
-        "where the text itself is to be predicted.",
+        more='With ``"answers"`` only what is generated, scored by `score`, or read with ``queries`` given attends to '
+        "retrieved chunks. Reading is faster, and what is stored of a chunk depends on the window before it alone: for "
+        "questions about a text, not where the text itself is to be predicted.",
         needs_backend=True,
     )
     query_tokens: int | None = setting(

@@ -288,7 +288,8 @@ class MemoryDecoder(Uncopied):
         attention_mask
             [rows, tokens]; 0 where padded, which may be anywhere.
         queries
-            For each row, the token ids to retrieve with next, or None for the latest text.
+            For each row, the token ids to retrieve with next, or None for the latest text. Unless ``focus_tokens`` is
+            0, they ask as those of an answer do, for what few chunks hold.
         logits
             ``"all"``, or only those of the ``"last"`` token of each forward call, which is faster.
         gradients

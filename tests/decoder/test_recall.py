@@ -59,7 +59,7 @@ def test_a_focus_that_has_nothing_of_its_own_asks_as_it_is(llama, small, text):
         decoder.read(text(80))
         batch = decoder._streams.forked(1)
         stream = batch.streams[0]
-        stream.is_focused = True
+        stream.is_answer = True
         batch._retrieve(batch.streams)
     assert stream.retrieval.query.tolist() == [1]
     assert stream.retrieval.ids.tolist() == [13, 12, 11]

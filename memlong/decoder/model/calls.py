@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -28,6 +28,23 @@ from memlong.decoder.pages.choice import PageBudget
 from memlong.decoder.stream.batch_memory import BatchMemory
 from memlong.decoder.stream.positions import Placement, check_max_position, positions_of
 from memlong.errors import MemlongError
+
+
+@contextmanager
+def _copied_for_head(model: PreTrainedModel) -> Iterator[None]:
+    """Copy what the model's head is given: the last token of each row is a view with gaps.
+
+    torch would copy the head's weights instead, once for each row, which in bfloat16 takes 80 times as long.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,8 @@ class ModelCalls:
             if self._checkpointing.is_on:
                 again = self._again(before, tokens, incoming)
                 during.enter_context(self._checkpointing.done_here(cache, again))
+            if logits_to_keep and self.device.type == "cpu":
+                during.enter_context(_copied_for_head(self.model))
             logits: Tensor = self.model(
                 input_ids=input_ids,
                 position_ids=to_device(torch.from_numpy(incoming), self.device),

@@ -112,7 +112,12 @@ class Retriever(ABC):
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:
         """Embeddings [queries, dim], float32."""
 
-    def embed_focus(self, queries: Sequence[Passage], means: Tensor, sizes: Sequence[int]) -> Tensor:
+    def embed_focus(
+        self,
+        queries: Sequence[Passage],
+        means: Tensor,
+        sizes: Sequence[int],  # noqa: ARG002 - for those that override it
+    ) -> Tensor:
         """Embeddings [queries, dim] of the last few tokens of a text that is being generated.
 
         What all chunks have in common does not count (see `without_component`). Where 0 is left, `embed_queries` is

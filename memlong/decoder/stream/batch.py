@@ -234,7 +234,7 @@ class StreamBatch:
             )
         for stream, query in zip(self.streams, given, strict=True):
             if query is not None:
-                stream.next_query = Passage(tuple(query), stream.seen)
+                stream.ask_with(query)
 
     def read(
         self,
@@ -372,7 +372,7 @@ class StreamBatch:
         )
         self._retrieve(starting)
         for stream in starting:
-            stream.next_query = None
+            stream.forget_query()
         # What the window must hold follows from the streams alone, so that the next call repairs a failure above.
         if starting or gradients or not self._is_in_place():
             self._move(gradients=gradients)
@@ -444,17 +444,21 @@ class StreamBatch:
 
 
 def _queries(streams: Sequence[TokenStream], retriever: Retriever, query_map: QueryMap | None) -> Tensor:
-    """Return the embeddings [streams, dim] of what the streams ask for, which are all focused or none is."""
+    """Return the embeddings [streams, dim] of what the streams ask for."""
     passages = [stream.query() for stream in streams]
-    banks = [stream.bank for stream in streams if stream.is_focused and stream.bank is not None]
     asked = retriever.embed_queries if query_map is None else partial(query_map.embed_queries, retriever)
+    banks = {row: stream.bank for row, stream in enumerate(streams) if stream.is_focused and stream.bank}
     if not banks:
         return asked(passages)
-    means = torch.stack([bank.mean_embedding() for bank in banks])
-    found = retriever.embed_focus(passages, means, [len(bank) for bank in banks])
-    is_left = found.any(dim=1)
+    means = torch.stack([bank.mean_embedding() for bank in banks.values()])
+    sizes = [len(bank) for bank in banks.values()]
+    found = retriever.embed_focus([passages[row] for row in banks], means, sizes)
     # Where chunks have all in common with the query, it asks as it is.
-    return found if is_left.all() else found.where(is_left[:, None], asked(passages).to(found))
+    is_left = found.any(dim=1)
+    rows = torch.tensor([*banks])[is_left]
+    if len(rows) == len(streams):
+        return found
+    return asked(passages).to(found).index_copy(0, rows, found[is_left])
 
 
 def _is_query(given: object, vocabulary: int) -> bool:

@@ -47,8 +47,6 @@ class TokenStream:
         Chooses chunks in place of the retriever, or now and then; None for never.
     query_length
         Tokens that make a query.
-    is_focused
-        Whether queries ask for what they have that stored chunks do not have in common.
     is_answer
         Whether what it reads is an answer, and not text that was given.
     memory, retrieval
@@ -78,12 +76,12 @@ class TokenStream:
         self.use_bank(bank)
         self.choice = choice
         self.query_length = config.query_length
-        self.is_focused = False
         self.is_answer = False
         self.memory: StreamMemory | None = None
         self.retrieval: Retrieval | None = None
         self._memory_from: ref[MemoryBank] | None = None  # the bank may be another one by now
         self.next_query: Passage | None = None
+        self._is_given = False  # the next query
         self.ahead = 0
         self._departed = 0  # chunks that have left the window
         self._recent = Passage((), 0)  # the latest tokens, as far back as a chunk or a query may reach
@@ -159,8 +157,12 @@ class TokenStream:
 
     @property
     def retrieves(self) -> bool:
-        """Whether it retrieves: answers do, and text that is read only if it is to."""
-        return self.is_answer or self.config.retrieve_for == "all"
+        """Whether it retrieves: answers and given queries do, and text that is read only if it is to."""
+        return self._asks or self.config.retrieve_for == "all"
+
+    @property
+    def _asks(self) -> bool:
+        return self.is_answer or self._is_given
 
     @property
     def space(self) -> int:
@@ -185,6 +187,20 @@ class TokenStream:
         taken = self._passage(self.seen - count, self.seen)
         self._recent = self._passage(self._recent.start, taken.start)
         return list(taken.token_ids)
+
+    def ask_with(self, token_ids: Sequence[int]) -> None:
+        """Retrieve next with these tokens."""
+        self.next_query = Passage(tuple(token_ids), self.seen)
+        self._is_given = True
+
+    def forget_query(self) -> None:
+        """Retrieve with the latest text again."""
+        self.next_query, self._is_given = None, False
+
+    @property
+    def is_focused(self) -> bool:
+        """Whether the next query is focused on what few chunks hold: in answers, and where a query was given."""
+        return self._asks and self.config.focus_tokens > 0
 
     def query(self) -> Passage:
         """The text just before the next segment."""
