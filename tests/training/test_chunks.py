@@ -157,14 +157,25 @@ def test_a_preview_is_at_most_a_segment(three_rows, text, tokens, message):
         three_rows.preview(text(9, rows=3)[:, :tokens])
 
 
-def test_a_query_of_ones_own_is_asked_once(three_rows, text):
-    asked = text(6, seed=7)[0].tolist()
-    first, second = three_rows.stream(text(16, seed=1, rows=3), queries=[asked, None, None])
-    embedded = three_rows.retriever.embed_queries(
-        [type(three_rows._streams.batch.streams[0].query())(tuple(asked), 96)]
-    )
-    assert torch.equal(first.retrievals[0].query, embedded[0].cpu())
-    assert not torch.equal(second.retrievals[0].query, embedded[0].cpu())
+def test_a_query_of_ones_own_is_asked_once_and_as_an_answer_asks(three_rows, text):
+    asked = Passage(tuple(text(6, seed=7)[0].tolist()), 96)
+    segments = three_rows.stream(text(16, seed=1, rows=3), queries=[asked.token_ids, None, None])
+    first, bank, retriever = next(segments), three_rows.banks[0], three_rows.retriever
+    focused = retriever.embed_focus([asked], bank.mean_embedding()[None], [len(bank)])
+    assert torch.equal(first.retrievals[0].query, focused[0].cpu())
+    assert first.retrievals[1].query.any()
+    assert not torch.equal(next(segments).retrievals[0].query, focused[0].cpu())
+
+
+@pytest.mark.parametrize("retrieve_for", ["all", "answers"])
+def test_text_with_a_query_retrieves_whatever_it_is(llama, small, text, retrieve_for):
+    with MemoryDecoder(llama, None, small(retrieve_for=retrieve_for, focus_tokens=0)) as decoder:
+        decoder.read(text(80, rows=2))
+        asked = text(6, seed=7)[0].tolist()
+        (segment,) = decoder.stream(text(8, seed=1, rows=2), queries=[None, asked])
+        query = decoder.retriever.embed_queries([Passage(tuple(asked), 80)])[0]
+    assert torch.equal(segment.retrievals[1].query, query)
+    assert (segment.retrievals[0] is None) == (retrieve_for == "answers")
 
 
 @pytest.mark.parametrize("queries", [[[1]], [[1], [], None], [[1], [10**9], None], [[1], ["a"], None], 3])
