@@ -20,6 +20,8 @@ _OPTIONS_OF = {
     "retriever": ("retriever", "retriever_option"),
     "query_map": ("query_map",),
     "store": ("store",),
+    "top_k": ("top_k",),
+    "retrieve_for": ("retrieve_for",),
 }
 
 
@@ -114,7 +116,8 @@ def choose_decoder(
     if fixed:  # checked before their values, which the adapter's rules would decide
         raise InvalidArgumentError(
             f"--{fixed[0].replace('_', '-')} cannot be combined with --adapter, whose memory is fixed by training. "
-            "Only the backend, the retriever, their options, the query map and the store can be changed"
+            "Only the backend, the retriever, their options, the query map, the store, top_k and retrieve_for can be "
+            "changed"
         )
     config = memory.config(seed)
     changes: dict[str, Any] = {}

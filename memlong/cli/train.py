@@ -93,9 +93,9 @@ def train(
     from memlong.decoder import MemoryDecoder, choose_machine
     from memlong.evaluation import tokenize
     from memlong.training import Trainer, read_dataset, read_documents, usual_retrieval_layers
+    from memlong.training.checks import check_settings
     from memlong.training.folder import check_folder, lock
     from memlong.training.processes import Processes
-    from memlong.training.trainer import check_settings
 
     check_settings(config, training)
     processes = Processes(device)

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memlong.decoder import MemoryConfig, MemoryDecoder
 from memlong.decoder.kv.latent import LatentMaps
+from memlong.decoder.kv.null_chunk import NullChunk, null_chunk_facts
 from memlong.decoder.kv.sources import KvSource, LatentSource, shared_memory_layer
 from memlong.decoder.model.probe import probe
 from memlong.errors import InvalidArgumentError, MissingDependencyError
@@ -22,6 +23,18 @@ from memlong.training.config import TrainingConfig
 
 _APART = ("q_proj", "o_proj")
 """Linear layers of attention that its keys and values do not come from, by transformers' usual names."""
+
+
+@torch.no_grad()
+def first_chunk(decoder: MemoryDecoder, text: Tensor) -> NullChunk:
+    """Return the first chunk of a text as a null chunk to train."""
+    with decoder:
+        decoder.reset()
+        decoder.read(text[None])
+        decoder.flush()
+        (bank,) = decoder.banks
+        found = bank.fetch(bank.ids[:1])
+    return NullChunk(found.keys[0], found.values[0], null_chunk_facts(decoder.config, decoder.source))
 
 
 class TrainableParts:

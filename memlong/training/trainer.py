@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from memlong.bank.sessions.folders import absolute
-from memlong.decoder import MemoryConfig, MemoryDecoder
-from memlong.decoder.kv.null_chunk import NullChunk, check_top_k, null_chunk_facts, retrieved_chunks
+from memlong.decoder import MemoryDecoder
+from memlong.decoder.kv.null_chunk import check_top_k
 from memlong.decoder.model.weights import module_digest
 from memlong.decoder.persistence.fingerprint import facts
 from memlong.decoder.persistence.pretrained import SETTINGS
@@ -27,10 +27,11 @@ from memlong.decoder.stream.retrieval import Choice
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError, StorageError
 from memlong.plugins.registry import installed_registry
 from memlong.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from memlong.training.checks import check_settings, least_tokens
 from memlong.training.chunks import ForeignChunks, Negatives, RandomChunks
 from memlong.training.config import TEXT, TrainingConfig
 from memlong.training.curve import Curve, Step
-from memlong.training.documents import Episodes, Mixture, Source
+from memlong.training.documents import Episodes
 from memlong.training.folder import (
     CURVE,
     PICTURE,
@@ -42,9 +43,9 @@ from memlong.training.folder import (
     remove_checkpoints,
 )
 from memlong.training.loss import Batch, SegmentLoss, segment_loss, token_losses, tokens_between
-from memlong.training.parts import TrainableParts, checkpointed, keeping_chunks
+from memlong.training.mixing import make_source
+from memlong.training.parts import TrainableParts, checkpointed, first_chunk, keeping_chunks
 from memlong.training.processes import Processes
-from memlong.training.recall import RecallEpisodes, first_asking
 from memlong.training.teacher import Lesson
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Trainer:
         self._processes = Processes("auto" if config.shard and device.type == "cpu" else device)
         together = config.rows * self._processes.count
         reads_text = not config.mix or TEXT in config.mix or config.warmup_stage_steps > 0
-        least = _least(decoder.config) if reads_text else 1  # of filler, any length will do
+        least = least_tokens(decoder.config) if reads_text else 1  # of filler, any length will do
         self.episodes = Episodes(documents, config.document_tokens, least, config.seed, together)
         if reads_text and (config.negatives or config.contrast) and len(self.episodes) < together:
             raise InvalidTextError(
@@ -134,13 +135,13 @@ class Trainer:
                 f"negatives or contrast, as a row's own text is not foreign to it, got {len(self.episodes)}: give "
                 "more text, or lower document_tokens or rows"
             )
-        self._source = _source(decoder, config, self.episodes, documents)
+        self._source = make_source(decoder, config, self.episodes, documents)
         self._fingerprint = decoder.fingerprint()  # before the adapter is added
         makes_null_chunk = config.null_chunk and decoder.source.null_chunk is None
         if makes_null_chunk:
             check_top_k(decoder.config)
-            decoder.source.null_chunk = _first_chunk(
-                decoder, self._source[0].tokens[: _least(decoder.config)]
+            decoder.source.null_chunk = first_chunk(
+                decoder, self._source[0].tokens[: least_tokens(decoder.config)]
             )
         # The warmup stage uses the plain window; created before the adapter, as the decoder was.
         self._plain = (
@@ -458,85 +459,7 @@ class Trainer:
         }
 
 
-def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
-    """Reject settings with which no memory would be read.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If there is no backend, episodes are too short to read from memory or to ask for anything, or too few chunks
-        are retrieved to mix others in.
-    """
-    if memory.backend is None:
-        raise InvalidArgumentError(
-            "backend must be a name for training, got None: there would be no memory to read"
-        )
-    if memory.retrieve_for != "all":
-        raise InvalidArgumentError(
-            "retrieve_for must be 'all' for training, got 'answers': no text would read from memory"
-        )
-    if training.document_tokens < _least(memory):
-        raise InvalidArgumentError(
-            f"document_tokens must be at least {_least(memory)}, with local_window {memory.local_window} and "
-            f"segment_size {memory.segment_size}, got {training.document_tokens}: set it to several times that, or "
-            "lower local_window"
-        )
-    asking = first_asking(memory.segment_size, memory.local_window)
-    if set(training.mix) - {TEXT} and training.document_tokens <= asking:
-        raise InvalidArgumentError(
-            f"document_tokens must be above {asking}, from where on what has left the local window of "
-            f"{memory.local_window} tokens can be asked for, got {training.document_tokens}: set it to several "
-            "times that"
-        )
-    chunks = retrieved_chunks(memory, beside_null_chunk=training.null_chunk or memory.null_chunk is not None)
-    if training.negatives and chunks < 2:
-        raise InvalidArgumentError(
-            f"top_k must be at least {2 + memory.top_k - chunks} with negatives, which replace at most half of the "
-            f"chunks, got {memory.top_k}"
-        )
-
-
-def _least(memory: MemoryConfig) -> int:
-    """Return the length of the shortest episode that reads from memory, in tokens."""
-    return memory.local_window + memory.segment_size
-
-
 def _retrieves(decoder: MemoryDecoder, start: int) -> bool:
     """Whether a chunk has left the window at this token, and is stored before its segment retrieves."""
     memory = decoder.config
     return memory.backend is not None and start > memory.sink_tokens + memory.window_past
-
-
-@torch.no_grad()
-def _first_chunk(decoder: MemoryDecoder, text: Tensor) -> NullChunk:
-    """Return the first chunk of a text as a null chunk to train."""
-    with decoder:
-        decoder.reset()
-        decoder.read(text[None])
-        decoder.flush()
-        (bank,) = decoder.banks
-        found = bank.fetch(bank.ids[:1])
-    return NullChunk(found.keys[0], found.values[0], null_chunk_facts(decoder.config, decoder.source))
-
-
-def _source(
-    decoder: MemoryDecoder, config: TrainingConfig, text: Episodes, documents: list[Tensor]
-) -> Source:
-    if not config.mix:
-        return text
-    memory = decoder.config
-    sources: dict[str, Source] = {
-        kind: text
-        if kind == TEXT
-        else RecallEpisodes(
-            kind,
-            decoder.tokenizer,
-            documents,
-            tokens=config.document_tokens,
-            segment_size=memory.segment_size,
-            local_window=memory.local_window,
-            seed=config.seed,
-        )
-        for kind in config.mix
-    }
-    return Mixture(sources, config.mix, config.seed)

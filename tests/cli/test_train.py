@@ -119,9 +119,9 @@ def test_a_folder_and_maps(run, invoke, story, tmp_path):
 
 
 def test_what_was_trained_cannot_be_set_otherwise(run, other, tmp_path):
-    result = other("perplexity", "--adapter", str(tmp_path), "--top-k", "3")
+    result = other("perplexity", "--adapter", str(tmp_path), "--chunk-size", "3")
     assert isinstance(result.exception, InvalidArgumentError), result.output
-    assert "--top-k cannot be combined with --adapter" in str(result.exception)
+    assert "--chunk-size cannot be combined with --adapter" in str(result.exception)
     result = other("generate")
     assert "--model is missing" in str(result.exception)
 

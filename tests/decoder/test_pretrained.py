@@ -152,6 +152,10 @@ def test_retriever_backend_and_store_can_be_others(trained, text):
     found = MemoryDecoder.from_pretrained(folder, changes=changes, dtype="float32")
     assert (found.config.retriever, found.config.backend) == ("random", "faiss")
     assert not torch.allclose(read(found, text(100)), read(decoder, text(100)))
+    fewer = MemoryDecoder.from_pretrained(
+        folder, changes={"top_k": 1, "retrieve_for": "answers"}, dtype="float32"
+    )
+    assert (fewer.config.top_k, fewer.config.retrieve_for) == (1, "answers")
     plain = MemoryDecoder.from_pretrained(folder, changes={"backend": None}, dtype="float32")
     assert not torch.allclose(read(plain, text(100)), read(decoder, text(100)))
 
@@ -171,7 +175,7 @@ def test_what_cannot_be_loaded_is_said(trained, tiny_model, tmp_path):
     fails("holds no memlong.json", name=tmp_path)
     fails("is a file; name the folder", name=folder / "memlong.json")
     fails("not a folder here, and cannot be downloaded from the hub", name="no/such/folder")
-    fails("changes must be among .*, got 'top_k'", changes={"top_k": 2})
+    fails("changes must be among .*, got 'chunk_size'", changes={"chunk_size": 2})
     wide = tiny_model("Qwen3")
     fails("Use the model that it was trained", model=wide)
     rewrite(folder, base_model=None)

@@ -16,10 +16,10 @@ import torch
 from memlong import MemoryDecoder
 from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.training import Trainer, TrainingConfig
+from memlong.training.checks import check_settings
 from memlong.training.config import RECALL
 from memlong.training.documents import Episode, Mixture
 from memlong.training.recall import RecallEpisodes, _number
-from memlong.training.trainer import check_settings
 
 SEGMENT, WINDOW = 256, 512
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))

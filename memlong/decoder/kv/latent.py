@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from memlong.decoder.persistence.tensor_file import read_tensors, write_tensors
+from memlong.decoder.persistence.tensor_file import check_fractions, made_of, read_tensors, write_tensors
 from memlong.errors import InvalidArgumentError
 
 _FORMAT = "memlong-latent-maps-2"
@@ -123,20 +123,15 @@ class LatentMaps(nn.Module):
             If the file is missing or holds something else.
         """
         layers, tensors = read_tensors(path, _FORMAT, field="maps", command="memlong fit")
-        try:
+        with made_of(path, "maps", field="maps", command="memlong fit"):
             mean, both = tensors["mean"], [tensors[name] for name in _NAMES]
             if both[0].dtype == torch.int8:
                 scales = [tensors[f"{name}_scale"] for name in _NAMES]
                 if any(of.shape != (*each.shape[:-1], 1) for of, each in zip(scales, both, strict=True)):
                     raise ValueError("its scales are not those of its steps")
                 both = [each * of for of, each in zip(scales, both, strict=True)]
-            if not all(each.is_floating_point() for each in (mean, *both)):
-                raise TypeError("its numbers are integers")
+            check_fractions(mean, *both)
             return cls(layers, mean, *both)
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise InvalidArgumentError(
-                f"maps names {str(path)!r}, which holds no maps: {error}. Make the file with `memlong fit`"
-            ) from error
 
 
 def _quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memlong.bank import ChunkLayout
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.persistence.tensor_file import read_file, write_file
+from memlong.decoder.persistence.tensor_file import check_fractions, made_of, read_file, write_file
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -61,19 +61,12 @@ class NullChunk(nn.Module):
             If the file is missing or holds something else.
         """
         facts, tensors = read_file(path, _FORMAT, field="null_chunk", command="memlong train")
-        try:
-            made_for = json.loads(facts.get("made_for", "{}"))
+        with made_of(path, "null chunk", field="null_chunk", command="memlong train"):
+            made_for = json.loads(facts["made_for"])
             if not isinstance(made_for, dict):
                 raise TypeError("it does not say what it was trained with")
-            keys, values = tensors["keys"], tensors["values"]
-            if not (keys.is_floating_point() and values.is_floating_point()):
-                raise TypeError("its numbers are integers")
-            return cls(keys, values, made_for)
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
-            raise InvalidArgumentError(
-                f"null_chunk names {str(path)!r}, which holds no null chunk: {error}. Make the file with "
-                "`memlong train`"
-            ) from error
+            check_fractions(tensors["keys"], tensors["values"])
+            return cls(tensors["keys"], tensors["values"], made_for)
 
 
 def null_chunk_facts(config: MemoryConfig, source: KvSource) -> dict[str, Any]:

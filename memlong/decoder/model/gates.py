@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.persistence.tensor_file import read_tensors, write_tensors
+from memlong.decoder.persistence.tensor_file import check_fractions, made_of, read_tensors, write_tensors
 from memlong.errors import InvalidArgumentError
 
 _FORMAT = "memlong-gates-1"
@@ -57,14 +57,9 @@ class MemoryGates(nn.Module):
             If the file is missing or holds something else.
         """
         layers, tensors = read_tensors(path, _FORMAT, field="gates", command="memlong train")
-        try:
-            if not tensors["bias"].is_floating_point():
-                raise TypeError("its numbers are integers")
+        with made_of(path, "gates", field="gates", command="memlong train"):
+            check_fractions(tensors["bias"])
             return cls(layers, tensors["bias"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise InvalidArgumentError(
-                f"gates names {str(path)!r}, which holds no gates: {error}. Make the file with `memlong train`"
-            ) from error
 
 
 def make_gates(

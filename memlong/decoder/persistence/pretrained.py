@@ -30,8 +30,11 @@ SETTINGS, MAPS, GATES = "memlong.json", "maps.safetensors", "gates.safetensors"
 NULL_CHUNK, QUERY_MAP = "null_chunk.safetensors", "query_map.safetensors"
 """Files of the folder, besides those of the adapter."""
 
-CHANGEABLE = ("backend", "backend_options", "retriever", "retriever_options", "query_map", "store")
-"""Fields of a MemoryConfig that may differ from those of the training."""
+CHANGEABLE = (
+    *("backend", "backend_options", "retriever", "retriever_options", "query_map", "store"),
+    *("top_k", "retrieve_for"),
+)
+"""Fields of a MemoryConfig that may differ from those of the training: how chunks are found and kept, and how many."""
 
 _FORMAT, _MODEL = "memlong-decoder-1", "config.json"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -97,6 +98,26 @@ def read_file(
         if isinstance(error, InvalidArgumentError):
             raise
         raise _unreadable(path, field, command, error) from error
+
+
+@contextmanager
+def made_of(path: str | Path, what: str, *, field: str, command: str) -> Iterator[None]:
+    """Make something of a file's tensors; whatever is wrong with them raises InvalidArgumentError with its cause.
+
+    ``what`` names what is made; the others are as for `read_file`.
+    """
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError, TypeError, RecursionError) as error:
+        raise InvalidArgumentError(
+            f"{field} names {str(path)!r}, which holds no {what}: {error}. Make the file with `{command}`"
+        ) from error
+
+
+def check_fractions(*tensors: Tensor) -> None:
+    """Raise TypeError if tensors hold integers."""
+    if not all(each.is_floating_point() for each in tensors):
+        raise TypeError("its numbers are integers")
 
 
 def _unreadable(path: str | Path, field: str, command: str, error: Exception) -> InvalidArgumentError:

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from memlong.decoder.persistence.tensor_file import read_file, write_file
+from memlong.decoder.persistence.tensor_file import check_fractions, made_of, read_file, write_file
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -80,20 +80,14 @@ class QueryMap(nn.Module):
             If the file is missing or holds something else.
         """
         facts, tensors = read_file(path, _FORMAT, field="query_map", command=_COMMAND)
-        try:
+        with made_of(path, "query map", field="query_map", command=_COMMAND):
             made_for = json.loads(facts["retriever"])
             if not isinstance(made_for, list):
                 raise TypeError("it does not say for which retriever it was made")
             parts = [tensors[name] for name in ("scale", "down", "up")]
-            if not all(each.is_floating_point() for each in parts):
-                raise TypeError("its numbers are integers")
+            check_fractions(*parts)
             scale, down, up = (each.float() for each in parts)
             return cls(scale, down, up, made_for)
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
-            raise InvalidArgumentError(
-                f"query_map names {str(path)!r}, which holds no query map: {error}. Make the file with "
-                f"`{_COMMAND}`"
-            ) from error
 
 
 def check_mappable(retriever: Retriever) -> None:
