@@ -14,11 +14,12 @@ in place of those retrieved, with the best chunks of other texts, and with none.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -215,8 +216,18 @@ def _answers(
             for which, some in logits.items():
                 for row, (kind, episode) in enumerate(group.items()):
                     judged = _judged(some[row], episode.tokens[following], episode.weights[following])
-                    yield from ((kind, which, right, losses) for right, losses in judged)
+                    asked = _asked(decoder.tokenizer, kind, episode, start)
+                    yield from ((asked, which, right, losses) for right, losses in judged)
             bar.update(new.numel())
+
+
+def _asked(tokenizer: Any, kind: str, episode: Episode, start: int) -> str:
+    """Tell variables that were given a number from those that were given another variable, told somewhere else."""
+    if kind != "variables":
+        return kind
+    names = re.findall(r"value of (\w+)", tokenizer.decode(episode.queries.get(start, [])))
+    told = tokenizer.decode(episode.tokens[:start])
+    return "variables of variables" if any(f"VAR {name} = VAR" in told for name in names) else kind
 
 
 def _by_full_attention(decoder: MemoryDecoder, group: Mapping[str, Episode]) -> Iterator[Judged]:

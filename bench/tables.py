@@ -36,7 +36,7 @@ def _tables() -> dict[str, Callable[[], str]]:
                 quality.query_maps,
             ),
             *(speed.bank, speed.stores, speed.peers, speed.growth, speed.long_stream, speed.milvus),
-            *(speed.gpu_three_b, speed.gpu_bank, speed.gpu_training),
+            *(speed.gpu_three_b, speed.gpu_bank, speed.gpu_training, speed.rows),
         )
     }
     for part, key in (("all", "overall"), ("long", "long_range")):

@@ -162,6 +162,8 @@ def ablation() -> str:
     for system, found in systems.items():
         retrieved = [row for row in found["rows"] if row["chunks"] == "retrieved"]
         cells = [f"{row['answers']['value']:.0%} ({row['loss']:.2f})" for row in retrieved]
-        rows.append([system.rpartition(", ")[0], *cells])
+        random = [row["answers"] for row in found["rows"] if row["chunks"] == "random"]
+        right = sum(each["count"] for each in random) / sum(each["trials"] for each in random)
+        rows.append([system.rpartition(", ")[0], *cells, f"{right:.0%}"])
     kinds = [row["kind"] for row in next(iter(systems.values()))["rows"] if row["chunks"] == "retrieved"]
-    return table(["training", *kinds], rows)
+    return table(["training", *kinds, "random chunks"], rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from cells import load, table
@@ -212,6 +213,20 @@ def gpu_training() -> str:
         for row in load("gpu/training.json")["rows"]
     ]
     return table(["K-V source, rows x segment", "tokens/s", "ms per step", "device peak, GB"], rows)
+
+
+def rows() -> str:
+    """Training by the number of rows, now and before."""
+    found = [
+        [
+            str(each["rows"]),
+            f"{median(each['before']):,.0f}",
+            f"{median(each['now']):,.0f}",
+            f"{median(each['ratios']):.2f} ({min(each['ratios']):.2f} to {max(each['ratios']):.2f})",
+        ]
+        for each in load("rows.json")["by_rows"]
+    ]
+    return table(["rows", "tokens/s before", "tokens/s", "ratio (lowest to highest)"], found)
 
 
 def gpu_bank() -> str:

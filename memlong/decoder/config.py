@@ -138,8 +138,8 @@ class MemoryConfig:
     focus_tokens: int = setting(
         16,
         "Last tokens that make a query while text is generated; 0 for as many as query_tokens.",
-        more="They ask for what they have that is not common to all chunks, wherever that is in the text: a question, "
-        "say, at the end of other text.",
+        more="They ask for what few chunks hold, wherever that is in the text: a question, say, at the end of other "
+        "text.",
         least=0,
     )
     position_mode: PositionMode | None = setting(
