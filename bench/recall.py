@@ -89,6 +89,7 @@ def main(
     memory_layer: Annotated[int | None, typer.Option(help="Memory layer of 'shared'.")] = None,
     retrieval_layers: Annotated[str | None, typer.Option(help="Retrieval layers.")] = None,
     retriever: Annotated[str | None, typer.Option(help="A retriever in place of the usual one.")] = None,
+    retriever_dim: Annotated[int | None, typer.Option(help="Width of the sketches of 'lm'.")] = None,
     kinds: Annotated[str, typer.Option(help=f"Of {', '.join(RECALL)}.")] = "dictionary,needles,variables",
     chunks: Annotated[str, typer.Option(help=f"Controls: of {', '.join(CONTROLS)}.")] = "random,foreign,none",
     full: Annotated[
@@ -128,7 +129,9 @@ def main(
         "retriever": retriever,
         "retrieve_for": retrieve_for.value,
     }
-    given = {each: value for each, value in named.items() if value is not None}
+    given: dict[str, Any] = {each: value for each, value in named.items() if value is not None}
+    if retriever_dim is not None:
+        given["retriever_options"] = {"dim": retriever_dim}
     if adapter is not None:  # which refuses what the training has decided
         decoder = MemoryDecoder.from_pretrained(adapter, dtype=dtype, device=device, changes=given)
         model = read_pretrained(adapter).base_model or model

@@ -1,4 +1,4 @@
-"""The adapter in examples/trained_demo, on the model that it was trained for."""
+"""The trained memories in examples, on the model that they were trained for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from memlong.decoder.model.demos import DEMOS
 from memlong.evaluation import read_text, tokenize
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "examples" / "trained_demo"
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +23,8 @@ pytestmark = [
 ]
 
 
-def test_it_is_the_plain_model_until_it_remembers_and_reads_a_twentieth():
+@pytest.mark.parametrize(("name", "share"), [("trained_demo", 20), ("trained_recall", 30)])
+def test_it_is_the_plain_model_until_it_remembers_and_reads_a_share_of_the_bytes(name, share):
     model, tokenizer = load_model("demo", dtype="float32")  # which every machine computes fast
     ids = tokenize(
         tokenizer, "Call me Ishmael. Some years ago, never mind how long precisely, I was a whale."
@@ -32,13 +32,13 @@ def test_it_is_the_plain_model_until_it_remembers_and_reads_a_twentieth():
     with torch.no_grad():
         plain = model(ids).logits[:, -1]
     long = tokenize(tokenizer, read_text(inspect.getfile(typing)), 1792)
-    with MemoryDecoder.from_pretrained(FOLDER, model, tokenizer) as decoder:
+    with MemoryDecoder.from_pretrained(ROOT / "examples" / name, model, tokenizer) as decoder:
         torch.testing.assert_close(decoder.read(ids), plain, rtol=0.0, atol=1e-3)
         decoder.reset()
         with_memory = decoder.read(long)
         layout = decoder.layout
         assert len(decoder.banks[0]) > 3
     own = 4 * 2 * 30 * 3 * 64  # bytes of all layers' keys and values of a token, in float32
-    assert layout.nbytes == layout.shape[2] * own // 20
+    assert layout.nbytes == layout.shape[2] * own // share
     with MemoryDecoder(model, tokenizer, MemoryConfig(backend=None)) as window:
         assert not torch.equal(with_memory, window.read(long))
