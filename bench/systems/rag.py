@@ -82,7 +82,8 @@ class RagAsText(Alternative):
         stored = self._embeddings[: len(chunks)]
         asked = self._embedded(query, stored, is_focused=is_focused)
         scores = (normalize(asked.float(), dim=1) @ stored.T)[0]
-        best = scores.topk(min(config.top_k, len(chunks))).indices.sort().values.tolist()
+        # Of equal ones, the first, as in a bank.
+        best = sorted(scores.sort(descending=True, stable=True).indices[: config.top_k].tolist())
         text = [token for number in best for token in chunks[number].token_ids]
         window = config.sink_tokens + len(chunks) * config.chunk_size
         return read[: config.sink_tokens] + text + read[window:end]

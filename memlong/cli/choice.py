@@ -116,8 +116,8 @@ def choose_decoder(
     if fixed:  # checked before their values, which the adapter's rules would decide
         raise InvalidArgumentError(
             f"--{fixed[0].replace('_', '-')} cannot be combined with --adapter, whose memory is fixed by training. "
-            "Only the backend, the retriever, their options, the query map, the store, top_k and retrieve_for can be "
-            "changed"
+            "Only the backend, the retriever, their options, the query map, the store, --top-k and --retrieve-for "
+            "can be changed, where a command has them"
         )
     config = memory.config(seed)
     changes: dict[str, Any] = {}

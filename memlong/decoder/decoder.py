@@ -289,7 +289,7 @@ class MemoryDecoder(Uncopied):
             [rows, tokens]; 0 where padded, which may be anywhere.
         queries
             For each row, the token ids to retrieve with next, or None for the latest text. Unless ``focus_tokens`` is
-            0, they ask as those of an answer do, for what few chunks hold.
+            0, they ask for what few chunks hold, as those of an answer do, but with all of their tokens.
         logits
             ``"all"``, or only those of the ``"last"`` token of each forward call, which is faster.
         gradients
@@ -632,7 +632,7 @@ class MemoryDecoder(Uncopied):
             The model that it was trained for, and its tokenizer, if already loaded. The adapter is added to the model.
         changes
             Settings that may differ from those of the training: ``backend``, ``backend_options``, ``retriever``,
-            ``retriever_options``, ``query_map`` and ``store``.
+            ``retriever_options``, ``query_map``, ``store``, ``top_k`` and ``retrieve_for``.
         retriever, registry
             As for `MemoryDecoder`.
         dtype, device

@@ -41,6 +41,27 @@ def test_every_token_is_a_sink_or_in_the_window_or_in_the_bank(llama, small, tex
     assert len(held) - 2 <= 24
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_frozen_head_gets_the_last_tokens_alone(llama, small, text, rows, is_frozen, monkeypatch):
+    """Not a view of all tokens, for which torch copies the head's weights; the logits are the same."""
+    head, seen = llama.lm_head, []
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: (seen.append(states.stride()), forward(states))[1])
+    llama.requires_grad_(not is_frozen)
+    try:
+        with MemoryDecoder(llama, None, small()) as decoder:
+            last = [segment.logits for segment in decoder.stream(text(40, rows=rows), logits="last")]
+            decoder.reset()
+            every = [segment.logits for segment in decoder.stream(text(40, rows=rows))]
+    finally:
+        llama.requires_grad_(True)
+    width = head.in_features
+    assert all(stride == (width, width, 1) for stride in seen[: len(last)]) == is_frozen
+    for one, other in zip(last, every, strict=True):
+        torch.testing.assert_close(one[:, -1], other[:, -1])
+
+
 def test_chunks_hold_the_models_own_keys_unrotated(llama, small, text):
     ids = text(60)
     with MemoryDecoder(

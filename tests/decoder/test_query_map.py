@@ -178,12 +178,12 @@ FACTS = {"format": "memlong-query-map-1", "retriever": "[]"}
         ({"scale": torch.tensor([1.0, torch.nan, 1.0])}, {}, "scale holds numbers that are not finite"),
         ({"down": torch.full((1, 3), torch.inf)}, {}, "down holds numbers that are not finite"),
         ({"scale": torch.ones(3, dtype=torch.int64)}, {}, "its numbers are integers"),
-        ({"up": None}, {}, "holds no query map: 'up'"),
+        ({"up": None}, {}, "holds no query map: it has no 'up'"),
         ({}, {"format": "memlong-gates-1"}, "must name a file of format 'memlong-query-map-1'"),
         ({}, {"retriever": "{}"}, "does not say for which retriever"),
         ({}, {"retriever": "[" * 100_000}, "holds no query map"),
         ({}, {"retriever": "nothing"}, "holds no query map"),
-        ({}, {"retriever": None}, "holds no query map: 'retriever'"),
+        ({}, {"retriever": None}, "holds no query map: it has no 'retriever'"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, tensors, facts, message):

@@ -143,6 +143,20 @@ def test_lm_focuses_on_what_few_chunks_hold(llama):
     assert int((chunks @ asked).argmax()) == names.index(37)
 
 
+def test_each_focus_is_that_of_its_own_bank(llama):
+    retriever = create_retriever("lm", llama, Words())
+    queries = [Passage(tuple(range(start, start + 9)), 200) for start in (3, 7, 11)]
+    means = torch.nn.functional.normalize(
+        torch.stack(
+            [retriever.embed_chunks(passages(*range(start, 60, 4))).mean(dim=0) for start in (0, 1, 30)]
+        )
+    )
+    together = retriever.embed_focus(queries, means, [15, 14, 8])
+    for row, size in enumerate((15, 14, 8)):
+        alone = retriever.embed_focus([queries[row]], means[row : row + 1], [size])
+        torch.testing.assert_close(together[row], alone[0])
+
+
 def test_of_few_chunks_a_focus_is_what_they_hold(llama):
     """What none of them holds weighs no more than what one does, and its chance similarity least of all."""
     retriever = create_retriever("lm", llama, Words())

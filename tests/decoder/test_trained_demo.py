@@ -31,8 +31,9 @@ def test_it_is_the_plain_model_until_it_remembers_and_reads_a_share_of_the_bytes
     )
     with torch.no_grad():
         plain = model(ids).logits[:, -1]
+    folder = ROOT / "examples" / name
     long = tokenize(tokenizer, read_text(inspect.getfile(typing)), 1792)
-    with MemoryDecoder.from_pretrained(ROOT / "examples" / name, model, tokenizer) as decoder:
+    with MemoryDecoder.from_pretrained(folder, model, tokenizer, changes={"retrieve_for": "all"}) as decoder:
         torch.testing.assert_close(decoder.read(ids), plain, rtol=0.0, atol=1e-3)
         decoder.reset()
         with_memory = decoder.read(long)

@@ -159,11 +159,13 @@ def test_a_preview_is_at_most_a_segment(three_rows, text, tokens, message):
 
 def test_a_query_of_ones_own_is_asked_once_and_as_an_answer_asks(three_rows, text):
     asked = Passage(tuple(text(6, seed=7)[0].tolist()), 96)
-    segments = three_rows.stream(text(16, seed=1, rows=3), queries=[asked.token_ids, None, None])
+    ids = text(16, seed=1, rows=3)
+    usual = three_rows.preview(ids[:, :8]).retrievals
+    segments = three_rows.stream(ids, queries=[asked.token_ids, None, None])
     first, bank, retriever = next(segments), three_rows.banks[0], three_rows.retriever
     focused = retriever.embed_focus([asked], bank.mean_embedding()[None], [len(bank)])
     assert torch.equal(first.retrievals[0].query, focused[0].cpu())
-    assert first.retrievals[1].query.any()
+    assert torch.equal(first.retrievals[1].query, usual[1].query)
     assert not torch.equal(next(segments).retrievals[0].query, focused[0].cpu())
 
 
@@ -172,10 +174,30 @@ def test_text_with_a_query_retrieves_whatever_it_is(llama, small, text, retrieve
     with MemoryDecoder(llama, None, small(retrieve_for=retrieve_for, focus_tokens=0)) as decoder:
         decoder.read(text(80, rows=2))
         asked = text(6, seed=7)[0].tolist()
-        (segment,) = decoder.stream(text(8, seed=1, rows=2), queries=[None, asked])
+        segment, later = decoder.stream(text(16, seed=1, rows=2), queries=[None, asked])
         query = decoder.retriever.embed_queries([Passage(tuple(asked), 80)])[0]
     assert torch.equal(segment.retrievals[1].query, query)
     assert (segment.retrievals[0] is None) == (retrieve_for == "answers")
+    assert (later.retrievals[1] is None) == (retrieve_for == "answers")
+
+
+def test_an_answer_does_not_ask_with_a_query_that_was_not_used(llama, small, text, monkeypatch):
+    asked, seen = tuple(text(6, seed=7)[0].tolist()), []
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(80))
+        embed = decoder.retriever.embed_focus
+        monkeypatch.setattr(
+            decoder.retriever,
+            "embed_focus",
+            lambda queries, *rest: (seen.extend(queries), embed(queries, *rest))[1],
+        )
+        (_,) = decoder.stream(text(8, seed=1), queries=[asked])
+        assert seen.pop().token_ids == asked
+        decoder.read(text(2, seed=1))
+        (_,) = decoder.stream(text(2, seed=2), queries=[asked])  # in the middle of a segment
+        decoder.generate(text(2, seed=3), max_new_tokens=2, do_sample=False, eos_token_id=None)
+    assert seen
+    assert all(each.token_ids != asked for each in seen)
 
 
 @pytest.mark.parametrize("queries", [[[1]], [[1], [], None], [[1], [10**9], None], [[1], ["a"], None], 3])

@@ -109,8 +109,9 @@ def made_of(path: str | Path, what: str, *, field: str, command: str) -> Iterato
     try:
         yield
     except (KeyError, RuntimeError, ValueError, TypeError, RecursionError) as error:
+        cause = f"it has no {error}" if isinstance(error, KeyError) else error
         raise InvalidArgumentError(
-            f"{field} names {str(path)!r}, which holds no {what}: {error}. Make the file with `{command}`"
+            f"{field} names {str(path)!r}, which holds no {what}: {cause}. Make the file with `{command}`"
         ) from error
 
 

@@ -35,7 +35,7 @@ class LanguageModelRetriever(Retriever):
     better with a sentence encoder on which chunks to retrieve than the model's token embeddings do.
 
     While text is generated, a token of the query counts for more the fewer chunks hold it, and recency does not count.
-    How many do, the mean of the bank's embeddings tells, which is a count sketch itself.
+    Roughly how many do, the mean of the bank's embeddings tells, which is a count sketch itself.
 
     Parameters
     ----------
@@ -88,6 +88,7 @@ class LanguageModelRetriever(Retriever):
         with torch.no_grad(), evaluating(model):
             logits = model(torch.tensor([[start]], dtype=torch.long, device=device)).logits[0, -1]
         self._weights = (-logits.float().log_softmax(dim=0)).to("cpu") ** sharpness
+        self._heavy = float(self._weights.median()) / 4
         generator = torch.Generator("cpu").manual_seed(0)
         shape = (len(self._weights), _HASHES)
         self._places = torch.randint(dim, shape, generator=generator, dtype=torch.long, device="cpu")
@@ -115,8 +116,8 @@ class LanguageModelRetriever(Retriever):
     def _known(self, mean: Tensor, size: int) -> _Known:
         mean = mean[: self._tokens_dim]
         sums = (mean[self._places] * self._signs).mean(dim=1)
-        # Of the tokens that are weighed at all, the most frequent one is in nearly every chunk.
-        return _Known(mean, float((sums / self._weights.clamp(min=1)).max()), size)
+        # The most frequent token is in nearly every chunk. What is found of a light one is mostly chance.
+        return _Known(mean, float((sums / self._weights.clamp(min=self._heavy)).max()), size)
 
     def _sketches(self, passages: Sequence[Passage], known: Sequence[_Known] | None = None) -> Tensor:
         """Sketches of passages [passages, dim], each a sum in ascending order of its tokens and then of its bigrams.
@@ -182,7 +183,7 @@ class _Known:
     size: int
 
     def rarity(self, places: Tensor, signs: Tensor, weights: Tensor) -> Tensor:
-        """Return log² of the share of chunks that hold each term [terms]: 0 for one that all of them hold.
+        """Return log² of roughly the share of chunks that hold each term [terms], relative to the most frequent one.
 
         As in the cosine of two tf-idf vectors, where the factor stands on both sides; that of the chunks was not known
         when they were stored. A share is at least that of one chunk.

@@ -447,7 +447,11 @@ def _queries(streams: Sequence[TokenStream], retriever: Retriever, query_map: Qu
     """Return the embeddings [streams, dim] of what the streams ask for."""
     passages = [stream.query() for stream in streams]
     asked = retriever.embed_queries if query_map is None else partial(query_map.embed_queries, retriever)
-    banks = {row: stream.bank for row, stream in enumerate(streams) if stream.is_focused and stream.bank}
+    banks = {
+        row: stream.bank
+        for row, stream in enumerate(streams)
+        if stream.is_focused and stream.bank is not None
+    }
     if not banks:
         return asked(passages)
     means = torch.stack([bank.mean_embedding() for bank in banks.values()])
@@ -455,7 +459,7 @@ def _queries(streams: Sequence[TokenStream], retriever: Retriever, query_map: Qu
     found = retriever.embed_focus([passages[row] for row in banks], means, sizes)
     # Where chunks have all in common with the query, it asks as it is.
     is_left = found.any(dim=1)
-    rows = torch.tensor([*banks])[is_left]
+    rows = torch.tensor([*banks], device="cpu")[is_left]
     if len(rows) == len(streams):
         return found
     return asked(passages).to(found).index_copy(0, rows, found[is_left])
