@@ -218,8 +218,8 @@ def _answers(
             logits["retrieved"] = segment.logits
             for which, some in logits.items():
                 for row, (kind, episode) in enumerate(group.items()):
-                    judged = _judged(some[row], episode.tokens[following], episode.weights[following])
-                    asked = _asked(decoder.tokenizer, kind, episode, start)
+                    judged = [*_judged(some[row], episode.tokens[following], episode.weights[following])]
+                    asked = _asked(decoder.tokenizer, kind, episode, start) if judged else kind
                     yield from ((asked, which, right, losses) for right, losses in judged)
             bar.update(new.numel())
 
@@ -236,11 +236,15 @@ def _asked(tokenizer: Any, kind: str, episode: Episode, start: int) -> str:
 def _by_full_attention(decoder: MemoryDecoder, group: Mapping[str, Episode]) -> Iterator[Judged]:
     ids = torch.stack([episode.tokens for episode in group.values()])
     lesson = Lesson.of(decoder, ids)
+    size = decoder.config.segment_size
     for row, (kind, episode) in enumerate(group.items()):
-        following = slice(1, None)
-        right = lesson.ids[row, :-1, 0].cpu() == episode.tokens[following]
-        judged = _of_answers(right, lesson.losses[row, :-1].cpu(), episode.weights[following])
-        yield from ((kind, "full attention", *each) for each in judged)
+        right = lesson.ids[row, :-1, 0].cpu() == episode.tokens[1:]
+        losses = lesson.losses[row, :-1].cpu()
+        for start in range(0, len(episode.tokens), size):
+            here, following = slice(start, start + size), slice(start + 1, start + size + 1)
+            judged = [*_of_answers(right[here], losses[here], episode.weights[following])]
+            asked = _asked(decoder.tokenizer, kind, episode, start) if judged else kind
+            yield from ((asked, "full attention", *each) for each in judged)
 
 
 def _judged(logits: Tensor, targets: Tensor, weights: Tensor) -> Iterator[tuple[bool, Tensor]]:

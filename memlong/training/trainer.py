@@ -221,9 +221,8 @@ class Trainer:
         order = {name: self._parts.parameters[name] for name in self._in_order()}
         made_of = self._made_of()
         self._check_same({**made_of, "shard": self.config.shard})
-        if (
-            self.config.null_chunk
-        ):  # each process has made its own, of which devices may differ in the last bits
+        if self.config.null_chunk:
+            # Each process has made its own, of which devices may differ in the last bits.
             for name, parameter in order.items():
                 if name.startswith("null_chunk."):
                     parameter.data = self._processes.tensor_from_main(parameter)

@@ -143,6 +143,24 @@ def test_lm_focuses_on_what_few_chunks_hold(llama):
     assert int((chunks @ asked).argmax()) == names.index(37)
 
 
+@pytest.mark.parametrize("sharpness", [0, 0.5, 1, 2, 3, 4])
+def test_what_all_chunks_hold_hardly_counts(llama, sharpness):
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(30)  # surprisals from nearly 0 to many nats
+    options = {"sharpness": sharpness, "pairs": 0, "recency": 0, "dim": 256}
+    retriever = create_retriever("lm", llama, Words(), options)
+    common, *others = retriever._weights.argsort(descending=True)[:51].tolist()
+    chunks = retriever.embed_chunks([Passage((common, other), 20_000) for other in others])
+    mean = torch.nn.functional.normalize(chunks, dim=1).mean(dim=0)
+
+    def counts(token):
+        query = [Passage((token,), 24_000)]
+        focus = retriever.embed_focus(query, mean[None], [len(chunks)])
+        return float(focus.double().norm() / retriever.embed_queries(query).double().norm())
+
+    assert counts(common) < 0.1 * counts(others[0])
+
+
 def test_each_focus_is_that_of_its_own_bank(llama):
     retriever = create_retriever("lm", llama, Words())
     queries = [Passage(tuple(range(start, start + 9)), 200) for start in (3, 7, 11)]

@@ -181,6 +181,14 @@ def test_text_with_a_query_retrieves_whatever_it_is(llama, small, text, retrieve
     assert (later.retrievals[1] is None) == (retrieve_for == "answers")
 
 
+def test_a_query_without_a_memory_is_refused(llama, small, text):
+    with (
+        MemoryDecoder(llama, None, small(backend=None)) as decoder,
+        pytest.raises(InvalidArgumentError, match="queries must be None with backend None"),
+    ):
+        decoder.stream(text(8), queries=[[1, 2]])
+
+
 def test_an_answer_does_not_ask_with_a_query_that_was_not_used(llama, small, text, monkeypatch):
     asked, seen = tuple(text(6, seed=7)[0].tolist()), []
     with MemoryDecoder(llama, None, small()) as decoder:

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from memlong.decoder.persistence.tensor_file import check_fractions, made_of, read_tensors, write_tensors
+from memlong.decoder.persistence.tensor_file import check_floating, making, read_tensors, write_tensors
 from memlong.errors import InvalidArgumentError
 
 _FORMAT = "memlong-latent-maps-2"
@@ -123,14 +123,14 @@ class LatentMaps(nn.Module):
             If the file is missing or holds something else.
         """
         layers, tensors = read_tensors(path, _FORMAT, field="maps", command="memlong fit")
-        with made_of(path, "maps", field="maps", command="memlong fit"):
+        with making(path, "maps", field="maps", command="memlong fit"):
             mean, both = tensors["mean"], [tensors[name] for name in _NAMES]
             if both[0].dtype == torch.int8:
                 scales = [tensors[f"{name}_scale"] for name in _NAMES]
                 if any(of.shape != (*each.shape[:-1], 1) for of, each in zip(scales, both, strict=True)):
                     raise ValueError("its scales are not those of its steps")
                 both = [each * of for of, each in zip(scales, both, strict=True)]
-            check_fractions(mean, *both)
+            check_floating(mean, *both)
             return cls(layers, mean, *both)
 
 

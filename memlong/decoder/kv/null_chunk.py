@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memlong.bank import ChunkLayout
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.persistence.tensor_file import check_fractions, made_of, read_file, write_file
+from memlong.decoder.persistence.tensor_file import check_floating, making, read_file, write_file
 from memlong.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ class NullChunk(nn.Module):
             If the file is missing or holds something else.
         """
         facts, tensors = read_file(path, _FORMAT, field="null_chunk", command="memlong train")
-        with made_of(path, "null chunk", field="null_chunk", command="memlong train"):
+        with making(path, "null chunk", field="null_chunk", command="memlong train"):
             made_for = json.loads(facts["made_for"])
             if not isinstance(made_for, dict):
                 raise TypeError("it does not say what it was trained with")
-            check_fractions(tensors["keys"], tensors["values"])
+            check_floating(tensors["keys"], tensors["values"])
             return cls(tensors["keys"], tensors["values"], made_for)
 
 

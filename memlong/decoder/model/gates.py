@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memlong.decoder.config import MemoryConfig
 from memlong.decoder.model.layout import ModelLayout
-from memlong.decoder.persistence.tensor_file import check_fractions, made_of, read_tensors, write_tensors
+from memlong.decoder.persistence.tensor_file import check_floating, making, read_tensors, write_tensors
 from memlong.errors import InvalidArgumentError
 
 _FORMAT = "memlong-gates-1"
@@ -57,8 +57,8 @@ class MemoryGates(nn.Module):
             If the file is missing or holds something else.
         """
         layers, tensors = read_tensors(path, _FORMAT, field="gates", command="memlong train")
-        with made_of(path, "gates", field="gates", command="memlong train"):
-            check_fractions(tensors["bias"])
+        with making(path, "gates", field="gates", command="memlong train"):
+            check_floating(tensors["bias"])
             return cls(layers, tensors["bias"])
 
 

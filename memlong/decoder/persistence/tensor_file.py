@@ -101,7 +101,7 @@ def read_file(
 
 
 @contextmanager
-def made_of(path: str | Path, what: str, *, field: str, command: str) -> Iterator[None]:
+def making(path: str | Path, what: str, *, field: str, command: str) -> Iterator[None]:
     """Make something of a file's tensors; whatever is wrong with them raises InvalidArgumentError with its cause.
 
     ``what`` names what is made; the others are as for `read_file`.
@@ -115,7 +115,7 @@ def made_of(path: str | Path, what: str, *, field: str, command: str) -> Iterato
         ) from error
 
 
-def check_fractions(*tensors: Tensor) -> None:
+def check_floating(*tensors: Tensor) -> None:
     """Raise TypeError if tensors hold integers."""
     if not all(each.is_floating_point() for each in tensors):
         raise TypeError("its numbers are integers")

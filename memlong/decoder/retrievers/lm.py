@@ -42,7 +42,8 @@ class LanguageModelRetriever(Retriever):
     dim
         Width of the token part of embeddings. Chance similarity between passages falls with its square root.
     sharpness
-        Exponent of the surprisal; 0 weights all tokens equally.
+        Exponent of the surprisal; 0 weights all tokens equally. Beyond 4, the heaviest tokens decide alone, however many
+        chunks hold them.
     pairs
         Weight of a bigram, relative to the sum of its tokens' weights; 0 disables bigrams.
     recency
@@ -110,26 +111,30 @@ class LanguageModelRetriever(Retriever):
 
     def embed_focus(self, queries: Sequence[Passage], means: Tensor, sizes: Sequence[int]) -> Tensor:
         """Embeddings [queries, dim] that measure overlap alone, most of all in what few chunks hold."""
-        known = [self._known(mean, size) for mean, size in zip(means.float(), sizes, strict=True)]
-        return torch.nn.functional.pad(self._sketches(queries, known), (0, self._recency.width))
+        frequencies = [
+            self._frequencies_in(mean, size) for mean, size in zip(means.float(), sizes, strict=True)
+        ]
+        return torch.nn.functional.pad(self._sketches(queries, frequencies), (0, self._recency.width))
 
-    def _known(self, mean: Tensor, size: int) -> _Known:
+    def _frequencies_in(self, mean: Tensor, size: int) -> _DocumentFrequencies:
         mean = mean[: self._tokens_dim]
         sums = (mean[self._places] * self._signs).mean(dim=1)
         # The most frequent token is in nearly every chunk. What is found of a light one is mostly chance.
-        return _Known(mean, float((sums / self._weights.clamp(min=self._heavy)).max()), size)
+        return _DocumentFrequencies(mean, float((sums / self._weights.clamp(min=self._heavy)).max()), size)
 
-    def _sketches(self, passages: Sequence[Passage], known: Sequence[_Known] | None = None) -> Tensor:
+    def _sketches(
+        self, passages: Sequence[Passage], frequencies: Sequence[_DocumentFrequencies] | None = None
+    ) -> Tensor:
         """Sketches of passages [passages, dim], each a sum in ascending order of its tokens and then of its bigrams.
 
-        With what is ``known`` of the bank that each asks, terms count by how few chunks hold them.
+        With the ``frequencies`` in the bank that each asks, terms count by how few chunks hold them.
         """
         tokens = np.fromiter(chain.from_iterable(each.token_ids for each in passages), dtype=np.int64)
         owners = np.repeat(np.arange(len(passages)), [len(each.token_ids) for each in passages])
         sketches = torch.zeros(len(passages), self._tokens_dim, dtype=torch.float32, device="cpu")
         above = int(tokens.max(initial=0)) + 1
         of, token = _unpacked(_distinct(owners * above + tokens), above)
-        self._add(sketches, of, *self._directions(token), self._weights[token], known)
+        self._add(sketches, of, *self._directions(token), self._weights[token], frequencies)
         if self._pairs:
             couples = (owners[1:] * above + tokens[:-1]) * above + tokens[1:]
             rest, second = _unpacked(_distinct(couples[owners[1:] == owners[:-1]]), above)
@@ -137,7 +142,7 @@ class LanguageModelRetriever(Retriever):
             (places, signs), (others, other_signs) = self._directions(first), self._directions(second)
             places = (places + 3 * others + 1) % self._tokens_dim  # "a b" differs from "b a"
             weights = self._pairs * (self._weights[first] + self._weights[second])
-            self._add(sketches, of, places, signs * other_signs, weights, known)
+            self._add(sketches, of, places, signs * other_signs, weights, frequencies)
         return sketches
 
     def _directions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,13 +156,13 @@ class LanguageModelRetriever(Retriever):
         places: Tensor,
         signs: Tensor,
         weights: Tensor,
-        known: Sequence[_Known] | None,
+        frequencies: Sequence[_DocumentFrequencies] | None,
     ) -> None:
         """Add terms [terms] of some of the sketches, each in all its places [terms, hashes]."""
-        if known is not None:
+        if frequencies is not None:
             rarity = [
                 bank.rarity(places[of == row], signs[of == row], weights[of == row])
-                for row, bank in enumerate(known)
+                for row, bank in enumerate(frequencies)
             ]
             weights = weights * torch.cat(rarity)
         where = of[:, None] * self._tokens_dim + places
@@ -165,8 +170,8 @@ class LanguageModelRetriever(Retriever):
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
-    """What a bank tells of the terms in its chunks.
+class _DocumentFrequencies:
+    """How many chunks of a bank hold a term, as its mean embedding tells.
 
     Attributes
     ----------

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from memlong.decoder.persistence.tensor_file import check_fractions, made_of, read_file, write_file
+from memlong.decoder.persistence.tensor_file import check_floating, making, read_file, write_file
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.errors import InvalidArgumentError
 
@@ -80,12 +80,12 @@ class QueryMap(nn.Module):
             If the file is missing or holds something else.
         """
         facts, tensors = read_file(path, _FORMAT, field="query_map", command=_COMMAND)
-        with made_of(path, "query map", field="query_map", command=_COMMAND):
+        with making(path, "query map", field="query_map", command=_COMMAND):
             made_for = json.loads(facts["retriever"])
             if not isinstance(made_for, list):
                 raise TypeError("it does not say for which retriever it was made")
             parts = [tensors[name] for name in ("scale", "down", "up")]
-            check_fractions(*parts)
+            check_floating(*parts)
             scale, down, up = (each.float() for each in parts)
             return cls(scale, down, up, made_for)
 

@@ -232,6 +232,10 @@ class StreamBatch:
                 f"queries must hold the token ids of a query, or None, for each of {len(self.streams)} rows, got "
                 f"{queries!r:.80}"
             )
+        if self._setup.retriever is None and any(query is not None for query in given):
+            raise InvalidArgumentError(
+                "queries must be None with backend None, as there is no memory to retrieve from: leave them out"
+            )
         for stream, query in zip(self.streams, given, strict=True):
             if query is not None:
                 stream.ask_with(query)
