@@ -42,8 +42,8 @@ class LanguageModelRetriever(Retriever):
     dim
         Width of the token part of embeddings. Chance similarity between passages falls with its square root.
     sharpness
-        Exponent of the surprisal; 0 weights all tokens equally. Beyond 4, the heaviest tokens decide alone, however many
-        chunks hold them.
+        Exponent of the surprisal; 0 weights all tokens equally. Beyond 4, the heaviest tokens decide alone, however
+        many chunks hold them.
     pairs
         Weight of a bigram, relative to the sum of its tokens' weights; 0 disables bigrams.
     recency
