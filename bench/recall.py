@@ -2,8 +2,10 @@
 
 Episodes are those of `memlong train --mix`, with another seed and, best, another text than in training. By default, a
 segment asks for one fact, and each fact is asked for once, so that its answer stands nowhere but where it was told. An
-answer is right if each of its tokens is the likeliest. Each question is also read with random chunks of the same bank
-in place of those retrieved, with the best chunks of other texts, and with none.
+answer is right if each of its tokens is the likeliest. A variable may have been given another variable: that is its
+answer, and variables of variables are such questions followed to a number, where each answer makes the next question,
+and all must be right. Each question is also read with random chunks of the same bank in place of those retrieved, with
+the best chunks of other texts, and with none.
 
     python bench/recall.py --text essays.txt --tokens 8192
     python bench/recall.py --text essays.txt --tokens 8192 --adapter trained --name trained --json out/recall.json
@@ -37,9 +39,11 @@ from memlong.training import RandomChunks
 from memlong.training.chunks import Chosen, ForeignChunks
 from memlong.training.config import RECALL
 from memlong.training.documents import Episode
-from memlong.training.recall import RecallEpisodes
+from memlong.training.recall import RecallEpisodes, tokenize_asked
 from memlong.training.teacher import Lesson
 
+_ASSIGNED = re.compile(r"VAR (\w+) = (VAR )?(\w+)")
+_ASKED = re.compile(r"The value of (\w+) is")
 CONTROLS = ("random", "foreign", "none")
 
 
@@ -203,34 +207,64 @@ def _answers(
         "none": NoChunks(),
     }
     ids, size = torch.stack([episode.tokens for episode in group.values()]), decoder.config.segment_size
+    wanted: dict[str, Choice | None] = {control: choices[control] for control in controls}
+    wanted["retrieved"] = None
     with decoder, torch.no_grad():
         decoder.reset()
         for start in range(0, ids.shape[1], size):
             new = ids[:, start : start + size]
             queries = [episode.queries.get(start) for episode in group.values()]
             following = slice(start + 1, start + size + 1)
-            logits = {}
             if any(episode.weights[following].any() for episode in group.values()):
-                for control in controls:
-                    tried = decoder.preview(new, queries=queries, choice=choices[control])
-                    logits[control] = tried.logits
-            (segment,) = decoder.stream(new, queries=queries)
-            logits["retrieved"] = segment.logits
-            for which, some in logits.items():
-                for row, (kind, episode) in enumerate(group.items()):
-                    judged = [*_judged(some[row], episode.tokens[following], episode.weights[following])]
-                    asked = _asked(decoder.tokenizer, kind, episode, start) if judged else kind
-                    yield from ((asked, which, right, losses) for right, losses in judged)
+                for which, choice in wanted.items():
+                    logits = decoder.preview(new, queries=queries, choice=choice).logits
+                    for row, (kind, episode) in enumerate(group.items()):
+                        found = [*_judged(logits[row], episode.tokens[following], episode.weights[following])]
+                        yield from ((kind, which, *each) for each in found)
+                        if kind == "variables":
+                            followed = _followed(decoder, episode, start, found, choice, row, len(group))
+                            yield from (("variables of variables", which, *each) for each in followed)
+            for _ in decoder.stream(new, queries=queries):
+                pass
             bar.update(new.numel())
 
 
-def _asked(tokenizer: Any, kind: str, episode: Episode, start: int) -> str:
-    """Tell variables that were given a number from those that were given another variable, told somewhere else."""
-    if kind != "variables":
-        return kind
-    names = re.findall(r"value of (\w+)", tokenizer.decode(episode.queries.get(start, [])))
-    told = tokenizer.decode(episode.tokens[:start])
-    return "variables of variables" if any(f"VAR {name} = VAR" in told for name in names) else kind
+def _followed(
+    decoder: MemoryDecoder,
+    episode: Episode,
+    start: int,
+    found: Sequence[tuple[bool, Tensor]],
+    choice: Choice | None,
+    row: int,
+    rows: int,
+) -> Iterator[tuple[bool, Tensor]]:
+    """Follow the answers of a segment that name another variable: each is right if all that follows is, too.
+
+    Each question that follows is asked alone, in its row. Chains of which one was asked before are left out, as its
+    answer stands twice.
+    """
+    told = decoder.tokenizer.decode(episode.tokens[:start])
+    known = {name: (value, bool(other)) for name, other, value in _ASSIGNED.findall(told)}
+    names = _ASKED.findall(decoder.tokenizer.decode(episode.queries.get(start, [])))
+    for name, first in zip(names, found, strict=True):
+        chain, judged = [], [first]
+        value, is_other = known[name]
+        while is_other:
+            chain.append(value)
+            value, is_other = known[value]
+        if not chain or set(chain) & {*_ASKED.findall(told)}:
+            continue
+        for other in chain:
+            value, is_other = known[other]
+            answer = f"VAR {value}" if is_other else value
+            ids, expected = tokenize_asked(decoder.tokenizer, f"The value of {other} is", answer)
+            new = torch.tensor([*ids, *expected])
+            logits = decoder.preview(new.expand(rows, -1), queries=[ids] * rows, choice=choice).logits[row]
+            judged += _judged(
+                logits[:-1], new[1:], torch.tensor([0.0] * (len(ids) - 1) + [1.0] * len(expected))
+            )
+        rights, losses = zip(*judged, strict=True)
+        yield all(rights), torch.cat(losses)
 
 
 def _by_full_attention(decoder: MemoryDecoder, group: Mapping[str, Episode]) -> Iterator[Judged]:
@@ -242,9 +276,8 @@ def _by_full_attention(decoder: MemoryDecoder, group: Mapping[str, Episode]) -> 
         losses = lesson.losses[row, :-1].cpu()
         for start in range(0, len(episode.tokens), size):
             here, following = slice(start, start + size), slice(start + 1, start + size + 1)
-            judged = [*_of_answers(right[here], losses[here], episode.weights[following])]
-            asked = _asked(decoder.tokenizer, kind, episode, start) if judged else kind
-            yield from ((asked, "full attention", *each) for each in judged)
+            judged = _of_answers(right[here], losses[here], episode.weights[following])
+            yield from ((kind, "full attention", *each) for each in judged)
 
 
 def _judged(logits: Tensor, targets: Tensor, weights: Tensor) -> Iterator[tuple[bool, Tensor]]:

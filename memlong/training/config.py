@@ -52,6 +52,12 @@ class TrainingConfig:
         metavar="KIND=SHARE",
         example="needles=1",
     )
+    questions: int = setting(
+        4,
+        "Most questions that a segment of a generated episode begins with.",
+        more="They retrieve together: ask no more of them than ``top_k`` chunks can answer.",
+        least=1,
+    )
     accumulate: int = setting(
         4,
         "Segments per optimizer step (gradient accumulation).",

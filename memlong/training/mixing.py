@@ -28,6 +28,7 @@ def make_source(
             segment_size=memory.segment_size,
             local_window=memory.local_window,
             seed=config.seed,
+            questions=config.questions,
         )
         for kind in config.mix
     }

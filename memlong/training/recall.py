@@ -266,7 +266,7 @@ class RecallEpisodes:
     def _tokenized(self, made: Made) -> tuple[list[int], _Fact]:
         """Tokenize the text of a fact, its question and its answer; it is not told yet."""
         words, asking, answer = made
-        return self._ids(f"\n{words}\n"), _Fact(*self._asked(asking, answer), 0)
+        return self._ids(f"\n{words}\n"), _Fact(*tokenize_asked(self._tokenizer, asking, answer), 0)
 
     def _hay(self, place: int, count: int) -> list[int]:
         """Return so many tokens of the filler, from a place on."""
@@ -274,16 +274,21 @@ class RecallEpisodes:
         some = self._filler[start : start + count]
         return some if len(some) == count else some + self._hay(0, count - len(some))
 
-    def _asked(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        """Tokenize a question and its answer, which is tokenized as what follows it."""
-        ids, both = self._ids("\n" + question), self._ids(f"\n{question} {answer}")
-        if both[: len(ids)] != ids:  # the tokenizer joins them
-            return ids, self._ids(f" {answer}")
-        return ids, both[len(ids) :]
-
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
+        return _ids(self._tokenizer, text)
+
+
+def tokenize_asked(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Return the token ids of a question, on a line of its own, and of its answer, as what follows it."""
+    ids, both = _ids(tokenizer, f"\n{question}"), _ids(tokenizer, f"\n{question} {answer}")
+    if both[: len(ids)] != ids:  # the tokenizer joins them
+        return ids, _ids(tokenizer, f" {answer}")
+    return ids, both[len(ids) :]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
 
 
 def first_asking(segment_size: int, local_window: int) -> int:
@@ -334,21 +339,18 @@ def _passkey(random: np.random.Generator, _words: Sequence[str]) -> Iterator[Mad
 
 
 def _variables(random: np.random.Generator, _words: Sequence[str]) -> Iterator[Made]:
-    """Assignments of numbers to variables, and of variables to others; the number of each is asked for."""
-    known: dict[str, str] = {}
+    """Assignments of numbers to variables, and of variables to others, whose number is a second question."""
+    known: list[str] = []
     while True:
         name = "".join(chr(65 + letter) for letter in random.integers(26, size=4).tolist())
         if name in known:
             continue
-        other = None
         if known and random.random() < _CHAINED:
-            other = list(known)[int(random.integers(len(known)))]
-        known[name] = known[other] if other else _number(random)
-        yield (
-            f"VAR {name} = {f'VAR {other}' if other else known[name]}",
-            f"The value of {name} is",
-            known[name],
-        )
+            value = f"VAR {known[int(random.integers(len(known)))]}"
+        else:
+            value = _number(random)
+        known.append(name)
+        yield f"VAR {name} = {value}", f"The value of {name} is", value
 
 
 def _nothing(_random: np.random.Generator, _words: Sequence[str]) -> Iterator[Made]:

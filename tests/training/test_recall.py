@@ -108,21 +108,16 @@ def test_an_episode_in_which_nothing_can_be_asked_for_is_drawn_again(monkeypatch
         made[0]
 
 
-def test_a_chain_of_variables_is_asked_for_its_number():
-    text = Letters().decode(episodes("variables")[0].tokens.tolist())
-    values = {}
-    for line in text.split("\n"):
-        if line.startswith("VAR "):
-            name, value = line[4:].split(" = ")
-            values[name] = values.get(value.removeprefix("VAR "), value)
-    asked = [
-        line.split()
-        for line in text.split("\n")
-        if line.startswith("The value of ") and len(line.split()) == 6
-    ]
+def test_a_variable_has_the_value_that_its_line_gives_it_be_that_another_variable():
+    text = Letters().decode(episodes("variables")[0].tokens.tolist()).split("\n")
+    values = dict(line[4:].split(" = ") for line in text if line.startswith("VAR "))
+    asked = [line for line in text if re.fullmatch(r"The value of \w+ is (VAR )?\w+", line)]
     assert asked
-    assert all(values[name] == value for _, _, _, name, _, value in asked[:-1])
-    assert any(line.count("VAR") == 2 for line in text.split("\n"))
+    for line in asked[:-1]:
+        name, value = line.removeprefix("The value of ").split(" is ")
+        assert values[name] == value
+    assert any(value.startswith("VAR ") for value in values.values())
+    assert any(" is VAR " in line for line in asked)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +307,13 @@ def test_a_stage_without_memory_reads_text_alone(tiny_model, small, tmp_path, mo
     assert set(seen[2:]) == {"_source"}
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_segment_asks_as_many_questions_as_the_training_says(tiny_model, small, tmp_path, most):
+    run = mixed_trainer(tiny_model("Llama"), small, tmp_path, mix={"variables": 1}, questions=most)
+    queries = [query for number in range(4) for query in run._source[number].queries.values()]
+    assert max(Letters().decode(query).count("The value of") for query in queries) == most
+
+
 class Watched:
     """Notes that episodes are taken from a source."""
 
@@ -437,3 +439,53 @@ def test_the_bench_has_full_attention_answer_the_same(bench):
 def test_the_bench_names_unknown_chunks(bench):
     with pytest.raises(InvalidArgumentError, match="some of random, foreign, none, got 'best'"):
         bench(chunks="best")
+
+
+class Reader:
+    """A decoder that answers questions as it is told to, and notes what it is asked."""
+
+    tokenizer = Letters()
+
+    def __init__(self, wrong=""):
+        self.wrong, self.asked = wrong, []
+
+    def preview(self, new, *, queries, choice):
+        self.asked.append((self.tokenizer.decode(queries[0]).strip(), choice))
+        likely = new.roll(-1, dims=1)
+        if self.wrong and self.wrong in self.asked[-1][0]:
+            likely = likely * 0
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(likely, len(LETTERS)).float())
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "first", "found", "asked"),
+    [
+        ("", "", True, [True], ["FGHI", "BCDE"]),
+        ("", "FGHI", True, [False], ["FGHI", "BCDE"]),
+        ("", "BCDE", True, [False], ["FGHI", "BCDE"]),
+        ("", "", False, [False], ["FGHI", "BCDE"]),
+        ("\nThe value of BCDE is 17\n", "", True, [], []),
+    ],
+)
+def test_the_bench_follows_a_variable_to_its_number(bench, text, wrong, first, found, asked):
+    module = sys.modules["recall"]
+    told = f"\nVAR BCDE = 17\n\nVAR FGHI = VAR BCDE\n\nVAR JKLM = VAR FGHI\n{text}"
+    ids = Letters()(told).input_ids
+    question = Letters()("\nThe value of JKLM is").input_ids
+    episode = SimpleNamespace(tokens=torch.tensor([*ids, *question]), queries={len(ids): question})
+    reader = Reader(wrong)
+    judged = [(first, torch.ones(2))]
+    followed = [*module._followed(reader, episode, len(ids), judged, "random", 1, 3)]
+    assert [right for right, _ in followed] == found
+    assert reader.asked == [(f"The value of {name} is", "random") for name in asked]
+    assert [len(losses) for _, losses in followed] == [2 + len(" VAR BCDE") + len(" 17")] * len(found)
+
+
+def test_the_bench_follows_no_variable_that_has_a_number(bench):
+    module = sys.modules["recall"]
+    ids = Letters()("\nVAR BCDE = 17\n").input_ids
+    question = Letters()("\nThe value of BCDE is").input_ids
+    episode = SimpleNamespace(tokens=torch.tensor([*ids, *question]), queries={len(ids): question})
+    reader = Reader()
+    assert not [*module._followed(reader, episode, len(ids), [(True, torch.ones(2))], None, 0, 1)]
+    assert not reader.asked
