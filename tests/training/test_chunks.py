@@ -208,6 +208,25 @@ def test_an_answer_does_not_ask_with_a_query_that_was_not_used(llama, small, tex
     assert all(each.token_ids != asked for each in seen)
 
 
+def next_query(decoder, text):
+    """What is asked for when the next segment begins."""
+    _rest, begun = decoder.stream(text(decoder.config.segment_size, seed=3))
+    return begun.retrievals[0].query
+
+
+def test_a_query_given_in_the_middle_of_a_segment_is_saved(llama, small, text, tmp_path):
+    asked, found = text(6, seed=7)[0].tolist(), []
+    with MemoryDecoder(llama, None, small()) as decoder:
+        decoder.read(text(90))
+        assert not decoder._streams.batch.streams[0].begins_segment()
+        (_,) = decoder.stream(text(2, seed=2), queries=[asked])
+        decoder.save(tmp_path / "saved")
+        found.append(next_query(decoder, text))
+    with MemoryDecoder.load(tmp_path / "saved", llama, None, small()) as loaded:
+        found.append(next_query(loaded, text))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("queries", [[[1]], [[1], [], None], [[1], [10**9], None], [[1], ["a"], None], 3])
 def test_a_query_of_something_else_than_token_ids_is_refused(three_rows, text, queries):
     with pytest.raises(InvalidArgumentError, match="queries must hold the token ids"):

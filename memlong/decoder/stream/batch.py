@@ -194,7 +194,8 @@ class StreamBatch:
             stream.restore(mine, own, blocks)
             if bases_changed:
                 stream.drop_changed()
-            if not all(0 <= token < self._setup.model_layout.vocabulary for token in own["recent"].tolist()):
+            known = [*own["recent"].tolist(), *(own["query"].tolist() if "query" in own else ())]
+            if not all(0 <= token < self._setup.model_layout.vocabulary for token in known):
                 raise ValueError(f"tokens of row {row} are not the model's")
         placements = self._placements()
         memory = self._loader.load(self.streams, None, gradients=False)

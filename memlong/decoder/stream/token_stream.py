@@ -297,6 +297,7 @@ class TokenStream:
             "departed": self._departed,
             "recent_start": self._recent.start,
             "storing_from": self.storing_from,
+            "query_start": self.next_query.start if self._is_given and self.next_query else None,
             "has_retrieved": self.retrieval is not None,
             "has_memory": self.memory is not None,
         }
@@ -304,6 +305,8 @@ class TokenStream:
     def tensors(self) -> dict[str, Tensor]:
         """Return the rest of the state: the latest tokens, and what was retrieved."""
         found = {"recent": torch.tensor(self._recent.token_ids, dtype=torch.int64, device="cpu")}
+        if self._is_given and self.next_query is not None:
+            found["query"] = torch.tensor(self.next_query.token_ids, dtype=torch.int64, device="cpu")
         if self.retrieval is not None:
             found |= {f"retrieval.{name}": each for name, each in vars(self.retrieval).items()}
         if self.memory is not None:
@@ -325,6 +328,13 @@ class TokenStream:
         self.storing_from = fact_of(facts, "storing_from", int, type(None))
         if self.storing_from is not None and not 0 <= self.storing_from < _MOST_IDS:
             raise ValueError(f"storing_from must be the id of a chunk, got {self.storing_from}")
+        self.forget_query()
+        if facts.get("query_start") is not None:
+            query_start = fact_of(facts, "query_start", int)
+            query = Passage(tuple(tensor_of(tensors, "query", None).tolist()), query_start)
+            if not query.token_ids or not 0 <= query_start <= self.seen:
+                raise ValueError(f"a query of {len(query.token_ids)} tokens cannot be of token {query_start}")
+            self.next_query, self._is_given = query, True
         self.retrieval = self.memory = None
         if fact_of(facts, "has_retrieved", bool):
             ids = tensor_of(tensors, "retrieval.ids", None)
