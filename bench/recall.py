@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from results import Report
 from torch import Tensor
 from tqdm import tqdm
 
-from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong import MemoryBank, MemoryConfig, MemoryDecoder, load_model
 from memlong.decoder import Choice
 from memlong.decoder.persistence.pretrained import read_pretrained
 from memlong.decoder.stream.retrieval import Retrieval, Search
@@ -59,6 +60,8 @@ class Recalled:
         Share of the answers that were right.
     loss
         Mean negative log-likelihood of the answers' tokens, in nats.
+    held
+        Share of the questions for which a chunk holds the end of the fact; None where that is not known.
     """
 
     kind: str
@@ -66,6 +69,30 @@ class Recalled:
     tokens: int
     answers: Share
     loss: float
+    held: Share | None
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """An answer.
+
+    Attributes
+    ----------
+    kind, chunks
+        What was asked, with which chunks.
+    right
+        Whether each token of it is the likeliest.
+    losses
+        The negative log-likelihood of each token, in nats.
+    held
+        Whether a chunk holds the end of the fact; None if that is not known.
+    """
+
+    kind: str
+    chunks: str
+    right: bool
+    losses: Tensor
+    held: bool | None = None
 
 
 class RetrieveFor(StrEnum):
@@ -163,20 +190,22 @@ def main(
     files = ("maps", "gates", "null_chunk", "query_map")
     memory = {each: value for each, value in config.as_dict().items() if each not in files}
     report = Report(json_file, {"model": model, "systems": systems}, device)
-    found: dict[tuple[str, str], list[tuple[bool, Tensor]]] = {}
+    found: dict[tuple[str, str], list[Judged]] = {}
     with tqdm(total=episodes * tokens * len(asked), unit="tok", leave=False) as bar:
         for number in range(episodes):
             group = {kind: source[number] for kind, source in sources.items()}
             read = _by_full_attention(decoder, group) if full else _answers(decoder, group, wanted, bar)
-            for kind, which, right, losses in read:
-                found.setdefault((kind, which), []).append((right, losses))
+            for each in read:
+                found.setdefault((each.kind, each.chunks), []).append(each)
     rows = []
     for (kind, which), judged in sorted(found.items()):
-        share = Share.of([right for right, _ in judged])
+        share = Share.of([each.right for each in judged])
         assert share is not None  # noqa: S101 - every episode asks
-        loss = float(torch.cat([losses for _, losses in judged]).mean())
-        rows.append(Recalled(kind, which, tokens, share, loss))
-        typer.echo(f"{kind:12s} {which:15s} {share} of {share.trials} answers, loss {loss:.3f}")
+        loss = float(torch.cat([each.losses for each in judged]).mean())
+        held = Share.of([each.held for each in judged if each.held is not None])
+        rows.append(Recalled(kind, which, tokens, share, loss, held))
+        hit = f", {held.value:.0%} of the facts in its chunks" if held else ""
+        typer.echo(f"{kind:12s} {which:15s} {share} of {share.trials} answers, loss {loss:.3f}{hit}")
     asks = {
         "text": [path.name for path in text],
         "seed": seed,
@@ -188,10 +217,6 @@ def main(
     systems[f"{name}, {tokens}"] = {"memory": memory, **asks, "rows": [asdict(row) for row in rows]}
     report.add({"systems": systems})
     report.end()
-
-
-Judged = tuple[str, str, bool, Tensor]
-"""Of an answer: what was asked, with which chunks, whether it is right, and the losses of its tokens."""
 
 
 def _answers(
@@ -207,26 +232,35 @@ def _answers(
         "none": NoChunks(),
     }
     ids, size = torch.stack([episode.tokens for episode in group.values()]), decoder.config.segment_size
-    wanted: dict[str, Choice | None] = {control: choices[control] for control in controls}
-    wanted["retrieved"] = None
     with decoder, torch.no_grad():
         decoder.reset()
         for start in range(0, ids.shape[1], size):
             new = ids[:, start : start + size]
             queries = [episode.queries.get(start) for episode in group.values()]
             following = slice(start + 1, start + size + 1)
+            read = {}
             if any(episode.weights[following].any() for episode in group.values()):
-                for which, choice in wanted.items():
-                    logits = decoder.preview(new, queries=queries, choice=choice).logits
-                    for row, (kind, episode) in enumerate(group.items()):
-                        found = [*_judged(logits[row], episode.tokens[following], episode.weights[following])]
-                        yield from ((kind, which, *each) for each in found)
-                        if kind == "variables":
-                            followed = _followed(decoder, episode, start, found, choice, row, len(group))
-                            yield from (("variables of variables", which, *each) for each in followed)
-            for _ in decoder.stream(new, queries=queries):
-                pass
+                for control in controls:
+                    read[control] = decoder.preview(new, queries=queries, choice=choices[control])
+            (read["retrieved"],) = decoder.stream(new, queries=queries)
+            for (which, segment), (row, (kind, episode)) in product(read.items(), enumerate(group.items())):
+                assert segment.logits is not None  # noqa: S101 - they were asked for
+                found = [*_judged(segment.logits[row], episode.tokens[following], episode.weights[following])]
+                places = episode.told.get(start, ()) if which in ("retrieved", "random") else ()
+                held = [_holds(decoder.banks[row], segment.retrievals[row], place) for place in places]
+                unknown = [None] * len(found)
+                for (right, losses), here in zip(found, held or unknown, strict=False):
+                    yield Judged(kind, which, right, losses, here)
+                if kind == "variables":
+                    followed = _followed(decoder, episode, start, found, choices.get(which), row, len(group))
+                    yield from (Judged("variables of variables", which, *each) for each in followed)
             bar.update(new.numel())
+
+
+def _holds(bank: MemoryBank, retrieval: Retrieval | None, place: int) -> bool:
+    """Whether what was retrieved holds the token before this one."""
+    spans = bank.spans_of([] if retrieval is None else retrieval.ids.tolist())
+    return bool(((spans[:, 0] < place) & (place <= spans[:, 1])).any())
 
 
 def _followed(
@@ -246,7 +280,7 @@ def _followed(
     told = decoder.tokenizer.decode(episode.tokens[:start])
     known = {name: (value, bool(other)) for name, other, value in _ASSIGNED.findall(told)}
     names = _ASKED.findall(decoder.tokenizer.decode(episode.queries.get(start, [])))
-    for name, first in zip(names, found, strict=True):
+    for name, first in zip(names, found, strict=False):  # the last answer may be cut off
         chain, judged = [], [first]
         value, is_other = known[name]
         while is_other:
@@ -259,9 +293,10 @@ def _followed(
             answer = f"VAR {value}" if is_other else value
             ids, expected = tokenize_asked(decoder.tokenizer, f"The value of {other} is", answer)
             new = torch.tensor([*ids, *expected])
-            logits = decoder.preview(new.expand(rows, -1), queries=[ids] * rows, choice=choice).logits[row]
+            logits = decoder.preview(new.expand(rows, -1), queries=[ids] * rows, choice=choice).logits
+            assert logits is not None  # noqa: S101
             judged += _judged(
-                logits[:-1], new[1:], torch.tensor([0.0] * (len(ids) - 1) + [1.0] * len(expected))
+                logits[row, :-1], new[1:], torch.tensor([0.0] * (len(ids) - 1) + [1.0] * len(expected))
             )
         rights, losses = zip(*judged, strict=True)
         yield all(rights), torch.cat(losses)
@@ -277,7 +312,7 @@ def _by_full_attention(decoder: MemoryDecoder, group: Mapping[str, Episode]) -> 
         for start in range(0, len(episode.tokens), size):
             here, following = slice(start, start + size), slice(start + 1, start + size + 1)
             judged = _of_answers(right[here], losses[here], episode.weights[following])
-            yield from ((kind, "full attention", *each) for each in judged)
+            yield from (Judged(kind, "full attention", *each) for each in judged)
 
 
 def _judged(logits: Tensor, targets: Tensor, weights: Tensor) -> Iterator[tuple[bool, Tensor]]:

@@ -142,8 +142,10 @@ def recalled() -> str:
             shares[system, row["kind"], row["chunks"]] = (
                 f"{share['value']:.0%} [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
             )
+            if row["chunks"] == "retrieved" and row["held"]:
+                shares[system, row["kind"], "held"] = f"{row['held']['value']:.0%}"
             kinds[row["kind"]] = None
-    chunks = ("retrieved", "random", "foreign", "none")
+    chunks = ("retrieved", "held", "random", "foreign", "none")
     rows = []
     for system in systems:
         name, _, tokens = system.rpartition(", ")
@@ -152,7 +154,8 @@ def recalled() -> str:
             full = shares.get((system, kind, "full attention"))
             if any(each) or full:
                 rows.append([name, f"{int(tokens):,}", kind, full or each[0], *each[1:]])
-    return table(["memory", "tokens", "facts", "retrieved", "random", "foreign", "without memory"], rows)
+    head = ["memory", "tokens", "facts", "right", "fact retrieved", "random", "foreign", "without memory"]
+    return table(head, rows, words=1)
 
 
 def ablation() -> str:

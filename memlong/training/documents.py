@@ -116,11 +116,15 @@ class Episode:
     queries
         By the number of the token that begins a segment, the token ids to retrieve with for it; where there are none, a
         segment retrieves with the text before it.
+    told
+        By the number of the token that begins a segment, where each fact that it asks for was last told: the number of
+        the token after it.
     """
 
     tokens: Tensor
     weights: Tensor | None = None
     queries: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    told: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 class Source(Protocol):

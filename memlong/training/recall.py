@@ -151,6 +151,7 @@ class RecallEpisodes:
         facts: list[_Fact] = []
         place = int(random.integers(len(self._filler)))
         queries: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}
         while len(text) < self._tokens:
             start = len(text)
             end = start - start % self._segment + self._segment
@@ -160,6 +161,7 @@ class RecallEpisodes:
                 asked = self._chosen(due, start, random)
             if asked:
                 queries[start] = [token for fact in asked for token in fact.question]
+                places[start] = [fact.end for fact in asked]
             for fact in asked:
                 text += [*fact.question, *fact.answer]
                 weights += [0.0] * len(fact.question) + [_ANSWER_WEIGHT] * len(fact.answer)
@@ -189,7 +191,8 @@ class RecallEpisodes:
             place += body
             weights += [0.0] * (len(text) - len(weights))
         kept = slice(self._tokens)
-        return Episode(torch.tensor(text[kept]), torch.tensor(weights[kept], dtype=torch.float32), queries)
+        of_loss = torch.tensor(weights[kept], dtype=torch.float32)
+        return Episode(torch.tensor(text[kept]), of_loss, queries, places)
 
     def _repeated(self, text: list[int], random: np.random.Generator) -> list[_Fact]:
         """Return a passage of the text to be read again, if one has left the window and does not stand in it."""

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from memlong import MemoryDecoder
+from memlong.decoder import Retrieval
 from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.training import Trainer, TrainingConfig
 from memlong.training.checks import check_settings
@@ -428,6 +430,32 @@ def test_the_bench_compares_chunks_on_the_same_answers(bench):
     assert len({row["answers"]["trials"] for row in rows}) == 1
     assert rows[0]["answers"]["trials"] > 3
     assert len({row["loss"] for row in rows}) == 4
+    held = {row["chunks"]: row["held"] for row in rows}
+    assert held["foreign"] is held["none"] is None
+    assert held["retrieved"]["trials"] == held["random"]["trials"] == rows[0]["answers"]["trials"]
+    assert held["retrieved"]["count"] > held["random"]["count"]
+
+
+def test_episodes_say_where_what_they_ask_for_was_told():
+    episode = episodes("variables", again=False)[0]
+    text = Letters().decode(episode.tokens.tolist())
+    for start, query in episode.queries.items():
+        names = re.findall(r"value of (\w+)", Letters().decode(query))
+        lines = [text[:end].strip().rpartition("\n")[2] for end in episode.told[start]]
+        assert all(line.startswith(f"VAR {name} = ") for name, line in zip(names, lines, strict=True))
+    assert episode.told
+
+
+def test_a_chunk_holds_a_fact_if_it_holds_its_end(bench, llama, small, text):
+    holds = sys.modules["recall"]._holds
+    with MemoryDecoder(llama, None, small(chunk_size=8)) as decoder:
+        decoder.read(text(96))
+        (bank,) = decoder.banks
+        (start, end) = bank.spans_of([2])[0].tolist()
+        found = Retrieval(torch.zeros(1), torch.tensor([1, 2]), torch.zeros(2))
+        assert [holds(bank, found, place) for place in (start + 1, end, end + 1)] == [True, True, False]
+        assert not holds(bank, replace(found, ids=torch.tensor([2])), start)
+        assert not holds(bank, None, end)
 
 
 def test_the_bench_has_full_attention_answer_the_same(bench):
