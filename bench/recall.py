@@ -5,7 +5,8 @@ segment asks for one fact, and each fact is asked for once, so that its answer s
 answer is right if each of its tokens is the likeliest. A variable may have been given another variable: that is its
 answer, and variables of variables are such questions followed to a number, where each answer makes the next question,
 and all must be right. Each question is also read with random chunks of the same bank in place of those retrieved, with
-the best chunks of other texts, and with none.
+the best chunks of other texts, and with none. With `--chunks text`, the model without adapters reads the chunks
+retrieved as text before the question.
 
     python bench/recall.py --text essays.txt --tokens 8192
     python bench/recall.py --text essays.txt --tokens 8192 --adapter trained --name trained --json out/recall.json
@@ -30,7 +31,7 @@ from results import Report
 from torch import Tensor
 from tqdm import tqdm
 
-from memlong import MemoryBank, MemoryConfig, MemoryDecoder, load_model
+from memlong import MemoryBank, MemoryConfig, MemoryDecoder, Segment, load_model
 from memlong.decoder import Choice
 from memlong.decoder.persistence.pretrained import read_pretrained
 from memlong.decoder.stream.retrieval import Retrieval, Search
@@ -45,7 +46,7 @@ from memlong.training.teacher import Lesson
 
 _ASSIGNED = re.compile(r"VAR (\w+) = (VAR )?(\w+)")
 _ASKED = re.compile(r"The value of (\w+) is")
-CONTROLS = ("random", "foreign", "none")
+CONTROLS = ("random", "foreign", "none", "text")
 
 
 @dataclass(frozen=True)
@@ -240,19 +241,25 @@ def _answers(
             following = slice(start + 1, start + size + 1)
             read = {}
             if any(episode.weights[following].any() for episode in group.values()):
-                for control in controls:
+                for control in (each for each in controls if each in choices):
                     read[control] = decoder.preview(new, queries=queries, choice=choices[control])
             (read["retrieved"],) = decoder.stream(new, queries=queries)
+            if "text" in controls:
+                read["text"] = read["retrieved"]
             for (which, segment), (row, (kind, episode)) in product(read.items(), enumerate(group.items())):
-                assert segment.logits is not None  # noqa: S101 - they were asked for
-                found = [*_judged(segment.logits[row], episode.tokens[following], episode.weights[following])]
+                reading = Reading(decoder, episode, which, choices.get(which), row, len(group))
+                found = [
+                    *reading.judged(
+                        segment, episode.tokens[start : start + size + 1], episode.weights[following]
+                    )
+                ]
                 places = episode.told.get(start, ()) if which in ("retrieved", "random") else ()
                 held = [_holds(decoder.banks[row], segment.retrievals[row], place) for place in places]
                 unknown = [None] * len(found)
                 for (right, losses), here in zip(found, held or unknown, strict=False):
                     yield Judged(kind, which, right, losses, here)
                 if kind == "variables":
-                    followed = _followed(decoder, episode, start, found, choices.get(which), row, len(group))
+                    followed = reading.followed(start, found)
                     yield from (Judged("variables of variables", which, *each) for each in followed)
             bar.update(new.numel())
 
@@ -263,43 +270,75 @@ def _holds(bank: MemoryBank, retrieval: Retrieval | None, place: int) -> bool:
     return bool(((spans[:, 0] < place) & (place <= spans[:, 1])).any())
 
 
-def _followed(
-    decoder: MemoryDecoder,
-    episode: Episode,
-    start: int,
-    found: Sequence[tuple[bool, Tensor]],
-    choice: Choice | None,
-    row: int,
-    rows: int,
-) -> Iterator[tuple[bool, Tensor]]:
-    """Follow the answers of a segment that name another variable: each is right if all that follows is, too.
+@dataclass(frozen=True)
+class Reading:
+    """How a row reads what it asks for, after what it has read so far.
 
-    Each question that follows is asked alone, in its row. Chains of which one was asked before are left out, as its
-    answer stands twice.
+    Attributes
+    ----------
+    decoder, episode, row, rows
+        What is read, in which of how many rows.
+    chunks, choice
+        Which chunks, and what chooses them in place of the retriever.
     """
-    told = decoder.tokenizer.decode(episode.tokens[:start])
-    known = {name: (value, bool(other)) for name, other, value in _ASSIGNED.findall(told)}
-    names = _ASKED.findall(decoder.tokenizer.decode(episode.queries.get(start, [])))
-    for name, first in zip(names, found, strict=False):  # the last answer may be cut off
-        chain, judged = [], [first]
-        value, is_other = known[name]
-        while is_other:
-            chain.append(value)
-            value, is_other = known[value]
-        if not chain or set(chain) & {*_ASKED.findall(told)}:
-            continue
-        for other in chain:
-            value, is_other = known[other]
-            answer = f"VAR {value}" if is_other else value
-            ids, expected = tokenize_asked(decoder.tokenizer, f"The value of {other} is", answer)
-            new = torch.tensor([*ids, *expected])
-            logits = decoder.preview(new.expand(rows, -1), queries=[ids] * rows, choice=choice).logits
-            assert logits is not None  # noqa: S101
-            judged += _judged(
-                logits[row, :-1], new[1:], torch.tensor([0.0] * (len(ids) - 1) + [1.0] * len(expected))
-            )
-        rights, losses = zip(*judged, strict=True)
-        yield all(rights), torch.cat(losses)
+
+    decoder: MemoryDecoder
+    episode: Episode
+    chunks: str
+    choice: Choice | None
+    row: int
+    rows: int
+
+    def judged(self, segment: Segment, ids: Tensor, weights: Tensor) -> Iterator[tuple[bool, Tensor]]:
+        """Judge the answers among token ids [tokens], of which ``weights`` say what counts from the second on."""
+        if self.chunks == "text":
+            return self._as_text(segment.retrievals[self.row], ids, weights)
+        assert segment.logits is not None  # noqa: S101 - they were asked for
+        return _judged(segment.logits[self.row], ids[1:], weights)
+
+    def followed(self, start: int, found: Sequence[tuple[bool, Tensor]]) -> Iterator[tuple[bool, Tensor]]:
+        """Follow the answers of a segment that name another variable: each is right if all that follows is, too.
+
+        Each question that follows is asked alone. Chains of which one was asked before are left out, as its answer
+        stands twice.
+        """
+        tokenizer = self.decoder.tokenizer
+        told = tokenizer.decode(self.episode.tokens[:start])
+        known = {name: (value, bool(other)) for name, other, value in _ASSIGNED.findall(told)}
+        names = _ASKED.findall(tokenizer.decode(self.episode.queries.get(start, [])))
+        for name, first in zip(names, found, strict=False):  # the last answer may be cut off
+            chain, judged = [], [first]
+            value, is_other = known[name]
+            while is_other:
+                chain.append(value)
+                value, is_other = known[value]
+            if not chain or set(chain) & {*_ASKED.findall(told)}:
+                continue
+            for other in chain:
+                value, is_other = known[other]
+                answer = f"VAR {value}" if is_other else value
+                judged += self._asked(*tokenize_asked(tokenizer, f"The value of {other} is", answer))
+            rights, losses = zip(*judged, strict=True)
+            yield all(rights), torch.cat(losses)
+
+    def _asked(self, question: list[int], answer: list[int]) -> Iterator[tuple[bool, Tensor]]:
+        new = torch.tensor([*question, *answer])
+        queries = [question] * self.rows
+        segment = self.decoder.preview(new.expand(self.rows, -1), queries=queries, choice=self.choice)
+        weights = torch.tensor([0.0] * (len(question) - 1) + [1.0] * len(answer))
+        return self.judged(segment, new, weights)
+
+    def _as_text(
+        self, retrieval: Retrieval | None, ids: Tensor, weights: Tensor
+    ) -> Iterator[tuple[bool, Tensor]]:
+        bank = self.decoder.banks[self.row]
+        spans = sorted(bank.spans_of([] if retrieval is None else retrieval.ids.tolist()).tolist())
+        chunks = [self.episode.tokens[start:end] for start, end in spans]
+        sinks = self.episode.tokens[: self.decoder.config.sink_tokens]
+        lesson = Lesson.of(self.decoder, torch.cat([sinks, *chunks, ids])[None])
+        before = -len(ids)
+        right = lesson.ids[0, before:-1, 0].cpu() == ids[1:]
+        yield from _of_answers(right, lesson.losses[0, before:-1].cpu(), weights)
 
 
 def _by_full_attention(decoder: MemoryDecoder, group: Mapping[str, Episode]) -> Iterator[Judged]:

@@ -436,6 +436,24 @@ def test_the_bench_compares_chunks_on_the_same_answers(bench):
     assert held["retrieved"]["count"] > held["random"]["count"]
 
 
+def test_the_bench_reads_the_chunks_retrieved_as_text(bench, monkeypatch):
+    """The model's own full attention reads them, before the question."""
+    read, lesson = [], sys.modules["recall"].Lesson
+
+    class Watched:
+        def of(self, decoder, ids):
+            read.append(ids[0])
+            return lesson.of(decoder, ids)
+
+    monkeypatch.setattr(sys.modules["recall"], "Lesson", Watched())
+    rows = bench(chunks="text")
+    assert [row["chunks"] for row in rows] == ["retrieved", "text"]
+    assert rows[0]["answers"]["trials"] == rows[1]["answers"]["trials"]
+    # 4 sinks at most, 2 chunks of 32 tokens, a segment with the token after it.
+    assert max(map(len, read)) <= 4 + 64 + SEGMENT + 1
+    assert any(len(ids) > 64 + SEGMENT for ids in read)
+
+
 def test_episodes_say_where_what_they_ask_for_was_told():
     episode = episodes("variables", again=False)[0]
     text = Letters().decode(episode.tokens.tolist())
@@ -465,7 +483,7 @@ def test_the_bench_has_full_attention_answer_the_same(bench):
 
 
 def test_the_bench_names_unknown_chunks(bench):
-    with pytest.raises(InvalidArgumentError, match="some of random, foreign, none, got 'best'"):
+    with pytest.raises(InvalidArgumentError, match="some of random, foreign, none, text, got 'best'"):
         bench(chunks="best")
 
 
@@ -503,7 +521,7 @@ def test_the_bench_follows_a_variable_to_its_number(bench, text, wrong, first, f
     episode = SimpleNamespace(tokens=torch.tensor([*ids, *question]), queries={len(ids): question})
     reader = Reader(wrong)
     judged = [(first, torch.ones(2))]
-    followed = [*module._followed(reader, episode, len(ids), judged, "random", 1, 3)]
+    followed = [*module.Reading(reader, episode, "random", "random", 1, 3).followed(len(ids), judged)]
     assert [right for right, _ in followed] == found
     assert reader.asked == [(f"The value of {name} is", "random") for name in asked]
     assert [len(losses) for _, losses in followed] == [2 + len(" VAR BCDE") + len(" 17")] * len(found)
@@ -515,5 +533,6 @@ def test_the_bench_follows_no_variable_that_has_a_number(bench):
     question = Letters()("\nThe value of BCDE is").input_ids
     episode = SimpleNamespace(tokens=torch.tensor([*ids, *question]), queries={len(ids): question})
     reader = Reader()
-    assert not [*module._followed(reader, episode, len(ids), [(True, torch.ones(2))], None, 0, 1)]
+    reading = module.Reading(reader, episode, "retrieved", None, 0, 1)
+    assert not [*reading.followed(len(ids), [(True, torch.ones(2))])]
     assert not reader.asked
