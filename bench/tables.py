@@ -80,13 +80,18 @@ def _tables() -> dict[str, Callable[[], str]]:
     for kind, text in (("code", "typing.py"), ("prose", "moby_dick.txt")):
         found[f"choices-{kind}"] = partial(quality.front_text, f"choices_{kind}.json", text)
     found["alternatives"] = alternatives.headline
-    found["questions"] = alternatives.questions
+    found["questions"] = partial(alternatives.questions, alternatives.QUESTIONS)
+    found["questions-50"] = partial(alternatives.questions, "questions_50.json")
     found["two-books"] = alternatives.two_books
     for name in ("ruler", "more"):
         found[f"equality-{name}"] = partial(alternatives.equality, f"equality_{name}.json")
     found["ruler-lengths"] = partial(alternatives.by_length, alternatives.RULER)
     found["ruler-gemma"] = partial(alternatives.by_length, "benchmarks_gemma.json")
     found["ruler-4096"] = partial(alternatives.by_task, alternatives.RULER, 4096)
+    found["needles-4096"] = partial(alternatives.by_task, "benchmarks_needles.json", 4096)
+    for name in ("needles", "long", "babilong"):
+        found[f"{name}-lengths"] = partial(alternatives.by_length, f"benchmarks_{name}.json")
+    found["babilong-4096"] = partial(alternatives.by_task, "benchmarks_babilong.json", 4096)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
     for prefix, folder in (("", ""), ("gpu-", "gpu/")):

@@ -117,9 +117,9 @@ def by_task(file: str, length: int) -> str:
     return benchmark_tables.by_task(cells, found["tasks"], length)
 
 
-def questions() -> str:
+def questions(file: str) -> str:
     """What questions on one text take."""
-    return question_bench.shown(load(QUESTIONS))
+    return question_bench.shown(load(file))
 
 
 def two_books() -> str:

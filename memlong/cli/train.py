@@ -50,6 +50,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the latest checkpoint in --out.")
     ] = False,
+    lora: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Trained decoder whose LoRA to begin with, as --maps names maps."
+        ),
+    ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write TensorBoard logs to this folder.")
     ] = None,
@@ -75,6 +81,7 @@ def train(
       memlong train --model demo --text books --kv-source latent --maps maps.safetensors --out trained
       memlong train --model demo --text books --out trained --mix needles=1 --mix text=1 --negatives 3
       memlong train --model demo --text books --out trained --gate-init -8 --random-share 0.2 --resume
+      memlong train --model demo --text books --out second --lora trained --document-tokens 32768
       memlong train --model demo --text repositories/flask --text repositories/click --join --out trained
       accelerate launch --multi_gpu --num_processes 2 -m memlong train --model demo --text books --out trained
       accelerate launch --multi_gpu --num_processes 2 -m memlong train --model demo --text books --out trained --shard
@@ -133,7 +140,7 @@ def train(
         tokenize(tokenizer, words)[0] for words in tqdm(texts, desc="tokens", unit="text", disable=hidden)
     ]
     decoder = MemoryDecoder(language_model, tokenizer, config)
-    trainer = Trainer(decoder, documents, training, folder=out, tensorboard=tensorboard)
+    trainer = Trainer(decoder, documents, training, folder=out, tensorboard=tensorboard, lora=lora)
     if resume and trainer.ended:
         tell(f"{escaped(str(out))}: training is already complete, and the trained decoder is here")
         processes.leave()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from memlong.decoder.kv.latent import LatentMaps
 from memlong.decoder.kv.null_chunk import NullChunk, null_chunk_facts
 from memlong.decoder.kv.sources import KvSource, LatentSource, shared_memory_layer
 from memlong.decoder.model.probe import probe
+from memlong.decoder.persistence.adapter_files import attach_adapter
+from memlong.decoder.persistence.pretrained import read_pretrained
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 from memlong.training.config import TrainingConfig
 
@@ -46,16 +49,21 @@ class TrainableParts:
         A decoder whose model has no adapter. The model is frozen and gets a LoRA adapter.
     config
         What to train.
+    lora
+        Folder of a trained decoder whose LoRA to begin with, or None for one that changes nothing.
 
     Raises
     ------
     InvalidArgumentError
-        If the model already has an adapter or cannot checkpoint gradients, or there is nothing to train.
+        If the model already has an adapter or cannot checkpoint gradients, there is nothing to train, or the LoRA to
+        begin with is none of this model, or of another rank, scaling or other layers.
     MissingDependencyError
         If peft is not installed.
     """
 
-    def __init__(self, decoder: MemoryDecoder, config: TrainingConfig) -> None:
+    def __init__(
+        self, decoder: MemoryDecoder, config: TrainingConfig, lora: str | Path | None = None
+    ) -> None:
         self._model = decoder.model
         self._first = first_learning_layer(decoder)
         self._shares = decoder.config.kv_source == "shared"
@@ -71,8 +79,10 @@ class TrainableParts:
                 "gradient_chunks must be 0 unless maps are trained (kv_source 'latent'), as nothing else makes a "
                 f"stored form that could be trained, got {config.gradient_chunks}"
             )
+        if lora is not None and not config.lora_rank:
+            raise InvalidArgumentError("lora_rank must be above 0 to begin with a LoRA, got 0")
         if config.lora_rank:
-            self._add_lora(decoder, config)
+            self._add_lora(decoder, config, lora)
         self._maps = decoder.source.maps if isinstance(decoder.source, LatentSource) else None
         if self._maps is not None and config.gradient_chunks:
             _scale_encoding(self._maps)
@@ -122,7 +132,7 @@ class TrainableParts:
         if self._maps is not None:
             self._maps.round_to_saved()
 
-    def _add_lora(self, decoder: MemoryDecoder, config: TrainingConfig) -> None:
+    def _add_lora(self, decoder: MemoryDecoder, config: TrainingConfig, begun: str | Path | None) -> None:
         if find_spec("peft") is None:
             raise MissingDependencyError("Training LoRA needs the package peft: pip install 'memlong[train]'")
         from peft import LoraConfig
@@ -145,11 +155,16 @@ class TrainableParts:
         lora = LoraConfig(
             r=config.lora_rank, lora_alpha=cast("int", config.lora_alpha), target_modules=targets
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self._model.add_adapter(lora)
+        if begun is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self._model.add_adapter(lora)
+        else:
+            found = read_pretrained(begun)
+            attach_adapter(self._model, found.folder, found.base_weights, expected=lora)
         for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
+            if ".lora_" in name:
+                parameter.requires_grad_(True)
                 self.parameters[f"model.{name}"] = parameter
                 if not any(name.startswith(f"{target}.") for target in upper):
                     self._lower.add(f"model.{name}")

@@ -82,6 +82,9 @@ class Trainer:
         Name under which `load_model` finds the model, for `MemoryDecoder.from_pretrained`.
     tensorboard
         Folder for TensorBoard's event files, or None.
+    lora
+        Folder of a trained decoder whose LoRA to begin with, as ``MemoryConfig.maps`` names maps to begin with; None
+        for one that changes nothing. Rank, alpha and layers must be those of the ``config``.
 
     Raises
     ------
@@ -106,6 +109,7 @@ class Trainer:
         folder: str | Path,
         base_model: str | None = None,
         tensorboard: str | Path | None = None,
+        lora: str | Path | None = None,
     ) -> None:
         self.decoder = decoder
         self.config = config = TrainingConfig() if config is None else config
@@ -150,7 +154,7 @@ class Trainer:
             else None
         )
         try:
-            self._parts = TrainableParts(decoder, config)
+            self._parts = TrainableParts(decoder, config, lora)
         except BaseException:
             if makes_null_chunk:
                 decoder.source.null_chunk = None

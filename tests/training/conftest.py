@@ -43,10 +43,10 @@ def decoder(tiny_model, small, text, tmp_path):
 
 @pytest.fixture
 def trainer(decoder, documents, tmp_path):
-    def make(memory=None, folder="run", steps=6, architecture="Llama", **changes):
+    def make(memory=None, folder="run", steps=6, architecture="Llama", lora=None, **changes):
         config = TrainingConfig(steps=steps, **{**QUICK, **changes})
         made = decoder(architecture, **(memory or {}))
-        return Trainer(made, documents, config, folder=tmp_path / folder)
+        return Trainer(made, documents, config, folder=tmp_path / folder, lora=lora)
 
     return make
 

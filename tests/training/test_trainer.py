@@ -144,6 +144,52 @@ def test_lora_goes_where_it_is_told(trainer):
     }
 
 
+def test_training_begins_with_the_lora_of_another(trainer, tmp_path, text):
+    """One that is hardly trained any further gives what the first gave, and one that is differs."""
+    first = trainer()
+    first.run()
+    logits = {}
+    for name, rate in (("first", None), ("same", 1e-12), ("further", 5e-3)):
+        run = first
+        if rate is not None:
+            run = trainer(folder=name, lora=tmp_path / "run", lr=rate, steps=2)
+            run.run()
+        with run.decoder as decoder, torch.no_grad():
+            decoder.reset()
+            logits[name] = decoder.read(text(70))
+    torch.testing.assert_close(logits["same"], logits["first"], rtol=1e-4, atol=1e-5)
+    assert (logits["further"] - logits["first"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lora_rank": 8},
+            "must have rank 8 and alpha 8, on the layers to be trained, .* got rank 4 and alpha 8:",
+        ),
+        ({"lora_alpha": 16.0}, "must have rank 4 and alpha 16, .* got rank 4 and alpha 8:"),
+        (
+            {"lora_targets": ("up_proj",)},
+            "and 7 layers that differ, such as model.layers.2.self_attn.o_proj: give",
+        ),
+        (
+            {"lora_rank": 0, "memory": {"gate_init": 0.0}},
+            "lora_rank must be above 0 to begin with a LoRA, got 0",
+        ),
+    ],
+)
+def test_a_lora_that_is_none_of_the_settings_is_refused(trainer, tmp_path, changes, message):
+    trainer(steps=1).run()
+    with pytest.raises(InvalidArgumentError, match=message):
+        trainer(folder="second", lora=tmp_path / "run", **changes)
+
+
+def test_a_folder_without_a_lora_to_begin_with_is_refused(trainer, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"holds no memlong\.json"):
+        trainer(lora=tmp_path)
+
+
 def test_a_step_is_the_mean_over_the_segments_in_which_anything_counts(trainer, monkeypatch):
     """Of four segments, only the last token of the second and of the third counts."""
     run = trainer(rows=1, accumulate=4, steps=1, document_tokens=32)

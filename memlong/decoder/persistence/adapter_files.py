@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,9 @@ from memlong.decoder.persistence.json_file import read_json
 from memlong.decoder.persistence.lora_settings import lora_options, unreadable_lora
 from memlong.decoder.persistence.tensor_file import check_tensors
 from memlong.errors import InvalidArgumentError, MemlongError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_SETTINGS, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 """Files of the folder, as transformers and peft write and read them."""
@@ -61,7 +64,9 @@ def write_adapter(folder: Path, model: PreTrainedModel) -> None:
         setattr(model, flag, was_loaded)
 
 
-def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None) -> None:
+def attach_adapter(
+    model: PreTrainedModel, folder: Path, trained_on: str | None, *, expected: LoraConfig | None = None
+) -> None:
     """Load the adapter of a folder into a model.
 
     Parameters
@@ -70,12 +75,14 @@ def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None)
         Which and where.
     trained_on
         The `base_weights` that it was trained for; None if that is not known.
+    expected
+        The rank, scaling and full names of layers that it must have; None for any.
 
     Raises
     ------
     InvalidArgumentError
-        If it is missing, damaged, or of another model or kind, or the model has one already. The model is then as it
-        was.
+        If it is missing, damaged, of another model or kind, or not as expected, or the model has one already. The model
+        is then as it was.
     MissingDependencyError
         If peft is not installed.
     """
@@ -100,6 +107,8 @@ def attach_adapter(model: PreTrainedModel, folder: Path, trained_on: str | None)
         options = _options(model, folder)
         _load(model, folder, options)
         _check_loaded(model, folder)
+        if expected is not None:
+            _check_expected(model, folder, expected)
     except BaseException as error:
         _remove_adapter(model, learning)
         if isinstance(error, ImportError):
@@ -147,6 +156,19 @@ def _check_loaded(model: PreTrainedModel, folder: Path) -> None:
             f"The adapter in {str(folder)!r} does not fit this {type(model).__name__}: {len(odd)} of its tensors are "
             f"missing, unknown or of another shape, such as {min(odd)}. Use the model that it was trained "
             "for"
+        )
+
+
+def _check_expected(model: PreTrainedModel, folder: Path, expected: LoraConfig) -> None:
+    layers = {name.rpartition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    (found,) = model.peft_config.values()
+    ours, theirs = ((each.r, each.lora_alpha) for each in (expected, found))
+    odd = layers ^ {*(expected.target_modules or ())}
+    if ours != theirs or odd:
+        where = f" and {len(odd)} layers that differ, such as {min(odd)}" if odd else ""
+        raise InvalidArgumentError(
+            f"The LoRA in {str(folder)!r} must have rank {ours[0]} and alpha {ours[1]:g}, on the layers to be trained, "
+            f"to begin with it, got rank {theirs[0]} and alpha {theirs[1]:g}{where}: give its settings"
         )
 
 
