@@ -145,7 +145,7 @@ def recalled() -> str:
             if row["chunks"] == "retrieved" and row["held"]:
                 shares[system, row["kind"], "held"] = f"{row['held']['value']:.0%}"
             kinds[row["kind"]] = None
-    chunks = ("retrieved", "held", "random", "foreign", "none")
+    chunks = ("retrieved", "held", "random", "foreign", "none", "text")
     rows = []
     for system in systems:
         name, _, tokens = system.rpartition(", ")
@@ -154,8 +154,8 @@ def recalled() -> str:
             full = shares.get((system, kind, "full attention"))
             if any(each) or full:
                 rows.append([name, f"{int(tokens):,}", kind, full or each[0], *each[1:]])
-    head = ["memory", "tokens", "facts", "right", "fact retrieved", "random", "foreign", "without memory"]
-    return table(head, rows, words=1)
+    head = ["memory", "tokens", "facts", "right", "fact retrieved", "random", "foreign", "without memory", "as text"]
+    return table(head, rows)
 
 
 def ablation() -> str:
