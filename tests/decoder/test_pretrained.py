@@ -125,6 +125,17 @@ def test_a_model_at_hand_gets_the_adapter(trained, base, text):
         MemoryDecoder.from_pretrained(folder, model, tokenizer)
 
 
+def test_the_path_of_a_demo_model_is_not_written(trained, base, tmp_path):
+    folder, decoder = trained()
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base)
+    decoder.model.memlong_name = "demo"  # as load_model notes it
+    decoder.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert again["base_model_name_or_path"] is None
+    assert again["r"] == settings["r"]
+
+
 def test_saved_again_it_is_the_same(trained, text, tmp_path):
     folder, decoder = trained()
     MemoryDecoder.from_pretrained(folder, dtype="float32").save_pretrained(tmp_path / "again")

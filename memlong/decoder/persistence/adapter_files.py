@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlong.decoder.model.adapters import own_names
+from memlong.decoder.model.demos import DEMOS
+from memlong.decoder.model.loading import NAME
 from memlong.decoder.model.quiet_loading import quiet_loading
 from memlong.decoder.model.weights import left_as_they_are, true_tensor
 from memlong.decoder.persistence.json_file import read_json
@@ -60,6 +62,9 @@ def write_adapter(folder: Path, model: PreTrainedModel) -> None:
             )
         with quiet_loading(), left_as_they_are(model):
             model.save_pretrained(folder)
+        if getattr(model, NAME, None) in DEMOS:  # peft names a file of this machine's package
+            saved = read_json(folder / ADAPTER_SETTINGS) | {"base_model_name_or_path": None}
+            (folder / ADAPTER_SETTINGS).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     finally:
         setattr(model, flag, was_loaded)
 
