@@ -154,7 +154,17 @@ def recalled() -> str:
             full = shares.get((system, kind, "full attention"))
             if any(each) or full:
                 rows.append([name, f"{int(tokens):,}", kind, full or each[0], *each[1:]])
-    head = ["memory", "tokens", "facts", "right", "fact retrieved", "random", "foreign", "without memory", "as text"]
+    head = [
+        "memory",
+        "tokens",
+        "facts",
+        "right",
+        "fact retrieved",
+        "random",
+        "foreign",
+        "without memory",
+        "as text",
+    ]
     return table(head, rows)
 
 
