@@ -170,6 +170,10 @@ def main(
     else:
         decoder = MemoryDecoder(*load_model(model, dtype=dtype, device=device), MemoryConfig(**given))
     config = decoder.config
+    if tokens % config.segment_size:  # what is asked for besides must begin a segment, to retrieve
+        raise InvalidArgumentError(
+            f"--tokens must be a multiple of {config.segment_size}, the size of segments, got {tokens}"
+        )
     filler = [tokenize(decoder.tokenizer, read_text(path))[0] for path in text]
     sources = {
         kind: RecallEpisodes(
@@ -299,14 +303,14 @@ class Reading:
     def followed(self, start: int, found: Sequence[tuple[bool, Tensor]]) -> Iterator[tuple[bool, Tensor]]:
         """Follow the answers of a segment that name another variable: each is right if all that follows is, too.
 
-        Each question that follows is asked alone. Chains of which one was asked before are left out, as its answer
-        stands twice.
+        Each question that follows is asked alone, as the beginning of the next segment, after a window that was read
+        with the chunks retrieved. Chains of which one was asked before are left out, as its answer stands twice.
         """
         tokenizer = self.decoder.tokenizer
         told = tokenizer.decode(self.episode.tokens[:start])
         known = {name: (value, bool(other)) for name, other, value in _ASSIGNED.findall(told)}
         names = _ASKED.findall(tokenizer.decode(self.episode.queries.get(start, [])))
-        for name, first in zip(names, found, strict=False):  # the last answer may be cut off
+        for name, first in zip(names, found, strict=True):
             chain, judged = [], [first]
             value, is_other = known[name]
             while is_other:
@@ -331,9 +335,12 @@ class Reading:
     def _as_text(
         self, retrieval: Retrieval | None, ids: Tensor, weights: Tensor
     ) -> Iterator[tuple[bool, Tensor]]:
+        if not weights.any():
+            return
         bank = self.decoder.banks[self.row]
         spans = sorted(bank.spans_of([] if retrieval is None else retrieval.ids.tolist()).tolist())
-        chunks = [self.episode.tokens[start:end] for start, end in spans]
+        # Not chunks that leave the window only now, which no bank holds yet: they were not told long ago.
+        chunks = [self.episode.tokens[start:end] for start, end in spans if start >= 0]
         sinks = self.episode.tokens[: self.decoder.config.sink_tokens]
         lesson = Lesson.of(self.decoder, torch.cat([sinks, *chunks, ids])[None])
         before = -len(ids)

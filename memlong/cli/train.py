@@ -96,6 +96,10 @@ def train(
         raise InvalidArgumentError(
             "--backend must name a backend, got 'none': without a memory there is nothing to train"
         )
+    if lora is not None:
+        from memlong.decoder.persistence.pretrained import read_pretrained
+
+        read_pretrained(lora)  # before anything is loaded
     config, training = memory.config(seed), replace(training, seed=seed)
     from memlong.decoder import MemoryDecoder, choose_machine
     from memlong.evaluation import tokenize

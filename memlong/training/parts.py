@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from memlong.decoder.kv.latent import LatentMaps
 from memlong.decoder.kv.null_chunk import NullChunk, null_chunk_facts
 from memlong.decoder.kv.sources import KvSource, LatentSource, shared_memory_layer
 from memlong.decoder.model.probe import probe
-from memlong.decoder.persistence.adapter_files import attach_adapter
+from memlong.decoder.persistence.adapter_files import ADAPTER, attach_adapter
 from memlong.decoder.persistence.pretrained import read_pretrained
 from memlong.errors import InvalidArgumentError, MissingDependencyError
 from memlong.training.config import TrainingConfig
@@ -68,6 +69,7 @@ class TrainableParts:
         self._first = first_learning_layer(decoder)
         self._shares = decoder.config.kv_source == "shared"
         self.parameters: dict[str, nn.Parameter] = {}
+        self.begun_with: str | None = None  # a digest of the LoRA that was given
         self._lower: set[str] = set()
         if config.gradient_checkpointing and not checkpointing_layers(self._model):
             raise InvalidArgumentError(
@@ -161,7 +163,13 @@ class TrainableParts:
                 self._model.add_adapter(lora)
         else:
             found = read_pretrained(begun)
+            if not found.has_adapter:
+                raise InvalidArgumentError(
+                    f"The decoder in {str(begun)!r} has no LoRA to begin with, as it was trained without: leave lora "
+                    "out, and give its maps with maps"
+                )
             attach_adapter(self._model, found.folder, found.base_weights, expected=lora)
+            self.begun_with = hashlib.sha256((found.folder / ADAPTER).read_bytes()).hexdigest()
         for name, parameter in self._model.named_parameters():
             if ".lora_" in name:
                 parameter.requires_grad_(True)

@@ -84,7 +84,8 @@ class Trainer:
         Folder for TensorBoard's event files, or None.
     lora
         Folder of a trained decoder whose LoRA to begin with, as ``MemoryConfig.maps`` names maps to begin with; None
-        for one that changes nothing. Rank, alpha and layers must be those of the ``config``.
+        for one that changes nothing. Rank, alpha and layers must be those of the ``config``. All else begins anew: the
+        learning rate's schedule, gates and a null chunk. To resume, it must still be there.
 
     Raises
     ------
@@ -441,7 +442,10 @@ class Trainer:
     def _recorded(self) -> dict[str, Any]:
         """Return the settings that the trained decoder's folder records."""
         count = self._processes.count
-        return {**asdict(self.config), **({"processes": count} if count > 1 else {})}
+        return {**asdict(self.config), **self._begun_with(), **({"processes": count} if count > 1 else {})}
+
+    def _begun_with(self) -> dict[str, str]:
+        return {} if self._parts.begun_with is None else {"lora": self._parts.begun_with}
 
     def _made_of(self) -> dict[str, Any]:
         settings = asdict(self.config)
@@ -451,6 +455,7 @@ class Trainer:
         query_map = self.decoder.query_map
         return {
             **settings,
+            **self._begun_with(),
             **{
                 f"memory.{name}": value
                 for name, value in memory.items()

@@ -159,6 +159,16 @@ def test_shared_memory_is_read_by_every_fourth_layer(run, tmp_path):
     assert facts["memory"]["retrieval_layers"] == "0"
 
 
+def test_a_run_begins_with_the_lora_of_another(run, tmp_path):
+    assert run(steps=1).exit_code == 0
+    result = run(out=tmp_path / "second", lora=tmp_path / "trained", steps=1)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "second" / "memlong.json").read_text())
+    assert facts["training"]["lora"]
+    result = run(out=tmp_path / "third", lora=tmp_path / "nowhere", text="no-such.txt")
+    assert "nowhere" in str(result.exception)  # before anything is read
+
+
 def test_tensorboard_needs_its_package(run, monkeypatch):
     monkeypatch.setattr("memlong.training.curve.find_spec", lambda name: None)
     assert "pip install tensorboard" in str(run(tensorboard="events").exception)

@@ -304,6 +304,8 @@ def test_a_longer_query_begins_where_the_text_at_hand_does(llama, small, text, t
         ("recent_start", 10**6, "cannot be at token"),
         ("storing_from", "0", "storing_from must be int or NoneType, got '0'"),
         ("has_memory", 1, "has_memory must be bool, got 1"),
+        ("query_start", True, "query_start must be int, got True"),
+        ("query_start", 0, "query"),
     ],
 )
 def test_facts_that_cannot_be_are_refused(llama, small, text, tmp_path, monkeypatch, fact, value, message):
@@ -312,6 +314,32 @@ def test_facts_that_cannot_be_are_refused(llama, small, text, tmp_path, monkeypa
     row = decoder._streams.batch.streams[0]
     facts = row.facts() | {fact: value}
     monkeypatch.setattr(row, "facts", lambda: facts)
+    decoder.save(tmp_path)
+    with pytest.raises(SnapshotError, match=f"holds no streams of this decoder.*{message}"):
+        MemoryDecoder.load(tmp_path, llama, None, small())
+
+
+@pytest.mark.parametrize(
+    ("start", "query", "message"),
+    [
+        (-1, [1, 2], "a query of 2 tokens cannot be of token -1"),
+        (91, [1, 2], "a query of 2 tokens cannot be of token 91"),
+        (90, [], "a query of 0 tokens cannot be of token 90"),
+        (90, [97], "tokens of row 0 are not the model's"),
+        (90, [1.0], r"query must be torch\.int64"),
+        (None, [1, 2], "there is a query, but not where it was given"),
+    ],
+)
+def test_a_query_that_cannot_be_is_refused(llama, small, text, tmp_path, monkeypatch, start, query, message):
+    decoder = MemoryDecoder(llama, None, small())
+    read_on(decoder, text(90))
+    row = decoder._streams.batch.streams[0]
+    facts, held = (
+        row.facts() | {"query_start": start},
+        row.tensors() | {"query": torch.tensor(query, dtype=None if query else torch.int64)},
+    )
+    monkeypatch.setattr(row, "facts", lambda: facts)
+    monkeypatch.setattr(row, "tensors", lambda: held)
     decoder.save(tmp_path)
     with pytest.raises(SnapshotError, match=f"holds no streams of this decoder.*{message}"):
         MemoryDecoder.load(tmp_path, llama, None, small())

@@ -410,13 +410,8 @@ def bench(monkeypatch, tiny_model, small, tmp_path):
     (tmp_path / "text.txt").write_text(words(900))
 
     def run(**changes):
-        module.main(
-            text=[tmp_path / "text.txt"],
-            tokens=1280,
-            kinds="needles,variables",
-            json_file=tmp_path / "r.json",
-            **changes,
-        )
+        given = {"tokens": 1280, "kinds": "needles,variables", **changes}
+        module.main(text=[tmp_path / "text.txt"], json_file=tmp_path / "r.json", **given)
         rows = json.loads((tmp_path / "r.json").read_text())["systems"]["memory, 1280"]["rows"]
         return [row for row in rows if row["kind"] == "needles"]
 
@@ -436,22 +431,34 @@ def test_the_bench_compares_chunks_on_the_same_answers(bench):
     assert held["retrieved"]["count"] > held["random"]["count"]
 
 
-def test_the_bench_reads_the_chunks_retrieved_as_text(bench, monkeypatch):
-    """The model's own full attention reads them, before the question."""
-    read, lesson = [], sys.modules["recall"].Lesson
+def test_the_bench_reads_the_chunks_retrieved_as_text(bench, llama, small, text):
+    """After the sinks, in the text's order, before the question; the model itself says what is right."""
+    module = sys.modules["recall"]
+    ids = text(200)[0]
+    episode = SimpleNamespace(tokens=ids)
+    weights = torch.zeros(11)
+    weights[[3, 4, 8]] = 1.0
+    with MemoryDecoder(llama, None, small(chunk_size=8, sink_tokens=4)) as decoder, torch.no_grad():
+        decoder.read(ids[None, :160])
+        retrieval = Retrieval(torch.zeros(1), torch.tensor([5, 2]), torch.zeros(2))
+        segment = SimpleNamespace(retrievals=[retrieval])
+        reading = module.Reading(decoder, episode, "text", None, 0, 1)
+        judged = [*reading.judged(segment, ids[160:172], weights)]
+        assert not [*reading.judged(segment, ids[160:172], torch.zeros(11))]
+    read = torch.cat([ids[:4], ids[20:28], ids[44:52], ids[160:172]])
+    with torch.no_grad():
+        logits = llama(read[None]).logits[0, -12:-1]
+    losses = torch.nn.functional.cross_entropy(logits, ids[161:172], reduction="none")
+    torch.testing.assert_close(torch.cat([each for _, each in judged]), losses[[3, 4, 8]])
+    right = logits.argmax(-1) == ids[161:172]
+    assert [each for each, _ in judged] == [bool(right[3:5].all()), bool(right[8])]
 
-    class Watched:
-        def of(self, decoder, ids):
-            read.append(ids[0])
-            return lesson.of(decoder, ids)
 
-    monkeypatch.setattr(sys.modules["recall"], "Lesson", Watched())
-    rows = bench(chunks="text")
-    assert [row["chunks"] for row in rows] == ["retrieved", "text"]
-    assert rows[0]["answers"]["trials"] == rows[1]["answers"]["trials"]
-    # 4 sinks at most, 2 chunks of 32 tokens, a segment with the token after it.
-    assert max(map(len, read)) <= 4 + 64 + SEGMENT + 1
-    assert any(len(ids) > 64 + SEGMENT for ids in read)
+def test_the_bench_asks_where_a_segment_begins(bench):
+    with pytest.raises(
+        InvalidArgumentError, match="--tokens must be a multiple of 256, the size of segments, got 1300"
+    ):
+        bench(tokens=1300)
 
 
 def test_episodes_say_where_what_they_ask_for_was_told():

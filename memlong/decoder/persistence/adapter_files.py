@@ -167,13 +167,19 @@ def _check_loaded(model: PreTrainedModel, folder: Path) -> None:
 def _check_expected(model: PreTrainedModel, folder: Path, expected: LoraConfig) -> None:
     layers = {name.rpartition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
     (found,) = model.peft_config.values()
-    ours, theirs = ((each.r, each.lora_alpha) for each in (expected, found))
-    odd = layers ^ {*(expected.target_modules or ())}
-    if ours != theirs or odd:
-        where = f" and {len(odd)} layers that differ, such as {min(odd)}" if odd else ""
+    wrong = [
+        f"{name} {getattr(expected, field):g}, got {getattr(found, field):g}"
+        for name, field in (("rank", "r"), ("alpha", "lora_alpha"))
+        if getattr(expected, field) != getattr(found, field)
+    ]
+    if odd := layers ^ {*(expected.target_modules or ())}:
+        wrong.append(f"the layers to be trained, got {len(odd)} that differ, such as {min(odd)}")
+    special = ("use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern")
+    wrong += [f"no {name}, got {getattr(found, name)!r}" for name in special if getattr(found, name)]
+    if wrong:
         raise InvalidArgumentError(
-            f"The LoRA in {str(folder)!r} must have rank {ours[0]} and alpha {ours[1]:g}, on the layers to be trained, "
-            f"to begin with it, got rank {theirs[0]} and alpha {theirs[1]:g}{where}: give its settings"
+            f"The LoRA in {str(folder)!r} must have {'; and '.join(wrong)}: to begin with it, give the settings "
+            "that it was trained with"
         )
 
 

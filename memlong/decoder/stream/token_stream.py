@@ -297,7 +297,7 @@ class TokenStream:
             "departed": self._departed,
             "recent_start": self._recent.start,
             "storing_from": self.storing_from,
-            "query_start": self.next_query.start if self._is_given and self.next_query else None,
+            "query_start": self.next_query.start if self._is_given and self.next_query is not None else None,
             "has_retrieved": self.retrieval is not None,
             "has_memory": self.memory is not None,
         }
@@ -335,6 +335,8 @@ class TokenStream:
             if not query.token_ids or not 0 <= query_start <= self.seen:
                 raise ValueError(f"a query of {len(query.token_ids)} tokens cannot be of token {query_start}")
             self.next_query, self._is_given = query, True
+        elif "query" in tensors:
+            raise ValueError("there is a query, but not where it was given")
         self.retrieval = self.memory = None
         if fact_of(facts, "has_retrieved", bool):
             ids = tensor_of(tensors, "retrieval.ids", None)
