@@ -84,8 +84,8 @@ class Trainer:
         Folder for TensorBoard's event files, or None.
     lora
         Folder of a trained decoder whose LoRA to begin with, as ``MemoryConfig.maps`` names maps to begin with; None
-        for one that changes nothing. Rank, alpha and layers must be those of the ``config``. The learning rate's schedule,
-        gates and a null chunk start from scratch. To resume, the folder must still be there.
+        for one that changes nothing. Rank, alpha and layers must be those of the ``config``. The learning rate's
+        schedule, gates and a null chunk start from scratch. To resume, the folder must still be there.
 
     Raises
     ------
