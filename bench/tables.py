@@ -90,6 +90,8 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["ruler-4096"] = partial(alternatives.by_task, alternatives.RULER, 4096)
     found["needles-4096"] = partial(alternatives.by_task, "benchmarks_needles.json", 4096)
     found["needles-8192"] = partial(alternatives.by_task, "benchmarks_needles_8192.json", 8192)
+    found["babilong"] = partial(alternatives.by_length, "benchmarks_babilong.json")
+    found["babilong-tasks"] = partial(alternatives.by_task, "benchmarks_babilong.json", 4096)
     found["needles-lengths"] = partial(alternatives.by_length, "benchmarks_needles.json")
     found["needles-8192-mean"] = partial(alternatives.by_length, "benchmarks_needles_8192.json")
     for count in (10_000, 100_000):
