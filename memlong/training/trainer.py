@@ -442,10 +442,12 @@ class Trainer:
     def _recorded(self) -> dict[str, Any]:
         """Return the settings that the trained decoder's folder records."""
         count = self._processes.count
-        return {**asdict(self.config), **self._begun_with(), **({"processes": count} if count > 1 else {})}
-
-    def _begun_with(self) -> dict[str, str]:
-        return {} if self._parts.begun_with is None else {"lora": self._parts.begun_with}
+        lora = self._parts.begun_with
+        return {
+            **asdict(self.config),
+            **({} if lora is None else {"lora": lora}),
+            **({"processes": count} if count > 1 else {}),
+        }
 
     def _made_of(self) -> dict[str, Any]:
         settings = asdict(self.config)
@@ -455,13 +457,13 @@ class Trainer:
         query_map = self.decoder.query_map
         return {
             **settings,
-            **self._begun_with(),
+            "lora": self._parts.begun_with,
             **{
                 f"memory.{name}": value
                 for name, value in memory.items()
                 if name not in ("store", "maps", "gates", "null_chunk", "query_map")
             },
-            **({} if query_map is None else {"query_map": module_digest(query_map)}),
+            "query_map": None if query_map is None else module_digest(query_map),
             **{f"model.{name}": value for name, value in facts(self._fingerprint)},  # includes maps and gates
             "text": self.episodes.digest,
         }

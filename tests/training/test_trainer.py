@@ -205,6 +205,29 @@ def test_a_folder_without_a_lora_to_begin_with_is_refused(trainer, tmp_path):
         trainer(folder="second", lora=tmp_path / "run")
 
 
+def test_a_run_that_began_with_a_lora_resumes_to_the_same_losses(trainer, tmp_path):
+    trainer(steps=1).run()
+    again = {"lora": tmp_path / "run", "checkpoint_every": 1}
+    whole = trainer(folder="whole", **again).run()
+
+    def stop(step):
+        if step.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(folder="cut", **again).run(progress=stop)
+    resumed = trainer(folder="cut", **again).run(resume=True)
+    assert [step.loss for step in resumed] == pytest.approx([step.loss for step in whole], abs=1e-6)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(folder="other", checkpoint_every=1).run(progress=stop)
+    with pytest.raises(InvalidArgumentError, match="lora"):
+        trainer(folder="other", **again).run(resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(folder="begun", **again).run(progress=stop)
+    with pytest.raises(InvalidArgumentError, match="lora"):
+        trainer(folder="begun", checkpoint_every=1).run(resume=True)
+
+
 def test_a_folder_says_which_lora_its_training_began_with(trainer, tmp_path):
     trainer(steps=1).run()
     again = {"folder": "second", "steps": 1}
