@@ -151,6 +151,8 @@ def test_a_run_with_a_query_map_goes_on_wherever_the_map_is(trainer, tmp_path):
     cut_off(with_map("first"), at=7)
     with pytest.raises(InvalidArgumentError, match="query_map"):
         with_map("other").run(resume=True)
+    with pytest.raises(InvalidArgumentError, match="query_map"):
+        trainer(steps=8, checkpoint_every=2).run(resume=True)
     run = with_map("same")
     run.run(resume=True)
     assert run.ended
