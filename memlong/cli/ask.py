@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _SHOWN = 100  # characters of a chunk
 
 
-@with_memory(without=("gate_init", "gates", "null_chunk"))
+@with_memory(without=("gate_init", "gates", "null_chunk", "adapter_for"))
 def ask(
     ctx: typer.Context,
     *,

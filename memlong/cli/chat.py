@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _END = "/exit"
 
 
-@with_memory(without=("gate_init", "gates", "null_chunk"))
+@with_memory(without=("gate_init", "gates", "null_chunk", "adapter_for"))
 def chat(
     ctx: typer.Context,
     *,

@@ -23,7 +23,7 @@ _MOST_BEAMS = 4096
 _COLDEST, _HOTTEST = 1e-3, 1e3  # beyond these, sampling is greedy or uniform
 
 
-@with_memory(without=("gate_init", "gates", "null_chunk"))
+@with_memory(without=("gate_init", "gates", "null_chunk", "adapter_for"))
 def generate(
     ctx: typer.Context,
     *,

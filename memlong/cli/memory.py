@@ -69,7 +69,9 @@ class MemoryOptions:
 
 
 def with_memory(
-    *, without: Collection[str] = ("gate_init", "gates", "null_chunk", "retrieve_every"), **defaults: Any
+    *,
+    without: Collection[str] = ("gate_init", "gates", "null_chunk", "adapter_for", "retrieve_every"),
+    **defaults: Any,
 ) -> Callable[[Command], Command]:
     """Replace a command's ``memory`` parameter with options, one per setting of `MemoryConfig`.
 

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from memlong.evaluation import Perplexity
 
 
-@with_memory(without=("gate_init", "gates", "null_chunk", "retrieve_every", "retrieve_for", "focus_tokens"))
+@with_memory(
+    without=(
+        "gate_init",
+        "gates",
+        "null_chunk",
+        "adapter_for",
+        "retrieve_every",
+        "retrieve_for",
+        "focus_tokens",
+    )
+)
 def perplexity(
     ctx: typer.Context,
     *,

@@ -30,7 +30,15 @@ _NAMED = 3
 
 
 @with_memory(
-    without=("query_map", "gate_init", "gates", "null_chunk", "retrieve_every", "focus_tokens"),
+    without=(
+        "query_map",
+        "gate_init",
+        "gates",
+        "null_chunk",
+        "adapter_for",
+        "retrieve_every",
+        "focus_tokens",
+    ),
     retrieve_for="answers",
 )
 def remember(

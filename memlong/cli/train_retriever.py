@@ -28,6 +28,7 @@ _MAP = (b"memlong-query-map",)
         "gate_init",
         "gates",
         "null_chunk",
+        "adapter_for",
         "retrieve_every",
         "retrieve_for",
         "focus_tokens",

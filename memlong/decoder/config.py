@@ -14,6 +14,7 @@ from memlong.uri import hide_credentials, without_credentials
 
 KvSourceName = Literal["layer", "shared", "latent"]
 RetrieveFor = Literal["all", "answers"]
+AdapterFor = Literal["all", "memory"]
 PositionMode = Literal["zero", "overlaid", "compressed", "before-window", "original"]
 
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
@@ -85,6 +86,12 @@ class MemoryConfig:
         None,
         "A chunk that training made, read in place of one of top_k.",
         metavar="FILE",
+        needs_backend=True,
+    )
+    adapter_for: AdapterFor = setting(
+        "all",
+        "'all', or 'memory': an adapter acts only on rows that attend to retrieved chunks.",
+        more='With ``"memory"`` LoRA is a part of memory: a row that has retrieved nothing is read by the plain model.',
         needs_backend=True,
     )
     retrieval_layers: str | Sequence[int] = setting(

@@ -122,7 +122,7 @@ class MemoryDecoder(Uncopied):
         self.retrieval_layers: tuple[int, ...] = self._setup.retrieval_layers
         self.retriever: Retriever | None = self._setup.retriever
         self.gates: MemoryGates | None = self._setup.gates
-        self._attachment = Attachment(self.model, self.model_layout)
+        self._attachment = Attachment(self.model, self.model_layout, self.config.adapter_for)
         self._streams = CurrentStreams(self._setup, self._attachment)
 
     def __enter__(self) -> Self:

@@ -15,16 +15,22 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
     Raises
     ------
     InvalidArgumentError
-        If there is no backend, episodes are too short to read from memory or to ask for anything, or too few chunks
-        are retrieved to mix others in.
+        If there is no backend, no text would read from memory, episodes are too short to read from it or to ask for
+        anything, LoRA would not act, or too few chunks are retrieved to mix others in.
     """
     if memory.backend is None:
         raise InvalidArgumentError(
             "backend must be a name for training, got None: there would be no memory to read"
         )
-    if memory.retrieve_for != "all":
+    if memory.retrieve_for != "all" and (TEXT in training.mix or not training.mix):
         raise InvalidArgumentError(
-            "retrieve_for must be 'all' for training, got 'answers': no text would read from memory"
+            "retrieve_for must be 'all' for training on text, got 'answers': no text would read from memory. Set mix "
+            "to kinds that ask for facts"
+        )
+    if memory.adapter_for != "all" and training.warmup_stage_steps:
+        raise InvalidArgumentError(
+            "warmup_stage_steps must be 0 with adapter_for 'memory', as LoRA would not act in a stage without memory, "
+            f"got {training.warmup_stage_steps}"
         )
     if training.document_tokens < least_tokens(memory):
         raise InvalidArgumentError(

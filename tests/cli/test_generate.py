@@ -54,7 +54,7 @@ def test_every_command_with_a_memory_has_all_options_about_it(command):
     for field in fields(MemoryConfig):
         option = {"backend_options": "backend_option", "retriever_options": "retriever_option"}
         name = f"--{option.get(field.name, field.name).replace('_', '-')}"
-        elsewhere = {"gate_init", "gates", "null_chunk"}
+        elsewhere = {"gate_init", "gates", "null_chunk", "adapter_for"}
         elsewhere |= {"retrieve_every"} if command in ("remember", "perplexity", "needle") else set()
         elsewhere |= {"focus_tokens"} if command in ("remember", "perplexity") else set()
         elsewhere |= {"retrieve_for"} if command == "perplexity" else set()

@@ -266,9 +266,9 @@ def test_a_mixture_keeps_its_shares():
     assert 70 < sum(kind == 1 for kind, _ in drawn) < 130
 
 
-def mixed_trainer(model, small, folder, documents=None, **changes):
+def mixed_trainer(model, small, folder, documents=None, memory=None, **changes):
     sizes = {"segment_size": SEGMENT, "local_window": 300, "chunk_size": 32, "top_k": 2}
-    memory = small(kv_source="shared", retrieval_layers="2-3", **sizes)
+    memory = small(kv_source="shared", retrieval_layers="2-3", **sizes, **(memory or {}))
     settings = {
         "steps": 6,
         "rows": 2,
@@ -338,6 +338,17 @@ class Watched:
             {"negatives": 1, "null_chunk": True},
             "top_k must be at least 3 with negatives,.* got 2",
         ),
+        ({"retrieve_for": "answers"}, {}, "retrieve_for must be 'all' for training on text"),
+        (
+            {"retrieve_for": "answers"},
+            {"mix": {"needles": 1, "text": 1}},
+            "retrieve_for must be 'all' for training on text, got 'answers'",
+        ),
+        (
+            {"adapter_for": "memory"},
+            {"warmup_stage_steps": 2},
+            "warmup_stage_steps must be 0 with adapter_for 'memory', .* got 2",
+        ),
     ],
 )
 def test_settings_are_refused_before_a_model_is_loaded(small, memory, training, message):
@@ -360,6 +371,22 @@ def test_a_mix_is_trained_on_and_resumes_to_the_same_losses(tiny_model, small, t
     assert list((tmp_path / "cut").glob("checkpoint-*"))
     resumed = mixed_trainer(tiny_model("Llama"), small, tmp_path / "cut").run(resume=True)
     assert [step.loss for step in resumed] == pytest.approx([step.loss for step in whole], abs=1e-6)
+
+
+def test_lora_learns_to_answer_and_leaves_all_else_to_the_plain_model(tiny_model, small, tmp_path):
+    memory = {"adapter_for": "memory", "retrieve_for": "answers"}
+    run = mixed_trainer(tiny_model("Llama"), small, tmp_path, mix={"needles": 1}, memory=memory, lr=1e-2)
+    run.run()
+    config = json.loads((tmp_path / "memlong.json").read_text())["memory"]
+    assert (config["adapter_for"], config["retrieve_for"]) == ("memory", "answers")
+    ids, asked = filler()[None, : 2 * SEGMENT], [Letters()("word").input_ids]
+    plain = MemoryDecoder(tiny_model("Llama"), Letters(), replace(run.decoder.config, adapter_for="all"))
+    with plain as decoder:
+        expected = decoder.read(ids)
+    with MemoryDecoder.from_pretrained(tmp_path, tiny_model("Llama"), Letters()) as decoder:
+        assert torch.equal(decoder.read(ids), expected)
+        unasked, answer = (decoder.preview(ids[:, :8], queries=each).logits for each in (None, asked))
+    assert not torch.allclose(unasked, answer, atol=1e-3)
 
 
 @pytest.mark.parametrize(

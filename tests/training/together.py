@@ -51,6 +51,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lora_rank": 0, "accumulate": 3, "weight_decay": 0.1},
     ),
     "layer": ({"kv_source": "layer", "retrieval_layers": "all"}, {"accumulate": 1}),
+    # Of the rows of a segment, some have retrieved nothing, and teach LoRA nothing.
+    "with-memory": ({"kv_source": "shared", "retrieval_layers": "2-3", "adapter_for": "memory"}, {}),
 }
 TRIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # A process has chunks to contrast when the other has none yet, and layers run again in the backward pass.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from memlong.decoder.model.attention import AttentionSlot
+from memlong.decoder.model.replacing import replaced
 from memlong.errors import UnsupportedModelError
 
 _INSIDE = ("base_layer", "original_module", "token_adapter")  # how peft's layers name what they are around
@@ -96,6 +99,56 @@ def active_layers(model: nn.Module) -> Iterator[AdapterLayer]:
                     scaling.get(adapter) if isinstance(scaling, dict) else None,
                     theirs,
                 )
+
+
+@contextmanager
+def acting_with_memory(model: PreTrainedModel, slot: AttentionSlot) -> Iterator[None]:
+    """Let a model's adapters act only on rows that attend to retrieved chunks in the slot's pass.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If an adapter is part of the model's weights, or is no layer around another.
+    """
+    with ExitStack() as changes:
+        for path, wrapper in _wrappers(model):
+            if wrapper.disable_adapters:
+                continue
+            if not hasattr(wrapper, "base_layer") or wrapper.merged_adapters:
+                raise UnsupportedModelError(
+                    f"adapter_for must be 'all' for this {type(model).__name__}, as its adapter at {path!r} cannot be "
+                    "left out of a forward call: it is merged into the weights, or no layer around another"
+                )
+            changes.enter_context(replaced(wrapper, "forward", _WithMemory(wrapper, wrapper.forward, slot)))
+        yield
+
+
+@dataclass(frozen=True)
+class _WithMemory:
+    """The ``forward`` of an adapter's layer that acts only on rows with memory; a copy of the layer has its own."""
+
+    layer: Any
+    adapted: Callable[..., Tensor]
+    slot: AttentionSlot
+
+    def __call__(self, given: Tensor, *args: Any, **options: Any) -> Tensor:
+        now = self.slot.current
+        rows = now is None or now.with_memory
+        if rows is True:
+            return self.adapted(given, *args, **options)
+        plain: Callable[..., Tensor] = self.layer.base_layer
+        if rows is False:
+            return plain(given, *args, **options)
+        held, others = rows
+        if len(given) != len(held) + len(others):
+            raise UnsupportedModelError(
+                f"adapter_for must be 'all' with several rows, as this {type(plain).__name__} is not given a row each, "
+                "and so its adapter cannot act on some of them"
+            )
+        with_memory = self.adapted(given[held], *args, **options)
+        without = plain(given[others], *args, **options)
+        whole = with_memory.new_empty(len(given), *with_memory.shape[1:])
+        return whole.index_copy(0, held, with_memory).index_copy(0, others, without)
 
 
 def _wrappers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -6,7 +6,9 @@ from contextlib import ExitStack
 
 from transformers import PreTrainedModel
 
+from memlong.decoder.config import AdapterFor
 from memlong.decoder.interrupts import uninterrupted
+from memlong.decoder.model.adapters import acting_with_memory
 from memlong.decoder.model.attention import (
     AttentionSlot,
     check_free,
@@ -26,6 +28,8 @@ class Attachment:
     ----------
     model, model_layout
         The model and its layers.
+    adapter_for
+        Whether the model's adapters act on ``"all"`` rows, or on those with ``"memory"``.
 
     Attributes
     ----------
@@ -35,10 +39,13 @@ class Attachment:
         Whether it does.
     """
 
-    def __init__(self, model: PreTrainedModel, model_layout: ModelLayout) -> None:
+    def __init__(
+        self, model: PreTrainedModel, model_layout: ModelLayout, adapter_for: AdapterFor = "all"
+    ) -> None:
         self.slot = AttentionSlot()
         self._model = model
         self._model_layout = model_layout
+        self._adapter_for = adapter_for
         self._changes = ExitStack()
         self.is_attached = False
 
@@ -48,7 +55,8 @@ class Attachment:
         Raises
         ------
         UnsupportedModelError
-            If another decoder is attached, or the model's attention cannot be replaced.
+            If another decoder is attached, the model's attention cannot be replaced, or its adapters cannot be told
+            when to act.
         """
         check_free(self._model)
         try:
@@ -57,6 +65,8 @@ class Attachment:
                 stack.enter_context(installed(self.slot, self._model_layout.modules))
                 stack.enter_context(replaced_attention(self._model))
                 stack.enter_context(warning_in_generate(self._model))
+                if self._adapter_for == "memory":
+                    stack.enter_context(acting_with_memory(self._model, self.slot))
                 self._changes = stack.pop_all()
                 self.is_attached = True
         except BaseException:  # including a deferred Ctrl-C: a block that is not entered is not left

@@ -42,6 +42,10 @@ _masks_seen: ContextVar[list[tuple[Tensor, Visibility]] | None] = ContextVar("ma
 class Attending(Protocol):
     """A forward pass that decides what to attend to."""
 
+    @property
+    def with_memory(self) -> tuple[Tensor, Tensor] | bool:
+        """Whether all rows, or none, attend to retrieved chunks; if some do, indices of these and of the others."""
+
     def attend(
         self,
         base: Attend,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -77,6 +78,19 @@ class AttentionPass:
     _latest: int = -1
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
     _sees_all: dict[tuple[object, ...], bool] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def with_memory(self) -> tuple[Tensor, Tensor] | bool:
+        """Whether all rows, or none, attend to retrieved chunks; if some do, indices of these and of the others."""
+        if self.memory is None:
+            return False
+        some = self.memory.valid.any(axis=1)
+        if some.all() or not some.any():
+            return bool(some.all())
+        held, others = (
+            to_device(torch.from_numpy(np.flatnonzero(each)), self.device) for each in (some, ~some)
+        )
+        return held, others
 
     def add_memory(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's memory, if it has any, before its window's K-V [rows, heads, columns, width]."""

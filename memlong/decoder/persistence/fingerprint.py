@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from memlong.decoder.config import MemoryConfig
-from memlong.decoder.kv.sources import KvSource, LatentSource, LayerSource
+from memlong.decoder.kv.sources import LatentSource, LayerSource
 from memlong.decoder.model.layer_names import heads_as_text
 from memlong.decoder.model.weights import (
     adapter_digests,
@@ -46,7 +46,11 @@ _SAYS_NOTHING = {  # of a text configuration: names, and what decides how a mode
 _OF_TRAINING = {"aux", "dropout", "init", "initializer", "jitter", "layerdrop", "loss", "pdrop"}
 _OF_OTHERS = ("_", "audio_", "classifier_", "id2label", "label2id", "num_labels", "summary_", "vision_")
 _OF_TOKENS = ("_token_id", "_token_index")
-_UNSAID = {"retrieval_heads": "all", "null_chunk": None}  # what it means if a fingerprint does not say
+_UNSAID = {
+    "retrieval_heads": "all",
+    "null_chunk": None,
+    "adapter_for": "all",
+}  # if a fingerprint does not say
 _SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
 
 
@@ -58,11 +62,12 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
     """
     model, config, source, gates = setup.model, setup.config, setup.source, setup.gates
     part = text_decoder(model, setup.model_layout.modules)
+    adapters = adapter_digests(model, part)
     return {
         "model": type(part).__name__,
         "config": _told(model.config.get_text_config(decoder=True)),
         "weights": weights_digest(model, part),
-        "adapters": adapter_digests(model, part),
+        "adapters": adapters,
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": len(setup.model_layout.layers),
         "retrieval_layers": list(source.retrieval_layers),
@@ -72,7 +77,7 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
         "gates": None if gates is None else module_digest(gates),
         "retriever": None if setup.retriever is None else retriever_facts(config, setup.retriever),
         **{name: getattr(config, name) for name in _SIZES},
-        **_heads(source),
+        **_special(setup, adapters),
         **({} if source.null_chunk is None else {"null_chunk": module_digest(source.null_chunk)}),
     }
 
@@ -81,23 +86,26 @@ def origin_of(setup: Setup) -> dict[str, Any]:
     """Describe what the chunks of a bank depend on, in a few milliseconds: a sample of the weights is hashed."""
     model, config, source = setup.model, setup.config, setup.source
     part = text_decoder(model, setup.model_layout.modules)
+    adapters = adapter_digests(model, part)
     return {
         "model": type(part).__name__,
         "config": _told(model.config.get_text_config(decoder=True)),
         "weights": weights_sample(part),
-        "adapters": adapter_digests(model, part),
+        "adapters": adapters,
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_source": config.kv_source,
         "stored_layers": list(source.stored_layers),
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
         "retriever": None if setup.retriever is None else retriever_facts(config, setup.retriever),
-        **_heads(source),
+        **_special(setup, adapters),
     }
 
 
-def _heads(source: KvSource) -> dict[str, str]:
-    """Return the heads that attend to memory and are stored, if not all are."""
-    return {} if source.heads is None else {"retrieval_heads": heads_as_text(source.heads)}
+def _special(setup: Setup, adapters: Mapping[str, str]) -> dict[str, str]:
+    """Return the heads that attend to memory and are stored, if not all are, and when adapters act, if not always."""
+    heads, acts = setup.source.heads, setup.config.adapter_for
+    found = {} if heads is None else {"retrieval_heads": heads_as_text(heads)}
+    return found | ({"adapter_for": acts} if acts != "all" and adapters else {})
 
 
 def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
