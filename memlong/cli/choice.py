@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -55,6 +55,10 @@ class DecoderChoice:
     device: str
     trust_remote_code: bool
     why: str = ""
+
+    def with_changes(self, **changes: Any) -> DecoderChoice:
+        """Return the same choice with these settings of the adapter changed, which the command has no options for."""
+        return self if self.adapter is None else replace(self, changes={**self.changes, **changes})
 
     def open(self) -> MemoryDecoder:
         """Load the model and create its decoder; a missing backend is reported before the slow load."""

@@ -72,7 +72,7 @@ def perplexity(
     from memlong.evaluation import evaluate_perplexity, read_text, tokenize
 
     words = read_text(text)
-    decoder = choose_decoder(
+    choice = choose_decoder(
         ctx,
         model,
         adapter,
@@ -81,7 +81,8 @@ def perplexity(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-    ).open()
+    )
+    decoder = choice.with_changes(retrieve_for="all").open()
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
         decoder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -90,9 +89,8 @@ def train_retriever(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    if adapter is not None:  # which may have a map already
-        choice = replace(choice, changes={**choice.changes, "query_map": None})
-    decoder = choice.open()
+    # An adapter may have a map already.
+    decoder = choice.with_changes(query_map=None, retrieve_for="all").open()
     chosen = passages_of(text, words, decoder.tokenizer, passages=passages, passage_tokens=passage_tokens)
     machine = machine_of(decoder.model)
     with (

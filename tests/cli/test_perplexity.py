@@ -6,8 +6,11 @@ import json
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from memlong import MemoryConfig, MemoryDecoder, load_model
 from memlong.cli import main
+from memlong.cli.app import make_app
 from memlong.errors import (
     DeviceUnavailableError,
     InvalidArgumentError,
@@ -202,3 +205,19 @@ def test_an_error_ends_the_program_with_one_line_and_no_traceback(monkeypatch, c
     assert capsys.readouterr().err.splitlines() == [
         "memlong: The text file 'no-such.txt' does not exist: check the path"
     ]
+
+
+def test_a_trained_decoder_that_retrieves_for_answers_predicts_text_with_its_memory(
+    story, model_folder, tmp_path
+):
+    sizes = {"chunk_size": 4, "top_k": 3, "local_window": 24, "segment_size": 8}
+    found = {}
+    for retrieve_for in ("answers", "all"):
+        config = MemoryConfig(retrieve_for=retrieve_for, **sizes)
+        folder = tmp_path / retrieve_for
+        MemoryDecoder(*load_model(str(model_folder)), config).save_pretrained(folder)
+        used = ["perplexity", "--adapter", str(folder), "--text", str(story), "--json", "-"]
+        result = CliRunner().invoke(make_app(), used)
+        assert result.exit_code == 0, result.output
+        found[retrieve_for] = json.loads(result.stdout)["perplexity"]
+    assert found["answers"] == found["all"]

@@ -93,6 +93,17 @@ def test_a_run_that_was_killed_resumes_to_the_same_losses(two, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", [(), ("--shard",)], ids=["whole", "divided"])
+def test_processes_begin_with_the_lora_of_another_decoder(two, tmp_path, sharding):
+    begun = two / "with-memory"
+    done = launch(tmp_path, 2, "with-memory", "--lora", begun, *sharding)
+    assert done.returncode == 0, done.stderr
+    together.trainer("with-memory", tmp_path / "one", rows=4, lora=begun).run()
+    assert_same_losses(curve(tmp_path / "with-memory"), curve(tmp_path / "one"))
+    assert curve(tmp_path / "one")[-1]["loss"] != curve(begun)[-1]["loss"]
+
+
+@pytest.mark.slow
 def test_processes_that_differ_are_refused(tmp_path):
     done = launch(tmp_path, 2, "layer", "--other", 1)
     assert done.returncode != 0

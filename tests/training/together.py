@@ -1,6 +1,6 @@
 """Train tiny models; a launcher starts this in several processes, a test calls `train` in one.
 
-python tests/training/together.py FOLDER ROWS CASE... [--shard] [--resume] [--kill STEP] [--other PROCESS]
+python tests/training/together.py FOLDER ROWS CASE... [--shard] [--resume] [--kill STEP] [--other PROCESS] [--lora FOLDER]
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Answers:
         return Episode(tokens, weights, {(len(tokens) - 1) // 8 * 8: tokens[:5].tolist()})
 
 
-def trainer(case: str, folder: Path, rows: int, **changes: Any) -> Trainer:
+def trainer(case: str, folder: Path, rows: int, lora: Path | None = None, **changes: Any) -> Trainer:
     memory, training = {**CASES, **TRIED}[case]
     model = tiny_model_of(Architecture(*MODELS[case])) if case in MODELS else tiny_model()
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +113,7 @@ def trainer(case: str, folder: Path, rows: int, **changes: Any) -> Trainer:
         memory = {**memory, "maps": str(maps)}
     decoder = MemoryDecoder(model, None, MemoryConfig(**{**MEMORY, **memory}))
     config = TrainingConfig(**{**TRAINING, **training, "rows": rows, **changes})
-    made = Trainer(decoder, documents, config, folder=folder)
+    made = Trainer(decoder, documents, config, folder=folder, lora=lora)
     if case == "answers":
         made._source = Answers(made._source)
     return made
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill", type=int, help="the main process kills itself at this step")
     parser.add_argument("--other", type=int, help="this process has another seed")
+    parser.add_argument("--lora", type=Path, help="begin with the LoRA of this decoder")
     given = parser.parse_args()
     processes = Processes("cpu")
     teacher._PIECE = 32
@@ -146,7 +147,7 @@ def main() -> None:
         changes: dict[str, Any] = {"shard": given.shard}
         if given.other == processes.index:
             changes["seed"] = 1
-        run = trainer(case, given.folder / case, given.rows, **changes)
+        run = trainer(case, given.folder / case, given.rows, given.lora, **changes)
         if given.shard:
             held = sum(map(bytes_held, run.decoder.model.parameters()))
             (given.folder / f"{case}.{processes.index}.bytes").write_text(str(held))
