@@ -22,7 +22,7 @@ from memlong.cli.corpora import (
     open_ids,
 )
 from memlong.cli.files import keep_apart
-from memlong.cli.memory import MemoryOptions, described, with_memory
+from memlong.cli.memory import TRAINED, MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_section
 from memlong.cli.question import question_of
 from memlong.errors import InvalidArgumentError
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _SHOWN = 100  # characters of a chunk
 
 
-@with_memory(without=("gate_init", "gates", "null_chunk", "adapter_for"))
+@with_memory(without=TRAINED)
 def ask(
     ctx: typer.Context,
     *,

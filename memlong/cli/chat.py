@@ -12,7 +12,7 @@ import typer
 from memlong.cli import options
 from memlong.cli.answer import escaped, say
 from memlong.cli.corpora import choose_reader, layered, load_corpora, needed_notes, open_ids
-from memlong.cli.memory import MemoryOptions, with_memory
+from memlong.cli.memory import TRAINED, MemoryOptions, with_memory
 from memlong.errors import InvalidArgumentError, InvalidTextError, SnapshotError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _END = "/exit"
 
 
-@with_memory(without=("gate_init", "gates", "null_chunk", "adapter_for"))
+@with_memory(without=TRAINED)
 def chat(
     ctx: typer.Context,
     *,

@@ -14,7 +14,7 @@ from memlong.cli.answer import say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import machine_of
-from memlong.cli.memory import MemoryOptions, described, with_memory
+from memlong.cli.memory import TRAINED, MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.cli.question import question_of
 from memlong.errors import InvalidArgumentError
@@ -23,7 +23,7 @@ _MOST_BEAMS = 4096
 _COLDEST, _HOTTEST = 1e-3, 1e3  # beyond these, sampling is greedy or uniform
 
 
-@with_memory(without=("gate_init", "gates", "null_chunk", "adapter_for"))
+@with_memory(without=TRAINED)
 def generate(
     ctx: typer.Context,
     *,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 
+TRAINED = ("gate_init", "gates", "null_chunk", "adapter_for")
+"""Settings that training decides, and of which a trained decoder's folder says what they are."""
+
 
 @dataclass(frozen=True)
 class Unset:
@@ -70,7 +73,7 @@ class MemoryOptions:
 
 def with_memory(
     *,
-    without: Collection[str] = ("gate_init", "gates", "null_chunk", "adapter_for", "retrieve_every"),
+    without: Collection[str] = (*TRAINED, "retrieve_every"),
     **defaults: Any,
 ) -> Callable[[Command], Command]:
     """Replace a command's ``memory`` parameter with options, one per setting of `MemoryConfig`.

@@ -13,7 +13,7 @@ from memlong.cli.answer import escaped
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import machine_of
-from memlong.cli.memory import MemoryOptions, described, with_memory
+from memlong.cli.memory import TRAINED, MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput, print_table
 
 if TYPE_CHECKING:
@@ -21,17 +21,7 @@ if TYPE_CHECKING:
     from memlong.evaluation import Perplexity
 
 
-@with_memory(
-    without=(
-        "gate_init",
-        "gates",
-        "null_chunk",
-        "adapter_for",
-        "retrieve_every",
-        "retrieve_for",
-        "focus_tokens",
-    )
-)
+@with_memory(without=(*TRAINED, "retrieve_every", "retrieve_for", "focus_tokens"))
 def perplexity(
     ctx: typer.Context,
     *,

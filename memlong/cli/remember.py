@@ -16,7 +16,7 @@ from memlong.cli.answer import escaped
 from memlong.cli.corpora import Notes, choose_reader, moment, notes_of, notes_to_keep, settings_of_chunks
 from memlong.cli.files import keep_apart
 from memlong.cli.loading import machine_of
-from memlong.cli.memory import MemoryOptions, described, described_unloaded, with_memory
+from memlong.cli.memory import TRAINED, MemoryOptions, described, described_unloaded, with_memory
 from memlong.cli.output import JsonOutput, print_table
 from memlong.errors import InvalidArgumentError, InvalidTextError
 
@@ -30,15 +30,7 @@ _NAMED = 3
 
 
 @with_memory(
-    without=(
-        "query_map",
-        "gate_init",
-        "gates",
-        "null_chunk",
-        "adapter_for",
-        "retrieve_every",
-        "focus_tokens",
-    ),
+    without=("query_map", *TRAINED, "retrieve_every", "focus_tokens"),
     retrieve_for="answers",
 )
 def remember(

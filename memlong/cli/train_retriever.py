@@ -13,7 +13,7 @@ from memlong.cli.answer import escaped, say
 from memlong.cli.choice import choose_decoder
 from memlong.cli.files import keep_apart, save_or_keep, writable
 from memlong.cli.loading import machine_of
-from memlong.cli.memory import MemoryOptions, described, with_memory
+from memlong.cli.memory import TRAINED, MemoryOptions, described, with_memory
 from memlong.cli.output import JsonOutput
 from memlong.cli.passages import passages_of
 from memlong.errors import InvalidArgumentError
@@ -21,18 +21,7 @@ from memlong.errors import InvalidArgumentError
 _MAP = (b"memlong-query-map",)
 
 
-@with_memory(
-    without=(
-        "query_map",
-        "gate_init",
-        "gates",
-        "null_chunk",
-        "adapter_for",
-        "retrieve_every",
-        "retrieve_for",
-        "focus_tokens",
-    )
-)
+@with_memory(without=("query_map", *TRAINED, "retrieve_every", "retrieve_for", "focus_tokens"))
 def train_retriever(
     ctx: typer.Context,
     *,

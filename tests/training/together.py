@@ -1,6 +1,7 @@
 """Train tiny models; a launcher starts this in several processes, a test calls `train` in one.
 
-python tests/training/together.py FOLDER ROWS CASE... [--shard] [--resume] [--kill STEP] [--other PROCESS] [--lora FOLDER]
+python tests/training/together.py FOLDER ROWS CASE... [--shard] [--resume] [--kill STEP] [--other PROCESS]
+    [--lora FOLDER]
 """
 
 from __future__ import annotations
