@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from memlong.cli.answer import escaped
 from memlong.cli.loading import load
 from memlong.errors import InvalidArgumentError
 from memlong.plugins.registry import installed_registry
@@ -56,9 +57,22 @@ class DecoderChoice:
     trust_remote_code: bool
     why: str = ""
 
-    def with_changes(self, **changes: Any) -> DecoderChoice:
-        """Return the same choice with these settings of the adapter changed, which the command has no options for."""
-        return self if self.adapter is None else replace(self, changes={**self.changes, **changes})
+    def reading_text(self, **changes: Any) -> DecoderChoice:
+        """Return the same choice where text that is read retrieves, too, and say so if an adapter was made for answers.
+
+        ``changes`` are further settings of an adapter to change. Without an adapter, all text retrieves by default, and
+        there is nothing to change.
+        """
+        from memlong.decoder.persistence.pretrained import read_pretrained
+
+        if self.adapter is None:
+            return self
+        if read_pretrained(self.adapter).config.retrieve_for != "all" and self.config.backend is not None:
+            typer.echo(
+                f"{escaped(self.adapter)} retrieves for answers alone; here, text is read with retrieved chunks, too",
+                err=True,
+            )
+        return replace(self, changes={**self.changes, **changes, "retrieve_for": "all"})
 
     def open(self) -> MemoryDecoder:
         """Load the model and create its decoder; a missing backend is reported before the slow load."""

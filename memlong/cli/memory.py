@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 TRAINED = ("gate_init", "gates", "null_chunk", "adapter_for")
-"""Settings that training decides, and of which a trained decoder's folder says what they are."""
+"""Settings of a training: a trained decoder's folder has them."""
 
 
 @dataclass(frozen=True)

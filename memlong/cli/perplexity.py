@@ -72,7 +72,7 @@ def perplexity(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    decoder = choice.with_changes(retrieve_for="all").open()
+    decoder = choice.reading_text().open()
     input_ids = tokenize(decoder.tokenizer, words, max_tokens)
     with (
         decoder,

@@ -79,7 +79,7 @@ def train_retriever(
         trust_remote_code=trust_remote_code,
     )
     # An adapter may have a map already.
-    decoder = choice.with_changes(query_map=None, retrieve_for="all").open()
+    decoder = choice.reading_text(query_map=None).open()
     chosen = passages_of(text, words, decoder.tokenizer, passages=passages, passage_tokens=passage_tokens)
     machine = machine_of(decoder.model)
     with (

@@ -146,7 +146,7 @@ def _check_retrieves(decoder: MemoryDecoder) -> None:
     if decoder.config.retrieve_for != "all":
         raise InvalidArgumentError(
             "retrieve_for must be 'all' to predict a text, got 'answers', with which text that is read attends to no "
-            "memory: leave it out"
+            "memory: leave it out, or load a trained decoder with changes={'retrieve_for': 'all'}"
         )
 
 

@@ -25,7 +25,7 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
     if memory.retrieve_for != "all" and (TEXT in training.mix or not training.mix):
         raise InvalidArgumentError(
             "retrieve_for must be 'all' for training on text, got 'answers': no text would read from memory. Set mix "
-            "to kinds that ask for facts"
+            "to kinds that ask for facts (--mix needles=1)"
         )
     if memory.adapter_for != "all" and training.warmup_stage_steps:
         raise InvalidArgumentError(

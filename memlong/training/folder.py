@@ -27,6 +27,9 @@ FORMATS = "memlong-checkpoint-"
 MOST_FACTS = 256 << 20
 """Maximum size of a checkpoint's JSON in bytes; it has at least a line per tensor."""
 
+UNSAID = ("adapter_for", "all")
+"""A setting of a memory, and what it is where a run does not say."""
+
 _MODEL, _GENERATION = "config.json", "generation_config.json"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _OURS = re.compile(
@@ -128,6 +131,8 @@ def holds_decoder(folder: Path, training: dict[str, Any], memory: dict[str, Any]
             "query_map",
         ):  # all but the first are in the folder itself
             of_memory.pop(name, None)
+        if ("adapter_for", of_memory.get("adapter_for")) == UNSAID:
+            del of_memory["adapter_for"]
     return bool(theirs == ours)
 
 

@@ -168,6 +168,11 @@ class TrainableParts:
                     f"The decoder in {str(begun)!r} has no LoRA to begin with, as it was trained without: leave lora "
                     "out, and give its maps with maps"
                 )
+            if (found.config.adapter_for, decoder.config.adapter_for) == ("memory", "all"):
+                raise InvalidArgumentError(
+                    f"adapter_for must be 'memory' to begin with the LoRA of {str(begun)!r}, which acts with memory "
+                    "alone, got 'all'"
+                )
             attach_adapter(self._model, found.folder, found.base_weights, expected=lora)
             self.begun_with = hashlib.sha256((found.folder / ADAPTER).read_bytes()).hexdigest()
         for name, parameter in self._model.named_parameters():

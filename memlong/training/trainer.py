@@ -35,6 +35,7 @@ from memlong.training.documents import Episodes
 from memlong.training.folder import (
     CURVE,
     PICTURE,
+    UNSAID,
     check_folder,
     checkpoints,
     clear_unfinished,
@@ -462,6 +463,7 @@ class Trainer:
                 f"memory.{name}": value
                 for name, value in memory.items()
                 if name not in ("store", "maps", "gates", "null_chunk", "query_map")
+                and (name, value) != UNSAID
             },
             "query_map": None if query_map is None else module_digest(query_map),
             **{f"model.{name}": value for name, value in facts(self._fingerprint)},  # includes maps and gates

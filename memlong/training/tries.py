@@ -119,7 +119,8 @@ def _check(decoder: MemoryDecoder) -> None:
         raise InvalidArgumentError("backend must name a memory backend, got None: there are no chunks to try")
     if config.retrieve_for != "all":
         raise InvalidArgumentError(
-            "retrieve_for must be 'all' to try chunks for text that is read, got 'answers': leave it out"
+            "retrieve_for must be 'all' to try chunks for text that is read, got 'answers': leave it out, or load a "
+            "trained decoder with changes={'retrieve_for': 'all'}"
         )
     if config.query_map is not None:
         raise InvalidArgumentError(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from memlong import MemoryConfig
 from memlong.cli.app import make_app
+from memlong.cli.memory import TRAINED
 from memlong.errors import InvalidArgumentError, InvalidTextError, MemlongError
 
 
@@ -54,7 +55,7 @@ def test_every_command_with_a_memory_has_all_options_about_it(command):
     for field in fields(MemoryConfig):
         option = {"backend_options": "backend_option", "retriever_options": "retriever_option"}
         name = f"--{option.get(field.name, field.name).replace('_', '-')}"
-        elsewhere = {"gate_init", "gates", "null_chunk", "adapter_for"}
+        elsewhere = {*TRAINED}
         elsewhere |= {"retrieve_every"} if command in ("remember", "perplexity", "needle") else set()
         elsewhere |= {"focus_tokens"} if command in ("remember", "perplexity") else set()
         elsewhere |= {"retrieve_for"} if command == "perplexity" else set()

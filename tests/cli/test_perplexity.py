@@ -220,4 +220,6 @@ def test_a_trained_decoder_that_retrieves_for_answers_predicts_text_with_its_mem
         result = CliRunner().invoke(make_app(), used)
         assert result.exit_code == 0, result.output
         found[retrieve_for] = json.loads(result.stdout)["perplexity"]
+        said = "retrieves for answers alone; here, text is read with retrieved chunks, too" in result.stderr
+        assert said == (retrieve_for == "answers")
     assert found["answers"] == found["all"]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from memlong import MemoryConfig, MemoryDecoder, load_model
+from memlong.cli.app import make_app
 from memlong.errors import InvalidArgumentError
 
 
@@ -58,3 +61,22 @@ def test_other_files_are_not_overwritten(run, story, tmp_path):
 def test_a_map_needs_a_memory(invoke, story):
     error = invoke("perplexity", text=story, backend="none", query_map="map.safetensors").exception
     assert "--query-map needs a backend" in str(error)
+
+
+def test_a_decoder_that_retrieves_for_answers_tries_chunks_for_text(story, model_folder, tmp_path):
+    config = MemoryConfig(chunk_size=4, top_k=3, local_window=24, segment_size=8, retrieve_for="answers")
+    MemoryDecoder(*load_model(str(model_folder)), config).save_pretrained(tmp_path / "trained")
+    used = ["train-retriever", "--adapter", str(tmp_path / "trained"), "--text", str(story)]
+    sizes = [
+        "--passage-tokens",
+        "120",
+        "--candidates",
+        "4",
+        "--rank",
+        "2",
+        "--out",
+        str(tmp_path / "map.safetensors"),
+    ]
+    result = CliRunner().invoke(make_app(), [*used, *sizes])
+    assert result.exit_code == 0, result.output
+    assert "retrieves for answers alone" in result.stderr

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from memlong import MemoryDecoder
-from memlong.decoder.persistence.fingerprint import differences
-from memlong.errors import UnsupportedModelError
+from memlong.decoder.persistence.fingerprint import differences, origin_of
+from memlong.errors import MemlongError, UnsupportedModelError
 from memlong.testing.models import VOCABULARY
 
 # transformers has a new name for it, which its lowest version that memlong supports lacks.
@@ -52,7 +52,15 @@ def read(decoder, ids):
     return torch.cat([segment.logits for segment in decoder.stream(ids)], dim=1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens", "o_proj"]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens", "o_proj"]},
+        {"trainable_token_indices": [3, 4]},
+    ],
+)
 def test_without_memory_the_model_is_the_plain_one(adapted, tiny_model, on_demand, text, changes):
     ids = text(100, rows=2)
     with MemoryDecoder(adapted(**changes), None, on_demand()) as decoder:
@@ -151,8 +159,10 @@ def test_rows_without_memory_teach_the_adapter_nothing(adapted, on_demand, text)
     with MemoryDecoder(model, None, on_demand()) as decoder:
         decoder.read(text(96, rows=2))
         (segment,) = decoder.stream(text(8, rows=2, seed=1), queries=[QUERY, None], gradients=True)
-        segment.logits[1].sum().backward()
-    assert not any(each.grad.any() for each in model.parameters() if each.grad is not None)
+        segment.logits[1].sum().backward(retain_graph=True)
+        assert not any(each.grad.any() for each in model.parameters() if each.grad is not None)
+        segment.logits[0].sum().backward()
+    assert any(each.grad.any() for each in model.parameters() if each.grad is not None)
 
 
 def test_afterwards_the_adapter_acts_as_before(adapted, on_demand, text):
@@ -176,14 +186,18 @@ def test_when_an_adapter_acts_is_part_of_what_chunks_depend_on(adapted, llama, s
         MemoryDecoder(model, None, small(adapter_for=acts)).fingerprint()
         for model, acts in ((adapted(), "all"), (adapted(), "memory"), (llama, "memory"))
     )
+    origins = [
+        origin_of(MemoryDecoder(adapted(), None, small(adapter_for=acts))._setup)
+        for acts in ("all", "memory")
+    ]
+    assert origins[1] == {**origins[0], "adapter_for": "memory"}
     assert differences(on_demand, always) == ["adapter_for ('all' when it was saved, 'memory' now)"]
     assert "adapter_for" not in plain
 
 
-@pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}])
-def test_what_is_no_layer_around_another_is_refused(adapted, on_demand, text, changes):
+def test_what_is_no_layer_around_another_is_refused(adapted, on_demand):
     with pytest.raises(UnsupportedModelError, match=r"adapter_for must be 'all' .* no layer around another"):
-        MemoryDecoder(adapted(**changes), None, on_demand()).__enter__()
+        MemoryDecoder(adapted(modules_to_save=["lm_head"]), None, on_demand()).__enter__()
 
 
 def test_a_merged_adapter_is_refused_and_the_model_stays_as_it_was(adapted, on_demand, small, text):
@@ -195,6 +209,116 @@ def test_a_merged_adapter_is_refused_and_the_model_stays_as_it_was(adapted, on_d
     model.unmerge_adapter()
     with decoder:
         read(decoder, text(40))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}]
+)
+def test_an_adapter_that_changed_the_model_itself_is_refused(adapted, on_demand, changes):
+    with pytest.raises(UnsupportedModelError, match="cannot be left out of a forward call: it has"):
+        MemoryDecoder(adapted(**changes), None, on_demand()).__enter__()
+
+
+def other(**changes):
+    return peft.LoraConfig(**{"target_modules": ["k_proj"], "init_lora_weights": False, **changes})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.add_adapter("other", other()),
+        lambda model: model.merge_adapter(),
+        lambda model: model.merge_and_unload(),
+    ],
+    ids=["added", "merged", "unloaded"],
+)
+def test_adapters_that_are_changed_inside_are_refused(adapted, on_demand, text, change):
+    model = adapted()
+    with MemoryDecoder(model, None, on_demand()) as decoder:
+        decoder.read(text(40))
+        change(model)
+        with pytest.raises(MemlongError, match="adapters were changed inside `with decoder:`"):
+            decoder.read(text(8))
+
+
+def test_one_that_is_switched_on_inside_acts_with_memory_alone(adapted, tiny_model, on_demand, text):
+    model, ids = adapted(), text(96)
+    with MemoryDecoder(tiny_model(), None, on_demand()) as decoder:
+        plain = read(decoder, ids)
+    with model.disable_adapter():
+        decoder = MemoryDecoder(model, None, on_demand())
+        decoder.__enter__()
+    assert torch.equal(read(decoder, ids), plain)
+    decoder.__exit__(None, None, None)
+
+
+def test_an_adapter_that_is_not_active_may_be_of_any_kind(adapted, tiny_model, on_demand, text):
+    model, ids = adapted(), text(40)
+    model.add_adapter("other", other(modules_to_save=["lm_head"]))
+    with (
+        MemoryDecoder(model, None, on_demand()) as decoder,
+        MemoryDecoder(tiny_model(), None, on_demand()) as plain,
+    ):
+        assert torch.equal(read(decoder, ids), read(plain, ids))
+
+
+def test_adapters_around_adapters_act_and_do_not(tiny_model, on_demand, text):
+    kinds = {
+        "lora": peft.LoraConfig(**other(target_modules=["q_proj"]).to_dict()),
+        "loha": peft.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False),
+    }
+    model = peft.PeftMixedModel(tiny_model(), kinds["lora"], "lora")
+    model.add_adapter("loha", kinds["loha"])
+    model.set_adapter(["lora", "loha"])
+    ids, question = text(96, rows=2), text(8, rows=2, seed=1)
+    with (
+        MemoryDecoder(model, None, on_demand()) as decoder,
+        MemoryDecoder(tiny_model(), None, on_demand()) as plain,
+    ):
+        assert torch.equal(read(decoder, ids), read(plain, ids))
+        asked, unasked = (each.preview(question, queries=[QUERY, None]).logits for each in (decoder, plain))
+    torch.testing.assert_close(asked[1], unasked[1])
+    assert not torch.allclose(asked[0], unasked[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("changes", [{"attended_tokens": 4}, {"retrieval_layers": "2"}, {"gate_init": -1.0}])
+def test_other_settings_of_memory_change_nothing_of_that(adapted, tiny_model, on_demand, text, changes):
+    ids, question = text(96, rows=2), text(8, rows=2, seed=1)
+    model = adapted()
+    with MemoryDecoder(model, None, on_demand(**changes)) as decoder:
+        decoder.read(ids)
+        asked = decoder.preview(question, queries=[QUERY, None]).logits
+    with MemoryDecoder(model, None, on_demand(adapter_for="all", **changes)) as decoder:
+        with model.disable_adapter():
+            decoder.read(ids)
+            plain = decoder.preview(question, queries=[QUERY, None]).logits
+        always = decoder.preview(question, queries=[QUERY, None]).logits
+    torch.testing.assert_close(asked[0], always[0])
+    torch.testing.assert_close(asked[1], plain[1])
+
+
+def test_beams_of_rows_that_ask_are_those_of_each_row_alone(adapted, on_demand, text):
+    ids, question = text(96, rows=2), text(6, rows=2, seed=1)
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "remember": False, "pad_token_id": 0}
+    model = adapted()
+    with MemoryDecoder(model, None, on_demand()) as decoder:
+        decoder.read(ids)
+        together = decoder.generate(question, **options)
+    for row in range(2):
+        with MemoryDecoder(model, None, on_demand()) as decoder:
+            decoder.read(ids[row : row + 1])
+            alone = decoder.generate(question[row : row + 1], **options)
+        assert together[row, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
+def test_a_saved_stream_goes_on_alike(adapted, on_demand, text, tmp_path):
+    model, question = adapted(), text(8, seed=1)
+    with MemoryDecoder(model, None, on_demand()) as decoder:
+        decoder.read(text(96))
+        decoder.save(tmp_path)
+        expected = decoder.preview(question, queries=[QUERY]).logits
+    with MemoryDecoder.load(tmp_path, model, None, on_demand()) as decoder:
+        assert torch.equal(decoder.preview(question, queries=[QUERY]).logits, expected)
 
 
 def test_a_layer_that_is_not_given_rows_is_refused_where_they_differ(on_demand, text):
@@ -210,6 +334,8 @@ def test_a_layer_that_is_not_given_rows_is_refused_where_they_differ(on_demand, 
     with MemoryDecoder(model, None, on_demand()) as decoder:
         decoder.read(text(96, rows=2))
         decoder.preview(text(8, rows=2), queries=[QUERY, QUERY])
-        with pytest.raises(UnsupportedModelError, match="adapter_for must be 'all' with several rows"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"one by one .* 'model.layers.0.mlp.shared_expert_gate'"
+        ):
             decoder.preview(text(8, rows=2), queries=[QUERY, None])
         decoder.read(text(8, rows=2))  # as if nothing had been asked

@@ -24,11 +24,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("name", "share", "is_plain"),
-    [("trained_demo", 20, True), ("trained_recall", 30, True), ("trained_shared", 30, False)],
+    ("name", "share"), [("trained_demo", 20), ("trained_recall", 30), ("trained_shared", 30)]
 )
-def test_it_is_the_plain_model_until_it_remembers_and_reads_a_share_of_the_bytes(name, share, is_plain):
-    """But for one with LoRA, which differs from it."""
+def test_it_is_the_plain_model_until_it_remembers_and_reads_a_share_of_the_bytes(name, share):
     model, tokenizer = load_model("demo", dtype="float32")  # which every machine computes fast
     ids = tokenize(
         tokenizer, "Call me Ishmael. Some years ago, never mind how long precisely, I was a whale."
@@ -38,7 +36,7 @@ def test_it_is_the_plain_model_until_it_remembers_and_reads_a_share_of_the_bytes
     folder = ROOT / "examples" / name
     long = tokenize(tokenizer, read_text(inspect.getfile(typing)), 1792)
     with MemoryDecoder.from_pretrained(folder, model, tokenizer, changes={"retrieve_for": "all"}) as decoder:
-        assert torch.allclose(decoder.read(ids), plain, rtol=0.0, atol=1e-3) == is_plain
+        assert torch.allclose(decoder.read(ids), plain, rtol=0.0, atol=1e-3)
         decoder.reset()
         with_memory = decoder.read(long)
         layout = decoder.layout

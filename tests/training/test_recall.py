@@ -383,10 +383,12 @@ def test_lora_learns_to_answer_and_leaves_all_else_to_the_plain_model(tiny_model
     plain = MemoryDecoder(tiny_model("Llama"), Letters(), replace(run.decoder.config, adapter_for="all"))
     with plain as decoder:
         expected = decoder.read(ids)
+        untaught = decoder.preview(ids[:, :8], queries=asked).logits
     with MemoryDecoder.from_pretrained(tmp_path, tiny_model("Llama"), Letters()) as decoder:
         assert torch.equal(decoder.read(ids), expected)
         unasked, answer = (decoder.preview(ids[:, :8], queries=each).logits for each in (None, asked))
-    assert not torch.allclose(unasked, answer, atol=1e-3)
+    for other in (unasked, untaught):
+        assert not torch.allclose(answer, other, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,16 @@ def test_a_run_that_diverges_stops(trainer, tmp_path):
 def test_episodes_too_short_for_a_memory_are_refused(trainer):
     with pytest.raises(InvalidArgumentError, match="document_tokens must be at least 32"):
         trainer(document_tokens=31)
+
+
+def test_a_run_that_does_not_say_when_its_adapter_acts_is_of_one_that_always_does(trainer, tmp_path):
+    """As of a memlong that had no such setting."""
+    assert "memory.adapter_for" not in trainer()._made_of()
+    assert trainer({"adapter_for": "memory"}, folder="other")._made_of()["memory.adapter_for"] == "memory"
+    run = trainer(steps=1)
+    run.run()
+    path = tmp_path / "run" / "memlong.json"
+    facts = json.loads(path.read_text())
+    del facts["memory"]["adapter_for"]
+    path.write_text(json.dumps(facts))
+    assert run.ended

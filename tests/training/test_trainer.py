@@ -197,6 +197,13 @@ def test_a_lora_that_would_be_trained_otherwise_is_refused(trainer, tmp_path, ch
         trainer(folder="second", lora=tmp_path / "run")
 
 
+def test_a_lora_that_acts_with_memory_alone_is_not_made_to_act_always(trainer, tmp_path):
+    trainer({"adapter_for": "memory"}, steps=1).run()
+    with pytest.raises(InvalidArgumentError, match="adapter_for must be 'memory' to begin with the LoRA of"):
+        trainer(folder="second", lora=tmp_path / "run")
+    trainer({"adapter_for": "memory"}, folder="second", lora=tmp_path / "run", steps=1).run()
+
+
 def test_a_folder_without_a_lora_to_begin_with_is_refused(trainer, tmp_path):
     with pytest.raises(InvalidArgumentError, match=r"holds no memlong\.json"):
         trainer(lora=tmp_path)

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from memlong.decoder.model.attention import AttentionSlot
 from memlong.decoder.model.replacing import replaced
-from memlong.errors import UnsupportedModelError
+from memlong.errors import MemlongError, UnsupportedModelError
 
 _INSIDE = ("base_layer", "original_module", "token_adapter")  # how peft's layers name what they are around
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Settings ``init_lora_weights`` of LoRA that leave the weights of the model as they are."""
+
 _OUTSIDE = ("POLY", "XLORA")  # kinds whose forward pass is that of the PeftModel alone
 
 
@@ -83,13 +86,7 @@ def active_layers(model: nn.Module) -> Iterator[AdapterLayer]:
     for path, wrapper in wrappers:
         if wrapper.disable_adapters or wrapper.merged_adapters:
             continue
-        tensors = {**dict(wrapper.named_parameters()), **dict(wrapper.named_buffers())}
-        for adapter in wrapper.active_adapters:
-            theirs = {
-                name: tensors[name]
-                for name in sorted(tensors)
-                if adapter in (parts := name.split(".")) and parts[0] not in _INSIDE
-            }
+        for adapter, theirs in _own_tensors(wrapper).items():
             if theirs:
                 scaling = getattr(wrapper, "scaling", None)
                 yield AdapterLayer(
@@ -108,19 +105,69 @@ def acting_with_memory(model: PreTrainedModel, slot: AttentionSlot) -> Iterator[
     Raises
     ------
     UnsupportedModelError
-        If an adapter is part of the model's weights, or is no layer around another.
+        If an active adapter is part of the model's weights, has changed them, or is no layer around another.
     """
+    wrappers = dict(_wrappers(model))
+    for path, wrapper in wrappers.items():
+        if odd := _why_always(model, wrapper):
+            raise UnsupportedModelError(
+                f"adapter_for must be 'all' for this {type(model).__name__}, as its adapter at {path!r} cannot be left "
+                f"out of a forward call: it {odd}"
+            )
     with ExitStack() as changes:
-        for path, wrapper in _wrappers(model):
-            if wrapper.disable_adapters:
-                continue
-            if not hasattr(wrapper, "base_layer") or wrapper.merged_adapters:
-                raise UnsupportedModelError(
-                    f"adapter_for must be 'all' for this {type(model).__name__}, as its adapter at {path!r} cannot be "
-                    "left out of a forward call: it is merged into the weights, or no layer around another"
-                )
-            changes.enter_context(replaced(wrapper, "forward", _WithMemory(wrapper, wrapper.forward, slot)))
+        around = {path: wrapper for path, wrapper in wrappers.items() if hasattr(wrapper, "base_layer")}
+        for path, wrapper in around.items():
+            if not any(path.startswith(f"{other}.") for other in around):
+                acting = _WithMemory(wrapper, wrapper.forward, path, slot)
+                changes.enter_context(replaced(wrapper, "forward", acting))
+        changes.enter_context(_noted(slot, frozenset(map(id, wrappers.values()))))
         yield
+
+
+def check_acting(model: PreTrainedModel, slot: AttentionSlot) -> None:
+    """Refuse a model whose adapters were changed since they act on rows with memory alone.
+
+    Raises
+    ------
+    MemlongError
+        If a layer of an adapter was added, taken away or merged, or one that always acts was activated.
+    """
+    if slot.adapters is None:
+        return
+    wrappers = _wrappers(model)
+    if {id(wrapper) for _, wrapper in wrappers} != slot.adapters or any(
+        _why_always(model, wrapper) for _, wrapper in wrappers
+    ):
+        raise MemlongError(
+            "The model's adapters were changed inside `with decoder:`, where they are to act on rows with memory alone "
+            "(adapter_for='memory'). Leave the block, change them, and enter it again"
+        )
+
+
+@contextmanager
+def _noted(slot: AttentionSlot, adapters: frozenset[int]) -> Iterator[None]:
+    slot.adapters = adapters
+    try:
+        yield
+    finally:
+        slot.adapters = None
+
+
+def _why_always(model: PreTrainedModel, wrapper: Any) -> str:
+    """Say why an adapter's layer cannot be left out, if it acts; nothing if it can."""
+    if getattr(wrapper, "merged_adapters", None):
+        return "is merged into the weights"
+    if wrapper.disable_adapters:
+        return ""
+    if not hasattr(wrapper, "base_layer"):
+        return "is no layer around another" if any(_own_tensors(wrapper).values()) else ""
+    for name in wrapper.active_adapters:
+        config = model.peft_config.get(name)
+        if getattr(config, "init_lora_weights", True) not in HARMLESS_STARTS:
+            return "has changed the weights of the model itself (init_lora_weights)"
+        if getattr(config, "bias", "none") != "none":
+            return "has biases in the model itself"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -129,6 +176,7 @@ class _WithMemory:
 
     layer: Any
     adapted: Callable[..., Tensor]
+    path: str
     slot: AttentionSlot
 
     def __call__(self, given: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -136,14 +184,17 @@ class _WithMemory:
         rows = now is None or now.with_memory
         if rows is True:
             return self.adapted(given, *args, **options)
-        plain: Callable[..., Tensor] = self.layer.base_layer
+        plain = self.layer
+        while hasattr(plain, "base_layer"):
+            plain = plain.base_layer
         if rows is False:
-            return plain(given, *args, **options)
+            return cast("Tensor", plain(given, *args, **options))
         held, others = rows
-        if len(given) != len(held) + len(others):
+        more = any(isinstance(each, Tensor) for each in (*args, *options.values()))
+        if len(given) != len(held) + len(others) or more:
             raise UnsupportedModelError(
-                f"adapter_for must be 'all' with several rows, as this {type(plain).__name__} is not given a row each, "
-                "and so its adapter cannot act on some of them"
+                f"With adapter_for 'memory', rows of which only some have retrieved chunks must be read one by one by "
+                f"this model: its layer {self.path!r}, which has an adapter, does not take them row by row"
             )
         with_memory = self.adapted(given[held], *args, **options)
         without = plain(given[others], *args, **options)
@@ -159,6 +210,19 @@ def _wrappers(model: nn.Module) -> list[tuple[str, Any]]:
 
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _own_tensors(wrapper: Any) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of each active adapter in one of its layers, by their names there."""
+    tensors = {**dict(wrapper.named_parameters()), **dict(wrapper.named_buffers())}
+    return {
+        adapter: {
+            name: tensors[name]
+            for name in sorted(tensors)
+            if adapter in (parts := name.split(".")) and parts[0] not in _INSIDE
+        }
+        for adapter in wrapper.active_adapters
+    }
 
 
 def _without(name: str, around: set[str]) -> str | None:

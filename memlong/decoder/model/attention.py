@@ -71,6 +71,8 @@ class AttentionSlot:
         Held while a segment is read or streams are saved: other threads wait.
     record
         Where to record what retrieved chunks get of the attention of tokens that count; None for nowhere.
+    adapters
+        The adapters' layers that act on rows with memory alone, by identity; None if adapters act on all.
     """
 
     def __init__(self) -> None:
@@ -78,6 +80,7 @@ class AttentionSlot:
         self._here = threading.local()
         self.reading = free_after_fork(threading.RLock())
         self.record: AttentionRecord | None = None
+        self.adapters: frozenset[int] | None = None
 
     def __reduce__(self) -> tuple[type[AttentionSlot], tuple[()]]:
         return AttentionSlot, ()  # on a copy of the model, which has no memory

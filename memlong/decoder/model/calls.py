@@ -17,6 +17,7 @@ from memlong.bank.store.copying import to_device
 from memlong.decoder.arrays import Ints
 from memlong.decoder.kv.window import LocalWindow
 from memlong.decoder.kv.window_cache import WindowCache
+from memlong.decoder.model.adapters import check_acting
 from memlong.decoder.model.attention import AttentionSlot, check_attached
 from memlong.decoder.model.checkpointing import Again, Checkpointing
 from memlong.decoder.model.forward import AttentionPass
@@ -105,6 +106,7 @@ class ModelCalls:
         ``notes`` are taken of this call, not when its layers run again in a backward pass.
         """
         check_attached(self.model)
+        check_acting(self.model, self.slot)
         self._check_unchanged()
         width = tokens.shape[1]
         # Until the window moves, sink tokens follow the memory with the rest of the text, at its distances.

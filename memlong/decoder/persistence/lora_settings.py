@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from memlong.decoder.model.adapters import HARMLESS_STARTS
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SETTLED = {  # by the tensors, or of no account when a trained adapter is loaded
@@ -40,7 +42,6 @@ _READ = {
     "bias",
     *_FLAGS,
 }
-_HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(
     r"(?P<layer>.+)\.(lora_(?P<part>A|B)\.weight|lora_embedding_(?P<of_embedding>A|B)|lora_magnitude_vector(\.weight)?)"
@@ -57,7 +58,7 @@ def unreadable_lora(settings: Mapping[str, Any]) -> str:
         if name not in _SETTLED | _READ and value:
             return f"its {name} is {_shown(value)}, which is not taken from a file"
     start = settings.get("init_lora_weights", True)
-    if not isinstance(start, bool | str | None) or start not in _HARMLESS_STARTS:
+    if not isinstance(start, bool | str | None) or start not in HARMLESS_STARTS:
         return f"its init_lora_weights is {_shown(start)}, which changes the weights of the model itself"
     if settings.get("bias", "none") != "none":
         return f"its bias must be 'none', got {_shown(settings['bias'])}"
