@@ -94,6 +94,9 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["babilong-tasks"] = partial(alternatives.by_task, "benchmarks_babilong.json", 4096)
     found["needles-lengths"] = partial(alternatives.by_length, "benchmarks_needles.json")
     found["needles-8192-mean"] = partial(alternatives.by_length, "benchmarks_needles_8192.json")
+    found["needles-16384"] = partial(alternatives.by_task, "benchmarks_needles_16384.json", 16384)
+    found["needles-16384-mean"] = partial(alternatives.by_length, "benchmarks_needles_16384.json")
+    found["needles-32768"] = partial(alternatives.by_length, "benchmarks_needles_32768.json")
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
     for prefix, folder in (("", ""), ("gpu-", "gpu/")):
