@@ -169,14 +169,14 @@ def recalled() -> str:
 
 
 def ablation() -> str:
-    """Answers, and the loss of their tokens, by what a training had."""
+    """Answers, and the loss of their tokens, by what a training had; too few variables were followed to tell."""
     systems = load("ablation.json")["systems"]
+    kinds = ("dictionary", "needles", "variables")
     rows = []
     for system, found in systems.items():
-        retrieved = [row for row in found["rows"] if row["chunks"] == "retrieved"]
+        retrieved = [row for row in found["rows"] if row["chunks"] == "retrieved" and row["kind"] in kinds]
         cells = [f"{row['answers']['value']:.0%} ({row['loss']:.2f})" for row in retrieved]
         random = [row["answers"] for row in found["rows"] if row["chunks"] == "random"]
         right = sum(each["count"] for each in random) / sum(each["trials"] for each in random)
         rows.append([system.rpartition(", ")[0], *cells, f"{right:.0%}"])
-    kinds = [row["kind"] for row in next(iter(systems.values()))["rows"] if row["chunks"] == "retrieved"]
     return table(["training", *kinds, "random chunks"], rows)
