@@ -162,7 +162,7 @@ def _why_always(model: PreTrainedModel, wrapper: Any) -> str:
     if not hasattr(wrapper, "base_layer"):
         return "is no layer around another" if any(_own_tensors(wrapper).values()) else ""
     for name in wrapper.active_adapters:
-        config = model.peft_config.get(name)
+        config = getattr(model, "peft_config", {}).get(name)
         if getattr(config, "init_lora_weights", True) not in HARMLESS_STARTS:
             return "has changed the weights of the model itself (init_lora_weights)"
         if getattr(config, "bias", "none") != "none":
