@@ -247,7 +247,12 @@ def _answers(
             if any(episode.weights[following].any() for episode in group.values()):
                 for control in (each for each in controls if each in choices):
                     read[control] = decoder.preview(new, queries=queries, choice=choices[control])
-            (read["retrieved"],) = decoder.stream(new, queries=queries)
+            if (
+                decoder.config.retrieve_for == "answers"
+            ):  # as generate() answers; the text is read without memory
+                read["retrieved"], _ = decoder.preview(new, queries=queries), [*decoder.stream(new)]
+            else:
+                (read["retrieved"],) = decoder.stream(new, queries=queries)
             if "text" in controls:
                 read["text"] = read["retrieved"]
             for (which, segment), (row, (kind, episode)) in product(read.items(), enumerate(group.items())):

@@ -320,6 +320,7 @@ class MemoryDecoder(Uncopied):
         *,
         queries: Sequence[Sequence[int] | None] | None = None,
         choice: Choice | Sequence[Choice] | None = None,
+        gradients: bool = False,
     ) -> Segment:
         """Run the model over text as `stream` would, but leave streams and banks as they are.
 
@@ -330,6 +331,8 @@ class MemoryDecoder(Uncopied):
         choice
             Chooses chunks in place of the retriever, for instance to compare what they give: for all rows, or one for
             each.
+        gradients
+            As for `stream`.
 
         Raises
         ------
@@ -339,7 +342,7 @@ class MemoryDecoder(Uncopied):
             If the decoder is not attached.
         """
         pending = token_lists(input_ids, attention_mask, self.model_layout)
-        return self._streams.preview(pending, queries, choice)
+        return self._streams.preview(pending, queries, choice, gradients=gradients)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read text, and return the logits [rows, vocabulary] after each row's last token.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -32,11 +32,29 @@ class Piece:
         [rows, tokens], int64, on the CPU.
     queries
         Of each row, the token ids to retrieve with; None for the text before.
+    counted
+        [rows, tokens], bool, on the CPU: whether the token that follows counts in the loss.
+    start
+        The first token's index in the row.
     """
 
     input_ids: Tensor
     mask: Tensor
     queries: tuple[Sequence[int] | None, ...]
+    counted: Tensor
+    start: int
+
+    def until_answered(self) -> Piece:
+        """Return each row's tokens up to the last whose next one counts; none of a row that asks nothing."""
+        last = self.counted.flip(1).cumsum(dim=1).flip(1) > 0  # whether this or a later one counts
+        width = int(last.any(dim=0).sum())
+        each = (self.input_ids, self.mask * last, self.counted)
+        input_ids, mask, counted = (some[:, :width] for some in each)
+        return replace(self, input_ids=input_ids, mask=mask, counted=counted)
+
+    def without_queries(self) -> Piece:
+        """Return the same text, asked for nothing."""
+        return replace(self, queries=(None,) * len(self.queries))
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class Batch:
     queries
         Of each row, what to retrieve with by the first token of a segment, as in `Episode`.
     counted
-        [tokens], bool, on the CPU: whether the token that follows counts in the loss of any row.
+        [rows, tokens], bool, on the CPU: whether the token that follows counts in the loss.
     """
 
     input_ids: Tensor
@@ -95,7 +113,7 @@ class Batch:
             counts.to(device),
             is_answer.to(device),
             tuple(each.queries for each in episodes),
-            ((counts > 0) & (targets != _NOTHING)).any(dim=0),
+            (counts > 0) & (targets != _NOTHING),
         )
 
     @property
@@ -107,11 +125,12 @@ class Batch:
     def piece(self, start: int, end: int) -> Piece:
         """Return the tokens of all rows with an index in [start, end)."""
         queries = tuple(each.get(start) for each in self.queries)
-        return Piece(self.input_ids[:, start:end], self.mask[:, start:end], queries)
+        here = slice(start, end)
+        return Piece(self.input_ids[:, here], self.mask[:, here], queries, self.counted[:, here], start)
 
     def counts(self, start: int, end: int) -> bool:
         """Whether a token that follows one with an index in [start, end) counts in the loss."""
-        return bool(self.counted[start:end].any())
+        return bool(self.counted[:, start:end].any())
 
 
 def tokens_between(lengths: Sequence[int], start: int, end: int) -> int:

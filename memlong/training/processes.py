@@ -110,6 +110,11 @@ class Processes:
         found: list[int] = self.sum(table).flatten().tolist()
         return found
 
+    def most_of(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of each of the integers in all processes; each has as many."""
+        found = self.all_of(numbers)
+        return [max(found[place :: len(numbers)]) for place in range(len(numbers))]
+
     def from_main(self, text: str) -> str:
         """Return the main process's text."""
         if self.count == 1:

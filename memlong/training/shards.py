@@ -7,7 +7,7 @@ gradients must pass the same layers in each, whatever it reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -69,22 +69,9 @@ class Shards:
             parameter.data = parameter.data.to(self._device)
         self._let_gradients_begin(decoder, layers, trained)
 
-    def calls(self, lengths: Sequence[int], size: int, count: int) -> list[int]:
-        """How often each of ``count`` segments of ``size`` tokens runs the model, in the process that does so most.
-
-        ``lengths`` are those of this process's rows, in tokens.
-        """
-        starts = range(0, count * size, size)
-        own = [self._calls([min(size, max(0, length - start)) for length in lengths]) for start in starts]
-        everywhere = self._processes.all_of(own)
-        return [max(everywhere[number::count]) for number in range(count)]
-
     def calls_for(self, mask: Tensor) -> int:
         """How often reading the text of this mask [rows, tokens] runs the model."""
-        return self._calls(mask.sum(dim=1).tolist())
-
-    def _calls(self, lengths: Sequence[int]) -> int:
-        some = {length for length in lengths if length}
+        some = {length for length in mask.sum(dim=1).tolist() if length}
         return len(some) if self._goes_by_length else min(1, len(some))
 
     def idle(self, calls: int, *, gradients: bool) -> Tensor:

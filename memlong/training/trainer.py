@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from math import isfinite
@@ -43,7 +43,7 @@ from memlong.training.folder import (
     lock,
     remove_checkpoints,
 )
-from memlong.training.loss import Batch, SegmentLoss, segment_loss, token_losses, tokens_between
+from memlong.training.loss import Batch, Piece, SegmentLoss, segment_loss, token_losses, tokens_between
 from memlong.training.mixing import make_source
 from memlong.training.parts import TrainableParts, checkpointed, first_chunk, keeping_chunks
 from memlong.training.processes import Processes
@@ -304,7 +304,6 @@ class Trainer:
         own = [batch.counts(start, start + size) for start in range(0, count * size, size)]
         everywhere = self._processes.all_of([int(counts) for counts in own])
         learning = [any(everywhere[number::count]) for number in range(count)]
-        calls = [0] * count if self._shards is None else self._shards.calls(batch.lengths, size, count)
         decoder = self._plain if warming_up and self._plain is not None else self.decoder
         self._parts.learn(lower_layers=warming_up)
         started = time.perf_counter()
@@ -314,16 +313,15 @@ class Trainer:
             if self._shards is not None:
                 others = Lesson.calls(decoder, max(lengths)) - Lesson.calls(decoder, max(batch.lengths))
                 self._shards.idle(others, gradients=False)
-        decoder.reset(choice=[self._choice(number, at.step) for number in numbers])
+        choices = [self._choice(number, at.step) for number in numbers]
+        decoder.reset(choice=choices)
         again = checkpointed(decoder.model) if self.config.gradient_checkpointing else nullcontext()
         with decoder, again, keeping_chunks(decoder.source, self.config.gradient_chunks):
             for number in range(count):
                 beginning = number - number % self.config.accumulate
                 start = number * size
                 counts = own[number] if self._shards is None else learning[number]
-                loss = self._read_with_others(
-                    decoder, batch, start, lesson, calls=calls[number], counts=counts
-                )
+                loss = self._read_segment(decoder, batch, start, lesson, choices, counts=counts)
                 if learning[number]:
                     self._learn(loss, of=sum(learning[beginning : beginning + self.config.accumulate]))
                 at.tokens += tokens_between(lengths, start, start + size)
@@ -340,46 +338,82 @@ class Trainer:
         at.episodes += len(lengths)
         at.seconds += time.perf_counter() - started
 
-    def _read_with_others(
+    def _read_segment(
         self,
         decoder: MemoryDecoder,
         batch: Batch,
         start: int,
         lesson: Lesson | None,
+        choices: Sequence[Choice],
         *,
-        calls: int,
         counts: bool,
     ) -> SegmentLoss:
-        """Do as `_read`, and run a divided model in all processes alike: ``calls`` times, and as often for contrast."""
+        """Read the segment of all rows that starts at a token, and return its loss if any token of it counts.
+
+        If text does not retrieve, questions are answered as `MemoryDecoder.generate` does: in forks, which are dropped.
+        The text itself, with its questions, is read like any other.
+        """
+        text = batch.piece(start, start + decoder.config.segment_size)
+        if decoder.config.backend is None or decoder.config.retrieve_for == "all":
+            return self._read_with_others(decoder, batch, text, lesson, counts=counts)
+        loss = SegmentLoss.zero(decoder.model.device)
+        if counts:
+            asked = text.until_answered()
+            loss = self._read_with_others(decoder, batch, asked, lesson, counts=True, in_forks=choices)
+        self._read_with_others(decoder, batch, text.without_queries(), None, counts=False)
+        return loss
+
+    def _read_with_others(
+        self,
+        decoder: MemoryDecoder,
+        batch: Batch,
+        text: Piece,
+        lesson: Lesson | None,
+        *,
+        counts: bool,
+        in_forks: Sequence[Choice] | None = None,
+    ) -> SegmentLoss:
+        """Do as `_read`, and run a divided model in all processes alike."""
         shards = self._shards
         if shards is None:
-            return self._read(decoder, batch, start, lesson, counts=counts)
-        own = shards.calls_for(batch.piece(start, start + decoder.config.segment_size).mask)
-        if counts and self.config.contrast:
-            tries = own > 0 and _retrieves(decoder, start)
-            if any(self._processes.all_of([int(tries)])):
-                shards.idle(calls - own * tries, gradients=False)
-        loss = self._read(decoder, batch, start, lesson, counts=counts)
+            return self._read(decoder, batch, text, lesson, counts=counts, in_forks=in_forks)
+        own = shards.calls_for(text.mask)
+        tries = counts and self.config.contrast > 0 and own > 0 and _retrieves(decoder, text.start)
+        calls, anyone_tries = self._processes.most_of([own, int(tries)])
+        if anyone_tries:
+            shards.idle(calls - own * tries, gradients=False)
+        loss = self._read(decoder, batch, text, lesson, counts=counts, in_forks=in_forks)
         return replace(loss, total=loss.total + shards.idle(calls - own, gradients=counts))
 
     def _read(
-        self, decoder: MemoryDecoder, batch: Batch, start: int, lesson: Lesson | None, *, counts: bool
+        self,
+        decoder: MemoryDecoder,
+        batch: Batch,
+        text: Piece,
+        lesson: Lesson | None,
+        *,
+        counts: bool,
+        in_forks: Sequence[Choice] | None = None,
     ) -> SegmentLoss:
-        """Read the segment of all rows that starts at a token, and return its loss if any token of it counts."""
-        text = batch.piece(start, start + decoder.config.segment_size)
+        """Read a piece of all rows, in forks if it is given what chooses their chunks; return its loss if it counts."""
         if not text.mask.any():  # only other processes read on
             return SegmentLoss.zero(decoder.model.device)
         foreign = None
-        if counts and self.config.contrast and _retrieves(decoder, start):
+        if counts and self.config.contrast and _retrieves(decoder, text.start):
             tried = decoder.preview(text.input_ids, text.mask, queries=text.queries, choice=ForeignChunks())
             foreign = token_losses(tried, batch)
-        (segment,) = decoder.stream(
-            text.input_ids,
-            text.mask,
-            queries=text.queries,
-            logits="all" if counts else "last",
-            gradients=counts,
-        )
+        if in_forks is None:
+            (segment,) = decoder.stream(
+                text.input_ids,
+                text.mask,
+                queries=text.queries,
+                logits="all" if counts else "last",
+                gradients=counts,
+            )
+        else:
+            segment = decoder.preview(
+                text.input_ids, text.mask, queries=text.queries, choice=in_forks, gradients=counts
+            )
         if not counts:
             return SegmentLoss.zero(decoder.model.device)
         return segment_loss(segment, batch, self.config, foreign=foreign, lesson=lesson)

@@ -171,6 +171,8 @@ class CurrentStreams:
         pending: list[list[int]],
         queries: Sequence[Sequence[int] | None] | None,
         choice: Choice | Sequence[Choice] | None,
+        *,
+        gradients: bool,
     ) -> Segment:
         """Read at most the rest of a segment in forks that are dropped; errors are those of `MemoryDecoder.preview`."""
         self._attachment.check()
@@ -187,7 +189,7 @@ class CurrentStreams:
                         f"input_ids must have at most the {stream.segment_rest} tokens that are left of the segment, "
                         f"got {len(tokens)}"
                     )
-            return forks.advance(pending, 0)
+            return forks.advance(pending, 0, gradients=gradients)
 
     def take_over(self, batch: StreamBatch) -> None:
         """Make these the current streams, for a new call that reads; an earlier call ends."""
