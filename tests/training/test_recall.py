@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from memlong import MemoryDecoder
 from memlong.decoder import Retrieval
 from memlong.errors import InvalidArgumentError, InvalidTextError
-from memlong.training import Trainer, TrainingConfig
+from memlong.training import RandomChunks, Trainer, TrainingConfig
 from memlong.training.checks import check_settings
 from memlong.training.config import RECALL
 from memlong.training.documents import Episode, Mixture
@@ -268,7 +269,7 @@ def test_a_mixture_keeps_its_shares():
 
 def mixed_trainer(model, small, folder, documents=None, memory=None, **changes):
     sizes = {"segment_size": SEGMENT, "local_window": 300, "chunk_size": 32, "top_k": 2}
-    memory = small(kv_source="shared", retrieval_layers="2-3", **sizes, **(memory or {}))
+    memory = small(**{"kv_source": "shared", "retrieval_layers": "2-3", **sizes, **(memory or {})})
     settings = {
         "steps": 6,
         "rows": 2,
@@ -389,6 +390,48 @@ def test_lora_learns_to_answer_and_leaves_all_else_to_the_plain_model(tiny_model
         unasked, answer = (decoder.preview(ids[:, :8], queries=each).logits for each in (None, asked))
     for other in (unasked, untaught):
         assert not torch.allclose(answer, other, atol=1e-3)
+
+
+def test_questions_are_learned_from_as_they_are_answered_and_not_remembered(tiny_model, small, tmp_path):
+    """Weights hardly change, so each step's loss is that of the same model, asked after it has read without memory."""
+    memory = {"retrieve_for": "answers", "kv_source": "layer"}
+    steps = {"steps": 3, "accumulate": 1, "lr": 1e-12, "rows": 1, "mix": {"needles": 1}}
+    run = mixed_trainer(tiny_model("Llama"), small, tmp_path, memory=memory, **steps)
+    episode = run._source[0]
+    losses = [step.loss for step in run.run()]
+    expected, unasked = [], []
+    with MemoryDecoder(tiny_model("Llama"), Letters(), run.decoder.config) as decoder:
+        for start in range(0, len(episode.tokens), SEGMENT):
+            ids, weights = (each[start : start + SEGMENT] for each in (episode.tokens, episode.weights))
+            answer = weights.nonzero().flatten()
+            if len(answer):
+                asked = ids[None, : answer.max() + 1]
+                for found, query in ((expected, episode.queries[start]), (unasked, None)):
+                    logits = decoder.preview(asked, queries=[query]).logits[0]
+                    found.append(cross_entropy(logits[answer - 1], ids[answer]).item())
+            decoder.read(ids[None])
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses != pytest.approx(unasked, rel=1e-3)
+
+
+@pytest.mark.parametrize("retrieve_for", ["all", "answers"])
+def test_random_chunks_take_the_place_of_those_asked_for(
+    tiny_model, small, tmp_path, monkeypatch, retrieve_for
+):
+    chosen = []
+    choose = RandomChunks.choose
+
+    def watched(self, search):
+        found = choose(self, search)
+        chosen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(RandomChunks, "choose", watched)
+    memory = {"retrieve_for": retrieve_for}
+    options = {"mix": {"needles": 1}, "memory": memory, "random_share": 1.0, "steps": 2}
+    mixed_trainer(tiny_model("Llama"), small, tmp_path, **options).run()
+    assert chosen
+    assert all(chosen)
 
 
 @pytest.mark.parametrize(
