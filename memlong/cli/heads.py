@@ -16,12 +16,19 @@ from memlong.cli.passages import passages_of
 from memlong.errors import InvalidArgumentError
 
 SINKS = 4  # score_heads' default
+_HALF = 0.5
 
 
 def heads(
     model: options.Model,
     text: Annotated[list[Path], typer.Option(help="UTF-8 text similar to what will be read; repeatable.")],
-    share: Annotated[float, typer.Option(help="Share of K-V heads to keep, above 0 and at most 1.")] = 0.5,
+    share: Annotated[float, typer.Option(help="Share of K-V heads to keep, above 0 and at most 1.")] = _HALF,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of layers to choose, whole, in place of heads: for --retrieval-layers."
+        ),
+    ] = None,
     retrieval_layers: Annotated[
         str, typer.Option(help="'all', or layers and ranges, such as '15-29' or '3,7,11-13'.")
     ] = "all",
@@ -38,14 +45,22 @@ def heads(
     The others then attend to the local window alone: their K-V are neither stored nor retrieved. At the default share,
     half of the bytes are stored.
 
+    With --layers, prints the layers that make the most of them, for --retrieval-layers: the lowest is a good memory
+    layer for a shared form to be trained.
+
     \b
     Examples:
       memlong heads --model demo --text code.py --text book.txt
+      memlong heads --model demo --text book.txt --layers 4
       memlong perplexity --model demo --text other.py --retrieval-heads "$(memlong heads --model demo --text code.py)"
     """  # noqa: D301 - the backspace makes the help keep these line breaks
     output = JsonOutput(json_file)
     if not 0 < share <= 1:
         raise InvalidArgumentError(f"--share must be above 0 and at most 1, got {share}")
+    if layers is not None and share != _HALF:
+        raise InvalidArgumentError(
+            f"--layers chooses whole layers, and --share heads, got {layers} and {share}: give one"
+        )
     if passage_tokens <= local_window + SINKS:
         raise InvalidArgumentError(
             f"--passage-tokens must be more than {local_window + SINKS}, to see beyond --local-window, got "
@@ -68,12 +83,12 @@ def heads(
             sink_tokens=SINKS,
             progress=bar.update,
         )
-    best = found.best(share)
+    best = found.best(share) if layers is None else found.best_layers(layers)
+    chose = {"share": share, "retrieval_heads": best} if layers is None else {"retrieval_layers": best}
     result = {
         "model": model,
         "texts": [path.name for path in text],
-        "share": share,
-        "retrieval_heads": best,
+        **chose,
         "scores": dict(zip(map(str, found.layers), found.scores.tolist(), strict=True)),
         "versions": versions(),
     }

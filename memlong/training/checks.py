@@ -27,6 +27,11 @@ def check_settings(memory: MemoryConfig, training: TrainingConfig) -> None:
             "retrieve_for must be 'all' for training on text, got 'answers': no text would read from memory. Set mix "
             "to kinds that ask for facts (--mix needles=1)"
         )
+    if training.only_found and not set(training.mix) - {TEXT}:
+        raise InvalidArgumentError(
+            "only_found must be False without a mix that asks for facts, as nothing would be left out, got True: add "
+            "one (--mix needles=1)"
+        )
     if memory.adapter_for != "all" and training.warmup_stage_steps:
         raise InvalidArgumentError(
             "warmup_stage_steps must be 0 with adapter_for 'memory', as LoRA would not act in a stage without memory, "

@@ -99,6 +99,11 @@ class TrainingConfig:
         more="It takes up what helps whatever chunks hold, so that what is left to learn is to read their content. It "
         "begins as the first chunk of the text.",
     )
+    only_found: bool = setting(
+        False,
+        "Train only on answers whose fact is in a chunk retrieved.",
+        more="Other answers can only be guessed. What is logged is the loss of all.",
+    )
     train_gates: bool = setting(True, "Train the gates, if there are any.")
     gradient_checkpointing: bool = setting(
         False,

@@ -57,6 +57,18 @@ class HeadScores:
         each = zip(self.layers, chosen.view_as(self.scores), strict=True)
         return heads_as_text({layer: heads.nonzero()[:, 0].tolist() for layer, heads in each})
 
+    def best_layers(self, count: int) -> str:
+        """Return the layers whose heads score highest together, for `MemoryConfig.retrieval_layers`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If ``count`` is not a number from 1 to that of the layers.
+        """
+        count = whole_number("count", count, at_least=1, at_most=len(self.layers))
+        order = self.scores.sum(dim=1).argsort(descending=True, stable=True)[:count]
+        return ",".join(str(self.layers[place]) for place in order.sort().values.tolist())
+
 
 def score_heads(
     model: PreTrainedModel,

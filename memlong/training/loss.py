@@ -15,6 +15,7 @@ from memlong.decoder import Segment
 from memlong.evaluation import long_range_tokens
 from memlong.training.config import TrainingConfig
 from memlong.training.documents import Episode
+from memlong.training.found import places_of
 from memlong.training.teacher import Lesson
 
 _MARGIN = 0.5  # nats that full attention must be better by for a token to need recall
@@ -79,6 +80,8 @@ class Batch:
         Of each row, what to retrieve with by the first token of a segment, as in `Episode`.
     counted
         [rows, tokens], bool, on the CPU: whether the token that follows counts in the loss.
+    places
+        [rows, tokens], int64, on the CPU: where the fact that the next token answers was told, as in `places_of`.
     """
 
     input_ids: Tensor
@@ -89,6 +92,7 @@ class Batch:
     is_answer: Tensor
     queries: tuple[Mapping[int, Sequence[int]], ...]
     counted: Tensor
+    places: Tensor
 
     @classmethod
     def of(cls, episodes: Sequence[Episode], distance: int, device: torch.device) -> Self:
@@ -102,6 +106,8 @@ class Batch:
         distant, counting = (
             [torch.cat([each[1:], each.new_zeros(1)]) for each in some] for some in (marks, weights)
         )
+        told = [places_of(each) for each in episodes]
+        told = [torch.cat([each[1:], each.new_tensor([-1])]) for each in told]
         targets = pad_sequence(following, batch_first=True, padding_value=_NOTHING)
         counts = pad_sequence(counting, batch_first=True)
         is_answer = (counts > 0) & torch.tensor([[each.weights is not None] for each in episodes])
@@ -114,6 +120,7 @@ class Batch:
             is_answer.to(device),
             tuple(each.queries for each in episodes),
             (counts > 0) & (targets != _NOTHING),
+            pad_sequence(told, batch_first=True, padding_value=-1),
         )
 
     @property
@@ -196,6 +203,7 @@ def segment_loss(
     *,
     foreign: Tensor | None = None,
     lesson: Lesson | None = None,
+    found: Tensor | None = None,
 ) -> SegmentLoss:
     """Compute the loss of a segment's predictions.
 
@@ -209,6 +217,8 @@ def segment_loss(
         The losses [rows, tokens] of the same tokens with foreign chunks, if they were tried.
     lesson
         What full attention predicts, for all tokens of the batch.
+    found
+        Which tokens' next ones are trained on [rows, tokens], bool; the sums are of all. None for all.
     """
     places, targets = _targets(segment, batch)
     own = batch.weights.gather(1, places)
@@ -222,6 +232,8 @@ def segment_loss(
         each = [[torch.where(mark, some.double(), 0.0).sum(), mark.sum().double()] for some, mark in marked]
         sums = torch.stack([*each[0], *each[1], each[2][0], *each[3]])
     weights = known * own * (1 + config.long_range_weight * distant)
+    if found is not None:
+        weights = weights * found.to(weights.device)
     if foreign is not None:
         weights = weights * (foreign - losses.detach()).exp().clamp(max=config.contrast)
     if lesson is not None:

@@ -43,6 +43,7 @@ from memlong.training.folder import (
     lock,
     remove_checkpoints,
 )
+from memlong.training.found import found_answers
 from memlong.training.loss import Batch, Piece, SegmentLoss, segment_loss, token_losses, tokens_between
 from memlong.training.mixing import make_source
 from memlong.training.parts import TrainableParts, checkpointed, first_chunk, keeping_chunks
@@ -416,7 +417,11 @@ class Trainer:
             )
         if not counts:
             return SegmentLoss.zero(decoder.model.device)
-        return segment_loss(segment, batch, self.config, foreign=foreign, lesson=lesson)
+        found = None
+        if self.config.only_found:
+            told = batch.places.gather(1, segment.tokens.cpu().clamp(min=0))
+            found = found_answers(segment, told, decoder.banks)
+        return segment_loss(segment, batch, self.config, foreign=foreign, lesson=lesson, found=found)
 
     def _learn(self, loss: SegmentLoss, of: int) -> None:
         """Backpropagate the loss of a segment, one of so many of an optimizer step in which any token counts."""

@@ -40,7 +40,20 @@ def test_json_has_the_scores(heads):
     assert {f"{layer}:{head}" for layer, head in best} == set(found["retrieval_heads"].split(","))
 
 
+def test_whole_layers_serve_as_retrieval_layers(heads, invoke, story, tmp_path):
+    found = json.loads(heads("--layers", 2, "--json", "-").stdout)
+    best = sorted(found["scores"], key=lambda layer: sum(found["scores"][layer]))[-2:]
+    assert found["retrieval_layers"] == ",".join(sorted(best))
+    assert "retrieval_heads" not in found
+    assert heads("--layers", 2).stdout.strip() == found["retrieval_layers"]
+    file = tmp_path / "result.json"
+    invoke("perplexity", text=story, retrieval_layers=found["retrieval_layers"], json=file)
+    assert json.loads(file.read_text(encoding="utf-8"))["retrieval_layers"] == found["retrieval_layers"]
+
+
 def test_bad_input_is_told(heads, tmp_path):
+    assert "--layers chooses whole layers" in str(heads("--layers", 2, "--share", 0.25).exception)
+    assert "count must be" in str(heads("--layers", 9).exception)
     assert "--share must be above 0 and at most 1, got 0" in str(heads("--share", 0).exception)
     short = tmp_path / "short.txt"
     short.write_text("word1 word2", encoding="utf-8")

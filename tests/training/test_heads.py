@@ -57,6 +57,14 @@ def test_the_best_heads_come_by_layer():
         found.best(0)
 
 
+def test_the_best_layers_are_those_whose_heads_score_most_together():
+    found = HeadScores((3, 5, 8), torch.tensor([[1.0, 4.0], [3.0, 3.0], [0.0, 4.5]]))
+    assert [found.best_layers(count) for count in (1, 2, 3)] == ["5", "3,5", "3,5,8"]
+    for count in (0, 4, 1.5):
+        with pytest.raises(InvalidArgumentError, match="count must be a whole number from 1 to 3"):
+            found.best_layers(count)
+
+
 @pytest.mark.parametrize(
     ("passages", "options", "message"),
     [

@@ -19,9 +19,11 @@ from memlong import MemoryDecoder
 from memlong.decoder import Retrieval
 from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.training import RandomChunks, Trainer, TrainingConfig
+from memlong.training import trainer as trainer_module
 from memlong.training.checks import check_settings
 from memlong.training.config import RECALL
 from memlong.training.documents import Episode, Mixture
+from memlong.training.found import places_of
 from memlong.training.recall import RecallEpisodes, _number
 
 SEGMENT, WINDOW = 256, 512
@@ -346,6 +348,11 @@ class Watched:
             "retrieve_for must be 'all' for training on text, got 'answers'",
         ),
         (
+            {},
+            {"only_found": True, "mix": {"text": 1}},
+            "only_found must be False without a mix that asks for facts",
+        ),
+        (
             {"adapter_for": "memory"},
             {"warmup_stage_steps": 2},
             "warmup_stage_steps must be 0 with adapter_for 'memory', .* got 2",
@@ -412,6 +419,47 @@ def test_questions_are_learned_from_as_they_are_answered_and_not_remembered(tiny
             decoder.read(ids[None])
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses != pytest.approx(unasked, rel=1e-3)
+
+
+def test_only_answers_that_were_found_are_learned_from(tiny_model, small, tmp_path, monkeypatch):
+    """With random chunks, some facts are in them and some are not; the gradient is that of the former alone."""
+    kept, losses = [], []
+    found_answers, segment_loss = trainer_module.found_answers, trainer_module.segment_loss
+
+    def watched(segment, places, banks):
+        found = found_answers(segment, places, banks)
+        for row, retrieval in enumerate(segment.retrievals):
+            spans = [] if retrieval is None else banks[row].spans_of(retrieval.ids.tolist()).tolist()
+            for place in set(places[row].tolist()) - {-1}:
+                held = any(start < place <= end for start, end in spans)
+                assert found[row][places[row] == place].tolist() == [held] * int((places[row] == place).sum())
+                kept.append(held)
+        return found
+
+    def weighed(segment, batch, config, *, found, **others):
+        loss = segment_loss(segment, batch, config, found=found, **others)
+        everything = segment_loss(segment, batch, config, found=None, **others)
+        assert torch.equal(loss.sums, everything.sums)
+        losses.append((loss.weight < everything.weight).item())
+        return loss
+
+    monkeypatch.setattr(trainer_module, "found_answers", watched)
+    monkeypatch.setattr(trainer_module, "segment_loss", weighed)
+    options = {"mix": {"needles": 1}, "random_share": 0.5, "steps": 6, "only_found": True}
+    mixed_trainer(tiny_model("Llama"), small, tmp_path, memory={"retrieve_for": "answers"}, **options).run()
+    assert {*kept} == {True, False}
+    assert any(losses)
+
+
+@pytest.mark.parametrize("kind", RECALL)
+def test_each_answer_knows_where_its_fact_was_told(kind):
+    episode = episodes(kind)[0]
+    places = places_of(episode)
+    assert torch.equal(places >= 0, episode.weights > 0)
+    assert [places[start].item() for start, _ in answers(episode)] == [
+        place for start in episode.told for place in episode.told[start]
+    ][: len(answers(episode))]
+    assert all(len({*places[start:end].tolist()}) == 1 for start, end in answers(episode))
 
 
 @pytest.mark.parametrize("retrieve_for", ["all", "answers"])
