@@ -48,7 +48,8 @@ def test_whole_layers_serve_as_retrieval_layers(heads, invoke, story, tmp_path):
     assert heads("--layers", 2).stdout.strip() == found["retrieval_layers"]
     file = tmp_path / "result.json"
     invoke("perplexity", text=story, retrieval_layers=found["retrieval_layers"], json=file)
-    assert json.loads(file.read_text(encoding="utf-8"))["retrieval_layers"] == found["retrieval_layers"]
+    used = json.loads(file.read_text(encoding="utf-8"))["retrieval_layers"]
+    assert used == [int(each) for each in found["retrieval_layers"].split(",")]
 
 
 def test_bad_input_is_told(heads, tmp_path):
