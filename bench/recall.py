@@ -247,10 +247,10 @@ def _answers(
             if any(episode.weights[following].any() for episode in group.values()):
                 for control in (each for each in controls if each in choices):
                     read[control] = decoder.preview(new, queries=queries, choice=choices[control])
-            if (
-                decoder.config.retrieve_for == "answers"
-            ):  # as generate() answers; the text is read without memory
-                read["retrieved"], _ = decoder.preview(new, queries=queries), [*decoder.stream(new)]
+            if decoder.config.retrieve_for == "answers":
+                # As generate() answers: in forks. The text itself is read without memory.
+                read["retrieved"] = decoder.preview(new, queries=queries)
+                decoder.read(new)
             else:
                 (read["retrieved"],) = decoder.stream(new, queries=queries)
             if "text" in controls:

@@ -25,9 +25,7 @@ def heads(
     share: Annotated[float, typer.Option(help="Share of K-V heads to keep, above 0 and at most 1.")] = _HALF,
     layers: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Number of layers to choose, whole, in place of heads: for --retrieval-layers."
-        ),
+        typer.Option(min=1, help="Choose this many whole layers, for --retrieval-layers, in place of heads."),
     ] = None,
     retrieval_layers: Annotated[
         str, typer.Option(help="'all', or layers and ranges, such as '15-29' or '3,7,11-13'.")
@@ -45,8 +43,8 @@ def heads(
     The others then attend to the local window alone: their K-V are neither stored nor retrieved. At the default share,
     half of the bytes are stored.
 
-    With --layers, prints the layers that make the most of them, for --retrieval-layers: the lowest is a good memory
-    layer for a shared form to be trained.
+    With --layers, prints the layers whose heads do so together, for --retrieval-layers. The lowest of them is a good
+    memory layer to train with.
 
     \b
     Examples:
@@ -82,6 +80,10 @@ def heads(
             local_window=local_window,
             sink_tokens=SINKS,
             progress=bar.update,
+        )
+    if layers is not None and layers > len(found.layers):
+        raise InvalidArgumentError(
+            f"--layers must be at most {len(found.layers)}, the number of layers scored, got {layers}"
         )
     best = found.best(share) if layers is None else found.best_layers(layers)
     chose = {"share": share, "retrieval_heads": best} if layers is None else {"retrieval_layers": best}

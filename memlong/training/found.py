@@ -12,16 +12,16 @@ from memlong.bank import MemoryBank
 from memlong.decoder import Segment
 from memlong.training.documents import Episode
 
-_ANYWHERE = -1
-"""Where the fact of a token that answers nothing was told."""
+_NOWHERE = -1
+"""The place of a token that answers nothing."""
 
 
 def places_of(episode: Episode) -> Tensor:
     """Return of each token [tokens], int64, where the fact that it answers was told: the number of the token after it.
 
-    −1 where it is not a token of an answer.
+    −1 where it is not a token of an answer. Between two answers there is at least a token of a question.
     """
-    places = torch.full((len(episode.tokens),), _ANYWHERE, device="cpu")
+    places = torch.full((len(episode.tokens),), _NOWHERE, device="cpu")
     if episode.weights is None:
         return places
     counts = (episode.weights.cpu() > 0).long()
@@ -50,7 +50,7 @@ def found_answers(segment: Segment, places: Tensor, banks: Sequence[MemoryBank])
     banks
         Of each row. A chunk that they do not hold is not seen, as one of which a fork alone knows.
     """
-    found = places == _ANYWHERE
+    found = places == _NOWHERE
     for row, (retrieval, bank) in enumerate(zip(segment.retrievals, banks, strict=True)):
         spans = bank.spans_of([] if retrieval is None else retrieval.ids.tolist())
         for start, end in spans.tolist():

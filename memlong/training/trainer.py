@@ -418,7 +418,7 @@ class Trainer:
         if not counts:
             return SegmentLoss.zero(decoder.model.device)
         found = None
-        if self.config.only_found:
+        if self.config.only_found and decoder.config.backend is not None:
             told = batch.places.gather(1, segment.tokens.cpu().clamp(min=0))
             found = found_answers(segment, told, decoder.banks)
         return segment_loss(segment, batch, self.config, foreign=foreign, lesson=lesson, found=found)

@@ -43,7 +43,7 @@ def test_json_has_the_scores(heads):
 def test_whole_layers_serve_as_retrieval_layers(heads, invoke, story, tmp_path):
     found = json.loads(heads("--layers", 2, "--json", "-").stdout)
     best = sorted(found["scores"], key=lambda layer: sum(found["scores"][layer]))[-2:]
-    assert found["retrieval_layers"] == ",".join(sorted(best))
+    assert found["retrieval_layers"] == ",".join(sorted(best, key=int))
     assert "retrieval_heads" not in found
     assert heads("--layers", 2).stdout.strip() == found["retrieval_layers"]
     file = tmp_path / "result.json"
@@ -54,7 +54,7 @@ def test_whole_layers_serve_as_retrieval_layers(heads, invoke, story, tmp_path):
 
 def test_bad_input_is_told(heads, tmp_path):
     assert "--layers chooses whole layers" in str(heads("--layers", 2, "--share", 0.25).exception)
-    assert "count must be" in str(heads("--layers", 9).exception)
+    assert "--layers must be at most 4" in str(heads("--layers", 9).exception)
     assert "--share must be above 0 and at most 1, got 0" in str(heads("--share", 0).exception)
     short = tmp_path / "short.txt"
     short.write_text("word1 word2", encoding="utf-8")

@@ -23,7 +23,8 @@ from memlong.training import trainer as trainer_module
 from memlong.training.checks import check_settings
 from memlong.training.config import RECALL
 from memlong.training.documents import Episode, Mixture
-from memlong.training.found import places_of
+from memlong.training.found import found_answers, places_of
+from memlong.training.loss import Piece
 from memlong.training.recall import RecallEpisodes, _number
 
 SEGMENT, WINDOW = 256, 512
@@ -449,6 +450,28 @@ def test_only_answers_that_were_found_are_learned_from(tiny_model, small, tmp_pa
     mixed_trainer(tiny_model("Llama"), small, tmp_path, memory={"retrieve_for": "answers"}, **options).run()
     assert {*kept} == {True, False}
     assert any(losses)
+
+
+def test_an_answer_is_found_where_a_chunk_holds_the_end_of_its_fact():
+    spans = {0: [0, 4], 1: [4, 8], 2: [8, 12]}
+    bank = SimpleNamespace(spans_of=lambda ids: torch.tensor([spans[each] for each in ids]).reshape(-1, 2))
+    retrievals = (Retrieval(torch.zeros(1), torch.tensor([1]), torch.zeros(1)), None)
+    segment = SimpleNamespace(retrievals=retrievals)
+    places = torch.tensor([[-1, 4, 5, 8, 9], [-1, 4, 5, 8, -1]])
+    found = found_answers(segment, places, [bank, bank])
+    assert found.tolist() == [[True, False, True, True, False], [True, False, False, False, True]]
+
+
+def test_a_piece_ends_with_the_last_answer_of_each_row():
+    ids, mask = torch.arange(15).reshape(3, 5), torch.tensor([[1] * 5, [1] * 5, [1, 1, 0, 0, 0]])
+    counted = torch.tensor([[0, 1, 0, 1, 0], [0] * 5, [1, 0, 0, 0, 0]]).bool()
+    piece = Piece(ids, mask, ((1,), None, (2,)), counted, 8).until_answered()
+    assert piece.input_ids.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8], [10, 11, 12, 13]]
+    assert piece.mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert (piece.queries, piece.start) == (((1,), None, (2,)), 8)
+    assert piece.without_queries().queries == (None, None, None)
+    nothing = Piece(ids, mask, (None,) * 3, torch.zeros_like(counted), 8).until_answered()
+    assert nothing.input_ids.shape == (3, 0)
 
 
 @pytest.mark.parametrize("kind", RECALL)

@@ -12,7 +12,8 @@ from torch import distributed, nn
 from memlong.errors import InvalidArgumentError, MemlongError, UnsupportedModelError
 from memlong.training.processes import Processes
 from memlong.training.shards import Shards, _layers, _shared
-from tests.training.test_processes import assert_same_losses, curve, launch, together
+from tests.training.test_processes import Two, assert_same_losses, curve, launch, together
+from tests.training.test_recall import mixed_trainer
 
 CASES = (*together.CASES, *together.TRIED)
 
@@ -114,6 +115,16 @@ def test_a_divided_model_learns_the_same(trainer, shards):
         torch.testing.assert_close(divided._parts.parameters[name], parameter)
 
 
+def test_a_divided_model_answers_in_forks(tiny_model, small, shards, tmp_path):
+    memory = {"retrieve_for": "answers", "adapter_for": "memory"}
+    options = {"mix": {"needles": 1}, "memory": memory, "contrast": 2.0, "only_found": True, "steps": 4}
+    whole, divided = (mixed_trainer(tiny_model("Llama"), small, tmp_path / each, **options) for each in "ab")
+    shards(divided)
+    assert [step.loss for step in divided.run()] == pytest.approx(
+        [step.loss for step in whole.run()], rel=1e-6
+    )
+
+
 def test_a_divided_model_does_not_say_what_its_weights_are(trainer, shards):
     run = trainer()
     shards(run)
@@ -138,14 +149,13 @@ def test_gradients_of_nothing_pass_the_layers_that_others_pass(trainer, shards, 
     assert not divided.idle(1, gradients=False).requires_grad
 
 
-def test_every_process_runs_the_model_as_often_as_the_busiest(trainer, shards):
+def test_a_process_knows_how_often_others_run_the_model(trainer, shards):
     divided = shards(trainer())
-    assert divided.calls([9, 3, 0], size=4, count=4) == [1, 1, 1, 0]
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    assert [divided.calls_for(each) for each in (mask, mask[2:], mask[:, :0])] == [1, 0, 0]
     divided._goes_by_length = True
-    assert divided.calls([9, 3, 0], size=4, count=4) == [2, 1, 1, 0]
-    divided._processes.all_of = lambda own: [*own, 1, 3, 0, 0]
-    assert divided.calls([9, 3, 0], size=4, count=4) == [2, 3, 1, 0]
-    assert divided.calls_for(torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])) == 2
+    assert divided.calls_for(mask) == 2
+    assert Two(torch.tensor([[0, 0], [1, 3]])).most_of([2, 1]) == [2, 3]
 
 
 def test_a_single_process_holds_the_whole_model(trainer):
