@@ -423,7 +423,7 @@ def test_questions_are_learned_from_as_they_are_answered_and_not_remembered(tiny
 
 
 def test_only_answers_that_were_found_are_learned_from(tiny_model, small, tmp_path, monkeypatch):
-    """With random chunks, some facts are in them and some are not; the gradient is that of the former alone."""
+    """With random chunks, some facts are in them and some are not; those that are not have no weight."""
     kept, losses = [], []
     found_answers, segment_loss = trainer_module.found_answers, trainer_module.segment_loss
 
