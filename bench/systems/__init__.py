@@ -30,6 +30,8 @@ KINDS = {
     # Full attention over K-V of so many bits, by transformers and optimum-quanto.
     "quantized-4": "systems.quantized:FourBits",
     "quantized-2": "systems.quantized:TwoBits",
+    # As many single tokens as a memory attends to, which each token chooses itself in each layer and head, as FoT does.
+    "nearest-keys": "systems.nearest:NearestKeys",
     # Full attention to a prompt, of which as much K-V is kept as a memory attends to; they only answer prompts.
     "kvpress-snapkv": "systems.kvpress:SnapKv",
     "kvpress-expected": "systems.kvpress:ExpectedAttention",
