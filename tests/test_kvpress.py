@@ -245,3 +245,10 @@ def test_the_worker_answers_what_is_kept_of_the_sentences(llama, small, text, kv
     prompt = ids[:, 200 - 64 - 20 :]  # more sentences would be more than 38 tokens and the question
     plain = llama.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **options)
     assert said[0, 200:].tolist() == plain[0, 84:].tolist()
+
+
+def test_a_question_begins_with_a_sentence(kvpress):
+    whole = importlib.import_module("systems.kvpress_worker").whole_sentences
+    assert whole("It is 1. What is", " it? It is") == ("It is 1.", " What is it? It is")
+    assert whole("It is 1.", " What?") == ("It is 1.", " What?")
+    assert whole("no end", " at all") == ("no end", " at all")

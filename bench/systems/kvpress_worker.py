@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -85,6 +86,7 @@ def _retrieved(model: Any, asked: dict[str, Any]) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"  # it always uses one: the text as it is
     context, question = (tokenizer.decode(asked[name]) for name in ("context", "question"))
+    context, question = whole_sentences(context, question)
     window, room = asked["kept"] // 2, asked["kept"] + len(asked["question"])
     chosen = window * 300 // 1024
     prompts: list[list[int]] = []
@@ -113,6 +115,13 @@ def _retrieved(model: Any, asked: dict[str, Any]) -> list[int]:
         del model.generate
         model.set_attn_implementation(usual)
         hook.remove()
+
+
+def whole_sentences(context: str, question: str) -> tuple[str, str]:
+    """Return both, the question with all of its first sentence: InfiniRetri looks for whole ones."""
+    ends = [*re.finditer(r"[.?!\n]", context)]
+    cut = ends[-1].end() if ends else len(context)
+    return context[:cut], context[cut:] + question
 
 
 @torch.no_grad()
