@@ -48,7 +48,7 @@ def demo_file(name: str) -> Path:
     except MissingDependencyError:
         raise
     except ImportError as error:
-        raise MissingDependencyError(f"The model {name!r} is not installed: {demo.command}") from error
+        raise MissingDependencyError(f"The model {name!r} is not installed ({error}): {demo.command}") from error
 
 
 def _beside(demo: Demo) -> Path:
@@ -56,7 +56,7 @@ def _beside(demo: Demo) -> Path:
     spec = find_spec(demo.package)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
-        raise ImportError(demo.package)
+        raise ImportError(f"no GGUF file of a package {demo.package}")
     return files[0]
 
 
