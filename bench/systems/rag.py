@@ -83,8 +83,10 @@ class RagAsText(Alternative):
         asked = self._embedded(query, stored, is_focused=is_focused)
         scores = (normalize(asked.float(), dim=1) @ stored.T)[0]
         # Of equal ones, the first, as in a bank.
-        best = sorted(scores.sort(descending=True, stable=True).indices[: config.top_k].tolist())
-        text = [token for number in best for token in chunks[number].token_ids]
+        best = scores.sort(descending=True, stable=True).indices[: config.top_k]
+        if is_focused and scores[best[0]] > 0:
+            best = best[scores[best] >= config.focus_cutoff * scores[best[0]]]
+        text = [token for number in best.sort().values.tolist() for token in chunks[number].token_ids]
         window = config.sink_tokens + len(chunks) * config.chunk_size
         return read[: config.sink_tokens] + text + read[window:end]
 

@@ -101,7 +101,8 @@ def test_no_other_process_sees_half_a_file(parts):
 def test_a_missing_package_is_asked_for(name, load, monkeypatch):
     monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], package="a_package_that_nobody_has"))
     with pytest.raises(
-        MissingDependencyError, match=rf"The model '{name}' is not installed \(.*a_package_that_nobody_has.*\): pip install"
+        MissingDependencyError,
+        match=rf"The model '{name}' is not installed \(.*a_package_that_nobody_has.*\): pip install",
     ) as caught:
         load(name)
     assert DEMOS[name].command in str(caught.value)

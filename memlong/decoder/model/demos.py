@@ -48,7 +48,9 @@ def demo_file(name: str) -> Path:
     except MissingDependencyError:
         raise
     except ImportError as error:
-        raise MissingDependencyError(f"The model {name!r} is not installed ({error}): {demo.command}") from error
+        raise MissingDependencyError(
+            f"The model {name!r} is not installed ({error}): {demo.command}"
+        ) from error
 
 
 def _beside(demo: Demo) -> Path:

@@ -166,7 +166,7 @@ class Search:
     query
         The query's embedding [dim].
     config
-        Says how many chunks to choose.
+        Says how many chunks to choose; its ``focus_cutoff`` is 0 where the query is not one of focus_tokens.
     others
         The banks of the other rows, from the next row on.
     reranking
@@ -202,12 +202,17 @@ class Choice(Protocol):
 def _best(
     bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig, reranking: Reranking | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ids and scores [found] of at most ``top_k`` chunks, best first; −1 for none."""
+    """Return ids and scores [found] of at most ``top_k`` chunks within ``focus_cutoff``, best first; −1 for none."""
     k = max(1, min(config.top_k, len(bank)))
     if reranking is not None:
-        return reranking.best(bank, query, k)
-    result = bank.search(query[None], k)
-    return result.ids[0], result.scores[0]
+        ids, scores = reranking.best(bank, query, k)
+    else:
+        result = bank.search(query[None], k)
+        ids, scores = result.ids[0], result.scores[0]
+    if config.focus_cutoff and len(scores) and scores[0] > 0:
+        kept = scores >= config.focus_cutoff * scores[0]
+        return ids[kept], scores[kept]
+    return ids, scores
 
 
 def retrieve_chunks(
