@@ -61,9 +61,15 @@ def test_a_question_is_answered_with_what_its_end_retrieves(llama, small, text, 
 
 
 @pytest.mark.parametrize("tokens", [*range(20, 70, 7), 110])
-@pytest.mark.parametrize(("focus", "cutoff"), [(0, 0.0), (3, 0.0), (3, 0.7), (0, 0.7)])
-def test_a_questions_prompt_is_what_a_memory_attends_to(llama, small, text, rag, tokens, focus, cutoff):
-    config, ids = small(focus_tokens=focus, focus_cutoff=cutoff), text(tokens)
+@pytest.mark.parametrize(
+    ("focus", "cutoff", "following"),
+    [(0, 0.0, 0), (3, 0.0, 0), (3, 0.7, 0), (0, 0.7, 1), (3, 0.0, 1), (3, 0.7, 2)],
+)
+def test_a_questions_prompt_is_what_a_memory_attends_to(
+    llama, small, text, rag, tokens, focus, cutoff, following
+):
+    config = small(focus_tokens=focus, focus_cutoff=cutoff, focus_following=following)
+    ids = text(tokens)
     with MemoryDecoder(llama, None, config) as decoder:
         decoder.read(ids)
         forks, _ = ask(decoder._streams.batch, config)

@@ -86,6 +86,10 @@ class RagAsText(Alternative):
         best = scores.sort(descending=True, stable=True).indices[: config.top_k]
         if is_focused and scores[best[0]] > 0:
             best = best[scores[best] >= config.focus_cutoff * scores[best[0]]]
+        if is_focused and config.focus_following:
+            following = best[:, None] + torch.arange(config.focus_following + 1)
+            wanted = following[following < len(chunks)].tolist()
+            best = torch.tensor([*dict.fromkeys(wanted)][: config.top_k])
         text = [token for number in best.sort().values.tolist() for token in chunks[number].token_ids]
         window = config.sink_tokens + len(chunks) * config.chunk_size
         return read[: config.sink_tokens] + text + read[window:end]

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from memlong.evaluation import Perplexity
 
 
-@with_memory(without=(*TRAINED, "retrieve_every", "retrieve_for", "focus_tokens", "focus_cutoff"))
+@with_memory(
+    without=(*TRAINED, "retrieve_every", "retrieve_for", "focus_tokens", "focus_cutoff", "focus_following")
+)
 def perplexity(
     ctx: typer.Context,
     *,

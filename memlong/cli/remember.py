@@ -30,7 +30,7 @@ _NAMED = 3
 
 
 @with_memory(
-    without=("query_map", *TRAINED, "retrieve_every", "focus_tokens", "focus_cutoff"),
+    without=("query_map", *TRAINED, "retrieve_every", "focus_tokens", "focus_cutoff", "focus_following"),
     retrieve_for="answers",
 )
 def remember(

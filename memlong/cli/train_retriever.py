@@ -22,7 +22,15 @@ _MAP = (b"memlong-query-map",)
 
 
 @with_memory(
-    without=("query_map", *TRAINED, "retrieve_every", "retrieve_for", "focus_tokens", "focus_cutoff")
+    without=(
+        "query_map",
+        *TRAINED,
+        "retrieve_every",
+        "retrieve_for",
+        "focus_tokens",
+        "focus_cutoff",
+        "focus_following",
+    )
 )
 def train_retriever(
     ctx: typer.Context,

@@ -158,6 +158,13 @@ class MemoryConfig:
         most=1.0,
         needs_backend=True,
     )
+    focus_following: int = setting(
+        0,
+        "How many chunks that follow one retrieved by focus_tokens are retrieved with it, within top_k.",
+        more="What a question names may end one chunk, and its answer begin the next.",
+        least=0,
+        needs_backend=True,
+    )
     position_mode: PositionMode | None = setting(
         None,
         "Retrieved keys stand at 'zero', 'overlaid', 'compressed', 'before-window' or 'original'.",

@@ -73,7 +73,7 @@ class TokenStream:
         self._null_block = None if null_chunk is None else Block(null_chunk.keys, null_chunk.values)
         count = retrieved_chunks(config, beside_null_chunk=null_chunk is not None)
         self._retrieving = replace(config, top_k=count)
-        self._reading = replace(self._retrieving, focus_cutoff=0.0)
+        self._reading = replace(self._retrieving, focus_cutoff=0.0, focus_following=0)
         self.use_bank(bank)
         self.choice = choice
         self.query_length = config.query_length
