@@ -39,6 +39,8 @@ def by_task(cells: Mapping[str, Sequence[Cell]], tasks: Sequence[str], length: i
     rows = []
     for name, found in cells.items():
         mine = {cell.task: cell.scores for cell in found if cell.length == length}
+        if not mine:
+            continue
         rows.append([name, *(f"{100 * np.mean(mine[task]):.0f}" if task in mine else "" for task in tasks)])
     heads = [re.sub("^(ruler|babilong|hard_needle)_local_", "", task) for task in tasks]
     return table(["system", *heads], rows)

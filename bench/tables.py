@@ -85,18 +85,16 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["two-books"] = alternatives.two_books
     for name in ("ruler", "more"):
         found[f"equality-{name}"] = partial(alternatives.equality, f"equality_{name}.json")
-    found["ruler-lengths"] = partial(alternatives.by_length, alternatives.RULER)
+    found["ruler-mean"] = partial(alternatives.by_length, alternatives.RULER)
+    found["ruler"] = partial(alternatives.by_task, alternatives.RULER, 4096)
     found["ruler-gemma"] = partial(alternatives.by_length, "benchmarks_gemma.json")
-    found["ruler-4096"] = partial(alternatives.by_task, alternatives.RULER, 4096)
-    found["needles-4096"] = partial(alternatives.by_task, "benchmarks_needles.json", 4096)
-    found["needles-8192"] = partial(alternatives.by_task, "benchmarks_needles_8192.json", 8192)
+    found["needles-lengths"] = partial(alternatives.by_length, alternatives.LENGTHS)
+    for length in (16384, 65536):
+        found[f"needles-{length}"] = partial(alternatives.by_task, alternatives.LENGTHS, length)
+    found["needles-mean"] = partial(alternatives.by_length, alternatives.NEEDLES)
+    found["needles"] = partial(alternatives.by_task, alternatives.NEEDLES, 4096)
     found["babilong"] = partial(alternatives.by_length, "benchmarks_babilong.json")
     found["babilong-tasks"] = partial(alternatives.by_task, "benchmarks_babilong.json", 4096)
-    found["needles-lengths"] = partial(alternatives.by_length, "benchmarks_needles.json")
-    found["needles-8192-mean"] = partial(alternatives.by_length, "benchmarks_needles_8192.json")
-    found["needles-16384"] = partial(alternatives.by_task, "benchmarks_needles_16384.json", 16384)
-    found["needles-16384-mean"] = partial(alternatives.by_length, "benchmarks_needles_16384.json")
-    found["needles-32768"] = partial(alternatives.by_length, "benchmarks_needles_32768.json")
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
     for prefix, folder in (("", ""), ("gpu-", "gpu/")):

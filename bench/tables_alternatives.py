@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,20 @@ from cells import load, table
 from front_tables import by_cost
 
 GAPS, RULER, QUESTIONS = "alternatives.json", "benchmarks_demo.json", "questions.json"
+NEEDLES, LENGTHS = "benchmarks_needles.json", "benchmarks_lengths.json"
 BOOKS = "two_books.json"
-_LENGTH = "4096"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A system, and its name in each result; what is a bound or a control is no candidate for the best."""
+    """A system, and its name in each result; what is a bound or a control is no candidate for the best.
+
+    ``ruler`` is its name in all results of bench/benchmarks.py.
+    """
 
     title: str
-    gaps: str
-    ruler: str
+    gaps: str = ""
+    ruler: str = ""
     questions: str = ""
     is_candidate: bool = True
 
@@ -33,16 +36,22 @@ _ROWS = (
     Row("plain window of 2,048", "window 2048", "window 2,048", is_candidate=False),
     Row("**memory** (the default)", "before-window 8", "memory", "memory"),
     Row("memory, at one position", "zero 8", "zero 8"),
-    Row("memory, tokens choose among 8 chunks", "pages of 8", ""),
-    Row("memory, tokens choose among 16", "pages of 16", "", is_candidate=False),
+    Row("memory, trained to recall", ruler="trained"),
+    Row("memory, tokens choose among 8 chunks", "pages of 8"),
+    Row("memory, tokens choose among 16", "pages of 16", is_candidate=False),
     Row(
         "memory, tokens choose among 64 chunks, here everything", "pages 256", "pages 256", is_candidate=False
     ),
     Row("RAG as text", "RAG as text 8", "RAG as text", "RAG as text"),
-    Row("4-bit K-V of everything", "4-bit K-V", "", is_candidate=False),
-    Row("2-bit K-V of everything", "2-bit K-V", "", is_candidate=False),
-    Row("random chunks", "random 8", "", is_candidate=False),
-    Row("another text's chunks", "foreign 8", "", is_candidate=False),
+    Row("SnapKV", ruler="SnapKV"),
+    Row("expected attention", ruler="expected attention"),
+    Row("KVzip", ruler="KVzip"),
+    Row("InfiniRetri", ruler="InfiniRetri"),
+    Row("nearest 1,024 keys of everything", "nearest keys 1024", "nearest keys", is_candidate=False),
+    Row("4-bit K-V of everything", "4-bit K-V", is_candidate=False),
+    Row("2-bit K-V of everything", "2-bit K-V", is_candidate=False),
+    Row("random chunks", "random 8", is_candidate=False),
+    Row("another text's chunks", "foreign 8", is_candidate=False),
     Row("full attention", "full", "full attention", "full attention", is_candidate=False),
 )
 
@@ -59,21 +68,33 @@ class Column:
 
 def headline() -> str:
     """Systems down, measures across, the best candidate of each in bold."""
-    columns = [
-        *(
-            Column(head if part == "all" else f"{head}, {name}", _gap(kind, part), "{:.0%}")
-            for kind, head in (("code", "code"), ("prose", "prose"))
-            for part, name in (("all", ""), ("long_range", "far"), ("key", "key"))
-        ),
-        Column("RULER", _ruler, "{:.0%}"),
-        Column("first token, s", _question("first_seconds"), "{:.1f}", most_is_best=False),
-        Column(
-            f"{load(QUESTIONS)['keys']} questions, s",
-            _question("all_questions"),
-            "{:.0f}",
-            most_is_best=False,
-        ),
+    return _across(
+        [
+            *_gaps(),
+            Column("RULER", _score(RULER, 4096), "{:.0%}"),
+            Column("needles, 4k", _score(NEEDLES, 4096), "{:.0%}"),
+            Column("needles, 16k", _score(LENGTHS, 16384), "{:.0%}"),
+            Column("needles, 64k", _score(LENGTHS, 65536), "{:.0%}"),
+            Column("first token, s", _question("first_seconds"), "{:.1f}", most_is_best=False),
+            Column(
+                f"{load(QUESTIONS)['keys']} questions, s",
+                _question("all_questions"),
+                "{:.0f}",
+                most_is_best=False,
+            ),
+        ]
+    )
+
+
+def _gaps() -> list[Column]:
+    return [
+        Column(head if part == "all" else f"{head}, {name}", _gap(kind, part), "{:.0%}")
+        for kind, head in (("code", "code"), ("prose", "prose"))
+        for part, name in (("all", ""), ("long_range", "far"), ("key", "key"))
     ]
+
+
+def _across(columns: Sequence[Column]) -> str:
     values = {row: [column.of(row) for column in columns] for row in _ROWS}
     kept = [row for row in _ROWS if any(value is not None for value in values[row])]
     best = [
@@ -162,9 +183,12 @@ def _gap(kind: str, part: str) -> Callable[[Row], float | None]:
     return value
 
 
-def _ruler(row: Row) -> float | None:
-    found: Mapping[str, Any] = load(RULER)["rows"].get(row.ruler) or {}
-    return found[_LENGTH]["value"] if _LENGTH in found else None
+def _score(file: str, length: int) -> Callable[[Row], float | None]:
+    def value(row: Row) -> float | None:
+        found: Mapping[str, Any] = load(file)["rows"].get(row.ruler) or {}
+        return found[str(length)]["value"] if str(length) in found else None
+
+    return value
 
 
 def _question(measure: str) -> Callable[[Row], float | None]:

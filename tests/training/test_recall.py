@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -595,6 +596,33 @@ def test_the_bench_reads_the_chunks_retrieved_as_text(bench, llama, small, text)
     torch.testing.assert_close(torch.cat([each for _, each in judged]), losses[[3, 4, 8]])
     right = logits.argmax(-1) == ids[161:172]
     assert [each for each, _ in judged] == [bool(right[3:5].all()), bool(right[8])]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+def test_a_reader_of_chunks_as_text_is_trained_on_the_same_answers(bench, tiny_model, small):
+    """What is to be predicted is an answer, and nearly always stands in what is read before it."""
+    module = importlib.import_module("text_reader")
+    model, tokenizer = tiny_model("Llama"), Letters()
+    config = small(segment_size=SEGMENT, local_window=400, chunk_size=128, top_k=2)
+    rag = module.RagAsText(model, tokenizer, config)
+    given = module.examples(rag, [filler()], 2048, seed=0)
+    drawn = [next(given) for _ in range(24)]
+    found = 0
+    for ids, targets in drawn:
+        assert ids.shape == targets.shape
+        places = (targets != -100).nonzero()[:, 0]
+        assert torch.equal(targets[places[:-1]], ids[places[:-1] + 1])
+        last = places[places >= places[-1] - 3]
+        answer, before = (tokenizer.decode(each.tolist()) for each in (targets[last], ids[: places[0] + 1]))
+        found += answer in before
+    assert found > 12
+    few = itertools.cycle(drawn[:2])
+    with torch.no_grad():
+        losses = [cross_entropy(model(ids[None]).logits[0], targets) for ids, targets in drawn[:2]]
+    reader = module.trained(model, few, steps=20, rows=2, lr=1e-2, rank=4)
+    with torch.no_grad():
+        after = [cross_entropy(reader(ids[None]).logits[0], targets) for ids, targets in drawn[:2]]
+    assert sum(after) < 0.8 * sum(losses)
 
 
 def test_the_bench_asks_where_a_segment_begins(bench):
