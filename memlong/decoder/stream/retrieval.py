@@ -216,7 +216,7 @@ def _best(
         kept = scores >= config.focus_cutoff * scores[0]
         ids, scores = ids[kept], scores[kept]
     if config.focus_following:
-        return _with_following(bank, ids[ids >= 0], scores[ids >= 0], config.focus_following, k)
+        return _with_following(bank, ids[ids >= 0], scores[ids >= 0], min(config.focus_following, k), k)
     return ids, scores
 
 
@@ -224,16 +224,21 @@ def _with_following(
     bank: MemoryBank | Draft, ids: Tensor, scores: Tensor, count: int, most: int
 ) -> tuple[Tensor, Tensor]:
     """Return ids and scores of chunks, each with the ``count`` that follow it in its text, and so many at most."""
-    together = ids[:, None] + torch.arange(count + 1)
+    together = ids[:, None] + torch.arange(count + 1, device="cpu")
     spans = bank.spans_of(together.flatten()).view(*together.shape, 2)
     follows = spans[:, 1:, 0] == spans[:, :-1, 1]
-    stands = torch.cat([torch.ones(len(ids), 1, dtype=torch.bool), follows], dim=1).cumprod(dim=1).bool()
+    stands = (
+        torch.cat([torch.ones(len(ids), 1, dtype=torch.bool, device="cpu"), follows], dim=1)
+        .cumprod(dim=1)
+        .bool()
+    )
     found: dict[int, float] = {}
     for chunk, is_there, score in zip(together.tolist(), stands.tolist(), scores.tolist(), strict=True):
         for each in (each for each, there in zip(chunk, is_there, strict=True) if there):
             found.setdefault(each, score)
     kept = [*found][:most]
-    return torch.tensor(kept, dtype=torch.int64), torch.tensor([found[each] for each in kept])
+    shared = torch.tensor([found[each] for each in kept], dtype=scores.dtype, device="cpu")
+    return torch.tensor(kept, dtype=torch.int64, device="cpu"), shared
 
 
 def retrieve_chunks(
