@@ -6,7 +6,7 @@ into the model in the end. The folder is a model of its own:
 
     python bench/text_reader.py --text addresses.txt --text argparse.py --text tarfile.py --out reader
     python bench/recall.py --model reader --text essays.txt --chunks text --segment-size 128 --top-k 2
-    python bench/questions.py --model reader --text essays.txt --only RAG
+    python bench/questions.py --model reader --text essays.txt
 """
 
 from __future__ import annotations
