@@ -129,9 +129,10 @@ def _asked(rag: RagAsText, episode: Episode, random: np.random.Generator) -> Ite
     for start, query in episode.queries.items():
         weights = episode.weights[start : start + config.segment_size]
         prompt = rag.prompt(start, start, Passage(tuple(query), start), is_focused=True)
-        window = len(prompt) - config.sink_tokens - config.top_k * config.chunk_size
-        if window <= 0 or not weights.any():
+        departed = -(-(start - config.sink_tokens - config.window_past) // config.chunk_size)
+        if departed < config.top_k or not weights.any():
             continue  # fewer chunks have left the window, or the episode ends here
+        window = len(prompt) - config.sink_tokens - config.top_k * config.chunk_size
         before = int(random.integers(min(window, _MOST_WINDOW) + 1))
         kept = [*prompt[: len(prompt) - window], *prompt[len(prompt) - before :]]
         count = int(weights.nonzero()[-1]) + 1

@@ -251,4 +251,7 @@ def test_a_question_begins_with_a_sentence(kvpress):
     whole = importlib.import_module("systems.kvpress_worker").whole_sentences
     assert whole("It is 1. What is", " it? It is") == ("It is 1.", " What is it? It is")
     assert whole("It is 1.", " What?") == ("It is 1.", " What?")
+    assert whole("So. It is 1.", " What?") == ("So. It is 1.", " What?")
     assert whole("no end", " at all") == ("no end", " at all")
+    assert whole("It is. Pi is 3.", "14159 and") == ("It is.", " Pi is 3.14159 and")
+    assert whole("Long ago. " + "x" * 500, " is it?") == ("Long ago. " + "x" * 500, " is it?")

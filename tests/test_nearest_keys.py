@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from memlong.errors import UnsupportedModelError
+
 
 @pytest.fixture
 def nearest(monkeypatch):
@@ -45,6 +47,18 @@ def test_each_token_and_head_chooses_the_largest_logits(nearest):
             kept = [0, *far, *range(end - 2, end + 1)]
             expected = scores[row, kept].softmax(0) @ value[0, head // 2, kept]
             torch.testing.assert_close(found[0, row, head], expected)
+
+
+@pytest.mark.parametrize("what", ["softcap", "s_aux"])
+def test_attention_with_more_to_it_is_refused(nearest, what):
+    import systems.nearest as module
+
+    states, sizes = torch.randn(3, 1, 2, 4, 8), {"near": 3, "sinks": 1, "nearest": 2}
+    with pytest.raises(
+        UnsupportedModelError, match=f"Nearest keys leave out {what} of this model's attention"
+    ):
+        module._attended(*states, **sizes, **{what: 30.0})
+    assert module._attended(*states, **sizes, **{what: None}).shape == (1, 4, 2, 8)
 
 
 def test_an_answer_leaves_the_stream_where_it_was(llama, small, text, nearest):

@@ -60,16 +60,25 @@ def test_a_question_is_answered_with_what_its_end_retrieves(llama, small, text, 
     assert torch.equal(decoder.generate(ids[:, 100:], **options), said)
 
 
+def test_a_question_may_bring_the_chunk_after_the_best_one_alone(llama, small, text, rag):
+    ids, config = text(110)[0].tolist(), small(focus_tokens=3, top_k=5)
+    size, prompts = config.chunk_size, {}
+    for cutoff, following in ((0.0, 0), (1.0, 0), (1.0, 1), (0.0, 1), (1.0, 9)):
+        prompts[cutoff, following] = rag(llama, None, config, cutoff=cutoff, following=following)._asked(ids)
+    assert len(prompts[1.0, 0]) == len(prompts[0.0, 0]) - 4 * size
+    best = prompts[1.0, 0][2 : 2 + size]
+    (place,) = (start for start in range(2, 110 - size, size) if ids[start : start + size] == best)
+    assert prompts[1.0, 1][: 2 + 2 * size] == ids[:2] + ids[place : place + 2 * size]
+    assert len(prompts[1.0, 1]) == len(prompts[1.0, 0]) + size
+    assert len(prompts[0.0, 1]) == len(prompts[0.0, 0])  # within top_k
+    assert len(prompts[1.0, 9]) <= len(prompts[0.0, 0])
+    assert prompts[1.0, 9][: 2 + 3 * size] == ids[:2] + ids[place : place + 3 * size]
+
+
 @pytest.mark.parametrize("tokens", [*range(20, 70, 7), 110])
-@pytest.mark.parametrize(
-    ("focus", "cutoff", "following"),
-    [(0, 0.0, 0), (3, 0.0, 0), (3, 0.7, 0), (0, 0.7, 1), (3, 0.0, 1), (3, 0.7, 2)],
-)
-def test_a_questions_prompt_is_what_a_memory_attends_to(
-    llama, small, text, rag, tokens, focus, cutoff, following
-):
-    config = small(focus_tokens=focus, focus_cutoff=cutoff, focus_following=following)
-    ids = text(tokens)
+@pytest.mark.parametrize("focus", [0, 3])
+def test_a_questions_prompt_is_what_a_memory_attends_to(llama, small, text, rag, tokens, focus):
+    config, ids = small(focus_tokens=focus), text(tokens)
     with MemoryDecoder(llama, None, config) as decoder:
         decoder.read(ids)
         forks, _ = ask(decoder._streams.batch, config)

@@ -63,11 +63,6 @@ class Cached(Alternative):
             found.append(Likelihood(likelihoods, logits.argmax(-1) == wanted))
         return found
 
-    @property
-    def attended_tokens(self) -> int:
-        """All."""
-        return len(self._read)
-
     def _after(self, tokens: list[int]) -> Cache:
         """Return the cache after more tokens, which the stream does not know of."""
         cache = _forked(self._cache)

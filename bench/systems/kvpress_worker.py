@@ -23,6 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
+_SENTENCE = 400  # characters at most, of which a question takes the beginning
+
 PRESSES = {"expected": "ExpectedAttentionPress", "kvzip": "KVzipPress", "snapkv": "SnapKVPress"}
 
 
@@ -119,8 +121,9 @@ def _retrieved(model: Any, asked: dict[str, Any]) -> list[int]:
 
 def whole_sentences(context: str, question: str) -> tuple[str, str]:
     """Return both, the question with all of its first sentence: InfiniRetri looks for whole ones."""
-    ends = [*re.finditer(r"[.?!\n]", context)]
-    cut = ends[-1].end() if ends else len(context)
+    begin = max(0, len(context) - _SENTENCE)
+    ends = [*re.finditer(r"[.?!](?=\s)|\n", context[begin:] + question[:1])]
+    cut = min(begin + ends[-1].end(), len(context)) if ends else len(context)
     return context[:cut], context[cut:] + question
 
 

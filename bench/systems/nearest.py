@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
+from memlong.errors import UnsupportedModelError
 from systems.cached import Cached
 
 _NAME = "nearest_keys"
@@ -23,6 +24,11 @@ class NearestKeys(Cached):
     configuration retrieves tokens: those with the largest logits for it, chosen in each layer and each attention head.
     All keys are at their own positions, and all are compared; layers with a sliding window of their own stay as they
     are. The model has not been trained for this, as FoT's (arXiv 2307.03170) has.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If attention has more to it: capped logits, or sinks of its own.
     """
 
     def empty(self) -> DynamicCache:
@@ -43,6 +49,11 @@ class NearestKeys(Cached):
     def _forward(self, cache: Cache, tokens: list[int], keep: int) -> Tensor:
         with self._attending():
             return super()._forward(cache, tokens, keep)
+
+    def kv_read_bytes(self, tokens: int, size: int) -> int:
+        """Return the bytes of all K-V, whose keys are all compared."""
+        layers = self.model_layout.layers.values()
+        return sum(min(tokens, each.sliding_window or tokens) * each.shape.numbers * size for each in layers)
 
     @contextmanager
     def _attending(self) -> Iterator[None]:
@@ -73,9 +84,13 @@ def _attended(
     nearest: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> Tensor:
     """Return [1, tokens, heads, width]: what tokens see, the last of the keys [1, K-V heads, keys, width]."""
+    if odd := [name for name in ("softcap", "s_aux") if others.get(name) is not None]:
+        raise UnsupportedModelError(
+            f"Nearest keys leave out {odd[0]} of this model's attention: take another"
+        )
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     logits = (query @ key.transpose(2, 3)).float() * (scaling or query.shape[-1] ** -0.5)

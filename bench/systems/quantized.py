@@ -86,6 +86,11 @@ class QuantizedKv(Cached):
         return found
 
     @property
+    def attended_tokens(self) -> int:
+        """All."""
+        return len(self._read)
+
+    @property
     def _group(self) -> int:
         shapes = [layer.shape for layer in self.model_layout.layers.values()]
         return gcd(64, *(width for shape in shapes for width in (shape.head_dim, shape.value_dim)))

@@ -21,9 +21,27 @@ class RagAsText(Alternative):
     Chunks, queries and retriever are those of a memory with the same configuration, and the prompt of a segment holds
     what that would attend to, sink tokens included; but the model reads all of it again, at plain positions. A question
     retrieves once.
+
+    Parameters
+    ----------
+    model, tokenizer, config
+        As for `MemoryDecoder`.
+    cutoff
+        A question leaves out chunks with less than this share of the best one's score; 0 for none.
+    following
+        So many chunks that follow one that a question finds come with it, within ``top_k``.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: MemoryConfig,
+        *,
+        cutoff: float = 0.0,
+        following: int = 0,
+    ) -> None:
+        self.cutoff, self.following = cutoff, following
         self.retriever = create_retriever(config.retriever, model, tokenizer, config.retriever_options)
         super().__init__(model, tokenizer, config)
 
@@ -84,13 +102,12 @@ class RagAsText(Alternative):
         scores = (normalize(asked.float(), dim=1) @ stored.T)[0]
         # Of equal ones, the first, as in a bank.
         best = scores.sort(descending=True, stable=True).indices[: config.top_k]
-        if is_focused and scores[best[0]] > 0:
-            best = best[scores[best] >= config.focus_cutoff * scores[best[0]]]
-        if is_focused and config.focus_following:
-            following = best[:, None] + torch.arange(config.focus_following + 1)
-            wanted = following[following < len(chunks)].tolist()
-            best = torch.tensor([*dict.fromkeys(wanted)][: config.top_k])
-        text = [token for number in best.sort().values.tolist() for token in chunks[number].token_ids]
+        if is_focused and self.cutoff and scores[best[0]] > 0:
+            best = best[scores[best] >= self.cutoff * scores[best[0]]]
+        if is_focused and self.following:
+            runs = (best[:, None] + torch.arange(self.following + 1)).flatten().tolist()
+            best = torch.tensor([*dict.fromkeys(each for each in runs if each < len(chunks))][: config.top_k])
+        text = [token for number in sorted(best.tolist()) for token in chunks[number].token_ids]
         window = config.sink_tokens + len(chunks) * config.chunk_size
         return read[: config.sink_tokens] + text + read[window:end]
 

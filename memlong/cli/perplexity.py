@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from memlong.evaluation import Perplexity
 
 
-@with_memory(
-    without=(*TRAINED, "retrieve_every", "retrieve_for", "focus_tokens", "focus_cutoff", "focus_following")
-)
+@with_memory(without=(*TRAINED, "retrieve_every", "retrieve_for", "focus_tokens"))
 def perplexity(
     ctx: typer.Context,
     *,

@@ -30,7 +30,7 @@ _NAMED = 3
 
 
 @with_memory(
-    without=("query_map", *TRAINED, "retrieve_every", "focus_tokens", "focus_cutoff", "focus_following"),
+    without=("query_map", *TRAINED, "retrieve_every", "focus_tokens"),
     retrieve_for="answers",
 )
 def remember(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @with_memory(
-    without=("gates", "null_chunk", "retrieve_every", "focus_tokens", "focus_cutoff", "focus_following"),
+    without=("gates", "null_chunk", "retrieve_every", "focus_tokens"),
     kv_source="shared",
     retrieval_layers=Unset("with 'shared', every 4th from the memory layer up"),
 )

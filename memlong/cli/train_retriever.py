@@ -21,17 +21,7 @@ from memlong.errors import InvalidArgumentError
 _MAP = (b"memlong-query-map",)
 
 
-@with_memory(
-    without=(
-        "query_map",
-        *TRAINED,
-        "retrieve_every",
-        "retrieve_for",
-        "focus_tokens",
-        "focus_cutoff",
-        "focus_following",
-    )
-)
+@with_memory(without=("query_map", *TRAINED, "retrieve_every", "retrieve_for", "focus_tokens"))
 def train_retriever(
     ctx: typer.Context,
     *,

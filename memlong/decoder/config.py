@@ -149,22 +149,6 @@ class MemoryConfig:
         "text.",
         least=0,
     )
-    focus_cutoff: float = setting(
-        0.0,
-        "Least score of a chunk retrieved by focus_tokens, as a share of the best one's.",
-        more="Often one chunk answers a question, and the others of ``top_k`` distract the model. Where no score is "
-        "above 0, none is left out.",
-        least=0.0,
-        most=1.0,
-        needs_backend=True,
-    )
-    focus_following: int = setting(
-        0,
-        "How many chunks that follow one retrieved by focus_tokens are retrieved with it, within top_k.",
-        more="What a question names may end one chunk, and its answer begin the next.",
-        least=0,
-        needs_backend=True,
-    )
     position_mode: PositionMode | None = setting(
         None,
         "Retrieved keys stand at 'zero', 'overlaid', 'compressed', 'before-window' or 'original'.",

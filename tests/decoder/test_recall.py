@@ -54,54 +54,6 @@ def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
     torch.testing.assert_close(means[0], torch.cat([bank.embeddings.embeddings, drafted]).mean(dim=0))
 
 
-def test_a_cutoff_leaves_out_what_scores_far_below_the_best(llama, small, text):
-    ids, found = text(84), {}
-    for cutoff in (0.0, 0.6, 1.0):
-        config = small(top_k=8, focus_tokens=3, focus_cutoff=cutoff)
-        with MemoryDecoder(llama, None, config) as decoder, torch.no_grad():
-            *_, last = decoder.stream(ids[:, :80])
-            assert len(last.retrievals[0].ids) == 8  # what is read has no focus
-            found[cutoff] = decoder.preview(ids[:, 80:], queries=[ids[0, 20:23].tolist()]).retrievals[0]
-    scores = found[0.0].scores
-    assert len(scores) == 8
-    assert scores[0] > 0
-    for cutoff in (0.6, 1.0):
-        kept = scores >= cutoff * scores[0]
-        assert 0 < kept.sum() < 8
-        assert torch.equal(found[cutoff].ids, found[0.0].ids[kept])
-
-
-@pytest.mark.parametrize("best", [0.0, -1.0])
-def test_a_cutoff_keeps_all_where_no_score_is_positive(best):
-    bank = create_bank("torch", 8)
-    blocks = torch.randn(3, 1, 1, 4, 2)
-    bank.add(torch.eye(3, 8), blocks, blocks, [(start, start + 4) for start in (2, 6, 10)])
-    query = torch.tensor([best] * 3 + [1.0] * 5)
-    assert len(ends(bank, query, top_k=3, focus_cutoff=0.5)) == 3
-
-
-def test_what_follows_a_chunk_comes_with_it(llama, small, text):
-    ids, found = text(84), {}
-    for following in (0, 1, 2):
-        config = small(top_k=5, focus_tokens=3, focus_following=following)
-        with MemoryDecoder(llama, None, config) as decoder, torch.no_grad():
-            decoder.read(ids[:, :80])
-            found[following] = decoder.preview(ids[:, 80:], queries=[ids[0, 20:23].tolist()]).retrievals[0]
-            last = int(decoder.banks[0].ids.max())
-    alone = found[0].ids.tolist()
-    for following in (1, 2):
-        runs = [each + number for each in alone for number in range(following + 1)]
-        assert found[following].ids.tolist() == [*dict.fromkeys(each for each in runs if each <= last)][:5]
-    score = dict(zip(alone, found[0].scores.tolist(), strict=True))
-    assert found[1].scores[1] == found[1].scores[0] == pytest.approx(score[alone[0]])
-
-
-def test_what_follows_is_of_the_same_text():
-    query = torch.tensor([0.0, 0, 0, 0, 0, 1.0, 0, 0])  # the last chunk of the first of two texts
-    assert ends(two_texts(), query, top_k=1, focus_following=10**9) == [[22, 26]]
-    assert ends(two_texts(), query.roll(-2), top_k=3, focus_following=2) == [[14, 18], [18, 22], [22, 26]]
-
-
 def test_a_focus_that_has_nothing_of_its_own_asks_as_it_is(llama, small, text):
     with MemoryDecoder(llama, None, small(retriever="recent")) as decoder:
         decoder.read(text(80))

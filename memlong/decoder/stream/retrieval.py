@@ -166,7 +166,7 @@ class Search:
     query
         The query's embedding [dim].
     config
-        Says how many chunks to choose; what it says of a focus is 0 where the query is not one of focus_tokens.
+        Says how many chunks to choose.
     others
         The banks of the other rows, from the next row on.
     reranking
@@ -202,43 +202,12 @@ class Choice(Protocol):
 def _best(
     bank: MemoryBank | Draft, query: Tensor, config: MemoryConfig, reranking: Reranking | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ids and scores [found] of at most ``top_k`` chunks within ``focus_cutoff``, best first; −1 for none.
-
-    Those that follow one, as ``focus_following`` says, come right after it, with its score.
-    """
+    """Return ids and scores [found] of at most ``top_k`` chunks, best first; −1 for none."""
     k = max(1, min(config.top_k, len(bank)))
     if reranking is not None:
-        ids, scores = reranking.best(bank, query, k)
-    else:
-        result = bank.search(query[None], k)
-        ids, scores = result.ids[0], result.scores[0]
-    if config.focus_cutoff and len(scores) and scores[0] > 0:
-        kept = scores >= config.focus_cutoff * scores[0]
-        ids, scores = ids[kept], scores[kept]
-    if config.focus_following:
-        return _with_following(bank, ids[ids >= 0], scores[ids >= 0], min(config.focus_following, k), k)
-    return ids, scores
-
-
-def _with_following(
-    bank: MemoryBank | Draft, ids: Tensor, scores: Tensor, count: int, most: int
-) -> tuple[Tensor, Tensor]:
-    """Return ids and scores of chunks, each with the ``count`` that follow it in its text, and so many at most."""
-    together = ids[:, None] + torch.arange(count + 1, device="cpu")
-    spans = bank.spans_of(together.flatten()).view(*together.shape, 2)
-    follows = spans[:, 1:, 0] == spans[:, :-1, 1]
-    stands = (
-        torch.cat([torch.ones(len(ids), 1, dtype=torch.bool, device="cpu"), follows], dim=1)
-        .cumprod(dim=1)
-        .bool()
-    )
-    found: dict[int, float] = {}
-    for chunk, is_there, score in zip(together.tolist(), stands.tolist(), scores.tolist(), strict=True):
-        for each in (each for each, there in zip(chunk, is_there, strict=True) if there):
-            found.setdefault(each, score)
-    kept = [*found][:most]
-    shared = torch.tensor([found[each] for each in kept], dtype=scores.dtype, device="cpu")
-    return torch.tensor(kept, dtype=torch.int64, device="cpu"), shared
+        return reranking.best(bank, query, k)
+    result = bank.search(query[None], k)
+    return result.ids[0], result.scores[0]
 
 
 def retrieve_chunks(

@@ -73,7 +73,6 @@ class TokenStream:
         self._null_block = None if null_chunk is None else Block(null_chunk.keys, null_chunk.values)
         count = retrieved_chunks(config, beside_null_chunk=null_chunk is not None)
         self._retrieving = replace(config, top_k=count)
-        self._reading = replace(self._retrieving, focus_cutoff=0.0, focus_following=0)
         self.use_bank(bank)
         self.choice = choice
         self.query_length = config.query_length
@@ -246,15 +245,16 @@ class TokenStream:
         """Retrieve chunks for the embedding [dim] of its query; a choice may also look at the banks of other rows."""
         assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
         reranking = Reranking(retriever, self.query()) if retriever.candidates else None
-        config = self._retrieving if self.is_focused else self._reading
         chosen = None
         if self.choice is not None:
-            chosen = self.choice.choose(Search(self.bank, query, config, others, reranking))
+            chosen = self.choice.choose(Search(self.bank, query, self._retrieving, others, reranking))
         if chosen is not None:
             self.retrieval, chunks = chosen
             self.memory = StreamMemory.of_chunks(chunks)
         else:
-            self.retrieval, self.memory = retrieve_chunks(self.bank, query, config, self._before, reranking)
+            self.retrieval, self.memory = retrieve_chunks(
+                self.bank, query, self._retrieving, self._before, reranking
+            )
         self._before = self.memory
         if self._null_block is not None and self.memory is not None:
             learns = self._null_block.keys.requires_grad
