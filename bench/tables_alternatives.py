@@ -47,7 +47,7 @@ _ROWS = (
     Row("expected attention", ruler="expected attention"),
     Row("KVzip", ruler="KVzip"),
     Row("InfiniRetri", ruler="InfiniRetri"),
-    Row("nearest 1,024 keys of everything", "nearest keys 1024", "nearest keys", is_candidate=False),
+    Row("nearest 1,024 keys of everything", ruler="nearest keys", is_candidate=False),
     Row("4-bit K-V of everything", "4-bit K-V", is_candidate=False),
     Row("2-bit K-V of everything", "2-bit K-V", is_candidate=False),
     Row("random chunks", "random 8", is_candidate=False),
