@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from memlong import MemoryConfig, Passage, load_model
-from memlong.errors import MemlongError
+from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import read_text, tokenize
 from memlong.training.documents import Episode
 from memlong.training.recall import RecallEpisodes
@@ -119,6 +119,10 @@ def examples(rag: RagAsText, filler: Sequence[Tensor], tokens: int, seed: int) -
             kind = str(random.choice([*_KINDS], p=shares))
             pool += _asked(rag, sources[kind][number], random)
             number += 1
+            if not pool and number >= _POOL:
+                raise InvalidArgumentError(
+                    f"--tokens must leave {rag.config.top_k} chunks before a question, got {tokens}: raise it"
+                )
         yield pool.pop(int(random.integers(len(pool))))
 
 

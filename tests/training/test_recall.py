@@ -616,6 +616,11 @@ def test_a_reader_of_chunks_as_text_is_trained_on_the_same_answers(bench, tiny_m
         answer, before = (tokenizer.decode(each.tolist()) for each in (targets[last], ids[: places[0] + 1]))
         found += answer in before
     assert found > 12
+    rag = module.RagAsText(model, tokenizer, replace(config, top_k=16))
+    with pytest.raises(
+        InvalidArgumentError, match="--tokens must leave 16 chunks before a question, got 1280"
+    ):
+        next(module.examples(rag, [filler()], 1280, seed=0))
     few = itertools.cycle(drawn[:2])
     with torch.no_grad():
         losses = [cross_entropy(model(ids[None]).logits[0], targets) for ids, targets in drawn[:2]]
