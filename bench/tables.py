@@ -82,6 +82,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["alternatives"] = alternatives.headline
     found["questions"] = partial(alternatives.questions, alternatives.QUESTIONS)
     found["questions-50"] = partial(alternatives.questions, "questions_50.json")
+    found["questions-50-reader"] = partial(alternatives.questions, "questions_50_reader.json")
     found["two-books"] = alternatives.two_books
     for name in ("ruler", "more"):
         found[f"equality-{name}"] = partial(alternatives.equality, f"equality_{name}.json")
