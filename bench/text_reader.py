@@ -83,8 +83,8 @@ def trained(
                 for each in zip(*(next(given) for _ in range(rows)), strict=True)
             )
             asked = targets != _IGNORED
-            states = reader.base_model.model.model(ids.clamp_min(0)).last_hidden_state[asked]
-            loss = cross_entropy(reader.base_model.model.lm_head(states).float(), targets[asked])
+            states = model.base_model(ids.clamp_min(0)).last_hidden_state[asked]
+            loss = cross_entropy(model.get_output_embeddings()(states).float(), targets[asked])
             loss.backward()
             clip_grad_norm_(weights, 1.0)
             optimizer.step()

@@ -10,6 +10,7 @@ import torch
 
 from memlong import MemoryDecoder
 from memlong.decoder.stream.asking import ask
+from memlong.errors import InvalidArgumentError
 from memlong.evaluation import evaluate_perplexity
 
 
@@ -73,6 +74,15 @@ def test_a_question_may_bring_the_chunk_after_the_best_one_alone(llama, small, t
     assert len(prompts[0.0, 1]) == len(prompts[0.0, 0])  # within top_k
     assert len(prompts[1.0, 9]) <= len(prompts[0.0, 0])
     assert prompts[1.0, 9][: 2 + 3 * size] == ids[:2] + ids[place : place + 3 * size]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"cutoff": 2}, {"cutoff": "half"}, {"cutoff": -0.1}, {"following": -1}, {"following": 0.5}]
+)
+def test_a_bad_option_is_refused(llama, small, rag, bad):
+    (name,) = bad
+    with pytest.raises(InvalidArgumentError, match=f"{name} must be"):
+        rag(llama, None, small(), **bad)
 
 
 @pytest.mark.parametrize("tokens", [*range(20, 70, 7), 110])

@@ -11,7 +11,9 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, Passage, Segment
+from memlong.bank import whole_number
 from memlong.decoder import Likelihood, create_retriever
+from memlong.errors import InvalidArgumentError
 from systems.alternative import Alternative
 
 
@@ -30,6 +32,11 @@ class RagAsText(Alternative):
         A question leaves out chunks with less than this share of the best one's score; 0 for none.
     following
         So many chunks that follow one that a question finds come with it, within ``top_k``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If they are no such numbers.
     """
 
     def __init__(
@@ -41,7 +48,9 @@ class RagAsText(Alternative):
         cutoff: float = 0.0,
         following: int = 0,
     ) -> None:
-        self.cutoff, self.following = cutoff, following
+        if not isinstance(cutoff, int | float) or not 0 <= cutoff <= 1:
+            raise InvalidArgumentError(f"cutoff must be a share from 0 to 1, got {cutoff!r}")
+        self.cutoff, self.following = cutoff, whole_number("following", following, at_least=0)
         self.retriever = create_retriever(config.retriever, model, tokenizer, config.retriever_options)
         super().__init__(model, tokenizer, config)
 
@@ -105,7 +114,7 @@ class RagAsText(Alternative):
         if is_focused and self.cutoff and scores[best[0]] > 0:
             best = best[scores[best] >= self.cutoff * scores[best[0]]]
         if is_focused and self.following:
-            runs = (best[:, None] + torch.arange(self.following + 1)).flatten().tolist()
+            runs = (best[:, None] + torch.arange(min(self.following, config.top_k) + 1)).flatten().tolist()
             best = torch.tensor([*dict.fromkeys(each for each in runs if each < len(chunks))][: config.top_k])
         text = [token for number in sorted(best.tolist()) for token in chunks[number].token_ids]
         window = config.sink_tokens + len(chunks) * config.chunk_size
