@@ -21,6 +21,9 @@ from memlong.evaluation.long_range import long_range_tokens
 from memlong.evaluation.numbers import checked_logits, perplexity_of
 from memlong.evaluation.recall import recall_at_k
 
+_AT_ONCE = 1 << 19
+"""Logits whose losses are computed at once: few enough for a processor's cache, where that is four times as fast."""
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -186,14 +189,15 @@ def _segments(decoder: MemoryDecoder, input_ids: Tensor, score_from: int) -> Ite
 def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.float64]:
     """Return the losses [tokens] of a segment's tokens from index ``skip`` on; a stream's first token has none."""
     logits, targets = segment.logits[0], segment.input_ids[0]
-    if previous is None:
-        skip = max(skip, 1)
-        predicting = logits[:-1][skip - 1 :]
-    else:
-        predicting = torch.cat([previous[0], logits[:-1]])[skip:]
-    predicting = checked_logits(None, predicting.float())
-    losses = torch.nn.functional.cross_entropy(predicting, targets[skip:], reduction="none")
-    return losses.cpu().double().numpy()  # on the CPU, as not every device has float64
+    skip = max(skip, 1) if previous is None else skip
+    rows = logits[max(skip - 1, 0) : -1].split(max(1, _AT_ONCE // logits.shape[1]))
+    predicting = rows if previous is None or skip else (previous[0], *rows)
+    wanted = targets[skip:].split([len(each) for each in predicting])
+    losses = [
+        torch.nn.functional.cross_entropy(checked_logits(None, some.float()), targets, reduction="none")
+        for some, targets in zip(predicting, wanted, strict=True)
+    ]
+    return torch.cat(losses).cpu().double().numpy()  # on the CPU, as not every device has float64
 
 
 def _recalls(decoder: MemoryDecoder, segment: Segment) -> list[float]:

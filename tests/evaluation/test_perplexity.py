@@ -8,7 +8,7 @@ import torch
 
 from memlong import MemoryDecoder
 from memlong.errors import InvalidArgumentError, InvalidTextError
-from memlong.evaluation import evaluate_perplexity, long_range_tokens
+from memlong.evaluation import evaluate_perplexity, long_range_tokens, perplexity
 
 
 def reference_nll(model, ids):
@@ -17,8 +17,12 @@ def reference_nll(model, ids):
     return torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none").numpy()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 1000])
 @pytest.mark.parametrize("score_from", [1, 7, 8, 9, 63])
-def test_with_everything_retrieved_it_is_that_of_full_attention(llama, small, text, score_from):
+def test_with_everything_retrieved_it_is_that_of_full_attention(
+    llama, small, text, monkeypatch, score_from, rows
+):
+    monkeypatch.setattr(perplexity, "_AT_ONCE", rows * llama.config.vocab_size)
     ids = text(100)
     config = small(position_mode="original", top_k=64)
     with MemoryDecoder(llama, None, config) as decoder:
