@@ -20,8 +20,9 @@ def rag(monkeypatch):
     return importlib.import_module("systems.rag").RagAsText
 
 
-def test_a_prompt_holds_the_chunks_that_a_memory_retrieves(llama, small, text, rag):
-    config, ids = small(), text(100)
+@pytest.mark.parametrize("overlap", [0, 3])
+def test_a_prompt_holds_the_chunks_that_a_memory_retrieves(llama, small, text, rag, overlap):
+    config, ids = small(embedding_overlap=overlap), text(100)
     other = rag(llama, None, config)
     other.read(ids)
     with MemoryDecoder(llama, None, config) as decoder:

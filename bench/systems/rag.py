@@ -125,7 +125,7 @@ class RagAsText(Alternative):
         held = begin - self.config.sink_tokens - self.config.window_past
         chunks = [self._chunk(number) for number in range(max(0, -(-held // self.config.chunk_size)))]
         if len(chunks) > len(self._embeddings):
-            new = self.retriever.embed_chunks(chunks[len(self._embeddings) :])
+            new = self.retriever.embed_chunks(list(map(self._overlapping, chunks[len(self._embeddings) :])))
             self._embeddings = torch.cat([self._embeddings, normalize(new.float(), dim=1)])
         return chunks
 
@@ -156,6 +156,11 @@ class RagAsText(Alternative):
     def _query(self, end: int, length: int) -> Passage:
         start = max(0, end - length)
         return Passage(tuple(self._read[start:end]), start)
+
+    def _overlapping(self, chunk: Passage) -> Passage:
+        """Return what the embedding of a chunk covers."""
+        start = max(0, chunk.start - self.config.embedding_overlap)
+        return Passage(tuple(self._read[start : chunk.end]), start)
 
     def _chunk(self, number: int) -> Passage:
         start = self.config.sink_tokens + number * self.config.chunk_size

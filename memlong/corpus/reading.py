@@ -114,9 +114,10 @@ class _Laid:
         return (len(self.tokens) - decoder.config.sink_tokens) // decoder.config.chunk_size
 
     def ending(self, decoder: MemoryDecoder) -> Passage:
-        """The end of the text, as long as a chunk if the text is."""
+        """The end of the text, as long as what is embedded of a chunk if the text is."""
         read, config = [*self.lead, *self.words], decoder.config
-        start = max(min(config.sink_tokens, len(read) - 1), len(read) - config.chunk_size)
+        length = config.chunk_size + config.embedding_overlap
+        start = max(min(config.sink_tokens, len(read) - 1), len(read) - length)
         return Passage(tuple(read[start:]), start)
 
     @classmethod

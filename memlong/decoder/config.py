@@ -108,6 +108,13 @@ class MemoryConfig:
         needs_backend=True,
     )
     chunk_size: int = setting(128, "Tokens of a chunk, the unit of memory.", least=1)
+    embedding_overlap: int = setting(
+        0,
+        "Tokens before a chunk that its embedding covers too, fewer than chunk_size.",
+        more="So a fact that the end of a chunk cuts in two is found with both halves. What is stored of chunks does not "
+        "overlap.",
+        least=0,
+    )
     top_k: int = setting(8, "Chunks retrieved for a segment.", least=1)
     attended_tokens: int | None = setting(
         None,
@@ -191,6 +198,10 @@ class MemoryConfig:
             raise InvalidArgumentError(
                 f"retrieve_every must be at most segment_size ({self.segment_size}), which the window has space for, "
                 f"got {self.retrieve_every}"
+            )
+        if self.embedding_overlap >= self.chunk_size:
+            raise InvalidArgumentError(
+                f"embedding_overlap must be less than chunk_size ({self.chunk_size}), got {self.embedding_overlap}"
             )
         for name, source in (("memory_layer", "shared"), ("maps", "latent")):
             value = getattr(self, name)

@@ -46,7 +46,7 @@ _SAYS_NOTHING = {  # of a text configuration: names, and what decides how a mode
 _OF_TRAINING = {"aux", "dropout", "init", "initializer", "jitter", "layerdrop", "loss", "pdrop"}
 _OF_OTHERS = ("_", "audio_", "classifier_", "id2label", "label2id", "num_labels", "summary_", "vision_")
 _OF_TOKENS = ("_token_id", "_token_index")
-_UNSAID = {"retrieval_heads": "all", "null_chunk": None, "adapter_for": "all"}
+_UNSAID = {"retrieval_heads": "all", "null_chunk": None, "adapter_for": "all", "embedding_overlap": 0}
 """What it means if a fingerprint does not say."""
 
 _SIZES = ("chunk_size", "local_window", "sink_tokens", "segment_size", "position_mode")
@@ -75,7 +75,7 @@ def fingerprint(setup: Setup) -> dict[str, Any]:
         "gates": None if gates is None else module_digest(gates),
         "retriever": None if setup.retriever is None else retriever_facts(config, setup.retriever),
         **{name: getattr(config, name) for name in _SIZES},
-        **_heads_and_adapters(setup, adapters),
+        **_unusual(setup, adapters),
         **({} if source.null_chunk is None else {"null_chunk": module_digest(source.null_chunk)}),
     }
 
@@ -95,15 +95,19 @@ def origin_of(setup: Setup) -> dict[str, Any]:
         "stored_layers": list(source.stored_layers),
         "maps": module_digest(source.maps) if isinstance(source, LatentSource) else None,
         "retriever": None if setup.retriever is None else retriever_facts(config, setup.retriever),
-        **_heads_and_adapters(setup, adapters),
+        **_unusual(setup, adapters),
     }
 
 
-def _heads_and_adapters(setup: Setup, adapters: Mapping[str, str]) -> dict[str, str]:
-    """Return the heads that attend to memory and are stored, if not all are, and when adapters act, if not always."""
-    heads, acts = setup.source.heads, setup.config.adapter_for
-    found = {} if heads is None else {"retrieval_heads": heads_as_text(heads)}
-    return found | ({"adapter_for": acts} if acts != "all" and adapters else {})
+def _unusual(setup: Setup, adapters: Mapping[str, str]) -> dict[str, str | int]:
+    """Return what is said only where it differs from `_UNSAID`, of facts that a bank depends on as well."""
+    heads, config = setup.source.heads, setup.config
+    found: dict[str, str | int] = {} if heads is None else {"retrieval_heads": heads_as_text(heads)}
+    if config.adapter_for != "all" and adapters:
+        found["adapter_for"] = config.adapter_for
+    if config.embedding_overlap and setup.retriever is not None:
+        found["embedding_overlap"] = config.embedding_overlap
+    return found
 
 
 def facts(told: Mapping[str, Any]) -> Iterator[tuple[str, object]]:

@@ -74,7 +74,9 @@ def _embedded(
     }
     if not storing:
         return {}
-    together = setup.retriever.embed_chunks([chunk for chunks in storing.values() for chunk in chunks])
+    together = setup.retriever.embed_chunks(
+        [streams[row].embedded(chunk) for row, chunks in storing.items() for chunk in chunks]
+    )
     ends = accumulate(map(len, storing.values()))
     return {row: together[end - len(storing[row]) : end] for row, end in zip(storing, ends, strict=True)}
 

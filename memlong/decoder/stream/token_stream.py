@@ -84,7 +84,7 @@ class TokenStream:
         self._is_given = False  # the next query
         self.ahead = 0
         self._departed = 0  # chunks that have left the window
-        self._recent = Passage((), 0)  # the latest tokens, as far back as a chunk or a query may reach
+        self._recent = Passage((), 0)  # the latest tokens, as far back as an embedding may reach
 
     def use_bank(self, bank: MemoryBank | Draft | None) -> None:
         """Continue with this bank."""
@@ -216,6 +216,11 @@ class TokenStream:
         starts = range(self.first_token, self.first_token + count * size, size)
         return [self._passage(start, start + size) for start in starts]
 
+    def embedded(self, chunk: Passage) -> Passage:
+        """What the embedding of a chunk in the window covers."""
+        start = max(self._recent.start, chunk.start - self.config.embedding_overlap)
+        return self._passage(start, chunk.end)
+
     def tail(self) -> list[int]:
         """The tokens of the window, after its sinks."""
         return list(self._passage(min(self.first_token, self.seen), self.seen).token_ids)
@@ -232,7 +237,7 @@ class TokenStream:
         """Note that ``count`` chunks have left, and forget text that is no longer needed."""
         self._departed += count
         self.storing_from = None
-        needed = min(self.first_token, self.seen - self.config.query_length)
+        needed = min(self.first_token - self.config.embedding_overlap, self.seen - self.config.query_length)
         self._recent = self._passage(max(self._recent.start, needed), self.seen)
 
     def forget(self) -> None:
