@@ -111,7 +111,7 @@ class MemoryConfig:
     embedding_overlap: int = setting(
         0,
         "Tokens before a chunk that its embedding covers too, fewer than chunk_size.",
-        more="So a fact that the end of a chunk cuts in two is found with both halves. What is stored of chunks does not "
+        more="So a fact that the end of a chunk cuts in two is found with both halves. The chunks' K-V does not "
         "overlap.",
         least=0,
     )

@@ -55,9 +55,11 @@ def test_a_memory_goes_on_with_the_overlap_it_began_with(llama, small, text, tmp
     said = rf"embedding_overlap \(3 when it was saved, {overlap} now\)"
     with pytest.raises(SnapshotError, match=said):
         MemoryDecoder.load(tmp_path, llama, None, small(embedding_overlap=overlap))
-    with MemoryDecoder(llama, None, small(embedding_overlap=overlap)) as decoder:
-        with pytest.raises(InvalidArgumentError, match="embedding_overlap"):
-            decoder.use_banks([bank])
+    with (
+        MemoryDecoder(llama, None, small(embedding_overlap=overlap)) as decoder,
+        pytest.raises(InvalidArgumentError, match="embedding_overlap"),
+    ):
+        decoder.use_banks([bank])
 
 
 @pytest.mark.parametrize("overlap", [0, 2])
@@ -75,5 +77,7 @@ def test_a_fact_that_the_end_of_a_chunk_cuts_is_found_with_both_halves(llama, sm
 
 
 def test_it_is_shorter_than_a_chunk(small):
-    with pytest.raises(InvalidArgumentError, match=r"embedding_overlap must be less than chunk_size \(4\), got 4"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"embedding_overlap must be less than chunk_size \(4\), got 4"
+    ):
         small(embedding_overlap=4)
