@@ -72,15 +72,18 @@ class Shelf:
             (bank.ids.tolist(), corpus.bank.ids) for bank, corpus in zip(banks, corpora, strict=True)
         ]
 
-    def find(self, question: Sequence[int], top_k: int, query_tokens: int) -> list[list[int]]:
+    def find(self, question: Sequence[int], top_k: int, focus_tokens: int) -> list[list[int]]:
         """Return the tokens of the best chunks, in the order of the corpora, consecutive ones together.
 
-        The last ``query_tokens`` of the question ask, as those of a prompt do in a memory, or, if 0, all of it.
+        The end of the question asks, as that of a prompt does in a memory, or, if ``focus_tokens`` is 0, all of it.
         """
-        query = Passage(tuple(question[-query_tokens:]), 0)
+        length = (
+            MemoryConfig(focus_tokens=focus_tokens).answer_query_length if focus_tokens else len(question)
+        )
+        query = Passage(tuple(question[-length:]), 0, focus_tokens or None)
         asked = self._retriever.embed_focus([query], self._bank.mean_embedding()[None], [len(self._bank)])
-        if not query_tokens or not asked.any():
-            asked = self._retriever.embed_queries([query])
+        if not focus_tokens or not asked.any():
+            asked = self._retriever.embed_queries([query.latest])
         found = sorted(self._bank.search(asked, top_k).ids[0].tolist())
         texts: list[list[int]] = []
         before = None
@@ -109,8 +112,8 @@ def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, 'demo' or 'demo-gemma'.")] = "demo",
     retriever: Annotated[str | None, typer.Option(help="Another retriever than that of the corpora.")] = None,
     top_k: Annotated[int, typer.Option(min=0, help="Chunks in the prompt; 0 for the plain model.")] = 8,
-    query_tokens: Annotated[
-        int, typer.Option(min=0, help="Last tokens of a prompt that make the query; 0 for all.")
+    focus_tokens: Annotated[
+        int, typer.Option(min=0, help="Half-life of a query's tokens; 0 for all of the prompt.")
     ] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 20,
     json_file: Annotated[Path, typer.Option("--json", help="Result; - for stdout.")] = Path("-"),
@@ -124,7 +127,7 @@ def main(
     for words in questions:
         started, clock = time.perf_counter(), Clock()
         question = tokenize(tokenizer, words)[0].tolist()
-        texts = shelf.find(question, top_k, query_tokens) if shelf else []
+        texts = shelf.find(question, top_k, focus_tokens) if shelf else []
         prompt = [token for text in texts for token in [*text, *newline]] + question
         said = _continued(language_model, prompt, clock, max_new_tokens)
         ended, first = time.perf_counter(), clock.first or started

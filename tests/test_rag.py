@@ -10,7 +10,6 @@ import torch
 
 from memlong import MemoryDecoder
 from memlong.decoder.stream.asking import ask
-from memlong.errors import InvalidArgumentError
 from memlong.evaluation import evaluate_perplexity
 
 
@@ -60,30 +59,6 @@ def test_a_question_is_answered_with_what_its_end_retrieves(llama, small, text, 
     (likely,) = decoder.score(ids[:, 100:], [said[0, 10:].tolist()])
     assert likely.is_greedy.all()
     assert torch.equal(decoder.generate(ids[:, 100:], **options), said)
-
-
-def test_a_question_may_bring_the_chunk_after_the_best_one_alone(llama, small, text, rag):
-    ids, config = text(110)[0].tolist(), small(focus_tokens=3, top_k=5)
-    size, prompts = config.chunk_size, {}
-    for cutoff, following in ((0.0, 0), (1.0, 0), (1.0, 1), (0.0, 1), (1.0, 9)):
-        prompts[cutoff, following] = rag(llama, None, config, cutoff=cutoff, following=following)._asked(ids)
-    assert len(prompts[1.0, 0]) == len(prompts[0.0, 0]) - 4 * size
-    best = prompts[1.0, 0][2 : 2 + size]
-    (place,) = (start for start in range(2, 110 - size, size) if ids[start : start + size] == best)
-    assert prompts[1.0, 1][: 2 + 2 * size] == ids[:2] + ids[place : place + 2 * size]
-    assert len(prompts[1.0, 1]) == len(prompts[1.0, 0]) + size
-    assert len(prompts[0.0, 1]) == len(prompts[0.0, 0])  # within top_k
-    assert len(prompts[1.0, 9]) <= len(prompts[0.0, 0])
-    assert prompts[1.0, 9][: 2 + 3 * size] == ids[:2] + ids[place : place + 3 * size]
-
-
-@pytest.mark.parametrize(
-    "bad", [{"cutoff": 2}, {"cutoff": "half"}, {"cutoff": -0.1}, {"following": -1}, {"following": 0.5}]
-)
-def test_a_bad_option_is_refused(llama, small, rag, bad):
-    (name,) = bad
-    with pytest.raises(InvalidArgumentError, match=f"{name} must be"):
-        rag(llama, None, small(), **bad)
 
 
 @pytest.mark.parametrize("tokens", [*range(20, 70, 7), 110])

@@ -105,8 +105,7 @@ class Elsewhere(Alternative):
 
     @property
     def _question_length(self) -> int:
-        config = self.config
-        return max(QUESTION, config.focus_tokens or config.query_tokens or config.retrieval_interval)
+        return max(QUESTION, self.config.answer_query_length)
 
     def _checked(self, options: dict[str, Any]) -> tuple[int, int, list[int], dict[str, list[Any]]]:
         """Return the most and least tokens of an answer, those that end it, and what judges it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, Passage, Segment
-from memlong.bank import whole_number
 from memlong.decoder import Likelihood, create_retriever
-from memlong.errors import InvalidArgumentError
 from systems.alternative import Alternative
 
 
@@ -28,29 +27,9 @@ class RagAsText(Alternative):
     ----------
     model, tokenizer, config
         As for `MemoryDecoder`.
-    cutoff
-        A question leaves out chunks with less than this share of the best one's score; 0 for none.
-    following
-        So many chunks that follow one that a question finds come with it, within ``top_k``.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If they are no such numbers.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        config: MemoryConfig,
-        *,
-        cutoff: float = 0.0,
-        following: int = 0,
-    ) -> None:
-        if not isinstance(cutoff, int | float) or not 0 <= cutoff <= 1:
-            raise InvalidArgumentError(f"cutoff must be a share from 0 to 1, got {cutoff!r}")
-        self.cutoff, self.following = cutoff, whole_number("following", following, at_least=0)
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         self.retriever = create_retriever(config.retriever, model, tokenizer, config.retriever_options)
         super().__init__(model, tokenizer, config)
 
@@ -111,11 +90,6 @@ class RagAsText(Alternative):
         scores = (normalize(asked.float(), dim=1) @ stored.T)[0]
         # Of equal ones, the first, as in a bank.
         best = scores.sort(descending=True, stable=True).indices[: config.top_k]
-        if is_focused and self.cutoff and scores[best[0]] > 0:
-            best = best[scores[best] >= self.cutoff * scores[best[0]]]
-        if is_focused and self.following:
-            runs = (best[:, None] + torch.arange(min(self.following, config.top_k) + 1)).flatten().tolist()
-            best = torch.tensor([*dict.fromkeys(each for each in runs if each < len(chunks))][: config.top_k])
         text = [token for number in sorted(best.tolist()) for token in chunks[number].token_ids]
         window = config.sink_tokens + len(chunks) * config.chunk_size
         return read[: config.sink_tokens] + text + read[window:end]
@@ -136,7 +110,7 @@ class RagAsText(Alternative):
             asked = self.retriever.embed_focus([query], mean, [len(stored)])
             if asked.any():
                 return asked
-        return self.retriever.embed_queries([query])
+        return self.retriever.embed_queries([query.latest])
 
     def _asked(self, prompt: list[int]) -> list[int]:
         """Return a prompt with what its end retrieves before it."""
@@ -147,8 +121,9 @@ class RagAsText(Alternative):
             # A memory reads the end again; what left the window before that does not come back.
             again = end - max(1, config.segment_size - config.retrieval_interval)
             begin = max(again, (end - 1) // config.segment_size * config.segment_size)
-            length = config.focus_tokens or config.query_tokens or config.retrieval_interval
-            return self.prompt(begin, end, self._query(end, length), is_focused=config.focus_tokens > 0)
+            query = self._query(end, config.answer_query_length)
+            query = replace(query, half_life=config.focus_tokens or None)
+            return self.prompt(begin, end, query, is_focused=config.focus_tokens > 0)
         finally:
             del self._read[kept:]
             self._embeddings = embeddings  # some may be of the prompt
@@ -159,7 +134,7 @@ class RagAsText(Alternative):
 
     def _overlapping(self, chunk: Passage) -> Passage:
         """Return what the embedding of a chunk covers."""
-        start = max(0, chunk.start - self.config.embedding_overlap)
+        start = max(0, chunk.start - self.config.overlap_length)
         return Passage(tuple(self._read[start : chunk.end]), start)
 
     def _chunk(self, number: int) -> Passage:

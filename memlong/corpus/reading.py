@@ -116,7 +116,7 @@ class _Laid:
     def ending(self, decoder: MemoryDecoder) -> Passage:
         """The end of the text, as long as what is embedded of a chunk if the text is."""
         read, config = [*self.lead, *self.words], decoder.config
-        length = config.chunk_size + config.embedding_overlap
+        length = config.chunk_size + config.overlap_length
         start = max(min(config.sink_tokens, len(read) - 1), len(read) - length)
         return Passage(tuple(read[start:]), start)
 

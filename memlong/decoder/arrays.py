@@ -8,5 +8,8 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 """Token numbers, positions or columns."""
 
+Floats = npt.NDArray[np.float32]
+"""Weights."""
+
 Bools = npt.NDArray[np.bool_]
 """Which of them are meant."""

@@ -19,6 +19,7 @@ PositionMode = Literal["zero", "overlaid", "compressed", "before-window", "origi
 
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _LARGEST_GATE = 10_000
+_HALVINGS = 4  # of the weight of tokens, after which they no longer ask
 _MOST_SCALES = 9  # chunks beyond exp(9) scales, a million tokens where the window has 1,024, share a position
 
 
@@ -108,11 +109,12 @@ class MemoryConfig:
         needs_backend=True,
     )
     chunk_size: int = setting(128, "Tokens of a chunk, the unit of memory.", least=1)
-    embedding_overlap: int = setting(
-        0,
-        "Tokens before a chunk that its embedding covers too, fewer than chunk_size.",
-        more="So a fact that the end of a chunk cuts in two is found with both halves. The chunks' K-V does not "
-        "overlap.",
+    embedding_overlap: int | None = setting(
+        None,
+        "Tokens before a chunk that its embedding covers too.",
+        unset="an eighth of a chunk",
+        more="Fewer than ``chunk_size``. A fact that the end of a chunk cuts in two is found with both halves. The "
+        "chunks' K-V does not overlap.",
         least=0,
     )
     top_k: int = setting(8, "Chunks retrieved for a segment.", least=1)
@@ -151,9 +153,10 @@ class MemoryConfig:
     )
     focus_tokens: int = setting(
         16,
-        "Last tokens that make a query while text is generated; 0 for as many as query_tokens.",
-        more="They ask for what few chunks hold, wherever that is in the text: a question, say, at the end of other "
-        "text.",
+        "Half-life of the tokens of a query while text is generated; 0 for query_tokens that count alike.",
+        more="The last token counts most, one so many before it half as much, and none that is four times as far. They "
+        "ask for what few chunks hold, wherever that is in the text: a question, say, at the end of other text. A "
+        "retriever that cannot weigh tokens asks with the last ``focus_tokens``.",
         least=0,
     )
     position_mode: PositionMode | None = setting(
@@ -199,7 +202,7 @@ class MemoryConfig:
                 f"retrieve_every must be at most segment_size ({self.segment_size}), which the window has space for, "
                 f"got {self.retrieve_every}"
             )
-        if self.embedding_overlap >= self.chunk_size:
+        if self.overlap_length >= self.chunk_size:
             raise InvalidArgumentError(
                 f"embedding_overlap must be less than chunk_size ({self.chunk_size}), got {self.embedding_overlap}"
             )
@@ -251,9 +254,19 @@ class MemoryConfig:
         return settings
 
     @property
+    def overlap_length(self) -> int:
+        """Tokens before a chunk that its embedding covers."""
+        return self.chunk_size // 8 if self.embedding_overlap is None else self.embedding_overlap
+
+    @property
     def query_length(self) -> int:
         """Tokens before a segment that make its query."""
         return self.segment_size if self.query_tokens is None else self.query_tokens
+
+    @property
+    def answer_query_length(self) -> int:
+        """Tokens that make a query while text is generated."""
+        return _HALVINGS * self.focus_tokens or self.query_tokens or self.retrieval_interval
 
     @property
     def retrieval_interval(self) -> int:

@@ -105,8 +105,8 @@ def _unusual(setup: Setup, adapters: Mapping[str, str]) -> dict[str, str | int]:
     found: dict[str, str | int] = {} if heads is None else {"retrieval_heads": heads_as_text(heads)}
     if config.adapter_for != "all" and adapters:
         found["adapter_for"] = config.adapter_for
-    if config.embedding_overlap and setup.retriever is not None:
-        found["embedding_overlap"] = config.embedding_overlap
+    if config.overlap_length and setup.retriever is not None:
+        found["embedding_overlap"] = config.overlap_length
     return found
 
 

@@ -27,15 +27,27 @@ class Passage:
         Token ids of the language model.
     start
         Index of the first token in the stream.
+    half_life
+        A token so many before the last counts half as much as that, and one twice as far a quarter; None if all count
+        alike.
     """
 
     token_ids: tuple[int, ...]
     start: int
+    half_life: int | None = None
 
     @property
     def end(self) -> int:
         """Index in the stream one past the last token."""
         return self.start + len(self.token_ids)
+
+    @property
+    def latest(self) -> Passage:
+        """Its last tokens, as many as its half-life, where all of them count alike; itself if it has none."""
+        if self.half_life is None:
+            return self
+        kept = self.token_ids[-self.half_life :]
+        return Passage(kept, self.end - len(kept))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +59,7 @@ class Candidates:
     Attributes
     ----------
     query
-        What asks: the text just before a segment, or the last few tokens of an answer.
+        What asks: the text just before a segment, or the last tokens of an answer, with a half-life.
     query_embedding
         Its embedding [dim], float32, as it was searched for.
     ids
@@ -118,21 +130,21 @@ class Retriever(ABC):
         means: Tensor,
         sizes: Sequence[int],  # noqa: ARG002 - for those that override it
     ) -> Tensor:
-        """Embeddings [queries, dim] of the last few tokens of a text that is being generated.
+        """Embeddings [queries, dim] of the last tokens of a text that is being generated.
 
-        What all chunks have in common does not count (see `without_component`). Where 0 is left, `embed_queries` is
-        asked instead. A retriever that wraps another passes this on to it.
+        By default, those of `Passage.latest`, less what all chunks have in common (see `without_component`). Where 0 is
+        left, `embed_queries` is asked for these instead. A retriever that wraps another passes this on to it.
 
         Parameters
         ----------
         queries
-            The last few tokens of each text.
+            The last tokens of each text, which count less the farther they are from its end (`Passage.half_life`).
         means
             The mean embedding of each bank [queries, dim].
         sizes
             How many chunks each bank holds [queries].
         """
-        made = self.embed_queries(queries)
+        made = self.embed_queries([each.latest for each in queries])
         found = made if isinstance(made, Tensor) else torch.as_tensor(made, device="cpu")
         # Distances do not change where all vectors are moved by the mean.
         return found if self.metric == "l2" else without_component(found, means)

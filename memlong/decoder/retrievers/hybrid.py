@@ -112,13 +112,15 @@ class HybridRetriever(Retriever):
         return self._joined(lambda each, _: each.embed_queries(queries), self._weights)
 
     def embed_focus(self, queries: Sequence[Passage], means: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Embeddings [queries, dim] of the last few tokens of texts, as each retriever makes them."""
+        """Embeddings [queries, dim] of the last tokens of texts, as each retriever makes them."""
         parts = means.split(self._widths, dim=1)
 
         def focused(retriever: Retriever, number: int) -> Tensor:
             found = _rows(retriever.embed_focus(queries, parts[number], sizes))
             is_left = found.any(dim=1, keepdim=True)
-            return found if is_left.all() else found.where(is_left, _rows(retriever.embed_queries(queries)))
+            if is_left.all():
+                return found
+            return found.where(is_left, _rows(retriever.embed_queries([each.latest for each in queries])))
 
         return self._joined(focused, self._weights)
 

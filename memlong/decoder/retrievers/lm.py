@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memlong.bank.snapshot.options import SavedOptions
 from memlong.bank.validate import whole_number
-from memlong.decoder.arrays import Ints
+from memlong.decoder.arrays import Floats, Ints
 from memlong.decoder.model.attention import evaluating
 from memlong.decoder.retrievers.base import Passage, Retriever
 from memlong.decoder.retrievers.recency import RecencyPrior
@@ -34,8 +34,9 @@ class LanguageModelRetriever(Retriever):
     model: its surprisal ``-log p`` at the start of a text, to the power of ``sharpness``. Random directions agree
     better with a sentence encoder on which chunks to retrieve than the model's token embeddings do.
 
-    While text is generated, a token of the query counts for more the fewer chunks hold it, and recency does not count.
-    Roughly how many do, the mean of the bank's embeddings tells, which is a count sketch itself.
+    While text is generated, a token of the query counts for more the fewer chunks hold it, and for less the farther it
+    is from the end, and recency does not count. Roughly how many chunks do, the mean of the bank's embeddings tells,
+    which is a count sketch itself.
 
     Parameters
     ----------
@@ -127,22 +128,27 @@ class LanguageModelRetriever(Retriever):
     ) -> Tensor:
         """Sketches of passages [passages, dim], each a sum in ascending order of its tokens and then of its bigrams.
 
-        With the ``frequencies`` in the bank that each asks, terms count by how few chunks hold them.
+        With the ``frequencies`` in the bank that each asks, terms count by how few chunks hold them. Of a passage with
+        a half-life, a term counts as where it stands last.
         """
         tokens = np.fromiter(chain.from_iterable(each.token_ids for each in passages), dtype=np.int64)
         owners = np.repeat(np.arange(len(passages)), [len(each.token_ids) for each in passages])
+        decays = None if all(each.half_life is None for each in passages) else _decays(passages)
         sketches = torch.zeros(len(passages), self._tokens_dim, dtype=torch.float32, device="cpu")
         above = int(tokens.max(initial=0)) + 1
-        of, token = _unpacked(_distinct(owners * above + tokens), above)
-        self._add(sketches, of, *self._directions(token), self._weights[token], frequencies)
+        distinct, decay = _distinct(owners * above + tokens, decays)
+        of, token = _unpacked(distinct, above)
+        self._add(sketches, of, *self._directions(token), self._weights[token], frequencies, decay)
         if self._pairs:
             couples = (owners[1:] * above + tokens[:-1]) * above + tokens[1:]
-            rest, second = _unpacked(_distinct(couples[owners[1:] == owners[:-1]]), above)
+            inside = owners[1:] == owners[:-1]
+            distinct, decay = _distinct(couples[inside], None if decays is None else decays[1:][inside])
+            rest, second = _unpacked(distinct, above)
             of, first = rest // above, rest % above
             (places, signs), (others, other_signs) = self._directions(first), self._directions(second)
             places = (places + 3 * others + 1) % self._tokens_dim  # "a b" differs from "b a"
             weights = self._pairs * (self._weights[first] + self._weights[second])
-            self._add(sketches, of, places, signs * other_signs, weights, frequencies)
+            self._add(sketches, of, places, signs * other_signs, weights, frequencies, decay)
         return sketches
 
     def _directions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +163,7 @@ class LanguageModelRetriever(Retriever):
         signs: Tensor,
         weights: Tensor,
         frequencies: Sequence[_DocumentFrequencies] | None,
+        decay: Floats | None,
     ) -> None:
         """Add terms [terms] of some of the sketches, each in all its places [terms, hashes]."""
         if frequencies is not None:
@@ -165,6 +172,8 @@ class LanguageModelRetriever(Retriever):
                 for row, bank in enumerate(frequencies)
             ]
             weights = weights * torch.cat(rarity)
+        if decay is not None:
+            weights = weights * torch.from_numpy(decay)
         where = of[:, None] * self._tokens_dim + places
         sketches.view(-1).index_add_(0, where.flatten(), (weights[:, None] * signs).flatten())
 
@@ -198,11 +207,20 @@ class _DocumentFrequencies:
         return shares.clamp(1 / max(1, self.size), 1).log().square()
 
 
-def _distinct(numbers: Ints) -> Ints:
-    """Return distinct numbers, ascending."""
-    ordered = np.sort(numbers)
-    found: Ints = ordered[np.diff(ordered, prepend=-1) != 0]
-    return found
+def _decays(passages: Sequence[Passage]) -> Floats:
+    """Return by how much each token [tokens] of the passages counts less than its passage's last, if it does."""
+    before = [np.arange(len(each.token_ids) - 1, -1, -1) / (each.half_life or np.inf) for each in passages]
+    return np.exp2(-np.concatenate(before)).astype(np.float32)
+
+
+def _distinct(numbers: Ints, decays: Floats | None) -> tuple[Ints, Floats | None]:
+    """Return distinct numbers, ascending, with the ``decays`` of where each stands last."""
+    if decays is None:
+        ordered = np.sort(numbers)
+        return ordered[np.diff(ordered, prepend=-1) != 0], None
+    order = np.argsort(numbers, kind="stable")
+    last = order[np.diff(numbers[order], append=-1) != 0]
+    return numbers[last], decays[last]
 
 
 def _unpacked(numbers: Ints, base: int) -> tuple[Tensor, Tensor]:

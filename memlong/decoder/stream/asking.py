@@ -24,7 +24,6 @@ def ask(batch: StreamBatch, config: MemoryConfig, *, answers: int = 1) -> tuple[
     forks = batch.fork(range(len(batch.streams)))
     for stream in forks.streams:
         stream.forget_query()  # one that was given for text that was not read
-        stream.query_length = config.focus_tokens or config.query_tokens or config.retrieval_interval
         stream.is_answer = True
     # Where nothing is found and nothing leaves the window, no more than the last token, which has the logits. Each row
     # by itself: its answer does not depend on the others.

@@ -467,7 +467,7 @@ def _queries(streams: Sequence[TokenStream], retriever: Retriever, query_map: Qu
     rows = torch.tensor([*banks], device="cpu")[is_left]
     if len(rows) == len(streams):
         return found
-    return asked(passages).to(found).index_copy(0, rows, found[is_left])
+    return asked([each.latest for each in passages]).to(found).index_copy(0, rows, found[is_left])
 
 
 def _is_query(given: object, vocabulary: int) -> bool:

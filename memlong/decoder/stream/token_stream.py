@@ -45,8 +45,6 @@ class TokenStream:
         What the bank's chunks were made with, when it was last looked at.
     choice
         Chooses chunks in place of the retriever, or now and then; None for never.
-    query_length
-        Tokens that make a query.
     is_answer
         Whether what it reads is an answer, and not text that was given.
     memory, retrieval
@@ -75,7 +73,6 @@ class TokenStream:
         self._retrieving = replace(config, top_k=count)
         self.use_bank(bank)
         self.choice = choice
-        self.query_length = config.query_length
         self.is_answer = False
         self.memory: StreamMemory | None = None
         self.retrieval: Retrieval | None = None
@@ -206,7 +203,9 @@ class TokenStream:
         """The text just before the next segment."""
         if self.next_query is not None:
             return self.next_query
-        return self._passage(max(self._recent.start, self.seen - self.query_length), self.seen)
+        length = self.config.answer_query_length if self.is_answer else self.config.query_length
+        query = self._passage(max(self._recent.start, self.seen - length), self.seen)
+        return replace(query, half_life=self.config.focus_tokens) if self.is_focused else query
 
     def departing(self, *, everything: bool = False) -> list[Passage]:
         """The chunks that must leave so that the next segment fits into the window, oldest first; or all whole ones."""
@@ -218,7 +217,7 @@ class TokenStream:
 
     def embedded(self, chunk: Passage) -> Passage:
         """What the embedding of a chunk in the window covers."""
-        start = max(self._recent.start, chunk.start - self.config.embedding_overlap)
+        start = max(self._recent.start, chunk.start - self.config.overlap_length)
         return self._passage(start, chunk.end)
 
     def tail(self) -> list[int]:
@@ -237,7 +236,8 @@ class TokenStream:
         """Note that ``count`` chunks have left, and forget text that is no longer needed."""
         self._departed += count
         self.storing_from = None
-        needed = min(self.first_token - self.config.embedding_overlap, self.seen - self.config.query_length)
+        query = max(self.config.query_length, self.config.answer_query_length)
+        needed = min(self.first_token - self.config.overlap_length, self.seen - query)
         self._recent = self._passage(max(self._recent.start, needed), self.seen)
 
     def forget(self) -> None:
