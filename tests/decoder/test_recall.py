@@ -49,7 +49,8 @@ def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
         starts = [2 + 4 * (len(bank) + number) for number in range(2)]
         left = [Passage(tuple(text(80, rows=2)[0, start : start + 4].tolist()), start) for start in starts]
         drafted = functional.normalize(decoder.retriever.embed_chunks(left), dim=1)
-    assert [[len(each.token_ids) for each in some] for some in (queries, later)] == [[3, 3], [3, 3]]
+    assert [[len(each.token_ids) for each in some] for some in (queries, later)] == [[12, 12], [12, 12]]
+    assert {each.half_life for some in (queries, later) for each in some} == {3}
     assert [queries[0].end, later[0].end] == [84, 87]
     torch.testing.assert_close(means[0], torch.cat([bank.embeddings.embeddings, drafted]).mean(dim=0))
 

@@ -37,20 +37,62 @@ def test_an_embedding_depends_on_its_passage_alone(llama, name):
         assert torch.equal(retriever.embed_chunks(passages(start))[0], together[row])
 
 
+@pytest.mark.parametrize("half_life", [None, 2, 50])
 @pytest.mark.parametrize("pairs", [0, 0.5])
-def test_lm_sums_a_passage_token_by_token_and_then_bigram_by_bigram(llama, pairs):
+def test_lm_sums_a_passage_token_by_token_and_then_bigram_by_bigram(llama, pairs, half_life):
     retriever = create_retriever("lm", llama, Words(), {"dim": 64, "pairs": pairs, "recency": 0})
     places, signs, weights = retriever._places, retriever._signs, retriever._weights
     texts = [(9, 4, 4, 7, 9, 4), (5,), (), (4, 9, *range(3, 97), 4, 9), (7, 4, 7, 4, 7)]
+    lives = [half_life, half_life, half_life, half_life, None]
     expected = torch.zeros(len(texts), 64)
-    for sketch, text in zip(expected, texts, strict=True):
+    for sketch, text, life in zip(expected, texts, lives, strict=True):
+        decays = [0.5 ** (place / life if life else 0) for place in range(len(text))][::-1]
         for token in sorted(set(text)):
-            sketch.index_add_(0, places[token], weights[token] * signs[token])
+            decay = max(decay for other, decay in zip(text, decays, strict=True) if other == token)
+            sketch.index_add_(0, places[token], decay * weights[token] * signs[token])
         for first, second in sorted(set(pairwise(text))) if pairs else ():
             weight = pairs * (weights[first] + weights[second])
             where = (places[first] + 3 * places[second] + 1) % 64
-            sketch.index_add_(0, where, weight * (signs[first] * signs[second]))
-    assert torch.equal(retriever.embed_chunks([Passage(text, 0) for text in texts]), expected)
+            pairs_of = zip(pairwise(text), decays[1:], strict=True)
+            decay = max(decay for pair, decay in pairs_of if pair == (first, second))
+            sketch.index_add_(0, where, decay * weight * (signs[first] * signs[second]))
+    made = retriever.embed_chunks(
+        [Passage(text, 0, half_life=life) for text, life in zip(texts, lives, strict=True)]
+    )
+    torch.testing.assert_close(made, expected, rtol=1e-5 if half_life else 0, atol=1e-5 if half_life else 0)
+
+
+def test_the_latest_tokens_are_as_many_as_the_half_life():
+    assert Passage((5, 6, 7, 8), 10, half_life=3).latest == Passage((6, 7, 8), 11)
+    assert Passage((5, 6), 10, half_life=3).latest == Passage((5, 6), 10)
+    assert Passage((5, 6), 10).latest == Passage((5, 6), 10)
+
+
+def test_a_retriever_that_cannot_weigh_tokens_asks_with_the_latest(llama):
+    retriever = RandomRetriever(llama, Words())
+    mean = torch.zeros(1, retriever.dim)
+    (query,) = passages(80)
+    assert torch.equal(
+        retriever.embed_focus([Passage(query.token_ids, query.start, half_life=3)], mean, [9]),
+        retriever.embed_focus([Passage(query.token_ids[-3:], query.end - 3)], mean, [9]),
+    )
+
+
+def test_a_question_about_several_facts_finds_all_of_them(llama):
+    """Names at the beginning of a question ask, too, but less than those at its end."""
+    retriever = create_retriever("lm", llama, Words(), {"dim": 65_536})
+    names = range(40, 60)
+    chunks = retriever.embed_chunks([Passage((*range(3, 9), name), 20_000) for name in names])
+    chunks = torch.nn.functional.normalize(chunks, dim=1)
+    mean = chunks.mean(dim=0)[None]
+    question = (41, 9, 10, 11, 57, 9, 10, 12)
+    alike, scores = (
+        chunks @ retriever.embed_focus([Passage(question, 0, half_life=life)], mean, [len(chunks)])[0]
+        for life in (None, 16)
+    )
+    assert sorted(scores.topk(2).indices.tolist()) == [1, 17]
+    for name, distance in ((1, 7), (17, 3)):
+        assert scores[name] / alike[name] == pytest.approx(0.5 ** (distance / 16), rel=0.1)
 
 
 def test_lm_finds_the_passage_that_shares_its_words(llama):
