@@ -72,7 +72,7 @@ def test_a_questions_prompt_is_what_a_memory_attends_to(llama, small, text, rag,
         memory = [] if stream.memory is None else stream.memory.spans.tolist()
         window = ids[0, stream.first_token :].tolist()
     chunks = [token for start, end in memory for token in ids[0, start:end].tolist()]
-    assert rag(llama, None, config)._asked(ids[0].tolist()) == ids[0, :2].tolist() + chunks + window
+    assert rag(llama, None, config).asked(ids[0].tolist()) == ids[0, :2].tolist() + chunks + window
 
 
 def test_long_prompts_do_not_know_of_each_other(llama, small, text, rag):

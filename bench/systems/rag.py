@@ -63,11 +63,11 @@ class RagAsText(Alternative):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:  # noqa: ARG002
         """Answer a prompt [1, tokens] with chunks that its end asks for; the stream stays where it is."""
         options.pop("remember", None)
-        return self._continued(input_ids, self._asked(input_ids[0].tolist()), options)
+        return self._continued(input_ids, self.asked(input_ids[0].tolist()), options)
 
     def score(self, input_ids: Tensor, continuations: Sequence[Sequence[int]], **_: Any) -> list[Likelihood]:
         """Return how likely continuations of a prompt [1, tokens] are; the prompt is read for each."""
-        prompt = self._asked(input_ids[0].tolist())
+        prompt = self.asked(input_ids[0].tolist())
         found = []
         for tokens in continuations:
             wanted = torch.tensor(list(tokens), dtype=torch.long)
@@ -112,7 +112,7 @@ class RagAsText(Alternative):
                 return asked
         return self.retriever.embed_queries([query.latest])
 
-    def _asked(self, prompt: list[int]) -> list[int]:
+    def asked(self, prompt: list[int]) -> list[int]:
         """Return a prompt with what its end retrieves before it."""
         kept, embeddings, config = len(self._read), self._embeddings, self.config
         self._read += prompt
