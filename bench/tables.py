@@ -93,8 +93,9 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["needles-lengths"] = partial(alternatives.by_length, alternatives.LENGTHS)
     for length in (16384, 65536):
         found[f"needles-{length}"] = partial(alternatives.by_task, alternatives.LENGTHS, length)
-    for name in ("fewer", "following"):
-        found[f"needles-{name}"] = partial(alternatives.by_task, f"benchmarks_{name}.json", 16384)
+    found["needles-fewer"] = partial(alternatives.by_task, "benchmarks_fewer.json", 16384)
+    for length in (16384, 65536):
+        found[f"found-{length}"] = partial(alternatives.found, length)
     found["needles-mean"] = partial(alternatives.by_length, alternatives.NEEDLES)
     found["needles"] = partial(alternatives.by_task, alternatives.NEEDLES, 4096)
     found["babilong"] = partial(alternatives.by_length, "benchmarks_babilong.json")

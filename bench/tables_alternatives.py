@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import benchmark_tables
+import found as found_bench
 import questions as question_bench
 import two_books as book_bench
 from cells import load, table
@@ -136,6 +137,11 @@ def by_task(file: str, length: int) -> str:
         name: [benchmark_tables.Cell(**each) for each in cells] for name, cells in found["cells"].items()
     }
     return benchmark_tables.by_task(cells, found["tasks"], length)
+
+
+def found(length: int) -> str:
+    """What is retrieved of what RULER's needles ask for, in prompts of one length."""
+    return found_bench.shares(load("found.json")["found"][str(length)])
 
 
 def questions(file: str) -> str:
