@@ -547,6 +547,21 @@ def test_benchmarks_of_others_score_every_system_and_go_on_where_they_ended(
         bench.main(model=str(folder), dtype="float32", **typed)
 
 
+def test_values_before_the_model_are_counted(folder, tmp_path, monkeypatch, capsys):
+    bench, out = script("bench/found.py"), tmp_path / "found.json"
+    ids = [1 + number * number % 89 for number in range(3000)]
+    ids[300:304] = [91, 92, 93, 94]  # a key, and its value
+    prompts = [bench.Prompt([*ids, 91, 92], ["word92 word93", "word94"])]
+    monkeypatch.setattr(bench, "_prompts", lambda *_: prompts)
+    typed = {"model": str(folder), "tasks": "vt", "lengths": "1024", "json_file": out}
+    bench.main(**typed, system=["latest: retriever=recent, top_k=1"])
+    found = json.loads(out.read_text(encoding="utf-8"))["found"]["1024"]
+    assert found == {"memory": {"vt": {"found": 1, "of": 2}}, "latest": {"vt": {"found": 0, "of": 2}}}
+    assert "| memory | 50 |" in capsys.readouterr().out
+    with pytest.raises(InvalidArgumentError, match=r"--tasks must be among niah_single_1, .*, got 'xx'"):
+        bench.main(**typed | {"tasks": "xx"})
+
+
 @pytest.mark.slow
 def test_many_questions_are_timed_for_each_system(folder, book, tmp_path):
     out = tmp_path / "questions.json"
