@@ -128,8 +128,9 @@ def _measured(
     name: str, retriever: Retriever, model: Any, tokenizer: Any, input_ids: Tensor, score_from: int
 ) -> dict[str, Any]:
     timed = Timed(retriever)
+    config = MemoryConfig(position_mode="zero", embedding_overlap=0)  # candidates look at a chunk's own K-V
     with (
-        MemoryDecoder(model, tokenizer, MemoryConfig(position_mode="zero"), retriever=timed) as decoder,
+        MemoryDecoder(model, tokenizer, config, retriever=timed) as decoder,
         tqdm(total=input_ids.shape[1], unit="tok", desc=name) as bar,
     ):
         found = evaluate_perplexity(decoder, input_ids, score_from=score_from, progress=bar.update)
