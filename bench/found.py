@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from cells import table
 from results import Report
-from systems import System, all_different, described
+from systems import MEMORY, System, all_different, described
 from systems.rag import RagAsText
 from tqdm import tqdm
 
@@ -54,12 +54,18 @@ def main(
     systems = all_different(
         [System("memory", MemoryConfig()), *(described(each, MemoryConfig()) for each in system or ())]
     )
+    for each in systems:
+        if each.kind != MEMORY or each.config.backend is None:
+            raise InvalidArgumentError(
+                f"--system must be a memory, got {each.name!r}: leave out kind and backend"
+            )
     language_model, tokenizer = load_model(model, dtype="float32", device="cpu")
+    sizes = numbers("--lengths", lengths, int)
     listed = {each.name: each.settings for each in systems}
-    told = {"model": model, "samples": samples, "tasks": wanted, "systems": listed}
+    told = {"model": model, "samples": samples, "tasks": wanted, "lengths": sizes, "systems": listed}
     report = Report(json_file, told, "cpu")
     rows: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
-    for length in numbers("--lengths", lengths, int):
+    for length in sizes:
         found = rows[str(length)] = {each.name: {} for each in systems}
         for task in tqdm(wanted, unit="task", desc=f"{length:,} tokens"):
             prompts = _prompts(task, length, model, tokenizer, samples)

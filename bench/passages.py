@@ -166,15 +166,16 @@ def _continued(model: Any, prompt: list[int], clock: Clock, most: int) -> list[i
 
 def _shelf(folders: Sequence[Path], name: str | None, model: Any, tokenizer: Any) -> Shelf:
     corpora = [Corpus.load(folder) for folder in folders]
-    config = MemoryConfig(**corpora[0].notes["settings"])
+    config = MemoryConfig(**{"embedding_overlap": 0, **corpora[0].notes["settings"]})
     if name is None:
         retriever = create_retriever(config.retriever, model, tokenizer, config.retriever_options)
         return Shelf(corpora, retriever, [corpus.bank for corpus in corpora])
     retriever = create_retriever(name, model, tokenizer)
-    return Shelf(corpora, retriever, [_embedded(corpus, retriever, name) for corpus in corpora])
+    overlap = config.overlap_length
+    return Shelf(corpora, retriever, [_embedded(corpus, retriever, name, overlap) for corpus in corpora])
 
 
-def _embedded(corpus: Corpus, retriever: Retriever, name: str) -> MemoryBank:
+def _embedded(corpus: Corpus, retriever: Retriever, name: str, overlap: int) -> MemoryBank:
     """Return a bank with another retriever's embeddings of a corpus's chunks; made once, next to the corpus.
 
     The folder is named after what the chunks are, so that embeddings of what the corpus had before are not taken.
@@ -182,7 +183,7 @@ def _embedded(corpus: Corpus, retriever: Retriever, name: str) -> MemoryBank:
     assert corpus.folder is not None  # noqa: S101 - it was loaded
     ids = corpus.bank.ids
     documents = [(each.digest, each.first_id, each.chunks) for each in corpus.documents]
-    chunks = json.dumps([documents, ids.tolist(), corpus.bank.spans_of(ids).tolist()])
+    chunks = json.dumps([documents, ids.tolist(), corpus.bank.spans_of(ids).tolist(), overlap])
     state = hashlib.sha256(chunks.encode()).hexdigest()[:16]
     folder = corpus.folder.with_name(f"{corpus.folder.name}.{name.replace('/', '-')}.{state}")
     if has_manifest(folder):
@@ -194,8 +195,8 @@ def _embedded(corpus: Corpus, retriever: Retriever, name: str) -> MemoryBank:
         for chunk, (start, end) in zip(some.tolist(), spans.tolist(), strict=True):
             document = corpus.document_of(chunk)
             first, last = document.span_in_text(start, end) if document else (0, 0)
-            tokens = corpus.tokens_of(document.source)[first:last].tolist() if document else []
-            passages.append(Passage(tuple(tokens), start))
+            tokens = corpus.tokens_of(document.source).tolist() if document else []
+            passages.append(Passage(tuple(tokens[max(0, first - overlap) : last]), start))
         nothing = torch.zeros(len(some), 1, 1, 1, 1)
         bank.add(retriever.embed_chunks(passages), nothing, nothing, spans)
     bank.save(folder)

@@ -74,7 +74,7 @@ def chunks_found(
     for kind, passages in asked:
         if kind == STORE:
             block = torch.zeros(len(passages), 1, 1, 1, 1)  # placeholder K-V: only the embeddings matter
-            spans = [(passage.start, passage.end) for passage in passages]
+            spans = [(passage.end - config.chunk_size, passage.end) for passage in passages]
             bank.add(retriever.cached(kind, passages), block, block, spans)
         else:
             depth = min(config.top_k, len(bank))

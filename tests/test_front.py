@@ -167,7 +167,7 @@ def test_a_file_that_settings_name_counts_by_its_content(bench, tmp_path):
     one = system.facts
     path.write_bytes(b"two")
     assert one != system.facts
-    assert one.keys() == {"gates"}
+    assert one.keys() == {"gates", "retrieval"}
 
 
 def test_generation_is_scored_as_reading_is_where_both_see_everything(bench, llama):

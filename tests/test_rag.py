@@ -81,6 +81,6 @@ def test_long_prompts_do_not_know_of_each_other(llama, small, text, rag):
     decoder, fresh = rag(llama, None, config), rag(llama, None, config)
     for each in (decoder, fresh):
         each.read(ids)
-    decoder._asked(one)
-    assert decoder._asked(other) == fresh._asked(other)
+    decoder.asked(one)
+    assert decoder.asked(other) == fresh.asked(other)
     torch.testing.assert_close(decoder._embeddings, fresh._embeddings)

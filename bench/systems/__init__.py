@@ -43,6 +43,9 @@ KINDS = {
     # An upper bound, which chooses chunks by the tokens to be predicted.
     "oracle": "systems.oracle:PeekingOracle",
 }
+_RETRIEVAL = (
+    2  # raised where the same settings retrieve other chunks than before, so that cached runs are not taken
+)
 _GIVEN = ("model", "tokenizer", "config")
 _NEXT_SETTING = re.compile(r",\s*(?=\w+\s*=)")  # a value may hold commas
 _EXAMPLE = "'shared 8: kv_source=shared, top_k=8'"
@@ -83,14 +86,15 @@ class System:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a cached run depends on: the settings, and the content of files that they name."""
+        """What a cached run depends on: the settings, the content of files that they name, and how it retrieves."""
         files = {
             key: hashlib.sha256(Path(value).read_bytes()).hexdigest()
             for key, value in self.settings.items()
             if isinstance(value, str) and Path(value).is_file()
         }
         own = {} if self.kind == MEMORY else getattr(_maker(self.kind), "facts", dict)()
-        return {**self.settings, **own, **files}
+        how = {} if self.config.backend is None else {"retrieval": _RETRIEVAL}
+        return {**self.settings, **own, **files, **how}
 
     def decoder(self, model: PreTrainedModel, tokenizer: Any) -> Any:
         """Return what reads with these settings: a `MemoryDecoder`, or what has its interface."""

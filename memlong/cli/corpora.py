@@ -30,9 +30,10 @@ MemoryFolders = Annotated[
 ]
 
 # What chunks depend on so much that others cannot be added or read.
-_FIXED = ("chunk_size", "retriever", "kv_source", "memory_layer", "retrieval_layers")
+_FIXED = ("chunk_size", "embedding_overlap", "retriever", "kv_source", "memory_layer", "retrieval_layers")
 _OF_CHUNKS = (
     "chunk_size",
+    "embedding_overlap",
     "retriever",
     "retriever_options",
     "kv_source",
@@ -110,6 +111,11 @@ def notes_of(folder: Path) -> Notes | None:
             model, settings = notes.get("model"), notes.get("settings", {})
             if not (model is None or isinstance(model, str)) or settings.keys() - set(_OF_CHUNKS):
                 raise ValueError("they are not those of memlong remember")
+            if settings:
+                settings = {
+                    "embedding_overlap": 0,
+                    **settings,
+                }  # which is not said of a corpus made without it
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise SnapshotError(
                 f"{str(folder / MANIFEST)!r} has notes that cannot be read: {error}"
@@ -237,6 +243,7 @@ def settings_of_chunks(config: MemoryConfig, registry: Registry | None = None) -
     from memlong.decoder.persistence.strangers import declared_options
 
     known = config.as_dict() | declared_options(config, registry or installed_registry())
+    known["embedding_overlap"] = config.overlap_length
     return {name: known[name] for name in _OF_CHUNKS}
 
 

@@ -201,6 +201,7 @@ def described_unloaded(config: MemoryConfig, dtype: str) -> dict[str, Any]:
         "retrieval_layers": None,
         "store": {name: without_credentials(str(value)) for name, value in config.store.items()},
         "query_tokens": config.query_length,
+        "embedding_overlap": config.overlap_length,
     }
     if config.backend is None:
         settings |= {"retriever": None, "retriever_options": {}, "kv_source": None, "retrieval_layers": []}

@@ -45,8 +45,8 @@ def remember(
 
     Each is read as a text of its own, so that what is remembered of one does not depend on others. One that the corpus
     has is read again if its text has changed; if only what is known of it has, that is noted. Tokens at its end that do
-    not fill a chunk are followed by line ends, and found by as many tokens before them as fill one instead. What has
-    been saved need not be read again if the process ends early.
+    not fill a chunk are followed by line ends, and found by the end of the text instead, as many tokens as are
+    embedded of a chunk. What has been saved need not be read again if the process ends early.
     A corpus without a folder is not saved.
 
     Parameters

@@ -19,7 +19,7 @@ PositionMode = Literal["zero", "overlaid", "compressed", "before-window", "origi
 
 _NOT_OPTIONS = {"dim", "name", "registry", "store"}
 _LARGEST_GATE = 10_000
-_HALVINGS = 4  # of the weight of tokens, after which they no longer ask
+_HALVINGS = 4  # a token so many half-lives before the last no longer asks
 _MOST_SCALES = 9  # chunks beyond exp(9) scales, a million tokens where the window has 1,024, share a position
 
 
@@ -51,8 +51,8 @@ class MemoryConfig:
         None,
         "Trained query map, as memlong train-retriever writes it; not for queries of focus_tokens.",
         more="It works only with the retriever it was trained for, with the same options. What is stored stays as it "
-        "is, so a memory can be read with and without it. Answers ask with their last ``focus_tokens``, and so without "
-        "it, unless that is 0.",
+        "is, so a memory can be read with and without it. Answers ask by ``focus_tokens``, and so without it, unless "
+        "that is 0.",
         metavar="FILE",
         needs_backend=True,
     )
@@ -113,8 +113,8 @@ class MemoryConfig:
         None,
         "Tokens before a chunk that its embedding covers too.",
         unset="an eighth of a chunk",
-        more="Fewer than ``chunk_size``. A fact that the end of a chunk cuts in two is found with both halves. The "
-        "chunks' K-V does not overlap.",
+        more="Fewer than ``chunk_size``. Where the end of a chunk cuts a fact in two, the rest is found by words that "
+        "stand so far before it. The chunks' K-V does not overlap.",
         least=0,
     )
     top_k: int = setting(8, "Chunks retrieved for a segment.", least=1)

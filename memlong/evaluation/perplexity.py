@@ -22,7 +22,7 @@ from memlong.evaluation.numbers import checked_logits, perplexity_of
 from memlong.evaluation.recall import recall_at_k
 
 _AT_ONCE = 1 << 19
-"""Logits whose losses are computed at once: few enough for a processor's cache, where that is four times as fast."""
+"""Logits whose losses a CPU computes at once: few enough for its cache, where that is four times as fast."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,13 @@ def _losses(segment: Segment, previous: Tensor | None, skip: int) -> NDArray[np.
     """Return the losses [tokens] of a segment's tokens from index ``skip`` on; a stream's first token has none."""
     logits, targets = segment.logits[0], segment.input_ids[0]
     skip = max(skip, 1) if previous is None else skip
-    rows = logits[max(skip - 1, 0) : -1].split(max(1, _AT_ONCE // logits.shape[1]))
+    at_once = max(1, _AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    rows = logits[max(skip - 1, 0) : -1].split(at_once)
     predicting = rows if previous is None or skip else (previous[0], *rows)
     wanted = targets[skip:].split([len(each) for each in predicting])
     losses = [
-        torch.nn.functional.cross_entropy(checked_logits(None, some.float()), targets, reduction="none")
-        for some, targets in zip(predicting, wanted, strict=True)
+        torch.nn.functional.cross_entropy(checked_logits(None, some.float()), those, reduction="none")
+        for some, those in zip(predicting, wanted, strict=True)
     ]
     return torch.cat(losses).cpu().double().numpy()  # on the CPU, as not every device has float64
 

@@ -179,6 +179,7 @@ def test_settings_come_from_the_corpus(remember, place, model_folder):
         "model": str(model_folder),
         "settings": {
             "chunk_size": 4,
+            "embedding_overlap": 0,
             "retriever": "lm",
             "retriever_options": {},
             "kv_source": "layer",
@@ -203,6 +204,21 @@ def test_settings_come_from_the_corpus(remember, place, model_folder):
     assert (found["chunk_size"], found["dtype"], found["documents"]) == (4, "float32", 2)
 
 
+def test_a_corpus_goes_on_with_the_overlap_it_was_read_with(remember, place, model_folder):
+    sizes = ["--local-window", 24, "--segment-size", 8, "--json", "-"]
+    told(remember("notes/b.txt", embedding_overlap=2, json="-"))
+    words = ["remember", "--out", "memory", "--model", model_folder, "notes/deep/a.md", *sizes]
+    assert told(CliRunner().invoke(make_app(), [*map(str, words)]))["embedding_overlap"] == 2
+    corpus = Corpus.load(place / "memory")
+    assert corpus.notes["settings"]["embedding_overlap"] == 2
+    told(remember("notes/b.txt", out="without", chunk_size=8, embedding_overlap=0, json="-"))
+    corpus = Corpus.load(place / "without")
+    del corpus.notes["settings"]["embedding_overlap"]  # as if read before there was one
+    corpus.save()
+    words = ["remember", "--out", "without", "--model", model_folder, "notes/deep/a.md", *sizes]
+    assert told(CliRunner().invoke(make_app(), [*map(str, words)]))["embedding_overlap"] == 0
+
+
 def test_why_it_is_this_dtype_is_said(remember, model_folder):
     assert "float32 on cpu (as asked)" in remember("notes/b.txt", device="cpu").stderr
     assert "float32 on cpu (as memory was read)" in remember("notes", dtype="auto", device="cpu").stderr
@@ -215,6 +231,7 @@ def test_why_it_is_this_dtype_is_said(remember, model_folder):
             {"chunk_size": 8},
             "--chunk-size must be 4, with which 'memory' was read, got 8: leave it out, or use another --out",
         ),
+        ({"embedding_overlap": 2}, "--embedding-overlap must be 0, with which"),
         ({"retriever": "random"}, "--retriever must be lm, with which"),
         ({"kv_source": "shared"}, "--kv-source must be layer, with which"),
         ({"retrieval_layers": "1-2"}, "--retrieval-layers must be all, with which"),

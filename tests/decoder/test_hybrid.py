@@ -204,7 +204,7 @@ def test_a_layer_below_is_ranked_with_the_top(llama, small, text, backend):
 def test_while_text_is_generated_each_retriever_has_its_own_focus(llama):
     parts = [create_retriever("lm", llama, None, {"dim": 64}), create_retriever("random", llama, None)]
     hybrid = HybridRetriever(parts)
-    means, query = torch.randn(1, hybrid.dim), [Passage((5, 6, 7), 40)]
+    means, query = torch.randn(1, hybrid.dim), [Passage((5, 6, 7), 40, half_life=2)]
     halves = means.split([each.dim for each in parts], dim=1)
     expected = [
         torch.nn.functional.normalize(each.embed_focus(query, mean, [9]), dim=1)
@@ -212,8 +212,9 @@ def test_while_text_is_generated_each_retriever_has_its_own_focus(llama):
     ]
     torch.testing.assert_close(hybrid.embed_focus(query, means, [9]), torch.cat(expected, dim=1))
     # One that has nothing left asks as it is, as it would alone.
-    only = torch.cat([means[:, : parts[0].dim], parts[1].embed_queries(query)], dim=1)
-    expected[1] = torch.nn.functional.normalize(parts[1].embed_queries(query), dim=1)
+    alone = parts[1].embed_queries([Passage((6, 7), 41)])
+    only = torch.cat([means[:, : parts[0].dim], alone], dim=1)
+    expected[1] = torch.nn.functional.normalize(alone, dim=1)
     torch.testing.assert_close(hybrid.embed_focus(query, only, [9]), torch.cat(expected, dim=1))
 
 

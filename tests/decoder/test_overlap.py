@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from memlong import MemoryDecoder, Passage
+from memlong import MemoryConfig, MemoryDecoder, Passage
+from memlong.corpus.reading import _Laid
 from memlong.errors import InvalidArgumentError, SnapshotError
 
 OVERLAP = 3
@@ -74,6 +75,25 @@ def test_a_fact_that_the_end_of_a_chunk_cuts_is_found_with_both_halves(llama, sm
         found = decoder.banks[0].spans_of(retrieval.ids).tolist()
     assert [38, 42] in found
     assert ([42, 46] in found) == bool(overlap)
+
+
+def test_an_eighth_of_a_chunk_is_usual(llama, small, text):
+    assert MemoryConfig().overlap_length == 16
+    ids = text(60)
+    with MemoryDecoder(llama, None, small(chunk_size=8, local_window=32, segment_size=16)) as decoder:
+        decoder.read(ids)
+        (bank,) = decoder.banks
+        spans = bank.spans_of(range(len(bank))).tolist()
+        passages = [Passage(tuple(ids[0, start - 1 : end].tolist()), start - 1) for start, end in spans]
+        expected = normalize(decoder.retriever.embed_chunks(passages), dim=1)
+        torch.testing.assert_close(bank.embeddings.embeddings, expected)
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+def test_the_end_of_a_document_is_embedded_with_as_much_as_a_chunk(llama, small, overlap):
+    with MemoryDecoder(llama, None, small(embedding_overlap=overlap)) as decoder:
+        laid = _Laid(lead=[1, 1], words=[*range(5, 25)], tail=[3])
+        assert laid.ending(decoder) == Passage(tuple(range(21 - overlap, 25)), 18 - overlap)
 
 
 def test_it_is_shorter_than_a_chunk(small):

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from memlong import MemoryConfig, MemoryDecoder, Passage, create_bank
+from memlong.decoder.stream.asking import ask
 from memlong.decoder.stream.retrieval import retrieve_chunks
 from memlong.decoder.stream.token_stream import TokenStream
 
@@ -53,6 +54,53 @@ def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):
     assert {each.half_life for some in (queries, later) for each in some} == {3}
     assert [queries[0].end, later[0].end] == [84, 87]
     torch.testing.assert_close(means[0], torch.cat([bank.embeddings.embeddings, drafted]).mean(dim=0))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Records what a decoder focuses on."""
+
+    def record(decoder):
+        found, embed = [], decoder.retriever.embed_focus
+        monkeypatch.setattr(
+            decoder.retriever,
+            "embed_focus",
+            lambda queries, means, sizes: (found.extend(queries), embed(queries, means, sizes))[1],
+        )
+        return found
+
+    return record
+
+
+def test_an_answer_asks_with_all_it_needs_however_short_other_queries_are(llama, small, text, asked):
+    ids = text(93)
+    with MemoryDecoder(llama, None, small(query_tokens=1, focus_tokens=3)) as decoder:
+        found = asked(decoder)
+        decoder.read(ids[:, :90])
+        decoder.flush()  # the window is empty
+        decoder.read(ids[:, 90:])
+        ask(decoder._streams.batch, decoder.config)
+    assert found == [Passage(tuple(ids[0, 81:].tolist()), 81, half_life=3)]
+
+
+def test_a_query_that_was_given_counts_alike(llama, small, text, asked):
+    with MemoryDecoder(llama, None, small(focus_tokens=3)) as decoder:
+        found = asked(decoder)
+        decoder.read(text(80))
+        decoder.preview(text(8), queries=[[5, 6, 7, 8, 9]])
+    assert [(each.token_ids, each.half_life) for each in found] == [((5, 6, 7, 8, 9), None)]
+
+
+def test_a_focus_with_nothing_left_asks_with_its_latest_tokens(llama, small, text, monkeypatch):
+    asked = []
+    with MemoryDecoder(llama, None, small(retriever="recent", focus_tokens=3)) as decoder:
+        embed = decoder.retriever.embed_queries
+        decoder.read(text(80))
+        monkeypatch.setattr(
+            decoder.retriever, "embed_queries", lambda queries: (asked.append(queries), embed(queries))[1]
+        )
+        ask(decoder._streams.batch, decoder.config)
+    assert {len(each.token_ids) for queries in asked for each in queries} == {3}
 
 
 def test_a_focus_that_has_nothing_of_its_own_asks_as_it_is(llama, small, text):

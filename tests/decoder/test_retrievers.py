@@ -66,6 +66,8 @@ def test_the_latest_tokens_are_as_many_as_the_half_life():
     assert Passage((5, 6, 7, 8), 10, half_life=3).latest == Passage((6, 7, 8), 11)
     assert Passage((5, 6), 10, half_life=3).latest == Passage((5, 6), 10)
     assert Passage((5, 6), 10).latest == Passage((5, 6), 10)
+    with pytest.raises(InvalidArgumentError, match="half_life must be at least 1, or None, got 0"):
+        Passage((5, 6), 10, half_life=0)
 
 
 def test_a_retriever_that_cannot_weigh_tokens_asks_with_the_latest(llama):

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from memlong.bank.metric import Metric
 from memlong.bank.snapshot.options import SavedOptions
+from memlong.errors import InvalidArgumentError
 
 _ROUNDING = 1e-5
 
@@ -28,13 +29,22 @@ class Passage:
     start
         Index of the first token in the stream.
     half_life
-        A token so many before the last counts half as much as that, and one twice as far a quarter; None if all count
-        alike.
+        In a query, a token so many before the last counts half as much as that, and one twice as far a quarter; None
+        if all count alike.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``half_life`` is less than 1.
     """
 
     token_ids: tuple[int, ...]
     start: int
     half_life: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.half_life is not None and self.half_life < 1:
+            raise InvalidArgumentError(f"half_life must be at least 1, or None, got {self.half_life!r}")
 
     @property
     def end(self) -> int:
@@ -118,7 +128,10 @@ class Retriever(ABC):
 
     @abstractmethod
     def embed_chunks(self, chunks: Sequence[Passage]) -> Tensor:
-        """Embeddings [chunks, dim], float32."""
+        """Embeddings [chunks, dim], float32.
+
+        A passage ends where its chunk does, and begins ``embedding_overlap`` tokens before it, or as many as there are.
+        """
 
     @abstractmethod
     def embed_queries(self, queries: Sequence[Passage]) -> Tensor:

@@ -59,7 +59,7 @@ class SentenceTransformersRetriever(Retriever):
         *,
         name: str = DEFAULT_MODEL,
         device: str | None = None,
-        piece_tokens: int = 128,
+        piece_tokens: int = 160,
         query_prompt: str = "",
         chunk_prompt: str = "",
     ) -> None:
