@@ -74,13 +74,13 @@ def asked(monkeypatch):
 
 def test_an_answer_asks_with_all_it_needs_however_short_other_queries_are(llama, small, text, asked):
     ids = text(93)
-    with MemoryDecoder(llama, None, small(query_tokens=1, focus_tokens=3)) as decoder:
+    with MemoryDecoder(llama, None, small(query_tokens=1, focus_tokens=8)) as decoder:
         found = asked(decoder)
-        decoder.read(ids[:, :90])
-        decoder.flush()  # the window is empty
-        decoder.read(ids[:, 90:])
+        decoder.read(ids)
+        (stream,) = decoder._streams.batch.streams
+        assert stream.seen - stream.first_token < 32
         ask(decoder._streams.batch, decoder.config)
-    assert found == [Passage(tuple(ids[0, 81:].tolist()), 81, half_life=3)]
+    assert found == [Passage(tuple(ids[0, 61:].tolist()), 61, half_life=8)]
 
 
 def test_a_query_that_was_given_counts_alike(llama, small, text, asked):
