@@ -55,7 +55,7 @@ def main(
         [System("memory", MemoryConfig()), *(described(each, MemoryConfig()) for each in system or ())]
     )
     for each in systems:
-        if each.kind != MEMORY or each.config.backend is None:
+        if each.kind != MEMORY or each.config.backend in (None, "none"):
             raise InvalidArgumentError(
                 f"--system must be a memory, got {each.name!r}: leave out kind and backend"
             )

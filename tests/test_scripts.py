@@ -558,6 +558,9 @@ def test_values_before_the_model_are_counted(folder, tmp_path, monkeypatch, caps
     found = json.loads(out.read_text(encoding="utf-8"))["found"]["1024"]
     assert found == {"memory": {"vt": {"found": 1, "of": 2}}, "latest": {"vt": {"found": 0, "of": 2}}}
     assert "| memory | 50 |" in capsys.readouterr().out
+    for other in ("kind=quantized-4", "backend=none"):
+        with pytest.raises(InvalidArgumentError, match="--system must be a memory, got 'x'"):
+            bench.main(**typed, system=[f"x: {other}"])
     with pytest.raises(InvalidArgumentError, match=r"--tasks must be among niah_single_1, .*, got 'xx'"):
         bench.main(**typed | {"tasks": "xx"})
 
