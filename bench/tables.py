@@ -59,7 +59,8 @@ def _tables() -> dict[str, Callable[[], str]]:
     for kind in ("code", "prose"):
         found[f"front-{kind}"] = partial(quality.front, "front.json", kind)
         found[f"gap-trained-{kind}"] = partial(quality.front, f"gap_trained_{kind}.json", kind)
-        found[f"alternatives-{kind}"] = partial(alternatives.gaps, kind)
+        found[f"alternatives-{kind}"] = partial(alternatives.gaps, alternatives.GAPS, kind)
+        found[f"alternatives-gemma-{kind}"] = partial(alternatives.gaps, "alternatives_gemma.json", kind)
         for name in ("gemma", "default"):
             found[f"front-{name}-{kind}"] = partial(quality.front, f"front_{name}.json", kind)
     for text in ("_pydecimal.py", "moby_dick.txt"):

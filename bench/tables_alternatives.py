@@ -119,9 +119,9 @@ def _across(columns: Sequence[Column]) -> str:
     return table(["system", *(column.head for column in columns)], rows)
 
 
-def gaps(kind: str) -> str:
+def gaps(file: str, kind: str) -> str:
     """Gap closed of each system, with intervals."""
-    return by_cost(load(GAPS), kind)
+    return by_cost(load(file), kind)
 
 
 def by_length(file: str) -> str:
