@@ -801,7 +801,7 @@ def test_sessions_are_saved_now_and_then(serve, tmp_path):
 def test_an_answer_names_its_sources(serve, corpus, tokenizer, stream):
     client = serve()
     ask(client, said(200, 1), "a", extra={"memory": ["book"]})
-    found = ask(client, said(8, 1), "a", stream=stream, extra={"memory": ["book"], "sources": True})
+    found = ask(client, said(8, 5), "a", stream=stream, extra={"memory": ["book"], "sources": True})
     sources = (list(found)[-1] if stream else found).sources
     assert [each["attention"] for each in sources] == sorted(
         (each["attention"] for each in sources), reverse=True

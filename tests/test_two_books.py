@@ -152,16 +152,16 @@ def test_embeddings_of_a_corpus_that_has_changed_are_not_taken(corpora, tmp_path
         return torch.ones(len(found), 4)
 
     retriever = SimpleNamespace(dim=4, metric="cosine", embed_chunks=embed_chunks)
-    first = passages._embedded(Corpus.load("one"), retriever, "of/ours")
+    first = passages._embedded(Corpus.load("one"), retriever, "of/ours", 0)
     assert len(first) == len(embedded) == len(Corpus.load("one").bank)
-    assert len(passages._embedded(Corpus.load("one"), retriever, "of/ours")) == len(first)
+    assert len(passages._embedded(Corpus.load("one"), retriever, "of/ours", 0)) == len(first)
     assert len(embedded) == len(first)
     (tmp_path / "one.txt").write_text(book(3, 12), encoding="utf-8")
     assert (
         CliRunner().invoke(make_app(), ["remember", "--out", "one", *corpora[4:], "one.txt"]).exit_code == 0
     )
     changed = Corpus.load("one")
-    assert len(passages._embedded(changed, retriever, "of/ours")) == len(changed.bank) < len(first)
+    assert len(passages._embedded(changed, retriever, "of/ours", 0)) == len(changed.bank) < len(first)
 
 
 def test_a_book_is_read_once_and_another_in_its_place_is_refused(tmp_path, monkeypatch, books, model):
