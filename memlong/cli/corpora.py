@@ -111,11 +111,8 @@ def notes_of(folder: Path) -> Notes | None:
             model, settings = notes.get("model"), notes.get("settings", {})
             if not (model is None or isinstance(model, str)) or settings.keys() - set(_OF_CHUNKS):
                 raise ValueError("they are not those of memlong remember")
-            if settings:
-                settings = {
-                    "embedding_overlap": 0,
-                    **settings,
-                }  # which is not said of a corpus made without it
+            if settings:  # they do not tell the overlap if the corpus was made without one
+                settings = {"embedding_overlap": 0, **settings}
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise SnapshotError(
                 f"{str(folder / MANIFEST)!r} has notes that cannot be read: {error}"
