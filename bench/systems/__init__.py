@@ -43,9 +43,9 @@ KINDS = {
     # An upper bound, which chooses chunks by the tokens to be predicted.
     "oracle": "systems.oracle:PeekingOracle",
 }
-_RETRIEVAL = (
-    2  # raised where the same settings retrieve other chunks than before, so that cached runs are not taken
-)
+_RETRIEVAL = 2
+"""Raised where the same settings retrieve other chunks than before, so that runs cached before are not taken."""
+
 _GIVEN = ("model", "tokenizer", "config")
 _NEXT_SETTING = re.compile(r",\s*(?=\w+\s*=)")  # a value may hold commas
 _EXAMPLE = "'shared 8: kv_source=shared, top_k=8'"
