@@ -195,8 +195,9 @@ def _embedded(corpus: Corpus, retriever: Retriever, name: str, overlap: int) -> 
         for chunk, (start, end) in zip(some.tolist(), spans.tolist(), strict=True):
             document = corpus.document_of(chunk)
             first, last = document.span_in_text(start, end) if document else (0, 0)
-            tokens = corpus.tokens_of(document.source).tolist() if document else []
-            passages.append(Passage(tuple(tokens[max(0, first - overlap) : last]), start))
+            first = max(0, first - overlap)
+            tokens = corpus.tokens_of(document.source)[first:last].tolist() if document else []
+            passages.append(Passage(tuple(tokens), start))
         nothing = torch.zeros(len(some), 1, 1, 1, 1)
         bank.add(retriever.embed_chunks(passages), nothing, nothing, spans)
     bank.save(folder)

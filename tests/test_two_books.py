@@ -156,6 +156,11 @@ def test_embeddings_of_a_corpus_that_has_changed_are_not_taken(corpora, tmp_path
     assert len(first) == len(embedded) == len(Corpus.load("one").bank)
     assert len(passages._embedded(Corpus.load("one"), retriever, "of/ours", 0)) == len(first)
     assert len(embedded) == len(first)
+    assert len(passages._embedded(Corpus.load("one"), retriever, "of/ours", 3)) == len(first)
+    alone, reaching = embedded[: len(first)], embedded[len(first) :]
+    assert [len(each.token_ids) for each in reaching[1:]] == [len(each.token_ids) + 3 for each in alone[1:]]
+    for each, other in zip(reaching, alone, strict=True):
+        assert each.token_ids[-len(other.token_ids) :] == other.token_ids
     (tmp_path / "one.txt").write_text(book(3, 12), encoding="utf-8")
     assert (
         CliRunner().invoke(make_app(), ["remember", "--out", "one", *corpora[4:], "one.txt"]).exit_code == 0

@@ -22,7 +22,7 @@ from memlong.evaluation.numbers import checked_logits, perplexity_of
 from memlong.evaluation.recall import recall_at_k
 
 _AT_ONCE = 1 << 19
-"""Logits whose losses a CPU computes at once: few enough for its cache, where that is four times as fast."""
+"""Logits whose losses a CPU computes at once: few enough for its cache, where that is up to three times as fast."""
 
 
 @dataclass(frozen=True)
