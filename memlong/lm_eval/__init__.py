@@ -7,4 +7,4 @@ from memlong.lm_eval.model import MemlongLM
 __all__ = ["TASKS", "MemlongLM"]
 
 TASKS = Path(__file__).parent / "tasks"
-"""Folder with the groups of tasks ``ruler_local`` and ``babilong_local``, for lm-eval's ``include_path``."""
+"""Folder with the groups of tasks ``ruler_local``, ``babilong_local`` and others, for lm-eval's ``include_path``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ pytest.importorskip("lm_eval")
 
 WORDS = ["<s>", "</s>", "?", *(f"w{number}" for number in range(90))]
 BOOK = " ".join(f"Sentence {number} of this book tells little." for number in range(3000))
+FILLER = "and of other things that lie there nothing else is told, as none of them matters to anyone here."
 PEOPLE = ("Mary", "John", "Sandra")
 PLACES = ("bathroom", "bedroom", "garden", "kitchen")
 
@@ -60,12 +62,59 @@ def babi(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def squad(tmp_path_factory):
+    """A file in SQuAD's format: ten articles of ten paragraphs, with a question each that can be answered."""
+    articles = [
+        {"paragraphs": [paragraph(f"{article}-{number}") for number in range(10)]} for article in range(10)
+    ]
+    path = tmp_path_factory.mktemp("squad") / "dev.json"
+    path.write_text(json.dumps({"data": articles}), encoding="utf-8")
+    return path
+
+
+def paragraph(name):
+    sure = {
+        "question": f"What holds box {name}?",
+        "answers": [{"text": f"stone {name}"}, {"text": "stone"}],
+        "is_impossible": False,
+    }
+    unsure = {
+        "question": "Why?",
+        "answers": [],
+        "is_impossible": True,
+        "plausible_answers": [{"text": "box"}],
+    }
+    return {"context": f"The box {name} holds a stone {name} {FILLER}", "qas": [unsure, sure]}
+
+
+@pytest.fixture(scope="session")
+def hotpotqa(tmp_path_factory):
+    """A file in HotpotQA's format: twenty questions, with five documents each."""
+    questions = [
+        {
+            "question": f"Where is box {number}-3?",
+            "answer": f"room {number}-3",
+            "context": [
+                [f"Box {number}-{part}", [f"It is in room {number}-{part}", f" {FILLER}"]]
+                for part in range(5)
+            ],
+        }
+        for number in range(20)
+    ]
+    path = tmp_path_factory.mktemp("hotpotqa") / "dev.json"
+    path.write_text(json.dumps(questions), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
-def given(folder, book, babi):
+def given(folder, book, babi, squad, hotpotqa):
     return {
         "tokenizer": str(folder),
         "haystack": str(book),
         "babi": str(babi),
+        "squad": str(squad),
+        "hotpotqa": str(hotpotqa),
         "max_seq_lengths": [1024, 2048],
         "samples": 2,
     }

@@ -29,6 +29,7 @@ ESSAYS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue"
 ALL = {f"ruler_local_{name}" for name in ruler.GENERATORS} | {
     f"babilong_local_qa{number}" for number in babilong.INSTRUCTIONS
 }
+DOCUMENTS = {"ruler_local_qa_1", "ruler_local_qa_2"}
 ALL |= {"hard_needle_local_say", "hard_needle_local_choose"}
 
 
@@ -57,7 +58,7 @@ def test_prompts_fit_and_hold_what_is_asked_for(name, given):
     assert made[0]["input"] != made[2]["input"]
 
 
-@pytest.mark.parametrize("name", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "fwe"])
+@pytest.mark.parametrize("name", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "fwe", "qa_1", "qa_2"])
 def test_the_same_seed_makes_the_same_prompts_whatever_else_is_made(name, given):
     made = rows(name, given)
     random.seed(5)
@@ -218,10 +219,12 @@ def test_a_sample_counts_for_its_own_length_only():
 def test_lm_eval_finds_every_task_and_each_is_made_by_its_generator():
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     assert set(manager.all_subtasks) == ALL
-    assert set(manager.all_groups) == {"ruler_local", "babilong_local", "hard_needle_local"}
-    for group in manager.all_groups:
+    groups = {"ruler_local", "ruler_local_qa", "babilong_local", "hard_needle_local"}
+    assert set(manager.all_groups) == groups
+    for group in groups:
         settings = yaml.safe_load((TASKS / group / f"{group}.yaml").read_text(encoding="utf-8"))
-        assert set(settings["task"]) == {name for name in ALL if name.startswith(group)}
+        own = {name for name in ALL if name.startswith(group)}
+        assert set(settings["task"]) == (own - DOCUMENTS if group == "ruler_local" else own)
     for name, entry in manager.task_index.items():
         if name in ALL and not name.startswith("hard_needle"):
             (made,) = entry.cfg["dataset_kwargs"].values()
@@ -269,12 +272,12 @@ def test_lm_eval_runs_them(folder, given, monkeypatch):
         model="memlong",
         model_args=f"pretrained={folder},dtype=float32,chunk_size=4,segment_size=32,local_window=64",
         device="cpu",
-        tasks=["ruler_local_niah_single_2", "babilong_local_qa1"],
+        tasks=["ruler_local_niah_single_2", "ruler_local_qa", "babilong_local_qa1"],
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata),
         limit=2,
         bootstrap_iters=0,
     )
-    for task in ("ruler_local_niah_single_2", "babilong_local_qa1"):
+    for task in ("ruler_local_niah_single_2", "ruler_local_qa", "ruler_local_qa_2", "babilong_local_qa1"):
         scores = {name for name in results["results"][task] if name.endswith(",none")}
         assert {"1024,none", "2048,none"} <= scores
         assert 0 <= results["results"][task]["1024,none"] <= 1

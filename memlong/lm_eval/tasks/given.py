@@ -22,7 +22,10 @@ SHORTEST = 1024
 ANSWER = 16
 """Tokens that a prompt leaves for an answer, where these tasks say how long that may be."""
 
-KNOWN = ("max_seq_lengths", "samples", "seed", "tokenizer", "pretrained", "haystack", "babi", "needles")
+KNOWN = (
+    *("max_seq_lengths", "samples", "seed", "tokenizer", "pretrained"),
+    *("haystack", "babi", "needles", "squad", "hotpotqa"),
+)
 """What these tasks look for in the metadata."""
 
 _MISSPELLED = 0.82  # lm-eval adds all arguments of the model, of which max_length, at 0.8, comes closest
