@@ -6,6 +6,7 @@ interrupted, or adds a system, continues from there; delete the folder after cha
 
     python bench/benchmarks.py                                        # a subset of RULER, at 4,096 tokens
     python bench/benchmarks.py --tasks ruler --lengths 4096,8192,16384,32768,65536 --samples 10 --seeds 3
+    python bench/benchmarks.py --tasks documents --squad dev-v2.0.json --hotpotqa hotpot_dev_distractor_v1.json
     python bench/benchmarks.py --tasks babilong --babi tasks_1-20_v1-2/en --haystack book.txt --lengths 4096,16384
     python bench/benchmarks.py --model demo-gemma --system 'compressed 24: top_k=24, position_mode=compressed'
     python bench/benchmarks.py --system '4 bits: kind=quantized-4' --system 'SnapKV: kind=kvpress-snapkv'

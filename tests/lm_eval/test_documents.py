@@ -48,6 +48,14 @@ def test_older_squad_and_questions_without_an_answer(squad, given, tmp_path):
     assert read("qa_1", written(tmp_path / "old.json", content), given) == read("qa_1", squad, given)
 
 
+def test_blank_answers_are_left_out_as_they_would_always_be_right(squad, given, tmp_path):
+    content = json.loads(squad.read_text(encoding="utf-8"))
+    for article in content["data"]:
+        for paragraph in article["paragraphs"]:
+            paragraph["qas"][1]["answers"].append({"text": " "})
+    assert read("qa_1", written(tmp_path / "blank.json", content), given) == read("qa_1", squad, given)
+
+
 def test_hotpotqa_as_the_hub_has_it(hotpotqa, given, tmp_path):
     content = json.loads(hotpotqa.read_text(encoding="utf-8"))
     for each in content:
@@ -116,7 +124,7 @@ def test_other_files_are_refused(name, content, error, message, given, tmp_path)
 
 def test_a_file_must_be_named_and_there(given):
     with pytest.raises(
-        InvalidArgumentError, match=r"no file names them: name SQuAD's .* in the metadata 'squad'"
+        InvalidArgumentError, match=r"no file with them is named: name SQuAD's .* in the metadata 'squad'"
     ):
         rows("qa_1", given, squad=None)
     with pytest.raises(InvalidTextError, match=r"'nowhere.json' does not exist"):

@@ -19,7 +19,7 @@ class Documents:
     Attributes
     ----------
     questions
-        Each with its ``query``, its right answers (``outputs``), where in ``texts`` its documents are (``context``), and
+        Each with its ``query``, right answers (``outputs``), where in ``texts`` its documents are (``context``), and
         perhaps those that fill a prompt first (``more_context``).
     texts
         All documents, sorted.
@@ -61,7 +61,7 @@ def read_documents(source: Source, path: str | None, given: Given) -> Documents:
     known = f"{source.known} in the metadata {source.key!r}"
     if not path:
         raise InvalidArgumentError(
-            f"This task asks questions on documents, and no file names them: name {known}"
+            f"This task asks questions on documents, and no file with them is named: name {known}"
         )
     try:
         found = source.parse(json.loads(read_text(path)))
@@ -69,7 +69,11 @@ def read_documents(source: Source, path: str | None, given: Given) -> Documents:
         raise InvalidTextError(
             f"{path!r} is not in the expected format ({type(error).__name__}: {error}): name {known}"
         ) from error
-    asked = [each for each in found.questions if any(each["outputs"])]
+    answered = [
+        {**each, "outputs": [answer for answer in each["outputs"] if answer.strip()]}
+        for each in found.questions
+    ]
+    asked = [each for each in answered if each["outputs"]]
     if not asked:
         raise InvalidTextError(f"{path!r} has no question with an answer: name {known}")
     _check_length(found.texts, path, given)
