@@ -77,6 +77,7 @@ class Run:
             found = simple_evaluate(
                 MemlongLM(system.decoder(self.model, self.tokenizer)),
                 tasks=[task],
+                apply_chat_template="chat_template" in self.facts,
                 task_manager=TaskManager(include_path=str(TASKS), include_defaults=False, metadata=told),
                 log_samples=True,
                 bootstrap_iters=0,
@@ -110,6 +111,9 @@ def main(
     babi: Annotated[Path | None, typer.Option(help="Folder with bAbI's files.")] = None,
     squad: Annotated[Path | None, typer.Option(help="SQuAD's dev-v2.0.json, or one in its format.")] = None,
     hotpotqa: Annotated[Path | None, typer.Option(help="HotpotQA's dev file, with distractors.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask in the form of a chat, as the model was taught.")
+    ] = False,
     seconds: Annotated[
         float | None, typer.Option(help="Approximate time limit; what is left out is named.")
     ] = None,
@@ -132,7 +136,8 @@ def main(
     contents = {name: _digest(path) for name, path in places.items() if path is not None}
     _check_tasks(wanted)
     check_able(systems, language_model, tokenizer, ["generate"])
-    facts = {"model": model, "dtype": dtype, "device": device, "contents": contents}
+    facts: dict[str, Any] = {"model": model, "dtype": dtype, "device": device, "contents": contents}
+    facts |= {"chat_template": True} if chat_template else {}
     run = Run(language_model, tokenizer, facts, prompts, out)
     listed = {each.name: each.settings for each in systems}
     told = {**facts, **prompts, "seeds": seeds, "tasks": wanted, "lengths": sizes, "systems": listed}
