@@ -537,8 +537,8 @@ def test_benchmarks_of_others_score_every_system_and_go_on_where_they_ended(
     bench.main(model=str(folder), dtype="float32", **typed)
     assert json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))["cells"] == found["cells"]
     asked = {}
-    monkeypatch.setattr(bench, "simple_evaluate", lambda *_, **options: asked.update(options) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(bench, "simple_evaluate", lambda *_, **options: asked.update(options) or 1 / 0)
         bench.main(model=str(folder), dtype="float32", chat_template=True, **typed)
     assert asked["apply_chat_template"]
     for change, message in (
