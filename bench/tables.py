@@ -89,6 +89,7 @@ def _tables() -> dict[str, Callable[[], str]]:
         found[f"equality-{name}"] = partial(alternatives.equality, f"equality_{name}.json")
     found["ruler-mean"] = partial(alternatives.by_length, alternatives.RULER)
     found["ruler"] = partial(alternatives.by_task, alternatives.RULER, 4096)
+    found["documents"] = partial(alternatives.by_task, "benchmarks_documents.json", 4096)
     found["ruler-gemma"] = partial(alternatives.by_length, "benchmarks_gemma.json")
     found["needles-gemma"] = partial(alternatives.by_task, "benchmarks_gemma_8192.json", 8192)
     found["needles-lengths"] = partial(alternatives.by_length, alternatives.LENGTHS)
