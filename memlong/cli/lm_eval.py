@@ -25,10 +25,10 @@ def lm_eval(ctx: typer.Context) -> None:
     memory; prompts of any length are streamed, and what several have in common at their beginning is read once.
     `memlong lm-eval run --help` lists the options.
 
-    The groups ruler_local, ruler_local_qa (RULER's questions on documents) and babilong_local make their prompts here,
-    of any length and without a hub. They are found next to what --include_path names, but not next to what a file given
-    by --config includes. In --metadata, `samples` is the number of prompts of each length (500), `haystack` a text file
-    or folder, `babi` a folder with bAbI's files, and `squad` and `hotpotqa` files of these names.
+    The groups ruler_local, ruler_local_qa (RULER's questions on documents), babilong_local and hard_needle_local make
+    their prompts here, of any length and without a hub. They are found next to what --include_path names, but not next
+    to what a file given by --config includes. In --metadata, `samples` is the number of prompts of each length (500),
+    `haystack` a text file or folder, `babi` a folder with bAbI's files, and `squad` and `hotpotqa` the file of each.
 
     \b
     Examples:

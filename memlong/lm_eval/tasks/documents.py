@@ -1,153 +1,269 @@
-"""Questions on documents, read from the files of SQuAD (arXiv 1806.03822) and HotpotQA (arXiv 1809.09600)."""
+"""RULER's questions on documents, read from the files of SQuAD (arXiv 1806.03822) and HotpotQA (arXiv 1809.09600)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
 from typing import Any
+
+from datasets import Dataset
+from lm_eval.tasks.ruler import common_utils
+from lm_eval.tasks.ruler.qa_utils import CONFIG, DOCUMENT_PROMPT, TEMPLATE
 
 from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.evaluation import read_text
-from memlong.lm_eval.tasks.given import Given
+from memlong.lm_eval.tasks.given import Given, given_by, in_turn
+
+_ANSWER: int = CONFIG["tokens_to_generate"]
+_PREFIX: str = CONFIG["answer_prefix"]
+_WRONG = (LookupError, TypeError, ValueError, AttributeError)  # what content of another form leads to
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Questions and documents, as lm-eval's generator takes them.
+class Question:
+    """A question with an answer.
 
     Attributes
     ----------
-    questions
-        Each with its ``query``, right answers (``outputs``), where in ``texts`` its documents are (``context``), and
-        perhaps those that fill a prompt first (``more_context``).
-    texts
-        All documents, sorted.
+    text
+        The question.
+    answers
+        Its right answers, any of which will do.
+    documents
+        What it is about.
+    near
+        Documents of the same article, which fill a prompt before others do.
     """
 
-    questions: Sequence[dict[str, Any]]
-    texts: Sequence[str]
+    text: str
+    answers: tuple[str, ...]
+    documents: tuple[str, ...]
+    near: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task has its questions from.
+    """Where the questions of a task come from.
 
     Attributes
     ----------
     key
         What the metadata calls its file.
+    parts
+        Returns the articles or questions of the file, or raises TypeError.
     parse
-        What turns the content of that into `Documents`.
+        Returns the documents and the questions of one of them.
     known
-        Files that there are.
+        Files that work.
     """
 
     key: str
-    parse: Callable[[Any], Documents]
+    parts: Callable[[Any], Sequence[Any]]
+    parse: Callable[[Any], tuple[Sequence[str], Sequence[Question]]]
     known: str
 
 
-def read_documents(source: Source, path: str | None, given: Given) -> Documents:
-    """Read documents, which must fill the longest prompt, and the questions that have an answer.
+def dataset(*, ruler: str, **metadata: Any) -> dict[str, Dataset]:
+    """Make the samples of a task, as a task's ``custom_dataset``.
+
+    A prompt holds the documents of its question and as many others as fit, in random order. Questions are the same at
+    all lengths, and longer prompts hold the documents of shorter ones.
+
+    Parameters
+    ----------
+    ruler
+        A name in `SOURCES`.
+    **metadata
+        ``squad`` or ``hotpotqa``, a file; ``max_seq_lengths``, ``samples`` of each (500, or all questions that fit
+        into the shortest prompt if these are fewer), ``seed`` (0), ``tokenizer`` or ``pretrained``.
 
     Raises
     ------
     InvalidArgumentError
-        If no file is named, or its documents are too few.
+        If no question fits into a prompt, or all documents together are shorter than one; or as `given_by` does.
+    InvalidArgumentError, InvalidTextError
+        As `read_documents` does.
+    """
+    given = given_by(metadata)
+    source = SOURCES[ruler]
+    texts, questions = read_documents(source, metadata.get(source.key))
+    _check_length(given, texts, source)
+    rows = [
+        {
+            "index": index,
+            "input": _filled(given, question, texts, length, given.draw(ruler, index)),
+            "outputs": list(question.answers),
+            "max_length": length,
+            "gen_prefix": _PREFIX,
+        }
+        for index, question in enumerate(_chosen(given, questions, given.draw(ruler)))
+        for length in given.lengths
+    ]
+    return {"test": Dataset.from_list(in_turn(rows), split="test")}
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Return whether the answer holds one of the right ones, under the prompt's length, as RULER scores it.
+
+    lm-eval 0.4.13 takes the share of them, so that one of three spellings is a third.
+    """
+    (said,) = common_utils.postprocess_pred(results)
+    is_right = any(answer.lower() in said.lower() for answer in doc["outputs"])
+    return {str(doc["max_length"]): float(is_right)}
+
+
+def read_documents(source: Source, path: Any) -> tuple[list[str], list[Question]]:
+    """Return all documents of a file, sorted, and its questions that have an answer.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no file is named.
     InvalidTextError
         If it cannot be read, is in another format, or has no such question.
     """
-    known = f"{source.known} in the metadata {source.key!r}"
-    if not path:
+    if not path or not isinstance(path, str):
         raise InvalidArgumentError(
-            f"This task asks questions on documents, and no file with them is named: name {known}"
+            f"This task asks questions on documents: pass the path of {source.known} as {source.key!r} in the "
+            f"metadata, got {path!r}"
         )
+    content = read_text(path)
     try:
-        found = source.parse(json.loads(read_text(path)))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidTextError(
-            f"{path!r} is not in the expected format ({type(error).__name__}: {error}): name {known}"
-        ) from error
-    answered = [
-        {**each, "outputs": [answer for answer in each["outputs"] if answer.strip()]}
-        for each in found.questions
-    ]
-    asked = [each for each in answered if each["outputs"]]
-    if not asked:
-        raise InvalidTextError(f"{path!r} has no question with an answer: name {known}")
-    _check_length(found.texts, path, given)
-    return replace(found, questions=asked)
+        parts = source.parts(json.loads(content))
+    except (*_WRONG, RecursionError) as error:
+        raise _other_format(path, source, error) from error
+    texts: set[str] = set()
+    questions: list[Question] = []
+    for place, part in enumerate(parts):
+        try:
+            documents, asked = source.parse(part)
+        except _WRONG as error:
+            raise _other_format(path, source, error, f" at place {place}") from error
+        texts.update(documents)
+        questions += [each for each in asked if each.answers]
+    if not questions:
+        raise InvalidTextError(f"{path!r} has no question with an answer: pass {source.known}")
+    return sorted(texts), questions
 
 
-def _check_length(texts: Sequence[str], path: str, given: Given) -> None:
+def _other_format(path: str, source: Source, error: Exception, place: str = "") -> InvalidTextError:
+    return InvalidTextError(
+        f"{path!r} is not in the format of {source.key!r}{place}: {type(error).__name__}: {error}. Pass {source.known}"
+    )
+
+
+def _check_length(given: Given, texts: Sequence[str], source: Source) -> None:
     longest, tokens = max(given.lengths), 0
-    for text in texts:  # until there are enough, as there may be millions
+    for text in texts:  # until there are enough, as there may be very many
         tokens += given.count(text)
         if tokens >= longest:
             return
     raise InvalidArgumentError(
-        f"The documents of {path!r} have {tokens:,} tokens, too few to fill a prompt of {longest:,}: name a file with "
-        "more, or take shorter max_seq_lengths"
+        f"All documents of {source.key!r} together have {tokens:,} tokens, fewer than a prompt of {longest:,}: pass a "
+        "file with more, or take shorter max_seq_lengths"
     )
 
 
-def _squad(found: Any) -> Documents:
-    articles = [
-        [(_string(each["context"]), each["qas"]) for each in article["paragraphs"]]
-        for article in found["data"]
-    ]
-    texts = sorted({text for article in articles for text, _ in article})
-    places = {text: place for place, text in enumerate(texts)}
-    questions = []
-    for article in articles:
-        here = [places[text] for text, _ in article]
-        for (_, asked), own in zip(article, here, strict=True):
-            others = [place for place in here if place != own]
-            questions += [
-                {
-                    "query": _string(each["question"]),
-                    "outputs": [_string(answer["text"]) for answer in each["answers"]],
-                    "context": [own],
-                    "more_context": others,
-                }
-                for each in asked
-                if not each.get("is_impossible")
-            ]
-    return Documents(questions, texts)
+def _chosen(given: Given, questions: Sequence[Question], draw: Random) -> Iterator[Question]:
+    """Yield questions, in random order, whose documents fit into the shortest prompt."""
+    left, shortest = given.samples, min(given.lengths)
+    for question in draw.sample(questions, len(questions)):
+        if left and _tokens(given, _prompt(question, question.documents)) <= shortest:
+            left -= 1
+            yield question
+    if left == given.samples:
+        raise InvalidArgumentError(
+            f"None of {len(questions):,} questions fits with its documents into a prompt of {shortest:,} tokens: take "
+            "longer max_seq_lengths"
+        )
 
 
-def _hotpotqa(found: Any) -> Documents:
-    contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in _parts(each)] for each in found]
-    texts = sorted({text for context in contexts for text in context})
-    places = {text: place for place, text in enumerate(texts)}
+def _filled(given: Given, question: Question, texts: Sequence[str], length: int, draw: Random) -> str:
+    """Return a prompt of at most so many tokens with its answer."""
+    own = {*question.documents}
+    near = [text for text in dict.fromkeys(question.near) if text not in own]
+    others = draw.sample(near, len(near))
+    known = own.union(near)
+    others += [text for text in draw.sample(texts, len(texts)) if text not in known]
+    ranks = {text: draw.random() for text in (*question.documents, *others)}
+    room = length - _tokens(given, _prompt(question, question.documents))
+    taken = 0
+    for text in others:
+        room -= given.count(DOCUMENT_PROMPT.format(i=taken + 1, document=text) + "\n\n")
+        if room < 0:
+            break
+        taken += 1
+    while True:
+        documents = sorted({*question.documents, *others[:taken]}, key=ranks.__getitem__)
+        prompt = _prompt(question, documents)
+        if not taken or _tokens(given, prompt) <= length:
+            return prompt
+        taken -= 1  # texts that meet can have more tokens than each alone
+
+
+def _tokens(given: Given, prompt: str) -> int:
+    """Return how many tokens a prompt has with its answer."""
+    return given.count(f"{prompt} {_PREFIX}") + _ANSWER
+
+
+def _prompt(question: Question, documents: Sequence[str]) -> str:
+    numbered = (DOCUMENT_PROMPT.format(i=number, document=text) for number, text in enumerate(documents, 1))
+    return str(TEMPLATE.format(context="\n\n".join(numbered), query=question.text))
+
+
+def _articles(found: Any) -> Sequence[Any]:
+    if not isinstance(found, dict) or not isinstance(found.get("data"), list):
+        raise TypeError("expected an object with a list of articles as 'data'")
+    return list(found["data"])
+
+
+def _article(article: Any) -> tuple[Sequence[str], Sequence[Question]]:
+    paragraphs = [(_text(each["context"]), each["qas"]) for each in article["paragraphs"]]
+    near = tuple(text for text, _ in paragraphs)
     questions = [
-        {
-            "query": _string(each["question"]),
-            "outputs": [_string(each["answer"])],
-            "context": [places[text] for text in context],
-        }
-        for each, context in zip(found, contexts, strict=True)
+        Question(
+            _text(each["question"]), _answers(answer["text"] for answer in each["answers"]), (text,), near
+        )
+        for text, asked in paragraphs
+        for each in asked
+        if each.get("is_impossible") is not True
     ]
-    return Documents(questions, texts)
+    return near, questions
 
 
-def _parts(question: Any) -> list[Any]:
-    """Return titles and sentences of a question's documents, in the form of the file or of the data set on the hub."""
-    context = question["context"]
-    if isinstance(context, dict):
-        return list(zip(context["title"], context["sentences"], strict=True))
-    return list(context)
+def _questions(found: Any) -> Sequence[Any]:
+    if not isinstance(found, list):
+        raise TypeError("expected a list of questions")
+    return found
 
 
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
+def _question(found: Any) -> tuple[Sequence[str], Sequence[Question]]:
+    context = found["context"]
+    if isinstance(context, dict):  # as the data set on the hub has it
+        context = zip(context["title"], context["sentences"], strict=True)
+    documents = tuple(f"{_text(title)}\n{''.join(sentences)}" for title, sentences in context)
+    if not documents:
+        raise ValueError("a question without documents")
+    return documents, [Question(_text(found["question"]), _answers([found["answer"]]), documents)]
+
+
+def _answers(found: Any) -> tuple[str, ...]:
+    """Return answers without blanks around them; one that is blank would always be right."""
+    return tuple(each.strip() for each in found if each.strip())
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
         raise TypeError(f"expected a text, got {value!r:.40}")
     return value
 
 
 SOURCES = {
-    "qa_1": Source("squad", _squad, "SQuAD's dev-v2.0.json or one in its format, such as xquad.en.json,"),
-    "qa_2": Source("hotpotqa", _hotpotqa, "HotpotQA's hotpot_dev_distractor_v1.json"),
+    "qa_1": Source(
+        "squad", _articles, _article, "SQuAD's dev-v2.0.json or a file like it, such as XQuAD's xquad.en.json"
+    ),
+    "qa_2": Source("hotpotqa", _questions, _question, "HotpotQA's hotpot_dev_distractor_v1.json"),
 }
 """RULER's tasks on documents."""

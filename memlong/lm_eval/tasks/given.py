@@ -23,8 +23,16 @@ ANSWER = 16
 """Tokens that a prompt leaves for an answer, where these tasks say how long that may be."""
 
 KNOWN = (
-    *("max_seq_lengths", "samples", "seed", "tokenizer", "pretrained"),
-    *("haystack", "babi", "needles", "squad", "hotpotqa"),
+    "max_seq_lengths",
+    "samples",
+    "seed",
+    "tokenizer",
+    "pretrained",
+    "haystack",
+    "babi",
+    "needles",
+    "squad",
+    "hotpotqa",
 )
 """What these tasks look for in the metadata."""
 
@@ -94,7 +102,7 @@ def in_turn(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _refuse_misspelled(keys: Iterable[str]) -> None:
     for key in keys:
-        if key not in KNOWN and (near := get_close_matches(key, KNOWN, n=1, cutoff=_MISSPELLED)):
+        if key not in KNOWN and (near := get_close_matches(key.lower(), KNOWN, n=1, cutoff=_MISSPELLED)):
             raise InvalidArgumentError(
                 f"The metadata has {key!r}, which no task looks for: did you mean {near[0]!r}? Tasks look for "
                 f"{', '.join(KNOWN)}"

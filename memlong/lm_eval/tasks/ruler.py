@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -18,7 +18,6 @@ from datasets import Dataset
 from lm_eval.tasks.ruler import common_utils
 
 from memlong.errors import InvalidArgumentError, MissingDependencyError
-from memlong.lm_eval.tasks.documents import SOURCES, Documents, read_documents
 from memlong.lm_eval.tasks.given import Given, given_by, in_turn
 from memlong.lm_eval.tasks.haystack import split, words_of
 
@@ -55,10 +54,8 @@ GENERATORS = {
     "vt": Generator("vt_utils", "get_vt_dataset", "sys_vartrack_w_noise_random"),
     "cwe": Generator("cwe_utils", "get_cw_dataset", "sys_word_pair_random"),
     "fwe": Generator("fwe_utils", "fwe_download", "sys_kwext"),
-    "qa_1": Generator("qa_utils", "get_squad", "generate_samples"),
-    "qa_2": Generator("qa_utils", "get_hotpotqa", "generate_samples"),
 }
-"""The tasks."""
+"""The tasks, without those that ask questions on documents."""
 
 
 def dataset(*, ruler: str, **metadata: Any) -> dict[str, Dataset]:
@@ -69,15 +66,12 @@ def dataset(*, ruler: str, **metadata: Any) -> dict[str, Dataset]:
     ruler
         A name in `GENERATORS`.
     **metadata
-        ``max_seq_lengths``, ``samples`` of each (500, or all questions on documents if these are fewer), ``seed`` (0),
-        ``tokenizer`` or ``pretrained``, ``haystack``, ``squad``, ``hotpotqa``.
+        ``max_seq_lengths``, ``samples`` of each (500), ``seed`` (0), ``tokenizer`` or ``pretrained``, ``haystack``.
 
     Raises
     ------
-    InvalidArgumentError
-        If no question and its documents fit into a prompt; or as `given_by` does.
     InvalidArgumentError, InvalidTextError, MissingDependencyError
-        As `read_documents` and `words_of` do.
+        As `given_by` and `words_of` do.
     """
     given = given_by(metadata)
     if 2 * given.count(_PLAIN) > len(_PLAIN):  # lm-eval would shrink its shortest prompt forever
@@ -85,11 +79,7 @@ def dataset(*, ruler: str, **metadata: Any) -> dict[str, Dataset]:
             "This tokenizer cuts text into nearly single characters, for which lm-eval's RULER makes no prompts: name "
             'another one in the metadata, as in \'{"tokenizer": "HuggingFaceTB/SmolLM2-135M"}\''
         )
-    documents = None
-    if source := SOURCES.get(ruler):
-        documents = _shuffled(read_documents(source, metadata.get(source.key), given), given.draw(ruler))
-        given = replace(given, samples=min(given.samples, len(documents.questions)))
-    rows = [row for length in given.lengths for row in _samples(ruler, given, length, documents)]
+    rows = [row for length in given.lengths for row in _samples(ruler, given, length)]
     return {"test": Dataset.from_list(in_turn(rows), split="test")}
 
 
@@ -99,41 +89,17 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
     return {length: common_utils.process_results(doc, results)[length]}
 
 
-def process_answers(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Return whether what was said holds one of the right answers, under the prompt's length, as RULER scores them.
-
-    lm-eval 0.4.13 takes the share of them, so that one of three spellings is a third.
-    """
-    (said,) = common_utils.postprocess_pred(results)
-    is_right = any(answer.lower() in said.lower() for answer in doc["outputs"])
-    return {str(doc["max_length"]): float(is_right)}
-
-
-def _shuffled(documents: Documents, draw: random.Random) -> Documents:
-    """Return the questions in random order, as lm-eval asks the first ones."""
-    return replace(documents, questions=draw.sample(documents.questions, len(documents.questions)))
-
-
-def _samples(name: str, given: Given, length: int, documents: Documents | None) -> list[dict[str, Any]]:
+def _samples(name: str, given: Given, length: int) -> list[dict[str, Any]]:
     generator = GENERATORS[name]
     draw = given.draw(name, length)
-    with _lent(generator, given, draw, documents), _seeded(draw), redirect_stdout(io.StringIO()):
+    with _lent(generator, given, draw), _seeded(draw), redirect_stdout(io.StringIO()):
         make = getattr(_modules()[generator.module], generator.dataset)
-        try:
-            made: list[dict[str, Any]] = make(max_seq_lengths=[length], tokenizer="given")["test"].to_list()
-        except ValueError as error:
-            if documents is None:
-                raise
-            raise InvalidArgumentError(
-                f"No question with its documents fits into a prompt of {length:,} tokens: take longer max_seq_lengths"
-            ) from error
+        made: list[dict[str, Any]] = make(max_seq_lengths=[length], tokenizer="given")["test"].to_list()
     return made
 
 
 @contextmanager
-def _lent(
-    generator: Generator, given: Given, draw: random.Random, documents: Documents | None
-) -> Iterator[None]:
+def _lent(generator: Generator, given: Given, draw: random.Random) -> Iterator[None]:
     """Lend lm-eval's generator what it would download, and the number of samples."""
     module = _modules()[generator.module]
     make = getattr(module, generator.samples)
@@ -147,9 +113,6 @@ def _lent(
         members["RNG"] = draw
     if hasattr(module, "get_haystack"):
         members["get_haystack"] = _haystack(module.get_haystack, given)
-    if documents is not None:
-        asked = documents.questions, documents.texts
-        members |= {name: lambda: asked for name in ("read_squad", "read_hotpotqa")}
     sentences = lru_cache(maxsize=4)(split)  # samples of a length have the same text
     with (
         _replaced(module, members),
