@@ -536,6 +536,10 @@ def test_benchmarks_of_others_score_every_system_and_go_on_where_they_ended(
     monkeypatch.setattr(bench, "simple_evaluate", None)
     bench.main(model=str(folder), dtype="float32", **typed)
     assert json.loads((out / "benchmarks.json").read_text(encoding="utf-8"))["cells"] == found["cells"]
+    with pytest.raises(InvalidArgumentError, match="has no chat template: leave --chat-template out"):
+        bench.main(model=str(folder), dtype="float32", chat_template=True, **typed)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
     asked = {}
     with monkeypatch.context() as patch:
         patch.setattr(bench, "simple_evaluate", lambda *_, **options: asked.update(options) or 1 / 0)
