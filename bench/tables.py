@@ -91,7 +91,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["ruler"] = partial(alternatives.by_task, alternatives.RULER, 4096)
     found["documents"] = partial(alternatives.by_task, "benchmarks_documents.json", 4096)
     found["ruler-gemma"] = partial(alternatives.by_length, "benchmarks_gemma.json")
-    found["needles-gemma"] = partial(alternatives.by_task, "benchmarks_gemma_8192.json", 8192)
+    found["needles-gemma"] = partial(alternatives.by_length, "benchmarks_gemma_needles.json")
     found["needles-lengths"] = partial(alternatives.by_length, alternatives.LENGTHS)
     for length in (16384, 65536):
         found[f"needles-{length}"] = partial(alternatives.by_task, alternatives.LENGTHS, length)
@@ -102,6 +102,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["needles"] = partial(alternatives.by_task, alternatives.NEEDLES, 4096)
     found["babilong"] = partial(alternatives.by_length, "benchmarks_babilong.json")
     found["babilong-tasks"] = partial(alternatives.by_task, "benchmarks_babilong.json", 4096)
+    found["babilong-gemma"] = partial(alternatives.by_task, "benchmarks_babilong_gemma.json", 4096)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
     for prefix, folder in (("", ""), ("gpu-", "gpu/")):
