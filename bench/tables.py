@@ -102,6 +102,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["needles"] = partial(alternatives.by_task, alternatives.NEEDLES, 4096)
     found["babilong"] = partial(alternatives.by_length, "benchmarks_babilong.json")
     found["babilong-tasks"] = partial(alternatives.by_task, "benchmarks_babilong.json", 4096)
+    found["hard-needle"] = partial(alternatives.by_task, "benchmarks_hard_needle.json", 4096)
     found["babilong-gemma"] = partial(alternatives.by_task, "benchmarks_babilong_gemma.json", 4096)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
