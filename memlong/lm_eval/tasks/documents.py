@@ -187,7 +187,6 @@ def _filled(given: Given, question: Question, texts: Sequence[str], length: int,
     others = draw.sample(near, len(near))
     known = own.union(near)
     others += [text for text in draw.sample(texts, len(texts)) if text not in known]
-    ranks = {text: draw.random() for text in (*question.documents, *others)}
     room = length - _tokens(given, _prompt(question, question.documents))
     taken = 0
     for text in others:
@@ -195,6 +194,7 @@ def _filled(given: Given, question: Question, texts: Sequence[str], length: int,
         if room < 0:
             break
         taken += 1
+    ranks = {text: draw.random() for text in (*question.documents, *others[:taken])}
     while True:
         documents = sorted({*question.documents, *others[:taken]}, key=ranks.__getitem__)
         prompt = _prompt(question, documents)
