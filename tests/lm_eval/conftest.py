@@ -99,6 +99,7 @@ def hotpotqa(tmp_path_factory):
                 [f"Box {number}-{part}", [f"It is in room {number}-{part}", f" {FILLER}"]]
                 for part in range(5)
             ],
+            "supporting_facts": [[f"Box {number}-{part}", 0] for part in (0, 3)],
         }
         for number in range(20)
     ]

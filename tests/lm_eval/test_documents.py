@@ -81,6 +81,8 @@ def test_hotpotqa_as_the_hub_has_it(hotpotqa, tmp_path):
     for each in found:
         titles, sentences = zip(*each["context"], strict=True)
         each["context"] = {"title": titles, "sentences": sentences}
+        needed, places = zip(*each["supporting_facts"], strict=True)
+        each["supporting_facts"] = {"title": needed, "sent_id": places}
     assert read("qa_2", written(tmp_path / "hub.json", found)) == read("qa_2", hotpotqa)
 
 
@@ -197,6 +199,10 @@ def hotpotqa_with(**changes):
         ("qa_2", hotpotqa_with(context=[[None, ["s"]]]), "at place 1: TypeError: expected a text, got None"),
         ("qa_2", hotpotqa_with(context=[["t", [3]]]), "at place 1: TypeError"),
         ("qa_2", hotpotqa_with(context={"title": ["t"], "sentences": []}), "at place 1: ValueError"),
+        ("qa_2", hotpotqa_with(supporting_facts=[["t", 0], ["u", 0]]),
+         "at place 1: ValueError: a question without the document 'u', which its answer needs, as in"),
+        ("qa_2", hotpotqa_with(supporting_facts={"title": ["u"], "sent_id": [0]}), "without the document 'u'"),
+        ("qa_2", hotpotqa_with(supporting_facts=[["t"]]), "at place 1: ValueError"),
         ("qa_2", [], "has no question with an answer"),
     ],
 )  # fmt: skip

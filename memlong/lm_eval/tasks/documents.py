@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from lm_eval.tasks.ruler import common_utils
 from lm_eval.tasks.ruler.qa_utils import CONFIG, DOCUMENT_PROMPT, TEMPLATE
+from tqdm import tqdm
 
 from memlong.errors import InvalidArgumentError, InvalidTextError
 from memlong.evaluation import read_text
@@ -90,6 +91,7 @@ def dataset(*, ruler: str, **metadata: Any) -> dict[str, Dataset]:
     source = SOURCES[ruler]
     texts, questions = read_documents(source, metadata.get(source.key))
     _check_length(given, texts, source)
+    chosen = list(_chosen(given, questions, given.draw(ruler)))
     rows = [
         {
             "index": index,
@@ -98,7 +100,9 @@ def dataset(*, ruler: str, **metadata: Any) -> dict[str, Dataset]:
             "max_length": length,
             "gen_prefix": _PREFIX,
         }
-        for index, question in enumerate(_chosen(given, questions, given.draw(ruler)))
+        for index, question in enumerate(
+            tqdm(chosen, unit="question", desc=f"making prompts of {ruler}", leave=False)
+        )
         for length in given.lengths
     ]
     return {"test": Dataset.from_list(in_turn(rows), split="test")}
@@ -243,10 +247,23 @@ def _question(found: Any) -> tuple[Sequence[str], Sequence[Question]]:
     context = found["context"]
     if isinstance(context, dict):  # as the data set on the hub has it
         context = zip(context["title"], context["sentences"], strict=True)
-    documents = tuple(f"{_text(title)}\n{''.join(sentences)}" for title, sentences in context)
-    if not documents:
+    titled = [(_text(title), f"{title}\n{''.join(sentences)}") for title, sentences in context]
+    if not titled:
         raise ValueError("a question without documents")
+    if needed := _supporting(found.get("supporting_facts", ())) - {title for title, _ in titled}:
+        raise ValueError(
+            f"a question without the document {min(needed)!r}, which its answer needs, as in HotpotQA's fullwiki file"
+        )
+    documents = tuple(text for _, text in titled)
     return documents, [Question(_text(found["question"]), _answers([found["answer"]]), documents)]
+
+
+def _supporting(facts: Any) -> set[str]:
+    """Return the titles of documents that an answer needs."""
+    titles = (
+        facts["title"] if isinstance(facts, dict) else [title for title, _ in facts]
+    )  # the hub's form, the file's
+    return {_text(title) for title in titles}
 
 
 def _answers(found: Any) -> tuple[str, ...]:
