@@ -60,7 +60,7 @@ def _tables() -> dict[str, Callable[[], str]]:
         found[f"front-{kind}"] = partial(quality.front, "front.json", kind)
         found[f"gap-trained-{kind}"] = partial(quality.front, f"gap_trained_{kind}.json", kind)
         found[f"alternatives-{kind}"] = partial(alternatives.gaps, alternatives.GAPS, kind)
-        found[f"alternatives-gemma-{kind}"] = partial(alternatives.gaps, "alternatives_gemma.json", kind)
+        found[f"alternatives-gemma-{kind}"] = partial(alternatives.gaps, alternatives.GEMMA_GAPS, kind)
         for name in ("gemma", "default"):
             found[f"front-{name}-{kind}"] = partial(quality.front, f"front_{name}.json", kind)
     for text in ("_pydecimal.py", "moby_dick.txt"):
@@ -81,6 +81,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     for kind, text in (("code", "typing.py"), ("prose", "moby_dick.txt")):
         found[f"choices-{kind}"] = partial(quality.front_text, f"choices_{kind}.json", text)
     found["alternatives"] = alternatives.headline
+    found["alternatives-gemma"] = alternatives.headline_gemma
     found["questions"] = partial(alternatives.questions, alternatives.QUESTIONS)
     found["questions-50"] = partial(alternatives.questions, "questions_50.json")
     found["questions-50-reader"] = partial(alternatives.questions, "questions_50_reader.json")
@@ -90,8 +91,8 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["ruler-mean"] = partial(alternatives.by_length, alternatives.RULER)
     found["ruler"] = partial(alternatives.by_task, alternatives.RULER, 4096)
     found["documents"] = partial(alternatives.by_task, "benchmarks_documents.json", 4096)
-    found["ruler-gemma"] = partial(alternatives.by_length, "benchmarks_gemma.json")
-    found["needles-gemma"] = partial(alternatives.by_length, "benchmarks_gemma_needles.json")
+    found["ruler-gemma"] = partial(alternatives.by_length, alternatives.GEMMA_RULER)
+    found["needles-gemma"] = partial(alternatives.by_length, alternatives.GEMMA_LENGTHS)
     found["needles-lengths"] = partial(alternatives.by_length, alternatives.LENGTHS)
     for length in (16384, 65536):
         found[f"needles-{length}"] = partial(alternatives.by_task, alternatives.LENGTHS, length)
@@ -100,10 +101,10 @@ def _tables() -> dict[str, Callable[[], str]]:
         found[f"found-{length}"] = partial(alternatives.found, length)
     found["needles-mean"] = partial(alternatives.by_length, alternatives.NEEDLES)
     found["needles"] = partial(alternatives.by_task, alternatives.NEEDLES, 4096)
-    found["babilong"] = partial(alternatives.by_length, "benchmarks_babilong.json")
-    found["babilong-tasks"] = partial(alternatives.by_task, "benchmarks_babilong.json", 4096)
+    found["babilong"] = partial(alternatives.by_length, alternatives.BABILONG)
+    found["babilong-tasks"] = partial(alternatives.by_task, alternatives.BABILONG, 4096)
     found["hard-needle"] = partial(alternatives.by_task, "benchmarks_hard_needle.json", 4096)
-    found["babilong-gemma"] = partial(alternatives.by_task, "benchmarks_babilong_gemma.json", 4096)
+    found["babilong-gemma"] = partial(alternatives.by_task, alternatives.GEMMA_BABILONG, 4096)
     for count in (10_000, 100_000):
         found[f"backends-{count}"] = partial(speed.backends, count)
     for prefix, folder in (("", ""), ("gpu-", "gpu/")):

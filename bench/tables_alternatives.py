@@ -14,7 +14,9 @@ from cells import load, table
 from front_tables import by_cost
 
 GAPS, RULER, QUESTIONS = "alternatives.json", "benchmarks_demo.json", "questions.json"
-NEEDLES, LENGTHS = "benchmarks_needles.json", "benchmarks_lengths.json"
+NEEDLES, LENGTHS, BABILONG = "benchmarks_needles.json", "benchmarks_lengths.json", "benchmarks_babilong.json"
+GEMMA_GAPS, GEMMA_RULER = "alternatives_gemma.json", "benchmarks_gemma.json"
+GEMMA_LENGTHS, GEMMA_BABILONG = "benchmarks_gemma_needles.json", "benchmarks_babilong_gemma.json"
 BOOKS = "two_books.json"
 
 
@@ -71,11 +73,11 @@ def headline() -> str:
     """Systems down, measures across, the best candidate of each in bold."""
     return _across(
         [
-            *_gaps(),
+            *_gaps(GAPS),
             Column("RULER", _score(RULER, 4096), "{:.0%}"),
             Column("needles, 4k", _score(NEEDLES, 4096), "{:.0%}"),
-            Column("needles, 16k", _score(LENGTHS, 16384), "{:.0%}"),
-            Column("needles, 64k", _score(LENGTHS, 65536), "{:.0%}"),
+            *_needles(LENGTHS, 16384, 65536),
+            Column("BABILong", _score(BABILONG, 4096), "{:.0%}"),
             Column("first token, s", _question("first_seconds"), "{:.1f}", most_is_best=False),
             Column(
                 f"{load(QUESTIONS)['keys']} questions, s",
@@ -87,9 +89,25 @@ def headline() -> str:
     )
 
 
-def _gaps() -> list[Column]:
+def headline_gemma() -> str:
+    """The same of the second model."""
+    return _across(
+        [
+            *_gaps(GEMMA_GAPS),
+            Column("RULER", _score(GEMMA_RULER, 4096), "{:.0%}"),
+            *_needles(GEMMA_LENGTHS, 4096, 16384, 65536),
+            Column("BABILong", _score(GEMMA_BABILONG, 4096), "{:.0%}"),
+        ]
+    )
+
+
+def _needles(file: str, *lengths: int) -> list[Column]:
+    return [Column(f"needles, {length // 1024}k", _score(file, length), "{:.0%}") for length in lengths]
+
+
+def _gaps(file: str) -> list[Column]:
     return [
-        Column(head if part == "all" else f"{head}, {name}", _gap(kind, part), "{:.0%}")
+        Column(head if part == "all" else f"{head}, {name}", _gap(file, kind, part), "{:.0%}")
         for kind, head in (("code", "code"), ("prose", "prose"))
         for part, name in (("all", ""), ("long_range", "far"), ("key", "key"))
     ]
@@ -181,9 +199,9 @@ def _number(shown: str) -> float:
     return float(shown.rstrip("%"))
 
 
-def _gap(kind: str, part: str) -> Callable[[Row], float | None]:
+def _gap(file: str, kind: str, part: str) -> Callable[[Row], float | None]:
     def value(row: Row) -> float | None:
-        found: Mapping[str, Any] = load(GAPS)["kinds"][kind]["systems"].get(row.gaps) or {}
+        found: Mapping[str, Any] = load(file)["kinds"][kind]["systems"].get(row.gaps) or {}
         return found[part]["value"] if found.get(part) else None
 
     return value
