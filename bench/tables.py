@@ -92,6 +92,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     found["ruler"] = partial(alternatives.by_task, alternatives.RULER, 4096)
     found["documents"] = partial(alternatives.by_task, "benchmarks_documents.json", 4096)
     found["ruler-gemma"] = partial(alternatives.by_length, alternatives.GEMMA_RULER)
+    found["ruler-gemma-tasks"] = partial(alternatives.by_task, alternatives.GEMMA_RULER, 4096)
     found["needles-gemma"] = partial(alternatives.by_length, alternatives.GEMMA_LENGTHS)
     found["needles-lengths"] = partial(alternatives.by_length, alternatives.LENGTHS)
     for length in (16384, 65536):
