@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
@@ -64,31 +65,36 @@ def main(
     listed = {each.name: each.settings for each in systems}
     told = {"model": model, "samples": samples, "tasks": wanted, "lengths": sizes, "systems": listed}
     report = Report(json_file, told, "cpu")
-    rows: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
+    rows: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for length in sizes:
         found = rows[str(length)] = {each.name: {} for each in systems}
         for task in tqdm(wanted, unit="task", desc=f"{length:,} tokens"):
             prompts = _prompts(task, length, model, tokenizer, samples)
             for each in systems:
                 reader = RagAsText(language_model, tokenizer, each.config)
-                counts = [_found(reader, prompt, tokenizer) for prompt in prompts]
+                counts, tokens = zip(*(_found(reader, prompt, tokenizer) for prompt in prompts), strict=True)
                 found[each.name][task] = {
                     "found": sum(counts),
                     "of": sum(len(prompt.values) for prompt in prompts),
+                    "tokens": mean(tokens),
                 }
         report.add({"found": rows})
         typer.echo(f"\n{length:,} tokens:\n\n" + shares(found))
     report.end()
 
 
-def shares(found: dict[str, dict[str, dict[str, int]]]) -> str:
-    """Return a table of the shares of values that each system finds, in %, of each task."""
+def shares(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Return a table of the shares of values that each system finds, in %, of each task, and of tokens attended to."""
     tasks = list(next(iter(found.values())))
     rows = [
-        [name, *(f"{100 * of[task]['found'] / of[task]['of']:.0f}" for task in tasks)]
+        [
+            name,
+            *(f"{100 * of[task]['found'] / of[task]['of']:.0f}" for task in tasks),
+            f"{mean(each['tokens'] for each in of.values()):,.0f}",
+        ]
         for name, of in found.items()
     ]
-    return table(["system", *tasks], rows)
+    return table(["system", *tasks, "tokens"], rows)
 
 
 def _prompts(task: str, length: int, model: str, tokenizer: Any, samples: int) -> list[Prompt]:
@@ -102,11 +108,12 @@ def _prompts(task: str, length: int, model: str, tokenizer: Any, samples: int) -
     ]
 
 
-def _found(reader: RagAsText, prompt: Prompt, tokenizer: Any) -> int:
-    """Return how many of a prompt's values a memory attends to when it begins to answer."""
+def _found(reader: RagAsText, prompt: Prompt, tokenizer: Any) -> tuple[int, int]:
+    """Return how many of a prompt's values a memory attends to when it begins to answer, and how many tokens."""
     reader.reset()
-    text = tokenizer.decode(reader.asked(prompt.token_ids))
-    return sum(value in text for value in prompt.values)
+    asked = reader.asked(prompt.token_ids)
+    text = tokenizer.decode(asked)
+    return sum(value in text for value in prompt.values), len(asked)
 
 
 if __name__ == "__main__":

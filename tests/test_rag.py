@@ -62,9 +62,9 @@ def test_a_question_is_answered_with_what_its_end_retrieves(llama, small, text, 
 
 
 @pytest.mark.parametrize("tokens", [*range(20, 70, 7), 110])
-@pytest.mark.parametrize("focus", [0, 3])
-def test_a_questions_prompt_is_what_a_memory_attends_to(llama, small, text, rag, tokens, focus):
-    config, ids = small(focus_tokens=focus), text(tokens)
+@pytest.mark.parametrize(("focus", "cutoff"), [(0, 0.0), (3, 0.0), (3, 0.8)])
+def test_a_questions_prompt_is_what_a_memory_attends_to(llama, small, text, rag, tokens, focus, cutoff):
+    config, ids = small(focus_tokens=focus, answer_cutoff=cutoff), text(tokens)
     with MemoryDecoder(llama, None, config) as decoder:
         decoder.read(ids)
         forks, _ = ask(decoder._streams.batch, config)

@@ -566,10 +566,16 @@ def test_values_before_the_model_are_counted(folder, tmp_path, monkeypatch, caps
     prompts = [bench.Prompt([*ids, 91, 92], ["word92 word93", "word94"])]
     monkeypatch.setattr(bench, "_prompts", lambda *_: prompts)
     typed = {"model": str(folder), "tasks": "vt", "lengths": "1024", "json_file": out}
-    bench.main(**typed, system=["latest: retriever=recent, top_k=1"])
+    bench.main(**typed, system=["latest: retriever=recent, top_k=1", "near: answer_cutoff=0.9"])
     found = json.loads(out.read_text(encoding="utf-8"))["found"]["1024"]
-    assert found == {"memory": {"vt": {"found": 1, "of": 2}}, "latest": {"vt": {"found": 0, "of": 2}}}
-    assert "| memory | 50 |" in capsys.readouterr().out
+    window = found["latest"]["vt"]["tokens"] - 128
+    assert 768 < window <= 1028  # what a chunk that leaves makes space for, and the sinks
+    assert found == {
+        "memory": {"vt": {"found": 1, "of": 2, "tokens": window + 8 * 128}},
+        "latest": {"vt": {"found": 0, "of": 2, "tokens": window + 128}},
+        "near": {"vt": {"found": 1, "of": 2, "tokens": window + 128}},
+    }
+    assert f"| memory | 50 | {window + 8 * 128:,.0f} |" in capsys.readouterr().out
     for other in ("kind=quantized-4", "backend=none"):
         with pytest.raises(InvalidArgumentError, match="--system must be a memory, got 'x'"):
             bench.main(**typed, system=[f"x: {other}"])

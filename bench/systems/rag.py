@@ -76,10 +76,13 @@ class RagAsText(Alternative):
             found.append(Likelihood(likelihoods, logits.argmax(-1) == wanted))
         return found
 
-    def prompt(self, begin: int, end: int, query: Passage, *, is_focused: bool = False) -> list[int]:
+    def prompt(
+        self, begin: int, end: int, query: Passage, *, is_focused: bool = False, cutoff: float = 0.0
+    ) -> list[int]:
         """Return what is read of the text before token ``end``: sinks, chunks in their order, and the window.
 
-        Chunks leave the window as they do where a segment begins at ``begin``.
+        Chunks leave the window as they do where a segment begins at ``begin``. Those that score less than ``cutoff``
+        times as high as the best one are left out.
         """
         config, read = self.config, self._read
         chunks = self._departed(begin)
@@ -90,6 +93,8 @@ class RagAsText(Alternative):
         scores = (normalize(asked.float(), dim=1) @ stored.T)[0]
         # Of equal ones, the first, as in a bank.
         best = scores.sort(descending=True, stable=True).indices[: config.top_k]
+        if cutoff and scores[best[0]] > 0:
+            best = best[scores[best] >= cutoff * scores[best[0]]]
         text = [token for number in sorted(best.tolist()) for token in chunks[number].token_ids]
         window = config.sink_tokens + len(chunks) * config.chunk_size
         return read[: config.sink_tokens] + text + read[window:end]
@@ -123,7 +128,9 @@ class RagAsText(Alternative):
             begin = max(again, (end - 1) // config.segment_size * config.segment_size)
             query = self._query(end, config.answer_query_length)
             query = replace(query, half_life=config.focus_tokens or None)
-            return self.prompt(begin, end, query, is_focused=config.focus_tokens > 0)
+            return self.prompt(
+                begin, end, query, is_focused=config.focus_tokens > 0, cutoff=config.answer_cutoff
+            )
         finally:
             del self._read[kept:]
             self._embeddings = embeddings  # some may be of the prompt

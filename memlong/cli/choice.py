@@ -22,6 +22,7 @@ _OPTIONS_OF = {
     "query_map": ("query_map",),
     "store": ("store",),
     "top_k": ("top_k",),
+    "answer_cutoff": ("answer_cutoff",),
     "retrieve_for": ("retrieve_for",),
 }
 

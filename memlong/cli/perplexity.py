@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memlong.evaluation import Perplexity
 
 
-@with_memory(without=(*TRAINED, "retrieve_every", "retrieve_for", "focus_tokens"))
+@with_memory(without=(*TRAINED, "retrieve_every", "retrieve_for", "focus_tokens", "answer_cutoff"))
 def perplexity(
     ctx: typer.Context,
     *,

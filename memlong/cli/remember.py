@@ -30,7 +30,7 @@ _NAMED = 3
 
 
 @with_memory(
-    without=("query_map", *TRAINED, "retrieve_every", "focus_tokens"),
+    without=("query_map", *TRAINED, "retrieve_every", "focus_tokens", "answer_cutoff"),
     retrieve_for="answers",
 )
 def remember(

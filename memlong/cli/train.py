@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @with_memory(
-    without=("gates", "null_chunk", "retrieve_every", "focus_tokens"),
+    without=("gates", "null_chunk", "retrieve_every", "focus_tokens", "answer_cutoff"),
     kv_source="shared",
     retrieval_layers=Unset("with 'shared', every 4th from the memory layer up"),
 )

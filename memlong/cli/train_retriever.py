@@ -21,7 +21,9 @@ from memlong.errors import InvalidArgumentError
 _MAP = (b"memlong-query-map",)
 
 
-@with_memory(without=("query_map", *TRAINED, "retrieve_every", "retrieve_for", "focus_tokens"))
+@with_memory(
+    without=("query_map", *TRAINED, "retrieve_every", "retrieve_for", "focus_tokens", "answer_cutoff")
+)
 def train_retriever(
     ctx: typer.Context,
     *,

@@ -159,6 +159,15 @@ class MemoryConfig:
         "retriever that cannot weigh tokens asks with the last ``focus_tokens``.",
         least=0,
     )
+    answer_cutoff: float = setting(
+        0.0,
+        "Share of the best chunk's score below which chunks are left out while text is generated.",
+        more="So a question that one chunk answers gets few chunks, and one that asks for several things up to "
+        "``top_k``. Scores are cosines of embeddings, for a retriever that reranks, too; what share tells chunks apart "
+        "depends on the retriever.",
+        least=0,
+        most=1,
+    )
     position_mode: PositionMode | None = setting(
         None,
         "Retrieved keys stand at 'zero', 'overlaid', 'compressed', 'before-window' or 'original'.",

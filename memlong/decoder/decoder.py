@@ -635,7 +635,7 @@ class MemoryDecoder(Uncopied):
             The model that it was trained for, and its tokenizer, if already loaded. The adapter is added to the model.
         changes
             Settings that may differ from those of the training: ``backend``, ``backend_options``, ``retriever``,
-            ``retriever_options``, ``query_map``, ``store``, ``top_k`` and ``retrieve_for``.
+            ``retriever_options``, ``query_map``, ``store``, ``top_k``, ``answer_cutoff`` and ``retrieve_for``.
         retriever, registry
             As for `MemoryDecoder`.
         dtype, device

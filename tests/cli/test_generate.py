@@ -57,7 +57,7 @@ def test_every_command_with_a_memory_has_all_options_about_it(command):
         name = f"--{option.get(field.name, field.name).replace('_', '-')}"
         elsewhere = {*TRAINED}
         elsewhere |= {"retrieve_every"} if command in ("remember", "perplexity", "needle") else set()
-        elsewhere |= {"focus_tokens"} if command in ("remember", "perplexity") else set()
+        elsewhere |= {"focus_tokens", "answer_cutoff"} if command in ("remember", "perplexity") else set()
         elsewhere |= {"retrieve_for"} if command == "perplexity" else set()
         elsewhere |= {"query_map"} if command == "remember" else set()
         assert name in shown or field.name in elsewhere

@@ -384,6 +384,18 @@ def test_a_chunk_that_leaves_between_search_and_choice_is_no_candidate():
     assert ids.tolist() == [2, 1]
 
 
+def test_a_cutoff_leaves_fewer_candidates():
+    retriever, blocks = Choosy(), torch.zeros(4, 1, 1, 4, 1)
+    bank = Registry().create_bank("torch", retriever.dim)
+    bank.add(torch.eye(4, 8), blocks, blocks, [(2 + 8 * number, 6 + 8 * number) for number in range(4)])
+    query = torch.tensor([0.3, 0, 1.0, 0.5, 0, 0, 0, 0])
+    found = [
+        Reranking(retriever, Passage((1,), 99)).best(bank, query, 2, cutoff)[0] for cutoff in (0, 0.4, 0.6)
+    ]
+    assert [each.ids.tolist() for each in retriever.seen] == [[0, 1, 2, 3], [2, 3], [2]]
+    assert [each.tolist() for each in found] == [[3, 2], [3, 2], [2]]
+
+
 def test_where_nothing_may_be_found_there_is_nothing_to_choose_from():
     retriever, blocks = Choosy(), torch.zeros(4, 1, 1, 4, 1)
     base, top = (Registry().create_bank("torch", retriever.dim) for _ in range(2))

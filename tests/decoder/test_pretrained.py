@@ -164,9 +164,9 @@ def test_retriever_backend_and_store_can_be_others(trained, text):
     assert (found.config.retriever, found.config.backend) == ("random", "faiss")
     assert not torch.allclose(read(found, text(100)), read(decoder, text(100)))
     fewer = MemoryDecoder.from_pretrained(
-        folder, changes={"top_k": 1, "retrieve_for": "answers"}, dtype="float32"
+        folder, changes={"top_k": 1, "retrieve_for": "answers", "answer_cutoff": 0.5}, dtype="float32"
     )
-    assert (fewer.config.top_k, fewer.config.retrieve_for) == (1, "answers")
+    assert (fewer.config.top_k, fewer.config.retrieve_for, fewer.config.answer_cutoff) == (1, "answers", 0.5)
     plain = MemoryDecoder.from_pretrained(folder, changes={"backend": None}, dtype="float32")
     assert not torch.allclose(read(plain, text(100)), read(decoder, text(100)))
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from memlong import MemoryConfig, MemoryDecoder, Passage, create_bank
 from memlong.decoder.stream.asking import ask
-from memlong.decoder.stream.retrieval import retrieve_chunks
+from memlong.decoder.stream.retrieval import Search, retrieve_chunks
 from memlong.decoder.stream.token_stream import TokenStream
 
 
@@ -28,6 +28,39 @@ def two_texts():
 def test_texts_in_one_bank_do_not_interleave():
     query = torch.tensor([1.0, 0, 0, 0, 1.0, 0, 1.0, 1.0])
     assert ends(two_texts(), query, top_k=4) == [[2, 6], [18, 22], [2, 6], [6, 10]]
+
+
+@pytest.mark.parametrize(
+    ("cutoff", "expected"), [(0.0, 4), (0.1, 4), (0.3, 3), (0.5, 2), (0.51, 1), (1.0, 1)]
+)
+def test_chunks_far_below_the_best_are_left_out_of_answers(cutoff, expected):
+    bank = create_bank("torch", 4)
+    blocks = torch.randn(4, 1, 1, 4, 2)
+    bank.add(torch.eye(4), blocks, blocks, [(4 * each, 4 * each + 4) for each in range(4)])
+    query = torch.tensor([0.3, 1.0, 0.1, 0.5])
+    kept = sorted([1, 3, 0, 2][:expected])
+    config = MemoryConfig(chunk_size=4, answer_cutoff=cutoff)
+    retrieval, memory = retrieve_chunks(bank, query, config)
+    assert sorted(retrieval.ids.tolist()) == kept
+    assert memory.spans.tolist() == [[4 * each, 4 * each + 4] for each in kept]
+    assert torch.equal(Search(bank, query, config).best().ids, retrieval.ids)
+    assert len(retrieve_chunks(bank, -query, config)[0].ids) == 4  # nothing is similar
+
+
+def test_only_answers_and_given_queries_leave_chunks_out(llama, small, text):
+    counts = {}
+    for cutoff in (0.0, 1.0):
+        with MemoryDecoder(llama, None, small(answer_cutoff=cutoff)) as decoder:
+            read = [each.retrievals[0] for each in decoder.stream(text(100))]
+            given = [each.retrievals[0] for each in decoder.stream(text(8), queries=[[5, 6, 7, 8, 9]])]
+            forks, _ = ask(decoder._streams.batch, decoder.config)
+            counts[cutoff] = [
+                [len(each.ids) for each in found if each is not None]
+                for found in (read, given, [forks.streams[0].retrieval])
+            ]
+    assert counts[0.0][0] == counts[1.0][0]
+    assert counts[0.0][1:] == [[decoder.config.top_k]] * 2
+    assert counts[1.0][1:] == [[1], [1]]
 
 
 def test_only_what_is_generated_has_a_focus(llama, small, text, monkeypatch):

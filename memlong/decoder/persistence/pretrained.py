@@ -32,7 +32,7 @@ NULL_CHUNK, QUERY_MAP = "null_chunk.safetensors", "query_map.safetensors"
 
 CHANGEABLE = (
     *("backend", "backend_options", "retriever", "retriever_options", "query_map", "store"),
-    *("top_k", "retrieve_for"),
+    *("top_k", "answer_cutoff", "retrieve_for"),
 )
 """Fields of a MemoryConfig that may differ from those of the training: how chunks are found and kept, and how many."""
 

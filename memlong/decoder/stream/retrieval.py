@@ -127,17 +127,21 @@ class Reranking:
     retriever: Retriever
     query: Passage
 
-    def best(self, bank: MemoryBank | Draft, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def best(
+        self, bank: MemoryBank | Draft, query: Tensor, k: int, cutoff: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Return ids and scores [found] of at most k chunks for a query's embedding [dim], best first.
+
+        Candidates are those that the bank scores at least ``cutoff`` times as high as its best one.
 
         Raises
         ------
         InvalidArgumentError
             If the retriever does not return a score for each candidate.
         """
-        found = bank.search(query[None], max(k, min(self.retriever.candidates, len(bank))))
-        order = found.ids[0].argsort()
-        ids, scores = found.ids[0, order], found.scores[0, order]
+        ids, scores = _found(bank, query, max(k, min(self.retriever.candidates, len(bank))), cutoff)
+        order = ids.argsort()
+        ids, scores = ids[order], scores[order]
         embeddings, spans = bank.embeddings_of(ids), bank.spans_of(ids)
         held = spans[:, 0] >= 0  # the others are missing, or have left the bank since the search
         if not held.any():
@@ -205,9 +209,21 @@ def _best(
     """Return ids and scores [found] of at most ``top_k`` chunks, best first; −1 for none."""
     k = max(1, min(config.top_k, len(bank)))
     if reranking is not None:
-        return reranking.best(bank, query, k)
+        return reranking.best(bank, query, k, config.answer_cutoff)
+    return _found(bank, query, k, config.answer_cutoff)
+
+
+def _found(bank: MemoryBank | Draft, query: Tensor, k: int, cutoff: float) -> tuple[Tensor, Tensor]:
+    """Return ids and scores [found] of at most k chunks, best first: those with such a share of the best one's score.
+
+    A best one that is not similar to the query at all sets no bound.
+    """
     result = bank.search(query[None], k)
-    return result.ids[0], result.scores[0]
+    ids, scores = result.ids[0], result.scores[0]
+    if not cutoff or scores[0] <= 0:
+        return ids, scores
+    kept = scores >= cutoff * scores[0]
+    return ids[kept], scores[kept]
 
 
 def retrieve_chunks(

@@ -70,7 +70,8 @@ class TokenStream:
         # One block for all retrievals: it is brought to the model once.
         self._null_block = None if null_chunk is None else Block(null_chunk.keys, null_chunk.values)
         count = retrieved_chunks(config, beside_null_chunk=null_chunk is not None)
-        self._retrieving = replace(config, top_k=count)
+        self._answering = replace(config, top_k=count)
+        self._reading = replace(self._answering, answer_cutoff=0.0)
         self.use_bank(bank)
         self.choice = choice
         self.is_answer = False
@@ -250,16 +251,15 @@ class TokenStream:
         """Retrieve chunks for the embedding [dim] of its query; a choice may also look at the banks of other rows."""
         assert self.bank is not None  # noqa: S101 - the plain window retrieves nothing
         reranking = Reranking(retriever, self.query()) if retriever.candidates else None
+        config = self._answering if self._asks else self._reading
         chosen = None
         if self.choice is not None:
-            chosen = self.choice.choose(Search(self.bank, query, self._retrieving, others, reranking))
+            chosen = self.choice.choose(Search(self.bank, query, config, others, reranking))
         if chosen is not None:
             self.retrieval, chunks = chosen
             self.memory = StreamMemory.of_chunks(chunks)
         else:
-            self.retrieval, self.memory = retrieve_chunks(
-                self.bank, query, self._retrieving, self._before, reranking
-            )
+            self.retrieval, self.memory = retrieve_chunks(self.bank, query, config, self._before, reranking)
         self._before = self.memory
         if self._null_block is not None and self.memory is not None:
             learns = self._null_block.keys.requires_grad
