@@ -4,7 +4,7 @@ They stand in retrieved chunks, or in the local window. Nothing is read or gener
 and what is lost in retrieval is told from what the model does not read out of its chunks (bench/benchmarks.py).
 
     python bench/found.py                                                   # at 16,384 tokens
-    python bench/found.py --lengths 65536 --system "two chunks: top_k=2" --system "hybrid: retriever=hybrid"
+    python bench/found.py --lengths 65536 --system "MiniLM: retriever=sentence-transformers"
 """
 
 from __future__ import annotations

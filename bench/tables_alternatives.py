@@ -36,7 +36,7 @@ class Row:
 
 _ROWS = (
     Row("plain window of 1,024", "window 1024", "window 1,024", is_candidate=False),
-    Row("plain window of 2,048", "window 2048", "window 2,048", is_candidate=False),
+    Row("plain window of 2,048", "window 2048", "window 2,048"),
     Row("**memory** (the default)", "before-window 8", "memory", "memory"),
     Row("memory, at one position", "zero 8", "zero 8"),
     Row("memory, trained to recall", ruler="trained"),

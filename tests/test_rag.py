@@ -62,7 +62,7 @@ def test_a_question_is_answered_with_what_its_end_retrieves(llama, small, text, 
 
 
 @pytest.mark.parametrize("tokens", [*range(20, 70, 7), 110])
-@pytest.mark.parametrize(("focus", "cutoff"), [(0, 0.0), (3, 0.0), (3, 0.8)])
+@pytest.mark.parametrize(("focus", "cutoff"), [(0, 0.0), (3, 0.0), (3, 0.8), (3, 1.0)])
 def test_a_questions_prompt_is_what_a_memory_attends_to(llama, small, text, rag, tokens, focus, cutoff):
     config, ids = small(focus_tokens=focus, answer_cutoff=cutoff), text(tokens)
     with MemoryDecoder(llama, None, config) as decoder:

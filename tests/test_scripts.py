@@ -562,23 +562,29 @@ def test_benchmarks_of_others_score_every_system_and_go_on_where_they_ended(
 def test_values_before_the_model_are_counted(folder, tmp_path, monkeypatch, capsys):
     bench, out = script("bench/found.py"), tmp_path / "found.json"
     ids = [1 + number * number % 89 for number in range(3000)]
-    ids[300:304] = [91, 92, 93, 94]  # a key, and its value
+    ids[300:304] = [91, 92, 93, 94]  # a key, and its value, in the third chunk
     prompts = [bench.Prompt([*ids, 91, 92], ["word92 word93", "word94"])]
     monkeypatch.setattr(bench, "_prompts", lambda *_: prompts)
     typed = {"model": str(folder), "tasks": "vt", "lengths": "1024", "json_file": out}
-    bench.main(**typed, system=["latest: retriever=recent, top_k=1", "near: answer_cutoff=0.9"])
+    bench.main(**typed, system=["one: top_k=1", "far: retriever=random, top_k=1", "near: answer_cutoff=0.9"])
     found = json.loads(out.read_text(encoding="utf-8"))["found"]["1024"]
-    window = found["latest"]["vt"]["tokens"] - 128
+    window = found["one"]["vt"]["tokens"] - 128
     assert 768 < window <= 1028  # what a chunk that leaves makes space for, and the sinks
     assert found == {
         "memory": {"vt": {"found": 1, "of": 2, "tokens": window + 8 * 128}},
-        "latest": {"vt": {"found": 0, "of": 2, "tokens": window + 128}},
+        "one": {"vt": {"found": 1, "of": 2, "tokens": window + 128}},
+        "far": {"vt": {"found": 0, "of": 2, "tokens": window + 128}},
         "near": {"vt": {"found": 1, "of": 2, "tokens": window + 128}},
     }
     assert f"| memory | 50 | {window + 8 * 128:,.0f} |" in capsys.readouterr().out
     for other in ("kind=quantized-4", "backend=none"):
         with pytest.raises(InvalidArgumentError, match="--system must be a memory, got 'x'"):
             bench.main(**typed, system=[f"x: {other}"])
+    for other in ("recent", "hybrid"):
+        with pytest.raises(
+            InvalidArgumentError, match=f"compares by cosine and does not rerank, got '{other}'"
+        ):
+            bench.main(**typed, system=[f"x: retriever={other}"])
     with pytest.raises(InvalidArgumentError, match=r"--tasks must be among niah_single_1, .*, got 'xx'"):
         bench.main(**typed | {"tasks": "xx"})
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from memlong import MemoryConfig, Passage, Segment
 from memlong.decoder import Likelihood, create_retriever
+from memlong.errors import InvalidArgumentError
 from systems.alternative import Alternative
 
 
@@ -27,10 +28,19 @@ class RagAsText(Alternative):
     ----------
     model, tokenizer, config
         As for `MemoryDecoder`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the retriever reranks or does not compare by cosine, as this class searches without a bank.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: MemoryConfig) -> None:
         self.retriever = create_retriever(config.retriever, model, tokenizer, config.retriever_options)
+        if self.retriever.metric != "cosine" or self.retriever.candidates:
+            raise InvalidArgumentError(
+                f"RAG as text needs a retriever that compares by cosine and does not rerank, got {config.retriever!r}"
+            )
         super().__init__(model, tokenizer, config)
 
     def reset(self) -> None:

@@ -130,13 +130,13 @@ def choose_decoder(
     from memlong.decoder import MemoryConfig
 
     given = {name for name in context.params if is_given(context, name)}
-    free = {name for names in _OPTIONS_OF.values() for name in names}
-    fixed = sorted(given & {field.name for field in fields(MemoryConfig)} - free)
+    free = [name for names in _OPTIONS_OF.values() for name in names]
+    fixed = sorted(given & {field.name for field in fields(MemoryConfig)} - {*free})
     if fixed:  # checked before their values, which the adapter's rules would decide
+        changeable = ", ".join(f"--{name.replace('_', '-')}" for name in free)
         raise InvalidArgumentError(
             f"--{fixed[0].replace('_', '-')} cannot be combined with --adapter, whose memory is fixed by training. "
-            "Only the backend, the retriever, their options, the query map, the store, --top-k and --retrieve-for "
-            "can be changed, where a command has them"
+            f"Only these can be changed, where a command has them: {changeable}"
         )
     config = memory.config(seed)
     changes: dict[str, Any] = {}

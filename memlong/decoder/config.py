@@ -161,12 +161,15 @@ class MemoryConfig:
     )
     answer_cutoff: float = setting(
         0.0,
-        "Share of the best chunk's score below which chunks are left out while text is generated.",
+        "Share of the best chunk's score below which chunks are left out of answers.",
         more="So a question that one chunk answers gets few chunks, and one that asks for several things up to "
-        "``top_k``. Scores are cosines of embeddings, for a retriever that reranks, too; what share tells chunks apart "
-        "depends on the retriever.",
+        "``top_k``. It applies to what is generated, scored by `score`, or read with ``queries`` given. Scores are the "
+        "bank's: cosines, unless the retriever compares otherwise, and for one that reranks those of its candidates. "
+        "What share tells chunks apart depends on the retriever; with ``focus_tokens=0``, `lm` scores all chunks "
+        "nearly alike. Where even the best one scores 0 or less, none is left out.",
         least=0,
         most=1,
+        needs_backend=True,
     )
     position_mode: PositionMode | None = setting(
         None,

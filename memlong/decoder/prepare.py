@@ -65,6 +65,11 @@ def prepare(
             retriever = create_retriever(
                 config.retriever, model, tokenizer, config.retriever_options, registry
             )
+    if config.answer_cutoff and retriever is not None and retriever.metric == "l2":
+        raise InvalidArgumentError(
+            f"answer_cutoff must be 0 with {type(retriever).__name__}, got {config.answer_cutoff:g}: it is a share of "
+            "the best similarity, and this retriever compares by distance ('l2')"
+        )
     query_map = None
     if config.query_map is not None and retriever is not None:
         query_map = load_query_map(config.query_map, retriever, query_facts(config, retriever, model))

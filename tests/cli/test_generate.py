@@ -145,4 +145,6 @@ def test_bad_input_is_named_with_what_to_do(run, changes, error, message):
 def test_an_option_that_does_not_go_with_an_adapter_is_told_before_its_value_is_judged(run, changes):
     result = run(adapter="trained", model=None, **changes)
     assert isinstance(result.exception, InvalidArgumentError)
-    assert "cannot be combined with --adapter, whose memory is fixed by training" in str(result.exception)
+    message = str(result.exception)
+    assert "cannot be combined with --adapter, whose memory is fixed by training" in message
+    assert "--top-k, --answer-cutoff, --retrieve-for" in message

@@ -11,6 +11,7 @@ from memlong import Candidates, LayeredBank, MemoryDecoder, Passage, Retriever
 from memlong.decoder import create_retriever
 from memlong.decoder.retrievers.baselines import RandomRetriever
 from memlong.decoder.retrievers.hybrid import HybridRetriever
+from memlong.decoder.stream.asking import ask
 from memlong.decoder.stream.retrieval import Reranking
 from memlong.errors import InvalidArgumentError, SnapshotError, UnknownNameError
 from memlong.plugins import Registry
@@ -330,6 +331,15 @@ def test_a_retriever_chooses_among_candidates(llama, small, text, backend):
             each for start in chosen for each in found.ids[found.spans[:, 0] == start].tolist()
         ]
     assert counts == sum(len(each.ids) for each in retrieved)
+
+
+def test_an_answer_chooses_among_fewer_candidates_with_a_cutoff(llama, small, text):
+    retriever = Choosy(made=torch.zeros_like)
+    with MemoryDecoder(llama, None, small(answer_cutoff=1.0), retriever=retriever) as decoder:
+        decoder.read(text(160))
+        assert len(retriever.seen[-1]) == 6
+        forks, _ = ask(decoder._streams.batch, decoder.config)
+    assert len(retriever.seen[-1]) == len(forks.streams[0].retrieval.ids) == 1
 
 
 def test_what_is_retrieved_is_attended_to(llama, small, text):

@@ -7,9 +7,11 @@ import torch
 from torch.nn import functional
 
 from memlong import MemoryConfig, MemoryDecoder, Passage, create_bank
+from memlong.decoder.retrievers.baselines import RandomRetriever
 from memlong.decoder.stream.asking import ask
 from memlong.decoder.stream.retrieval import Search, retrieve_chunks
 from memlong.decoder.stream.token_stream import TokenStream
+from memlong.errors import InvalidArgumentError
 
 
 def ends(bank, query, **settings):
@@ -44,7 +46,43 @@ def test_chunks_far_below_the_best_are_left_out_of_answers(cutoff, expected):
     assert sorted(retrieval.ids.tolist()) == kept
     assert memory.spans.tolist() == [[4 * each, 4 * each + 4] for each in kept]
     assert torch.equal(Search(bank, query, config).best().ids, retrieval.ids)
-    assert len(retrieve_chunks(bank, -query, config)[0].ids) == 4  # nothing is similar
+    bank.remove([3])
+    for other in (-query, torch.tensor([0, 0, 0, 1.0])):  # nothing is similar
+        assert len(retrieve_chunks(bank, other, config)[0].ids) == 3
+
+
+class Noting:
+    """Chooses nothing, and notes what cutoffs it is told of."""
+
+    def __init__(self):
+        self.cutoffs = []
+
+    def choose(self, search):
+        self.cutoffs.append(search.config.answer_cutoff)
+
+
+def test_what_chooses_in_training_knows_the_cutoff_of_answers(llama, small, text):
+    choice = Noting()
+    with MemoryDecoder(llama, None, small(answer_cutoff=0.5)) as decoder:
+        decoder.read(text(80))
+        for stream in decoder._streams.batch.streams:
+            stream.choice = choice
+        decoder.read(text(16))
+        list(decoder.stream(text(8), queries=[[5, 6, 7, 8, 9]]))
+    assert {*choice.cutoffs[:-1]} == {0.0}
+    assert choice.cutoffs[-1] == 0.5
+
+
+def test_a_retriever_that_compares_by_distance_has_no_cutoff(llama, small):
+    class ByDistance(RandomRetriever):
+        metric = "l2"
+
+    retriever = ByDistance(llama, None)
+    MemoryDecoder(llama, None, small(), retriever=retriever)
+    with pytest.raises(
+        InvalidArgumentError, match=r"answer_cutoff must be 0 with ByDistance, got 0\.5: it is a"
+    ):
+        MemoryDecoder(llama, None, small(answer_cutoff=0.5), retriever=retriever)
 
 
 def test_only_answers_and_given_queries_leave_chunks_out(llama, small, text):

@@ -10,6 +10,7 @@ import torch
 from memlong import MemoryDecoder, load_bank
 from memlong.decoder.kv.null_chunk import NullChunk
 from memlong.decoder.pages.room import Room
+from memlong.decoder.stream.asking import ask
 from memlong.errors import InvalidArgumentError, SnapshotError
 from memlong.evaluation import evaluate_perplexity
 from memlong.training import Trainer, TrainingConfig
@@ -57,6 +58,8 @@ def test_it_stands_before_what_is_retrieved_and_takes_a_place(trainer, text):
         *_, last = decoder.stream(text(80))
         (stream,) = decoder._streams.batch.streams
         assert len(last.retrievals[0].ids) == 2
+        forks, _ = ask(decoder._streams.batch, decoder.config)
+        assert len(forks.streams[0].retrieval.ids) == 2
         assert stream.memory.spans[0].tolist() == [-decoder.config.chunk_size, 0]
         assert torch.equal(stream.memory.blocks[0].keys, decoder.source.null_chunk.keys)
         assert len(stream.memory.blocks) == 3

@@ -154,7 +154,7 @@ def read_documents(source: Source, path: Any) -> tuple[list[str], list[Question]
 
 def _other_format(path: str, source: Source, error: Exception, place: str = "") -> InvalidTextError:
     return InvalidTextError(
-        f"{path!r} is not in the format of {source.key!r}{place}: {type(error).__name__}: {error}. Pass {source.known}"
+        f"{path!r} cannot be read as {source.key!r}{place}: {type(error).__name__}: {error}. Pass {source.known}"
     )
 
 
@@ -252,7 +252,7 @@ def _question(found: Any) -> tuple[Sequence[str], Sequence[Question]]:
         raise ValueError("a question without documents")
     if needed := _supporting(found.get("supporting_facts", ())) - {title for title, _ in titled}:
         raise ValueError(
-            f"a question without the document {min(needed)!r}, which its answer needs, as in HotpotQA's fullwiki file"
+            f"the question lacks the document {min(needed)!r}, which its answer needs, as in HotpotQA's fullwiki file"
         )
     documents = tuple(text for _, text in titled)
     return documents, [Question(_text(found["question"]), _answers([found["answer"]]), documents)]
@@ -260,10 +260,9 @@ def _question(found: Any) -> tuple[Sequence[str], Sequence[Question]]:
 
 def _supporting(facts: Any) -> set[str]:
     """Return the titles of documents that an answer needs."""
-    titles = (
-        facts["title"] if isinstance(facts, dict) else [title for title, _ in facts]
-    )  # the hub's form, the file's
-    return {_text(title) for title in titles}
+    if isinstance(facts, dict):  # as the data set on the hub has it
+        return {_text(title) for title in facts["title"]}
+    return {_text(title) for title, _ in facts}
 
 
 def _answers(found: Any) -> tuple[str, ...]:
