@@ -90,6 +90,8 @@ def _tables() -> dict[str, Callable[[], str]]:
         found[f"equality-{name}"] = partial(alternatives.equality, f"equality_{name}.json")
     found["ruler-mean"] = partial(alternatives.by_length, alternatives.RULER)
     found["ruler"] = partial(alternatives.by_task, alternatives.RULER, 4096)
+    found["ruler-lengths"] = partial(alternatives.by_length, "benchmarks_ruler_lengths.json")
+    found["ruler-16384"] = partial(alternatives.by_task, "benchmarks_ruler_lengths.json", 16384)
     found["documents"] = partial(alternatives.by_task, "benchmarks_documents.json", 4096)
     found["ruler-gemma"] = partial(alternatives.by_length, alternatives.GEMMA_RULER)
     found["ruler-gemma-tasks"] = partial(alternatives.by_task, alternatives.GEMMA_RULER, 4096)
