@@ -100,6 +100,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     for length in (16384, 65536):
         found[f"needles-{length}"] = partial(alternatives.by_task, alternatives.LENGTHS, length)
     found["needles-cutoff"] = partial(alternatives.by_length, "benchmarks_cutoff.json")
+    found["needles-cutoff-overlap"] = partial(alternatives.by_length, "benchmarks_cutoff_overlap.json")
     found["needles-fewer"] = partial(alternatives.by_task, "benchmarks_fewer.json", 16384)
     for length in (16384, 65536):
         found[f"found-{length}"] = partial(alternatives.found, length)
