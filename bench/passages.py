@@ -34,7 +34,7 @@ from memlong import (
 from memlong.bank.snapshot.manifest import has_manifest
 from memlong.corpus import Corpus
 from memlong.decoder import create_retriever
-from memlong.errors import MemlongError
+from memlong.errors import InvalidArgumentError, MemlongError
 from memlong.evaluation import tokenize
 
 _AT_ONCE = 64  # chunks embedded at a time
@@ -63,9 +63,18 @@ class Shelf:
         What made the embeddings in the banks.
     banks
         Those of the corpora, or others with one chunk for each of theirs, in the same order.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the retriever reranks.
     """
 
     def __init__(self, corpora: Sequence[Corpus], retriever: Retriever, banks: Sequence[MemoryBank]) -> None:
+        if retriever.candidates:
+            raise InvalidArgumentError(
+                f"{type(retriever).__name__} reranks what a bank finds, and this does not: name another --retriever"
+            )
         self._corpora, self._retriever = corpora, retriever
         self._bank = LayeredBank(create_bank("torch", retriever.dim, metric=retriever.metric), banks)
         self._own = [

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from memlong.cli.app import make_app
 from memlong.corpus import Corpus
+from memlong.errors import InvalidArgumentError
 from tests.test_bench_results import measured, script
 
 _WORDS = [f"{first}{second}" for first in "bdfgklmnprstvz" for second in ("ale", "ure", "one", "ick")]
@@ -142,6 +143,11 @@ def test_passages_that_are_found_stand_before_the_prompt(corpora, tmp_path, benc
     assert answer["prompt_tokens"] == plain["prompt_tokens"] + 4 * 32 + len(texts)
     assert answer["new_tokens"] == 3
     assert answer["seconds_to_first_token"] > 0
+
+
+def test_a_retriever_that_reranks_is_refused():
+    with pytest.raises(InvalidArgumentError, match="SimpleNamespace reranks what a bank finds"):
+        script("passages").Shelf([], SimpleNamespace(candidates=2), [])
 
 
 def test_embeddings_of_a_corpus_that_has_changed_are_not_taken(corpora, tmp_path):
